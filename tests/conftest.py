@@ -1,0 +1,37 @@
+"""Fixtures and rules that hold for all tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+from slurm_cluster import SlurmCluster, missing_requirement
+
+# Where continuous integration runs, a Slurm test that cannot run is a failure.
+REQUIRE_SLURM = os.environ.get("CI") == "true" or os.environ.get("FORGE_HPC_REQUIRE_SLURM") == "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # SIGTERM, like Ctrl-C, takes fixtures down: a killed test run leaves no cluster behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    if REQUIRE_SLURM and report.skipped and item.get_closest_marker("slurm"):
+        report.outcome = "failed"
+        report.longrepr = f"a Slurm test was skipped where none may be: {call.excinfo and call.excinfo.value}"
+    return report
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster() -> Iterator[SlurmCluster]:
+    """A real Slurm cluster of 4 hosts, one partition `main`; `slurm_cluster.env` points Slurm's commands at it."""
+    if reason := missing_requirement():
+        pytest.skip(reason)
+    with SlurmCluster(nodes=4) as cluster:
+        print(f"Slurm cluster of 4 hosts up in {cluster.startup_s:.1f} s")
+        yield cluster
