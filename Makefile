@@ -43,7 +43,7 @@ setup:
 	  exit 2
 	fi
 	mkdir -p $(VENV)
-	exec 9>$(VENV)/.lock
+	exec 9>$(VENV)/.setup-lock  # uv has a .lock of its own
 	flock 9
 	want="$(EXTRA) $$(sha256sum < pyproject.toml)"
 	if [[ "$$(cat $(VENV)/.installed 2>/dev/null)" == "$$want" ]]; then exit 0; fi
