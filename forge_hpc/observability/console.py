@@ -1,0 +1,88 @@
+"""Live progress: a bar on a terminal, one line a step elsewhere."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+_WINDOW = 20
+"""Steps that the estimate of the time left looks back on."""
+
+
+def format_duration(seconds: float) -> str:
+    """``42s``, ``3m05s``, ``2h07m`` or ``3d04h``."""
+    total = max(0, round(seconds))
+    if total < 60:
+        return f"{total}s"
+    if total < 3600:
+        return f"{total // 60}m{total % 60:02d}s"
+    if total < 86400:
+        return f"{total // 3600}h{total % 3600 // 60:02d}m"
+    return f"{total // 86400}d{total % 86400 // 3600:02d}h"
+
+
+def tokens_per_second(record: Mapping[str, float | None]) -> float:
+    """Tokens generated (GRPO), or trained (SFT), by the second of the whole step."""
+    tokens = record.get("tokens/generated") or record.get("tokens/trained") or 0.0
+    return tokens / (record.get("time/step_s") or math.inf)
+
+
+class ConsoleProgress:
+    """Shows each step on ``stream``: step, reward (or loss), tokens/s, time left.
+
+    Args:
+        mode: ``auto`` (bar on a terminal, lines elsewhere), ``lines`` or ``none``.
+        total_steps: steps of the whole run; without it no time left is shown.
+        done_steps: steps done before this start.
+        label: what runs, first on each line.
+    """
+
+    def __init__(
+        self, mode: str, total_steps: int | None, done_steps: int, label: str, stream: TextIO | None = None
+    ) -> None:
+        self._stream = stream or sys.stdout
+        self._total = total_steps
+        self._label = label
+        self._times: deque[tuple[int, float]] = deque([(done_steps, time.monotonic())], maxlen=_WINDOW + 1)
+        self._lines = mode == "lines" or (mode == "auto" and not self._stream.isatty())
+        self._bar: Progress | None = None
+        if mode == "auto" and not self._lines:
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"))
+            self._bar = Progress(*columns, console=Console(file=self._stream), refresh_per_second=4)
+            self._task = self._bar.add_task(label, total=total_steps, completed=done_steps, text="starting")
+            self._bar.start()
+
+    def update(self, step: int, record: Mapping[str, float | None]) -> None:
+        """Show that ``step`` is done."""
+        self._times.append((step, time.monotonic()))
+        text = self._text(step, record)
+        if self._lines:
+            print(f"{self._label} {text}", file=self._stream, flush=True)
+        elif self._bar is not None:
+            self._bar.update(self._task, completed=step, text=text)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _text(self, step: int, record: Mapping[str, float | None]) -> str:
+        total = f"/{self._total}" if self._total else ""
+        parts = [f"step {step}{total}"]
+        for key, name in (("reward/mean", "reward"), ("loss", "loss")):
+            if (value := record.get(key)) is not None:
+                parts.append(f"{name} {value:.3f}")
+                break
+        parts.append(f"{tokens_per_second(record):,.0f} tokens/s")
+        (first_step, first_time), (_, last_time) = self._times[0], self._times[-1]
+        if self._total and step > first_step:
+            left = (last_time - first_time) / (step - first_step) * (self._total - step)
+            parts.append(f"{format_duration(left)} left")
+        return "  ".join(parts)

@@ -1,0 +1,143 @@
+"""One call a step that reaches every place where metrics go."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Mapping
+from typing import Protocol, Self, TextIO
+
+from forge_hpc.config.schema import LoggingConfig
+from forge_hpc.data.types import Group
+from forge_hpc.observability.console import ConsoleProgress
+from forge_hpc.observability.jsonl import JsonlWriter
+from forge_hpc.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
+
+
+class CurveWriter(Protocol):
+    """A place that draws curves."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricLogger:
+    """Writes metrics, rollouts and evaluations of a run; a restart goes on where its checkpoint stands.
+
+    All that was written for steps after ``resume_step`` is forgotten on opening. So that no step is missing after a
+    restart, call ``log(step, …)`` before the checkpoint of ``step`` is committed.
+
+    Args:
+        run_dir: an existing run directory.
+        config: ``logging`` of the configuration.
+        resume_step: steps that the restored checkpoint has done; 0 for a fresh run.
+        total_steps: steps of the whole run, for the time left.
+        label: first word of the progress lines (the recipe).
+        stream: where progress goes; by default the stdout of this process.
+
+    Example:
+        with MetricLogger(run_dir, config.logging, resume_step=0, total_steps=100) as metrics:
+            metrics.log(1, reduce(sources))
+            metrics.log_rollouts(1, groups)
+    """
+
+    def __init__(
+        self,
+        run_dir: RunDir,
+        config: LoggingConfig,
+        resume_step: int = 0,
+        *,
+        total_steps: int | None = None,
+        label: str = "grpo",
+        stream: TextIO | None = None,
+    ) -> None:
+        self._config = config
+        self._metrics = JsonlWriter(run_dir.metrics, resume_step)
+        self._rollouts = JsonlWriter(run_dir.rollouts, resume_step)
+        self._evaluations = JsonlWriter(run_dir.evaluations, resume_step)
+        if (self._metrics.last_step or 0) < resume_step:
+            logger.warning("%s ends at step %s, the checkpoint at %d", run_dir.metrics, self.last_step, resume_step)
+        self._curves: list[CurveWriter] = []
+        if config.tensorboard:
+            from forge_hpc.observability.tensorboard import TensorBoardWriter
+
+            self._curves.append(TensorBoardWriter(run_dir.tensorboard, resume_step))
+        if config.wandb:
+            from forge_hpc.observability.wandb import WandbWriter
+
+            self._curves.append(WandbWriter(run_dir.path, run_dir.name))
+        self._console = ConsoleProgress(config.console, total_steps, resume_step, label, stream)
+
+    @property
+    def last_step(self) -> int | None:
+        """Step of the last line of ``metrics.jsonl``."""
+        return self._metrics.last_step
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the record of training step ``step`` (``step`` and ``wall_time`` are added).
+
+        Raises:
+            ValueError: ``step`` is not after the last one.
+        """
+        if self.last_step is not None and step <= self.last_step:
+            raise ValueError(f"step {step} is logged after step {self.last_step}")
+        record = {"step": step, "wall_time": time.time()} | dict(values)
+        self._metrics.write(record)
+        self._write_curves(step, values)
+        self._console.update(step, record)
+
+    def log_rollouts(self, step: int, groups: Iterable[Group]) -> None:
+        """Write ``num_rollouts_per_step`` rollouts of ``step``: of the first groups, the first episode each."""
+        records = []
+        for group in groups:
+            if len(records) >= self._config.num_rollouts_per_step:
+                break
+            for episode in group.episodes[:1]:
+                completion = episode.completion
+                records.append(
+                    {
+                        "step": step,
+                        "position": episode.prompt.position,
+                        "prompt": episode.prompt.text,
+                        "target": episode.prompt.target,
+                        "completion": completion.text,
+                        "num_tokens": len(completion.token_ids),
+                        "finish_reason": completion.finish_reason,
+                        "reward": episode.reward,
+                        "rewards": episode.rewards,
+                        "advantage": episode.advantage,
+                        "policy_versions": list(completion.policy_versions),
+                    }
+                )
+        self._rollouts.write(*records)
+
+    def log_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Write an evaluation of the policy after ``step`` (0: before training), such as ``{"accuracy": 0.93}``.
+
+        The first evaluation of a step counts: a restart that repeats it writes nothing.
+        """
+        if self._evaluations.last_step is not None and step <= self._evaluations.last_step:
+            return
+        self._evaluations.write({"step": step, "wall_time": time.time()} | dict(values))
+        self._write_curves(step, {f"eval/{key}": value for key, value in values.items()})
+
+    def close(self) -> None:
+        """Close all files; the progress bar stays as it is."""
+        self._console.close()
+        for writer in (self._metrics, self._rollouts, self._evaluations, *self._curves):
+            writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _write_curves(self, step: int, values: Mapping[str, float]) -> None:
+        finite = {key: float(value) for key, value in values.items() if math.isfinite(value)}
+        for curve in self._curves:
+            curve.write(step, finite)
