@@ -197,7 +197,7 @@ class RunDir:
             os.close(open_private(probe, os.O_WRONLY | os.O_EXCL))
             probe.unlink()
         except FileExistsError:
-            raise UserError(f"the run directory {self.path} is a file", hint) from None
+            raise UserError(f"cannot create the run directory {self.path}: a file is in the way", hint) from None
         except OSError as error:
             raise UserError(f"cannot write the run directory {self.path}: {error.strerror}", hint) from None
         return self

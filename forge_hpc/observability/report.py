@@ -1,0 +1,197 @@
+"""Texts about a run for the command line, made from its directory alone (no torch).
+
+``render_status(run_dir)`` is a few lines for ``forge-hpc status``; ``render_watch(run_dir)`` adds the last steps, for
+``forge-hpc watch`` to draw again and again; ``render_report(run_dir)`` is ``forge-hpc report``, readable as text and as
+Markdown. All take a ``RunDir`` and return a string without a final newline.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from forge_hpc.config.errors import UserError
+from forge_hpc.observability.console import format_duration, tokens_per_second
+from forge_hpc.observability.jsonl import read_jsonl
+from forge_hpc.observability.summary import next_commands, read_figures, series
+from forge_hpc.run_dir import RunDir
+
+_SILENT_S = 180.0
+"""A run whose heartbeat is older than this has probably died without a word."""
+
+_QUANTILES = (0.1, 0.5, 0.9, 1.0)
+
+
+def sparkline(values: Sequence[float], width: int = 60) -> str:
+    """``values`` as a line of block characters, averaged down to ``width``, from their lowest to their highest."""
+    if not values:
+        return ""
+    width = min(width, len(values))
+    edges = [index * len(values) // width for index in range(width + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    low, span = min(means), max(means) - min(means)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / span) if span else 0] for value in means)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value below which ``share`` of ``values`` lies, interpolated. ``values`` must not be empty."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+    return low + (high - low) * (place - math.floor(place))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table with aligned columns, the first to the left and the others to the right."""
+    widths = [max(3, *(len(row[column]) for row in (header, *rows))) for column in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        return f"| {' | '.join(cells)} |"
+
+    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
+    return [line(header), f"| {' | '.join(rule)} |", *(line(row) for row in rows)]
+
+
+def render_status(run_dir: RunDir) -> str:
+    """State, step, heartbeat, reward and next commands of a run.
+
+    Raises:
+        UserError: there is no run in the directory.
+    """
+    status = _status_of(run_dir)
+    total = _total_steps(run_dir)
+    age_s = max(0.0, time.time() - status.heartbeat)
+    lines = [("run", f"{run_dir.name}  {run_dir}")]
+    lines.append(("state", f"{status.state}  {status.message}".rstrip()))
+    if status.job_id:
+        lines.append(("job", status.job_id))
+    progress = f"{status.step}{f'/{total}' if total else ''}  policy version {status.policy_version}"
+    lines.append(("step", f"{progress}  restarts {status.restarts}"))
+    heartbeat = f"{format_duration(age_s)} ago"
+    if not status.is_terminal and status.state not in ("pending", "preempted") and age_s > _SILENT_S:
+        heartbeat += "  (silent: has the job died? forge-hpc resume goes on from the last checkpoint)"
+    lines.append(("heartbeat", heartbeat))
+    figures = read_figures(run_dir)
+    if figures.reward_last is not None:
+        lines.append(("reward", f"{figures.reward_last:.3f}  mean of the last 5 steps"))
+    elif figures.loss_last is not None:
+        lines.append(("loss", f"{figures.loss_last:.3f}  mean of the last 5 steps"))
+    if figures.tokens_per_s is not None:
+        lines.append(("speed", f"{figures.tokens_per_s:,.0f} tokens/s"))
+    return "\n".join(f"{name:<10} {text}" for name, text in lines)
+
+
+def render_watch(run_dir: RunDir, num_steps: int = 10) -> str:
+    """``render_status``, the curve of the run, and its last ``num_steps`` steps."""
+    records = list(read_jsonl(run_dir.metrics))
+    lines = [render_status(run_dir)]
+    if records:
+        lines += ["", *_curves(records), "", *_steps_table(records[-num_steps:])]
+    return "\n".join(lines)
+
+
+def render_report(run_dir: RunDir) -> str:
+    """The whole story of a run.
+
+    Raises:
+        UserError: there is no run in the directory.
+    """
+    status = _status_of(run_dir)
+    records = list(read_jsonl(run_dir.metrics))
+    figures = read_figures(run_dir)
+    total = _total_steps(run_dir)
+    lines = [f"# {run_dir.name}", "", f"{run_dir}", ""]
+    lines.append(f"{status.state} at step {status.step}{f' of {total}' if total else ''}, {status.restarts} restarts")
+    if status.message:
+        lines.append(status.message)
+    if not records:
+        lines += ["", "No training step has been logged yet."]
+    else:
+        lines += ["", "## Learning", "", *_curves(records)]
+        if figures.reward_first is not None and figures.reward_last is not None:
+            lines.append(f"reward: {figures.reward_first:.3f} first 5 steps, {figures.reward_last:.3f} last 5 steps")
+        evaluations = [record for record in read_jsonl(run_dir.evaluations) if record.get("accuracy") is not None]
+        if evaluations:
+            rows = [(str(record["step"]), f"{record['accuracy']:.3f}") for record in evaluations]
+            lines += ["", *table(("step", "greedy accuracy"), rows)]
+        lines += ["", "## Where the time goes", "", *_time_table(records)]
+        lines += ["", "## Quantiles over steps", "", *_quantile_table(records)]
+        lines += ["", "## Last steps", "", *_steps_table(records[-5:])]
+    lines += ["", *_log_lines(run_dir, status.state)]
+    lines += ["## Next", "", *(f"    {command}" for command in next_commands(run_dir) if "report" not in command)]
+    return "\n".join(lines).rstrip()
+
+
+def _status_of(run_dir: RunDir) -> Any:
+    status = run_dir.read_status()
+    if status is None:
+        raise UserError(f"no run in {run_dir}: it has no status.json", "give a run directory, such as runs/demo")
+    return status
+
+
+def _total_steps(run_dir: RunDir) -> int | None:
+    """``trainer.training.steps`` of the run's configuration, None before it is written."""
+    if not run_dir.config.exists():
+        return None
+    config = yaml.safe_load(run_dir.config.read_text(encoding="utf-8")) or {}
+    return config.get("trainer", {}).get("training", {}).get("steps")
+
+
+def _curves(records: Sequence[dict[str, Any]]) -> list[str]:
+    lines = []
+    for key in ("reward/mean", "loss", "entropy/mean"):
+        if values := series(records, key):
+            lines.append(f"{key:<13} {sparkline(values)}  {min(values):.3g} to {max(values):.3g}")
+    return lines
+
+
+def _steps_table(records: Sequence[dict[str, Any]]) -> list[str]:
+    keys = [key for key in ("reward/mean", "loss", "grad_norm", "entropy/mean") if series(records, key)]
+    rows = []
+    for record in records:
+        cells = ["" if record.get(key) is None else f"{record[key]:.4g}" for key in keys]
+        rows.append([str(record["step"]), *cells, f"{tokens_per_second(record):,.0f}", _number(record, "time/step_s")])
+    return table(("step", *keys, "tokens/s", "time/step_s"), rows)
+
+
+def _number(record: dict[str, Any], key: str) -> str:
+    return "" if record.get(key) is None else f"{record[key]:.3g}"
+
+
+def _time_table(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Each time of a step summed over the run. Parts that overlap add up to more than the whole."""
+    whole = sum(series(records, "time/step_s"))
+    keys = sorted({key for record in records for key in record if key.startswith("time/")} - {"time/step_s"})
+    sums = {key: sum(series(records, key)) for key in ("time/step_s", *keys)}
+    ordered = sorted(sums.items(), key=lambda item: -item[1])
+    rows = [(key, format_duration(total), f"{total / whole:.1%}" if whole else "") for key, total in ordered]
+    return table(("part", "total", "of all steps"), rows)
+
+
+def _quantile_table(records: Sequence[dict[str, Any]]) -> list[str]:
+    keys = sorted({key for record in records for key in record} - {"step", "wall_time", "policy_version"})
+    rows = []
+    for key in keys:
+        if values := series(records, key):
+            rows.append((key, *(f"{quantile(values, share):.4g}" for share in _QUANTILES)))
+    speeds = [tokens_per_second(record) for record in records]
+    rows.append(("tokens/s", *(f"{quantile(speeds, share):.4g}" for share in _QUANTILES)))
+    return table(("metric", "10%", "median", "90%", "max"), rows)
+
+
+def _log_lines(run_dir: RunDir, state: str) -> list[str]:
+    """Where the logs of the newest start are, and the last words of a failed one."""
+    log_dir = run_dir.latest_log_dir()
+    if log_dir is None:
+        return []
+    lines = ["## Logs", "", f"{log_dir}: {', '.join(sorted(path.name for path in log_dir.iterdir()))}"]
+    controller = log_dir / "controller.log"
+    if state == "failed" and controller.exists():
+        last = controller.read_text(encoding="utf-8", errors="replace").splitlines()[-10:]
+        lines += ["", *(f"    {line}" for line in last)]
+    return [*lines, ""]

@@ -1,0 +1,118 @@
+"""The figures of a run, and the last words of one that ends."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from forge_hpc.observability.console import format_duration
+from forge_hpc.observability.jsonl import read_jsonl
+from forge_hpc.run_dir import RunDir
+
+_ENDS = 5
+"""Steps averaged at either end of a run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a run achieved, from its files. None where the recipe has no such thing, or nothing happened yet."""
+
+    num_steps: int
+    reward_first: float | None
+    """Mean of ``reward/mean`` over the first five steps."""
+    reward_last: float | None
+    loss_first: float | None
+    loss_last: float | None
+    accuracy_before: float | None
+    """Greedy accuracy on held-out prompts before training."""
+    accuracy_after: float | None
+    tokens_per_s: float | None
+    """Tokens generated (GRPO) or trained (SFT), by the second of all steps."""
+    steps_s: float
+    """Duration of all steps together, without the start and the evaluations."""
+
+
+def series(records: Sequence[dict[str, Any]], key: str) -> list[float]:
+    """The values of ``key`` in the records that have one."""
+    return [record[key] for record in records if record.get(key) is not None]
+
+
+def read_figures(run_dir: RunDir) -> Figures:
+    """The figures of ``run_dir`` so far."""
+    records = list(read_jsonl(run_dir.metrics))
+    rewards, losses = series(records, "reward/mean"), series(records, "loss")
+    evaluations = [record for record in read_jsonl(run_dir.evaluations) if record.get("accuracy") is not None]
+    before = next((record["accuracy"] for record in evaluations if record["step"] == 0), None)
+    after = next((record["accuracy"] for record in reversed(evaluations) if record["step"] > 0), None)
+    tokens = series(records, "tokens/generated") or series(records, "tokens/trained")
+    steps_s = sum(series(records, "time/step_s"))
+    return Figures(
+        num_steps=len(records),
+        reward_first=_mean(rewards[:_ENDS]),
+        reward_last=_mean(rewards[-_ENDS:]),
+        loss_first=_mean(losses[:_ENDS]),
+        loss_last=_mean(losses[-_ENDS:]),
+        accuracy_before=before,
+        accuracy_after=after,
+        tokens_per_s=sum(tokens) / steps_s if steps_s else None,
+        steps_s=steps_s,
+    )
+
+
+def final_summary(run_dir: RunDir, wall_s: float | None = None) -> str:
+    """Several lines for the end of a run: what it achieved, where it is, what to do next.
+
+    Args:
+        run_dir: the finished run.
+        wall_s: duration of the whole command, seconds; left out where None.
+    """
+    figures = read_figures(run_dir)
+    status = run_dir.read_status()
+    lines = [("run", f"{run_dir.name}: {status.state if status else 'unknown'} after {figures.num_steps} steps")]
+    if status and status.message:
+        lines.append(("message", status.message))
+    if figures.reward_first is not None:
+        lines.append(("reward", _change(figures.reward_first, figures.reward_last, "first 5 steps", "last 5 steps")))
+    elif figures.loss_first is not None:
+        lines.append(("loss", _change(figures.loss_first, figures.loss_last, "first 5 steps", "last 5 steps")))
+    if figures.accuracy_before is not None or figures.accuracy_after is not None:
+        change = _change(figures.accuracy_before, figures.accuracy_after, "before", "after")
+        lines.append(("accuracy", f"{change}, greedy, held-out prompts"))
+    if figures.tokens_per_s is not None:
+        lines.append(
+            ("speed", f"{figures.tokens_per_s:,.0f} tokens/s over {format_duration(figures.steps_s)} of steps")
+        )
+    if wall_s is not None:
+        lines.append(("wall time", format_duration(wall_s)))
+    lines.append(("directory", str(run_dir)))
+    lines += [("next" if index == 0 else "", command) for index, command in enumerate(next_commands(run_dir))]
+    return "\n".join(f"{name:<10} {text}" for name, text in lines)
+
+
+def next_commands(run_dir: RunDir) -> list[str]:
+    """Shell commands that make sense now."""
+    path = shlex.quote(str(run_dir))
+    commands = [f"forge-hpc report {path}"]
+    if run_dir.tensorboard.is_dir():
+        commands.append(f"tensorboard --logdir {shlex.quote(str(run_dir.tensorboard))}")
+    if run_dir.export.is_dir():
+        commands.append(f"vllm serve {shlex.quote(str(run_dir.export))}")
+        commands.append(
+            f"python -c \"from transformers import pipeline; pipeline('text-generation', '{run_dir.export}')\""
+        )
+    status = run_dir.read_status()
+    if status is None or status.state in ("failed", "cancelled", "preempted"):
+        commands.append(f"forge-hpc resume {path}")
+    return commands
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
+
+
+def _change(before: float | None, after: float | None, before_name: str, after_name: str) -> str:
+    parts = [(before, before_name), (after, after_name)]
+    return " -> ".join(f"{value:.3f} ({name})" for value, name in parts if value is not None)
