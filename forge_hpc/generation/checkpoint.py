@@ -1,0 +1,60 @@
+"""Which tensors a model's checkpoint holds, so that an update of the weights can be checked for completeness."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+TIED_HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def checkpoint_shapes(model_dir: str | Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor in the safetensors files of a directory, by Hugging Face name. Reads headers only.
+
+    Raises FileNotFoundError where the directory has none.
+    """
+    files = sorted(Path(model_dir).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"no *.safetensors in {model_dir}")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        with path.open("rb") as file:
+            (header_bytes,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(header_bytes))
+        shapes.update({name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"})
+    return shapes
+
+
+def complete_weights(
+    named_tensors: Iterable[tuple[str, torch.Tensor]], expected: Mapping[str, tuple[int, ...]], tied_head: bool
+) -> list[tuple[str, torch.Tensor]]:
+    """The tensors as a list, checked to be exactly those of the checkpoint.
+
+    With tied embeddings the head is always passed too, as a copy of the embedding: vLLM 0.32 restores the two as
+    separate parameters when it reloads, and on the CPU the head keeps its old weights unless it is given them.
+
+    Raises ValueError that names what is missing, unknown or of another shape; nothing has been loaded by then.
+    """
+    tensors = dict(named_tensors)
+    if tied_head and EMBEDDING in tensors:
+        tensors[TIED_HEAD] = tensors[EMBEDDING]
+    wanted = dict(expected)
+    if tied_head:
+        wanted[TIED_HEAD] = wanted[EMBEDDING]
+    missing = sorted(wanted.keys() - tensors.keys())
+    unknown = sorted(tensors.keys() - wanted.keys())
+    reshaped = sorted(name for name in wanted.keys() & tensors.keys() if tuple(tensors[name].shape) != wanted[name])
+    if missing or unknown or reshaped:
+        found = {"missing": missing, "unknown": unknown, "of another shape": reshaped}
+        parts = [
+            f"{len(names)} {what} ({', '.join(names[:3])}{', …' * (len(names) > 3)})"
+            for what, names in found.items()
+            if names
+        ]
+        raise ValueError("these weights do not match the model's checkpoint: " + ", ".join(parts))
+    return list(tensors.items())

@@ -1,0 +1,455 @@
+"""The generation engine: vLLM stepped by one thread, with an asynchronous face.
+
+    callers (event loop) ──requests, weights──► inbox ──► thread: admit ─► step ─► step ─► … ──completions──► callers
+
+The thread produces completions and consumes requests; it sleeps while there are none. Requests join the batch
+between two steps while others decode. New weights are loaded between two steps too: requests in flight go on under
+them, keep the KV cache they have (the usual thing in asynchronous RL) and report both versions; requests that start
+later never share a prefix that older weights computed, because the version salts the prefix cache.
+
+If the thread fails, every caller that waits, and every later one, gets a GenerationError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from forge_hpc.config.schema import Config, SamplingConfig
+from forge_hpc.data.types import Completion, Prompt
+from forge_hpc.generation.checkpoint import checkpoint_shapes, complete_weights
+from forge_hpc.generation.options import engine_arguments, prepare_environment
+from forge_hpc.generation.seeds import sample_seed
+from forge_hpc.generation.staging import staged_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+class GenerationError(RuntimeError):
+    """The engine has failed or was closed; its requests are lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counts since the start, and what is in the engine now."""
+
+    policy_version: int
+    num_running: int
+    """Requests that vLLM holds."""
+    num_waiting: int
+    """Requests that wait for a place among ``max_num_seqs``."""
+    num_finished: int
+    num_generated_tokens: int
+    num_prompt_tokens: int
+    num_steps: int
+    num_weight_loads: int
+    busy_s: float
+    """Time spent in steps, without weight loads."""
+    weight_load_s: float
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """All samples of one prompt on their way through the engine."""
+
+    prompt: Prompt
+    sampling_params: list[Any]
+    """One vLLM ``SamplingParams`` a sample."""
+    share: str
+    """Groups with the same share may reuse each other's prefixes."""
+    future: Future[list[Completion]] = field(default_factory=lambda: _future())
+    completions: dict[int, Completion] = field(default_factory=dict)
+
+
+class GenerationEngine:
+    """One vLLM engine on a model directory, used from one event loop.
+
+    Example:
+        engine = GenerationEngine(model_dir, config, device="cpu")
+        completions = await engine.generate(prompt, 8, seed=config.seed)
+        await engine.load_weights(1, named_tensors)
+        engine.close()
+    """
+
+    def __init__(self, model_dir: str | Path, config: Config, *, device: str, policy_version: int = 0) -> None:
+        """Build the engine; blocks for seconds (CPU) to a minute (CUDA graphs).
+
+        Args:
+            model_dir: local Hugging Face directory with config, tokenizer and safetensors.
+            config: ``model.dtype``, ``seed``, ``rollout.*`` and ``generator.*`` are read.
+            device: ``cpu`` or ``cuda``, what the installed vLLM was built for.
+            policy_version: version of the weights in ``model_dir``.
+
+        Raises:
+            FileNotFoundError: the directory has no safetensors.
+            Exception: whatever vLLM raises for a model or options that it does not take.
+        """
+        self._config = config
+        self._policy_version = policy_version
+        self._expected = checkpoint_shapes(model_dir)
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._pending: deque[tuple[_Group, int]] = deque()
+        self._running: dict[str, tuple[_Group, int]] = {}
+        self._request_ids = itertools.count()
+        self._batch_ids = itertools.count()
+        self._closing = False
+        self._failure: GenerationError | None = None
+        self._unanswered: set[Future[Any]] = set()
+        self._lock = threading.Lock()
+        self._num_finished = self._num_generated_tokens = self._num_prompt_tokens = 0
+        self._num_steps = self._num_weight_loads = 0
+        self._busy_s = self._weight_load_s = 0.0
+
+        started: Future[None] = Future()
+        self._thread = threading.Thread(
+            target=self._run,
+            args=(engine_arguments(model_dir, config, device), started),
+            name="generation",
+            daemon=True,
+        )
+        self._thread.start()
+        started.result()
+
+    # ---- the asynchronous face: called from the event loop -------------------------------------------------------
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the weights that the next token is sampled from."""
+        return self._policy_version
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        n: int,
+        *,
+        seed: int,
+        sampling: SamplingConfig | None = None,
+        max_tokens: int | None = None,
+    ) -> list[Completion]:
+        """Sample ``n`` completions of a prompt, beside whatever else is being generated.
+
+        Sample i is seeded by ``sample_seed(seed, prompt.position, i)``. ``sampling`` and ``max_tokens`` default to
+        those of the configuration's ``rollout``; temperature 0 is greedy. Cancelling the call aborts its requests.
+
+        Raises:
+            ValueError: the prompt is empty, too long, or holds tokens that the model does not have.
+            TimeoutError: not done after ``generator.timeout_s``; the engine is stuck.
+            GenerationError: the engine failed or was closed.
+        """
+        group = _Group(prompt, self._sampling_params(prompt, n, seed, sampling, max_tokens), share="")
+        [result] = await self._complete([group])
+        if isinstance(result, ValueError):
+            raise result
+        return result
+
+    async def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        *,
+        seed: int,
+        sampling: SamplingConfig | None = None,
+        max_tokens: int | None = None,
+    ) -> list[list[Completion] | ValueError]:
+        """Sample ``n`` completions of each prompt; all requests are admitted, in order, before the first step.
+
+        In an engine that is idle the result is bitwise a function of weights, prompts and seed alone (on the CPU in
+        float32): it depends on what is in a batch together, and nothing computed earlier is reused.
+
+        A bad prompt has its ValueError in the place of its completions; the others are not touched by it. Raises as
+        ``generate`` otherwise.
+        """
+        share = f"batch-{next(self._batch_ids)}"
+        results: list[_Group | list[Completion] | ValueError] = []
+        for prompt in prompts:
+            try:
+                results.append(_Group(prompt, self._sampling_params(prompt, n, seed, sampling, max_tokens), share))
+            except ValueError as error:
+                results.append(error)
+        completed = iter(await self._complete([result for result in results if isinstance(result, _Group)]))
+        return [next(completed) if isinstance(result, _Group) else result for result in results]
+
+    async def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Put new weights in place between two steps and make ``version`` the policy version.
+
+        ``named_tensors`` are the full, unsharded tensors by Hugging Face name, all that the checkpoint holds (a tied
+        head may be left out), on the CPU or on the engine's device, of any floating dtype. They may be changed again
+        when the call has returned.
+
+        Raises:
+            ValueError: names or shapes do not match the checkpoint; nothing was changed.
+            TimeoutError, GenerationError: as ``generate``; a failure half way ends the engine.
+        """
+        tensors = complete_weights(named_tensors, self._expected, self._tied_head)
+        if self._config.generator.engine.tensor_parallel_size == 1:
+            await self._reload(version, {"weights_iterator": ((name, t.to(self._dtype)) for name, t in tensors)})
+            return
+        staging = staged_checkpoint(tensors, self._dtype)
+        directory = await asyncio.to_thread(staging.__enter__)
+        try:
+            await self._reload(version, {"weights_path": str(directory)})
+        finally:
+            await asyncio.to_thread(staging.__exit__, None, None, None)
+
+    def abort(self) -> None:
+        """End all requests; their callers get GenerationError."""
+        self._post(lambda: self._abort(set(self._unfinished())), [])
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """End all requests and the engine, its worker processes included. Safe to repeat.
+
+        Raises TimeoutError if the thread is stuck in a step for longer than ``timeout_s``.
+        """
+        self._closing = True
+        self._inbox.put(lambda: None)  # wakes the thread
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            raise TimeoutError(f"the generation thread did not end within {timeout_s:.0f} s")
+
+    def stats(self) -> EngineStats:
+        """Counts since the start; cheap, from any thread."""
+        return EngineStats(
+            policy_version=self._policy_version,
+            num_running=len(self._running),
+            num_waiting=len(self._pending),
+            num_finished=self._num_finished,
+            num_generated_tokens=self._num_generated_tokens,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_steps=self._num_steps,
+            num_weight_loads=self._num_weight_loads,
+            busy_s=self._busy_s,
+            weight_load_s=self._weight_load_s,
+        )
+
+    def _sampling_params(
+        self, prompt: Prompt, n: int, seed: int, sampling: SamplingConfig | None, max_tokens: int | None
+    ) -> list[Any]:
+        """One vLLM SamplingParams a sample; ValueError for a prompt that the engine cannot take."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        length = len(prompt.token_ids)
+        if length == 0:
+            raise ValueError(f"prompt {prompt.position} is empty")
+        if length >= self._max_model_len:
+            raise ValueError(
+                f"prompt {prompt.position} has {length} tokens and leaves no room for a response: "
+                f"the engine's max_model_len is {self._max_model_len}"
+            )
+        if max(prompt.token_ids) >= self._vocab_size or min(prompt.token_ids) < 0:
+            raise ValueError(f"prompt {prompt.position} has a token outside the vocabulary of {self._vocab_size}")
+        sampling = sampling or self._config.rollout.sampling
+        max_tokens = max_tokens or self._config.rollout.max_response_tokens
+        return [
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                max_tokens=min(max_tokens, self._max_model_len - length),
+                seed=sample_seed(seed, prompt.position, index),
+                logprobs=0,  # of the sampled token alone
+                flat_logprobs=True,
+                detokenize=False,  # the finished completion is decoded once
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                skip_clone=True,
+            )
+            for index in range(n)
+        ]
+
+    async def _complete(self, groups: list[_Group]) -> list[list[Completion] | ValueError]:
+        """Send groups through the engine. They enter between the same two steps, in order."""
+
+        def admit() -> None:
+            for group in groups:
+                self._pending.extend((group, index) for index in range(len(group.sampling_params)))
+
+        self._post(admit, [group.future for group in groups])
+        try:
+            return await self._answers([group.future for group in groups])
+        except (TimeoutError, asyncio.CancelledError):
+            self._inbox.put(lambda: self._abort(set(groups)))
+            raise
+
+    async def _reload(self, version: int, arguments: dict[str, Any]) -> None:
+        done = _future()
+        self._post(lambda: self._load(version, arguments, done), [done])
+        await self._answers([done])
+
+    def _post(self, command: Callable[[], None], futures: list[Future[Any]]) -> None:
+        """Give the thread a command that will resolve these futures, or raise if it takes none any more."""
+        with self._lock:
+            if self._failure is not None:
+                raise GenerationError(str(self._failure)) from self._failure
+            for future in futures:
+                self._unanswered.add(future)
+                future.add_done_callback(self._unanswered.discard)
+            self._inbox.put(command)
+
+    async def _answers(self, futures: list[Future[Any]]) -> list[Any]:
+        """Results of the futures, ValueErrors among them; raises any other error, and TimeoutError."""
+        timeout_s = self._config.generator.timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                answers = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
+        except TimeoutError:
+            raise TimeoutError(f"the generation engine did not answer within {timeout_s:.0f} s") from None
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, ValueError):
+                raise answer
+        return answers
+
+    # ---- the thread: everything below runs in it -----------------------------------------------------------------
+
+    def _run(self, arguments: dict[str, Any], started: Future[None]) -> None:
+        """Build the engine and step it until it is closed or fails."""
+        try:
+            self._build(arguments)
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        started.set_result(None)
+        failure = GenerationError("the generation engine was closed")
+        try:
+            while not self._closing:
+                self._take_commands()
+                self._admit()
+                if self._running:
+                    self._step()
+        except BaseException as error:  # handed to every caller, now and later: none may wait for a dead thread
+            logger.exception("the generation engine failed")
+            failure = GenerationError(f"the generation engine failed: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+        with self._lock:
+            self._failure = failure
+            unanswered = list(self._unanswered)
+        for future in unanswered:
+            future.set_exception(failure)
+        self._pending.clear()
+        self._running.clear()
+        self._engine.engine_core.shutdown()
+
+    def _build(self, arguments: dict[str, Any]) -> None:
+        prepare_environment()
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        self._engine.set_weight_version(str(self._policy_version))
+        model = self._engine.model_config
+        self._max_model_len: int = model.max_model_len
+        self._vocab_size: int = model.get_vocab_size()
+        self._dtype: torch.dtype = model.dtype
+        self._tied_head = bool(getattr(model.hf_text_config, "tie_word_embeddings", False))
+        self._max_num_seqs: int = self._engine.vllm_config.scheduler_config.max_num_seqs
+        self._tokenizer = self._engine.get_tokenizer()
+
+    def _take_commands(self) -> None:
+        """Run what callers sent; waits for it only where there is nothing else to do."""
+        if not self._running and not self._pending:
+            self._inbox.get()()
+        while not self._inbox.empty():
+            self._inbox.get()()
+
+    def _admit(self) -> None:
+        """Fill vLLM up to ``max_num_seqs`` requests.
+
+        The rest waits here, so that a request is salted by the version that will compute its prompt.
+        """
+        while self._pending and len(self._running) < self._max_num_seqs:
+            group, index = self._pending.popleft()
+            request_id = str(next(self._request_ids))
+            prompt = {
+                "prompt_token_ids": group.prompt.token_ids,
+                "cache_salt": f"version-{self._policy_version}/{group.share}",
+            }
+            try:
+                self._engine.add_request(request_id, prompt, group.sampling_params[index])
+            except ValueError as error:
+                self._abort({group}, error)
+                continue
+            self._running[request_id] = (group, index)
+
+    def _step(self) -> None:
+        start = time.perf_counter()
+        for output in self._engine.step():
+            self._finish(output)
+        self._num_steps += 1
+        self._busy_s += time.perf_counter() - start
+
+    def _finish(self, output: Any) -> None:
+        """Book one finished request; the last of a group answers its caller."""
+        group, index = self._running.pop(output.request_id)
+        [sample] = output.outputs
+        if sample.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended request {output.request_id} with {sample.finish_reason!r}")
+        token_ids = list(sample.token_ids)
+        logprobs = list(sample.logprobs.logprobs)
+        assert len(logprobs) == len(token_ids)
+        versions = sample.weight_versions
+        group.completions[index] = Completion(
+            sample_index=index,
+            text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish_reason=sample.finish_reason,
+            policy_versions=(int(versions[0].version), int(versions[-1].version)),
+        )
+        self._num_finished += 1
+        self._num_generated_tokens += len(token_ids)
+        self._num_prompt_tokens += len(group.prompt.token_ids)
+        if len(group.completions) == len(group.sampling_params):
+            group.future.set_result([group.completions[i] for i in range(len(group.completions))])
+
+    def _load(self, version: int, arguments: dict[str, Any], done: Future[Any]) -> None:
+        start = time.perf_counter()
+        self._settle()
+        self._engine.collective_rpc("reload_weights", kwargs=arguments)
+        self._engine.set_weight_version(str(version))
+        self._policy_version = version
+        self._num_weight_loads += 1
+        self._weight_load_s += time.perf_counter() - start
+        done.set_result(None)
+
+    def _settle(self) -> None:
+        """Collect the steps that vLLM has under way (asynchronous scheduling, CUDA): they belong to the old weights."""
+        num_steps = self._engine.vllm_config.max_concurrent_batches
+        if num_steps == 1 or not self._running:
+            return
+        self._engine.sleep(level=0, mode="keep")  # level 0 only stops the scheduling
+        for _ in range(num_steps):
+            self._step()
+        self._engine.wake_up(tags=["scheduling"])
+
+    def _unfinished(self) -> Iterator[_Group]:
+        yield from (group for group, _ in self._running.values())
+        yield from (group for group, _ in self._pending)
+
+    def _abort(self, groups: set[_Group], error: Exception | None = None) -> None:
+        """End all requests of these groups; callers that still wait get the error."""
+        request_ids = [request_id for request_id, (group, _) in self._running.items() if group in groups]
+        self._engine.abort_request(request_ids)
+        for request_id in request_ids:
+            del self._running[request_id]
+        self._pending = deque(item for item in self._pending if item[0] not in groups)
+        for group in groups:
+            if not group.future.done():
+                group.future.set_exception(error or GenerationError(f"prompt {group.prompt.position} was aborted"))
+
+
+def _future() -> Future[Any]:
+    """A future that its waiter cannot cancel: the thread resolves it, whoever still listens."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+    return future

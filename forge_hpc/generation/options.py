@@ -1,0 +1,66 @@
+"""What vLLM is started with: its environment variables and its engine arguments."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from forge_hpc.config.schema import Config
+
+_GIB = 1 << 30
+_MIN_BATCHED_TOKENS = 8192
+
+
+def prepare_environment() -> None:
+    """Set what vLLM reads from the environment. The only place that does; call it before ``import vllm``.
+
+    The number of threads is not set here: OMP_NUM_THREADS belongs to whoever starts the process and knows what else
+    runs on the node.
+    """
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine runs in this process and is stepped by us
+        VLLM_WORKER_MULTIPROC_METHOD="spawn",  # tensor-parallel workers: this process has threads and may hold CUDA
+        VLLM_HOST_IP="127.0.0.1",  # an engine lives on one host: whatever vLLM binds, it binds to loopback
+        VLLM_CPU_OMP_THREADS_BIND="nobind",  # two engines on one node would be bound to the same cores
+        VLLM_USE_FLASHINFER_SAMPLER="0",  # knows neither seeds per request nor processed log-probabilities
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_DO_NOT_TRACK="1",
+        HF_HUB_OFFLINE="1",  # models are local directories
+    )
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def engine_arguments(model_dir: str | Path, config: Config, device: str) -> dict[str, Any]:
+    """Keyword arguments of ``vllm.EngineArgs`` for a model directory; ``generator.engine.extra`` has the last word.
+
+    ``device`` is ``cpu`` or ``cuda``.
+    """
+    engine = config.generator.engine
+    max_model_len = engine.max_model_len
+    if max_model_len is None:
+        max_model_len = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    arguments: dict[str, Any] = {
+        "model": str(model_dir),
+        "dtype": config.model.dtype,
+        "seed": config.seed,
+        "tensor_parallel_size": engine.tensor_parallel_size,
+        "max_model_len": max_model_len,
+        "max_num_seqs": engine.max_num_seqs,
+        # Room for the prompts of a whole batch in one step: vLLM's default of 2048 makes short prompts trickle in.
+        "max_num_batched_tokens": max(_MIN_BATCHED_TOKENS, max_model_len, engine.max_num_seqs),
+        "enable_prefix_caching": engine.enable_prefix_caching,
+        # What was sampled from, after the temperature: the trainer divides its logits by the same one.
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+    }
+    if engine.tensor_parallel_size > 1:
+        arguments["distributed_executor_backend"] = "mp"
+    if device == "cpu":
+        arguments["enforce_eager"] = True
+        arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_memory_gib * _GIB)
+    else:
+        arguments["enforce_eager"] = engine.enforce_eager
+        arguments["gpu_memory_utilization"] = engine.gpu_memory_utilization
+        arguments["attention_backend"] = "FLASH_ATTN"
+    return arguments | engine.extra
