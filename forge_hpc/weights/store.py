@@ -1,0 +1,243 @@
+"""Weights by policy version: trainers publish, the controller commits, generators pull.
+
+    controller                     trainer ranks (SPMD)                 generators
+    store = await start(procs)
+                                   await publish(spec, 7, state_dict)
+    await store.commit(7)
+                                                                        await pull(spec, 7)
+
+A version can be seen only after ``commit``, which the controller calls once ``publish`` has returned on every rank; it
+verifies that the shards cover every tensor exactly once and then drops the versions beyond the newest ``keep``.
+
+Memory. Volumes hold ``keep`` versions, and one more while it is being published: (keep + 1) times the published bytes,
+spread over the volumes by rank. A publishing rank needs one bucket more (``MAX_BUCKET_BYTES``, or its largest shard). A
+puller holds the full model once, and one bucket.
+
+Example:
+    procs = trainer_hosts.spawn_procs(per_host={"volumes": 1})   # of its own: a training step would block a volume
+    store = await WeightStore.start(procs, num_ranks=8)
+    # hand store.spec to the actors
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from monarch.actor import ProcMesh, current_rank
+
+from forge_hpc.weights.compat import (
+    LocalClient,
+    MonarchTransportBuffer,
+    Pipe,
+    Request,
+    StoreController,
+    StoreVolume,
+    TorchStoreStrategy,
+    TransportBuffer,
+)
+from forge_hpc.weights.layout import Assembly, Index, build_index, plan
+
+MAX_BUCKET_BYTES = 256 * 2**20
+
+
+class VersionNotFoundError(LookupError):
+    """The version was never committed, or it has been dropped since."""
+
+
+class VersionExistsError(RuntimeError):
+    """The version is committed already: what generators may be reading is never overwritten."""
+
+
+class _Volumes(TorchStoreStrategy):
+    """One volume for each process of a mesh; ranks are spread over them in blocks, so that a rank writes to the volume
+    on its own host where both meshes span the same hosts."""
+
+    def __init__(self, num_ranks: int) -> None:
+        super().__init__()
+        self.num_ranks = num_ranks
+
+    @classmethod
+    def get_volume_id(cls) -> str:
+        return str(current_rank().rank)
+
+    def volume_of(self, rank: int) -> str:
+        return str(rank * len(self.volume_id_to_coord) // self.num_ranks)
+
+
+@dataclass(frozen=True)
+class StoreSpec:
+    """What trainers and generators need to reach the store; picklable, handed to them by the controller."""
+
+    controller: StoreController
+    volumes: _Volumes
+    num_ranks: int
+
+
+class _Pipe(Pipe):
+    def create_transport_buffer(self) -> TransportBuffer:
+        return MonarchTransportBuffer()
+
+
+class _Client(LocalClient):
+    """TorchStore's client, with the volume chosen by the publishing rank."""
+
+    def __init__(self, spec: StoreSpec) -> None:
+        super().__init__(spec.controller, spec.volumes)
+
+    async def put_as(self, rank: int, key: str, value: Any) -> None:
+        volume_id = self.strategy.volume_of(rank)
+        request = Request.from_any(value)
+        await _Pipe(self.strategy.get_storage_volume(volume_id)).put_to_storage_volume(key, request)
+        await self._controller.notify_put.call_one(key, request.meta_only(), volume_id)
+
+    async def get_from(self, rank: int, key: str) -> Any:
+        volume = self.strategy.get_storage_volume(self.strategy.volume_of(rank))
+        return await _Pipe(volume).get_from_storage_volume(key, Request.from_any(None))
+
+    async def all_keys(self) -> list[str]:
+        return await self._controller.keys.call_one()
+
+    async def committed(self) -> list[int]:
+        return sorted(int(key.split("/")[1]) for key in await self.all_keys() if key.endswith("/index"))
+
+
+def _prefix(version: int) -> str:
+    return f"policy/{version}/"
+
+
+def _index_key(version: int) -> str:
+    return f"{_prefix(version)}index"
+
+
+def _manifest_key(version: int, rank: int) -> str:
+    return f"{_prefix(version)}{rank}/manifest"
+
+
+def _bucket_key(version: int, rank: int, bucket: int) -> str:
+    return f"{_prefix(version)}{rank}/{bucket}"
+
+
+async def publish(
+    spec: StoreSpec,
+    version: int,
+    state_dict: Mapping[str, torch.Tensor],
+    *,
+    rank: int,
+    dtype: torch.dtype | None = None,
+) -> int:
+    """Put this rank's shards of a version; called on every trainer rank with the same names and placements.
+
+    Args:
+        version: policy version, not committed yet. A version of which a part was published before is overwritten.
+        state_dict: Hugging Face names to DTensors of any placement but ``Partial``, or to plain tensors, which rank 0
+            publishes; on any device.
+        rank: this process's rank, 0 to ``spec.num_ranks - 1``.
+        dtype: floating-point tensors are stored in this dtype; by default in their own.
+
+    Returns:
+        Bytes that this rank has put.
+
+    Raises:
+        VersionExistsError: the version is committed.
+        ValueError: a pending sum, or a rank out of range.
+    """
+    if not 0 <= rank < spec.num_ranks:
+        raise ValueError(f"rank {rank} of a store for {spec.num_ranks} ranks")
+    client = _Client(spec)
+    if version in await client.committed():
+        raise VersionExistsError(f"policy version {version} is published already")
+    manifest, tensors = plan(
+        state_dict, version=version, rank=rank, dtype=dtype, max_bucket_bytes=MAX_BUCKET_BYTES
+    )
+    for bucket, num_bytes in enumerate(manifest.bucket_bytes):
+        data = torch.empty(num_bytes, dtype=torch.uint8)
+        for shard, tensor in zip(manifest.shards, tensors, strict=True):
+            if shard.bucket == bucket:
+                shard.view(data).copy_(tensor.detach())
+        await client.put_as(rank, _bucket_key(version, rank, bucket), data)
+    await client.put_as(rank, _manifest_key(version, rank), manifest)
+    return sum(manifest.bucket_bytes)
+
+
+async def pull(spec: StoreSpec, version: int) -> dict[str, torch.Tensor]:
+    """The full tensors of a committed version by name, on the CPU; do not write to them.
+
+    Raises:
+        VersionNotFoundError: the version is not committed, or was dropped (perhaps while it was being pulled).
+    """
+    client = _Client(spec)
+    committed = await client.committed()
+    if version not in committed:
+        raise VersionNotFoundError(f"policy version {version} is not published; there are {committed or 'none'}")
+    index: Index = await client.get_from(0, _index_key(version))
+    assembly = Assembly(index)
+    for rank, bucket in index.buckets():
+        data = await client.get_from(rank, _bucket_key(version, rank, bucket))
+        assembly.add(rank, bucket, data)
+    return assembly.result()
+
+
+class WeightStore:
+    """The controller's side of the store; use :meth:`start`."""
+
+    def __init__(self, spec: StoreSpec, keep: int) -> None:
+        self.spec = spec
+        self._keep = keep
+        self._client = _Client(spec)
+
+    @classmethod
+    async def start(cls, proc_mesh: ProcMesh, num_ranks: int, keep: int = 2) -> WeightStore:
+        """Spawn a volume in each process of ``proc_mesh``, and the index of keys in its first.
+
+        Args:
+            proc_mesh: processes that do nothing else, on the trainers' hosts (a busy trainer would let pulls wait); at
+                most one a trainer rank. Who spawned it stops it; the store ends with it.
+            num_ranks: trainer ranks that publish every version.
+            keep: newest versions to hold; 2, so that a slow generator can finish pulling the one before the newest.
+        """
+        if not 1 <= proc_mesh.size() <= num_ranks or keep < 1:
+            raise ValueError(f"{proc_mesh.size()} volumes, {num_ranks} ranks, keep {keep}: want 1 <= volumes <= ranks")
+        volumes = proc_mesh.spawn("weight_volumes", StoreVolume, id_func=_Volumes.get_volume_id)
+        strategy = _Volumes(num_ranks)
+        await strategy.set_storage_volumes(volumes)
+        first = proc_mesh.slice(**dict.fromkeys(proc_mesh.extent.labels, 0))
+        controller = first.spawn("weight_index", StoreController)
+        await controller.init.call_one(
+            strategy=strategy, num_storage_volumes=proc_mesh.size(), storage_volumes=volumes
+        )
+        return cls(StoreSpec(controller, strategy, num_ranks), keep)
+
+    async def commit(self, version: int) -> int:
+        """Make a version visible after ``publish`` has returned on every rank, and drop the oldest beyond ``keep``.
+
+        Returns:
+            Bytes of the full tensors.
+
+        Raises:
+            IncompleteVersionError: shards are missing, or ranks disagree.
+            VersionNotFoundError: a rank has not published the version.
+        """
+        ranks = range(self.spec.num_ranks)
+        keys = set(await self._client.all_keys())
+        missing = [rank for rank in ranks if _manifest_key(version, rank) not in keys]
+        if missing:
+            raise VersionNotFoundError(f"policy version {version} was not published by ranks {missing}")
+        index = build_index([await self._client.get_from(rank, _manifest_key(version, rank)) for rank in ranks])
+        await self._client.put_as(0, _index_key(version), index)
+        for old in (await self.versions())[: -self._keep]:
+            await self.drop(old)
+        return index.num_bytes
+
+    async def versions(self) -> list[int]:
+        """Committed versions, oldest first."""
+        return await self._client.committed()
+
+    async def drop(self, version: int) -> None:
+        """Delete a version, whether it is committed, half published or absent."""
+        keys = [key for key in await self._client.all_keys() if key.startswith(_prefix(version))]
+        # The index first: from here on nobody begins to pull this version.
+        for key in sorted(keys, key=lambda key: key != _index_key(version)):
+            await self._client.delete(key)
