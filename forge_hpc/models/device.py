@@ -1,0 +1,55 @@
+"""The one place that decides between the CPU with gloo and CUDA with NCCL.
+
+Everything else asks here. torchtitan reads the device once, when it is first imported, so ``forge_hpc.models`` calls
+``prepare_torchtitan`` before any module of ours imports torchtitan.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+
+import torch
+
+
+def device_type() -> str:
+    """``cuda`` where a CUDA device is visible, else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def dist_backend() -> str:
+    """Backend string for ``init_process_group``. CUDA jobs keep gloo for CPU tensors: checkpoints coordinate over it."""
+    return "cpu:gloo,cuda:nccl" if device_type() == "cuda" else "gloo"
+
+
+def local_device() -> torch.device:
+    """This process's device: the CUDA device of its local rank (``LOCAL_RANK``), or the CPU."""
+    if device_type() == "cpu":
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    # A launcher may have masked the process down to a single device.
+    return torch.device("cuda", 0 if torch.cuda.device_count() == 1 else local_rank)
+
+
+def prepare_torchtitan() -> None:
+    """Make torchtitan 0.3.0 take the device of this module. Harmless when repeated.
+
+    - Without an accelerator ``torchtitan.tools.utils.device_type`` falls back to "cuda"; it can go when torchtitan
+      asks torch for the CPU instead.
+    - On Hopper and newer, varlen attention insists on FlashAttention 3 or 4; where their module is missing, torch's own
+      FlashAttention 2 serves. It can go when torchtitan looks for the module itself.
+
+    Raises RuntimeError if torchtitan was imported before with the wrong device.
+    """
+    if device_type() == "cpu":
+        torch._utils._get_available_device_type = lambda: "cpu"
+        utils = sys.modules.get("torchtitan.tools.utils")
+        if utils is not None and utils.device_type != "cpu":
+            raise RuntimeError(
+                "torchtitan was imported before forge_hpc.models and took a CUDA device that is not there"
+            )
+    elif importlib.util.find_spec("flash_attn_interface") is None:
+        from torchtitan.tools import utils
+
+        utils.get_cuda_flash_attention_impl = lambda: None

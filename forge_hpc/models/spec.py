@@ -1,0 +1,294 @@
+"""From a Hugging Face directory to a TorchTitan model: dense Qwen3 and Llama 3 of any size, and Qwen3 MoE.
+
+Dimensions come from ``config.json``. Both families are built with rotary embeddings in Hugging Face's layout (halves
+rotated, not pairs), so every weight has the same values and shape on both sides: publishing and exporting them is
+renaming, whatever the sharding.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torchtitan.config import ParallelismConfig
+from torchtitan.models.common import CosSinRoPE, Embedding, Linear, RMSNorm
+from torchtitan.models.common.config_utils import (
+    make_ffn_config,
+    make_gqa_config,
+    make_moe_config,
+    make_routed_experts_config,
+    make_router_config,
+)
+from torchtitan.models.common.decoder import Decoder
+from torchtitan.models.common.param_init import skip_param_init
+from torchtitan.models.llama3 import Llama3Model, parallelize_llama
+from torchtitan.models.llama3.model import Llama3TransformerBlock
+from torchtitan.models.qwen3 import Qwen3Model, parallelize_qwen3
+from torchtitan.models.qwen3.model import Qwen3TransformerBlock
+from torchtitan.models.qwen3.state_dict_adapter import Qwen3StateDictAdapter
+from torchtitan.protocols.module import Module
+
+from forge_hpc.config.errors import UserError
+
+_NORMAL = {"weight": partial(nn.init.normal_, std=0.02)}
+_ONES = {"weight": nn.init.ones_}
+
+
+class LlamaRoPE(CosSinRoPE):
+    """Rotary embeddings in Hugging Face's layout with the frequency scaling of Llama 3.1.
+
+    Formula: ``_compute_llama3_parameters`` of transformers' ``modeling_rope_utils``. TorchTitan 0.3.0 has this scaling
+    only in its complex layout, whose weights are permuted; this class can go when ``CosSinRoPE`` knows "llama".
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(CosSinRoPE.Config):
+        pass
+
+    def _precompute_cache(self) -> torch.Tensor:
+        """[max_seq_len, 2 * dim]: cosines, then sines."""
+        cfg = self.config
+        inv_freq = 1.0 / (cfg.theta ** (torch.arange(0, cfg.dim, 2).float() / cfg.dim))
+        if cfg.scaling == "llama":
+            context = cfg.original_max_position_embeddings
+            wavelength = 2 * math.pi / inv_freq
+            low, high = cfg.low_freq_factor, cfg.high_freq_factor
+            smooth = ((context / wavelength - low) / (high - low)).clamp(0, 1)  # 0: scaled, 1: as it was
+            inv_freq = (1 - smooth) * inv_freq / cfg.scaling_factor + smooth * inv_freq
+        freqs = torch.outer(torch.arange(cfg.max_seq_len, device=inv_freq.device).float(), inv_freq)
+        angles = torch.cat([freqs, freqs], dim=-1)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A TorchTitan model, not yet built."""
+
+    config: Decoder.Config
+    parallelize: Callable[..., nn.Module]
+    """TorchTitan's parallelize function for the family."""
+    adapter: Qwen3StateDictAdapter
+    """Renames state dicts to and from Hugging Face's names. Its names are those of Llama too."""
+    hf_config: dict[str, Any]
+    inner_attention: Module.Config
+
+    @property
+    def is_moe(self) -> bool:
+        return self.config.layers[0].moe is not None
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the output layer shares the embedding's weight."""
+        return self.config.enable_weight_tying
+
+
+def load_spec(
+    model_dir: Path, *, max_positions: int, inner_attention: Module.Config, parallelism: ParallelismConfig
+) -> ModelSpec:
+    """The TorchTitan model for a Hugging Face directory.
+
+    Args:
+        max_positions: longest document plus rounding, in tokens: size of the rotary cache.
+        inner_attention: from ``forge_hpc.models.attention.inner_attention_config``.
+
+    Raises:
+        UserError: no or broken ``config.json``; an architecture or option that is not supported; a context that is
+            too short; heads that the tensor-parallel degree does not divide.
+    """
+    hf = read_hf_config(model_dir)
+    architecture = (hf.get("architectures") or [hf.get("model_type")])[0]
+    families = {
+        "Qwen3ForCausalLM": (Qwen3Model, Qwen3TransformerBlock, parallelize_qwen3),
+        "Qwen3MoeForCausalLM": (Qwen3Model, Qwen3TransformerBlock, parallelize_qwen3),
+        "LlamaForCausalLM": (Llama3Model, Llama3TransformerBlock, parallelize_llama),
+    }
+    if architecture not in families:
+        raise UserError(
+            f"the model in {model_dir} is a {architecture}, which cannot be trained here",
+            f"supported architectures: {', '.join(families)}",
+        )
+    model_cls, block_cls, parallelize = families[architecture]
+    _refuse_unsupported(hf, model_dir)
+    if max_positions > hf["max_position_embeddings"]:
+        raise UserError(
+            f"trainer.training.seq_len needs {max_positions} positions; the model in {model_dir} has "
+            f"{hf['max_position_embeddings']}",
+            f"set trainer.training.seq_len to at most {hf['max_position_embeddings']}",
+        )
+    block = _block_config(hf, block_cls, inner_attention, max_positions)
+    dim, vocab_size, is_tied = hf["hidden_size"], hf["vocab_size"], bool(hf.get("tie_word_embeddings", False))
+    config = model_cls.Config(
+        dim=dim,
+        vocab_size=vocab_size,
+        enable_weight_tying=is_tied,
+        tok_embeddings=Embedding.Config(
+            num_embeddings=vocab_size,
+            embedding_dim=dim,
+            param_init={"weight": skip_param_init} if is_tied else _NORMAL,
+        ),
+        norm=RMSNorm.Config(normalized_shape=dim, eps=hf["rms_norm_eps"], param_init=_ONES),
+        lm_head=Linear.Config(in_features=dim, out_features=vocab_size, param_init=_NORMAL),
+        layers=[block() for _ in range(hf["num_hidden_layers"])],
+    )
+    try:
+        config.update_from_config(config=SimpleNamespace(parallelism=parallelism))
+    except ValueError as error:
+        raise UserError(str(error), "choose trainer.parallelism.tensor_parallel_degree to divide the heads") from error
+    return ModelSpec(config, parallelize, Qwen3StateDictAdapter(config, None), hf, inner_attention)
+
+
+def read_hf_config(model_dir: Path) -> dict[str, Any]:
+    """``config.json`` of a Hugging Face directory.
+
+    Raises:
+        UserError: where it is missing or is not JSON.
+    """
+    path = model_dir / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist", "model.path must be a model in Hugging Face format") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}", "copy the model again") from error
+
+
+def load_hf_weights(model: nn.Module, spec: ModelSpec, model_dir: Path) -> None:
+    """Load a directory's safetensors into the model, sharded or not; each rank reads what it holds.
+
+    Raises:
+        UserError: no safetensors, a missing weight or one of another shape.
+    """
+    state = spec.adapter.to_hf(model.state_dict())
+    _check_weights(state, model_dir)
+    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(model_dir)))
+    if spec.is_moe:  # expert weights are stacked here and separate there, so the load went into copies
+        model.load_state_dict(spec.adapter.from_hf(state), strict=False)
+
+
+def _check_weights(state: dict[str, torch.Tensor], model_dir: Path) -> None:
+    shapes: dict[str, list[int]] = {}
+    for path in sorted(model_dir.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            shapes.update({name: file.get_slice(name).get_shape() for name in file.keys()})  # noqa: SIM118
+    if not shapes:
+        raise UserError(f"{model_dir} holds no weights", "it needs *.safetensors files beside config.json")
+    for name, tensor in state.items():
+        if name not in shapes:
+            raise UserError(f"the weight {name} is missing from {model_dir}", "copy the model again")
+        if list(tensor.shape) != list(shapes[name]):
+            raise UserError(
+                f"the weight {name} in {model_dir} has shape {shapes[name]}, config.json implies {list(tensor.shape)}",
+                "config.json and the weights belong to different models",
+            )
+
+
+def _refuse_unsupported(hf: dict[str, Any], model_dir: Path) -> None:
+    for option in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config", "mlp_only_layers"):
+        if hf.get(option):
+            raise UserError(f"the model in {model_dir} has {option}, which is not supported", "choose another model")
+    if hf.get("hidden_act", "silu") != "silu":
+        raise UserError(f"the model in {model_dir} has the activation {hf['hidden_act']}", "only silu is supported")
+
+
+def _block_config(
+    hf: dict[str, Any], block_cls: Any, inner_attention: Module.Config, max_positions: int
+) -> Callable[[], Any]:
+    """Makes the configuration of one layer; each layer gets its own, as TorchTitan fills in shardings."""
+    dim, num_heads = hf["hidden_size"], hf["num_attention_heads"]
+    head_dim = hf.get("head_dim") or dim // num_heads
+
+    def norm(size: int) -> RMSNorm.Config:
+        return RMSNorm.Config(normalized_shape=size, eps=hf["rms_norm_eps"], param_init=_ONES)
+
+    def block() -> Any:
+        mlp: dict[str, Any]
+        if "num_experts" in hf:
+            mlp = {"moe": _moe_config(hf)}
+        else:
+            mlp = {
+                "feed_forward": make_ffn_config(
+                    dim=dim, hidden_dim=hf["intermediate_size"], w1_param_init=_NORMAL, w2w3_param_init=_NORMAL
+                )
+            }
+        return block_cls.Config(
+            attention_norm=norm(dim),
+            ffn_norm=norm(dim),
+            attention=make_gqa_config(
+                dim=dim,
+                n_heads=num_heads,
+                n_kv_heads=hf.get("num_key_value_heads") or num_heads,
+                head_dim=head_dim,
+                wqkv_param_init=_NORMAL,
+                wo_param_init=_NORMAL,
+                inner_attention=type(inner_attention)(),
+                fuse_qkv=False,  # fused, every state dict would be a copy
+                rope=_rope_config(hf, head_dim, max_positions),
+                qk_norm=norm(head_dim) if block_cls is Qwen3TransformerBlock else None,
+            ),
+            **mlp,
+        )
+
+    return block
+
+
+def _rope_config(hf: dict[str, Any], head_dim: int, max_positions: int) -> CosSinRoPE.Config:
+    # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
+    rope = {"rope_theta": hf.get("rope_theta", 10000.0)} | (hf.get("rope_scaling") or {})
+    rope |= hf.get("rope_parameters") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return CosSinRoPE.Config(dim=head_dim, max_seq_len=max_positions, theta=rope["rope_theta"])
+    if kind == "llama3":
+        return LlamaRoPE.Config(
+            dim=head_dim,
+            max_seq_len=max_positions,
+            theta=rope["rope_theta"],
+            scaling="llama",
+            scaling_factor=rope["factor"],
+            low_freq_factor=rope["low_freq_factor"],
+            high_freq_factor=rope["high_freq_factor"],
+            original_max_position_embeddings=rope["original_max_position_embeddings"],
+        )
+    raise UserError(f"rotary embeddings of type {kind} are not supported", "supported types: default, llama3")
+
+
+def _moe_config(hf: dict[str, Any]) -> Any:
+    if hf.get("decoder_sparse_step", 1) != 1 or not hf.get("norm_topk_prob", False):
+        raise UserError(
+            "only Qwen3 MoE models with experts in every layer and normalised routing weights are supported",
+            "their config.json has decoder_sparse_step: 1 and norm_topk_prob: true",
+        )
+    dim, num_experts, top_k = hf["hidden_size"], hf["num_experts"], hf["num_experts_per_tok"]
+    expert_init = {name: _NORMAL["weight"] for name in ("w1_EFD", "w2_EDF", "w3_EFD")}
+    return make_moe_config(
+        num_experts=num_experts,
+        router=make_router_config(
+            dim=dim,
+            num_experts=num_experts,
+            gate_param_init=_NORMAL,
+            top_k=top_k,
+            score_func="softmax",
+            route_norm=True,
+        ),
+        routed_experts=make_routed_experts_config(
+            dim=dim,
+            hidden_dim=hf["moe_intermediate_size"],
+            num_experts=num_experts,
+            top_k=top_k,
+            param_init=expert_init,
+            comm_backend="standard",
+        ),
+        # A balancing bias would change the routing in the trainer alone: the generator knows nothing of it.
+        load_balance_coeff=None,
+    )

@@ -1,0 +1,1 @@
+"""The TorchTitan training engine."""

@@ -1,0 +1,60 @@
+"""TorchTitan's CheckpointManager, saving to and loading from the directory that it is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torchtitan.components.checkpointer import CheckpointManager
+from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer
+
+
+class TrainerCheckpointer(CheckpointManager):
+    """Writes straight into a directory, not into ``folder/step-N``: the run's checkpoints have their own layout, which
+    also says when one is complete and how long it is kept."""
+
+    def _create_checkpoint_id(self, step: int, folder: str = "") -> str:
+        return folder or self.folder
+
+    def save_to(self, directory: Path) -> None:
+        """Save all state; where saving is asynchronous, return once it is staged in memory. Waits for the save before.
+
+        Raises whatever made the previous asynchronous save fail.
+        """
+        self.folder = str(directory)
+        self.save(1)
+
+    def load_from(self, directory: Path) -> None:
+        """Load all state, whatever the sharding it was saved under.
+
+        Raises:
+            FileNotFoundError: no such directory.
+        """
+        self.folder = str(directory)
+        self.load(1)  # any step but 0, which means weights alone, and -1, which means the newest
+
+
+def build_checkpointer(
+    model: nn.Module,
+    optimizers: OptimizersContainer,
+    lr_schedulers: LRSchedulersContainer,
+    states: dict[str, Any],
+    *,
+    async_save: bool,
+) -> TrainerCheckpointer:
+    """A collective call where saving is asynchronous: it makes a process group of its own."""
+    config = CheckpointManager.Config(
+        enable=True, interval=1, keep_latest_k=0, async_mode="async" if async_save else "disabled"
+    )
+    checkpointer = TrainerCheckpointer(
+        config,
+        dataloader=None,
+        model_parts=[model],
+        optimizers=optimizers,
+        lr_schedulers=lr_schedulers,
+        states=states,
+        sd_adapter=None,
+    )
+    del checkpointer.states["dataloader"]  # the controller draws the prompts
+    return checkpointer

@@ -1,0 +1,396 @@
+"""The training engine: one rank's share of a TorchTitan model, its optimizer and its checkpoints.
+
+A step takes documents, the same on every rank: they are packed into rows, each data-parallel rank takes its rows a
+microbatch at a time, and gradients accumulate. The loss is divided by the step's global count of trained tokens and
+gradients are summed, so neither rows, microbatches nor ranks change what is learned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.fsdp import FSDPModule
+from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer, ParamGroupConfig
+from torchtitan.components.optimizer.utils import init_optim_state
+from torchtitan.config import TORCH_DTYPE_MAP, CompileConfig, ParallelismConfig, TrainingConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+from torchtitan.distributed.compile import apply_compile
+from torchtitan.tools.utils import set_default_dtype
+
+from forge_hpc.config.errors import UserError
+from forge_hpc.config.schema import Config
+from forge_hpc.data.packing import PackedBatch, pack, unpack
+from forge_hpc.data.types import Document
+from forge_hpc.losses import build_loss
+from forge_hpc.models.attention import attention_inputs, inner_attention_config
+from forge_hpc.models.device import device_type, local_device
+from forge_hpc.models.spec import load_hf_weights, load_spec
+from forge_hpc.training.checkpointer import TrainerCheckpointer, build_checkpointer
+from forge_hpc.training.export import export_hf
+from forge_hpc.training.logprobs import token_logprobs
+
+
+class TrainEngine(Stateful):
+    """A model in training. Build it after ``init_distributed``; every method is a collective call of all ranks.
+
+    Example:
+        >>> init_distributed(store_path, rank=0, world_size=1, local_rank=0)
+        >>> engine = TrainEngine(cfg, model_dir)
+        >>> engine.train_step(documents)["loss"]
+
+    Raises:
+        UserError: a model that cannot be trained here, or degrees that do not fit the number of ranks.
+    """
+
+    def __init__(self, cfg: Config, model_dir: Path) -> None:
+        self.cfg = cfg
+        self.model_dir = model_dir
+        self.device = local_device()
+        self.step = 0
+        """Optimizer steps taken."""
+        training, parallelism = cfg.trainer.training, _parallelism_config(cfg)
+        self.parallel_dims = _parallel_dims(parallelism)
+        param_dtype = TORCH_DTYPE_MAP["float32" if device_type() == "cpu" else training.mixed_precision_param]
+        self._row_len_multiple = math.lcm(8, self.parallel_dims.tp)
+        self.spec = load_spec(
+            model_dir,
+            max_positions=_round_up(training.seq_len, self._row_len_multiple),
+            inner_attention=inner_attention_config(param_dtype),
+            parallelism=parallelism,
+        )
+        self.model = self._build_model(parallelism, param_dtype)
+        load_hf_weights(self.model, self.spec, model_dir)
+        self.optimizers = _build_optimizers(cfg, self.model)
+        self.lr_schedulers = _build_lr_schedulers(cfg, self.optimizers)
+        is_sft = cfg.recipe == "sft"
+        self.loss_fn = build_loss("sft" if is_sft else cfg.algorithm.loss, cfg.algorithm)
+        self.temperature = 1.0 if is_sft else cfg.rollout.sampling.temperature
+        if self.temperature <= 0:
+            raise UserError(
+                "rollout.sampling.temperature is 0: greedy samples carry no gradient", "set it above 0, usually to 1"
+            )
+        self._checkpointer: TrainerCheckpointer | None = None
+
+    # ---- training
+
+    def train_step(self, documents: Sequence[Document]) -> dict[str, float]:
+        """One optimizer step on all documents.
+
+        Returns:
+            The step's metrics, the same on every rank: ``loss``, ``grad_norm`` (before clipping), ``lr``,
+            ``entropy/mean`` (nats), ``kl/mean``, ``tokens/trained``, ``tokens/fill``, those of the loss, and with
+            generator log-probabilities ``mismatch/logprob_abs_mean``: the mean absolute difference between them and
+            the log-probabilities under the weights that the step begins with.
+
+        Raises:
+            ValueError: documents that cannot be packed.
+            RuntimeError: a loss or gradient norm that is not finite; weights and optimizer are then untouched.
+        """
+        batch = self._pack(documents)
+        num_trained = batch.num_trained_tokens
+        if num_trained == 0:
+            raise ValueError("no token of the documents is trained: every loss mask is empty")
+        self.optimizers.zero_grad()
+        sums: dict[str, torch.Tensor] = {}
+        for microbatch in self._microbatches(batch):
+            for name, value in self._forward_backward(microbatch, num_trained).items():
+                sums[name] = sums[name] + value if name in sums else value
+        metrics = {"kl/mean": 0.0} | self._sum_over_ranks(sums)
+        if not math.isfinite(metrics["loss"]):
+            raise RuntimeError(f"the loss of step {self.step + 1} is {metrics['loss']}")
+        grad_norm = float(
+            dist_utils.clip_grad_norm_(
+                self.model.parameters(),
+                self.cfg.trainer.training.max_norm,
+                foreach=True,
+                ep_enabled=self.parallel_dims.ep_enabled,
+            )
+        )
+        if not math.isfinite(grad_norm):
+            raise RuntimeError(f"the gradient norm of step {self.step + 1} is {grad_norm}")
+        lr = float(self.lr_schedulers.schedulers[0].get_last_lr()[0])
+        self.optimizers.step()
+        self.lr_schedulers.step()
+        self.step += 1
+        return metrics | {"grad_norm": grad_norm, "lr": lr, "tokens/trained": num_trained, "tokens/fill": batch.fill}
+
+    def logprobs(self, documents: Sequence[Document]) -> list[np.ndarray]:
+        """Log-probabilities of the documents' tokens under the current weights, at the training temperature.
+
+        Returns:
+            On every rank, [L] float32 for each document, as ``Document.ref_logprobs`` wants it: at the tokens of its
+            loss mask, 0 elsewhere.
+        """
+        batch = self._pack(documents)
+        values = torch.zeros(batch.labels.shape, device=self.device)
+        size = self.cfg.trainer.training.local_batch_size
+        with torch.no_grad():
+            for start in self._row_starts(batch):
+                microbatch = self._to_device(batch.rows(start, start + size))
+                logprobs, _ = self._forward(microbatch)
+                values[start : start + size] = logprobs * microbatch["mask"]
+        mesh = self.parallel_dims.get_optional_mesh("batch")
+        if mesh is not None:
+            dist.all_reduce(values, group=mesh.get_group())
+        return unpack(values.cpu().numpy(), batch, documents)
+
+    def _pack(self, documents: Sequence[Document]) -> PackedBatch:
+        training = self.cfg.trainer.training
+        return pack(
+            documents,
+            training.seq_len,
+            num_rows_multiple=self._data_parallel_degree * training.local_batch_size,
+            row_len_multiple=self._row_len_multiple,
+        )
+
+    @property
+    def _data_parallel_degree(self) -> int:
+        return self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
+
+    def _row_starts(self, batch: PackedBatch) -> range:
+        """First rows of this rank's microbatches; all ranks have equally many."""
+        size = self.cfg.trainer.training.local_batch_size
+        mesh = self.parallel_dims.get_optional_mesh("batch")
+        first = 0 if mesh is None else mesh.get_local_rank() * size
+        return range(first, batch.num_rows, size * self._data_parallel_degree)
+
+    def _microbatches(self, batch: PackedBatch) -> Iterator[dict[str, Any]]:
+        size = self.cfg.trainer.training.local_batch_size
+        for start in self._row_starts(batch):
+            yield self._to_device(batch.rows(start, start + size))
+
+    def _to_device(self, rows: dict[str, np.ndarray | None]) -> dict[str, Any]:
+        microbatch: dict[str, Any] = {
+            name: None if array is None else torch.from_numpy(array).to(self.device, non_blocking=True)
+            for name, array in rows.items()
+        }
+        assert rows["positions"] is not None
+        microbatch["attention"] = attention_inputs(self.spec.inner_attention, rows["positions"], self.device)
+        return microbatch
+
+    def _forward(self, microbatch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and entropies of the labels: [R, T] float32 each."""
+        logits = self.model(
+            microbatch["input_ids"], positions=microbatch["positions"], attention_masks=microbatch["attention"]
+        )
+        return token_logprobs(logits, microbatch["labels"], self.temperature)
+
+    def _forward_backward(self, microbatch: dict[str, Any], num_trained: int) -> dict[str, torch.Tensor]:
+        """Add the microbatch's gradients; return its share of the step's metrics."""
+        logprobs, entropy = self._forward(microbatch)
+        mask, generator_logprobs = microbatch["mask"], microbatch["generator_logprobs"]
+        output = self.loss_fn(
+            logprobs=logprobs,
+            # The policy that sampled the tokens is the one that clipping holds the new policy close to.
+            old_logprobs=logprobs.detach() if generator_logprobs is None else generator_logprobs,
+            advantages=microbatch["advantages"],
+            mask=mask,
+            generator_logprobs=generator_logprobs,
+            ref_logprobs=microbatch["ref_logprobs"],
+            entropy=entropy,
+            segment_ids=microbatch["segment_ids"],
+            normalizer=num_trained,
+        )
+        output.loss.backward()
+        shares = {
+            "loss": output.loss.detach(),
+            "entropy/mean": torch.where(mask, entropy.detach(), 0).sum() / num_trained,
+        }
+        if generator_logprobs is not None:
+            difference = (logprobs.detach() - generator_logprobs).abs()
+            shares["mismatch/logprob_abs_mean"] = torch.where(mask, difference, 0).sum() / num_trained
+        return shares | output.metrics
+
+    def _sum_over_ranks(self, shares: dict[str, torch.Tensor]) -> dict[str, float]:
+        values = torch.stack([value.float() for value in shares.values()])
+        mesh = self.parallel_dims.get_optional_mesh("loss")
+        if mesh is not None:
+            dist.all_reduce(values, group=mesh.get_group())
+        return dict(zip(shares, values.tolist(), strict=True))
+
+    # ---- weights and checkpoints
+
+    def hf_state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights by Hugging Face name in ``model.dtype``: tensors, or DTensors where the model is sharded.
+
+        In the training dtype they are views of the weights, which the next step changes. With tied embeddings
+        ``lm_head.weight`` is there too, the same tensor: vLLM's head on the CPU stays stale without it.
+        """
+        dtype = TORCH_DTYPE_MAP[self.cfg.model.dtype]
+        state = {name: tensor.detach().to(dtype) for name, tensor in self._to_hf().items()}
+        if self.spec.is_tied:
+            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        return state
+
+    def export(self, directory: Path) -> None:
+        """Write the model in Hugging Face format in ``model.dtype``, atomically, with the tokenizer it came with."""
+        export_hf(self._to_hf(), self.model_dir, directory, TORCH_DTYPE_MAP[self.cfg.model.dtype])
+
+    def save(self, directory: Path) -> None:
+        """Save weights, optimizer, schedule and step into a directory that does not exist yet.
+
+        With ``checkpoint.async_save`` it returns once the state is staged in memory; ``wait_for_save`` tells when it is
+        written. Raises what made the previous save fail.
+        """
+        self._materialize_optimizer_state()
+        self._get_checkpointer().save_to(directory)
+
+    def wait_for_save(self) -> None:
+        """Return when the last save is written; raise what made it fail."""
+        self._get_checkpointer().maybe_wait_for_saving()
+
+    def load(self, directory: Path) -> None:
+        """Continue from a save of this model, made on any number of ranks.
+
+        Raises:
+            FileNotFoundError: no such directory.
+        """
+        self._materialize_optimizer_state()
+        self._get_checkpointer().load_from(directory)
+        for scheduler in self.lr_schedulers:  # a rate edited since the save counts from the first step on
+            for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+                group["lr"] = lr
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the checkpoint holds beside weights, optimizer and schedule."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of ``state_dict``."""
+        self.step = state_dict["step"]
+
+    def _to_hf(self) -> dict[str, torch.Tensor]:
+        return self.spec.adapter.to_hf(self.model.state_dict())
+
+    def _get_checkpointer(self) -> TrainerCheckpointer:
+        if self._checkpointer is None:
+            self._checkpointer = build_checkpointer(
+                self.model,
+                self.optimizers,
+                self.lr_schedulers,
+                {"train_state": self},
+                async_save=self.cfg.checkpoint.async_save,
+            )
+        return self._checkpointer
+
+    def _materialize_optimizer_state(self) -> None:
+        """Create Adam's state before the first step as if no step had been taken.
+
+        torchtitan 0.3.0 does so by a step with zero gradients, which counts as one: a run saved at step 0 would go on
+        with another bias correction than one that was not.
+        """
+        for optimizer in self.optimizers:
+            if not optimizer.state:
+                optimizer.zero_grad()
+                init_optim_state(optimizer)
+                for state in optimizer.state.values():
+                    state["step"].zero_()
+
+    # ---- building
+
+    def _build_model(self, parallelism: ParallelismConfig, param_dtype: torch.dtype) -> Any:
+        cfg, dims = self.cfg.trainer, self.parallel_dims
+        master_dtype = TORCH_DTYPE_MAP[cfg.training.dtype]
+        with torch.device("meta"), set_default_dtype(master_dtype):
+            model: Any = self.spec.config.build()
+        ac_config = {"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}[
+            cfg.activation_checkpoint.mode
+        ]
+        compile_config = CompileConfig(enable=cfg.compile.enable, components=["model"])
+        if dims.world_size == 1 and param_dtype == master_dtype:
+            # Nothing to shard and nothing to cast: FSDP would only cost time.
+            if ac_config is not None:
+                ac_config.build(dump_folder="").apply(model)
+            if compile_config.enable:
+                apply_compile(model, compile_config=compile_config, parallel_dims=dims)
+        else:
+            model = self.spec.parallelize(
+                model,
+                parallel_dims=dims,
+                training=TrainingConfig(
+                    dtype=cfg.training.dtype, mixed_precision_param=str(param_dtype).removeprefix("torch.")
+                ),
+                parallelism=parallelism,
+                compile_config=compile_config,
+                ac_config=ac_config,
+                dump_folder="",
+            )
+            if device_type() == "cpu":
+                _use_plain_sums(model)
+        model.to_empty(device=self.device)
+        with torch.no_grad():
+            model.init_weights()
+        model.train()
+        return model
+
+
+def _use_plain_sums(model: torch.nn.Module) -> None:
+    """gloo knows no PREMUL_SUM, which FSDP of torch 2.13 takes for a gradient factor that is not the world size."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _parallelism_config(cfg: Config) -> ParallelismConfig:
+    degrees = cfg.trainer.parallelism
+    return ParallelismConfig(
+        spmd_backend="partial_dtensor",  # the one that works with gloo on torch 2.13
+        data_parallel_replicate_degree=degrees.data_parallel_replicate_degree,
+        data_parallel_shard_degree=degrees.data_parallel_shard_degree,
+        tensor_parallel_degree=degrees.tensor_parallel_degree,
+        expert_parallel_degree=degrees.expert_parallel_degree,
+    )
+
+
+def _parallel_dims(parallelism: ParallelismConfig) -> ParallelDims:
+    dist_utils.set_spmd_backend(parallelism.spmd_backend)
+    try:
+        dims = ParallelDims.from_config(parallelism, dist.get_world_size())
+    except AssertionError as error:
+        raise UserError(
+            f"trainer.parallelism does not fit {dist.get_world_size()} trainer ranks: {error}",
+            "replicate * shard * tensor degree must be the number of ranks; a shard degree of -1 takes what is left",
+        ) from error
+    dims.build_mesh()
+    return dims
+
+
+def _build_optimizers(cfg: Config, model: torch.nn.Module) -> OptimizersContainer:
+    optimizer = cfg.trainer.optimizer
+    group = ParamGroupConfig(
+        pattern=".*",
+        optimizer_name=optimizer.name,
+        optimizer_kwargs={
+            "lr": optimizer.lr,
+            "betas": (optimizer.beta1, optimizer.beta2),
+            "eps": optimizer.eps,
+            "weight_decay": optimizer.weight_decay,
+        },
+    )
+    return OptimizersContainer.Config(param_groups=[group]).build(model_parts=[model])
+
+
+def _build_lr_schedulers(cfg: Config, optimizers: OptimizersContainer) -> LRSchedulersContainer:
+    scheduler, steps = cfg.trainer.lr_scheduler, cfg.trainer.training.steps
+    is_constant = scheduler.decay_ratio is None
+    return LRSchedulersContainer.Config(
+        warmup_steps=min(scheduler.warmup_steps, steps),
+        # torchtitan takes None for a decay from the end of the warm-up; ours is a constant rate, without an end.
+        total_steps=2**31 if is_constant else steps,
+        decay_ratio=0.0 if is_constant else scheduler.decay_ratio,
+        decay_type=scheduler.decay_type,
+        min_lr_factor=scheduler.min_lr_factor,
+    ).build(optimizers=optimizers, training_steps=steps)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
