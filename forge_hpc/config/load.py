@@ -1,0 +1,384 @@
+"""Configurations from YAML files and ``key=value`` overrides, into the typed dataclasses of ``schema``.
+
+OmegaConf holds the values, converts them and resolves ``${other.key}``. The walk over the YAML is ours, because it
+knows the line of every key: whatever is wrong is named by file, line, full key and the nearest key that exists.
+
+    base: qwen3_8b.yaml        # optional: begin with this file (relative to this one), then change what follows
+    model: {path: ./my-model}  # a relative path is looked for beside the file that names it, then where you are
+
+Mappings merge key by key, lists are replaced. On the command line an index reaches into a list: ``reward.0.weight=2``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import tempfile
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from forge_hpc.config.errors import UserError
+from forge_hpc.config.schema import Config
+
+_PATH_KEYS = ("model.path", "data.path", "data.eval_path", "warmstart.config")
+_NULL = "tag:yaml.org,2002:null"
+
+
+# --- YAML as people write it today: the scalars of YAML 1.2 (1e-6 is a number; 24:00:00, no and 2026-01-01 are text)
+_SCALARS = (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+0123456789."),
+    ),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, list[Any]] = {}
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        return int(node.value)  # 010 is ten, as in YAML 1.2
+
+
+class _Dumper(yaml.SafeDumper):
+    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # quotes exactly what _Loader would not read as text
+
+
+for _tag, _pattern, _first in _SCALARS:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style="|" if "\n" in text and not re.search(r"[ \t]\n|^\s", text) else None
+    ),
+)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a value was written."""
+
+    name: str
+    """The file as the user named it, or the override."""
+    folder: Path | None
+    """Where relative paths are looked for before the working directory."""
+    is_file: bool
+    keep_paths: bool = False
+    """Take paths as they are: they were resolved when the file was written."""
+
+    def at(self, node: yaml.Node) -> str:
+        return f"{self.name}:{node.start_mark.line + 1}" if self.is_file else self.name
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration: the defaults of the schema, then the file, then the overrides, each over the one before.
+
+    Args:
+        path: YAML file; None takes the defaults alone.
+        overrides: ``key=value``, the value in YAML; ``reward.0.weight=2`` reaches into a list.
+
+    Returns:
+        Plain dataclasses, interpolations resolved, local paths absolute. Not yet validated (see ``validate``).
+
+    Raises:
+        UserError: a missing or broken file, an unknown key, a wrong type; with the place and what to write instead.
+    """
+    cfg = OmegaConf.structured(Config)
+    if path is not None:
+        _merge_file(cfg, Path(path).expanduser(), seen=(), keep_paths=False)
+    for override in overrides:
+        _merge_override(cfg, override)
+    return _to_dataclasses(cfg)
+
+
+def read_config(path: str | Path) -> Config:
+    """Read what ``save_config`` wrote: the same values, whatever the working directory is now. Raises UserError."""
+    cfg = OmegaConf.structured(Config)
+    _merge_file(cfg, Path(path), seen=(), keep_paths=True)
+    return _to_dataclasses(cfg)
+
+
+def save_config(cfg: Config, path: str | Path) -> None:
+    """Write `cfg` as YAML that ``load_config`` reads, atomically, readable by the owner alone (0600)."""
+    path = Path(path)
+    text = yaml.dump(_escape(dataclasses.asdict(cfg)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mkstemp makes it 0600
+    try:
+        with os.fdopen(fd, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def diff_config(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
+    """Keys whose values differ, as (key, old, new), in the schema's order; None stands for a key that one lacks."""
+    before, after = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    return [(k, before.get(k), after.get(k)) for k in {**before, **after} if before.get(k) != after.get(k)]
+
+
+# --- files and overrides
+
+
+def _merge_file(cfg: DictConfig, path: Path, seen: tuple[Path, ...], keep_paths: bool) -> None:
+    real = path.resolve()
+    if real in seen:
+        raise UserError(f"{path}: base files include each other in a circle", "remove one of the `base:` lines")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"no such configuration file: {path}", _similar_file(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the configuration file {path}: {error}") from error
+    source = _Source(str(path), path.parent, is_file=True, keep_paths=keep_paths)
+    root = _compose(text, source)
+    if root is None:
+        return
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{source.at(root)}: a configuration is a mapping of keys to values", "begin with `name: …`")
+    base = [value for key, value in root.value if key.value == "base"]
+    root.value = [(key, value) for key, value in root.value if key.value != "base"]
+    if base:
+        if len(base) > 1 or not isinstance(base[0], yaml.ScalarNode):
+            raise UserError(f"{source.at(base[-1])}: base names one file", "write `base: other.yaml`")
+        _merge_file(cfg, path.parent / Path(base[0].value).expanduser(), (*seen, real), keep_paths)
+    _merge(cfg, Config, root, "", source)
+
+
+def _merge_override(cfg: DictConfig, override: str) -> None:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key or not all(key.split(".")):
+        raise UserError(f"not an override: {override!r}", "overrides read key=value, for example trainer.optimizer.lr=1e-6")
+    source = _Source(override, None, is_file=False)
+    node = _compose(text, source)
+    if node is None:
+        node = yaml.ScalarNode(_NULL, "")
+    for part in reversed(key.split(".")):
+        node = yaml.MappingNode("tag:yaml.org,2002:map", [(yaml.ScalarNode("tag:yaml.org,2002:str", part), node)])
+    _merge(cfg, Config, node, "", source)
+
+
+def _compose(text: str, source: _Source) -> yaml.Node | None:
+    try:
+        return yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{source.name}:{mark.line + 1}" if source.is_file and mark else source.name
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        raise UserError(f"{where}: broken YAML: {problem}", "check indentation, colons, quotes and brackets") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{source.name}: broken YAML: {' '.join(str(error).split())}") from None
+
+
+# --- the walk
+
+
+def _merge(target: DictConfig, cls: type, node: yaml.Node, prefix: str, source: _Source) -> None:
+    """Set what `node` gives in `target`, a structured config of the dataclass `cls`."""
+    hints = _hints(cls)
+    for key, value in _items(node, prefix, source):
+        full, hint = prefix + key, hints.get(key)
+        if hint is None:
+            raise UserError(f"{source.at(value)}: unknown key {full}", _nearest_key(full, prefix, list(hints)))
+        if dataclasses.is_dataclass(hint):
+            if value.tag != _NULL:  # a section whose lines are all commented out
+                _merge(target[key], typing.cast(type, hint), value, full + ".", source)
+        elif _item_class(hint) is not None:
+            target[key] = _merge_items(target[key], _item_class(hint), value, full, source)
+        else:
+            _set(target, key, hint, value, full, source)
+
+
+def _merge_items(items: ListConfig, cls: type, node: yaml.Node, prefix: str, source: _Source) -> list[Any]:
+    """A list of dataclasses: a sequence replaces it, a mapping of indices changes some of its items."""
+    if isinstance(node, yaml.SequenceNode):
+        new = [OmegaConf.structured(cls) for _ in node.value]
+        for i, item in enumerate(node.value):
+            _merge(new[i], cls, item, f"{prefix}.{i}.", source)
+        return new
+    new = list(items)
+    if isinstance(node, yaml.MappingNode) and all(key.value.isdecimal() for key, _ in node.value):
+        for key, item in _items(node, f"{prefix}.", source):
+            if int(key) >= len(new):
+                raise UserError(f"{source.at(item)}: {prefix} has {len(new)} items, none with index {key}", "count from 0")
+            _merge(new[int(key)], cls, item, f"{prefix}.{key}.", source)
+        return new
+    raise UserError(f"{source.at(node)}: {prefix} is a list", f"write `{prefix}: [{{name: …}}]`")
+
+
+def _set(target: DictConfig, key: str, hint: Any, node: yaml.Node, full: str, source: _Source) -> None:
+    _refuse_doubled(node, full, source)
+    try:
+        value = _Loader("").construct_document(node)
+    except yaml.YAMLError as error:
+        raise UserError(f"{source.at(node)}: {full}: {getattr(error, 'problem', error)}") from None
+    kind = _not_none(hint)
+    if kind is str and isinstance(node, yaml.ScalarNode) and value is not None:
+        value = node.value  # as it was written: 0123 stays 0123
+        if not source.keep_paths and (full in _PATH_KEYS or re.fullmatch(r"reward\.\d+\.name", full)):
+            value = _local_path(value, source.folder)
+    wrong = UserError(f"{source.at(node)}: {full} must be {_describe(hint)}, not {_shown(node, value)}", None)
+    if kind is bool and isinstance(value, (int, float)) and not isinstance(value, bool):
+        raise wrong  # OmegaConf would take 3 for true
+    if kind is float and isinstance(value, bool):
+        raise wrong
+    try:
+        if isinstance(target[key], DictConfig) and isinstance(value, dict):
+            value = OmegaConf.merge(target[key], value)
+        target[key] = value
+    except OmegaConfBaseException:
+        raise wrong from None
+
+
+def _items(node: yaml.Node, prefix: str, source: _Source) -> Iterator[tuple[str, yaml.Node]]:
+    if not isinstance(node, yaml.MappingNode):
+        name = prefix.rstrip(".")
+        raise UserError(f"{source.at(node)}: {name} must be a mapping, not {_shown(node)}", f"write `{name}: {{key: value}}`")
+    seen = set()
+    for key, value in node.value:
+        name = key.value if isinstance(key, yaml.ScalarNode) else _shown(key)
+        if name in seen:
+            raise UserError(f"{source.at(key)}: {prefix}{name} is given twice", "keep one of them")
+        seen.add(name)
+        yield name, value
+
+
+def _refuse_doubled(node: yaml.Node, full: str, source: _Source) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in _items(node, f"{full}.", source):
+            _refuse_doubled(value, f"{full}.{key}", source)
+
+
+def _to_dataclasses(cfg: DictConfig) -> Config:
+    try:
+        return typing.cast(Config, OmegaConf.to_object(cfg))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        text = str(error).splitlines()[0]
+        raise UserError(f"{key}: {text}" if key else text, r"text that holds ${ without meaning a key is written \${") from None
+
+
+def _local_path(text: str, folder: Path | None) -> str:
+    """`text` as an absolute path where a file or directory of that name is there, else unchanged (a hub name)."""
+    if text == "warmstart" or text.startswith("builtin:"):
+        return text
+    name, colon, rest = text.partition(":")  # rewards: file.py:function
+    for candidate in [folder] * (folder is not None) + [Path()]:
+        path = candidate / Path(name).expanduser()
+        if path.exists():
+            return f"{path.resolve()}{colon}{rest}"
+    return text
+
+
+# --- what types and keys are called
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _not_none(hint: Any) -> Any:
+    """The type T of Optional[T], or `hint` itself."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    return hint
+
+
+def _item_class(hint: Any) -> Any:
+    """The dataclass T of List[T], or None."""
+    args = typing.get_args(hint)
+    return args[0] if typing.get_origin(hint) is list and dataclasses.is_dataclass(args[0]) else None
+
+
+def _describe(hint: Any) -> str:
+    kind = _not_none(hint)
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    name = names.get(kind) or ("a mapping" if typing.get_origin(kind) is dict else "a list of texts")
+    return name if kind is hint else f"{name} or null"
+
+
+def _shown(node: yaml.Node, value: Any = None) -> str:
+    if isinstance(node, yaml.MappingNode):
+        return "a mapping"
+    if isinstance(node, yaml.SequenceNode):
+        return "a list"
+    return "null" if node.tag == _NULL else repr(node.value)
+
+
+def all_keys() -> list[str]:
+    """Every key of the schema in full, such as ``trainer.optimizer.lr``; an item of a list has the index 0."""
+    return list(_keys_of(Config, ""))
+
+
+def _keys_of(cls: type, prefix: str) -> Iterator[str]:
+    for key, hint in _hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _keys_of(typing.cast(type, hint), f"{prefix}{key}.")
+        elif _item_class(hint) is not None:
+            yield from _keys_of(_item_class(hint), f"{prefix}{key}.0.")
+        else:
+            yield prefix + key
+
+
+def _nearest_key(full: str, prefix: str, siblings: list[str]) -> str:
+    name = full[len(prefix) :]
+    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)
+    if close:
+        return f"did you mean {prefix}{close[0]}?"
+    keys = all_keys()
+    same_name = [key for key in keys if key.rpartition(".")[2] == name]
+    close = same_name or difflib.get_close_matches(full, keys, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {' or '.join(close[:3])}?"
+    return f"known keys{' of ' + prefix.rstrip('.') if prefix else ''}: {', '.join(siblings)}"
+
+
+def _similar_file(path: Path) -> str | None:
+    names = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1)
+    if close:
+        return f"did you mean {path.parent / close[0]}?"
+    return f"in {path.parent}: {', '.join(sorted(names))}" if names else "give --config FILE"
+
+
+# --- values
+
+
+def _escape(value: Any) -> Any:
+    """Values in which OmegaConf finds no interpolation: ``${`` written as ``\\${``."""
+    if isinstance(value, dict):
+        return {k: _escape(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_escape(v) for v in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", value)
+    return value
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    flat: dict[str, Any] = {}
+    for key, item in items:
+        full = f"{prefix}.{key}" if prefix else str(key)
+        flat.update(_flatten(item, full) if isinstance(item, (dict, list)) and item else {full: item})
+    return flat

@@ -1,0 +1,381 @@
+"""Placement: which nodes and GPUs train, which generate. Pure arithmetic, used by the dry run and to build meshes.
+
+Hosts stand in the order of the allocation: trainers first, then rollout nodes, then spares. Every node of a role looks
+the same, so one list of GPUs per role says it all. On a single node both roles share the node, and its GPUs are split;
+a single GPU is shared by both.
+
+GRPO splits by ``cluster.trainer_nodes`` and ``cluster.rollout_nodes``, or by ``cluster.rollout_ratio`` where neither is
+given. SFT trains on every node; its final evaluation needs a generator only once the trainers have gone, so one replica
+then starts on the last trainer node, on the first ``tensor_parallel_size`` of its GPUs.
+
+No node and no GPU is left idle silently: numbers that do not add up are a UserError.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from forge_hpc.config.errors import UserError
+from forge_hpc.config.schema import Config
+
+_Gpus = tuple[tuple[int, ...], ...]
+"""GPUs of each process of a node; () for a process on the CPU."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Who runs where. Nodes are indices into the allocation's hosts, GPUs indices on a node."""
+
+    trainer_nodes: range
+    rollout_nodes: range
+    """Nodes with generators; the trainers' own node where they share one."""
+    spare_nodes: range
+    gpus_per_node: int | None
+    """0 is the CPU; None is not known yet, then nothing below the nodes is known either."""
+    trainer_gpus: _Gpus = ()
+    """GPUs of each trainer process of a trainer node, by local rank; () is a process on the CPU."""
+    replica_gpus: _Gpus = ()
+    """GPUs of each generator replica of a rollout node; () is a replica on the CPU."""
+    generate_after_training: bool = False
+    """SFT: the generator starts for the evaluation, when the trainers have ended."""
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of the allocation."""
+        return len({*self.trainer_nodes, *self.rollout_nodes, *self.spare_nodes})
+
+    @property
+    def trainer_procs_per_node(self) -> int:
+        return len(self.trainer_gpus)
+
+    @property
+    def trainer_procs(self) -> int:
+        """World size of the trainers."""
+        return len(self.trainer_nodes) * len(self.trainer_gpus)
+
+    @property
+    def replicas_per_node(self) -> int:
+        return len(self.replica_gpus)
+
+    @property
+    def replicas(self) -> int:
+        """Generator replicas of the whole run."""
+        return len(self.rollout_nodes) * len(self.replica_gpus)
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """GPUs of one generator replica, 1 on the CPU."""
+        return max((len(gpus) for gpus in self.replica_gpus), default=1) or 1
+
+    @property
+    def shared_gpus(self) -> tuple[int, ...]:
+        """GPUs that hold a trainer and a generator at the same time."""
+        if self.generate_after_training or not set(self.trainer_nodes) & set(self.rollout_nodes):
+            return ()
+        return tuple(sorted(_all(self.trainer_gpus) & _all(self.replica_gpus)))
+
+    def processes_on(self, node: int) -> int:
+        """Trainer processes and generator replicas that work on `node` at the same time."""
+        trainers = self.trainer_procs_per_node * (node in self.trainer_nodes)
+        generators = self.replicas_per_node * (node in self.rollout_nodes)
+        return max(trainers, generators) if self.generate_after_training else trainers + generators
+
+    def threads_per_process(self, cpus: int, node: int, extra_processes: int = 0) -> int:
+        """CPU threads for each process on `node`, at least 1.
+
+        Args:
+            cpus: CPU cores of the node.
+            node: index of the node in the allocation.
+            extra_processes: further busy processes there, such as a reference model.
+        """
+        return max(1, cpus // max(1, self.processes_on(node) + extra_processes))
+
+    def describe(self) -> str:
+        """The table of a dry run: a line a role, node ranges, what each node does."""
+        size = {None: "GPUs not known yet", 0: "no GPU"}.get(self.gpus_per_node, f"{self.gpus_per_node} GPUs each")
+        lines = [f"{_count(self.nodes, 'node')}, {size}"]
+        if self.trainer_nodes:
+            lines.append(_line(self.trainer_nodes, "trainers", self.trainer_gpus, "process", "processes"))
+        if self.rollout_nodes:
+            line = _line(self.rollout_nodes, "generators", self.replica_gpus, "replica", "replicas")
+            if self.generate_after_training:
+                line += ", after training, for the evaluation"
+            if self.shared_gpus:
+                line += f", sharing {_gpus(self.shared_gpus)} with the trainer"
+            lines.append(line)
+        if self.spare_nodes:
+            lines.append(f"  {_nodes(self.spare_nodes):<14} {'spares':<11} replace lost nodes")
+        return "\n".join(lines)
+
+
+def plan(cfg: Config, gpus_per_node: int | None) -> Placement:
+    """Place the roles of `cfg` on ``cluster.nodes`` nodes.
+
+    Args:
+        cfg: the configuration.
+        gpus_per_node: GPUs used on each node; 0 is the CPU; None where it is not known yet (nodes are placed only).
+
+    Raises:
+        UserError: the numbers do not add up, or would leave a node or a GPU without work.
+    """
+    trainer_nodes, rollout_nodes, spare_nodes = _split_nodes(cfg)
+    if gpus_per_node is None:
+        return Placement(trainer_nodes, rollout_nodes, spare_nodes, None, generate_after_training=cfg.recipe == "sft")
+    if gpus_per_node < 0:
+        raise UserError(f"cluster.gpus_per_node is {gpus_per_node}", "0 is the CPU")
+    if cfg.recipe == "sft":
+        trainer_gpus, replica_gpus = _sft(cfg, gpus_per_node)
+    elif gpus_per_node == 0:
+        trainer_gpus, replica_gpus = _on_cpu(cfg, len(rollout_nodes))
+    elif trainer_nodes == rollout_nodes:
+        trainer_gpus, replica_gpus = _on_one_node(cfg, gpus_per_node)
+    else:
+        trainer_gpus, replica_gpus = _on_many_nodes(cfg, gpus_per_node, len(rollout_nodes))
+    if not rollout_nodes:
+        replica_gpus = ()
+    placement = Placement(
+        trainer_nodes, rollout_nodes, spare_nodes, gpus_per_node, trainer_gpus, replica_gpus, cfg.recipe == "sft"
+    )
+    _check_degrees(cfg, placement)
+    return placement
+
+
+# --- nodes
+
+
+def _split_nodes(cfg: Config) -> tuple[range, range, range]:
+    c = cfg.cluster
+    working = c.nodes - c.spare_nodes
+    if c.spare_nodes < 0 or working < 1:
+        raise UserError(
+            f"{_count(c.nodes, 'node')} with cluster.spare_nodes={c.spare_nodes} leaves none to work",
+            "raise cluster.nodes (--nodes) or lower cluster.spare_nodes",
+        )
+    spares = range(working, c.nodes)
+    if cfg.recipe == "sft":
+        if c.rollout_nodes:
+            raise UserError(
+                f"SFT has no rollout nodes, cluster.rollout_nodes is {c.rollout_nodes}", "leave cluster.rollout_nodes out"
+            )
+        if c.trainer_nodes not in (None, working):
+            raise UserError(
+                f"cluster.trainer_nodes={c.trainer_nodes} of {_count(working, 'node')} would leave nodes idle",
+                "SFT trains on every node: leave cluster.trainer_nodes out",
+            )
+        last = range(working - 1, working) if cfg.evaluation.num_prompts > 0 else range(working, working)
+        return range(working), last, spares
+    for name, value in (("trainer_nodes", c.trainer_nodes), ("rollout_nodes", c.rollout_nodes)):
+        if value is not None and not 1 <= value <= working:
+            raise UserError(
+                f"cluster.{name} is {value}, with {_count(working, 'working node')}", f"give 1 to {working}, or leave it out"
+            )
+    if working == 1:
+        return range(1), range(1), spares
+    if c.trainer_nodes is not None:
+        trainers = c.trainer_nodes
+    elif c.rollout_nodes is not None:
+        trainers = working - c.rollout_nodes
+    else:
+        trainers = working - _share(working, c.rollout_ratio)
+    rollout = working - trainers if c.rollout_nodes is None else c.rollout_nodes
+    if rollout < 1 or trainers < 1 or trainers + rollout != working:
+        raise UserError(
+            f"{trainers} trainer nodes and {rollout} rollout nodes are not the {working} working nodes "
+            f"(cluster.nodes={c.nodes}, cluster.spare_nodes={c.spare_nodes})",
+            "give one of cluster.trainer_nodes and cluster.rollout_nodes; the other role takes the rest, at least 1 node",
+        )
+    return range(trainers), range(trainers, working), spares
+
+
+def _share(total: int, ratio: float) -> int:
+    """The share of `total` that generates: the nearest whole number, at least 1, and 1 is left."""
+    return min(max(int(total * ratio + 0.5), 1), total - 1)
+
+
+# --- GPUs and processes of a node
+
+
+def _on_cpu(cfg: Config, rollout_nodes: int) -> tuple[_Gpus, _Gpus]:
+    _no_tensor_parallel_on_cpu(cfg)
+    replicas = rollout_nodes if cfg.generator.replicas is None else cfg.generator.replicas
+    return ((),) * (cfg.trainer.processes_per_node or 1), ((),) * _evenly(replicas, rollout_nodes)
+
+
+def _on_many_nodes(
+    cfg: Config, gpus: int, rollout_nodes: int
+) -> tuple[_Gpus, _Gpus]:
+    tp = cfg.generator.engine.tensor_parallel_size
+    if gpus % tp:
+        raise UserError(
+            f"generator.engine.tensor_parallel_size={tp} does not divide the {_count(gpus, 'GPU')} of a node",
+            f"choose one of {_divisors(gpus)}",
+        )
+    _all_gpus_train(cfg, gpus)
+    replicas = cfg.generator.replicas
+    if replicas is not None and _evenly(replicas, rollout_nodes) * tp != gpus:
+        raise UserError(
+            f"generator.replicas={replicas} with tensor_parallel_size={tp} need {replicas * tp} GPUs, "
+            f"{_count(rollout_nodes, 'rollout node')} have {rollout_nodes * gpus}",
+            f"leave generator.replicas out, or give {rollout_nodes * gpus // tp}",
+        )
+    return _one_each(range(gpus)), _grouped(range(gpus), tp)
+
+
+def _on_one_node(cfg: Config, gpus: int) -> tuple[_Gpus, _Gpus]:
+    """Split the GPUs of the only node: trainers take the first, generators the last. One GPU is shared."""
+    tp, degrees = cfg.generator.engine.tensor_parallel_size, cfg.trainer.parallelism
+    replicas, procs = cfg.generator.replicas, cfg.trainer.processes_per_node
+    if gpus == 1:
+        if (tp, replicas or 1, procs or 1) != (1, 1, 1):
+            raise UserError(
+                "one GPU holds one trainer process and one generator replica",
+                "set generator.engine.tensor_parallel_size=1, leave generator.replicas and trainer.processes_per_node out",
+            )
+        return _one_each(range(1)), _grouped(range(1), 1)
+    shard = degrees.data_parallel_shard_degree
+    unit = degrees.data_parallel_replicate_degree * degrees.tensor_parallel_degree * max(shard, 1)
+    fits = [
+        trainers
+        for trainers in range(1, gpus)
+        if (gpus - trainers) % tp == 0
+        and (trainers == unit if shard > 0 else trainers % unit == 0)
+        and replicas in (None, (gpus - trainers) // tp)
+        and procs in (None, trainers)
+    ]
+    if not fits:
+        given = [
+            f"generator.engine.tensor_parallel_size={tp}",
+            f"trainer.parallelism of {unit}" + (" or a multiple of it" if shard < 0 else ""),
+        ]
+        given += [f"generator.replicas={replicas}"] * (replicas is not None)
+        given += [f"trainer.processes_per_node={procs}"] * (procs is not None)
+        raise UserError(
+            f"the {gpus} GPUs of the node cannot be split between trainers and generators with {', '.join(given)}",
+            "every GPU must have work: replicas * tensor_parallel_size and the trainer processes add up to the GPUs",
+        )
+    wanted = gpus - _share(gpus, cfg.cluster.rollout_ratio)
+    trainers = min(fits, key=lambda n: abs(n - wanted))
+    return _one_each(range(trainers)), _grouped(range(trainers, gpus), tp)
+
+
+def _sft(cfg: Config, gpus: int) -> tuple[_Gpus, _Gpus]:
+    tp = cfg.generator.engine.tensor_parallel_size
+    if cfg.generator.replicas not in (None, 1):
+        raise UserError(
+            f"SFT evaluates with one generator, generator.replicas is {cfg.generator.replicas}", "leave it out"
+        )
+    if gpus == 0:
+        _no_tensor_parallel_on_cpu(cfg)
+        return ((),) * (cfg.trainer.processes_per_node or 1), ((),)
+    if tp > gpus:
+        raise UserError(
+            f"generator.engine.tensor_parallel_size={tp}, a node has {_count(gpus, 'GPU')}", f"give at most {gpus}"
+        )
+    _all_gpus_train(cfg, gpus)
+    return _one_each(range(gpus)), (tuple(range(tp)),)
+
+
+def _check_degrees(cfg: Config, placement: Placement) -> None:
+    p = cfg.trainer.parallelism
+    world, local = placement.trainer_procs, placement.trainer_procs_per_node
+    tp, shard, replicate = p.tensor_parallel_degree, p.data_parallel_shard_degree, p.data_parallel_replicate_degree
+    where = f"{_count(len(placement.trainer_nodes), 'trainer node')} of {_count(local, 'process', 'processes')}"
+    more = "" if placement.gpus_per_node else ", or raise trainer.processes_per_node"
+    if local % tp:
+        raise UserError(
+            f"trainer.parallelism.tensor_parallel_degree={tp} does not divide the {_count(local, 'trainer process', 'trainer processes')} of a node",
+            f"choose one of {_divisors(local)}{more}",
+        )
+    known = replicate * tp * max(shard, 1)
+    if known != world if shard > 0 else world % known:
+        raise UserError(
+            f"trainer.parallelism: replicate {replicate} * shard {shard if shard > 0 else 'rest'} * tensor {tp} "
+            f"does not make the {_count(world, 'trainer process', 'trainer processes')} ({where})",
+            f"data_parallel_shard_degree=-1 takes all that the other degrees leave{more}",
+        )
+    if world // replicate % p.expert_parallel_degree:
+        raise UserError(
+            f"trainer.parallelism.expert_parallel_degree={p.expert_parallel_degree} does not divide the "
+            f"{world // replicate} processes that share a copy of the model",
+            f"choose one of {_divisors(world // replicate)}",
+        )
+    ranks = world // tp
+    if cfg.recipe == "sft":
+        batch, what = cfg.trainer.training.global_batch_size, "trainer.training.global_batch_size"
+    else:
+        batch = cfg.rollout.prompts_per_step * cfg.rollout.group_size
+        what = "rollout.prompts_per_step * rollout.group_size"
+    if batch < ranks:
+        raise UserError(
+            f"{what} = {batch} is less than the {ranks} data-parallel ranks: some would never have work",
+            "raise the batch, or use fewer trainer nodes or more tensor parallelism",
+        )
+
+
+def _all_gpus_train(cfg: Config, gpus: int) -> None:
+    if cfg.trainer.processes_per_node not in (None, gpus):
+        raise UserError(
+            f"trainer.processes_per_node={cfg.trainer.processes_per_node}, a trainer node has {_count(gpus, 'GPU')}",
+            "leave trainer.processes_per_node out: each GPU has one",
+        )
+
+
+def _no_tensor_parallel_on_cpu(cfg: Config) -> None:
+    if cfg.generator.engine.tensor_parallel_size != 1:
+        raise UserError(
+            f"generator.engine.tensor_parallel_size={cfg.generator.engine.tensor_parallel_size} needs GPUs",
+            "on the CPU give generator.engine.tensor_parallel_size=1 and more generator.replicas",
+        )
+
+
+def _evenly(replicas: int, rollout_nodes: int) -> int:
+    if replicas < 1 or replicas % rollout_nodes:
+        raise UserError(
+            f"generator.replicas={replicas} do not spread evenly over {_count(rollout_nodes, 'rollout node')}",
+            f"give a multiple of {rollout_nodes}",
+        )
+    return replicas // rollout_nodes
+
+
+# --- text
+
+
+def _one_each(gpus: range) -> _Gpus:
+    return tuple((gpu,) for gpu in gpus)
+
+
+def _grouped(gpus: range, size: int) -> _Gpus:
+    return tuple(tuple(gpus[i : i + size]) for i in range(0, len(gpus), size))
+
+
+def _all(groups: _Gpus) -> set[int]:
+    return {gpu for group in groups for gpu in group}
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def _nodes(nodes: range) -> str:
+    return f"node {nodes[0]}" if len(nodes) == 1 else f"nodes {nodes[0]}-{nodes[-1]}"
+
+
+def _gpus(gpus: tuple[int, ...]) -> str:
+    return f"GPU {gpus[0]}" if len(gpus) == 1 else f"GPUs {gpus[0]}-{gpus[-1]}"
+
+
+def _line(nodes: range, role: str, units: _Gpus, one: str, many: str) -> str:
+    line = f"  {_nodes(nodes):<14} {role:<11}"
+    if not units:
+        return line.rstrip()
+    line += f" {_count(len(nodes) * len(units), one, many)}"
+    if len(nodes) > 1:
+        line += f", {len(units)} a node"
+    if not units[0]:
+        return line + ", CPU"
+    used = tuple(gpu for unit in units for gpu in unit)
+    return f"{line}, {_gpus(used)}" + (f", {len(units[0])} GPUs each" if len(units[0]) > 1 else "")
