@@ -1,0 +1,102 @@
+"""From ``model.path`` to a checked directory in Hugging Face format: built-in, local, or from the hub."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from forge_hpc.config.errors import UserError
+from forge_hpc.config.models import check_tokenizer, check_weights, looks_local, read_model_config
+
+BUILTIN_PREFIX = "builtin:"
+BUILTIN_MODELS = ("qwen3-tiny",)
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja", "merges.txt", "vocab.*"]
+
+
+def resolve_model(path: str, seed: int, cache_dir: str | Path) -> Path:
+    """The directory that holds the model `path` names, complete.
+
+    ``builtin:…`` is written under `cache_dir` from `seed` once; an existing directory passes through; a hub name is
+    downloaded to the hub's own cache. Raises UserError where there is no such model or it is not complete.
+    """
+    if path.startswith(BUILTIN_PREFIX):
+        return _builtin(path.removeprefix(BUILTIN_PREFIX), seed, Path(cache_dir))
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        check_model_dir(directory)
+        return directory.resolve()
+    if looks_local(path) or not _HUB_NAME.fullmatch(path):
+        raise UserError(f"no such model directory: {path}", "model.path: a directory, a hub name or builtin:qwen3-tiny")
+    return _download(path)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a model directory, as ``transformers.AutoTokenizer`` loads it. Never goes to the network."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer in {path} has no eos token", 'set "eos_token" in its tokenizer_config.json')
+    return tokenizer
+
+
+def check_model_dir(directory: Path) -> None:
+    """Raise UserError unless the directory holds config.json, a tokenizer and every weight file whole."""
+    read_model_config(directory)
+    check_weights(directory)
+    check_tokenizer(directory)
+
+
+def _builtin(name: str, seed: int, cache_dir: Path) -> Path:
+    if name not in BUILTIN_MODELS:
+        raise UserError(f"unknown model {BUILTIN_PREFIX}{name}", f"there is {BUILTIN_PREFIX}{BUILTIN_MODELS[0]}")
+    directory = cache_dir / f"{name}-seed{seed}"
+    if directory.is_dir():
+        return directory.resolve()
+    from forge_hpc.data.builtin import write_tiny_qwen3
+
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=cache_dir))
+    try:
+        write_tiny_qwen3(temporary, seed)
+        try:
+            temporary.rename(directory)
+        except OSError:
+            if not directory.is_dir():
+                raise  # else another process was first: the same seed, the same bytes
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return directory.resolve()
+
+
+def _download(name: str) -> Path:
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        directory = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except GatedRepoError:
+        raise UserError(f"the model {name} is gated", "accept its licence on the hub and set HF_TOKEN") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UserError(
+            f"no such model on the hub, and no such directory: {name}", "check model.path; private models need HF_TOKEN"
+        ) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, httpx.TransportError) as error:
+        raise UserError(
+            f"the model {name} is not in the local cache and the hub cannot be reached ({type(error).__name__})",
+            f"where there is a network, run `hf download {name}` with the same HF_HOME; or give a directory",
+        ) from None
+    check_model_dir(directory)
+    return directory
