@@ -259,7 +259,7 @@ class RunDir:
             old = Status(state=state)
         if state is not None and state != old.state and message is None:
             message = ""
-        given = {
+        given: dict[str, Any] = {
             "state": state,
             "step": step,
             "policy_version": policy_version,

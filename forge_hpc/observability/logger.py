@@ -92,7 +92,7 @@ class MetricLogger:
 
     def log_rollouts(self, step: int, groups: Iterable[Group]) -> None:
         """Write ``num_rollouts_per_step`` rollouts of ``step``: of the first groups, the first episode each."""
-        records = []
+        records: list[dict[str, object]] = []
         for group in groups:
             if len(records) >= self._config.num_rollouts_per_step:
                 break
@@ -128,8 +128,10 @@ class MetricLogger:
     def close(self) -> None:
         """Close all files; the progress bar stays as it is."""
         self._console.close()
-        for writer in (self._metrics, self._rollouts, self._evaluations, *self._curves):
-            writer.close()
+        for lines in (self._metrics, self._rollouts, self._evaluations):
+            lines.close()
+        for curve in self._curves:
+            curve.close()
 
     def __enter__(self) -> Self:
         return self

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import yaml
@@ -18,7 +19,7 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.observability.console import format_duration, tokens_per_second
 from forge_hpc.observability.jsonl import read_jsonl
 from forge_hpc.observability.summary import next_commands, read_figures, series
-from forge_hpc.run_dir import RunDir
+from forge_hpc.run_dir import RunDir, Status
 
 _SILENT_S = 180.0
 """A run whose heartbeat is older than this has probably died without a word."""
@@ -32,7 +33,7 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
         return ""
     width = min(width, len(values))
     edges = [index * len(values) // width for index in range(width + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, span = min(means), max(means) - min(means)
     return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / span) if span else 0] for value in means)
 
@@ -127,7 +128,7 @@ def render_report(run_dir: RunDir) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _status_of(run_dir: RunDir) -> Any:
+def _status_of(run_dir: RunDir) -> Status:
     status = run_dir.read_status()
     if status is None:
         raise UserError(f"no run in {run_dir}: it has no status.json", "give a run directory, such as runs/demo")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -94,19 +97,28 @@ def final_summary(run_dir: RunDir, wall_s: float | None = None) -> str:
 
 def next_commands(run_dir: RunDir) -> list[str]:
     """Shell commands that make sense now."""
-    path = shlex.quote(str(run_dir))
-    commands = [f"forge-hpc report {path}"]
+    path, export = shlex.quote(str(run_dir)), shlex.quote(str(run_dir.export))
+    commands = [f"{_tool('forge-hpc')} report {path}"]
     if run_dir.tensorboard.is_dir():
-        commands.append(f"tensorboard --logdir {shlex.quote(str(run_dir.tensorboard))}")
+        commands.append(f"{_tool('tensorboard')} --logdir {shlex.quote(str(run_dir.tensorboard))}")
     if run_dir.export.is_dir():
-        commands.append(f"vllm serve {shlex.quote(str(run_dir.export))}")
-        commands.append(
-            f"python -c \"from transformers import pipeline; pipeline('text-generation', '{run_dir.export}')\""
-        )
+        load = "import sys, transformers; print(transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]))"
+        commands.append(f'{_tool("python")} -c "{load}" {export}')
+        commands.append(f"{_tool('vllm')} serve {export}")
     status = run_dir.read_status()
     if status is None or status.state in ("failed", "cancelled", "preempted"):
-        commands.append(f"forge-hpc resume {path}")
+        commands.append(f"{_tool('forge-hpc')} resume {path}")
     return commands
+
+
+def _tool(name: str) -> str:
+    """``name``, with its directory where the shell does not find this environment's."""
+    ours = Path(sys.executable).with_name(name)
+    found = shutil.which(name)
+    if not ours.exists() or (found and Path(found).resolve() == ours.resolve()):
+        return name
+    near = ours.is_relative_to(Path.cwd())
+    return shlex.quote(str(ours.relative_to(Path.cwd()) if near else ours))
 
 
 def _mean(values: Sequence[float]) -> float | None:
