@@ -1,0 +1,174 @@
+"""What can be done with a run that has been submitted: find it, follow it, read its logs, cancel it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+from forge_hpc.config import UserError
+from forge_hpc.run_dir import LOCK_STALE_S, RunDir
+from launchers.jobs import cancel_job, is_active, job_state
+
+_POLL_S = 0.5
+_ASK_SLURM_S = 10.0
+_CANCEL_TIMEOUT_S = 60.0
+
+
+def find_run(path: Path | None) -> RunDir:
+    """The run in `path`, else the newest under ``runs/``.
+
+    Raises:
+        UserError: there is no run.
+    """
+    if path is None:
+        statuses = sorted(Path("runs").glob("*/status.json"), key=lambda p: p.stat().st_mtime)
+        if not statuses:
+            raise UserError("no run directory given, and no run in runs/", "name one: forge-hpc status RUN_DIR")
+        path = statuses[-1].parent
+    run_dir = RunDir(path)
+    if not run_dir.config.exists() and run_dir.read_status() is None:
+        raise UserError(f"no run in {run_dir}", "a run directory holds config.yaml and status.json")
+    return run_dir
+
+
+def follow_run(run_dir: RunDir, job_id: str | None = None) -> int:
+    """Show what a job prints until its run ends: 0 if it completed, else 1. Ctrl-C leaves the run alone.
+
+    A requeued job is followed through its restarts.
+    """
+    status = run_dir.read_status()
+    job_id = job_id or (status.job_id if status else None)
+    on_slurm = job_id is not None and job_id.isdigit()
+    output = run_dir.logs / f"slurm-{job_id}.out"
+    asked, shown, file = time.monotonic(), "", None
+    try:
+        while True:
+            # What was seen before the last lines are read decides: nothing printed before the end is missed.
+            status = run_dir.read_status()
+            over = status is not None and status.is_terminal
+            if on_slurm and not over and time.monotonic() - asked > _ASK_SLURM_S:
+                asked, over = time.monotonic(), not is_active(str(job_id))
+            if file is None and output.exists():
+                file = output.open(errors="replace")
+            if file is not None:
+                _copy(file)
+            state = f"{status.state}  {status.message}".strip() if status else "no status yet"
+            if state != shown and not over:
+                print(f"[{state}]", file=sys.stderr, flush=True)
+                shown = state
+            if over:
+                break
+            time.sleep(_POLL_S)
+    except KeyboardInterrupt:
+        print(f"\nThe run goes on: {run_dir}", file=sys.stderr)
+        return 0
+    finally:
+        if file is not None:
+            file.close()
+    status = run_dir.read_status()
+    state = status.state if status else "unknown"
+    print(f"[{state}{'  ' + status.message if status and status.message else ''}]", file=sys.stderr)
+    if on_slurm and state not in ("completed", "failed", "cancelled"):
+        ended = job_state(str(job_id))
+        print(
+            f"error: job {job_id} has left the queue ({' '.join(ended) if ended else 'unknown to Slurm'})",
+            file=sys.stderr,
+        )
+    return 0 if state == "completed" else 1
+
+
+def show_log(run_dir: RunDir, role: str, num_lines: int, follow: bool) -> int:
+    """Print the end of a role's log of the newest start, and with `follow` what is added until the run ends."""
+    path = _log_file(run_dir, role)
+    print(f"==> {path} <==", file=sys.stderr)
+    with path.open(errors="replace") as file:
+        sys.stdout.writelines(deque(file, num_lines))
+        sys.stdout.flush()
+        while follow:
+            status = run_dir.read_status()
+            over = status is None or status.is_terminal
+            _copy(file)
+            if over:
+                break
+            try:
+                time.sleep(_POLL_S)
+            except KeyboardInterrupt:
+                break
+    return 0
+
+
+def cancel_run(run_dir: RunDir) -> int:
+    """End the run's job, or its process on this machine, and wait until it has ended.
+
+    Raises:
+        UserError: nothing runs that could be cancelled from here, or it does not end.
+    """
+    status, holder = run_dir.read_status(), run_dir.lock_holder()
+    if status is not None and status.is_terminal:
+        print(f"{run_dir} is {status.state} already")
+        return 0
+    job_id = (holder or {}).get("job_id") or (status.job_id if status else None)
+    if job_id and str(job_id).isdigit() and is_active(job_id):
+        cancel_job(job_id)
+        _wait(lambda: not is_active(job_id), f"job {job_id} is still in the queue")
+        _mark_cancelled(run_dir, f"job {job_id} was cancelled")
+    elif holder and time.time() - holder.get("heartbeat", 0) < LOCK_STALE_S:
+        if holder["host"] != os.uname().nodename:
+            raise UserError(
+                f"the run's process is on {holder['host']}", f"forge-hpc cancel there, or kill -INT {holder['pid']}"
+            )
+        try:
+            os.kill(holder["pid"], signal.SIGINT)
+        except ProcessLookupError:
+            pass
+        except PermissionError:
+            raise UserError(f"process {holder['pid']} of the run belongs to another user") from None
+        _wait(lambda: not Path(f"/proc/{holder['pid']}").exists(), f"process {holder['pid']} has not ended")
+        _mark_cancelled(run_dir, "cancelled")
+    else:
+        _mark_cancelled(run_dir, "cancelled; nothing was running")
+    print(f"{run_dir}: {(final := run_dir.read_status()) and final.state}")
+    return 0
+
+
+def _mark_cancelled(run_dir: RunDir, message: str) -> None:
+    """Nothing of the run lives any more: what it said last stands, if it was an end."""
+    status = run_dir.read_status()
+    if status is None or not status.is_terminal:
+        run_dir.write_status(state="cancelled", message=message)
+
+
+def _wait(over: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + _CANCEL_TIMEOUT_S
+    while not over():
+        if time.monotonic() > deadline:
+            raise UserError(f"{otherwise} after {_CANCEL_TIMEOUT_S:.0f} s", "look at the logs: forge-hpc logs")
+        time.sleep(_POLL_S)
+
+
+def _log_file(run_dir: RunDir, role: str) -> Path:
+    found = {path.stem: path for path in _log_files(run_dir)}
+    if role in found:
+        return found[role]
+    if role == "controller" and found:  # the run ended before there was a controller: what the job printed
+        return max(found.values(), key=lambda path: path.stat().st_mtime)
+    names = ", ".join(sorted(found))
+    raise UserError(f"no log {role} in {run_dir.logs}", f"there are: {names}" if names else "the run has not begun yet")
+
+
+def _log_files(run_dir: RunDir) -> Iterator[Path]:
+    yield from run_dir.logs.glob("slurm-*.out")
+    if newest := run_dir.latest_log_dir():
+        yield from newest.glob("*.log")
+
+
+def _copy(file: TextIO) -> None:
+    while chunk := file.read(1 << 16):
+        sys.stdout.write(chunk)
+    sys.stdout.flush()

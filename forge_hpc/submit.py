@@ -1,0 +1,309 @@
+"""From a command line to a run: resolve the configuration, make its run directory, and hand it to a launcher.
+
+``python -m forge_hpc.submit`` is ``forge-hpc submit``. `sbatch/grpo.sh` goes through `prepare_in_allocation`, and from
+there on both ways are the same: the run directory holds the configuration, and ``forge_hpc.run --run-dir D`` starts on
+every node. No torch here.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+from forge_hpc.config import Config, UserError, diff_config, load_config, plan, read_config, save_config, validate
+from forge_hpc.run_dir import LOCK_STALE_S, RunDir, Status
+
+PROJECT = Path(__file__).resolve().parents[1]
+DEFAULT_CONFIG = PROJECT / "configs" / "grpo" / "demo.yaml"
+# Keys that say how a run is queued and watched, not what it computes: they may differ from those of an earlier start.
+_FREE_KEYS = ("slurm.", "logging.", "cluster.start_timeout_s")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command line asks for. ``run_dir`` alone, of a run that exists, means that run's own configuration."""
+
+    config: Path | None = None
+    overrides: tuple[str, ...] = ()
+    run_dir: Path | None = None
+    nodes: int | None = None
+    cluster: str = "auto"
+    site: str | None = None
+    name: str | None = None
+    default_config: Path = DEFAULT_CONFIG
+
+
+def resolve_config(request: Request) -> Config:
+    """The whole configuration: file, then site profile, then overrides; not yet validated.
+
+    Raises:
+        UserError: as `load_config`, or a broken site profile.
+    """
+    from launchers.site import site_overrides
+
+    overrides = [*site_overrides(request.site), *request.overrides]
+    if request.name is not None:
+        overrides.append(f"name={request.name}")
+    existing = RunDir(request.run_dir) if request.run_dir else None
+    if request.config is not None:
+        cfg = load_config(request.config, overrides)
+    elif existing and existing.config.exists():
+        cfg = load_config(existing.config, overrides) if overrides else read_config(existing.config)
+    else:
+        _say(f"No --config: taking {_shown(request.default_config)}. For real models: {_real_models(request)}")
+        cfg = load_config(request.default_config, overrides)
+    if request.nodes is not None:
+        _set_nodes(cfg, request.nodes, request.overrides)
+    return cfg
+
+
+def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, follow: bool = False) -> int:
+    """Queue the run on Slurm, or run it here; the exit code for the shell.
+
+    Args:
+        dry_run: print the job script and the node split, queue and create nothing.
+        fresh: move a completed run away from ``request.run_dir`` first.
+        follow: show the job's output until the run ends.
+
+    Raises:
+        UserError: anything that would keep the run from starting, before anything is queued.
+    """
+    from launchers import checks, local, slurm
+    from launchers.command import run_command
+
+    if fresh and not dry_run and request.run_dir:
+        _move_completed_run_aside(RunDir(request.run_dir))
+    cfg = resolve_config(request)
+    on_slurm = request.cluster == "slurm" or (request.cluster == "auto" and checks.slurm_is_here())
+    if request.cluster == "local" and cfg.cluster.nodes > 1:
+        raise UserError(
+            f"--cluster local has 1 node, {cfg.cluster.nodes} are asked for", "--nodes 1, or --cluster slurm"
+        )
+    if not on_slurm and cfg.cluster.nodes > 1 and not dry_run:
+        raise UserError(
+            f"{cfg.cluster.nodes} nodes need Slurm, and there is none here",
+            "submit from a login node of a cluster, or use --nodes 1; --dry-run shows the job script anywhere",
+        )
+    known = checks.partitions() if on_slurm else []
+    if on_slurm and cfg.cluster.gpus_per_node is None:
+        gpus = [partition.gpus_per_node for partition in checks.candidates(cfg, known)]
+        cfg.cluster.gpus_per_node = min(gpus, default=0) or None  # unknown where Slurm does not count GPUs
+    validate(cfg)
+    run_dir = RunDir(request.run_dir or _default_run_dir(cfg.name))
+    _refuse_other_configuration(cfg, run_dir)
+
+    if dry_run:
+        if request.cluster == "local":
+            print(shlex.join(run_command(run_dir.path)))
+        else:
+            print(slurm.RunExecutor(cfg, run_dir.path).script())
+        print(_split(cfg, "# "))
+        if on_slurm:
+            checks.check_job(cfg, known)
+        elif request.cluster != "local":
+            _say("There is no Slurm here: the site's checks (partition, nodes, time limit) are left out.")
+        _say("Dry run: nothing was created or queued.")
+        return 0
+
+    if on_slurm:
+        checks.check_job(cfg, known)
+    _refuse_busy(run_dir)
+    ended = run_dir.read_status()
+    if ended and ended.state == "completed":
+        print(f"{run_dir} is completed: there is nothing to do (another --run-dir begins a new run)")
+        return 0
+    is_new = not run_dir.exists
+    prepare(cfg, run_dir, job_id=None)
+    if not on_slurm:
+        print(f"run directory  {run_dir}\n{_split(cfg)}", flush=True)
+        return local.run_here(cfg, run_dir.path)
+    try:
+        job_id = slurm.RunExecutor(cfg, run_dir.path).submit_run()
+    except UserError:
+        _undo(run_dir, None if is_new else ended)
+        raise
+    status = run_dir.read_status()
+    if status and status.state == "pending":  # a job that has begun already wrote its id itself
+        run_dir.write_status(job_id=job_id)
+    where = shlex.quote(str(run_dir))
+    print(f"job            {job_id}")
+    print(f"run directory  {run_dir}")
+    print(_split(cfg))
+    print(f"next           {_tool()} watch {where}\n               {_tool()} logs --follow {where}")
+    print(f"               {_tool()} cancel {where}", flush=True)
+    if follow:
+        from forge_hpc.control import follow_run
+
+        return follow_run(run_dir, job_id)
+    return 0
+
+
+def prepare_in_allocation(request: Request) -> str:
+    """Inside a job that sbatch started: make or find the run directory, and return the shell line that starts the run.
+
+    A requeued job takes the configuration that it saved, whatever has become of the files that it came from.
+
+    Raises:
+        UserError: as `submit`, or outside a Slurm job.
+    """
+    from launchers.command import srun_command
+
+    job_id = os.environ.get("SLURM_JOB_ID")
+    if job_id is None:
+        raise UserError("this is not a Slurm job", "sbatch sbatch/grpo.sh, or forge-hpc submit --cluster local")
+    nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+    run_dir = RunDir(request.run_dir) if request.run_dir else None
+    if requeued and run_dir is None:
+        run_dir = next((d for d in map(RunDir, Path("runs").glob(f"*-{job_id}")) if d.config.exists()), None)
+    if requeued and run_dir and run_dir.config.exists():
+        cfg = read_config(run_dir.config)
+    else:
+        cfg = resolve_config(replace(request, nodes=nodes))
+        validate(cfg)
+        run_dir = run_dir or RunDir(Path("runs") / f"{cfg.name}-{job_id}")
+        _refuse_other_configuration(cfg, run_dir)
+        _refuse_busy(run_dir, job_id)
+        prepare(cfg, run_dir, job_id)
+    _say(f"run directory  {run_dir}\n{_split(cfg)}")
+    return srun_command(run_dir.path, cfg.slurm.setup, cfg.slurm.cpus_per_task)
+
+
+def prepare(cfg: Config, run_dir: RunDir, job_id: str | None) -> None:
+    """Create the run directory (0700) with config.yaml and a pending status.json (0600), or renew those of a restart.
+
+    Raises:
+        UserError: the directory cannot be written.
+    """
+    run_dir.create()
+    save_config(cfg, run_dir.config)
+    status = run_dir.read_status()
+    if status is None or status.state != "completed":
+        run_dir.write_status(state="pending", job_id=job_id, message="")
+
+
+def _set_nodes(cfg: Config, nodes: int, overrides: Sequence[str]) -> None:
+    """``--nodes`` wins over the file; its split is kept as a ratio where its numbers do not fit any more."""
+    cluster = cfg.cluster
+    if nodes < 1:
+        raise UserError(f"--nodes {nodes}", "give 1 or more")
+    cluster.nodes = nodes
+    working = nodes - cluster.spare_nodes
+    given = [n for n in (cluster.trainer_nodes, cluster.rollout_nodes) if n is not None]
+    by_hand = any(o.partition("=")[0] in ("cluster.trainer_nodes", "cluster.rollout_nodes") for o in overrides)
+    if by_hand or not given or (len(given) == 1 and given[0] < working) or (len(given) == 2 and sum(given) == working):
+        return
+    if cluster.trainer_nodes is not None and cluster.rollout_nodes is not None:
+        cluster.rollout_ratio = cluster.rollout_nodes / (cluster.trainer_nodes + cluster.rollout_nodes)
+    _say(
+        f"The configuration's trainer_nodes={cluster.trainer_nodes} and rollout_nodes={cluster.rollout_nodes} "
+        f"do not fit {working} nodes: splitting by rollout_ratio={cluster.rollout_ratio:g}"
+    )
+    cluster.trainer_nodes = cluster.rollout_nodes = None
+
+
+def _refuse_other_configuration(cfg: Config, run_dir: RunDir) -> None:
+    if not run_dir.config.exists():
+        return
+    differing = [d for d in diff_config(read_config(run_dir.config), cfg) if not d[0].startswith(_FREE_KEYS)]
+    if differing:
+        shown = ", ".join(f"{key} ({old} there, {new} now)" for key, old, new in differing[:5])
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise UserError(
+            f"{run_dir} belongs to another configuration: {shown}{more}",
+            f"choose another --run-dir, or go on with its own: {_tool()} resume {shlex.quote(str(run_dir))}",
+        )
+
+
+def _refuse_busy(run_dir: RunDir, own_job_id: str | None = None) -> None:
+    """Refuse a directory that a queued or running job, or a live process, works on."""
+    if not run_dir.exists:
+        return
+    from launchers.jobs import is_active
+
+    status, holder = run_dir.read_status(), run_dir.lock_holder()
+    job_ids = {status.job_id if status else None, holder.get("job_id") if holder else None} - {None, "local"}
+    if own_job_id in job_ids:
+        return
+    for job_id in sorted(filter(None, job_ids)):
+        if is_active(job_id):
+            where = shlex.quote(str(run_dir))
+            raise UserError(f"job {job_id} works on {run_dir} already", f"wait for it, or {_tool()} cancel {where}")
+    if holder and not job_ids and time.time() - holder.get("heartbeat", 0) < LOCK_STALE_S and _is_alive(holder):
+        raise UserError(f"process {holder['pid']} on {holder['host']} works on {run_dir} already", "wait for it")
+
+
+def _is_alive(holder: dict) -> bool:
+    """False only for a process of this machine that is gone; of another machine nothing is known."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    return (
+        not boot_id.exists()
+        or holder["boot_id"] != boot_id.read_text().strip()
+        or Path(f"/proc/{holder['pid']}").exists()
+    )
+
+
+def _move_completed_run_aside(run_dir: RunDir) -> None:
+    status = run_dir.read_status()
+    if status is None or status.state != "completed":
+        return
+    aside = _unused(Path(f"{run_dir.path}-{datetime.fromtimestamp(status.heartbeat):%Y%m%d-%H%M%S}"))
+    run_dir.path.rename(aside)
+    _say(f"The completed run in {run_dir} is now in {aside}")
+
+
+def _undo(run_dir: RunDir, before: Status | None) -> None:
+    """Slurm refused the job: leave the directory as it was found."""
+    if before is None:
+        shutil.rmtree(run_dir.path)
+    else:
+        run_dir.write_status(state=before.state, message=before.message)
+
+
+def _split(cfg: Config, prefix: str = "") -> str:
+    return "\n".join(prefix + line for line in plan(cfg, cfg.cluster.gpus_per_node).describe().splitlines())
+
+
+def _default_run_dir(name: str) -> Path:
+    return _unused(Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+
+
+def _unused(path: Path) -> Path:
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return candidate
+
+
+def _real_models(request: Request) -> str:
+    folder = request.default_config.parent
+    names = sorted(
+        p.stem for p in folder.glob("*.yaml") if p != request.default_config and not p.stem.startswith("demo")
+    )
+    return f"--config {_shown(folder)}/NAME.yaml, NAME being {', '.join(names)}" if names else "--config FILE"
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _tool() -> str:
+    return "forge-hpc" if shutil.which("forge-hpc") else f"{shlex.quote(sys.executable)} -m forge_hpc.cli"
+
+
+def _say(text: str) -> None:
+    """To stderr: stdout carries what a script may want to read."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    from forge_hpc.cli import main
+
+    sys.exit(main(["submit", *sys.argv[1:]]))

@@ -1,0 +1,132 @@
+"""What Slurm says about a job before it is queued."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+from forge_hpc.config import Config, UserError, walltime_s
+
+_ANSWER_TIMEOUT_S = 30
+_NO_CLUSTER = "configuration source"  # Slurm's commands are installed, but belong to no cluster
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One partition, as `sinfo` lists it."""
+
+    name: str
+    is_default: bool
+    is_up: bool
+    nodes: int
+    time_limit_s: float
+    """inf where there is none."""
+    gpus_per_node: int
+    """Of the node that has the fewest; 0 where one has none."""
+
+
+def slurm_is_here() -> bool:
+    """Whether this machine belongs to a Slurm cluster: its commands are installed and configured."""
+    if shutil.which("sbatch") is None or shutil.which("sinfo") is None:
+        return False
+    return _NO_CLUSTER not in _ask("sinfo", "--noheader").stderr
+
+
+def partitions() -> list[Partition]:
+    """All partitions of the cluster. Raises UserError where Slurm does not answer."""
+    answer = _ask("sinfo", "--noheader", "--all", "--format=%P|%a|%D|%l|%G")
+    if answer.returncode != 0:
+        raise UserError(f"Slurm does not answer: {' '.join(answer.stderr.split())}", "try `sinfo`, or --cluster local")
+    found: dict[str, Partition] = {}
+    for line in answer.stdout.splitlines():
+        name, up, nodes, limit, gres = line.split("|")  # one line for each kind of node
+        is_default, name = name.endswith("*"), name.removesuffix("*")
+        gpus = _gpus(gres) if int(nodes) else 0
+        before = found.get(name)
+        found[name] = Partition(
+            name,
+            is_default,
+            up == "up",
+            int(nodes) + (before.nodes if before else 0),
+            _limit_s(limit),
+            min(gpus, before.gpus_per_node) if before else gpus,
+        )
+    return list(found.values())
+
+
+def candidates(cfg: Config, known: list[Partition]) -> list[Partition]:
+    """The partitions that the job asks for: `slurm.partition` (one or several, by commas), else the default one.
+
+    Raises:
+        UserError: there is no such partition.
+    """
+    if cfg.slurm.partition is None:
+        default = [p for p in known if p.is_default]
+        if not default:
+            names = ", ".join(p.name for p in known) or "none"
+            raise UserError("this cluster has no default partition", f"set slurm.partition to one of: {names}")
+        return default
+    by_name = {p.name: p for p in known}
+    for name in cfg.slurm.partition.split(","):
+        if name not in by_name:
+            raise UserError(f"slurm.partition: no partition {name}", f"there are: {', '.join(by_name) or 'none'}")
+    return [by_name[name] for name in cfg.slurm.partition.split(",")]
+
+
+def check_job(cfg: Config, known: list[Partition]) -> None:
+    """Raise a UserError if no partition that the job asks for can ever run it."""
+    reasons = [_misfit(cfg, partition) for partition in candidates(cfg, known)]
+    if all(reasons):
+        raise next(reason for reason in reasons if reason)
+
+
+def _misfit(cfg: Config, partition: Partition) -> UserError | None:
+    name, nodes, wanted_s = partition.name, cfg.cluster.nodes, walltime_s(cfg.slurm.time)
+    if not partition.is_up:
+        return UserError(f"partition {name} is down", "ask the site, or set slurm.partition")
+    if partition.nodes < nodes:
+        return UserError(
+            f"{nodes} nodes asked for, partition {name} has {partition.nodes}",
+            f"--nodes {partition.nodes} or fewer, or another slurm.partition",
+        )
+    if (wanted_s or math.inf) > partition.time_limit_s:
+        return UserError(
+            f"slurm.time={cfg.slurm.time} is longer than partition {name} allows ({_clock(partition.time_limit_s)})",
+            f"set slurm.time={_clock(partition.time_limit_s)} or less",
+        )
+    gpus = cfg.cluster.gpus_per_node or 0
+    if gpus > partition.gpus_per_node:
+        return UserError(
+            f"{gpus} GPUs a node asked for, partition {name} has nodes with {partition.gpus_per_node}",
+            "set cluster.gpus_per_node, or slurm.partition and slurm.constraint",
+        )
+    return None
+
+
+def _gpus(gres: str) -> int:
+    """GPUs in Slurm's list of generic resources, such as ``gpu:h100:8(S:0-1),nvme:1``."""
+    counts = re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)", gres)
+    return sum(map(int, counts))
+
+
+def _limit_s(text: str) -> float:
+    return math.inf if text in ("infinite", "n/a") else walltime_s(text)
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return f"{days}-{hour:02d}:{minute:02d}:{second:02d}" if days else f"{hour:02d}:{minute:02d}:{second:02d}"
+
+
+def _ask(*command: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, text=True, capture_output=True, timeout=_ANSWER_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"Slurm does not answer within {_ANSWER_TIMEOUT_S} s", "try `sinfo`, or --cluster local"
+        ) from None

@@ -1,0 +1,32 @@
+"""The command that every node runs, whichever door the run came in by."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def run_command(run_dir: Path, python: str = sys.executable) -> list[str]:
+    """What starts the run on a node: the run directory alone says what to do, also after a requeue."""
+    return [python, "-u", "-m", "forge_hpc.run", "--run-dir", str(run_dir)]
+
+
+def with_setup(command: Sequence[str], setup: Sequence[str]) -> list[str]:
+    """`command` after the shell lines `setup`, of which each must succeed."""
+    if not setup:
+        return list(command)
+    return ["bash", "-c", "\n".join(["set -e", *setup, f"exec {shlex.join(command)}"])]
+
+
+def srun_command(run_dir: Path, setup: Sequence[str] = (), cpus_per_task: int | None = None) -> str:
+    """The line of a job script that starts the run on every node of the allocation, once a node.
+
+    One failed task ends the others (--kill-on-bad-exit); one that ends well does not (--wait=0: generators may leave
+    before the controller has written the export). The run sizes its threads itself, so no task is bound to cores.
+    """
+    flags = ["--ntasks-per-node=1", "--kill-on-bad-exit=1", "--wait=0", "--unbuffered", "--cpu-bind=none"]
+    if cpus_per_task is not None:  # srun does not take the job's own --cpus-per-task over (since Slurm 22.05)
+        flags.append(f"--cpus-per-task={cpus_per_task}")
+    return shlex.join(["srun", *flags, *with_setup(run_command(run_dir), setup)])
