@@ -1,0 +1,62 @@
+"""The generator: one vLLM engine, one replica of the rollout service."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from monarch.actor import Actor, endpoint
+from monarch.actor.concurrent import concurrent_endpoint
+
+from forge_hpc.config import Config
+from forge_hpc.config.schema import SamplingConfig
+from forge_hpc.data.types import Completion, Prompt
+from forge_hpc.observability.logs import setup_logging
+
+if TYPE_CHECKING:
+    from forge_hpc.weights import StoreSpec
+
+
+class Generator(Actor):
+    """Serves completions of the policy. All endpoints but ``start`` may run at once: requests join while others decode."""
+
+    def __init__(self, config: Config, replica: int, log_dir: Path) -> None:
+        setup_logging(log_dir / f"generator-{replica}.log", f"generator-{replica}")
+        self._config = config
+
+    @endpoint
+    async def start(self, model_dir: Path) -> None:
+        """Build the engine on the weights in ``model_dir``."""
+        from forge_hpc.generation import GenerationEngine
+        from forge_hpc.models.device import device_type
+
+        self._engine = await asyncio.to_thread(GenerationEngine, model_dir, self._config, device=device_type())
+
+    @concurrent_endpoint
+    async def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[list[Completion] | ValueError]:
+        """``rollout.group_size`` completions of each prompt, or one greedy completion.
+
+        All requests of a call are admitted together, in order; a bad prompt has its error in its place.
+        """
+        sampling = SamplingConfig(temperature=0.0) if greedy else None
+        num = 1 if greedy else self._config.rollout.group_size
+        return await self._engine.generate_batch(prompts, num, seed=self._config.seed, sampling=sampling)
+
+    @concurrent_endpoint
+    async def load(self, store: StoreSpec, version: int) -> float:
+        """Take a policy version from the store while requests go on. Returns the seconds that it took."""
+        from forge_hpc.weights import pull
+
+        start = time.perf_counter()
+        tensors = await pull(store, version)
+        await self._engine.load_weights(version, tensors.items())
+        return time.perf_counter() - start
+
+    @endpoint
+    async def leave(self) -> None:
+        """End the engine and its processes."""
+        if hasattr(self, "_engine"):
+            await asyncio.to_thread(self._engine.close)

@@ -1,0 +1,118 @@
+"""The trainer: one rank of the TorchTitan training mesh. All ranks get the same calls in the same order (SPMD)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from monarch.actor import Actor, current_rank, endpoint
+from monarch.actor.concurrent import concurrent_endpoint
+
+from forge_hpc.config import Config
+from forge_hpc.data.types import Document
+from forge_hpc.observability.logs import setup_logging
+
+if TYPE_CHECKING:
+    import torch
+
+    from forge_hpc.weights import StoreSpec
+
+T = TypeVar("T")
+
+
+class Trainer(Actor):
+    """Holds this rank's shard of the policy, its optimizer and, for a KL penalty, the frozen reference."""
+
+    def __init__(self, config: Config, log_dir: Path) -> None:
+        point = current_rank()
+        self._rank, self._world_size = point.rank, point.extent.nelements
+        self._local_rank = self._rank % point.extent["procs"]
+        setup_logging(log_dir / f"trainer-{self._rank}.log", f"trainer-{self._rank}")
+        self._config = config
+        self._publishing: asyncio.Task[int] | None = None
+        # One thread for all of torch: OpenMP's pool and the current CUDA device belong to a thread.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="torch")
+
+    async def _in_thread(self, function: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+
+    @endpoint
+    async def start(self, model_dir: Path, file_store: Path, checkpoint: Path | None) -> None:
+        """Join the process group through ``file_store``, build the model, load the weights or the checkpoint."""
+        await self._in_thread(self._start, model_dir, file_store, checkpoint)
+
+    def _start(self, model_dir: Path, file_store: Path, checkpoint: Path | None) -> None:
+        from forge_hpc.training.distributed import init_distributed
+        from forge_hpc.training.engine import TrainEngine
+
+        init_distributed(file_store, self._rank, self._world_size, self._local_rank)
+        self._engine = TrainEngine(self._config, model_dir)
+        self._reference = TrainEngine(self._config, model_dir) if self._config.reference.enable else None
+        if checkpoint is not None:
+            self._engine.load(checkpoint)
+
+    @concurrent_endpoint
+    async def train_step(self, documents: Sequence[Document]) -> dict[str, float]:
+        """One optimizer step on the documents; metrics, equal on all ranks. Raises on a NaN."""
+        return await self._in_thread(self._train_step, documents)
+
+    def _train_step(self, documents: Sequence[Document]) -> dict[str, float]:
+        start = time.perf_counter()
+        if self._reference is not None:
+            for document, logprobs in zip(documents, self._reference.logprobs(documents), strict=True):
+                document.ref_logprobs = logprobs
+        metrics = self._engine.train_step(documents)
+        return metrics | {"time/train_s": time.perf_counter() - start}
+
+    @concurrent_endpoint
+    async def publish(self, store: StoreSpec, version: int) -> float:
+        """Take a snapshot of the weights and begin to publish it. Returns the seconds of the snapshot, which is all
+        that training waits for; ``published`` waits for the rest."""
+        from forge_hpc.weights import publish
+
+        await self.published()
+        start = time.perf_counter()
+        snapshot = await self._in_thread(self._snapshot)
+        self._publishing = asyncio.create_task(publish(store, version, snapshot, rank=self._rank))
+        return time.perf_counter() - start
+
+    def _snapshot(self) -> dict[str, torch.Tensor]:
+        """The weights by name; copies where training goes on while they are published."""
+        state = self._engine.hf_state_dict()
+        if self._config.rollout.max_staleness == 0:
+            return state
+        return {name: tensor.clone() for name, tensor in state.items()}
+
+    @concurrent_endpoint
+    async def published(self) -> None:
+        """Wait until what ``publish`` began is in the store."""
+        if self._publishing is not None:
+            task, self._publishing = self._publishing, None
+            await task
+
+    @endpoint
+    async def save(self, directory: Path) -> None:
+        """Write this rank's part of a checkpoint into ``directory``; returns once it is staged in memory."""
+        await self._in_thread(self._engine.save, directory)
+
+    @concurrent_endpoint
+    async def saved(self) -> None:
+        """Wait until what ``save`` began is on disk."""
+        await asyncio.to_thread(self._engine.wait_for_save)  # beside the training
+
+    @endpoint
+    async def export(self, directory: Path) -> None:
+        """Write the weights in Hugging Face format."""
+        await self._in_thread(self._engine.export, directory)
+
+    @endpoint
+    async def leave(self) -> None:
+        """Leave the process group."""
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()

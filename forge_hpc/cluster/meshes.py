@@ -1,0 +1,88 @@
+"""The controller's side of the cluster: attach to the workers of all nodes and spawn processes on them by role.
+
+hosts = await attach(addresses, own_address, timeout_s)
+cluster = Cluster(hosts, placement, cpus, log_dir)
+trainers = cluster.spawn_trainers()          # one mesh over all trainer nodes
+replicas = cluster.spawn_generators()        # one mesh a replica, so that one can fail alone
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from forge_hpc.config.split import Placement
+
+if TYPE_CHECKING:
+    from monarch.actor import BootstrapCommand, HostMesh, ProcMesh
+
+
+async def attach(worker_addresses: Sequence[str], own_address: str, timeout_s: float) -> HostMesh:
+    """Connect to the Monarch workers at ``worker_addresses`` (``tls://host:port``, in node order).
+
+    Must be the first use of Monarch in this process. Raises TimeoutError.
+    """
+    from monarch.actor import attach_to_workers, enable_transport
+
+    enable_transport(f"tls://{own_address}:0")
+    hosts = attach_to_workers(ca="trust_all_connections", workers=list(worker_addresses))
+    try:
+        await asyncio.wait_for(hosts.initialized, timeout_s)
+    except TimeoutError:
+        raise TimeoutError(
+            f"the {len(worker_addresses)} Monarch workers did not answer within {timeout_s:.0f} s"
+        ) from None
+    return hosts
+
+
+@dataclass
+class Cluster:
+    """The hosts of the allocation, with what is to run where."""
+
+    hosts: HostMesh
+    placement: Placement
+    cpus: int
+    """CPU cores of a node."""
+    log_dir: Path
+
+    def spawn_trainers(self) -> ProcMesh:
+        """One process a trainer rank, as one mesh with dimensions ``hosts`` and ``procs``."""
+        nodes = self.placement.trainer_nodes
+        gpus = [gpu for process in self.placement.trainer_gpus for gpu in process]
+        procs = {"procs": self.placement.trainer_procs_per_node}
+        hosts = self.hosts.slice(hosts=slice(nodes.start, nodes.stop))
+        return hosts.spawn_procs(per_host=procs, name="trainer", bootstrap_command=self._command(nodes.start, gpus))
+
+    def spawn_volumes(self) -> ProcMesh:
+        """One process a trainer node that does nothing but hold published weights."""
+        nodes = self.placement.trainer_nodes
+        hosts = self.hosts.slice(hosts=slice(nodes.start, nodes.stop))
+        return hosts.spawn_procs(
+            per_host={"procs": 1}, name="volume", bootstrap_command=self._command(nodes.start, [], threads=1)
+        )
+
+    def spawn_generators(self) -> list[ProcMesh]:
+        """One mesh of one process for each replica, node by node."""
+        return [
+            self.hosts.slice(hosts=slice(node, node + 1)).spawn_procs(
+                per_host={"procs": 1}, name=f"generator{index}", bootstrap_command=self._command(node, gpus)
+            )
+            for index, (node, gpus) in enumerate(
+                (node, gpus) for node in self.placement.rollout_nodes for gpus in self.placement.replica_gpus
+            )
+        ]
+
+    def _command(self, node: int, gpus: Sequence[int], threads: int | None = None) -> BootstrapCommand:
+        """How a process is started: its threads and GPUs are fixed before any library counts them."""
+        from monarch.actor import default_bootstrap_cmd
+
+        threads = threads or self.placement.threads_per_process(self.cpus, node)
+        env = {
+            "OMP_NUM_THREADS": str(threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)),
+        }
+        return default_bootstrap_cmd().with_env(env)

@@ -1,0 +1,61 @@
+"""Every process that a run starts has an owner that ends it.
+
+The supervisor on a node is a subreaper: whatever its children leave behind becomes its own child, so it can end the
+whole tree, also after a crash in the middle of it. The other way round, children ask the kernel to be killed when
+their parent dies, so that a killed supervisor takes its node's processes with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def become_subreaper() -> None:
+    """Orphans below this process become its children."""
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent(parent_pid: int | None = None) -> None:
+    """Ask the kernel for SIGKILL when the parent ends. ``parent_pid`` closes the race where it has ended already."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent_pid is not None and os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def end_descendants(grace_s: float = 3.0) -> int:
+    """End all processes below this one: SIGTERM, after the grace SIGKILL, until none is left. Returns their number."""
+    import psutil
+
+    me = psutil.Process()
+    ended: set[int] = set()
+    killed_at = time.monotonic() + grace_s
+    for attempt in range(20):  # a process may fork while it is being ended, so look again
+        alive = [p for p in me.children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+        if not alive:
+            break
+        ended.update(p.pid for p in alive)
+        force = attempt > 0 or grace_s <= 0
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL if force else signal.SIGTERM)
+        psutil.wait_procs(alive, timeout=max(0.1, killed_at - time.monotonic()) if not force else 2.0)
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    return len(ended)

@@ -1,0 +1,60 @@
+"""Nodes find each other through small files in the run directory: no port is agreed on before it was bound.
+
+Cost with N nodes: each node writes one file and polls one; the first node reads N files. Polling backs off to one
+look a second, so that a shared file system sees at most N small operations a second, for the seconds of the start.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from forge_hpc.run_dir import atomic_write_json
+
+
+class RendezvousTimeout(RuntimeError):
+    """Some nodes did not appear in time; the message names them."""
+
+
+class Rendezvous:
+    """A directory of JSON records, each written once, atomically, for one start of a job."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def publish(self, name: str, record: Any) -> None:
+        atomic_write_json(self.directory / f"{name}.json", record)
+
+    def look(self, name: str) -> Any | None:
+        """The record, or None where nobody has published it yet."""
+        try:
+            return json.loads((self.directory / f"{name}.json").read_text())
+        except FileNotFoundError:
+            return None
+
+    def wait(self, names: Sequence[str], timeout_s: float, stop: Any = None) -> list[Any]:
+        """Wait until all records are there and return them in the order of ``names``.
+
+        ``stop`` is called at each look and may raise, so that a signal ends the wait. Raises RendezvousTimeout.
+        """
+        deadline = time.monotonic() + timeout_s
+        found: dict[str, Any] = {}
+        pause = 0.02
+        while True:
+            for name in names:
+                if name not in found and (record := self.look(name)) is not None:
+                    found[name] = record
+            if len(found) == len(names):
+                return [found[name] for name in names]
+            if stop is not None:
+                stop()
+            if time.monotonic() > deadline:
+                missing = [name for name in names if name not in found]
+                shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+                raise RendezvousTimeout(f"after {timeout_s:.0f} s still missing in {self.directory}: {shown}")
+            time.sleep(pause)
+            pause = min(pause * 1.5, 1.0)

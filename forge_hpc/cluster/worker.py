@@ -1,0 +1,57 @@
+"""The Monarch worker of a node: ``python -m forge_hpc.cluster.worker --rendezvous DIR --node N --address A``.
+
+It binds a port that the kernel chooses, publishes it, and serves until the controller shuts the host down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+from forge_hpc.cluster.processes import die_with_parent
+from forge_hpc.cluster.rendezvous import Rendezvous
+
+
+def listening_port(deadline_s: float = 30.0) -> int:
+    """The TCP port that this process listens on. Raises RuntimeError if it opens none in time."""
+    import psutil
+
+    deadline = time.monotonic() + deadline_s
+    while time.monotonic() < deadline:
+        ports = [c.laddr.port for c in psutil.Process().net_connections(kind="tcp") if c.status == psutil.CONN_LISTEN]
+        if ports:
+            return ports[0]
+        time.sleep(0.02)
+    raise RuntimeError("the Monarch worker opened no port")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Monarch worker loop of one node.")
+    parser.add_argument("--rendezvous", type=Path, required=True)
+    parser.add_argument("--node", type=int, required=True)
+    parser.add_argument("--address", required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    args = parser.parse_args()
+    die_with_parent(args.parent)
+
+    import torch
+    from monarch.actor import enable_transport, start_worker_loop_forever
+
+    endpoint = f"tls://{args.address}:0"
+    enable_transport(endpoint)
+    # "trust_all_connections" is the only value that Monarch 0.7.0 takes; with tls:// addresses both ends are
+    # authenticated by the certificates that HYPERACTOR_TLS_* name.
+    loop = start_worker_loop_forever(address=endpoint, ca="trust_all_connections")
+    record = {
+        "address": f"tls://{args.address}:{listening_port()}",
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpus": torch.cuda.device_count(),
+    }
+    Rendezvous(args.rendezvous).publish(f"worker-{args.node}", record)
+    loop.get()
+
+
+if __name__ == "__main__":
+    main()

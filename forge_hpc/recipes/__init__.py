@@ -1,0 +1,1 @@
+"""The controller loops, one file an algorithm."""

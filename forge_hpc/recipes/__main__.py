@@ -1,0 +1,159 @@
+"""The controller process of a run, started by the supervisor of the first node (``forge_hpc.run``).
+
+It reads the run directory, attaches to the workers of all nodes, runs the recipe, and leaves the reason in
+``outcome.json`` of the rendezvous. On its standard input the supervisor asks it to stop, and by closing it tells that
+the supervisor is dead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import importlib
+import logging
+import os
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+from forge_hpc.cluster.meshes import Cluster, attach
+from forge_hpc.cluster.processes import die_with_parent
+from forge_hpc.cluster.rendezvous import Rendezvous
+from forge_hpc.config import UserError, plan, read_config
+from forge_hpc.observability.logs import setup_logging
+from forge_hpc.run_dir import RunDir
+
+logger = logging.getLogger("forge_hpc.controller")
+HEARTBEAT_S = 5.0
+CLOSE_S = 8.0
+
+
+class Fault(RuntimeError):
+    """Monarch reported the failure of an actor or a process."""
+
+
+async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, terminal: Any) -> None:
+    """Attach, build the session, run the recipe to its end."""
+    config = read_config(run_dir.config)
+    start = rendezvous.look("start")
+    workers = rendezvous.wait([f"worker-{n}" for n in range(start["num_nodes"])], config.cluster.start_timeout_s)
+    faults = watch_faults()
+    hosts = await attach([w["address"] for w in workers], start["address"], config.cluster.start_timeout_s)
+    config.cluster.nodes = len(workers)  # a run may come back on another number of nodes
+    gpus = config.cluster.gpus_per_node
+    placement = plan(config, min(w["gpus"] for w in workers) if gpus is None else gpus)
+    logger.info("attached to %d nodes\n%s", len(workers), placement.describe())
+    cluster = Cluster(hosts, placement, min(w["cpus"] for w in workers), log_dir)
+
+    from forge_hpc.observability.logger import MetricLogger
+    from forge_hpc.recipes.session import Session
+
+    recipe = getattr(importlib.import_module(f"forge_hpc.recipes.{config.recipe}"), config.recipe)
+    session = Session(config, run_dir, log_dir, cluster)
+    await session.prepare()
+    metrics = MetricLogger(
+        run_dir,
+        config.logging,
+        session.step,
+        total_steps=config.trainer.training.steps,
+        label=config.recipe,
+        stream=terminal.stdout,
+    )
+    with metrics:
+        session.metrics = metrics
+        async with asyncio.TaskGroup() as tasks:
+            beat = tasks.create_task(heartbeat(run_dir, session))
+            fault = tasks.create_task(raise_fault(faults))
+            try:
+                await recipe(session)
+                run_dir.write_status(step=session.step, policy_version=session.step)
+            finally:
+                beat.cancel()
+                fault.cancel()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(CLOSE_S):
+                        await session.close()
+                        await hosts.shutdown()
+
+
+async def heartbeat(run_dir: RunDir, session: Any) -> None:
+    """Tell in status.json where the run stands."""
+    while True:
+        run_dir.write_status(state="running", step=session.step, policy_version=session.step)
+        await asyncio.sleep(HEARTBEAT_S)
+
+
+def watch_faults() -> asyncio.Queue[str]:
+    """Monarch's default is to end the controller at a fault; here it becomes an error of the run."""
+    import monarch.actor
+
+    loop, faults = asyncio.get_running_loop(), asyncio.Queue()
+
+    def hook(failure: Any) -> None:
+        loop.call_soon_threadsafe(faults.put_nowait, str(failure))
+
+    monarch.actor.unhandled_fault_hook = hook
+    return faults
+
+
+async def raise_fault(faults: asyncio.Queue[str]) -> None:
+    """Raise Fault when Monarch reports one."""
+    raise Fault(await faults.get())
+
+
+def obey_supervisor(task: asyncio.Task[None], loop: asyncio.AbstractEventLoop) -> None:
+    """Cancel ``task`` when the supervisor says so. Ends the process when the supervisor has died."""
+    for line in sys.stdin:
+        logger.info("the supervisor asks to stop: %s", line.strip())
+        loop.call_soon_threadsafe(task.cancel)
+    os._exit(1)
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The error that started it: the first of a group, and in Monarch's wrapper the one of the actor."""
+    while isinstance(error, BaseExceptionGroup):
+        faults = [e for e in error.exceptions if not isinstance(e, Fault)]
+        error = (faults or list(error.exceptions))[0]
+    while (cause := getattr(error, "exception", None)) is not None and isinstance(cause, BaseException):
+        error = cause
+    return error
+
+
+async def main() -> int:
+    """Exit code: 0 done, 1 failed, 2 the user's to mend, 3 stopped by the supervisor."""
+    parser = argparse.ArgumentParser(description="Controller of a run; started by forge_hpc.run.")
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--rendezvous", type=Path, required=True)
+    parser.add_argument("--log-dir", type=Path, required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    args = parser.parse_args()
+    die_with_parent(args.parent)
+    run_dir, rendezvous = RunDir(args.run_dir), Rendezvous(args.rendezvous)
+    terminal = setup_logging(args.log_dir / "controller.log", "controller")
+
+    task = asyncio.current_task()
+    assert task is not None
+    threading.Thread(target=obey_supervisor, args=(task, asyncio.get_running_loop()), daemon=True).start()
+    outcome: dict[str, Any] = {"code": 0, "message": ""}
+    try:
+        await control(run_dir, rendezvous, args.log_dir, terminal)
+    except asyncio.CancelledError:
+        outcome = {"code": 3, "message": "stopped"}
+    except BaseException as error:
+        cause = first_cause(error)
+        logger.error("the run failed:\n%s", "".join(traceback.format_exception(error)))
+        if isinstance(cause, UserError):
+            outcome = {"code": 1, "message": cause.message, "hint": cause.hint}
+        else:
+            outcome = {"code": 1, "message": f"{type(cause).__name__}: {cause}"}
+    rendezvous.publish("outcome", outcome)
+    return outcome["code"]
+
+
+if __name__ == "__main__":
+    code = asyncio.run(main())
+    logging.shutdown()
+    os._exit(code)  # Monarch's runtime threads would otherwise be waited for; all that matters is on disk

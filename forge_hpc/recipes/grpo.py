@@ -1,0 +1,99 @@
+"""GRPO (https://arxiv.org/abs/2402.03300), synchronous or asynchronous: one loop, one dial.
+
+    prompts ──► generators ──► rewards ──► advantages ──► buffer ──► trainers
+                    ▲                                                   │
+                    └──────────────── weights, by policy version ◄──────┘
+
+``rollout_loop`` produces groups and consumes prompts; new weights in the generators unblock it (``buffer.room``).
+``train_loop`` produces policy versions and consumes groups; a complete step unblocks it (``buffer.take``).
+With ``rollout.max_staleness`` 0 the two take turns; above it, generation runs ahead while the trainers train.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from forge_hpc.actors.buffer import EpisodeBuffer
+from forge_hpc.data.prompts import PromptStream, evaluation_prompts
+from forge_hpc.data.source import load_examples
+from forge_hpc.data.types import Prompt
+from forge_hpc.recipes.checks import SignalWatch, check_mismatch
+from forge_hpc.recipes.rollouts import make_group, measure, to_documents
+from forge_hpc.recipes.session import Session, background
+from forge_hpc.rewards import RewardPool
+
+
+async def grpo(session: Session) -> None:
+    """Train ``trainer.training.steps`` optimizer steps, each on the groups of ``rollout.prompts_per_step`` prompts."""
+    config, rollout = session.config, session.config.rollout
+    synchronous = rollout.max_staleness == 0
+    last_step = config.trainer.training.steps
+
+    prompts = PromptStream(
+        load_examples(config.data, config.data.split, config.seed), session.tokenizer, config, config.seed
+    )
+    prompts.load_state_dict(session.state.get("prompts", prompts.state_dict()))
+    held_out = load_held_out(session)
+    rewards = RewardPool(config)
+    trainers, generators = await session.start_trainers_and_generators()
+    buffer = EpisodeBuffer(rollout.prompts_per_step, rollout.max_staleness, policy_version=session.step)
+    weights = await session.connect(trainers, generators, buffer)
+    drawn: dict[int, dict[str, Any]] = {}  # by step: where its prompts end
+    seconds: dict[str, float] = {"generate": 0.0, "wait_trainer": 0.0}
+
+    async def rollout_loop() -> None:
+        for step in session.remaining_steps():
+            waited = time.perf_counter()
+            await buffer.room(step)
+            started = time.perf_counter()
+            seconds["wait_trainer"] = started - waited
+            batch = prompts.take(rollout.prompts_per_step)
+            drawn[step] = prompts.state_dict()
+            # Synchronous: a generator admits all its prompts together, so the run repeats exactly. Else each for itself.
+            num = len(generators)
+            shares = [batch[i::num] for i in range(num) if batch[i::num]] if synchronous else [[p] for p in batch]
+            for key, share in enumerate(shares):
+                tasks.create_task(roll_out(step, share, key if synchronous else None, started))
+
+    async def roll_out(step: int, share: list[Prompt], key: int | None, started: float) -> None:
+        for prompt, completions in zip(share, await generators.generate.route(share, key=key), strict=True):
+            await buffer.put(step, await make_group(prompt, completions, rewards, config))
+        seconds["generate"] = time.perf_counter() - started
+
+    signal = SignalWatch(config)
+    if session.step == 0:
+        await session.evaluate(0, held_out, rewards)
+    async with background(rollout_loop()) as tasks:
+        for step in session.remaining_steps():
+            waited = time.perf_counter()
+            groups = await buffer.take(step)
+            waited = time.perf_counter() - waited
+            metrics = measure(groups, step) | {"time/wait_generator_s": waited, "episodes/stale": buffer.num_stale}
+            documents = to_documents(groups, config)
+            signal.check(step, documents, metrics)
+            metrics |= await trainers.train_step(documents)
+            check_mismatch(config, step, metrics)
+            if step % rollout.sync_interval == 0 or step == last_step:
+                await weights.publish(step)
+                if synchronous:
+                    await weights.delivered()
+            metrics |= {
+                "time/generate_s": seconds["generate"],
+                "time/wait_trainer_s": seconds["wait_trainer"],
+                "time/weight_sync_s": weights.seconds,
+            }
+            await session.finish_step(step, metrics, {"prompts": drawn.pop(step)}, groups)
+            if step == last_step or (config.evaluation.interval and step % config.evaluation.interval == 0):
+                await session.evaluate(step, held_out, rewards)
+    await weights.delivered()
+    await session.finish()
+
+
+def load_held_out(session: Session) -> list[Prompt]:
+    """The prompts of ``evaluation``, none where it is off."""
+    config = session.config
+    if not config.evaluation.num_prompts:
+        return []
+    examples = load_examples(config.data, config.data.eval_split, config.seed)
+    return evaluation_prompts(examples, session.tokenizer, config, config.evaluation.num_prompts)

@@ -1,0 +1,25 @@
+"""Supervised fine-tuning: the trainers alone, on the answers of the data.
+
+examples ──► documents (loss on the answer) ──► trainers
+"""
+
+from __future__ import annotations
+
+from forge_hpc.data.prompts import DocumentStream, PromptStream
+from forge_hpc.data.source import load_examples
+from forge_hpc.recipes.session import Session
+
+
+async def sft(session: Session) -> None:
+    """Train ``trainer.training.steps`` optimizer steps on ``trainer.training.global_batch_size`` examples each."""
+    config = session.config
+    examples = load_examples(config.data, config.data.split, config.seed)
+    prompts = PromptStream(examples, session.tokenizer, config, config.seed)
+    documents = DocumentStream(prompts, session.tokenizer, config.trainer.training.seq_len)
+    documents.load_state_dict(session.state.get("documents", documents.state_dict()))
+    trainers = await session.start_trainers()
+    for step in session.remaining_steps():
+        batch = documents.take(config.trainer.training.global_batch_size)
+        metrics = await trainers.train_step(batch)
+        await session.finish_step(step, metrics, {"documents": documents.state_dict()})
+    await session.finish()
