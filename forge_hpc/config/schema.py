@@ -223,7 +223,7 @@ class ReferenceConfig:
 @dataclass
 class CheckpointConfig:
     interval: int = 50
-    """Save every so many optimizer steps; the last step is always saved."""
+    """Save every so many optimizer steps; the last step is always saved, 0 saves it alone."""
     keep: int = 2
     """Newest checkpoints to keep; older ones are deleted."""
     async_save: bool = True

@@ -39,25 +39,11 @@ _NAMES = {
     "trainer.activation_checkpoint.mode": ("none", "selective", "full"),
     "logging.console": ("auto", "lines", "none"),
 }
-_POSITIVE = (
-    "algorithm.max_steps_without_signal rollout.group_size rollout.prompts_per_step rollout.max_prompt_tokens "
-    "rollout.max_response_tokens rollout.sync_interval generator.timeout_s generator.replicas "
-    "generator.engine.tensor_parallel_size generator.engine.max_model_len generator.engine.max_num_seqs "
-    "generator.engine.kv_cache_memory_gib trainer.processes_per_node trainer.optimizer.lr trainer.optimizer.eps "
-    "trainer.training.steps trainer.training.seq_len trainer.training.local_batch_size "
-    "trainer.training.global_batch_size trainer.training.max_norm trainer.parallelism.data_parallel_replicate_degree "
-    "trainer.parallelism.tensor_parallel_degree trainer.parallelism.expert_parallel_degree trainer.timeout_s "
-    "checkpoint.interval checkpoint.keep cluster.nodes cluster.start_timeout_s slurm.cpus_per_task"
-).split()
-_NOT_NEGATIVE = (
-    "seed algorithm.clip_low algorithm.clip_high algorithm.kl_coef algorithm.entropy_coef "
-    "rollout.sampling.temperature rollout.max_staleness trainer.optimizer.weight_decay trainer.lr_scheduler.warmup_steps "
-    "evaluation.interval evaluation.num_prompts cluster.spare_nodes cluster.gpus_per_node slurm.signal_lead_s "
-    "logging.num_rollouts_per_step"
-).split()
-_UP_TO_ONE = "rollout.sampling.top_p generator.engine.gpu_memory_utilization".split()  # above 0, at most 1
-_SHARES = "trainer.lr_scheduler.decay_ratio trainer.lr_scheduler.min_lr_factor cluster.rollout_ratio".split()  # 0 to 1
-_BELOW_ONE = "trainer.optimizer.beta1 trainer.optimizer.beta2".split()  # 0 to less than 1
+_POSITIVE = ["algorithm.max_steps_without_signal", "rollout.group_size", "rollout.prompts_per_step", "rollout.max_prompt_tokens", "rollout.max_response_tokens", "rollout.sync_interval", "generator.timeout_s", "generator.replicas", "generator.engine.tensor_parallel_size", "generator.engine.max_model_len", "generator.engine.max_num_seqs", "generator.engine.kv_cache_memory_gib", "trainer.processes_per_node", "trainer.optimizer.lr", "trainer.optimizer.eps", "trainer.training.steps", "trainer.training.seq_len", "trainer.training.local_batch_size", "trainer.training.global_batch_size", "trainer.training.max_norm", "trainer.parallelism.data_parallel_replicate_degree", "trainer.parallelism.tensor_parallel_degree", "trainer.parallelism.expert_parallel_degree", "trainer.timeout_s", "checkpoint.keep", "cluster.nodes", "cluster.start_timeout_s", "slurm.cpus_per_task"]
+_NOT_NEGATIVE = ["checkpoint.interval", "seed", "algorithm.clip_low", "algorithm.clip_high", "algorithm.kl_coef", "algorithm.entropy_coef", "rollout.sampling.temperature", "rollout.max_staleness", "trainer.optimizer.weight_decay", "trainer.lr_scheduler.warmup_steps", "evaluation.interval", "evaluation.num_prompts", "cluster.spare_nodes", "cluster.gpus_per_node", "slurm.signal_lead_s", "logging.num_rollouts_per_step"]
+_UP_TO_ONE = ["rollout.sampling.top_p", "generator.engine.gpu_memory_utilization"]  # above 0, at most 1
+_SHARES = ["trainer.lr_scheduler.decay_ratio", "trainer.lr_scheduler.min_lr_factor", "cluster.rollout_ratio"]  # 0 to 1
+_BELOW_ONE = ["trainer.optimizer.beta1", "trainer.optimizer.beta2"]  # 0 to less than 1
 _MAX_CHECKED_LINES = 10_000
 _DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
