@@ -19,7 +19,7 @@ def device_type() -> str:
 
 
 def dist_backend() -> str:
-    """Backend string for ``init_process_group``. CUDA jobs keep gloo for CPU tensors: checkpoints coordinate over it."""
+    """Backend for ``init_process_group``. CUDA jobs keep gloo for CPU tensors: checkpoints coordinate over it."""
     return "cpu:gloo,cuda:nccl" if device_type() == "cuda" else "gloo"
 
 

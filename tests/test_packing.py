@@ -1,0 +1,108 @@
+"""Packing of documents into rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from forge_hpc.data.packing import pack, unpack
+from forge_hpc.data.types import Document
+
+
+def documents_of(lengths: list[int], **fields: object) -> list[Document]:
+    return [
+        Document(token_ids=np.arange(100 * i, 100 * i + n, dtype=np.int32), loss_mask=np.arange(n) >= 2, **fields)
+        for i, n in enumerate(lengths)
+    ]
+
+
+def test_every_document_lies_whole_in_one_row_with_labels_shifted_by_one() -> None:
+    documents = documents_of([5, 9, 3, 7, 12, 2])
+    batch = pack(documents, 16)
+    for document, (row, start) in zip(documents, batch.placements, strict=True):
+        n = len(document.token_ids) - 1
+        slots = (row, slice(start, start + n))
+        np.testing.assert_array_equal(batch.input_ids[slots], document.token_ids[:-1])
+        np.testing.assert_array_equal(batch.labels[slots], document.token_ids[1:])
+        np.testing.assert_array_equal(batch.positions[slots], np.arange(n))
+        np.testing.assert_array_equal(batch.mask[slots], document.loss_mask[1:])
+        assert len(set(batch.segment_ids[slots])) == 1
+    assert batch.num_slots_used == sum(len(d.token_ids) - 1 for d in documents) == (batch.segment_ids > 0).sum()
+    assert batch.num_trained_tokens == sum(d.loss_mask[1:].sum() for d in documents)
+
+
+def test_padding_is_a_segment_of_its_own_and_is_not_trained() -> None:
+    batch = pack(documents_of([4, 5]), 32)
+    padding = batch.segment_ids == 0
+    assert padding.any() and not batch.mask[padding].any()
+    np.testing.assert_array_equal(batch.positions[padding], np.arange(padding.sum()))
+
+
+def test_advantages_and_logprobs_stand_at_the_slot_that_predicts_the_token() -> None:
+    logprobs = np.array([0, 0, -1, -2, -3], np.float32)
+    document = documents_of([5], generator_logprobs=logprobs, ref_logprobs=logprobs - 1, advantage=0.5)
+    batch = pack(document, 8)
+    assert batch.generator_logprobs is not None and batch.ref_logprobs is not None
+    np.testing.assert_array_equal(batch.generator_logprobs[0, :4], logprobs[1:])
+    np.testing.assert_array_equal(batch.ref_logprobs[0, :4], logprobs[1:] - 1)
+    np.testing.assert_array_equal(batch.advantages[0, :4], [0.5] * 4)
+
+
+def test_unpack_puts_values_back_at_the_tokens() -> None:
+    documents = documents_of([5, 9, 3, 7])
+    batch = pack(documents, 16)
+    for document, values in zip(documents, unpack(batch.labels, batch, documents), strict=True):
+        np.testing.assert_array_equal(values[1:], document.token_ids[1:])
+        assert values[0] == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seq_len", [256, 512])
+@pytest.mark.parametrize("multiple", [1, 2, 4, 8])
+def test_fill_is_high_on_many_short_documents(seed: int, seq_len: int, multiple: int) -> None:
+    lengths = np.random.default_rng(seed).integers(12, 21, 256).tolist()
+    batch = pack(documents_of(lengths), seq_len, num_rows_multiple=multiple)
+    assert batch.fill >= 0.9
+    assert batch.num_rows % multiple == 0
+    assert batch.input_ids.shape[1] <= seq_len
+
+
+def test_documents_that_fill_rows_exactly_are_packed_without_waste() -> None:
+    batch = pack(documents_of([33, 33, 17, 17, 17, 17]), 32)
+    assert batch.fill == 1.0 and batch.num_rows == 4
+
+
+def test_rows_are_added_until_long_documents_fit() -> None:
+    batch = pack(documents_of([21] * 5), 32)  # two never share a row
+    assert batch.num_rows == 5 and batch.input_ids.shape[1] == 24
+
+
+def test_few_documents_leave_rows_empty_rather_than_breaking_the_multiple() -> None:
+    batch = pack(documents_of([5]), 32, num_rows_multiple=4)
+    assert batch.num_rows == 4
+    assert (batch.positions[:, 0] == 0).all()
+
+
+def test_the_same_documents_give_the_same_rows() -> None:
+    lengths = np.random.default_rng(0).integers(5, 30, 64).tolist()
+    assert pack(documents_of(lengths), 64).placements == pack(documents_of(lengths), 64).placements
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        ([], "no documents"),
+        (documents_of([5, 40]), "document 1 has 40 tokens, more than fit"),
+        (documents_of([1]), "document 0 has 1 token"),
+        (documents_of([3], generator_logprobs=np.array([0, np.nan, 0], np.float32)), "document 0 .* not finite"),
+        (documents_of([3], generator_logprobs=np.zeros(2, np.float32)), "2 entries in generator_logprobs"),
+        (documents_of([3]) + documents_of([3], ref_logprobs=np.zeros(3, np.float32)), "1 of 2 documents have ref"),
+    ],
+)
+def test_documents_that_cannot_be_packed_are_refused_by_name(documents: list[Document], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pack(documents, 32)
+
+
+def test_the_longest_document_that_fits_has_one_token_more_than_the_row() -> None:
+    assert pack(documents_of([33]), 32).fill == 1.0
