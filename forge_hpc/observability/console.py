@@ -7,10 +7,10 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _WINDOW = 20
 """Steps that the estimate of the time left looks back on."""
@@ -54,6 +54,9 @@ class ConsoleProgress:
         self._lines = mode == "lines" or (mode == "auto" and not self._stream.isatty())
         self._bar: Progress | None = None
         if mode == "auto" and not self._lines:
+            from rich.console import Console  # here, for the commands that only read a run to start fast
+            from rich.progress import BarColumn, Progress, TextColumn
+
             columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"))
             self._bar = Progress(*columns, console=Console(file=self._stream), refresh_per_second=4)
             self._task = self._bar.add_task(label, total=total_steps, completed=done_steps, text="starting")
