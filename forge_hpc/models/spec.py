@@ -207,14 +207,15 @@ def _block_config(
     """Makes the configuration of one layer; each layer gets its own, as TorchTitan fills in shardings."""
     dim, num_heads = hf["hidden_size"], hf["num_attention_heads"]
     head_dim = hf.get("head_dim") or dim // num_heads
+    num_experts = hf.get("num_local_experts") or hf.get("num_experts")  # the name since transformers 5, and before
 
     def norm(size: int) -> RMSNorm.Config:
         return RMSNorm.Config(normalized_shape=size, eps=hf["rms_norm_eps"], param_init=_ONES)
 
     def block() -> Any:
         mlp: dict[str, Any]
-        if "num_experts" in hf:
-            mlp = {"moe": _moe_config(hf)}
+        if num_experts:
+            mlp = {"moe": _moe_config(hf, num_experts)}
         else:
             mlp = {
                 "feed_forward": make_ffn_config(
@@ -263,13 +264,13 @@ def _rope_config(hf: dict[str, Any], head_dim: int, max_positions: int) -> CosSi
     raise UserError(f"rotary embeddings of type {kind} are not supported", "supported types: default, llama3")
 
 
-def _moe_config(hf: dict[str, Any]) -> Any:
+def _moe_config(hf: dict[str, Any], num_experts: int) -> Any:
     if hf.get("decoder_sparse_step", 1) != 1 or not hf.get("norm_topk_prob", False):
         raise UserError(
             "only Qwen3 MoE models with experts in every layer and normalised routing weights are supported",
             "their config.json has decoder_sparse_step: 1 and norm_topk_prob: true",
         )
-    dim, num_experts, top_k = hf["hidden_size"], hf["num_experts"], hf["num_experts_per_tok"]
+    dim, top_k = hf["hidden_size"], hf["num_experts_per_tok"]
     expert_init = {name: _NORMAL["weight"] for name in ("w1_EFD", "w2_EDF", "w3_EFD")}
     return make_moe_config(
         num_experts=num_experts,

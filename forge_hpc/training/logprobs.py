@@ -61,8 +61,8 @@ class _TokenLogprobs(torch.autograd.Function):
         if group is not None:
             dist.all_reduce(largest, dist.ReduceOp.MAX, group)
         for chunk in _chunks(num_tokens, vocab_size):
-            z = logits[chunk].float().div_(temperature) if temperature != 1 else logits[chunk].float()
-            z = z - largest[chunk, None]
+            z = logits[chunk].float() / temperature
+            z -= largest[chunk, None]
             label_logit[chunk] = z.gather(1, local_labels[chunk, None]).squeeze(1)
             weights = z.exp()
             total[chunk] = weights.sum(-1)

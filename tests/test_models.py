@@ -1,0 +1,159 @@
+"""TorchTitan models built from Hugging Face directories give the logits of transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import VOCAB_SIZE, random_documents, write_model
+
+from forge_hpc.config.errors import UserError
+from forge_hpc.data.packing import pack
+from forge_hpc.models.attention import attention_inputs, document_batches, inner_attention_config
+from forge_hpc.models.spec import ModelSpec, load_hf_weights, load_spec
+from forge_hpc.training.logprobs import token_logprobs
+
+CPU = torch.device("cpu")
+
+
+def titan_model(model_dir: Path, max_positions: int = 256) -> tuple[Any, ModelSpec]:
+    from torchtitan.config import ParallelismConfig
+    from torchtitan.distributed.utils import set_spmd_backend
+
+    set_spmd_backend("partial_dtensor")
+    spec = load_spec(
+        model_dir,
+        max_positions=max_positions,
+        inner_attention=inner_attention_config(torch.float32),
+        parallelism=ParallelismConfig(spmd_backend="partial_dtensor"),
+    )
+    model: Any = spec.config.build()
+    with torch.no_grad():
+        model.init_weights()
+    load_hf_weights(model, spec, model_dir)
+    return model, spec
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(
+    ("family", "tied"), [("qwen3", True), ("qwen3", False), ("llama", False), ("llama", True), ("qwen3_moe", False)]
+)
+def test_logits_of_packed_rows_equal_those_of_transformers(tmp_path: Path, family: str, tied: bool) -> None:
+    reference = write_model(tmp_path, family, tied=tied)
+    model, spec = titan_model(tmp_path)
+    documents = random_documents(9, max_tokens=90)
+    batch = pack(documents, 128)
+    assert batch.num_rows > 1 and batch.segment_ids.max() > 1
+    with torch.no_grad():
+        logits = model(
+            torch.from_numpy(batch.input_ids),
+            positions=torch.from_numpy(batch.positions),
+            attention_masks=attention_inputs(spec.inner_attention, batch.positions, CPU),
+        )
+        for document, (row, start) in zip(documents, batch.placements, strict=True):
+            ids = torch.from_numpy(document.token_ids[:-1]).long()
+            expected = reference(ids[None]).logits[0]
+            torch.testing.assert_close(logits[row, start : start + len(ids)], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_weights_keep_their_values_under_their_names(tmp_path: Path) -> None:
+    reference = write_model(tmp_path, "llama")
+    model, spec = titan_model(tmp_path)
+    state = spec.adapter.to_hf(model.state_dict())
+    assert state.keys() == reference.state_dict().keys()
+    for name, weight in reference.state_dict().items():
+        assert torch.equal(state[name], weight), name
+    assert state["lm_head.weight"].data_ptr() == model.lm_head.weight.data_ptr()  # renamed, not copied
+
+
+def test_documents_are_regrouped_without_loss_and_at_bounded_cost() -> None:
+    lengths = [200, 3, 17, 90, 1, 1, 40, 120]
+    positions = np.concatenate([np.arange(n) for n in lengths]).reshape(2, -1)
+    batches = document_batches(positions, CPU)
+    tokens = torch.arange(positions.size)
+    assert torch.equal(batches.slots[batches.token_slots], tokens)
+    assert sum(num * length for num, length in batches.shapes) == len(batches.slots) <= 2 * positions.size + 32 * 8
+
+
+def test_a_document_sees_neither_its_neighbours_nor_its_future(tmp_path: Path) -> None:
+    write_model(tmp_path, "qwen3")
+    model, spec = titan_model(tmp_path)
+    positions = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])
+    masks = attention_inputs(spec.inner_attention, positions, CPU)
+    ids = torch.randint(0, VOCAB_SIZE, (1, 10))
+    changed = ids.clone()
+    changed[0, 7] = (ids[0, 7] + 1) % VOCAB_SIZE
+    with torch.no_grad():
+        before, after = (model(x, positions=torch.from_numpy(positions), attention_masks=masks) for x in (ids, changed))
+    differs = (before != after).any(-1)[0].tolist()
+    assert differs == [False] * 7 + [True] * 3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_logprobs_and_entropies_have_the_values_and_gradients_of_log_softmax(
+    temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("forge_hpc.training.logprobs._CHUNK_ELEMENTS", 40)  # several chunks
+    torch.manual_seed(0)
+    logits, labels = 3 * torch.randn(2, 7, 11), torch.randint(0, 11, (2, 7))
+    weights = torch.randn(2, 2, 7)
+    gradients, values = [], []
+    for is_ours in (True, False):
+        x = logits.clone().requires_grad_()
+        if is_ours:
+            logprobs, entropy = token_logprobs(x, labels, temperature)
+        else:
+            p = (x / temperature).log_softmax(-1)
+            logprobs, entropy = p.gather(-1, labels[..., None]).squeeze(-1), -(p.exp() * p).sum(-1)
+        (weights[0] * logprobs + weights[1] * entropy).sum().backward()
+        gradients.append(x.grad)
+        values.append(torch.stack([logprobs, entropy]).detach())
+    torch.testing.assert_close(values[0], values[1])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+def edit_config(model_dir: Path, **changes: Any) -> None:
+    path = model_dir / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel, which cannot be trained"),
+        ({"attention_bias": True}, "has attention_bias"),
+        ({"hidden_act": "gelu"}, "activation gelu"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "type yarn"),
+        ({"max_position_embeddings": 100}, "needs 256 positions; .* has 100"),
+        ({"vocab_size": 99}, "model.embed_tokens.weight .* has shape"),
+        ({"num_hidden_layers": 3}, "model.layers.2.* is missing"),
+    ],
+)
+def test_models_that_cannot_be_trained_are_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    write_model(tmp_path, "qwen3")
+    edit_config(tmp_path, **changes)
+    with pytest.raises(UserError, match=message):
+        titan_model(tmp_path)
+
+
+def test_directories_without_config_or_weights_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config\.json does not exist"):
+        titan_model(tmp_path)
+    write_model(tmp_path, "qwen3")
+    weights = tmp_path / "model.safetensors"
+    tensors = load_file(weights)
+    tensors.pop("model.norm.weight")
+    save_file(tensors, weights)
+    with pytest.raises(UserError, match=r"model.norm.weight is missing"):
+        titan_model(tmp_path)
+    weights.unlink()
+    with pytest.raises(UserError, match="holds no weights"):
+        titan_model(tmp_path)
