@@ -21,7 +21,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -48,14 +48,14 @@ _SCALARS = (
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, list[Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         return int(node.value)  # 010 is ten, as in YAML 1.2
 
 
 class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # quotes exactly what _Loader would not read as text
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}  # quotes exactly what _Loader would not read as text
 
 
 for _tag, _pattern, _first in _SCALARS:
@@ -124,9 +124,9 @@ def save_config(cfg: Config, path: str | Path) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        Path(temporary).replace(path)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink()
         raise
 
 
@@ -168,7 +168,9 @@ def _merge_override(cfg: DictConfig, override: str) -> None:
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key or not all(key.split(".")):
-        raise UserError(f"not an override: {override!r}", "overrides read key=value, for example trainer.optimizer.lr=1e-6")
+        raise UserError(
+            f"not an override: {override!r}", "overrides read key=value, for example trainer.optimizer.lr=1e-6"
+        )
     source = _Source(override, None, is_file=False)
     node = _compose(text, source)
     if node is None:
@@ -220,7 +222,9 @@ def _merge_items(items: ListConfig, cls: type, node: yaml.Node, prefix: str, sou
     if isinstance(node, yaml.MappingNode) and all(key.value.isdecimal() for key, _ in node.value):
         for key, item in _items(node, f"{prefix}.", source):
             if int(key) >= len(new):
-                raise UserError(f"{source.at(item)}: {prefix} has {len(new)} items, none with index {key}", "count from 0")
+                raise UserError(
+                    f"{source.at(item)}: {prefix} has {len(new)} items, none with index {key}", "count from 0"
+                )
             _merge(new[int(key)], cls, item, f"{prefix}.{key}.", source)
         return new
     raise UserError(f"{source.at(node)}: {prefix} is a list", f"write `{prefix}: [{{name: …}}]`")
@@ -242,6 +246,8 @@ def _set(target: DictConfig, key: str, hint: Any, node: yaml.Node, full: str, so
         raise wrong  # OmegaConf would take 3 for true
     if kind is float and isinstance(value, bool):
         raise wrong
+    if kind is float and isinstance(value, int):
+        value = float(value)
     try:
         if isinstance(target[key], DictConfig) and isinstance(value, dict):
             value = OmegaConf.merge(target[key], value)
@@ -253,7 +259,9 @@ def _set(target: DictConfig, key: str, hint: Any, node: yaml.Node, full: str, so
 def _items(node: yaml.Node, prefix: str, source: _Source) -> Iterator[tuple[str, yaml.Node]]:
     if not isinstance(node, yaml.MappingNode):
         name = prefix.rstrip(".")
-        raise UserError(f"{source.at(node)}: {name} must be a mapping, not {_shown(node)}", f"write `{name}: {{key: value}}`")
+        raise UserError(
+            f"{source.at(node)}: {name} must be a mapping, not {_shown(node)}", f"write `{name}: {{key: value}}`"
+        )
     seen = set()
     for key, value in node.value:
         name = key.value if isinstance(key, yaml.ScalarNode) else _shown(key)
@@ -275,7 +283,9 @@ def _to_dataclasses(cfg: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         text = str(error).splitlines()[0]
-        raise UserError(f"{key}: {text}" if key else text, r"text that holds ${ without meaning a key is written \${") from None
+        raise UserError(
+            f"{key}: {text}" if key else text, r"text that holds ${ without meaning a key is written \${"
+        ) from None
 
 
 def _local_path(text: str, folder: Path | None) -> str:
@@ -283,7 +293,7 @@ def _local_path(text: str, folder: Path | None) -> str:
     if text == "warmstart" or text.startswith("builtin:"):
         return text
     name, colon, rest = text.partition(":")  # rewards: file.py:function
-    for candidate in [folder] * (folder is not None) + [Path()]:
+    for candidate in ([] if folder is None else [folder]) + [Path()]:
         path = candidate / Path(name).expanduser()
         if path.exists():
             return f"{path.resolve()}{colon}{rest}"

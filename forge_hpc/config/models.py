@@ -78,9 +78,11 @@ def _check_safetensors(file: Path) -> None:
         end = max((t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"), default=0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise UserError(
-            f"{file} is not a safetensors file: {error}", "a Git LFS pointer or a broken download: fetch the model again"
+            f"{file} is not a safetensors file: {error}",
+            "a Git LFS pointer or a broken download: fetch the model again",
         ) from None
     if 8 + length + end != size:
         raise UserError(
-            f"{file} has {size} bytes, its header promises {8 + length + end}", "a broken download: fetch the model again"
+            f"{file} has {size} bytes, its header promises {8 + length + end}",
+            "a broken download: fetch the model again",
         )

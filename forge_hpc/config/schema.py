@@ -7,7 +7,7 @@ documentation applies. Nothing here imports torch: a dry run must answer in well
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional  # noqa: UP035  OmegaConf reads these annotations at run time
+from typing import Any
 
 
 @dataclass
@@ -22,23 +22,25 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     path: str = "builtin:addition"
-    """``builtin:addition``, a JSONL file, or a dataset name for ``datasets.load_dataset`` (for example openai/gsm8k)."""
-    name: Optional[str] = None
+    """``builtin:addition``, a JSONL file, or a name for ``datasets.load_dataset`` (for example openai/gsm8k)."""
+    name: str | None = None
     """The dataset's configuration name, where it has several (gsm8k: main)."""
     split: str = "train"
     """Split to train on."""
     eval_split: str = "test"
     """Held-out split for evaluation."""
-    eval_path: Optional[str] = None
+    eval_path: str | None = None
     """Where the held-out prompts come from, if not from ``path``."""
     prompt_field: str = "question"
     """Field that holds the prompt."""
     target_field: str = "answer"
     """Field that holds the reference answer; SFT learns it, rewards compare with it."""
-    system_prompt: Optional[str] = None
+    system_prompt: str | None = None
     """System message put before each prompt; needs a tokenizer with a chat template."""
     chat_template: bool = True
     """Render prompts through the tokenizer's chat template; false feeds the raw text."""
+    chat_template_args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the chat template (Qwen3: ``enable_thinking: false``)."""
     shuffle: bool = True
     """Draw examples in a seeded order, a new one every epoch."""
 
@@ -46,10 +48,10 @@ class DataConfig:
 @dataclass
 class RewardConfig:
     name: str = "exact"
-    """Name of a built-in reward (``exact``, ``math``, ``gsm8k``), or ``package.module:function`` / ``file.py:function``."""
+    """A built-in reward (``exact``, ``math``, ``gsm8k``), or ``package.module:function`` / ``file.py:function``."""
     weight: float = 1.0
     """Factor in the weighted sum of all rewards."""
-    args: Dict[str, Any] = field(default_factory=dict)
+    args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments handed to the reward."""
 
 
@@ -105,7 +107,7 @@ class RolloutConfig:
 class EngineConfig:
     tensor_parallel_size: int = 1
     """GPUs of one generator replica."""
-    max_model_len: Optional[int] = None
+    max_model_len: int | None = None
     """Longest sequence; by default prompt and response limits together."""
     max_num_seqs: int = 256
     """Sequences decoded at once."""
@@ -117,13 +119,13 @@ class EngineConfig:
     """Size of the KV cache on the CPU, in GiB; on CUDA gpu_memory_utilization decides."""
     enable_prefix_caching: bool = True
     """Share the prompt's KV cache in a group."""
-    extra: Dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of ``vllm.EngineArgs``."""
 
 
 @dataclass
 class GeneratorConfig:
-    replicas: Optional[int] = None
+    replicas: int | None = None
     """Independent vLLM engines; by default as many as the rollout nodes' GPUs hold (one a node on the CPU)."""
     timeout_s: float = 1800.0
     """A request that takes longer than this has a stuck generator."""
@@ -150,7 +152,7 @@ class OptimizerConfig:
 class LRSchedulerConfig:
     warmup_steps: int = 0
     """Linear warm-up over this many steps."""
-    decay_ratio: Optional[float] = None
+    decay_ratio: float | None = None
     """Share of all steps over which the rate decays at the end; null keeps it constant after warm-up."""
     decay_type: str = "linear"
     """linear, sqrt or cosine."""
@@ -202,7 +204,7 @@ class CompileConfig:
 
 @dataclass
 class TrainerConfig:
-    processes_per_node: Optional[int] = None
+    processes_per_node: int | None = None
     """Trainer ranks on each trainer node; by default its GPUs, one on the CPU."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_scheduler: LRSchedulerConfig = field(default_factory=LRSchedulerConfig)
@@ -218,6 +220,8 @@ class TrainerConfig:
 class ReferenceConfig:
     enable: bool = False
     """Hold a frozen copy of the initial model for the KL penalty."""
+    device: str = "auto"
+    """Where it computes: auto (with the trainers), cpu or cuda."""
 
 
 @dataclass
@@ -240,9 +244,9 @@ class EvaluationConfig:
 
 @dataclass
 class WarmstartConfig:
-    config: Optional[str] = None
+    config: str | None = None
     """SFT configuration (file, relative to this one) run first, in RUN_DIR/warmstart, where its export is missing."""
-    overrides: List[str] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)
     """key=value overrides of it."""
 
 
@@ -250,15 +254,15 @@ class WarmstartConfig:
 class ClusterConfig:
     nodes: int = 1
     """Nodes of the allocation; more than 1 means Slurm."""
-    rollout_nodes: Optional[int] = None
+    rollout_nodes: int | None = None
     """Nodes for generators; by default what trainer_nodes leaves, else rollout_ratio decides."""
-    trainer_nodes: Optional[int] = None
+    trainer_nodes: int | None = None
     """Nodes for trainers; by default what rollout_nodes leaves."""
     rollout_ratio: float = 0.5
     """Share of the nodes (of the GPUs on one node) that generate, where no number is given."""
     spare_nodes: int = 0
     """Nodes kept to replace lost ones."""
-    gpus_per_node: Optional[int] = None
+    gpus_per_node: int | None = None
     """GPUs used on each node; 0 is the CPU; by default what the node has."""
     start_timeout_s: float = 600.0
     """All nodes must have joined, and all actors be ready, in this time."""
@@ -266,29 +270,29 @@ class ClusterConfig:
 
 @dataclass
 class SlurmConfig:
-    partition: Optional[str] = None
+    partition: str | None = None
     """Partition; the cluster's default where it is null."""
-    account: Optional[str] = None
+    account: str | None = None
     """Account to charge."""
-    qos: Optional[str] = None
+    qos: str | None = None
     """Quality of service."""
     time: str = "24:00:00"
     """Walltime limit, in Slurm's notation."""
-    constraint: Optional[str] = None
+    constraint: str | None = None
     """Node features asked for."""
     exclusive: bool = True
     """Whole nodes. Sharing a node with other users opens ports that TLS cannot cover: see the README."""
-    cpus_per_task: Optional[int] = None
+    cpus_per_task: int | None = None
     """CPU cores on each node; with exclusive, all of them."""
-    mem: Optional[str] = None
+    mem: str | None = None
     """Memory on each node; 0 is all of it."""
     signal_lead_s: int = 300
     """Seconds before the walltime at which Slurm warns the run, so that it can save."""
     requeue: bool = True
     """Let Slurm start the job again after a preemption or a lost node."""
-    setup: List[str] = field(default_factory=list)
+    setup: list[str] = field(default_factory=list)
     """Shell lines run on each node first (module load …)."""
-    extra: Dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
     """Further sbatch options, name: value."""
 
 
@@ -316,7 +320,7 @@ class Config:
     """Everything random follows from this."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    reward: List[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
+    reward: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)

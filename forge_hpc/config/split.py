@@ -155,7 +155,8 @@ def _split_nodes(cfg: Config) -> tuple[range, range, range]:
     if cfg.recipe == "sft":
         if c.rollout_nodes:
             raise UserError(
-                f"SFT has no rollout nodes, cluster.rollout_nodes is {c.rollout_nodes}", "leave cluster.rollout_nodes out"
+                f"SFT has no rollout nodes, cluster.rollout_nodes is {c.rollout_nodes}",
+                "leave cluster.rollout_nodes out",
             )
         if c.trainer_nodes not in (None, working):
             raise UserError(
@@ -167,7 +168,8 @@ def _split_nodes(cfg: Config) -> tuple[range, range, range]:
     for name, value in (("trainer_nodes", c.trainer_nodes), ("rollout_nodes", c.rollout_nodes)):
         if value is not None and not 1 <= value <= working:
             raise UserError(
-                f"cluster.{name} is {value}, with {_count(working, 'working node')}", f"give 1 to {working}, or leave it out"
+                f"cluster.{name} is {value}, with {_count(working, 'working node')}",
+                f"give 1 to {working}, or leave it out",
             )
     if working == 1:
         return range(1), range(1), spares
@@ -182,7 +184,7 @@ def _split_nodes(cfg: Config) -> tuple[range, range, range]:
         raise UserError(
             f"{trainers} trainer nodes and {rollout} rollout nodes are not the {working} working nodes "
             f"(cluster.nodes={c.nodes}, cluster.spare_nodes={c.spare_nodes})",
-            "give one of cluster.trainer_nodes and cluster.rollout_nodes; the other role takes the rest, at least 1 node",
+            "give one of cluster.trainer_nodes and cluster.rollout_nodes: the other role takes the rest, 1 or more",
         )
     return range(trainers), range(trainers, working), spares
 
@@ -201,9 +203,7 @@ def _on_cpu(cfg: Config, rollout_nodes: int) -> tuple[_Gpus, _Gpus]:
     return ((),) * (cfg.trainer.processes_per_node or 1), ((),) * _evenly(replicas, rollout_nodes)
 
 
-def _on_many_nodes(
-    cfg: Config, gpus: int, rollout_nodes: int
-) -> tuple[_Gpus, _Gpus]:
+def _on_many_nodes(cfg: Config, gpus: int, rollout_nodes: int) -> tuple[_Gpus, _Gpus]:
     tp = cfg.generator.engine.tensor_parallel_size
     if gpus % tp:
         raise UserError(
@@ -229,7 +229,7 @@ def _on_one_node(cfg: Config, gpus: int) -> tuple[_Gpus, _Gpus]:
         if (tp, replicas or 1, procs or 1) != (1, 1, 1):
             raise UserError(
                 "one GPU holds one trainer process and one generator replica",
-                "set generator.engine.tensor_parallel_size=1, leave generator.replicas and trainer.processes_per_node out",
+                "set tensor_parallel_size=1, leave generator.replicas and trainer.processes_per_node out",
             )
         return _one_each(range(1)), _grouped(range(1), 1)
     shard = degrees.data_parallel_shard_degree
@@ -283,7 +283,8 @@ def _check_degrees(cfg: Config, placement: Placement) -> None:
     more = "" if placement.gpus_per_node else ", or raise trainer.processes_per_node"
     if local % tp:
         raise UserError(
-            f"trainer.parallelism.tensor_parallel_degree={tp} does not divide the {_count(local, 'trainer process', 'trainer processes')} of a node",
+            f"trainer.parallelism.tensor_parallel_degree={tp} does not divide the "
+            f"{_count(local, 'trainer process', 'trainer processes')} of a node",
             f"choose one of {_divisors(local)}{more}",
         )
     known = replicate * tp * max(shard, 1)

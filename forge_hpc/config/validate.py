@@ -37,15 +37,63 @@ _NAMES = {
     "trainer.optimizer.name": ("AdamW", "Adam"),
     "trainer.lr_scheduler.decay_type": ("linear", "sqrt", "cosine"),
     "trainer.activation_checkpoint.mode": ("none", "selective", "full"),
+    "reference.device": ("auto", "cpu", "cuda"),
     "logging.console": ("auto", "lines", "none"),
 }
-_POSITIVE = ["algorithm.max_steps_without_signal", "rollout.group_size", "rollout.prompts_per_step", "rollout.max_prompt_tokens", "rollout.max_response_tokens", "rollout.sync_interval", "generator.timeout_s", "generator.replicas", "generator.engine.tensor_parallel_size", "generator.engine.max_model_len", "generator.engine.max_num_seqs", "generator.engine.kv_cache_memory_gib", "trainer.processes_per_node", "trainer.optimizer.lr", "trainer.optimizer.eps", "trainer.training.steps", "trainer.training.seq_len", "trainer.training.local_batch_size", "trainer.training.global_batch_size", "trainer.training.max_norm", "trainer.parallelism.data_parallel_replicate_degree", "trainer.parallelism.tensor_parallel_degree", "trainer.parallelism.expert_parallel_degree", "trainer.timeout_s", "checkpoint.keep", "cluster.nodes", "cluster.start_timeout_s", "slurm.cpus_per_task"]
-_NOT_NEGATIVE = ["checkpoint.interval", "seed", "algorithm.clip_low", "algorithm.clip_high", "algorithm.kl_coef", "algorithm.entropy_coef", "rollout.sampling.temperature", "rollout.max_staleness", "trainer.optimizer.weight_decay", "trainer.lr_scheduler.warmup_steps", "evaluation.interval", "evaluation.num_prompts", "cluster.spare_nodes", "cluster.gpus_per_node", "slurm.signal_lead_s", "logging.num_rollouts_per_step"]
+_POSITIVE = [
+    "algorithm.max_steps_without_signal",
+    "rollout.group_size",
+    "rollout.prompts_per_step",
+    "rollout.max_prompt_tokens",
+    "rollout.max_response_tokens",
+    "rollout.sync_interval",
+    "generator.timeout_s",
+    "generator.replicas",
+    "generator.engine.tensor_parallel_size",
+    "generator.engine.max_model_len",
+    "generator.engine.max_num_seqs",
+    "generator.engine.kv_cache_memory_gib",
+    "trainer.processes_per_node",
+    "trainer.optimizer.lr",
+    "trainer.optimizer.eps",
+    "trainer.training.steps",
+    "trainer.training.seq_len",
+    "trainer.training.local_batch_size",
+    "trainer.training.global_batch_size",
+    "trainer.training.max_norm",
+    "trainer.parallelism.data_parallel_replicate_degree",
+    "trainer.parallelism.tensor_parallel_degree",
+    "trainer.parallelism.expert_parallel_degree",
+    "trainer.timeout_s",
+    "checkpoint.keep",
+    "cluster.nodes",
+    "cluster.start_timeout_s",
+    "slurm.cpus_per_task",
+]
+_NOT_NEGATIVE = [
+    "checkpoint.interval",
+    "seed",
+    "algorithm.clip_low",
+    "algorithm.clip_high",
+    "algorithm.kl_coef",
+    "algorithm.entropy_coef",
+    "rollout.sampling.temperature",
+    "rollout.max_staleness",
+    "trainer.optimizer.weight_decay",
+    "trainer.lr_scheduler.warmup_steps",
+    "evaluation.interval",
+    "evaluation.num_prompts",
+    "cluster.spare_nodes",
+    "cluster.gpus_per_node",
+    "slurm.signal_lead_s",
+    "logging.num_rollouts_per_step",
+]
 _UP_TO_ONE = ["rollout.sampling.top_p", "generator.engine.gpu_memory_utilization"]  # above 0, at most 1
 _SHARES = ["trainer.lr_scheduler.decay_ratio", "trainer.lr_scheduler.min_lr_factor", "cluster.rollout_ratio"]  # 0 to 1
 _BELOW_ONE = ["trainer.optimizer.beta1", "trainer.optimizer.beta2"]  # 0 to less than 1
 _MAX_CHECKED_LINES = 10_000
-_DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+_JSONL_SUFFIXES = (".jsonl", ".json")  # what forge_hpc.data reads line by line
+_DATA_SUFFIXES = (*_JSONL_SUFFIXES, ".parquet", ".csv")
 
 
 def validate(cfg: Config, *, check_paths: bool = True) -> None:
@@ -72,7 +120,9 @@ def walltime_s(text: str) -> float:
     if text.upper() in ("UNLIMITED", "INFINITE"):
         return math.inf
     if not re.fullmatch(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", text):
-        raise UserError(f"slurm.time is {text!r}", "write minutes, hours:minutes:seconds, or days-hours:minutes:seconds")
+        raise UserError(
+            f"slurm.time is {text!r}", "write minutes, hours:minutes:seconds, or days-hours:minutes:seconds"
+        )
     days, dash, rest = text.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     if dash:
@@ -151,13 +201,19 @@ def _check_algorithm(cfg: Config) -> None:
     a, r = cfg.algorithm, cfg.rollout
     if r.group_size < 2:
         raise UserError(
-            f"algorithm.advantage={a.advantage} compares the completions of a group, rollout.group_size is {r.group_size}",
+            f"algorithm.advantage={a.advantage} compares completions of a group, rollout.group_size is {r.group_size}",
             "set rollout.group_size to 2 or more, as a rule 8",
         )
     if a.kl_coef > 0 and not cfg.reference.enable:
         raise UserError(
             f"algorithm.kl_coef={a.kl_coef} needs the reference model",
             "set reference.enable=true, or algorithm.kl_coef=0",
+        )
+    gpus = cfg.cluster.gpus_per_node
+    if cfg.reference.enable and gpus is not None and cfg.reference.device not in ("auto", "cuda" if gpus else "cpu"):
+        raise UserError(
+            f"reference.device={cfg.reference.device}, and the trainers run on {'cuda' if gpus else 'cpu'}",
+            "the reference model computes where the trainers do: set reference.device=auto",
         )
     if a.clip_low >= 1:
         raise UserError(f"algorithm.clip_low must be below 1, it is {a.clip_low}", "usual is 0.2")
@@ -219,7 +275,9 @@ def _check_reward_names(cfg: Config) -> None:
     names = [reward.name for reward in cfg.reward]
     for i, name in enumerate(names):
         if names.index(name) != i:
-            raise UserError(f"reward {name!r} is given twice", "its terms are logged by name: keep one, with one weight")
+            raise UserError(
+                f"reward {name!r} is given twice", "its terms are logged by name: keep one, with one weight"
+            )
         if ":" not in name:
             _check_name(f"reward.{i}.name", name, REWARDS)
 
@@ -293,9 +351,20 @@ def _check_data(cfg: Config) -> None:
         file = Path(path).expanduser()
         if not file.exists():
             if looks_local(path) or file.suffix in _DATA_SUFFIXES:
-                raise UserError(f"{key}: no such file: {path}", "give a JSONL file, or a dataset name such as openai/gsm8k")
-        elif file.suffix == ".jsonl":
+                raise UserError(
+                    f"{key}: no such file: {path}", "give a JSONL file, or a dataset name such as openai/gsm8k"
+                )
+            continue
+        split = cfg.data.eval_split if key == "data.eval_path" else cfg.data.split
+        file = file / f"{split}.jsonl" if (file / f"{split}.jsonl").is_file() else file
+        if file.suffix in _JSONL_SUFFIXES:
             _check_jsonl(key, file, (cfg.data.prompt_field, cfg.data.target_field))
+    if cfg.evaluation.num_prompts and cfg.data.eval_path is None and Path(cfg.data.path).suffix in _JSONL_SUFFIXES:
+        raise UserError(
+            f"{cfg.data.path} holds one split, so there are no held-out prompts for evaluation.num_prompts="
+            f"{cfg.evaluation.num_prompts}",
+            "set data.eval_path to another file, or evaluation.num_prompts=0",
+        )
 
 
 def _check_jsonl(key: str, file: Path, fields: tuple[str, ...]) -> None:
@@ -327,6 +396,8 @@ def _check_example(where: str, line: bytes, fields: tuple[str, ...]) -> None:
                 f"{where}: no field {name!r}, it has {', '.join(map(repr, example)) or 'none'}",
                 "name the fields with data.prompt_field and data.target_field",
             )
+    if not isinstance(example[fields[0]], str):
+        raise UserError(f"{where}: the field {fields[0]!r} is not text", "name the field with data.prompt_field")
 
 
 def _check_files(cfg: Config) -> None:
@@ -347,7 +418,9 @@ def _check_function(key: str, file: Path, name: str) -> None:
     try:
         table = symtable.symtable(file.read_text(encoding="utf-8"), str(file), "exec")
     except FileNotFoundError:
-        raise UserError(f"{key}: no such file: {file}", "a relative path is looked for beside the YAML, then here") from None
+        raise UserError(
+            f"{key}: no such file: {file}", "a relative path is looked for beside the YAML, then here"
+        ) from None
     except SyntaxError as error:
         raise UserError(f"{key}: {file}:{error.lineno}: {error.msg}", "mend the file") from None
     except (OSError, ValueError) as error:
@@ -355,4 +428,6 @@ def _check_function(key: str, file: Path, name: str) -> None:
     names = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
-        raise UserError(f"{key}: {file} has no {name!r}", f"did you mean {close[0]}?" if close else "define it at top level")
+        raise UserError(
+            f"{key}: {file} has no {name!r}", f"did you mean {close[0]}?" if close else "define it at top level"
+        )

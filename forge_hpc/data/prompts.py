@@ -33,7 +33,9 @@ class PromptRenderer:
             messages = [{"role": "user", "content": text}]
             if data.system_prompt is not None:
                 messages.insert(0, {"role": "system", "content": data.system_prompt})
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **data.chat_template_args
+            )
         # A rendered template holds its special tokens already.
         token_ids = self._tokenizer.encode(text, add_special_tokens=not data.chat_template)
         fields = {k: v for k, v in example.items() if k not in (data.prompt_field, data.target_field)}
