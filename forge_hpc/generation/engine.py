@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -97,6 +97,7 @@ class GenerationEngine:
             Exception: whatever vLLM raises for a model or options that it does not take.
         """
         self._config = config
+        self._device = device
         self._policy_version = policy_version
         self._expected = checkpoint_shapes(model_dir)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -240,6 +241,8 @@ class GenerationEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        if n < 1:
+            raise ValueError(f"prompt {prompt.position}: n must be at least 1, not {n}")
         length = len(prompt.token_ids)
         if length == 0:
             raise ValueError(f"prompt {prompt.position} is empty")
@@ -314,12 +317,18 @@ class GenerationEngine:
 
     def _run(self, arguments: dict[str, Any], started: Future[None]) -> None:
         """Build the engine and step it until it is closed or fails."""
-        try:
-            self._build(arguments)
-        except BaseException as error:
-            started.set_exception(error)
-            return
-        started.set_result(None)
+        # On the CPU vLLM compiles two small functions of its sampler, which costs the first request 4 s and gains
+        # nothing. The stance holds for the whole process, as long as this engine lives.
+        with torch.compiler.set_stance("force_eager" if self._device == "cpu" else "default"):
+            try:
+                self._build(arguments)
+            except BaseException as error:
+                started.set_exception(error)
+                return
+            started.set_result(None)
+            self._serve()
+
+    def _serve(self) -> None:
         failure = GenerationError("the generation engine was closed")
         try:
             while not self._closing:
@@ -347,10 +356,12 @@ class GenerationEngine:
 
         self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         self._engine.set_weight_version(str(self._policy_version))
+        # It warns of modules without weights, rotary embeddings for one, at every update; complete_weights() checks.
+        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
         model = self._engine.model_config
         self._max_model_len: int = model.max_model_len
         self._vocab_size: int = model.get_vocab_size()
-        self._dtype: torch.dtype = model.dtype
+        self._dtype = cast(torch.dtype, model.dtype)
         self._tied_head = bool(getattr(model.hf_text_config, "tie_word_embeddings", False))
         self._max_num_seqs: int = self._engine.vllm_config.scheduler_config.max_num_seqs
         self._tokenizer = self._engine.get_tokenizer()
@@ -367,14 +378,14 @@ class GenerationEngine:
 
         The rest waits here, so that a request is salted by the version that will compute its prompt.
         """
+        from vllm.inputs.engine import tokens_input
+
         while self._pending and len(self._running) < self._max_num_seqs:
             group, index = self._pending.popleft()
             request_id = str(next(self._request_ids))
-            prompt = {
-                "prompt_token_ids": group.prompt.token_ids,
-                "cache_salt": f"version-{self._policy_version}/{group.share}",
-            }
+            salt = f"version-{self._policy_version}/{group.share}"
             try:
+                prompt = tokens_input(group.prompt.token_ids, cache_salt=salt)
                 self._engine.add_request(request_id, prompt, group.sampling_params[index])
             except ValueError as error:
                 self._abort({group}, error)
