@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import gc
+import itertools
 import os
-import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from monarch.actor import Actor, current_rank, endpoint, this_host
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 
-monarch_actor = pytest.importorskip("monarch.actor")
-
-from monarch.actor import Actor, current_rank, endpoint, this_host  # noqa: E402
-
-from forge_hpc.weights import (  # noqa: E402
+from forge_hpc.weights import (
     IncompleteVersionError,
     StoreSpec,
     VersionExistsError,
@@ -27,6 +30,8 @@ from forge_hpc.weights import (  # noqa: E402
     publish,
     pull,
 )
+from forge_hpc.weights.layout import Assembly, Manifest, build_index
+from forge_hpc.weights.layout import Shard as StoredShard
 
 NUM_RANKS = 2
 
@@ -61,7 +66,9 @@ class FakeTrainer(Actor):
         self.mesh = init_device_mesh("cpu", (NUM_RANKS,))
 
     @endpoint
-    async def publish(self, spec: StoreSpec, version: int, leave_out: str | None = None) -> int:
+    async def publish(
+        self, spec: StoreSpec, version: int, leave_out: str | None = None, dtype: torch.dtype | None = None
+    ) -> int:
         state_dict = {}
         for name, value in full_values(version).items():
             if name == leave_out and current_rank().rank == 1:
@@ -72,7 +79,7 @@ class FakeTrainer(Actor):
                 state_dict[name] = distribute_tensor(value, self.mesh, [placement], src_data_rank=None)
             else:
                 state_dict[name] = value
-        return await publish(spec, version, state_dict, rank=current_rank().rank)
+        return await publish(spec, version, state_dict, rank=current_rank().rank, dtype=dtype)
 
     @endpoint
     async def leave(self) -> None:
@@ -93,69 +100,157 @@ class FakeGenerator(Actor):
         return ""
 
 
-@pytest.fixture(autouse=True)
-def processes_find_this_module(monkeypatch: pytest.MonkeyPatch) -> None:
+class MemfdCounter(Actor):
+    """Counts the weights' memory that this process holds open."""
+
+    @endpoint
+    async def count(self) -> int:
+        gc.collect()
+        links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        return sum("forge_hpc_weights" in str(link.readlink()) for link in links)
+
+
+@dataclass
+class Meshes:
+    trainers: Any
+    generators: Any
+    volumes: Any
+    run: Callable[[Coroutine[Any, Any, None]], None]
+
+
+@pytest.fixture(scope="module")
+def meshes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Meshes]:
+    """Two trainer processes, one generator, two of volumes; they end with the module."""
     here = Path(__file__).resolve().parent
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]))
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    with pytest.MonkeyPatch.context() as patch, asyncio.Runner() as runner:
+        patch.setenv("PYTHONPATH", path)  # the processes import this module
+        procs = [this_host().spawn_procs(per_host={"gpus": num}) for num in (NUM_RANKS, 1, 2)]
+        trainers = procs[0].spawn("trainer", FakeTrainer, str(tmp_path_factory.mktemp("weights") / "gloo"))
+        generators = procs[1].spawn("generator", FakeGenerator)
+
+        def run(body: Coroutine[Any, Any, None]) -> None:
+            runner.run(asyncio.wait_for(body, 120))
+
+        async def stop() -> None:
+            await trainers.leave.call()
+            await asyncio.gather(*(mesh.stop() for mesh in procs))
+
+        yield Meshes(trainers, generators, procs[2], run)
+        run(stop())
 
 
-def run_on_meshes(body: Callable[[WeightStore, Any, Any], Awaitable[None]], num_volumes: int) -> None:
-    async def main() -> None:
-        host = this_host()
-        meshes = [
-            host.spawn_procs(name=name, per_host={"gpus": n})
-            for name, n in (("trainers", NUM_RANKS), ("generators", 1), ("volumes", num_volumes))
-        ]
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                trainers = meshes[0].spawn("trainer", FakeTrainer, os.path.join(folder, "gloo"))
-                generators = meshes[1].spawn("generator", FakeGenerator)
-                store = await WeightStore.start(meshes[2], NUM_RANKS)
-                await body(store, trainers, generators)
-                await trainers.leave.call()
-        finally:
-            for mesh in meshes:
-                await mesh.stop()
-
-    asyncio.run(asyncio.wait_for(main(), 120))
+@asynccontextmanager
+async def a_store(volumes: Any, *, share_memory: bool = True) -> AsyncIterator[WeightStore]:
+    store = await WeightStore.start(volumes, NUM_RANKS, share_memory=share_memory)
+    yield store
+    await store.stop()
 
 
-@pytest.mark.parametrize("num_volumes", [1, 2])
-def test_pulled_tensors_equal_the_full_values_for_several_versions(num_volumes: int) -> None:
-    async def body(store: WeightStore, trainers: Any, generators: Any) -> None:
-        for version in (1, 2, 3):
-            await trainers.publish.call(store.spec, version)
-            assert "is not published" in await generators.pull_error.call_one(store.spec, version)
-            await store.commit(version)
-            pulled = await generators.pull.call_one(store.spec, version)
-            expected = full_values(version)
-            assert pulled.keys() == expected.keys()
-            for name, value in expected.items():
-                assert pulled[name].dtype == value.dtype and torch.equal(pulled[name], value), name
-        assert await store.versions() == [2, 3]
-        assert "there are [2, 3]" in await generators.pull_error.call_one(store.spec, 1)
-        assert torch.equal((await generators.pull.call_one(store.spec, 2))["plain"], full_values(2)["plain"])
+@pytest.mark.parametrize(("num_volumes", "share_memory"), [(1, True), (2, True), (2, False)])
+def test_pulled_tensors_equal_the_full_values_for_several_versions(
+    meshes: Meshes, num_volumes: int, share_memory: bool
+) -> None:
+    async def body() -> None:
+        volumes = meshes.volumes.slice(gpus=slice(0, num_volumes))
+        async with a_store(volumes, share_memory=share_memory) as store:
+            for version in (1, 2, 3):
+                await meshes.trainers.publish.call(store.spec, version)
+                assert "is not published" in await meshes.generators.pull_error.call_one(store.spec, version)
+                await store.commit(version)
+                pulled = await meshes.generators.pull.call_one(store.spec, version)
+                expected = full_values(version)
+                assert pulled.keys() == expected.keys()
+                for name, value in expected.items():
+                    assert pulled[name].dtype == value.dtype and torch.equal(pulled[name], value), name
+            assert await store.versions() == [2, 3]
+            assert "there are [2, 3]" in await meshes.generators.pull_error.call_one(store.spec, 1)
+            older = await meshes.generators.pull.call_one(store.spec, 2)
+            assert torch.equal(older["plain"], full_values(2)["plain"])
 
-    run_on_meshes(body, num_volumes)
+    meshes.run(body())
 
 
-def test_a_version_is_refused_while_a_rank_or_a_shard_is_missing_and_once_it_is_there() -> None:
-    async def body(store: WeightStore, trainers: Any, generators: Any) -> None:
-        await trainers.slice(gpus=0).publish.call(store.spec, 1)
-        with pytest.raises(VersionNotFoundError, match=r"not published by ranks \[1\]"):
+def test_a_version_is_refused_while_a_rank_or_a_shard_is_missing_and_once_it_is_there(meshes: Meshes) -> None:
+    async def body() -> None:
+        async with a_store(meshes.volumes) as store:
+            await meshes.trainers.slice(gpus=0).publish.call(store.spec, 1)
+            with pytest.raises(VersionNotFoundError, match=r"not published by ranks \[1\]"):
+                await store.commit(1)
+            assert "there are none" in await meshes.generators.pull_error.call_one(store.spec, 1)
+
+            await meshes.trainers.publish.call(store.spec, 1, leave_out="uneven")
+            with pytest.raises(IncompleteVersionError, match="uneven"):
+                await store.commit(1)
+            await store.drop(1)
+            assert await store.keys() == []
+
+            await meshes.trainers.publish.call(store.spec, 1)
             await store.commit(1)
-        assert "there are none" in await generators.pull_error.call_one(store.spec, 1)
+            with pytest.raises(Exception, match=VersionExistsError.__name__):
+                await meshes.trainers.publish.call(store.spec, 1)
+            pulled = await meshes.generators.pull.call_one(store.spec, 1)
+            assert torch.equal(pulled["embed"], full_values(1)["embed"])
 
-        await trainers.publish.call(store.spec, 1, leave_out="uneven")
-        with pytest.raises(IncompleteVersionError, match="uneven"):
+    meshes.run(body())
+
+
+def test_floating_point_tensors_are_published_in_the_dtype_asked_for(meshes: Meshes) -> None:
+    async def body() -> None:
+        async with a_store(meshes.volumes) as store:
+            await meshes.trainers.publish.call(store.spec, 1, dtype=torch.bfloat16)
             await store.commit(1)
-        await store.drop(1)
-        assert await store._client.all_keys() == []
+            pulled = await meshes.generators.pull.call_one(store.spec, 1)
+            assert torch.equal(pulled["embed"], full_values(1)["embed"].bfloat16())
+            assert pulled["plain"].dtype == torch.int64
 
-        await trainers.publish.call(store.spec, 1)
-        await store.commit(1)
-        with pytest.raises(Exception, match=VersionExistsError.__name__):
-            await trainers.publish.call(store.spec, 1)
-        assert torch.equal((await generators.pull.call_one(store.spec, 1))["embed"], full_values(1)["embed"])
+    meshes.run(body())
 
-    run_on_meshes(body, 1)
+
+def test_dropped_versions_and_a_stopped_store_give_their_memory_back(meshes: Meshes) -> None:
+    async def body() -> None:
+        counter = meshes.volumes.spawn("counter", MemfdCounter)
+
+        async def num_memfds() -> int:
+            return sum(count for _, count in await counter.count.call())
+
+        counts = []
+        async with a_store(meshes.volumes) as store:
+            for version in range(1, 6):
+                await meshes.trainers.publish.call(store.spec, version)
+                await store.commit(version)
+                counts.append(await num_memfds())
+        assert counts[1] == 2 * counts[0] == counts[2] == counts[4] > 0
+        assert await num_memfds() == 0
+
+    meshes.run(body())
+
+
+def manifests_of(mesh_shape: tuple[int, ...], placements: list[Any], shape: tuple[int, ...]) -> list[Manifest]:
+    """What each rank of a mesh would publish of one tensor, without processes."""
+    manifests = []
+    for rank, coordinate in enumerate(itertools.product(*(range(size) for size in mesh_shape))):
+        local_shape, offsets = _compute_local_shape_and_global_offset(shape, mesh_shape, list(coordinate), placements)
+        shard = StoredShard("w", torch.float32, shape, offsets, local_shape, 0, 0)
+        manifests.append(Manifest(1, rank, (shard,) if shard.num_bytes else (), (shard.num_bytes,)))
+    return manifests
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5, 7, 8, 10])
+def test_shards_of_fsdp_with_tensor_parallel_cover_every_shape_or_are_refused(rows: int) -> None:
+    full = torch.arange(rows * 3, dtype=torch.float32).view(rows, 3)
+    index = build_index(manifests_of((2, 2), [_StridedShard(0, split_factor=2), Shard(0)], (rows, 3)))
+    assembly = Assembly(index)
+    for rank, bucket in index.buckets():
+        (shard,) = (part for owner, part in index.tensors["w"] if owner == rank)
+        box = tuple(slice(o, o + s) for o, s in zip(shard.offsets, shard.shape, strict=True))
+        assembly.add(rank, bucket, full[box].contiguous().view(torch.uint8).flatten())
+    assert torch.equal(assembly.result()["w"], full)
+
+
+def test_overlapping_shards_are_refused() -> None:
+    manifests = manifests_of((2,), [Shard(0)], (4, 3))
+    moved = dataclasses.replace(manifests[1].shards[0], offsets=(1, 0))
+    manifests[1] = dataclasses.replace(manifests[1], shards=(moved,))
+    with pytest.raises(IncompleteVersionError, match="do not cover"):
+        build_index(manifests)

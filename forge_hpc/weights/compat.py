@@ -49,6 +49,7 @@ __all__ = [
     "TransportBuffer",
 ]
 
+
 def _as_async(name: str) -> Any:
     method = getattr(Controller, name)._method
     if inspect.iscoroutinefunction(method):

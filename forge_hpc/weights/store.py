@@ -39,6 +39,8 @@ from forge_hpc.weights.compat import (
     TransportBuffer,
 )
 from forge_hpc.weights.layout import Assembly, Index, build_index, plan
+from forge_hpc.weights.shared_memory import SharedMemoryBuffer, host_identity
+from forge_hpc.weights.shared_memory import allocate as allocate_shared
 
 MAX_BUCKET_BYTES = 256 * 2**20
 
@@ -55,16 +57,24 @@ class _Volumes(TorchStoreStrategy):
     """One volume for each process of a mesh; ranks are spread over them in blocks, so that a rank writes to the volume
     on its own host where both meshes span the same hosts."""
 
-    def __init__(self, num_ranks: int) -> None:
+    def __init__(self, num_ranks: int, share_memory: bool) -> None:
         super().__init__()
         self.num_ranks = num_ranks
+        self.share_memory = share_memory
 
     @classmethod
     def get_volume_id(cls) -> str:
-        return str(current_rank().rank)
+        return f"{current_rank().rank}@{host_identity()}"
+
+    async def set_storage_volumes(self, storage_volumes: StoreVolume) -> None:
+        await super().set_storage_volumes(storage_volumes)
+        self.volume_ids = sorted(self.volume_id_to_coord, key=lambda volume_id: int(volume_id.split("@")[0]))
 
     def volume_of(self, rank: int) -> str:
-        return str(rank * len(self.volume_id_to_coord) // self.num_ranks)
+        return self.volume_ids[rank * len(self.volume_ids) // self.num_ranks]
+
+    def shares_memory_with(self, volume_id: str) -> bool:
+        return self.share_memory and volume_id.split("@")[1] == host_identity()
 
 
 @dataclass(frozen=True)
@@ -77,8 +87,12 @@ class StoreSpec:
 
 
 class _Pipe(Pipe):
+    def __init__(self, volumes: _Volumes, volume_id: str) -> None:
+        super().__init__(volumes.get_storage_volume(volume_id))
+        self._share_memory = volumes.shares_memory_with(volume_id)
+
     def create_transport_buffer(self) -> TransportBuffer:
-        return MonarchTransportBuffer()
+        return SharedMemoryBuffer() if self._share_memory else MonarchTransportBuffer()
 
 
 class _Client(LocalClient):
@@ -87,15 +101,21 @@ class _Client(LocalClient):
     def __init__(self, spec: StoreSpec) -> None:
         super().__init__(spec.controller, spec.volumes)
 
+    def allocate(self, rank: int, num_bytes: int) -> torch.Tensor:
+        """A bucket [num_bytes] of uint8 that ``put_as`` moves without a copy where it can."""
+        if self.strategy.shares_memory_with(self.strategy.volume_of(rank)):
+            return allocate_shared(num_bytes)
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
     async def put_as(self, rank: int, key: str, value: Any) -> None:
         volume_id = self.strategy.volume_of(rank)
         request = Request.from_any(value)
-        await _Pipe(self.strategy.get_storage_volume(volume_id)).put_to_storage_volume(key, request)
+        await _Pipe(self.strategy, volume_id).put_to_storage_volume(key, request)
         await self._controller.notify_put.call_one(key, request.meta_only(), volume_id)
 
     async def get_from(self, rank: int, key: str) -> Any:
-        volume = self.strategy.get_storage_volume(self.strategy.volume_of(rank))
-        return await _Pipe(volume).get_from_storage_volume(key, Request.from_any(None))
+        pipe = _Pipe(self.strategy, self.strategy.volume_of(rank))
+        return await pipe.get_from_storage_volume(key, Request.from_any(None))
 
     async def all_keys(self) -> list[str]:
         return await self._controller.keys.call_one()
@@ -149,11 +169,9 @@ async def publish(
     client = _Client(spec)
     if version in await client.committed():
         raise VersionExistsError(f"policy version {version} is published already")
-    manifest, tensors = plan(
-        state_dict, version=version, rank=rank, dtype=dtype, max_bucket_bytes=MAX_BUCKET_BYTES
-    )
+    manifest, tensors = plan(state_dict, version=version, rank=rank, dtype=dtype, max_bucket_bytes=MAX_BUCKET_BYTES)
     for bucket, num_bytes in enumerate(manifest.bucket_bytes):
-        data = torch.empty(num_bytes, dtype=torch.uint8)
+        data = client.allocate(rank, num_bytes)
         for shard, tensor in zip(manifest.shards, tensors, strict=True):
             if shard.bucket == bucket:
                 shard.view(data).copy_(tensor.detach())
@@ -163,7 +181,9 @@ async def publish(
 
 
 async def pull(spec: StoreSpec, version: int) -> dict[str, torch.Tensor]:
-    """The full tensors of a committed version by name, on the CPU; do not write to them.
+    """The full tensors of a committed version by name, on the CPU.
+
+    Within a host they may be views of the store's memory (copy on write), which stays allocated as long as they live.
 
     Raises:
         VersionNotFoundError: the version is not committed, or was dropped (perhaps while it was being pulled).
@@ -189,7 +209,9 @@ class WeightStore:
         self._client = _Client(spec)
 
     @classmethod
-    async def start(cls, proc_mesh: ProcMesh, num_ranks: int, keep: int = 2) -> WeightStore:
+    async def start(
+        cls, proc_mesh: ProcMesh, num_ranks: int, *, keep: int = 2, share_memory: bool = True
+    ) -> WeightStore:
         """Spawn a volume in each process of ``proc_mesh``, and the index of keys in its first.
 
         Args:
@@ -197,17 +219,16 @@ class WeightStore:
                 most one a trainer rank. Who spawned it stops it; the store ends with it.
             num_ranks: trainer ranks that publish every version.
             keep: newest versions to hold; 2, so that a slow generator can finish pulling the one before the newest.
+            share_memory: between processes of one host weights are mapped, not sent; false sends them always.
         """
         if not 1 <= proc_mesh.size() <= num_ranks or keep < 1:
             raise ValueError(f"{proc_mesh.size()} volumes, {num_ranks} ranks, keep {keep}: want 1 <= volumes <= ranks")
         volumes = proc_mesh.spawn("weight_volumes", StoreVolume, id_func=_Volumes.get_volume_id)
-        strategy = _Volumes(num_ranks)
+        strategy = _Volumes(num_ranks, share_memory)
         await strategy.set_storage_volumes(volumes)
         first = proc_mesh.slice(**dict.fromkeys(proc_mesh.extent.labels, 0))
         controller = first.spawn("weight_index", StoreController)
-        await controller.init.call_one(
-            strategy=strategy, num_storage_volumes=proc_mesh.size(), storage_volumes=volumes
-        )
+        await controller.init.call_one(strategy=strategy, num_storage_volumes=proc_mesh.size(), storage_volumes=volumes)
         return cls(StoreSpec(controller, strategy, num_ranks), keep)
 
     async def commit(self, version: int) -> int:
@@ -237,7 +258,17 @@ class WeightStore:
 
     async def drop(self, version: int) -> None:
         """Delete a version, whether it is committed, half published or absent."""
-        keys = [key for key in await self._client.all_keys() if key.startswith(_prefix(version))]
+        keys = [key for key in await self.keys() if key.startswith(_prefix(version))]
         # The index first: from here on nobody begins to pull this version.
         for key in sorted(keys, key=lambda key: key != _index_key(version)):
             await self._client.delete(key)
+
+    async def keys(self) -> list[str]:
+        """Every key in the store, of committed and of half-published versions."""
+        return await self._client.all_keys()
+
+    async def stop(self) -> None:
+        """Delete everything and end the store's actors; the processes stay with their owner."""
+        await self.spec.controller.teardown.call_one()
+        await self.spec.controller.stop()
+        await self.spec.volumes.storage_volumes.stop()
