@@ -81,15 +81,17 @@ def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, foll
     if fresh and not dry_run and request.run_dir:
         _move_completed_run_aside(RunDir(request.run_dir))
     cfg = resolve_config(request)
-    on_slurm = request.cluster == "slurm" or (request.cluster == "auto" and checks.slurm_is_here())
+    on_slurm = request.cluster != "local" and checks.slurm_is_here()
     if request.cluster == "local" and cfg.cluster.nodes > 1:
         raise UserError(
             f"--cluster local has 1 node, {cfg.cluster.nodes} are asked for", "--nodes 1, or --cluster slurm"
         )
-    if not on_slurm and cfg.cluster.nodes > 1 and not dry_run:
+    if not on_slurm and not dry_run and (request.cluster == "slurm" or cfg.cluster.nodes > 1):
         raise UserError(
-            f"{cfg.cluster.nodes} nodes need Slurm, and there is none here",
-            "submit from a login node of a cluster, or use --nodes 1; --dry-run shows the job script anywhere",
+            f"{cfg.cluster.nodes} nodes need Slurm, and there is none here"
+            if cfg.cluster.nodes > 1
+            else "there is no Slurm here",
+            "submit from a login node of a cluster, or use --cluster local; --dry-run shows the job script anywhere",
         )
     known = checks.partitions() if on_slurm else []
     if on_slurm and cfg.cluster.gpus_per_node is None:
@@ -295,7 +297,11 @@ def _shown(path: Path) -> str:
 
 
 def _tool() -> str:
-    return "forge-hpc" if shutil.which("forge-hpc") else f"{shlex.quote(sys.executable)} -m forge_hpc.cli"
+    """How to call `forge-hpc` from this shell."""
+    ours, found = Path(sys.executable).with_name("forge-hpc"), shutil.which("forge-hpc")
+    if found and Path(found).absolute() == ours:
+        return "forge-hpc"
+    return shlex.quote(_shown(ours)) if ours.exists() else f"{shlex.quote(sys.executable)} -m forge_hpc.cli"
 
 
 def _say(text: str) -> None:

@@ -12,5 +12,5 @@ run_recipe() {
   fi
   export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} # also where the project is not installed
   command=$("$python" -m forge_hpc.cli prepare --recipe "$@") || exit
-  eval "exec $command"
+  eval "$command"
 }

@@ -29,7 +29,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 @pytest.fixture(scope="session")
 def slurm_cluster() -> Iterator[SlurmCluster]:
-    """A real Slurm cluster of 4 hosts, one partition `main`; `slurm_cluster.env` points Slurm's commands at it."""
+    """A real Slurm cluster of 4 hosts, partitions `main` (default) and `short` (10 minutes at most).
+
+    Slurm's commands need the environment `slurm_cluster.env`.
+    """
     if reason := missing_requirement():
         pytest.skip(reason)
     with SlurmCluster(nodes=4) as cluster:

@@ -40,7 +40,10 @@ REGISTRY = Path("/run/forge-hpc-slurm")  # one JSON file for each cluster that i
 HOSTS_FILE = Path("/etc/hosts")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "ip", "nsenter", "unshare")
 
-DEFAULT_PARTITIONS = ("PartitionName=main Nodes={nodes} Default=YES MaxTime=4:00:00 DefaultTime=10 State=UP",)
+DEFAULT_PARTITIONS = (
+    "PartitionName=main Nodes={nodes} Default=YES MaxTime=UNLIMITED DefaultTime=60 State=UP",
+    "PartitionName=short Nodes={nodes} MaxTime=10 State=UP",
+)
 
 # Short timers, no accounting, no cgroups. Nodes claim more than the machine has (config_overrides), so that jobs of
 # whole nodes fit. cred_expire is how long a requeued job is held back.
@@ -51,7 +54,7 @@ DEFAULT_OPTIONS = {
     "JobAcctGatherType": "jobacct_gather/none",
     "JobCompType": "jobcomp/none",
     "JobRequeue": "1",
-    "KillWait": "5",
+    "KillWait": "20",
     "MessageTimeout": "30",
     "MinJobAge": "3600",
     "MpiDefault": "none",
@@ -185,6 +188,14 @@ class SlurmCluster:
                 raise ClusterError(f"job {job_id} is {job['JobState']} ({job['Reason']}), not {' or '.join(states)}")
             time.sleep(0.2)
 
+    def wait_for(self, ready: Callable[[], bool], timeout_s: float = 120) -> None:
+        """Poll until `ready()`; raises ClusterError on the deadline."""
+        deadline = time.monotonic() + timeout_s
+        while not ready():
+            if time.monotonic() > deadline:
+                raise ClusterError(f"nothing came within {timeout_s:.0f} s:\n{self._log_tail('slurmctld')}")
+            time.sleep(0.2)
+
     # -- life
 
     def __enter__(self) -> SlurmCluster:
@@ -306,8 +317,8 @@ class SlurmCluster:
         return self.run("scontrol", "ping", check=False, timeout_s=30).returncode == 0
 
     def _all_idle(self) -> bool:
-        states = self.run("sinfo", "--noheader", "--Node", "--format=%N %T", check=False).stdout.split("\n")
-        return {line for line in states if line} == {f"{host.name} idle" for host in self.hosts}
+        states = self.run("sinfo", "--noheader", "--Node", "--format=%N %T", check=False).stdout.splitlines()
+        return set(states) == {f"{host.name} idle" for host in self.hosts}
 
     def _write_conf(self, munge_socket: Path, port: int) -> None:
         names = f"{PREFIX}{self.id}n[1-{self.num_nodes}]"

@@ -59,7 +59,7 @@ def test_two_clusters_live_side_by_side_and_leave_nothing(slurm_cluster):
         assert other.run("srun", "hostname").stdout.split() == [other.hosts[0].name]
         # a job that is still running when the cluster goes is ended with it
         slurm_cluster.run("sinfo")
-        other.run("sbatch", "--output=/dev/null", "--wrap", f"exec -a {PREFIX}{other.id}-sleeper sleep 600")
+        other.run("sbatch", "--output=/dev/null", "--wrap", f"exec bash -c 'exec -a {PREFIX}{other.id}-x sleep 600'")
         other.wait_for_job(2, ["RUNNING"])
         assert _traces(other.id)
     assert _traces(other.id) == []

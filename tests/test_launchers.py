@@ -1,0 +1,218 @@
+"""Job scripts, site profiles, the foreground launcher, and what Slurm is asked before a job is queued."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from forge_hpc.config import Config, UserError
+from launchers import checks
+from launchers.checks import Partition
+from launchers.command import run_command, srun_command, with_setup
+from launchers.site import site_overrides
+from launchers.slurm import RunExecutor
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+def options(script: str) -> dict[str, str | bool]:
+    """The #SBATCH options of a job script."""
+    flags = [shlex.split(line)[1] for line in script.splitlines() if line.startswith("#SBATCH")]
+    pairs = [flag.removeprefix("--").partition("=") for flag in flags]
+    return {name: value if equals else True for name, equals, value in pairs}
+
+
+def render(tmp_path: Path, **keys) -> str:
+    cfg = Config(name="a-run")
+    cfg.cluster.nodes = keys.pop("nodes", 4)
+    cfg.cluster.gpus_per_node = keys.pop("gpus_per_node", None)
+    for key, value in keys.items():
+        setattr(cfg.slurm, key, value)
+    return RunExecutor(cfg, tmp_path / "run").script()
+
+
+def test_the_script_asks_for_whole_nodes_a_warning_and_a_requeue(tmp_path):
+    script = render(tmp_path, gpus_per_node=8, partition="gpu", account="me", qos="high", constraint="h100")
+    assert script.startswith("#!/bin/bash\n")
+    assert options(script) == {
+        "job-name": "a-run",
+        "nodes": "4",
+        "ntasks-per-node": "1",
+        "exclusive": True,
+        "mem": "0",
+        "gpus-per-node": "8",
+        "time": "24:00:00",
+        "partition": "gpu",
+        "account": "me",
+        "qos": "high",
+        "constraint": "h100",
+        "signal": "USR2@300",
+        "requeue": True,
+        "open-mode": "append",
+        "output": str(tmp_path / "run" / "logs" / "slurm-%j.out"),
+    }
+    assert "umask 077" in script
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_the_job_starts_the_run_itself_once_a_node_and_no_pickle(tmp_path):
+    last = render(tmp_path).rstrip().splitlines()[-1]
+    words = shlex.split(last)
+    assert words[0] == "srun"
+    assert {"--ntasks-per-node=1", "--kill-on-bad-exit=1"} <= set(words)
+    assert words[-6:] == [sys.executable, "-u", "-m", "forge_hpc.run", "--run-dir", str(tmp_path / "run")]
+    assert "submitit.core" not in last
+
+
+def test_nothing_is_asked_for_that_was_not_given(tmp_path):
+    script = render(tmp_path, exclusive=False, requeue=False, gpus_per_node=0)
+    names = options(script).keys()
+    assert not {"exclusive", "mem", "gpus-per-node", "partition", "account", "requeue", "wckey"} & names
+    assert "no-requeue" in names
+
+
+def test_extra_options_have_the_last_word(tmp_path):
+    found = options(
+        render(tmp_path, extra={"mail_type": "END", "--exclude": "n1", "overcommit": True, "requeue": False})
+    )
+    assert (found["mail-type"], found["exclude"], found["overcommit"]) == ("END", "n1", True)
+    assert "requeue" not in found
+
+
+def test_a_path_with_blanks_survives_the_script(tmp_path):
+    cfg = Config()
+    run_dir = tmp_path / "my runs" / "it's"
+    script = RunExecutor(cfg, run_dir).script()
+    assert shlex.split(script.rstrip().splitlines()[-1])[-1] == str(run_dir)
+    assert options(script)["output"] == str(run_dir / "logs" / "slurm-%j.out")
+
+
+def test_setup_lines_run_before_the_command_and_each_must_succeed(tmp_path):
+    command = with_setup(["python3", "-c", "import os; print(os.environ['A'], 'it\\'s')"], ["export A=1", "true"])
+    assert subprocess.run(command, text=True, capture_output=True, check=True).stdout == "1 it's\n"
+    failed = subprocess.run(with_setup(["echo", "reached"], ["false"]), text=True, capture_output=True, check=False)
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert shlex.split(srun_command(tmp_path, ["module load cuda"]))[-1].startswith("set -e\nmodule load cuda\nexec ")
+    assert run_command(tmp_path)[-1] == str(tmp_path)
+
+
+def test_a_site_profile_becomes_overrides_that_keep_their_text(tmp_path, monkeypatch):
+    site = tmp_path / "site.yaml"
+    site.write_text(
+        "slurm:\n  partition: gpu\n  time: 24:00:00\n  setup:\n  - module load cuda\n  extra: {nice: 5}\n"
+        "cluster: {gpus_per_node: 8}\n"
+    )
+    from forge_hpc.config import load_config
+
+    monkeypatch.setenv("FORGE_HPC_SITE", str(site))
+    cfg = load_config(None, [*site_overrides(None), "slurm.partition=mine"])
+    assert (cfg.slurm.partition, cfg.slurm.time, cfg.slurm.setup) == ("mine", "24:00:00", ["module load cuda"])
+    assert (cfg.slurm.extra, cfg.cluster.gpus_per_node) == ({"nice": 5}, 8)
+
+    folder = tmp_path / "xdg" / "forge_hpc" / "sites"
+    folder.mkdir(parents=True)
+    site.rename(folder / "alps.yaml")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
+    assert "slurm.partition=gpu" in site_overrides("alps")
+    with pytest.raises(UserError) as error:
+        site_overrides("alp")
+    assert "alps" in error.value.hint
+
+
+@pytest.mark.parametrize("text", ["slurm: [1]", "model: {path: x}", "slurm: {", "just text"])
+def test_a_broken_site_profile_is_a_user_error(tmp_path, text):
+    site = tmp_path / "site.yaml"
+    site.write_text(text)
+    with pytest.raises(UserError, match="site"):
+        site_overrides(str(site))
+
+
+def test_jobs_that_no_partition_can_run_are_refused():
+    known = [Partition("cpu", True, True, 8, 3600, 0), Partition("gpu", False, True, 4, float("inf"), 8)]
+    cfg = Config()
+    cfg.slurm.time, cfg.cluster.nodes = "30", 8
+    checks.check_job(cfg, known)
+    cfg.slurm.partition = "gpu,cpu"
+    checks.check_job(cfg, known)
+    for key, value, message in [
+        ("nodes", 9, "9 nodes asked for, partition cpu has 8"),
+        ("time", "2:00:00", "longer than partition cpu allows \\(01:00:00\\)"),
+        ("time", "0", "longer"),
+        ("partition", "fast", "no partition fast"),
+        ("gpus", 2, "nodes with 0"),
+    ]:
+        cfg = Config()
+        cfg.slurm.time, cfg.cluster.nodes = "30", 8
+        if key == "nodes":
+            cfg.cluster.nodes = value
+        elif key == "gpus":
+            cfg.cluster.gpus_per_node = value
+        else:
+            setattr(cfg.slurm, key, value)
+        with pytest.raises(UserError, match=message):
+            checks.check_job(cfg, known)
+
+
+@pytest.mark.parametrize(
+    ("gres", "gpus"),
+    [("gpu:h100:8(S:0-1)", 8), ("gpu:4,nvme:1", 4), ("(null)", 0), ("gpu:a:2,gpu:b:2", 4), ("nvme:2", 0)],
+)
+def test_gpus_are_read_from_generic_resources(gres, gpus):
+    assert checks._gpus(gres) == gpus
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_run_in_the_foreground_gets_our_signals_once_and_gives_its_exit_code(tmp_path, signum):
+    run = "trap 'echo signal; exit 7' INT TERM HUP; echo ready; while true; do sleep 0.05; done"
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from forge_hpc.config import Config; from launchers.local import run_here\n"
+        f"cfg = Config(); cfg.slurm.setup = [{run!r}]; sys.exit(run_here(cfg, Path({str(tmp_path)!r})))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(PROJECT)}, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signum)
+    assert process.communicate(timeout=20)[0] == "signal\n"
+    assert process.returncode == 7
+
+
+def test_a_run_in_the_foreground_ends_with_a_killed_launcher(tmp_path):
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from forge_hpc.config import Config; from launchers.local import run_here\n"
+        f"cfg = Config(); cfg.slurm.setup = ['echo $$; exec sleep 600']; run_here(cfg, Path({str(tmp_path)!r}))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(PROJECT)}, stdout=subprocess.PIPE, text=True
+    )
+    assert int(process.stdout.readline()) > 0
+    process.kill()
+    # the pipe closes when the last process that holds it, the run, has ended
+    assert process.communicate(timeout=20)[0] == ""
+
+
+@pytest.mark.slurm
+def test_slurm_says_what_its_partitions_are(slurm_cluster, monkeypatch):
+    for key, value in slurm_cluster.env.items():
+        monkeypatch.setenv(key, value)
+    assert checks.slurm_is_here()
+    assert checks.partitions() == [
+        Partition("main", True, True, 4, float("inf"), 0),
+        Partition("short", False, True, 4, 600, 0),
+    ]
+
+
+def test_launchers_load_no_torch():
+    code = "import sys, json, launchers.slurm, launchers.local, launchers.checks; print(json.dumps(list(sys.modules)))"
+    env = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, text=True, capture_output=True, check=True)
+    assert not {"torch", "vllm", "monarch", "torchtitan", "numpy"} & set(json.loads(done.stdout))
