@@ -58,7 +58,9 @@ def test_logits_of_packed_rows_equal_those_of_transformers(tmp_path: Path, famil
         for document, (row, start) in zip(documents, batch.placements, strict=True):
             ids = torch.from_numpy(document.token_ids[:-1]).long()
             expected = reference(ids[None]).logits[0]
-            torch.testing.assert_close(logits[row, start : start + len(ids)], expected, rtol=0, atol=1e-4)
+            # TorchTitan computes experts in bfloat16, whatever the model's dtype
+            atol = 0.05 if family == "qwen3_moe" else 1e-4
+            torch.testing.assert_close(logits[row, start : start + len(ids)], expected, rtol=0, atol=atol)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

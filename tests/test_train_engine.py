@@ -1,0 +1,381 @@
+"""The training engine on tiny models: one rank in this process, two ranks over gloo in processes of their own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from tiny_models import random_documents, write_model
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from forge_hpc.config.errors import UserError
+from forge_hpc.config.schema import Config
+from forge_hpc.data.types import Document
+from forge_hpc.losses import GRPOLoss
+from forge_hpc.training.distributed import init_distributed
+from forge_hpc.training.engine import TrainEngine
+
+NUM_DOCUMENTS = 13
+
+
+def config(**training: Any) -> Config:
+    cfg = Config()
+    cfg.model.dtype = "float32"
+    cfg.algorithm.kl_coef = 0.1
+    cfg.algorithm.entropy_coef = 0.01
+    cfg.trainer.optimizer.lr = 1e-3
+    cfg.trainer.lr_scheduler.warmup_steps = 5
+    cfg.trainer.training.seq_len = 64
+    cfg.trainer.training.local_batch_size = 2
+    cfg.checkpoint.async_save = False
+    for name, value in training.items():
+        setattr(cfg.trainer.training, name, value)
+    return cfg
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
+def gradients(engine: TrainEngine) -> dict[str, torch.Tensor]:
+    from torchtitan.components.checkpointer.utils import canonical_fqn  # forge_hpc.models must come first
+
+    named = engine.model.named_parameters()
+    return {canonical_fqn(name): full(p.grad) for name, p in named if p.grad is not None}
+
+
+def weights(engine: TrainEngine) -> dict[str, torch.Tensor]:
+    return {name: full(tensor).clone() for name, tensor in engine.hf_state_dict().items()}
+
+
+def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float = 1e-5) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert_close(actual, expected, atol=0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    init_distributed(tmp_path_factory.mktemp("store") / "store", rank=0, world_size=1, local_rank=0, timeout_s=60)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    write_model(directory, "qwen3", tied=True)
+    (directory / "tokenizer.json").write_text("{}")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def expected(model_dir: Path) -> dict[str, Any]:
+    """Two steps on one rank: what any other way of cutting them must repeat."""
+    return two_steps(TrainEngine(config(), model_dir))
+
+
+def two_steps(engine: TrainEngine) -> dict[str, Any]:
+    documents = random_documents(NUM_DOCUMENTS)
+    result: dict[str, Any] = {"logprobs": engine.logprobs(documents), "steps": []}
+    for _ in range(2):
+        metrics = engine.train_step(documents)
+        result["steps"].append({"metrics": metrics, "gradients": gradients(engine)})
+    return result | {"weights": weights(engine)}
+
+
+def assert_same_training(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    for ours, theirs in zip(actual["logprobs"], expected["logprobs"], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
+    for ours, theirs in zip(actual["steps"], expected["steps"], strict=True):
+        assert_close(ours["gradients"], theirs["gradients"])
+        fill = {"tokens/fill"}  # the only thing that cutting may change
+        assert ours["metrics"].keys() == theirs["metrics"].keys()
+        for name in theirs["metrics"].keys() - fill:
+            assert ours["metrics"][name] == pytest.approx(theirs["metrics"][name], abs=1e-5), name
+    # Adam divides by the gradient's size, so a weight whose gradient is nearly zero may move by a part of the rate.
+    assert_close(actual["weights"], expected["weights"], atol=1e-3)
+
+
+# ---- one step
+
+
+@pytest.mark.parametrize(("family", "tied"), [("qwen3", True), ("qwen3", False), ("llama", False)])
+def test_loss_and_gradients_equal_those_of_transformers_on_each_document_alone(
+    tmp_path: Path, family: str, tied: bool
+) -> None:
+    reference = write_model(tmp_path, family, tied=tied).train()
+    documents = random_documents(NUM_DOCUMENTS)
+    cfg = config(max_norm=1e9)
+    cfg.rollout.sampling.temperature = 0.8
+    engine = TrainEngine(cfg, tmp_path)
+    metrics = engine.train_step(documents)
+    num_trained = sum(int(d.loss_mask[1:].sum()) for d in documents)
+    loss_fn = GRPOLoss(kl_coef=0.1, entropy_coef=0.01)
+    total = torch.zeros(())
+    for document in documents:
+        ids = torch.from_numpy(document.token_ids).long()
+        p = (reference(ids[None]).logits[0, :-1] / 0.8).log_softmax(-1)
+        assert document.generator_logprobs is not None and document.ref_logprobs is not None
+        total = (
+            total
+            + loss_fn(
+                logprobs=p.gather(1, ids[1:, None]).T,
+                old_logprobs=torch.from_numpy(document.generator_logprobs[1:])[None],
+                advantages=torch.full((1, len(ids) - 1), document.advantage),
+                mask=torch.from_numpy(document.loss_mask[1:])[None],
+                ref_logprobs=torch.from_numpy(document.ref_logprobs[1:])[None],
+                entropy=-(p.exp() * p).sum(-1)[None],
+                normalizer=num_trained,
+            ).loss
+        )
+    total.backward()
+    assert metrics["loss"] == pytest.approx(total.item(), abs=1e-5)
+    assert metrics["tokens/trained"] == num_trained
+    ours = engine.spec.adapter.to_hf(gradients(engine))
+    assert_close(ours, {n: p.grad for n, p in reference.named_parameters() if p.grad is not None})
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"local_batch_size": NUM_DOCUMENTS},  # every document in a row of its own: not packed
+        {"local_batch_size": 1},
+        {"seq_len": 32, "local_batch_size": 3},
+        {"seq_len": 250, "local_batch_size": 1},
+    ],
+    ids=["unpacked", "one row at a time", "short rows", "one row"],
+)
+def test_rows_and_microbatches_do_not_change_the_step(
+    model_dir: Path, expected: dict[str, Any], cut: dict[str, int]
+) -> None:
+    assert_same_training(two_steps(TrainEngine(config(**cut), model_dir)), expected)
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_activation_checkpointing_does_not_change_the_step(
+    model_dir: Path, expected: dict[str, Any], mode: str
+) -> None:
+    cfg = config()
+    cfg.trainer.activation_checkpoint.mode = mode
+    assert_same_training(two_steps(TrainEngine(cfg, model_dir)), expected)
+
+
+def test_gradients_are_clipped_to_the_norm(model_dir: Path) -> None:
+    documents = random_documents(NUM_DOCUMENTS)
+    free, clipped = (TrainEngine(config(max_norm=norm), model_dir) for norm in (1e9, 0.01))
+    norms = [engine.train_step(documents)["grad_norm"] for engine in (free, clipped)]
+    assert norms[0] == norms[1] > 0.01  # reported as it was before clipping
+    total = torch.stack([g.norm() for g in gradients(clipped).values()]).norm().item()
+    assert total == pytest.approx(0.01, rel=1e-3)
+    scale = 0.01 / norms[0]
+    assert_close(gradients(clipped), {n: g * scale for n, g in gradients(free).items()}, atol=1e-7)
+
+
+def test_mismatch_is_the_distance_to_the_generator_under_the_weights_before_the_step(model_dir: Path) -> None:
+    engine = TrainEngine(config(), model_dir)
+    documents = random_documents(NUM_DOCUMENTS)
+    for document, logprobs in zip(documents, engine.logprobs(documents), strict=True):
+        document.generator_logprobs = logprobs
+    metrics = engine.train_step(documents)
+    assert metrics["mismatch/logprob_abs_mean"] < 1e-6
+    assert metrics["ratio/mean"] == pytest.approx(1, abs=1e-5)
+    assert engine.train_step(documents)["mismatch/logprob_abs_mean"] > 1e-4
+
+
+def test_repeated_steps_learn(model_dir: Path) -> None:
+    cfg = config()
+    cfg.recipe = "sft"
+    cfg.trainer.optimizer.lr = 3e-3
+    engine = TrainEngine(cfg, model_dir)
+    documents = random_documents(4, with_logprobs=False)
+    losses = [engine.train_step(documents)["loss"] for _ in range(60)]
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_the_learning_rate_follows_the_schedule(model_dir: Path) -> None:
+    cfg = config(steps=4)
+    cfg.trainer.lr_scheduler.warmup_steps = 2
+    documents = random_documents(2)
+    engine = TrainEngine(cfg, model_dir)
+    rates = [engine.train_step(documents)["lr"] for _ in range(6)]  # more steps than planned: a constant rate goes on
+    assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3])
+    cfg.trainer.lr_scheduler.decay_ratio = 0.5
+    engine = TrainEngine(cfg, model_dir)
+    rates = [engine.train_step(documents)["lr"] for _ in range(4)]
+    assert rates[:2] == pytest.approx([5e-4, 1e-3]) and rates[3] < rates[2] <= 1e-3
+
+
+def test_a_loss_that_is_not_finite_is_named_and_leaves_the_weights_alone(model_dir: Path) -> None:
+    engine = TrainEngine(config(), model_dir)
+    before = weights(engine)
+    documents = random_documents(3)
+    documents[1].advantage = float("nan")
+    with pytest.raises(RuntimeError, match="the loss of step 1 is nan"):
+        engine.train_step(documents)
+    assert_equal(weights(engine), before)
+    assert engine.step == 0
+
+
+def test_a_gradient_that_is_not_finite_is_named_and_leaves_the_weights_alone(model_dir: Path) -> None:
+    engine = TrainEngine(config(), model_dir)
+    before = weights(engine)
+    engine.model.norm.weight.register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(RuntimeError, match="the gradient norm of step 1 is"):
+        engine.train_step(random_documents(3))
+    assert_equal(weights(engine), before)
+
+
+def test_documents_without_trained_tokens_are_refused(model_dir: Path) -> None:
+    document = Document(token_ids=np.arange(5, dtype=np.int32), loss_mask=np.zeros(5, bool))
+    with pytest.raises(ValueError, match="every loss mask is empty"):
+        TrainEngine(config(), model_dir).train_step([document])
+
+
+def test_degrees_that_do_not_fit_the_ranks_are_a_user_error(model_dir: Path) -> None:
+    cfg = config()
+    cfg.trainer.parallelism.tensor_parallel_degree = 3
+    with pytest.raises(UserError, match="does not fit 1 trainer ranks"):
+        TrainEngine(cfg, model_dir)
+
+
+# ---- weights and checkpoints
+
+
+def test_published_weights_are_views_with_the_tied_head(model_dir: Path) -> None:
+    engine = TrainEngine(config(), model_dir)
+    state = engine.hf_state_dict()
+    assert state.keys() == load_file(model_dir / "model.safetensors").keys() | {"lm_head.weight"}
+    pointers = {p.data_ptr() for p in engine.model.parameters()}
+    assert all(tensor.data_ptr() in pointers and not tensor.requires_grad for tensor in state.values())
+    assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()
+    engine.cfg.model.dtype = "bfloat16"
+    assert all(tensor.dtype == torch.bfloat16 for tensor in engine.hf_state_dict().values())
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("num_steps_before", [0, 2])
+def test_a_loaded_run_goes_on_bitwise_as_the_saved_one(
+    model_dir: Path, tmp_path: Path, async_save: bool, num_steps_before: int
+) -> None:
+    cfg = config()
+    cfg.checkpoint.async_save = async_save
+    documents = random_documents(NUM_DOCUMENTS)
+    engine = TrainEngine(cfg, model_dir)
+    for _ in range(num_steps_before):
+        engine.train_step(documents)
+    engine.save(tmp_path / "trainer")
+    metrics = [engine.train_step(documents) for _ in range(3)]  # while an asynchronous save is still being written
+    engine.wait_for_save()
+
+    resumed = TrainEngine(cfg, model_dir)
+    resumed.load(tmp_path / "trainer")
+    assert resumed.step == num_steps_before
+    assert [resumed.train_step(documents) for _ in range(3)] == metrics
+    assert_equal(weights(resumed), weights(engine))
+
+    untouched = TrainEngine(cfg, model_dir)
+    for _ in range(num_steps_before + 3):
+        untouched.train_step(documents)
+    assert_equal(weights(untouched), weights(engine))  # saving left no trace
+
+
+def test_loading_a_directory_that_is_not_there_says_so(model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        TrainEngine(config(), model_dir).load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("max_shard_bytes", [5 * 10**9, 60_000])
+def test_the_export_loads_in_transformers_with_the_same_log_probabilities(
+    model_dir: Path, tmp_path: Path, max_shard_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("forge_hpc.training.export._MAX_SHARD_BYTES", max_shard_bytes)
+    engine = TrainEngine(config(), model_dir)
+    documents = random_documents(3)
+    engine.train_step(documents)
+    directory = tmp_path / "export"
+    engine.export(directory)
+    engine.export(directory)  # replaces the first
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    assert (directory / "tokenizer.json").exists()
+    assert json.loads((directory / "config.json").read_text())["dtype"] == "float32"
+    assert len(list(directory.glob("*.safetensors"))) > 1 or max_shard_bytes > 60_000
+    reference = AutoModelForCausalLM.from_pretrained(directory)
+    with torch.no_grad():
+        for document, logprobs in zip(documents, engine.logprobs(documents), strict=True):
+            ids = torch.from_numpy(document.token_ids).long()
+            p = reference(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
+            expected = np.where(document.loss_mask[1:], p.numpy(), 0)
+            np.testing.assert_allclose(logprobs[1:], expected, atol=1e-4)
+            assert logprobs[0] == 0
+    again = TrainEngine(config(), directory)
+    assert_equal(weights(again), weights(engine))
+
+
+# ---- two ranks
+
+
+def two_rank_worker(rank: int, directory: Path, model_dir: Path, parallelism: dict[str, int]) -> None:
+    torch.set_num_threads(1)
+    init_distributed(directory / "store", rank, 2, rank, timeout_s=120)
+    cfg = config()
+    for name, value in parallelism.items():
+        setattr(cfg.trainer.parallelism, name, value)
+    engine = TrainEngine(cfg, model_dir)
+    result = two_steps(engine)
+    engine.save(directory / "trainer")
+    engine.export(directory / "export")
+    resumed = TrainEngine(cfg, model_dir)
+    resumed.load(directory / "trainer")
+    documents = random_documents(NUM_DOCUMENTS)
+    result["next"] = [e.train_step(documents) for e in (engine, resumed)]
+    torch.save(result, directory / f"rank-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tied", "parallelism"),
+    [
+        (True, {"data_parallel_shard_degree": 2}),
+        (False, {"data_parallel_shard_degree": 1, "data_parallel_replicate_degree": 2}),
+        (True, {"tensor_parallel_degree": 2}),
+        (False, {"tensor_parallel_degree": 2}),
+    ],
+    ids=["FSDP", "replicated", "TP", "TP untied"],
+)
+def test_two_ranks_train_as_one_does_and_their_checkpoint_loads_on_one(
+    tmp_path: Path, tied: bool, parallelism: dict[str, int]
+) -> None:
+    model_dir = tmp_path / "model"
+    write_model(model_dir, "qwen3", tied=tied)
+    expected = two_steps(TrainEngine(config(), model_dir))
+    mp.spawn(two_rank_worker, (tmp_path, model_dir, parallelism), nprocs=2)
+    results = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
+    for result in results:
+        assert_same_training(result, expected)
+    assert results[0]["next"] == results[1]["next"]  # every rank is told the same
+    continued, resumed = results[0]["next"]
+    assert continued == resumed
+
+    engine = TrainEngine(config(), model_dir)
+    engine.load(tmp_path / "trainer")
+    assert engine.step == 2
+    assert_equal(weights(engine), results[0]["weights"])
+    exported = load_file(tmp_path / "export" / "model.safetensors")
+    assert_equal(exported, {name: results[0]["weights"][name] for name in exported})
+    assert engine.train_step(random_documents(NUM_DOCUMENTS))["loss"] == pytest.approx(continued["loss"], abs=1e-5)
