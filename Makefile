@@ -11,7 +11,7 @@ SHELL := bash
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRA ?= cpu
+EXTRA ?= $(or $(firstword $(shell cat $(VENV)/.installed 2>/dev/null)),cpu)# cpu or cuda; once chosen it stays
 RUN_DIR ?= runs/demo
 ARGS ?=
 BIN := $(VENV)/bin
