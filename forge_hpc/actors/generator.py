@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Generator(Actor):
-    """Serves completions of the policy. All endpoints but ``start`` may run at once: requests join while others decode."""
+    """Serves completions of the policy. Calls run at once: requests join while others decode."""
 
     def __init__(self, config: Config, replica: int, log_dir: Path) -> None:
         setup_logging(log_dir / f"generator-{replica}.log", f"generator-{replica}")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from forge_hpc.config.split import Placement
 
 if TYPE_CHECKING:
-    from monarch.actor import BootstrapCommand, HostMesh, ProcMesh
+    from monarch.actor import BootstrapCommand, HostMesh, Point, ProcMesh
 
 
 async def attach(worker_addresses: Sequence[str], own_address: str, timeout_s: float) -> HostMesh:
@@ -46,6 +46,8 @@ class Cluster:
     placement: Placement
     cpus: int
     """CPU cores of a node."""
+    gpu_names: Sequence[Sequence[str]]
+    """By node: what CUDA_VISIBLE_DEVICES calls its GPUs there."""
     log_dir: Path
 
     def spawn_trainers(self) -> ProcMesh:
@@ -54,7 +56,11 @@ class Cluster:
         gpus = [gpu for process in self.placement.trainer_gpus for gpu in process]
         procs = {"procs": self.placement.trainer_procs_per_node}
         hosts = self.hosts.slice(hosts=slice(nodes.start, nodes.stop))
-        return hosts.spawn_procs(per_host=procs, name="trainer", bootstrap_command=self._command(nodes.start, gpus))
+
+        def command(point: Point) -> BootstrapCommand:
+            return self._command(nodes.start + point["hosts"], gpus)
+
+        return hosts.spawn_procs(per_host=procs, name="trainer", bootstrap_command=command)
 
     def spawn_volumes(self) -> ProcMesh:
         """One process a trainer node that does nothing but hold published weights."""
@@ -76,13 +82,13 @@ class Cluster:
         ]
 
     def _command(self, node: int, gpus: Sequence[int], threads: int | None = None) -> BootstrapCommand:
-        """How a process is started: its threads and GPUs are fixed before any library counts them."""
+        """How processes of a node are started: threads and GPUs are fixed before any library counts them."""
         from monarch.actor import default_bootstrap_cmd
 
         threads = threads or self.placement.threads_per_process(self.cpus, node)
         env = {
             "OMP_NUM_THREADS": str(threads),
             "TOKENIZERS_PARALLELISM": "false",
-            "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)),
+            "CUDA_VISIBLE_DEVICES": ",".join(self.gpu_names[node][gpu] for gpu in gpus),
         }
         return default_bootstrap_cmd().with_env(env)

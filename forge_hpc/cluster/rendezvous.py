@@ -7,6 +7,7 @@ look a second, so that a shared file system sees at most N small operations a se
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ class Rendezvous:
 
     def look(self, name: str) -> Any | None:
         """The record, or None where nobody has published it yet."""
+        # NFS remembers for up to a minute that a name was absent; opening the directory makes it look again.
+        os.close(os.open(self.directory, os.O_RDONLY))
         try:
             return json.loads((self.directory / f"{name}.json").read_text())
         except FileNotFoundError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from forge_hpc.cluster.processes import die_with_parent
@@ -27,16 +28,27 @@ def listening_port(deadline_s: float = 30.0) -> int:
     raise RuntimeError("the Monarch worker opened no port")
 
 
-def main() -> None:
+def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Names by which CUDA_VISIBLE_DEVICES calls this node's GPUs. No CUDA library is loaded for it.
+
+    Slurm sets the variable to what the job may use; where it is not set, all GPUs that the driver lists are visible.
+    """
+    if "CUDA_VISIBLE_DEVICES" in environ:
+        return [name for name in environ["CUDA_VISIBLE_DEVICES"].split(",") if name not in ("", "-1", "NoDevFiles")]
+    driver = Path("/proc/driver/nvidia/gpus")
+    return [str(index) for index, _ in enumerate(driver.iterdir())] if driver.is_dir() else []
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Serve this node until the controller shuts it down; never returns before."""
     parser = argparse.ArgumentParser(description="Monarch worker loop of one node.")
     parser.add_argument("--rendezvous", type=Path, required=True)
     parser.add_argument("--node", type=int, required=True)
     parser.add_argument("--address", required=True)
     parser.add_argument("--parent", type=int, required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     die_with_parent(args.parent)
 
-    import torch
     from monarch.actor import enable_transport, start_worker_loop_forever
 
     endpoint = f"tls://{args.address}:0"
@@ -47,7 +59,7 @@ def main() -> None:
     record = {
         "address": f"tls://{args.address}:{listening_port()}",
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "gpus": torch.cuda.device_count(),
+        "gpus": visible_gpus(),
     }
     Rendezvous(args.rendezvous).publish(f"worker-{args.node}", record)
     loop.get()

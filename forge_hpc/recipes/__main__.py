@@ -44,9 +44,13 @@ async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, termin
     hosts = await attach([w["address"] for w in workers], start["address"], config.cluster.start_timeout_s)
     config.cluster.nodes = len(workers)  # a run may come back on another number of nodes
     gpus = config.cluster.gpus_per_node
-    placement = plan(config, min(w["gpus"] for w in workers) if gpus is None else gpus)
+    found = min(len(w["gpus"]) for w in workers)
+    if gpus is not None and gpus > found:
+        raise UserError(f"cluster.gpus_per_node is {gpus}, a node has {found}", "lower it, or leave it out")
+    placement = plan(config, found if gpus is None else gpus)
     logger.info("attached to %d nodes\n%s", len(workers), placement.describe())
-    cluster = Cluster(hosts, placement, min(w["cpus"] for w in workers), log_dir)
+    cpus, gpu_names = min(w["cpus"] for w in workers), [w["gpus"] for w in workers]
+    cluster = Cluster(hosts, placement, cpus, gpu_names, log_dir)
 
     from forge_hpc.observability.logger import MetricLogger
     from forge_hpc.recipes.session import Session

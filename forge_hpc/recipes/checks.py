@@ -10,7 +10,7 @@ from forge_hpc.data.types import Document
 
 logger = logging.getLogger(__name__)
 MAX_MISMATCH = 1e-4
-"""Largest mean |log-probability of the generator - of the trainer| in float32 with the same weights; measured 1e-7 to 1e-5."""
+"""Largest mean |log-probability of the generator - of the trainer| in float32, same weights; measured 1e-7 to 1e-5."""
 
 
 class SignalWatch:

@@ -35,7 +35,8 @@ async def grpo(session: Session) -> None:
     )
     prompts.load_state_dict(session.state.get("prompts", prompts.state_dict()))
     held_out = load_held_out(session)
-    rewards = RewardPool(config)
+    rewards = await RewardPool(config.reward).start()
+    session.on_close(rewards.close)
     trainers, generators = await session.start_trainers_and_generators()
     buffer = EpisodeBuffer(rollout.prompts_per_step, rollout.max_staleness, policy_version=session.step)
     weights = await session.connect(trainers, generators, buffer)
@@ -50,7 +51,7 @@ async def grpo(session: Session) -> None:
             seconds["wait_trainer"] = started - waited
             batch = prompts.take(rollout.prompts_per_step)
             drawn[step] = prompts.state_dict()
-            # Synchronous: a generator admits all its prompts together, so the run repeats exactly. Else each for itself.
+            # Synchronous: a generator admits all its prompts at once, so that the run repeats exactly.
             num = len(generators)
             shares = [batch[i::num] for i in range(num) if batch[i::num]] if synchronous else [[p] for p in batch]
             for key, share in enumerate(shares):

@@ -135,7 +135,7 @@ class Session:
         file_store = self.log_dir / "process-group"
         checkpoint = self._resume_from / "trainer" if self._resume_from else None
         await self.trainers.call("start", self.model_dir, file_store, checkpoint, timeout_s=timeout_s)
-        self._closing.append(lambda: self.trainers.call("leave", timeout_s=10))
+        self.on_close(lambda: self.trainers.call("leave", timeout_s=10))
         return self.trainers
 
     async def start_generators(self) -> Service:
@@ -147,7 +147,7 @@ class Session:
         self.generators = Service("generator", replicas, self.config.generator.timeout_s)
         start = self.generators.start.fanout(self.model_dir)
         await with_timeout(start, self.config.cluster.start_timeout_s, "the generators did not start")
-        self._closing.append(lambda: asyncio.wait_for(self.generators.leave.fanout(), 10))
+        self.on_close(lambda: asyncio.wait_for(self.generators.leave.fanout(), 10))
         return self.generators
 
     async def start_trainers_and_generators(self) -> tuple[Trainers, Service]:
@@ -251,6 +251,10 @@ class Session:
         """The run is done: wait for the last save and write the final weights."""
         await self.saved()
         await self.trainers.call("export", self.run_dir.export)
+
+    def on_close(self, close: Callable[[], Awaitable[Any]]) -> None:
+        """Have ``close`` called at the end, whatever it is; the last one registered first."""
+        self._closing.append(close)
 
     async def close(self) -> None:
         """End the actors in good order; whatever does not answer is ended by its owner, the node's supervisor."""
