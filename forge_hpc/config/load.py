@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 import re
 import tempfile
@@ -242,12 +243,12 @@ def _set(target: DictConfig, key: str, hint: Any, node: yaml.Node, full: str, so
         if not source.keep_paths and (full in _PATH_KEYS or re.fullmatch(r"reward\.\d+\.name", full)):
             value = _local_path(value, source.folder)
     wrong = UserError(f"{source.at(node)}: {full} must be {_describe(hint)}, not {_shown(node, value)}", None)
-    if kind is bool and isinstance(value, (int, float)) and not isinstance(value, bool):
-        raise wrong  # OmegaConf would take 3 for true
-    if kind is float and isinstance(value, bool):
-        raise wrong
-    if kind is float and isinstance(value, int):
+    if kind is bool and isinstance(value, str):
+        value = {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value)
+    if kind is float and type(value) is int:
         value = float(value)
+    if kind in (bool, int, float) and value is not None and type(value) is not kind and "${" not in str(value):
+        raise wrong  # OmegaConf would take 3 for true and "7" for a number
     try:
         if isinstance(target[key], DictConfig) and isinstance(value, dict):
             value = OmegaConf.merge(target[key], value)
@@ -303,6 +304,7 @@ def _local_path(text: str, folder: Path | None) -> str:
 # --- what types and keys are called
 
 
+@functools.cache
 def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
@@ -355,11 +357,10 @@ def _nearest_key(full: str, prefix: str, siblings: list[str]) -> str:
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)
     if close:
         return f"did you mean {prefix}{close[0]}?"
-    keys = all_keys()
-    same_name = [key for key in keys if key.rpartition(".")[2] == name]
-    close = same_name or difflib.get_close_matches(full, keys, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {' or '.join(close[:3])}?"
+    last = name.rpartition(".")[2]
+    elsewhere = [key for key in all_keys() if difflib.SequenceMatcher(None, key.rpartition(".")[2], last).ratio() > 0.8]
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere[:3])}?"
     return f"known keys{' of ' + prefix.rstrip('.') if prefix else ''}: {', '.join(siblings)}"
 
 

@@ -53,6 +53,8 @@ class RewardConfig:
     """Factor in the weighted sum of all rewards."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments handed to the reward."""
+    timeout_s: float = 10.0
+    """A call that takes longer is given up; its episode is counted and left out."""
 
 
 @dataclass

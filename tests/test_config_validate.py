@@ -1,0 +1,248 @@
+"""What cannot work is refused before anything is queued, in one line, with what to do."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from forge_hpc.config import UserError, load_config, plan, validate, walltime_s
+from forge_hpc.config.validate import ADVANTAGES, LOSSES
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+ALL_CONFIGS = sorted(CONFIGS.rglob("*.yaml"))
+
+
+def refused(*overrides: str) -> UserError:
+    cfg = load_config(None, overrides)
+    with pytest.raises(UserError) as caught:
+        validate(cfg)
+    assert "\n" not in caught.value.message
+    return caught.value
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A model directory in Hugging Face format with 4 heads, 2 key-value heads and 4,096 positions."""
+    directory = tmp_path / "model"
+    directory.mkdir()
+    config = {
+        "model_type": "qwen3",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "tokenizer.json").write_text("{}")
+    save_file({"w": np.zeros((4, 4), np.float32)}, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize("path", ALL_CONFIGS, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_configuration_that_we_ship_is_valid_and_can_be_placed(path):
+    cfg = load_config(path)
+    validate(cfg)
+    assert plan(cfg, cfg.cluster.gpus_per_node).nodes == cfg.cluster.nodes
+    assert path.read_text().startswith("# ")
+
+
+def test_the_configurations_that_the_readme_names_are_there():
+    names = {str(path.relative_to(CONFIGS)) for path in ALL_CONFIGS}
+    grpo = {
+        f"grpo/{name}.yaml" for name in ("demo", "qwen3_0_6b", "qwen3_1_7b", "qwen3_8b", "qwen3_32b", "llama3_1_8b")
+    }
+    assert grpo | {"sft/demo.yaml", "sft/llama3_8b.yaml", "sft/qwen3_1_7b.yaml"} <= names
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["recipe=gpro"], "recipe is 'gpro'"),
+        (["algorithm.loss=ppo"], "algorithm.loss is 'ppo'"),
+        (["algorithm.advantage=mean"], "algorithm.advantage"),
+        (["trainer.optimizer.name=SGD"], "trainer.optimizer.name"),
+        (["model.dtype=float16"], "model.dtype"),
+        (["reward.0.name=exat"], "reward.0.name is 'exat'"),
+        (["reward=[]"], "no reward"),
+        (["reward=[{name: exact}, {name: exact}]"], "given twice"),
+        (["rollout.group_size=1"], "rollout.group_size is 1"),
+        (["algorithm.kl_coef=0.1"], "needs the reference model"),
+        (["reference.enable=true", "reference.device=cuda", "cluster.gpus_per_node=0"], "reference.device=cuda"),
+        (["rollout.sampling.temperature=0"], "greedy"),
+        (["rollout.sampling.top_p=0"], "rollout.sampling.top_p must be greater than 0"),
+        (["rollout.max_staleness=-1"], "rollout.max_staleness must be 0 or more"),
+        (["rollout.sync_interval=2"], "rollout.sync_interval=2"),
+        (["trainer.training.seq_len=1000"], "shorter than a whole episode"),
+        (["generator.engine.max_model_len=100"], "generator.engine.max_model_len=100"),
+        (["trainer.optimizer.lr=0"], "trainer.optimizer.lr must be greater than 0"),
+        (["trainer.optimizer.lr=.nan"], "finite"),
+        (["reward.0.weight=.inf"], "reward.0.weight must be a finite number"),
+        (["trainer.training.steps=0"], "trainer.training.steps"),
+        (["trainer.lr_scheduler.warmup_steps=101"], "never reached"),
+        (["trainer.parallelism.data_parallel_shard_degree=0"], "data_parallel_shard_degree"),
+        (
+            ["trainer.parallelism.tensor_parallel_degree=3", "cluster.gpus_per_node=8", "cluster.nodes=2"],
+            "does not divide",
+        ),
+        (["cluster.nodes=4", "cluster.rollout_nodes=4"], "4 rollout nodes are not the 4 working nodes"),
+        (["cluster.nodes=4", "cluster.rollout_nodes=1", "cluster.trainer_nodes=2"], "are not the 4 working nodes"),
+        (["cluster.nodes=2", "cluster.spare_nodes=2"], "leaves none to work"),
+        (["rollout.group_size=2", "rollout.prompts_per_step=1", "cluster.gpus_per_node=8"], "data-parallel ranks"),
+        (["name=a/b"], "name is 'a/b'"),
+        (["slurm.time=tomorrow"], "slurm.time is 'tomorrow'"),
+        (["slurm.time=5"], "slurm.signal_lead_s=300 is not shorter"),
+        (["slurm.mem=much"], "slurm.mem"),
+        (["recipe=sft", "evaluation.interval=5"], "SFT evaluates at its end"),
+        (["model.path=warmstart"], "needs warmstart.config"),
+        (["model.path=builtin:qwen3"], "model.path is 'builtin:qwen3'"),
+        (["model.path=./nowhere"], "no such directory"),
+        (["data.path=nowhere.jsonl"], "no such file"),
+        (["data.path=builtin:additon"], "data.path is 'builtin:additon'"),
+        (["warmstart.config=nowhere.yaml"], "no such file"),
+        (["reward.0.name=nowhere.py:f"], "no such file"),
+    ],
+)
+def test_what_cannot_work_is_refused(overrides, words):
+    assert words in refused(*overrides).message
+
+
+def test_a_mistyped_name_is_answered_with_the_nearest():
+    assert refused("recipe=gpro").hint == "did you mean grpo?"
+    assert refused("reward.0.name=exat").hint == "did you mean exact?"
+
+
+def test_hub_names_are_not_looked_up():
+    validate(load_config(None, ["model.path=meta-llama/Llama-3.1-8B-Instruct", "data.path=openai/gsm8k"]))
+
+
+def test_paths_can_be_left_unchecked():
+    validate(load_config(None, ["model.path=./nowhere", "data.path=nowhere.jsonl"]), check_paths=False)
+
+
+def test_every_name_of_a_loss_and_of_an_advantage_is_one_that_exists():
+    from forge_hpc.advantages import ADVANTAGES as functions
+
+    assert set(ADVANTAGES) == set(functions)
+    from forge_hpc.losses.registry import build_loss
+
+    for name in LOSSES:
+        build_loss(name, load_config(None).algorithm)
+
+
+def test_a_whole_model_directory_is_accepted(model):
+    validate(load_config(None, [f"model.path={model}"]))
+
+
+def test_a_model_directory_without_its_parts_is_refused(model):
+    def message() -> str:
+        return refused(f"model.path={model}").message
+
+    weights, config = model / "model.safetensors", model / "config.json"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    assert "its header promises" in message()
+    weights.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "not a safetensors file" in message()
+    weights.write_bytes(b"")
+    assert "not a safetensors file" in message()
+    weights.unlink()
+    assert "no weights" in message()
+    weights.write_bytes(whole)
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": "model-00001-of-00002.safetensors"}}))
+    assert "lacks 1 of 1 weight files" in message()
+    index.write_text("{")
+    assert "cannot read" in message()
+    index.unlink()
+    (model / "tokenizer.json").unlink()
+    assert "no tokenizer" in message()
+    config.write_text("{")
+    assert "cannot read" in message()
+    config.write_text('{"model_type": "bert"}')
+    assert "model_type 'bert'" in message()
+    config.unlink()
+    assert "no config.json" in message()
+
+
+def test_sequences_and_tensor_parallel_degrees_must_suit_the_model(model):
+    path = f"model.path={model}"
+    assert "longer than the 4096 positions" in refused(path, "trainer.training.seq_len=5000").message
+    validate(load_config(None, [path, "cluster.gpus_per_node=8", "trainer.parallelism.tensor_parallel_degree=2"]))
+    error = refused(path, "cluster.gpus_per_node=8", "trainer.parallelism.tensor_parallel_degree=4")
+    assert "2 key-value heads" in error.message and error.hint == "choose a divisor of 2"
+    validate(load_config(None, [path, "cluster.gpus_per_node=8", "generator.engine.tensor_parallel_size=4"]))
+    error = refused(path, "cluster.gpus_per_node=16", "generator.engine.tensor_parallel_size=8")
+    assert "generator.engine.tensor_parallel_size=8" in error.message
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b'{"question": "a", "answer": ', "not valid JSON"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b'["a"]', "not a JSON object"),
+        (b'{"question": "a"}', "no field 'answer'"),
+        (b'{"question": 1, "answer": "b"}', "'question' is not text"),
+    ],
+)
+def test_a_broken_line_of_a_data_file_is_named_by_its_number(tmp_path, line, words):
+    file = tmp_path / "train.jsonl"
+    good = b'{"question": "a", "answer": "b"}\n'
+    file.write_bytes(good * 2 + b"\n" + good * 2)
+    validate(load_config(None, [f"data.path={file}"]))
+    file.write_bytes(good * 2 + b"\n" + line + b"\n" + good)
+    error = refused(f"data.path={file}")
+    assert error.message.startswith(f"{file}:4: ") and words in error.message
+
+
+def test_an_empty_data_file_and_one_without_held_out_prompts_are_refused(tmp_path):
+    file = tmp_path / "train.jsonl"
+    file.write_text("\n")
+    assert "holds no example" in refused(f"data.path={file}").message
+    file.write_text('{"question": "a", "answer": "b"}\n')
+    assert "no held-out prompts" in refused(f"data.path={file}", "evaluation.num_prompts=5").message
+    validate(load_config(None, [f"data.path={file}", f"data.eval_path={file}", "evaluation.num_prompts=5"]))
+
+
+def test_a_big_data_file_is_not_read_to_its_end(tmp_path):
+    file = tmp_path / "train.jsonl"
+    file.write_bytes(b'{"question": "a", "answer": "b"}\n' * 10_000 + b"broken\n")
+    validate(load_config(None, [f"data.path={file}"]))  # the loader on the nodes reads it all
+
+
+def test_a_reward_of_ones_own_is_looked_for_in_its_file(tmp_path):
+    file = tmp_path / "rewards.py"
+    file.write_text("from math import gcd\ndef score(prompt, response, target): return 1.0\n")
+    validate(load_config(None, [f"reward.0.name={file}:score"]))
+    validate(load_config(None, [f"reward.0.name={file}:gcd"]))
+    validate(load_config(None, ["reward.0.name=my_package.rewards:score"]))
+    error = refused(f"reward.0.name={file}:scroe")
+    assert "has no 'scroe'" in error.message and error.hint == "did you mean score?"
+    file.write_text("x = 1\ndef score(:\n")
+    assert f"{file}:2:" in refused(f"reward.0.name={file}:score").message
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400),
+        ("90:30", 5430),
+        ("24:00:00", 86400),
+        ("2-12", 216000),
+        ("1-00:30", 88200),
+        ("1-01:01:01", 90061),
+        ("UNLIMITED", math.inf),
+    ],
+)
+def test_walltimes_are_read_as_slurm_reads_them(text, seconds):
+    assert walltime_s(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "1h", "1:2:3:4", "-1", "1-", "a-1"])
+def test_what_slurm_would_not_read_is_refused(text):
+    with pytest.raises(UserError):
+        walltime_s(text)
