@@ -34,11 +34,13 @@ from forge_hpc.weights.layout import Assembly, Manifest, build_index
 from forge_hpc.weights.layout import Shard as StoredShard
 
 NUM_RANKS = 2
+LARGE_VERSION = 9  # holds a tensor of more than one message
 
 
 def full_values(version: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(version)
-    return {
+    large = {"large": torch.randn(5_000_000, generator=generator)} if version == LARGE_VERSION else {}
+    return large | {
         "embed": torch.randn(10, 6, generator=generator),
         "uneven": torch.randn(5, 3, generator=generator),
         "one_row": torch.randn(1, 7, generator=generator),
@@ -90,6 +92,11 @@ class FakeGenerator(Actor):
     @endpoint
     async def pull(self, spec: StoreSpec, version: int) -> dict[str, torch.Tensor]:
         return await pull(spec, version)
+
+    @endpoint
+    async def differing(self, spec: StoreSpec, version: int) -> list[str]:
+        pulled = await pull(spec, version)
+        return [name for name, value in full_values(version).items() if not torch.equal(pulled[name], value)]
 
     @endpoint
     async def pull_error(self, spec: StoreSpec, version: int) -> str:
@@ -191,6 +198,17 @@ def test_a_version_is_refused_while_a_rank_or_a_shard_is_missing_and_once_it_is_
                 await meshes.trainers.publish.call(store.spec, 1)
             pulled = await meshes.generators.pull.call_one(store.spec, 1)
             assert torch.equal(pulled["embed"], full_values(1)["embed"])
+
+    meshes.run(body())
+
+
+@pytest.mark.parametrize("share_memory", [True, False])
+def test_a_tensor_larger_than_a_message_arrives_whole(meshes: Meshes, share_memory: bool) -> None:
+    async def body() -> None:
+        async with a_store(meshes.volumes, share_memory=share_memory) as store:
+            await meshes.trainers.publish.call(store.spec, LARGE_VERSION)
+            await store.commit(LARGE_VERSION)
+            assert await meshes.generators.differing.call_one(store.spec, LARGE_VERSION) == []
 
     meshes.run(body())
 

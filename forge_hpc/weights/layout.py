@@ -63,9 +63,14 @@ class Index:
     tensors: dict[str, tuple[tuple[int, Shard], ...]]
     num_bytes: int
 
-    def buckets(self) -> list[tuple[int, int]]:
-        """(rank, bucket) of everything that a reader needs, in a steady order."""
-        return sorted({(rank, shard.bucket) for parts in self.tensors.values() for rank, shard in parts})
+    def buckets(self) -> dict[tuple[int, int], int]:
+        """(rank, bucket) of everything that a reader needs, in a steady order, with the bytes that it needs of it."""
+        ends: dict[tuple[int, int], int] = {}
+        for parts in self.tensors.values():
+            for rank, shard in parts:
+                key = (rank, shard.bucket)
+                ends[key] = max(ends.get(key, 0), shard.start_bytes + shard.num_bytes)
+        return dict(sorted(ends.items()))
 
 
 def _box(tensor: torch.Tensor, name: str, rank: int) -> tuple[torch.Tensor, tuple[int, ...]] | None:

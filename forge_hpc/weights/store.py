@@ -21,6 +21,7 @@ Example:
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,9 @@ from forge_hpc.weights.shared_memory import SharedMemoryBuffer, host_identity
 from forge_hpc.weights.shared_memory import allocate as allocate_shared
 
 MAX_BUCKET_BYTES = 256 * 2**20
+MESSAGE_BYTES = 16 * 2**20
+"""Larger messages are slower: malloc takes memory beyond 32 MiB from the kernel anew for each of their copies."""
+_MESSAGES_IN_FLIGHT = 2
 
 
 class VersionNotFoundError(LookupError):
@@ -86,12 +90,27 @@ class StoreSpec:
     num_ranks: int
 
 
+class _RangeBuffer(MonarchTransportBuffer):
+    """Fetches a range of a bucket in a message."""
+
+    def __init__(self, start: int, stop: int) -> None:
+        super().__init__()
+        self.start, self.stop = start, stop
+
+    async def write_from(self, tensor: torch.Tensor | None) -> None:
+        assert tensor is not None
+        self.tensor = tensor[self.start : self.stop].clone()  # pickling a view would send the whole bucket
+
+
 class _Pipe(Pipe):
-    def __init__(self, volumes: _Volumes, volume_id: str) -> None:
+    def __init__(self, volumes: _Volumes, volume_id: str, buffer: TransportBuffer | None = None) -> None:
         super().__init__(volumes.get_storage_volume(volume_id))
+        self._buffer = buffer
         self._share_memory = volumes.shares_memory_with(volume_id)
 
     def create_transport_buffer(self) -> TransportBuffer:
+        if self._buffer is not None:
+            return self._buffer
         return SharedMemoryBuffer() if self._share_memory else MonarchTransportBuffer()
 
 
@@ -116,6 +135,23 @@ class _Client(LocalClient):
     async def get_from(self, rank: int, key: str) -> Any:
         pipe = _Pipe(self.strategy, self.strategy.volume_of(rank))
         return await pipe.get_from_storage_volume(key, Request.from_any(None))
+
+    async def get_bucket(self, rank: int, key: str, num_bytes: int) -> torch.Tensor:
+        """The first ``num_bytes`` of a bucket: mapped within a host, in messages of ``MESSAGE_BYTES`` across hosts."""
+        volume_id = self.strategy.volume_of(rank)
+        if self.strategy.shares_memory_with(volume_id):
+            return await self.get_from(rank, key)
+        data = torch.empty(num_bytes, dtype=torch.uint8)
+        in_flight = asyncio.Semaphore(_MESSAGES_IN_FLIGHT)
+
+        async def fetch(start: int) -> None:
+            stop = min(start + MESSAGE_BYTES, num_bytes)
+            async with in_flight:
+                pipe = _Pipe(self.strategy, volume_id, _RangeBuffer(start, stop))
+                data[start:stop] = await pipe.get_from_storage_volume(key, Request.from_any(None))
+
+        await asyncio.gather(*(fetch(start) for start in range(0, num_bytes, MESSAGE_BYTES)))
+        return data
 
     async def all_keys(self) -> list[str]:
         return await self._controller.keys.call_one()
@@ -169,7 +205,9 @@ async def publish(
     client = _Client(spec)
     if version in await client.committed():
         raise VersionExistsError(f"policy version {version} is published already")
-    manifest, tensors = plan(state_dict, version=version, rank=rank, dtype=dtype, max_bucket_bytes=MAX_BUCKET_BYTES)
+    shared = spec.volumes.shares_memory_with(spec.volumes.volume_of(rank))
+    max_bucket_bytes = MAX_BUCKET_BYTES if shared else MESSAGE_BYTES
+    manifest, tensors = plan(state_dict, version=version, rank=rank, dtype=dtype, max_bucket_bytes=max_bucket_bytes)
     for bucket, num_bytes in enumerate(manifest.bucket_bytes):
         data = client.allocate(rank, num_bytes)
         for shard, tensor in zip(manifest.shards, tensors, strict=True):
@@ -194,8 +232,8 @@ async def pull(spec: StoreSpec, version: int) -> dict[str, torch.Tensor]:
         raise VersionNotFoundError(f"policy version {version} is not published; there are {committed or 'none'}")
     index: Index = await client.get_from(0, _index_key(version))
     assembly = Assembly(index)
-    for rank, bucket in index.buckets():
-        data = await client.get_from(rank, _bucket_key(version, rank, bucket))
+    for (rank, bucket), num_bytes in index.buckets().items():
+        data = await client.get_bucket(rank, _bucket_key(version, rank, bucket), num_bytes)
         assembly.add(rank, bucket, data)
     return assembly.result()
 
