@@ -137,7 +137,7 @@ def meshes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Meshes]:
         generators = procs[1].spawn("generator", FakeGenerator)
 
         def run(body: Coroutine[Any, Any, None]) -> None:
-            runner.run(asyncio.wait_for(body, 120))
+            runner.run(asyncio.wait_for(body, 300))
 
         async def stop() -> None:
             await trainers.leave.call()
