@@ -74,7 +74,7 @@ class Trainer(Actor):
         that training waits for; ``published`` waits for the rest."""
         from forge_hpc.weights import publish
 
-        await self.published()
+        await self._published()
         start = time.perf_counter()
         snapshot = await self._in_thread(self._snapshot)
         self._publishing = asyncio.create_task(publish(store, version, snapshot, rank=self._rank))
@@ -90,6 +90,9 @@ class Trainer(Actor):
     @concurrent_endpoint
     async def published(self) -> None:
         """Wait until what ``publish`` began is in the store."""
+        await self._published()
+
+    async def _published(self) -> None:
         if self._publishing is not None:
             task, self._publishing = self._publishing, None
             await task

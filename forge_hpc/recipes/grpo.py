@@ -35,7 +35,7 @@ async def grpo(session: Session) -> None:
     )
     prompts.load_state_dict(session.state.get("prompts", prompts.state_dict()))
     held_out = load_held_out(session)
-    rewards = await RewardPool(config.reward).start()
+    rewards = await RewardPool(config).start()
     session.on_close(rewards.close)
     trainers, generators = await session.start_trainers_and_generators()
     buffer = EpisodeBuffer(rollout.prompts_per_step, rollout.max_staleness, policy_version=session.step)
