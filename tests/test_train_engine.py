@@ -328,44 +328,51 @@ def test_the_export_loads_in_transformers_with_the_same_log_probabilities(
 
 # ---- two ranks
 
+CASES: dict[str, tuple[bool, dict[str, int]]] = {
+    "FSDP": (True, {"data_parallel_shard_degree": 2}),
+    "replicated": (False, {"data_parallel_shard_degree": 1, "data_parallel_replicate_degree": 2}),
+    "TP": (True, {"tensor_parallel_degree": 2}),
+    "TP untied": (False, {"tensor_parallel_degree": 2}),
+}
+"""Name: (tied embeddings, degrees)."""
 
-def two_rank_worker(rank: int, directory: Path, model_dir: Path, parallelism: dict[str, int]) -> None:
+
+def two_rank_worker(rank: int, directory: Path) -> None:
     torch.set_num_threads(1)
     init_distributed(directory / "store", rank, 2, rank, timeout_s=120)
-    cfg = config()
-    for name, value in parallelism.items():
-        setattr(cfg.trainer.parallelism, name, value)
-    engine = TrainEngine(cfg, model_dir)
-    result = two_steps(engine)
-    engine.save(directory / "trainer")
-    engine.export(directory / "export")
-    resumed = TrainEngine(cfg, model_dir)
-    resumed.load(directory / "trainer")
-    documents = random_documents(NUM_DOCUMENTS)
-    result["next"] = [e.train_step(documents) for e in (engine, resumed)]
-    torch.save(result, directory / f"rank-{rank}.pt")
+    for name, (_, parallelism) in CASES.items():
+        case_dir = directory / name
+        cfg = config()
+        for key, value in parallelism.items():
+            setattr(cfg.trainer.parallelism, key, value)
+        engine = TrainEngine(cfg, case_dir / "model")
+        result = two_steps(engine)
+        engine.save(case_dir / "trainer")
+        engine.export(case_dir / "export")
+        resumed = TrainEngine(cfg, case_dir / "model")
+        resumed.load(case_dir / "trainer")
+        documents = random_documents(NUM_DOCUMENTS)
+        result["next"] = [e.train_step(documents) for e in (engine, resumed)]
+        torch.save(result, case_dir / f"rank-{rank}.pt")
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of all cases, a directory each; the processes start once, since importing takes longest."""
+    directory = tmp_path_factory.mktemp("two_ranks")
+    for name, (tied, _) in CASES.items():
+        write_model(directory / name / "model", "qwen3", tied=tied)
+    mp.spawn(two_rank_worker, (directory,), nprocs=2)
+    return directory
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("tied", "parallelism"),
-    [
-        (True, {"data_parallel_shard_degree": 2}),
-        (False, {"data_parallel_shard_degree": 1, "data_parallel_replicate_degree": 2}),
-        (True, {"tensor_parallel_degree": 2}),
-        (False, {"tensor_parallel_degree": 2}),
-    ],
-    ids=["FSDP", "replicated", "TP", "TP untied"],
-)
-def test_two_ranks_train_as_one_does_and_their_checkpoint_loads_on_one(
-    tmp_path: Path, tied: bool, parallelism: dict[str, int]
-) -> None:
-    model_dir = tmp_path / "model"
-    write_model(model_dir, "qwen3", tied=tied)
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_train_as_one_does_and_their_checkpoint_loads_on_one(two_ranks: Path, case: str) -> None:
+    model_dir = two_ranks / case / "model"
+    results = [torch.load(two_ranks / case / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
     expected = two_steps(TrainEngine(config(), model_dir))
-    mp.spawn(two_rank_worker, (tmp_path, model_dir, parallelism), nprocs=2)
-    results = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
     for result in results:
         assert_same_training(result, expected)
     assert results[0]["next"] == results[1]["next"]  # every rank is told the same
@@ -373,9 +380,9 @@ def test_two_ranks_train_as_one_does_and_their_checkpoint_loads_on_one(
     assert continued == resumed
 
     engine = TrainEngine(config(), model_dir)
-    engine.load(tmp_path / "trainer")
+    engine.load(two_ranks / case / "trainer")
     assert engine.step == 2
     assert_equal(weights(engine), results[0]["weights"])
-    exported = load_file(tmp_path / "export" / "model.safetensors")
+    exported = load_file(two_ranks / case / "export" / "model.safetensors")
     assert_equal(exported, {name: results[0]["weights"][name] for name in exported})
     assert engine.train_step(random_documents(NUM_DOCUMENTS))["loss"] == pytest.approx(continued["loss"], abs=1e-5)

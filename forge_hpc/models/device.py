@@ -50,6 +50,6 @@ def prepare_torchtitan() -> None:
                 "torchtitan was imported before forge_hpc.models and took a CUDA device that is not there"
             )
     elif importlib.util.find_spec("flash_attn_interface") is None:
-        from torchtitan.tools import utils
+        import torchtitan.tools.utils
 
-        utils.get_cuda_flash_attention_impl = lambda: None
+        torchtitan.tools.utils.get_cuda_flash_attention_impl = lambda: None
