@@ -29,6 +29,7 @@ from forge_hpc.cluster.identity import make_job_identity, tls_environment
 from forge_hpc.cluster.processes import become_subreaper, end_descendants
 from forge_hpc.cluster.rendezvous import Rendezvous, RendezvousTimeout
 from forge_hpc.config import Config, UserError, load_config, print_error, read_config, save_config
+from forge_hpc.observability.summary import final_summary
 from forge_hpc.run_dir import RunDir
 
 STOP_S = 9.0
@@ -50,9 +51,11 @@ class Stopped(Exception):
 class Supervisor:
     """One node's part of one start of a run."""
 
-    def __init__(self, run_dir: RunDir, allocation: Allocation) -> None:
+    def __init__(self, run_dir: RunDir, allocation: Allocation, *, summary: bool = True) -> None:
         self.run_dir = run_dir
         self.allocation = allocation
+        self._summary = summary
+        self._started = time.monotonic()
         self._signal: int | None = None
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._on_signal)
@@ -157,6 +160,8 @@ class Supervisor:
             shutil.rmtree(tls, ignore_errors=True)
         if code == 0:
             run_dir.write_status(state="completed")
+            if self._summary:
+                print("\n" + final_summary(run_dir, time.monotonic() - self._started), flush=True)
         elif code > 128:
             run_dir.write_status(state="cancelled", message=message)
         else:
@@ -210,7 +215,7 @@ class Supervisor:
             save_config(warm, run_dir.create().config)
         print(f"warm start in {run_dir}", flush=True)
         environ = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
-        command = [sys.executable, "-m", "forge_hpc.run", "--run-dir", str(run_dir.path)]
+        command = [sys.executable, "-m", "forge_hpc.run", "--run-dir", str(run_dir.path), "--no-summary"]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, env=environ)
         beat = 0.0
         while process.poll() is None:
@@ -243,8 +248,10 @@ def main() -> int:
     """Door of ``python -m forge_hpc.run``."""
     parser = argparse.ArgumentParser(description="Run a run directory on this node of its allocation.")
     parser.add_argument("--run-dir", type=Path, required=True, help="a directory with config.yaml, made by submit")
+    parser.add_argument("--no-summary", action="store_true", help="print no figures at the end")
     args = parser.parse_args()
-    return Supervisor(RunDir(args.run_dir), Allocation.from_environment()).run()
+    os.umask(0o077)  # all that a run writes is its owner's alone
+    return Supervisor(RunDir(args.run_dir), Allocation.from_environment(), summary=not args.no_summary).run()
 
 
 if __name__ == "__main__":

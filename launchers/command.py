@@ -26,7 +26,8 @@ def srun_command(run_dir: Path, setup: Sequence[str] = (), cpus_per_task: int | 
     One failed task ends the others (--kill-on-bad-exit); one that ends well does not (--wait=0: generators may leave
     before the controller has written the export). The run sizes its threads itself, so no task is bound to cores.
     """
-    flags = ["--ntasks-per-node=1", "--kill-on-bad-exit=1", "--wait=0", "--unbuffered", "--cpu-bind=none"]
+    # Not --unbuffered: it gives the tasks a terminal, and a terminal gets a progress bar.
+    flags = ["--ntasks-per-node=1", "--kill-on-bad-exit=1", "--wait=0", "--cpu-bind=none"]
     if cpus_per_task is not None:  # srun does not take the job's own --cpus-per-task over (since Slurm 22.05)
         flags.append(f"--cpus-per-task={cpus_per_task}")
     return shlex.join(["srun", *flags, *with_setup(run_command(run_dir), setup)])
