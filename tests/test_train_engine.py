@@ -299,6 +299,19 @@ def test_loading_a_directory_that_is_not_there_says_so(model_dir: Path, tmp_path
         TrainEngine(config(), model_dir).load(tmp_path / "nothing")
 
 
+def test_a_failed_save_is_told_once_and_the_next_one_works(model_dir: Path, tmp_path: Path) -> None:
+    cfg = config()
+    cfg.checkpoint.async_save = True
+    engine = TrainEngine(cfg, model_dir)
+    (tmp_path / "file").write_text("in the way")
+    engine.save(tmp_path / "file" / "trainer")
+    with pytest.raises(RuntimeError, match="rank 0: NotADirectoryError"):
+        engine.wait_for_save()
+    engine.save(tmp_path / "trainer")
+    engine.wait_for_save()
+    TrainEngine(cfg, model_dir).load(tmp_path / "trainer")
+
+
 @pytest.mark.parametrize("max_shard_bytes", [5 * 10**9, 60_000])
 def test_the_export_loads_in_transformers_with_the_same_log_probabilities(
     model_dir: Path, tmp_path: Path, max_shard_bytes: int, monkeypatch: pytest.MonkeyPatch

@@ -2,37 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer
+
+
+@contextmanager
+def _ordinary_errors() -> Iterator[None]:
+    """torch 2.13's CheckpointException is no Exception, so that ``except Exception`` and futures' users miss it."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise RuntimeError(f"checkpoint, rank {rank}: {type(cause).__name__}: {cause}") from error
 
 
 class TrainerCheckpointer(CheckpointManager):
     """Writes straight into a directory, not into ``folder/step-N``: the run's checkpoints have their own layout, which
     also says when one is complete and how long it is kept."""
 
+    save_future: Future | None
+
     def _create_checkpoint_id(self, step: int, folder: str = "") -> str:
         return folder or self.folder
+
+    def _wait_for_saving(self) -> None:
+        # torchtitan 0.3.0 keeps the future of a failed save, so that every later save would raise its error again.
+        future, self.save_future = self.save_future, None
+        if future is not None:
+            with _ordinary_errors():
+                future.result()
 
     def save_to(self, directory: Path) -> None:
         """Save all state; where saving is asynchronous, return once it is staged in memory. Waits for the save before.
 
-        Raises whatever made the previous asynchronous save fail.
+        Raises:
+            RuntimeError: this save failed or, where saving is asynchronous, the one before; told once.
         """
+        self.maybe_wait_for_saving()
         self.folder = str(directory)
-        self.save(1)
+        with _ordinary_errors():
+            self.save(1)
 
     def load_from(self, directory: Path) -> None:
         """Load all state, whatever the sharding it was saved under.
 
         Raises:
             FileNotFoundError: no such directory.
+            RuntimeError: it cannot be read or belongs to another model.
         """
         self.folder = str(directory)
-        self.load(1)  # any step but 0, which means weights alone, and -1, which means the newest
+        with _ordinary_errors():
+            self.load(1)  # any step but 0, which means weights alone, and -1, which means the newest
 
 
 def build_checkpointer(

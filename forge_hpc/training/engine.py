@@ -239,13 +239,20 @@ class TrainEngine(Stateful):
         """Save weights, optimizer, schedule and step into a directory that does not exist yet.
 
         With ``checkpoint.async_save`` it returns once the state is staged in memory; ``wait_for_save`` tells when it is
-        written. Raises what made the previous save fail.
+        written.
+
+        Raises:
+            RuntimeError: this save failed or, where saving is asynchronous, the one before; told once.
         """
         self._materialize_optimizer_state()
         self._get_checkpointer().save_to(directory)
 
     def wait_for_save(self) -> None:
-        """Return when the last save is written; raise what made it fail."""
+        """Return when the last save is written.
+
+        Raises:
+            RuntimeError: it failed; told once.
+        """
         self._get_checkpointer().maybe_wait_for_saving()
 
     def load(self, directory: Path) -> None:
@@ -253,6 +260,7 @@ class TrainEngine(Stateful):
 
         Raises:
             FileNotFoundError: no such directory.
+            RuntimeError: it cannot be read or belongs to another model.
         """
         self._materialize_optimizer_state()
         self._get_checkpointer().load_from(directory)
