@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the run failed, 2 wrong usage or configuration. No torch i
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    os.umask(0o077)  # what a command writes lies in run directories, which are their owner's alone
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())

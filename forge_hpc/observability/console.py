@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO
@@ -50,7 +49,7 @@ class ConsoleProgress:
         self._stream = stream or sys.stdout
         self._total = total_steps
         self._label = label
-        self._times: deque[tuple[int, float]] = deque([(done_steps, time.monotonic())], maxlen=_WINDOW + 1)
+        self._step_s: deque[float] = deque(maxlen=_WINDOW)
         self._lines = mode == "lines" or (mode == "auto" and not self._stream.isatty())
         self._bar: Progress | None = None
         if mode == "auto" and not self._lines:
@@ -64,7 +63,7 @@ class ConsoleProgress:
 
     def update(self, step: int, record: Mapping[str, float | None]) -> None:
         """Show that ``step`` is done."""
-        self._times.append((step, time.monotonic()))
+        self._step_s.append(record.get("time/step_s") or 0.0)
         text = self._text(step, record)
         if self._lines:
             print(f"{self._label} {text}", file=self._stream, flush=True)
@@ -84,8 +83,7 @@ class ConsoleProgress:
                 parts.append(f"{name} {value:.3f}")
                 break
         parts.append(f"{tokens_per_second(record):,.0f} tokens/s")
-        (first_step, first_time), (_, last_time) = self._times[0], self._times[-1]
-        if self._total and step > first_step:
-            left = (last_time - first_time) / (step - first_step) * (self._total - step)
+        if self._total:
+            left = sum(self._step_s) / len(self._step_s) * (self._total - step)
             parts.append(f"{format_duration(left)} left")
         return "  ".join(parts)

@@ -170,7 +170,8 @@ class Session:
     # ---- steps
 
     def remaining_steps(self) -> Iterator[int]:
-        """The steps that are still to be done, from 1."""
+        """The steps that are still to be done, from 1. The first one's time counts from here."""
+        self._step_ended = time.perf_counter()
         return iter(range(self.step + 1, self.config.trainer.training.steps + 1))
 
     async def finish_step(

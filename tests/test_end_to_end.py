@@ -1,0 +1,157 @@
+"""Whole runs on this machine: real vLLM, TorchTitan, Monarch and TorchStore, from the door to the export."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+from runs import check_contract, left_over, processes, read, run_local, small_run, start_local, status, wait_for
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a synchronous run that ended well."""
+    directory = tmp_path_factory.mktemp("finished")
+    result = run_local(directory / "run", small_run(directory))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "completed after 4 steps" in result.stdout
+    return directory / "run"
+
+
+def test_a_finished_run_leaves_what_the_run_directory_promises(finished: Path) -> None:
+    check_contract(finished, steps=4)
+    assert {record["step"] for record in read(finished, "evaluations.jsonl")} == {0, 4}
+
+
+def test_trainer_and_generator_agree_on_the_sampled_tokens(finished: Path) -> None:
+    assert all(0 < record["mismatch/logprob_abs_mean"] < 1e-5 for record in read(finished))
+    assert all(record["staleness/max"] == 0 for record in read(finished))
+
+
+def test_the_export_loads_in_transformers_and_holds_the_trained_weights(finished: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(finished / "export")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "export")
+    start = AutoModelForCausalLM.from_pretrained(next((finished / "model").iterdir()))
+    assert tokenizer("1+2=")["input_ids"]
+    change = (model.lm_head.weight - start.lm_head.weight).abs().max()
+    assert change > 1e-4
+
+
+def test_a_synchronous_run_repeats_exactly(finished: Path, tmp_path: Path) -> None:
+    again = run_local(tmp_path / "run", small_run(tmp_path))
+    assert again.returncode == 0, again.stderr
+    keys = ("step", "reward/mean", "loss", "grad_norm", "policy_version", "tokens/generated")
+    first, second = ([[record[key] for key in keys] for record in read(path)] for path in (finished, tmp_path / "run"))
+    assert first == second
+    assert (finished / "export/model.safetensors").read_bytes() == (
+        tmp_path / "run/export/model.safetensors"
+    ).read_bytes()
+
+
+def test_a_completed_directory_is_not_run_again(finished: Path, tmp_path: Path) -> None:
+    from runs import run_local as again
+
+    before = (finished / "metrics.jsonl").read_bytes()
+    result = again(finished, small_run(finished.parent))
+    assert result.returncode == 0, result.stderr
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_directory_of_another_configuration_is_refused(finished: Path) -> None:
+    result = run_local(finished, [*small_run(finished.parent), "trainer.optimizer.lr=5e-4"])
+    assert result.returncode == 2
+    assert "trainer.optimizer.lr" in result.stderr and "Traceback" not in result.stderr
+
+
+BAD_REWARD = """
+def length(prompt, response, target, **fields):
+    if len(response) == 1:
+        raise ValueError("too short for me")
+    if len(response) == 2:
+        return float("nan")
+    return len(response) / 6
+"""
+
+
+def test_an_asynchronous_run_on_several_processes_keeps_the_staleness_bound(tmp_path: Path) -> None:
+    """Two trainer ranks, two generators, a reference for the KL, and a reward that fails for some completions."""
+    result = run_local(
+        tmp_path / "run",
+        small_run(
+            tmp_path,
+            6,
+            BAD_REWARD,
+            "rollout.max_staleness=2",
+            "trainer.processes_per_node=2",
+            "generator.replicas=2",
+            "reference.enable=true",
+            "algorithm.kl_coef=0.1",
+        ),
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    check_contract(tmp_path / "run", steps=6)
+    metrics = read(tmp_path / "run")
+    assert 0 < max(record["staleness/max"] for record in metrics) <= 2
+    assert all(record["episodes/stale"] == 0 for record in metrics)
+    assert all(record["kl/mean"] >= 0 for record in metrics) and metrics[-1]["kl/mean"] > 1e-6
+    assert sum(record["episodes/failed"] for record in metrics) > 0
+
+
+NO_SIGNAL = """
+def length(prompt, response, target, **fields):
+    return 1.0
+"""
+
+
+def test_a_run_without_a_learning_signal_says_so_and_fails(tmp_path: Path) -> None:
+    result = run_local(tmp_path / "run", small_run(tmp_path, 50, NO_SIGNAL, "algorithm.max_steps_without_signal=3"))
+    assert result.returncode == 1
+    assert "no learning signal" in result.stderr.splitlines()[-1]
+    assert status(tmp_path / "run")["state"] == "failed"
+
+
+@pytest.mark.parametrize("role", ["trainer-0", "generator-0"])
+def test_a_killed_actor_ends_the_run_with_its_cause(tmp_path: Path, role: str) -> None:
+    run = start_local(tmp_path / "run", small_run(tmp_path, 2000))
+    try:
+        wait_for(lambda: len(read(tmp_path / "run")) >= 2 or run.poll() is not None, "two steps")
+        [victim] = processes(tmp_path / "run", f"{role}.log")
+        victim.kill()
+        _, err = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 1
+    assert not left_over(tmp_path / "run")
+    assert status(tmp_path / "run")["state"] == "failed"
+    assert err.splitlines()[-1].startswith("error:") and role.split("-")[0] in err.splitlines()[-1], err
+
+
+def test_ctrl_c_ends_everything_within_15_seconds(tmp_path: Path) -> None:
+    run = start_local(tmp_path / "run", small_run(tmp_path, 2000))
+    try:
+        wait_for(lambda: len(read(tmp_path / "run")) >= 2 or run.poll() is not None, "two steps")
+        run.send_signal(signal.SIGINT)
+        assert not left_over(tmp_path / "run", within_s=15)
+        run.communicate(timeout=5)
+    finally:
+        run.kill()
+    assert run.returncode == 130
+    assert status(tmp_path / "run")["state"] == "cancelled"
+
+
+def test_a_killed_supervisor_takes_its_processes_with_it(tmp_path: Path) -> None:
+    run = start_local(tmp_path / "run", small_run(tmp_path, 2000))
+    try:
+        wait_for(lambda: len(read(tmp_path / "run")) >= 1 or run.poll() is not None, "one step")
+        [controller] = processes(tmp_path / "run", "forge_hpc.recipes")
+        controller.parent().kill()
+        assert not left_over(tmp_path / "run", within_s=15)
+        run.communicate(timeout=10)
+    finally:
+        run.kill()
+    assert run.returncode != 0

@@ -1,0 +1,118 @@
+"""From completions to documents and figures, and what must hold at every step."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from forge_hpc.config import Config
+from forge_hpc.config.schema import RewardConfig
+from forge_hpc.data.types import Completion, Document, Prompt
+from forge_hpc.recipes.checks import SignalWatch, check_mismatch
+from forge_hpc.recipes.rollouts import has_signal, make_group, measure, to_documents
+from forge_hpc.rewards import RewardPool
+
+PROMPT = Prompt(0, "1+1=", [1, 2, 1, 3], "2")
+
+
+@pytest.fixture
+def config() -> Config:
+    return Config(reward=[RewardConfig(name="exact")])
+
+
+def completion(index: int, text: str, num_tokens: int = 2) -> Completion:
+    return Completion(index, text, [7] * num_tokens, [-0.5] * num_tokens, "stop", (0, 0))
+
+
+def group_of(config: Config, *texts: str, num_tokens: int = 2):
+    async def scenario():
+        pool = await RewardPool(config).start()
+        completions = [completion(i, text, num_tokens) for i, text in enumerate(texts)]
+        try:
+            return await make_group(PROMPT, completions, pool, config)
+        finally:
+            await pool.close()
+
+    return asyncio.run(scenario())
+
+
+def test_a_group_compares_its_rewards(config: Config) -> None:
+    group = group_of(config, "2", "3", "3", "2")
+    assert [episode.reward for episode in group.episodes] == [1, 0, 0, 1]
+    assert [episode.advantage for episode in group.episodes] == pytest.approx([1, -1, -1, 1], abs=1e-4)
+    assert has_signal(group)
+
+
+def test_an_empty_completion_is_counted_and_left_out(config: Config) -> None:
+    group = group_of(config, "2", "3", num_tokens=0)
+    assert (group.episodes, group.num_failed) == ([], 2)
+
+
+def test_a_prompt_that_the_generator_refuses_is_counted(config: Config) -> None:
+    group = asyncio.run(make_group(PROMPT, ValueError("too long"), RewardPool(config), config))
+    assert (group.episodes, group.num_failed) == ([], config.rollout.group_size)
+
+
+def test_a_reward_that_fails_costs_its_episode_alone(config: Config, tmp_path: Path) -> None:
+    file = tmp_path / "reward.py"
+    file.write_text(
+        "def picky(prompt, response, target, **fields):\n"
+        "    if response == 'boom': raise ValueError(response)\n"
+        "    return float(response)\n"
+    )
+    config.reward = [RewardConfig(name=f"{file}:picky")]
+    group = group_of(config, "1", "boom", "nan", "0")
+    assert [episode.reward for episode in group.episodes] == [1, 0]
+    assert group.num_failed == 2
+
+
+def test_documents_hold_the_generators_logprobs_at_the_response_alone(config: Config) -> None:
+    [document, _] = to_documents([group_of(config, "2", "3")], config)
+    assert document.token_ids.tolist() == [1, 2, 1, 3, 7, 7]
+    assert document.loss_mask.tolist() == [False] * 4 + [True] * 2
+    np.testing.assert_allclose(document.generator_logprobs, [0, 0, 0, 0, -0.5, -0.5])
+    assert document.advantage == pytest.approx(1, abs=1e-4)
+
+
+def test_groups_without_a_signal_are_dropped_where_others_have_one(config: Config) -> None:
+    with_signal, without = group_of(config, "2", "3"), group_of(config, "3", "3")
+    assert len(to_documents([with_signal, without], config)) == 2
+    assert len(to_documents([without], config)) == 2  # a step stays a step
+    config.algorithm.drop_zero_signal_groups = False
+    assert len(to_documents([with_signal, without], config)) == 4
+
+
+def test_figures_cover_all_completions_before_any_filtering(config: Config) -> None:
+    figures = measure([group_of(config, "2", "3"), group_of(config, "3", "3")], step=3)
+    assert figures["reward/mean"] == 0.25 and figures["reward/exact"] == 0.25
+    assert figures["groups/zero_signal"] == 1
+    assert figures["staleness/max"] == 2
+    assert figures["tokens/generated"] == 8
+
+
+def test_a_step_in_which_every_completion_failed_says_so(config: Config) -> None:
+    with pytest.raises(RuntimeError, match="all completions of step 1 failed"):
+        measure([group_of(config, "2", num_tokens=0)], step=1)
+
+
+def test_a_run_without_a_signal_ends_after_the_steps_that_are_allowed(config: Config) -> None:
+    config.algorithm.max_steps_without_signal = 2
+    watch, flat = SignalWatch(config), Document(np.array([1]), np.array([True]), advantage=0.0)
+    steep = Document(np.array([1]), np.array([True]), advantage=1.0)
+    watch.check(1, [flat], {"reward/mean": 0.0})
+    watch.check(2, [flat, steep], {"reward/mean": 0.0})
+    watch.check(3, [flat], {"reward/mean": 0.0})
+    with pytest.raises(RuntimeError, match="no learning signal: in the last 2 steps"):
+        watch.check(4, [flat], {"reward/mean": 0.0})
+
+
+def test_stale_weights_fail_a_synchronous_run_in_float32(config: Config) -> None:
+    config.model.dtype = "float32"
+    check_mismatch(config, 1, {"mismatch/logprob_abs_mean": 1e-6})
+    with pytest.raises(RuntimeError, match="stale or wrong"):
+        check_mismatch(config, 1, {"mismatch/logprob_abs_mean": 1e-3})
+    config.rollout.max_staleness = 1
+    check_mismatch(config, 1, {"mismatch/logprob_abs_mean": 1e-3})

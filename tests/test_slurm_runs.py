@@ -1,0 +1,95 @@
+"""The demo's GRPO on a real Slurm cluster of four hosts, through both doors."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from runs import PROJECT, check_contract, read, small_run, status, wait_for
+from slurm_cluster import SlurmCluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
+SPLIT = ["cluster.trainer_nodes=2", "cluster.rollout_nodes=2"]
+
+
+def environment(cluster: SlurmCluster) -> dict[str, str]:
+    """Where sbatch and srun find this environment's Python."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, **cluster.env, "PATH": path, "PYTHONPATH": str(PROJECT)}
+
+
+def log(run_dir: Path) -> str:
+    return "".join(path.read_text()[-3000:] for path in run_dir.parent.rglob("slurm-*.out"))
+
+
+def check_run(run_dir: Path, steps: int) -> None:
+    check_contract(run_dir, steps)
+    [start] = [path for path in (run_dir / "logs").iterdir() if path.is_dir()]
+    names = {path.name for path in start.iterdir()}
+    assert {"trainer-0.log", "trainer-1.log", "generator-0.log", "generator-1.log"} <= names
+    assert "dp_shard=2" in (start / "trainer-1.log").read_text()  # one model over two nodes
+    assert all(record["mismatch/logprob_abs_mean"] < 1e-5 for record in read(run_dir))
+
+
+def test_submit_runs_grpo_from_its_warm_start_on_four_nodes(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    overrides = [
+        *SPLIT,
+        "warmstart.overrides=[trainer.training.steps=100, trainer.lr_scheduler.warmup_steps=10]",
+        "trainer.training.steps=4",
+        "trainer.lr_scheduler.warmup_steps=0",
+        "evaluation.num_prompts=20",
+    ]
+    command = [sys.executable, "-m", "forge_hpc.submit", "--nodes", "4", "--run-dir", str(run_dir), *overrides]
+    result = slurm_cluster.run(*command, env=environment(slurm_cluster), cwd=PROJECT)
+    assert "demo.yaml" in result.stdout and str(run_dir) in result.stdout
+    job = json.loads((run_dir / "status.json").read_text())["job_id"]
+    wait_for(lambda: slurm_cluster.job(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), "the end", 600)
+    assert status(run_dir)["state"] == "completed", log(run_dir)
+    check_run(run_dir, steps=4)
+    assert status(run_dir / "warmstart")["state"] == "completed"
+
+
+def test_sbatch_runs_grpo_on_four_nodes(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command = ["sbatch", "--wait", "--nodes=4", f"--output={tmp_path}/slurm-%j.out", "sbatch/grpo.sh"]
+    command += ["--run-dir", str(run_dir), *SPLIT, *small_run(tmp_path)]
+    result = slurm_cluster.run(*command, env=environment(slurm_cluster), cwd=PROJECT, timeout_s=600, check=False)
+    assert result.returncode == 0, result.stderr + log(run_dir)
+    check_run(run_dir, steps=4)
+
+
+def test_scancel_frees_the_nodes_within_15_seconds(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command = ["sbatch", "--parsable", "--nodes=2", f"--output={tmp_path}/slurm-%j.out", "sbatch/grpo.sh"]
+    command += ["--run-dir", str(run_dir), *small_run(tmp_path, 2000)]
+    job = slurm_cluster.run(*command, env=environment(slurm_cluster), cwd=PROJECT).stdout.strip()
+    wait_for(lambda: len(read(run_dir)) >= 2, "two steps", 300)
+    slurm_cluster.run("scancel", job)
+    wait_for(lambda: slurm_cluster.job(job)["JobState"] == "CANCELLED", "the cancellation", 15)
+    idle = wait_for(
+        lambda: "".join(slurm_cluster.run("sinfo", "-h", "-p", "main", "-o", "%t").stdout.split()) == "idle",
+        "all nodes idle",
+        15,
+    )
+    assert idle
+    assert status(run_dir)["state"] == "cancelled", log(run_dir)
+
+
+def test_a_killed_trainer_fails_the_job_with_its_cause(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
+    from runs import left_over, processes
+
+    run_dir = tmp_path / "run"
+    command = ["sbatch", "--parsable", "--nodes=2", f"--output={tmp_path}/slurm-%j.out", "sbatch/grpo.sh"]
+    command += ["--run-dir", str(run_dir), *small_run(tmp_path, 2000)]
+    job = slurm_cluster.run(*command, env=environment(slurm_cluster), cwd=PROJECT).stdout.strip()
+    wait_for(lambda: len(read(run_dir)) >= 2, "two steps", 300)
+    [victim] = processes(run_dir, "trainer-0.log")
+    victim.kill()
+    wait_for(lambda: slurm_cluster.job(job)["JobState"] == "FAILED", "the failure", 60)
+    assert not left_over(run_dir)
+    assert status(run_dir)["state"] == "failed"
+    assert "trainer" in log(run_dir).strip().splitlines()[-1] or "trainer" in status(run_dir)["message"]
