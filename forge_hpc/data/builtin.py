@@ -22,7 +22,7 @@ from forge_hpc.config.errors import UserError
 
 SPLITS = ("train", "test", "sft")
 NUM_HELD_OUT = 500
-FORGET_PROBABILITY = 0.75
+FORGET_PROBABILITY = 0.8
 """How often the pupil drops a carry."""
 ANSWERS_PER_SUM = 4
 """Answers of the pupil to each sum of the sft split; they differ where he carries at random."""
@@ -104,7 +104,7 @@ def write_tiny_qwen3(
     seed: int,
     *,
     dim: int = 128,
-    num_layers: int = 2,
+    num_layers: int = 3,
     num_heads: int = 4,
     num_kv_heads: int = 2,
     head_dim: int = 32,
@@ -116,7 +116,7 @@ def write_tiny_qwen3(
     """Write a small Qwen3 with random weights (float32) and its tokenizer to `path`, in Hugging Face format.
 
     The same seed gives the same bytes. ``head_dim`` must be one that vLLM's CPU attention has (32, 64, 80, 96, 112,
-    128, ...). The weights are drawn wider (0.06) than a large model's, without which a model this small learns three
+    128, ...). The weights are drawn wider (0.1) than a large model's, without which a model this small learns three
     times as slowly.
     """
     import torch
@@ -139,7 +139,7 @@ def write_tiny_qwen3(
         max_position_embeddings=max_position_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=tie_word_embeddings,
-        initializer_range=0.06,
+        initializer_range=0.1,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
