@@ -240,8 +240,8 @@ def wait_or_kill(process: subprocess.Popen[bytes], timeout_s: float) -> None:
 
 
 def child_env(tls: Path, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Environment of the node's processes: the job's certificates, and Monarch's own log kept off the terminal."""
-    return {**environ, **tls_environment(tls)}
+    """Environment of the node's processes: the job's certificates, and how soon Monarch notices a dead process."""
+    return {**environ, "HYPERACTOR_MESH_SUPERVISION_POLL_FREQUENCY": "1s", **tls_environment(tls)}
 
 
 def main() -> int:

@@ -75,7 +75,10 @@ def status(run_dir: Path) -> dict[str, Any]:
 
 
 def processes(run_dir: Path, word: str = "") -> list[psutil.Process]:
-    """Living processes of the run: those whose certificates lie in its directory. ``word`` is in the command line."""
+    """Living processes of the run: those whose certificates lie in its directory, parents first.
+
+    ``word`` is in the command line or in the path of the log.
+    """
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -83,7 +86,7 @@ def processes(run_dir: Path, word: str = "") -> list[psutil.Process]:
                 command = " ".join(process.cmdline())
                 if word in command or word in open_files(process):
                     found.append(process)
-    return found
+    return sorted(found, key=lambda process: process.create_time())
 
 
 def open_files(process: psutil.Process) -> str:

@@ -120,7 +120,7 @@ def test_a_killed_actor_ends_the_run_with_its_cause(tmp_path: Path, role: str) -
     run = start_local(tmp_path / "run", small_run(tmp_path, 2000))
     try:
         wait_for(lambda: len(read(tmp_path / "run")) >= 2 or run.poll() is not None, "two steps")
-        [victim] = processes(tmp_path / "run", f"{role}.log")
+        victim, *_ = processes(tmp_path / "run", f"{role}.log")
         victim.kill()
         _, err = run.communicate(timeout=60)
     finally:
@@ -128,7 +128,7 @@ def test_a_killed_actor_ends_the_run_with_its_cause(tmp_path: Path, role: str) -
     assert run.returncode == 1
     assert not left_over(tmp_path / "run")
     assert status(tmp_path / "run")["state"] == "failed"
-    assert err.splitlines()[-1].startswith("error:") and role.split("-")[0] in err.splitlines()[-1], err
+    assert err.splitlines()[-1].startswith("error: ") and role.split("-")[0] in err.splitlines()[-1], err
 
 
 def test_ctrl_c_ends_everything_within_15_seconds(tmp_path: Path) -> None:

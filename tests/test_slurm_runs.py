@@ -87,9 +87,11 @@ def test_a_killed_trainer_fails_the_job_with_its_cause(slurm_cluster: SlurmClust
     command += ["--run-dir", str(run_dir), *small_run(tmp_path, 2000)]
     job = slurm_cluster.run(*command, env=environment(slurm_cluster), cwd=PROJECT).stdout.strip()
     wait_for(lambda: len(read(run_dir)) >= 2, "two steps", 300)
-    [victim] = processes(run_dir, "trainer-0.log")
+    victim, *_ = processes(run_dir, "trainer-0.log")
     victim.kill()
     wait_for(lambda: slurm_cluster.job(job)["JobState"] == "FAILED", "the failure", 60)
     assert not left_over(run_dir)
     assert status(run_dir)["state"] == "failed"
-    assert "trainer" in log(run_dir).strip().splitlines()[-1] or "trainer" in status(run_dir)["message"]
+    cause = status(run_dir)["message"]
+    assert "trainer" in cause and "Killed" in cause
+    assert f"error: {cause}" in log(run_dir).splitlines()[-4:]  # then srun says that its tasks ended

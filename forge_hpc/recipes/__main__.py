@@ -29,10 +29,13 @@ from forge_hpc.run_dir import RunDir
 logger = logging.getLogger("forge_hpc.controller")
 HEARTBEAT_S = 5.0
 CLOSE_S = 8.0
+FAULTS_S = 0.5
+"""A dead process is reported once for each actor on it, within milliseconds."""
+MAX_MESSAGE = 1000
 
 
 class Fault(RuntimeError):
-    """Monarch reported the failure of an actor or a process."""
+    """Monarch reported that an actor or its process failed."""
 
 
 async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, terminal: Any) -> None:
@@ -71,16 +74,15 @@ async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, termin
         async with asyncio.TaskGroup() as tasks:
             beat = tasks.create_task(heartbeat(run_dir, session))
             fault = tasks.create_task(raise_fault(faults))
-            try:
-                await recipe(session)
-                run_dir.write_status(step=session.step, policy_version=session.step)
-            finally:
-                beat.cancel()
-                fault.cancel()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(CLOSE_S):
-                        await session.close()
-                        await hosts.shutdown()
+            await recipe(session)
+            run_dir.write_status(step=session.step, policy_version=session.step)
+            beat.cancel()
+            fault.cancel()
+        # In good order only where all went well: after a failure the supervisors end what is left, and faster.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                await session.close()
+                await hosts.shutdown()
 
 
 async def heartbeat(run_dir: RunDir, session: Any) -> None:
@@ -90,22 +92,30 @@ async def heartbeat(run_dir: RunDir, session: Any) -> None:
         await asyncio.sleep(HEARTBEAT_S)
 
 
-def watch_faults() -> asyncio.Queue[str]:
+def watch_faults() -> asyncio.Queue[Any]:
     """Monarch's default is to end the controller at a fault; here it becomes an error of the run."""
     import monarch.actor
 
-    loop, faults = asyncio.get_running_loop(), asyncio.Queue()
+    loop, faults = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
     def hook(failure: Any) -> None:
-        loop.call_soon_threadsafe(faults.put_nowait, str(failure))
+        logger.error("Monarch reports %s", failure)
+        loop.call_soon_threadsafe(faults.put_nowait, failure)
 
     monarch.actor.unhandled_fault_hook = hook
     return faults
 
 
-async def raise_fault(faults: asyncio.Queue[str]) -> None:
-    """Raise Fault when Monarch reports one."""
-    raise Fault(await faults.get())
+async def raise_fault(faults: asyncio.Queue[Any]) -> None:
+    """Raise Fault when Monarch reports one, naming our actor where that is among what a dead process takes with it."""
+    failures = [await faults.get()]
+    await asyncio.sleep(FAULTS_S)
+    while not faults.empty():
+        failures.append(faults.get_nowait())
+    ours = [failure for failure in failures if not failure.mesh_name.startswith("logger-")] or failures
+    name, ranks = ours[0].mesh_name.rpartition("-")[0], ", ".join(map(str, ours[0].crashed_ranks))
+    reason = str(ours[0].event).strip().splitlines()[-1].strip()
+    raise Fault(f"{name} (rank {ranks}) failed: {reason}")
 
 
 def obey_supervisor(task: asyncio.Task[None], loop: asyncio.AbstractEventLoop) -> None:
@@ -119,8 +129,7 @@ def obey_supervisor(task: asyncio.Task[None], loop: asyncio.AbstractEventLoop) -
 def first_cause(error: BaseException) -> BaseException:
     """The error that started it: the first of a group, and in Monarch's wrapper the one of the actor."""
     while isinstance(error, BaseExceptionGroup):
-        faults = [e for e in error.exceptions if not isinstance(e, Fault)]
-        error = (faults or list(error.exceptions))[0]
+        error = error.exceptions[0]
     while (cause := getattr(error, "exception", None)) is not None and isinstance(cause, BaseException):
         error = cause
     return error
@@ -152,7 +161,8 @@ async def main() -> int:
         if isinstance(cause, UserError):
             outcome = {"code": 1, "message": cause.message, "hint": cause.hint}
         else:
-            outcome = {"code": 1, "message": f"{type(cause).__name__}: {cause}"}
+            message = " ".join(f"{type(cause).__name__}: {cause}".split())
+            outcome = {"code": 1, "message": message[:MAX_MESSAGE]}
     rendezvous.publish("outcome", outcome)
     return outcome["code"]
 
