@@ -10,7 +10,6 @@ import json
 import os
 import pickle
 import struct
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
