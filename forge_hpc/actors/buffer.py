@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from collections.abc import Callable
 
 from forge_hpc.data.types import Group
 
@@ -26,6 +27,7 @@ class EpisodeBuffer:
         self._version = policy_version
         self._groups: dict[int, list[Group]] = defaultdict(list)
         self._changed = asyncio.Condition()
+        self._failure: BaseException | None = None
         self.num_stale = 0
         """Episodes left out because they were older than the bound: 0 unless something is wrong."""
 
@@ -36,7 +38,7 @@ class EpisodeBuffer:
     async def room(self, step: int) -> None:
         """Wait until generation for ``step`` may begin: the generators' weights are at most ``max_staleness`` older."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._version >= step - 1 - self._max_staleness)
+            await self._wait_for(lambda: self._version >= step - 1 - self._max_staleness)
 
     async def put(self, step: int, group: Group) -> None:
         """Hand over a finished group."""
@@ -47,7 +49,7 @@ class EpisodeBuffer:
     async def take(self, step: int) -> list[Group]:
         """Wait for all groups of ``step`` and take them, in the order of their positions."""
         async with self._changed:
-            await self._changed.wait_for(lambda: len(self._groups[step]) == self._prompts_per_step)
+            await self._wait_for(lambda: len(self._groups[step]) == self._prompts_per_step)
             groups = sorted(self._groups.pop(step), key=lambda group: group.prompt.position)
         for group in groups:
             fresh = [e for e in group.episodes if step - 1 - e.policy_version <= self._max_staleness]
@@ -60,3 +62,14 @@ class EpisodeBuffer:
         async with self._changed:
             self._version = policy_version
             self._changed.notify_all()
+
+    async def fail(self, error: BaseException) -> None:
+        """What would move the window on has failed: whoever waits, and whoever comes, gets ``error``."""
+        async with self._changed:
+            self._failure = error
+            self._changed.notify_all()
+
+    async def _wait_for(self, condition: Callable[[], bool]) -> None:
+        await self._changed.wait_for(lambda: self._failure is not None or condition())
+        if self._failure is not None:
+            raise self._failure

@@ -99,6 +99,6 @@ class CheckpointStore:
             os.fsync(fd)
         finally:
             os.close(fd)
-        for old in self.steps()[: -self._keep]:
+        for old in [other for other in self.steps() if other <= step][: -self._keep]:  # later ones did not verify
             shutil.rmtree(self._run_dir.checkpoint(old))
         return target

@@ -55,3 +55,13 @@ def host_address(num_nodes: int, environ: Mapping[str, str] = os.environ) -> str
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((peer, 9))
         return probe.getsockname()[0]
+
+
+def interface_of(address: str) -> str:
+    """The network interface that has ``address``. Raises OSError where none has."""
+    import psutil
+
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in entries):
+            return name
+    raise OSError(f"no network interface has the address {address}")

@@ -13,6 +13,10 @@ import os
 import signal
 import sys
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import psutil
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -38,6 +42,15 @@ def die_with_parent(parent_pid: int | None = None) -> None:
         os._exit(1)
 
 
+def _is_alive(process: psutil.Process) -> bool:
+    import psutil
+
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def end_descendants(grace_s: float = 3.0) -> int:
     """End all processes below this one: SIGTERM, after the grace SIGKILL, until none is left. Returns their number."""
     import psutil
@@ -46,7 +59,7 @@ def end_descendants(grace_s: float = 3.0) -> int:
     ended: set[int] = set()
     killed_at = time.monotonic() + grace_s
     for attempt in range(20):  # a process may fork while it is being ended, so look again
-        alive = [p for p in me.children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+        alive = [process for process in me.children(recursive=True) if _is_alive(process)]
         if not alive:
             break
         ended.update(p.pid for p in alive)

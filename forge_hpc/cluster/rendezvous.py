@@ -1,7 +1,8 @@
 """Nodes find each other through small files in the run directory: no port is agreed on before it was bound.
 
 Cost with N nodes: each node writes one file and polls one; the first node reads N files. Polling backs off to one
-look a second, so that a shared file system sees at most N small operations a second, for the seconds of the start.
+look a second, so that a shared file system sees at most N small operations a second during the start; afterwards each
+node looks for the end every two seconds.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,25 +40,45 @@ class Rendezvous:
         except FileNotFoundError:
             return None
 
-    def wait(self, names: Sequence[str], timeout_s: float, stop: Any = None) -> list[Any]:
+    def wait(self, names: Sequence[str], timeout_s: float, stop: Callable[[], None] | None = None) -> list[Any]:
         """Wait until all records are there and return them in the order of ``names``.
 
         ``stop`` is called at each look and may raise, so that a signal ends the wait. Raises RendezvousTimeout.
         """
-        deadline = time.monotonic() + timeout_s
         found: dict[str, Any] = {}
-        pause = 0.02
-        while True:
+
+        def look() -> bool:
             for name in names:
                 if name not in found and (record := self.look(name)) is not None:
                     found[name] = record
-            if len(found) == len(names):
-                return [found[name] for name in names]
-            if stop is not None:
-                stop()
-            if time.monotonic() > deadline:
-                missing = [name for name in names if name not in found]
-                shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-                raise RendezvousTimeout(f"after {timeout_s:.0f} s still missing in {self.directory}: {shown}")
-            time.sleep(pause)
-            pause = min(pause * 1.5, 1.0)
+            return len(found) == len(names)
+
+        if not _poll(look, timeout_s, stop):
+            missing = [name for name in names if name not in found]
+            shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+            raise RendezvousTimeout(f"after {timeout_s:.0f} s still missing in {self.directory}: {shown}")
+        return [found[name] for name in names]
+
+    def wait_for_any(self, names: Sequence[str], timeout_s: float, stop: Callable[[], None] | None = None) -> Any:
+        """Wait for the first of the records. Otherwise as ``wait``."""
+        found: list[Any] = []
+
+        def look() -> bool:
+            found.extend(record for name in names if (record := self.look(name)) is not None)
+            return bool(found)
+
+        if not _poll(look, timeout_s, stop):
+            raise RendezvousTimeout(f"after {timeout_s:.0f} s none of {', '.join(names)} in {self.directory}")
+        return found[0]
+
+
+def _poll(done: Callable[[], bool], timeout_s: float, stop: Callable[[], None] | None) -> bool:
+    deadline, pause = time.monotonic() + timeout_s, 0.02
+    while not done():
+        if stop is not None:
+            stop()
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause)
+        pause = min(pause * 1.5, 1.0)
+    return True

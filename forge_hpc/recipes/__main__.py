@@ -22,8 +22,8 @@ from typing import Any
 from forge_hpc.cluster.meshes import Cluster, attach
 from forge_hpc.cluster.processes import die_with_parent
 from forge_hpc.cluster.rendezvous import Rendezvous
-from forge_hpc.config import UserError, plan, read_config
-from forge_hpc.observability.logs import setup_logging
+from forge_hpc.config import Config, UserError, plan, read_config
+from forge_hpc.observability.logs import Terminal, setup_logging
 from forge_hpc.run_dir import RunDir
 
 logger = logging.getLogger("forge_hpc.controller")
@@ -38,57 +38,52 @@ class Fault(RuntimeError):
     """Monarch reported that an actor or its process failed."""
 
 
-async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, terminal: Any) -> None:
+async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, terminal: Terminal) -> None:
     """Attach, build the session, run the recipe to its end."""
-    config = read_config(run_dir.config)
-    start = rendezvous.look("start")
-    workers = rendezvous.wait([f"worker-{n}" for n in range(start["num_nodes"])], config.cluster.start_timeout_s)
     faults = watch_faults()
-    hosts = await attach([w["address"] for w in workers], start["address"], config.cluster.start_timeout_s)
+    async with asyncio.TaskGroup() as tasks:
+        helpers = [tasks.create_task(heartbeat(run_dir)), tasks.create_task(raise_fault(faults))]
+        config = read_config(run_dir.config)
+        cluster = await join_nodes(config, rendezvous, log_dir)
+
+        from forge_hpc.recipes.session import Session
+
+        session = Session(config, run_dir, log_dir, cluster)
+        await session.prepare()
+        with session.open_records(terminal.stdout):
+            recipe = getattr(importlib.import_module(f"forge_hpc.recipes.{config.recipe}"), config.recipe)
+            run_dir.write_status(state="running", step=session.step, policy_version=session.step)
+            await recipe(session)
+        for helper in helpers:
+            helper.cancel()
+    # In good order only where all went well: after a failure the supervisors end what is left, and faster.
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(CLOSE_S):
+            await session.close()
+            await cluster.hosts.shutdown()
+
+
+async def join_nodes(config: Config, rendezvous: Rendezvous, log_dir: Path) -> Cluster:
+    """Wait for the workers of all nodes, attach to them, and decide what runs where."""
+    timeout_s = config.cluster.start_timeout_s
+    [start] = rendezvous.wait(["start"], timeout_s)  # the supervisor has published it before it started us
+    names = [f"worker-{node}" for node in range(start["num_nodes"])]
+    workers = await asyncio.to_thread(rendezvous.wait, names, timeout_s)
+    hosts = await attach([worker["address"] for worker in workers], start["address"], timeout_s)
     config.cluster.nodes = len(workers)  # a run may come back on another number of nodes
-    gpus = config.cluster.gpus_per_node
-    found = min(len(w["gpus"]) for w in workers)
+    gpus, found = config.cluster.gpus_per_node, min(len(worker["gpus"]) for worker in workers)
     if gpus is not None and gpus > found:
         raise UserError(f"cluster.gpus_per_node is {gpus}, a node has {found}", "lower it, or leave it out")
     placement = plan(config, found if gpus is None else gpus)
     logger.info("attached to %d nodes\n%s", len(workers), placement.describe())
-    cpus, gpu_names = min(w["cpus"] for w in workers), [w["gpus"] for w in workers]
-    cluster = Cluster(hosts, placement, cpus, gpu_names, log_dir)
-
-    from forge_hpc.observability.logger import MetricLogger
-    from forge_hpc.recipes.session import Session
-
-    recipe = getattr(importlib.import_module(f"forge_hpc.recipes.{config.recipe}"), config.recipe)
-    session = Session(config, run_dir, log_dir, cluster)
-    await session.prepare()
-    metrics = MetricLogger(
-        run_dir,
-        config.logging,
-        session.step,
-        total_steps=config.trainer.training.steps,
-        label=config.recipe,
-        stream=terminal.stdout,
-    )
-    with metrics:
-        session.metrics = metrics
-        async with asyncio.TaskGroup() as tasks:
-            beat = tasks.create_task(heartbeat(run_dir, session))
-            fault = tasks.create_task(raise_fault(faults))
-            await recipe(session)
-            run_dir.write_status(step=session.step, policy_version=session.step)
-            beat.cancel()
-            fault.cancel()
-        # In good order only where all went well: after a failure the supervisors end what is left, and faster.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CLOSE_S):
-                await session.close()
-                await hosts.shutdown()
+    cpus = min(worker["cpus"] for worker in workers)
+    return Cluster(hosts, placement, cpus, [worker["gpus"] for worker in workers], log_dir)
 
 
-async def heartbeat(run_dir: RunDir, session: Any) -> None:
-    """Tell in status.json where the run stands."""
+async def heartbeat(run_dir: RunDir) -> None:
+    """Show in status.json that the controller lives."""
     while True:
-        run_dir.write_status(state="running", step=session.step, policy_version=session.step)
+        run_dir.write_status()
         await asyncio.sleep(HEARTBEAT_S)
 
 

@@ -15,12 +15,12 @@ import time
 from typing import Any
 
 from forge_hpc.actors.buffer import EpisodeBuffer
-from forge_hpc.data.prompts import PromptStream, evaluation_prompts
+from forge_hpc.data.prompts import PromptStream
 from forge_hpc.data.source import load_examples
 from forge_hpc.data.types import Prompt
 from forge_hpc.recipes.checks import SignalWatch, check_mismatch
 from forge_hpc.recipes.rollouts import make_group, measure, to_documents
-from forge_hpc.recipes.session import Session, background
+from forge_hpc.recipes.session import Session, background, load_held_out
 from forge_hpc.rewards import RewardPool
 
 
@@ -75,26 +75,20 @@ async def grpo(session: Session) -> None:
             signal.check(step, documents, metrics)
             metrics |= await trainers.train_step(documents)
             check_mismatch(config, step, metrics)
-            if step % rollout.sync_interval == 0 or step == last_step:
+            interval = config.evaluation.interval
+            evaluates = step == last_step or (interval > 0 and step % interval == 0)
+            if evaluates or step % rollout.sync_interval == 0:
                 await weights.publish(step)
-                if synchronous:
+                if evaluates or synchronous:
                     await weights.delivered()
             metrics |= {
                 "time/generate_s": seconds["generate"],
                 "time/wait_trainer_s": seconds["wait_trainer"],
                 "time/weight_sync_s": weights.seconds,
+                "prompts/too_long": prompts.num_too_long,
             }
-            await session.finish_step(step, metrics, {"prompts": drawn.pop(step)}, groups)
-            if step == last_step or (config.evaluation.interval and step % config.evaluation.interval == 0):
+            session.record(step, metrics, groups)
+            if evaluates:
                 await session.evaluate(step, held_out, rewards)
-    await weights.delivered()
+            await session.save_if_due(step, {"prompts": drawn.pop(step)})
     await session.finish()
-
-
-def load_held_out(session: Session) -> list[Prompt]:
-    """The prompts of ``evaluation``, none where it is off."""
-    config = session.config
-    if not config.evaluation.num_prompts:
-        return []
-    examples = load_examples(config.data, config.data.eval_split, config.seed)
-    return evaluation_prompts(examples, session.tokenizer, config, config.evaluation.num_prompts)

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from forge_hpc.actors.buffer import EpisodeBuffer
 from forge_hpc.actors.generator import Generator
@@ -21,6 +21,8 @@ from forge_hpc.checkpoint import CheckpointStore
 from forge_hpc.cluster.meshes import Cluster
 from forge_hpc.config import Config
 from forge_hpc.data.hub import load_tokenizer, resolve_model
+from forge_hpc.data.prompts import evaluation_prompts
+from forge_hpc.data.source import load_eval_examples
 from forge_hpc.data.types import Completion, Document, Group, Prompt
 from forge_hpc.observability.logger import MetricLogger
 from forge_hpc.run_dir import RunDir
@@ -35,11 +37,11 @@ class Trainers:
 
     def __init__(self, mesh: Any, timeout_s: float) -> None:
         self._mesh = mesh
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
 
     async def call(self, endpoint: str, *args: Any, timeout_s: float | None = None) -> Any:
         """Call an endpoint on every rank. Raises TimeoutError, or the first rank's error."""
-        timeout_s = timeout_s or self._timeout_s
+        timeout_s = timeout_s or self.timeout_s
         try:
             results = await asyncio.wait_for(getattr(self._mesh, endpoint).call(*args), timeout_s)
         except TimeoutError:
@@ -54,9 +56,7 @@ class Trainers:
 class WeightSync:
     """Brings each policy version from the trainers to all generators, beside the training where staleness allows."""
 
-    def __init__(
-        self, trainers: Trainers, store: WeightStore, generators: Service, buffer: EpisodeBuffer | None
-    ) -> None:
+    def __init__(self, trainers: Trainers, store: WeightStore, generators: Service, buffer: EpisodeBuffer) -> None:
         self._trainers = trainers
         self._store = store
         self._generators = generators
@@ -78,19 +78,19 @@ class WeightSync:
             await self._delivery
 
     async def _deliver(self, version: int, start: float) -> None:
-        await self._trainers.call("published")
-        await self._store.commit(version)
-        await self._generators.load.fanout(self._store.spec, version)
+        try:
+            await self._trainers.call("published")
+            await with_timeout(self._store.commit(version), self._trainers.timeout_s, "the weights were not committed")
+            await self._generators.load.fanout(self._store.spec, version)
+        except Exception as error:  # the loops may be waiting for these weights and for nothing else
+            await self._buffer.fail(error)
+            raise
         self.seconds = time.perf_counter() - start
-        if self._buffer is not None:
-            await self._buffer.weights_loaded(version)
+        await self._buffer.weights_loaded(version)
 
 
 class Session:
     """One start of a run, from the controller's side."""
-
-    metrics: MetricLogger
-    """Set once ``prepare`` has found the step to go on from."""
 
     def __init__(self, config: Config, run_dir: RunDir, log_dir: Path, cluster: Cluster) -> None:
         self.config = config
@@ -124,12 +124,25 @@ class Session:
             self.step, self.state = state["step"], state["recipe"]
             logger.info("resuming after step %d from %s", self.step, self._resume_from)
 
+    def open_records(self, stream: TextIO) -> MetricLogger:
+        """The run's figures from where ``prepare`` found it, with progress on ``stream``; a context manager."""
+        config = self.config
+        self.metrics = MetricLogger(
+            self.run_dir,
+            config.logging,
+            self.step,
+            total_steps=config.trainer.training.steps,
+            label=config.recipe,
+            stream=stream,
+        )
+        return self.metrics
+
     # ---- actors
 
     async def start_trainers(self) -> Trainers:
         """Spawn the trainers and load their weights."""
         config, timeout_s = self.config, self.config.cluster.start_timeout_s
-        procs = self.cluster.spawn_trainers()
+        self._trainer_procs = procs = self.cluster.spawn_trainers()
         mesh = procs.spawn("trainer", Trainer, config, self.log_dir)
         self.trainers = Trainers(mesh, config.trainer.timeout_s)
         file_store = self.log_dir / "process-group"
@@ -138,14 +151,14 @@ class Session:
         self.on_close(lambda: self.trainers.call("leave", timeout_s=10))
         return self.trainers
 
-    async def start_generators(self) -> Service:
-        """Spawn the generators on the weights of the model directory (policy version 0)."""
+    async def start_generators(self, model_dir: Path | None = None) -> Service:
+        """Spawn the generators on the weights of ``model_dir``, by default those that the run starts from."""
         replicas = [
             procs.spawn(f"generator{index}", Generator, self.config, index, self.log_dir)
             for index, procs in enumerate(self.cluster.spawn_generators())
         ]
         self.generators = Service("generator", replicas, self.config.generator.timeout_s)
-        start = self.generators.start.fanout(self.model_dir)
+        start = self.generators.start.fanout(model_dir or self.model_dir)
         await with_timeout(start, self.config.cluster.start_timeout_s, "the generators did not start")
         self.on_close(lambda: asyncio.wait_for(self.generators.leave.fanout(), 10))
         return self.generators
@@ -157,9 +170,10 @@ class Session:
             generators = tasks.create_task(self.start_generators())
         return trainers.result(), generators.result()
 
-    async def connect(self, trainers: Trainers, generators: Service, buffer: EpisodeBuffer | None) -> WeightSync:
+    async def connect(self, trainers: Trainers, generators: Service, buffer: EpisodeBuffer) -> WeightSync:
         """Put the weight store between trainers and generators; a resumed run brings the generators up to date."""
-        store = await WeightStore.start(self.cluster.spawn_volumes(), self.cluster.placement.trainer_procs)
+        start = WeightStore.start(self.cluster.spawn_volumes(), self.cluster.placement.trainer_procs)
+        store = await with_timeout(start, self.config.cluster.start_timeout_s, "the weight store did not start")
         weights = WeightSync(trainers, store, generators, buffer)
         if self.step > 0:
             await weights.publish(self.step)
@@ -174,29 +188,28 @@ class Session:
         self._step_ended = time.perf_counter()
         return iter(range(self.step + 1, self.config.trainer.training.steps + 1))
 
-    async def finish_step(
-        self, step: int, metrics: Mapping[str, float], state: Mapping[str, Any], groups: Sequence[Group] = ()
-    ) -> None:
-        """Record a step that is done and save where it is time to.
-
-        Args:
-            step: the step.
-            metrics: its figures.
-            state: what the recipe needs to go on after it; JSON.
-            groups: its rollouts, of which a sample is recorded.
-        """
+    def record(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group] = ()) -> None:
+        """Write the figures of a step that is done, and a sample of its rollouts."""
         now = time.perf_counter()
         timing = {"time/step_s": now - self._step_ended, "time/checkpoint_s": self._checkpoint_s}
-        self._step_ended = now
+        self._step_ended, self._checkpoint_s = now, 0.0
         self.step = step
         self.metrics.log(step, {"policy_version": step, **metrics, **timing})
+        self.run_dir.write_status(step=step, policy_version=step)
         if groups:
             self.metrics.log_rollouts(step, groups)
-        self._checkpoint_s = 0.0
-        checkpoint = self.config.checkpoint
-        if step == self.config.trainer.training.steps or (checkpoint.interval and step % checkpoint.interval == 0):
+
+    async def save_if_due(self, step: int, state: Mapping[str, Any]) -> None:
+        """Save the run at the last step and every ``checkpoint.interval`` steps.
+
+        Call it last in a step: what was recorded before is on disk when the checkpoint is. ``state`` is what the recipe
+        needs to go on after the step; JSON.
+        """
+        interval = self.config.checkpoint.interval
+        if step == self.config.trainer.training.steps or (interval and step % interval == 0):
+            start = time.perf_counter()
             await self.save(step, state)
-            self._checkpoint_s = time.perf_counter() - now
+            self._checkpoint_s = time.perf_counter() - start
 
     async def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Save the run as of ``step``. Training waits while the trainers stage their state, not for the disk."""
@@ -223,7 +236,6 @@ class Session:
 
         if not prompts:
             return
-        await self.weights.delivered()
         start = time.perf_counter()
         num = len(self.generators)
         shares = [prompts[replica::num] for replica in range(num) if prompts[replica::num]]
@@ -257,6 +269,11 @@ class Session:
         """Have ``close`` called at the end, whatever it is; the last one registered first."""
         self._closing.append(close)
 
+    async def stop_trainers(self) -> None:
+        """End the trainers' processes: SFT evaluates on the hardware that they held."""
+        await with_timeout(self._trainer_procs.stop(), self.config.cluster.start_timeout_s, "the trainers did not end")
+        self._closing.clear()
+
     async def close(self) -> None:
         """End the actors in good order; whatever does not answer is ended by its owner, the node's supervisor."""
         for close in reversed(self._closing):
@@ -284,3 +301,12 @@ async def background(*loops: Awaitable[None]) -> AsyncIterator[asyncio.TaskGroup
 
 async def _as_coroutine(awaitable: Awaitable[None]) -> None:
     await awaitable
+
+
+def load_held_out(session: Session) -> list[Prompt]:
+    """The prompts of ``evaluation``, none where it is off."""
+    config = session.config
+    if not config.evaluation.num_prompts:
+        return []
+    examples = load_eval_examples(config.data, config.seed)
+    return evaluation_prompts(examples, session.tokenizer, config, config.evaluation.num_prompts)

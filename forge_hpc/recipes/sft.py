@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from forge_hpc.data.prompts import DocumentStream, PromptStream
 from forge_hpc.data.source import load_examples
-from forge_hpc.recipes.session import Session
+from forge_hpc.recipes.session import Session, load_held_out
+from forge_hpc.rewards import RewardPool
 
 
 async def sft(session: Session) -> None:
@@ -21,5 +22,11 @@ async def sft(session: Session) -> None:
     for step in session.remaining_steps():
         batch = documents.take(config.trainer.training.global_batch_size)
         metrics = await trainers.train_step(batch)
-        await session.finish_step(step, metrics, {"documents": documents.state_dict()})
+        session.record(step, metrics | {"examples/too_long": documents.num_too_long})
+        await session.save_if_due(step, {"documents": documents.state_dict()})
     await session.finish()
+    if held_out := load_held_out(session):
+        await session.stop_trainers()
+        await session.start_generators(session.run_dir.export)
+        async with RewardPool(config) as rewards:
+            await session.evaluate(session.step, held_out, rewards)
