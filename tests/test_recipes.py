@@ -12,7 +12,7 @@ from forge_hpc.config import Config
 from forge_hpc.config.schema import RewardConfig
 from forge_hpc.data.types import Completion, Document, Prompt
 from forge_hpc.recipes.checks import SignalWatch, check_mismatch
-from forge_hpc.recipes.rollouts import has_signal, make_group, measure, to_documents
+from forge_hpc.recipes.rollouts import RolloutClock, has_signal, make_group, measure, to_documents
 from forge_hpc.rewards import RewardPool
 
 PROMPT = Prompt(0, "1+1=", [1, 2, 1, 3], "2")
@@ -116,3 +116,15 @@ def test_stale_weights_fail_a_synchronous_run_in_float32(config: Config) -> None
         check_mismatch(config, 1, {"mismatch/logprob_abs_mean": 1e-3})
     config.rollout.max_staleness = 1
     check_mismatch(config, 1, {"mismatch/logprob_abs_mean": 1e-3})
+
+
+def test_generators_wait_for_the_trainer_only_while_nothing_is_in_flight() -> None:
+    clock = RolloutClock()
+    first = clock.begin(1)
+    clock.begin(1)  # the next step begins while the first is still generating
+    assert clock.wait_trainer_s == 0
+    clock.end(first)
+    clock.end(first)
+    before = clock.generate_s
+    clock.begin(1)
+    assert clock.wait_trainer_s > 0 and clock.generate_s == before

@@ -19,7 +19,7 @@ from forge_hpc.data.prompts import PromptStream
 from forge_hpc.data.source import load_examples
 from forge_hpc.data.types import Prompt
 from forge_hpc.recipes.checks import SignalWatch, check_mismatch
-from forge_hpc.recipes.rollouts import make_group, measure, to_documents
+from forge_hpc.recipes.rollouts import RolloutClock, make_group, measure, to_documents
 from forge_hpc.recipes.session import Session, background, load_held_out
 from forge_hpc.rewards import RewardPool
 
@@ -41,26 +41,24 @@ async def grpo(session: Session) -> None:
     buffer = EpisodeBuffer(rollout.prompts_per_step, rollout.max_staleness, policy_version=session.step)
     weights = await session.connect(trainers, generators, buffer)
     drawn: dict[int, dict[str, Any]] = {}  # by step: where its prompts end
-    seconds: dict[str, float] = {"generate": 0.0, "wait_trainer": 0.0}
+    clock = RolloutClock()
 
     async def rollout_loop() -> None:
         for step in session.remaining_steps():
-            waited = time.perf_counter()
             await buffer.room(step)
-            started = time.perf_counter()
-            seconds["wait_trainer"] = started - waited
             batch = prompts.take(rollout.prompts_per_step)
             drawn[step] = prompts.state_dict()
             # Synchronous: a generator admits all its prompts at once, so that the run repeats exactly.
             num = len(generators)
             shares = [batch[i::num] for i in range(num) if batch[i::num]] if synchronous else [[p] for p in batch]
+            started = clock.begin(len(shares))
             for key, share in enumerate(shares):
                 tasks.create_task(roll_out(step, share, key if synchronous else None, started))
 
     async def roll_out(step: int, share: list[Prompt], key: int | None, started: float) -> None:
         for prompt, completions in zip(share, await generators.generate.route(share, key=key), strict=True):
             await buffer.put(step, await make_group(prompt, completions, rewards, config))
-        seconds["generate"] = time.perf_counter() - started
+        clock.end(started)
 
     signal = SignalWatch(config)
     if session.step == 0:
@@ -82,8 +80,8 @@ async def grpo(session: Session) -> None:
                 if evaluates or synchronous:
                     await weights.delivered()
             metrics |= {
-                "time/generate_s": seconds["generate"],
-                "time/wait_trainer_s": seconds["wait_trainer"],
+                "time/generate_s": clock.generate_s,
+                "time/wait_trainer_s": clock.wait_trainer_s,
                 "time/weight_sync_s": weights.seconds,
                 "prompts/too_long": prompts.num_too_long,
             }

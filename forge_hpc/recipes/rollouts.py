@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -88,3 +89,30 @@ def measure(groups: Sequence[Group], step: int) -> dict[str, float]:
         "staleness/mean": float(staleness.mean()),
         "tokens/generated": float(lengths.sum()),
     }
+
+
+class RolloutClock:
+    """How long the rollouts of a step take, and how long the generators had nothing to do before it."""
+
+    def __init__(self) -> None:
+        self.generate_s = 0.0
+        """From the start of the last step whose rollouts ended to their end, rewards included."""
+        self.wait_trainer_s = 0.0
+        """Generators stood idle before the last step that they began."""
+        self._in_flight = 0
+        self._idle_since = time.perf_counter()
+
+    def begin(self, num_calls: int) -> float:
+        """The rollouts of a step begin as so many calls; returns the time to hand to ``end``."""
+        now = time.perf_counter()
+        self.wait_trainer_s = 0.0 if self._in_flight else now - self._idle_since
+        self._in_flight += num_calls
+        return now
+
+    def end(self, started: float) -> None:
+        """One of the calls has ended."""
+        now = time.perf_counter()
+        self.generate_s = now - started
+        self._in_flight -= 1
+        if not self._in_flight:
+            self._idle_since = now
