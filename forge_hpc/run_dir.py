@@ -20,7 +20,8 @@ import stat
 import threading
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from errno import EACCES, EAGAIN, ENOLCK, ENOSYS, EOPNOTSUPP
 from pathlib import Path
@@ -55,6 +56,18 @@ def open_private(path: Path, flags: int) -> int:
     if stat.S_IMODE(os.fstat(fd).st_mode) != 0o600:
         os.fchmod(fd, 0o600)
     return fd
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What another user's permissions forbid to read below ``path`` is a UserError."""
+    try:
+        yield
+    except PermissionError as error:
+        where = error.filename or path
+        raise UserError(
+            f"no permission to read {where}", "a run directory is its owner's alone; name another"
+        ) from None
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -171,15 +184,23 @@ class RunDir:
 
     def latest_log_dir(self) -> Path | None:
         """The log directory of the newest start, by modification time."""
-        if not self.logs.is_dir():
-            return None
-        starts = [path for path in self.logs.iterdir() if re.fullmatch(r".+\.\d+", path.name) and path.is_dir()]
-        return max(starts, key=lambda path: (path.stat().st_mtime, path.name), default=None)
+        with reading(self.path):
+            if not self.logs.is_dir():
+                return None
+            starts = [path for path in self.logs.iterdir() if re.fullmatch(r".+\.\d+", path.name) and path.is_dir()]
+            return max(starts, key=lambda path: (path.stat().st_mtime, path.name), default=None)
 
     # ------------------------------------------------------------------------------------------------ creation
     @property
     def exists(self) -> bool:
-        return self.path.is_dir()
+        with reading(self.path):
+            return self.path.is_dir()
+
+    @property
+    def has_config(self) -> bool:
+        """Whether it is the directory of a run."""
+        with reading(self.path):
+            return self.config.exists()
 
     def create(self) -> Self:
         """Create the directory (mode 0700) where it is missing, and see that it can be written.
@@ -222,10 +243,11 @@ class RunDir:
         """The status, or None before the first ``write_status``.
 
         Raises:
-            UserError: ``status.json`` is not one that this project wrote.
+            UserError: ``status.json`` is not one that this project wrote, or is another user's.
         """
         try:
-            value = json.loads(self.status.read_text(encoding="utf-8"))
+            with reading(self.path):
+                value = json.loads(self.status.read_text(encoding="utf-8"))
             known = {field.name for field in fields(Status)}
             return Status(**{key: item for key, item in value.items() if key in known})
         except (FileNotFoundError, NotADirectoryError):
@@ -245,7 +267,8 @@ class RunDir:
     ) -> Status:
         """Replace ``status.json`` atomically; what is not given stays as it was, the heartbeat becomes now.
 
-        A new ``state`` without a ``message`` clears the old message. The first write needs a ``state``.
+        A new ``state`` without a ``message`` clears the old message, an empty ``job_id`` the old job.
+        The first write needs a ``state``.
 
         Raises:
             ValueError: ``state`` is not one of ``STATES``.
@@ -268,6 +291,7 @@ class RunDir:
             "message": message,
         }
         new = replace(old, heartbeat=time.time(), **{key: item for key, item in given.items() if item is not None})
+        new = replace(new, job_id=new.job_id or None)
         atomic_write_json(self.status, asdict(new))
         return new
 
@@ -283,8 +307,9 @@ class RunDir:
     def lock_holder(self) -> dict[str, Any] | None:
         """The record of who holds, or held and died with, the lock: job_id, host, pid, heartbeat (unix s)."""
         try:
-            return json.loads((self.path / "lock.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+            with reading(self.path):
+                return json.loads((self.path / "lock.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
 
@@ -344,7 +369,7 @@ class RunDirLock:
             return
         self._stop.set()
         self._thread.join()
-        with suppress(OSError):  # a full or vanished file system must not hide why the run ends
+        with suppress(OSError, UserError):  # a full or vanished file system must not hide why the run ends
             if self._is_ours():
                 self._record_path.unlink(missing_ok=True)
         os.close(self._fd)
@@ -403,7 +428,10 @@ class RunDirLock:
                     self.lost.set()
                     return
                 self._beat()
-            except OSError as error:  # a full disk or an NFS pause: the next beat may work, the POSIX lock stays
+            except (
+                OSError,
+                UserError,
+            ) as error:  # a full disk or an NFS pause: the next beat may work, the POSIX lock stays
                 logger.warning("no heartbeat in %s: %s", self._record_path, error)
 
 
