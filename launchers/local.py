@@ -17,7 +17,8 @@ from typing import Any
 from submitit import LocalExecutor
 from submitit.local.local import LocalJob
 
-from forge_hpc.config import Config
+from forge_hpc.config import Config, UserError
+from forge_hpc.run_dir import RunDir
 from launchers.command import run_command, with_setup
 
 _PR_SET_PDEATHSIG = 1
@@ -36,9 +37,11 @@ class ForegroundExecutor(LocalExecutor):
             if os.getppid() != parent:
                 os._exit(1)
 
+        # Inside an allocation this is still a run of one node: it must not take itself for one task of several.
+        environ = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
         # A process group of its own: the terminal's Ctrl-C comes once, from us, and not twice.
         self.process = subprocess.Popen(
-            shlex.split(command), stdin=subprocess.DEVNULL, process_group=0, preexec_fn=die_with_parent
+            shlex.split(command), stdin=subprocess.DEVNULL, process_group=0, preexec_fn=die_with_parent, env=environ
         )
         return LocalJob(folder=self.folder, job_id=str(self.process.pid), process=self.process)
 
@@ -62,7 +65,28 @@ def run_here(cfg: Config, run_dir: Path) -> int:
         for signum in early:
             executor.process.send_signal(signum)
         code = executor.process.wait()
+        code = code if code >= 0 else 128 - code
+        return code if _has_final_state(RunDir(run_dir), code) else code or 1
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-    return code if code >= 0 else 128 - code
+
+
+def _has_final_state(run_dir: RunDir, code: int) -> bool:
+    """Whether the process left a final state. Where it did not, the status becomes `failed` in its place."""
+
+    def final() -> bool:
+        status = run_dir.read_status()
+        return status is not None and status.is_terminal
+
+    if final():
+        return True
+    try:
+        with run_dir.lock():  # else it ended because another run has the directory, and the status is that one's
+            if final():
+                return True
+            how = f"by {signal.Signals(code - 128).name}" if code - 128 in set(signal.Signals) else f"with {code}"
+            run_dir.write_status(state="failed", message=f"the run's process ended {how}, without a final state")
+    except UserError:
+        pass
+    return False

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from forge_hpc.config import Config, UserError
+from forge_hpc.run_dir import RunDir
 from launchers import checks
 from launchers.checks import Partition
 from launchers.command import run_command, srun_command, with_setup
+from launchers.local import run_here
 from launchers.site import site_overrides
 from launchers.slurm import RunExecutor
 
@@ -198,6 +200,37 @@ def test_a_run_in_the_foreground_ends_with_a_killed_launcher(tmp_path):
     process.kill()
     # the pipe closes when the last process that holds it, the run, has ended
     assert process.communicate(timeout=20)[0] == ""
+
+
+def test_a_run_in_the_foreground_knows_of_no_slurm_job(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_NNODES", "4")
+    cfg = Config()
+    cfg.slurm.setup = [f"env > {tmp_path}/env; exit 3"]
+    assert run_here(cfg, tmp_path) == 3
+    assert "SLURM_" not in (tmp_path / "env").read_text()
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "how"), [("kill -KILL $$", 137, "by SIGKILL"), ("exit 3", 3, "with 3"), ("exit 0", 1, "with 0")]
+)
+def test_a_run_that_dies_without_a_word_has_failed(tmp_path, end, code, how):
+    run_dir = RunDir(tmp_path / "r").create()
+    run_dir.write_status(state="running")
+    cfg = Config()
+    cfg.slurm.setup = [end]
+    assert run_here(cfg, run_dir.path) == code
+    status = run_dir.read_status()
+    assert status.state == "failed" and f"ended {how}" in status.message
+
+
+def test_the_state_of_another_run_in_the_directory_is_not_touched(tmp_path):
+    run_dir = RunDir(tmp_path / "r").create()
+    run_dir.write_status(state="running")
+    cfg = Config()
+    cfg.slurm.setup = ["exit 2"]
+    with run_dir.lock():
+        assert run_here(cfg, run_dir.path) == 2
+    assert run_dir.read_status().state == "running"
 
 
 @pytest.mark.slurm
