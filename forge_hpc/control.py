@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -12,12 +13,13 @@ from pathlib import Path
 from typing import TextIO
 
 from forge_hpc.config import UserError
-from forge_hpc.run_dir import LOCK_STALE_S, RunDir
-from launchers.jobs import cancel_job, is_active, job_state
+from forge_hpc.run_dir import LOCK_STALE_S, RunDir, Status
+from launchers.jobs import ACTIVE, cancel_job, is_active, job_state
 
 _POLL_S = 0.5
 _ASK_SLURM_S = 10.0
 _CANCEL_TIMEOUT_S = 60.0
+_SILENT_S = 60.0
 
 
 def find_run(path: Path | None) -> RunDir:
@@ -32,9 +34,48 @@ def find_run(path: Path | None) -> RunDir:
             raise UserError("no run directory given, and no run in runs/", "name one: forge-hpc status RUN_DIR")
         path = statuses[-1].parent
     run_dir = RunDir(path)
-    if not run_dir.config.exists() and run_dir.read_status() is None:
+    if not run_dir.has_config and run_dir.read_status() is None:
         raise UserError(f"no run in {run_dir}", "a run directory holds config.yaml and status.json")
     return run_dir
+
+
+class Pulse:
+    """Whether a run without a final state may still reach one: those who watch it ask again and again."""
+
+    def __init__(self, run_dir: RunDir) -> None:
+        self._run_dir = run_dir
+        self._asked = -_ASK_SLURM_S
+        self._beat: object = None
+        self._changed = time.monotonic()
+
+    def lost(self, status: Status | None) -> str | None:
+        """How the run has died without a word, or None while it lives as far as is known from here."""
+        if status is None or status.is_terminal:
+            return None
+        now, job_id = time.monotonic(), status.job_id
+        if job_id and job_id.isdigit() and shutil.which("scontrol"):
+            if now - self._asked < _ASK_SLURM_S:
+                return None
+            self._asked = now
+            try:
+                state = job_state(job_id)
+            except UserError:
+                return None  # Slurm is busy: that says nothing about the run
+            if state is not None and state[0] in ACTIVE:
+                return None
+            lost = f"job {job_id} is no longer active ({' '.join(state) if state else 'unknown to Slurm'})"
+        else:
+            # By our own clock, from when we first saw it: those of hosts differ. The lock beats where a step is long.
+            beat = (status.heartbeat, (self._run_dir.lock_holder() or {}).get("heartbeat"))
+            if beat != self._beat:
+                self._beat, self._changed = beat, now
+            if now - self._changed < _SILENT_S:
+                return None
+            lost = f"no heartbeat for {_SILENT_S:.0f} s"
+        last = self._run_dir.read_status()  # it may have ended, or come back, since
+        if last is None or last.is_terminal or last.job_id != job_id:
+            return None
+        return f"{self._run_dir} has died: {lost}, and its state is still {last.state}"
 
 
 def follow_run(run_dir: RunDir, job_id: str | None = None) -> int:
@@ -84,16 +125,22 @@ def follow_run(run_dir: RunDir, job_id: str | None = None) -> int:
 
 
 def show_log(run_dir: RunDir, role: str, num_lines: int, follow: bool) -> int:
-    """Print the end of a role's log of the newest start, and with `follow` what is added until the run ends."""
-    path = _log_file(run_dir, role)
+    """Print the end of a role's log of the newest start, and with `follow` what is added until the run ends.
+
+    The exit code: 1 if it died without a final state, else 0.
+    """
+    path, pulse = _log_file(run_dir, role), Pulse(run_dir)
     print(f"==> {path} <==", file=sys.stderr)
     with path.open(errors="replace") as file:
         sys.stdout.writelines(deque(file, num_lines))
         sys.stdout.flush()
         while follow:
             status = run_dir.read_status()
-            over = status is None or status.is_terminal
+            over, lost = status is None or status.is_terminal, pulse.lost(status)
             _copy(file)
+            if lost:
+                print(f"error: {lost}", file=sys.stderr)
+                return 1
             if over:
                 break
             try:
