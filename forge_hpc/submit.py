@@ -22,8 +22,24 @@ from forge_hpc.run_dir import LOCK_STALE_S, RunDir, Status
 
 PROJECT = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = PROJECT / "configs" / "grpo" / "demo.yaml"
-# Keys that say how a run is queued and watched, not what it computes: they may differ from those of an earlier start.
-_FREE_KEYS = ("slurm.", "logging.", "cluster.start_timeout_s")
+# Keys that may differ from those of an earlier start: how a run is queued and watched, where it runs (checkpoints fit
+# any number of nodes), how often it saves and evaluates, and how long it goes on; not what it computes.
+_FREE_KEYS = (
+    "slurm.",
+    "logging.",
+    "cluster.start_timeout_s",
+    "cluster.nodes",
+    "cluster.trainer_nodes",
+    "cluster.rollout_nodes",
+    "cluster.spare_nodes",
+    "cluster.rollout_ratio",
+    "generator.replicas",
+    "trainer.processes_per_node",
+    "trainer.training.steps",
+    "checkpoint.keep",
+    "checkpoint.interval",
+    "evaluation.",
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +70,7 @@ def resolve_config(request: Request) -> Config:
     existing = RunDir(request.run_dir) if request.run_dir else None
     if request.config is not None:
         cfg = load_config(request.config, overrides)
-    elif existing and existing.config.exists():
+    elif existing and existing.has_config:
         cfg = load_config(existing.config, overrides) if overrides else read_config(existing.config)
     else:
         _say(f"No --config: taking {_shown(request.default_config)}. For real models: {_real_models(request)}")
@@ -97,9 +113,11 @@ def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, foll
     if on_slurm and cfg.cluster.gpus_per_node is None:
         gpus = [partition.gpus_per_node for partition in checks.candidates(cfg, known)]
         cfg.cluster.gpus_per_node = min(gpus, default=0) or None  # unknown where Slurm does not count GPUs
-    validate(cfg)
     run_dir = RunDir(request.run_dir or _default_run_dir(cfg.name))
-    _refuse_other_configuration(cfg, run_dir)
+    warm = _check(cfg, run_dir)
+    changes = _changes(cfg, run_dir)
+    if on_slurm or request.cluster != "local":
+        _warn_of_shared_nodes(cfg)
 
     if dry_run:
         if request.cluster == "local":
@@ -107,6 +125,7 @@ def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, foll
         else:
             print(slurm.RunExecutor(cfg, run_dir.path).script())
         print(_split(cfg, "# "))
+        _say_all(changes)
         if on_slurm:
             checks.check_job(cfg, known)
         elif request.cluster != "local":
@@ -118,18 +137,19 @@ def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, foll
         checks.check_job(cfg, known)
     _refuse_busy(run_dir)
     ended = run_dir.read_status()
-    if ended and ended.state == "completed":
-        print(f"{run_dir} is completed: there is nothing to do (another --run-dir begins a new run)")
+    if _is_complete(cfg, ended):
+        print(f"{run_dir} is complete: nothing to do (another --run-dir begins a new run)")
         return 0
-    is_new = not run_dir.exists
-    prepare(cfg, run_dir, job_id=None)
+    _say_all(changes)
+    is_new, before = not run_dir.exists, read_config(run_dir.config) if run_dir.has_config else None
+    prepare(cfg, run_dir, None, warm)
     if not on_slurm:
         print(f"run directory  {run_dir}\n{_split(cfg)}", flush=True)
         return local.run_here(cfg, run_dir.path)
     try:
         job_id = slurm.RunExecutor(cfg, run_dir.path).submit_run()
     except UserError:
-        _undo(run_dir, None if is_new else ended)
+        _undo(run_dir, is_new, before, ended)
         raise
     status = run_dir.read_status()
     if status and status.state == "pending":  # a job that has begun already wrote its id itself
@@ -150,7 +170,8 @@ def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, foll
 def prepare_in_allocation(request: Request) -> str:
     """Inside a job that sbatch started: make or find the run directory, and return the shell line that starts the run.
 
-    A requeued job takes the configuration that it saved, whatever has become of the files that it came from.
+    For a run that is complete the line does nothing, and succeeds. A requeued job takes the configuration that it
+    saved, whatever has become of the files that it came from.
 
     Raises:
         UserError: as `submit`, or outside a Slurm job.
@@ -164,31 +185,73 @@ def prepare_in_allocation(request: Request) -> str:
     requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
     run_dir = RunDir(request.run_dir) if request.run_dir else None
     if requeued and run_dir is None:
-        run_dir = next((d for d in map(RunDir, Path("runs").glob(f"*-{job_id}")) if d.config.exists()), None)
-    if requeued and run_dir and run_dir.config.exists():
+        run_dir = next((d for d in map(RunDir, Path("runs").glob(f"*-{job_id}")) if d.has_config), None)
+    if requeued and run_dir and run_dir.has_config:
         cfg = read_config(run_dir.config)
     else:
         cfg = resolve_config(replace(request, nodes=nodes))
-        validate(cfg)
         run_dir = run_dir or RunDir(Path("runs") / f"{cfg.name}-{job_id}")
-        _refuse_other_configuration(cfg, run_dir)
+        warm = _check(cfg, run_dir)
+        changes = _changes(cfg, run_dir)
+        _warn_of_shared_nodes(cfg)
         _refuse_busy(run_dir, job_id)
-        prepare(cfg, run_dir, job_id)
+        if not _is_complete(cfg, run_dir.read_status()):
+            _say_all(changes)
+            prepare(cfg, run_dir, job_id, warm)
+    if _is_complete(cfg, run_dir.read_status()):
+        _say(f"{run_dir} is complete: nothing to do")
+        return "true"
     _say(f"run directory  {run_dir}\n{_split(cfg)}")
     return srun_command(run_dir.path, cfg.slurm.setup, cfg.slurm.cpus_per_task)
 
 
-def prepare(cfg: Config, run_dir: RunDir, job_id: str | None) -> None:
+def prepare(cfg: Config, run_dir: RunDir, job_id: str | None, warm: Config | None = None) -> None:
     """Create the run directory (0700) with config.yaml and a pending status.json (0600), or renew those of a restart.
+
+    The warm start's configuration is saved too: a resume must not depend on the file that it came from.
 
     Raises:
         UserError: the directory cannot be written.
     """
     run_dir.create()
     save_config(cfg, run_dir.config)
-    status = run_dir.read_status()
-    if status is None or status.state != "completed":
-        run_dir.write_status(state="pending", job_id=job_id, message="")
+    if warm is not None:
+        save_config(warm, RunDir(run_dir.warmstart).create().config)
+    # An earlier job is no longer this run's: who watches must not take its end for ours.
+    run_dir.write_status(state="pending", job_id=job_id or "", message="")
+
+
+def _check(cfg: Config, run_dir: RunDir) -> Config | None:
+    """Validate the configuration and that of its warm start, which is returned if `run_dir` does not have it yet."""
+    saved = RunDir(run_dir.warmstart)
+    if cfg.model.path != "warmstart" or not saved.has_config:
+        validate(cfg)
+    else:  # the file that it came from may be gone
+        validate(replace(cfg, warmstart=replace(cfg.warmstart, config=str(saved.config))))
+        return None
+    if cfg.model.path != "warmstart":
+        return None
+    file = cfg.warmstart.config
+    try:
+        warm = load_config(file, cfg.warmstart.overrides)
+        validate(warm)
+    except UserError as error:
+        raise UserError(f"the warm start (warmstart.config={file}): {error.message}", error.hint) from None
+    if warm.model.path == "warmstart":
+        raise UserError(f"the warm start (warmstart.config={file}) begins with a warm start itself", "name its model")
+    return warm
+
+
+def _is_complete(cfg: Config, status: Status | None) -> bool:
+    return status is not None and status.state == "completed" and status.step >= cfg.trainer.training.steps
+
+
+def _warn_of_shared_nodes(cfg: Config) -> None:
+    if not cfg.slurm.exclusive:
+        _say(
+            "warning: slurm.exclusive=false: other users of a node can reach this run's Monarch sockets (abstract Unix "
+            "sockets) and the ports of gloo and vLLM; see Security in the README"
+        )
 
 
 def _set_nodes(cfg: Config, nodes: int, overrides: Sequence[str]) -> None:
@@ -211,10 +274,16 @@ def _set_nodes(cfg: Config, nodes: int, overrides: Sequence[str]) -> None:
     cluster.trainer_nodes = cluster.rollout_nodes = None
 
 
-def _refuse_other_configuration(cfg: Config, run_dir: RunDir) -> None:
-    if not run_dir.config.exists():
-        return
-    differing = [d for d in diff_config(read_config(run_dir.config), cfg) if not d[0].startswith(_FREE_KEYS)]
+def _changes(cfg: Config, run_dir: RunDir) -> list[str]:
+    """What differs from the run's earlier configuration, one line a key.
+
+    Raises:
+        UserError: something differs that may not, or the run has done more steps than are asked for now.
+    """
+    if not run_dir.has_config:
+        return []
+    found = diff_config(read_config(run_dir.config), cfg)
+    differing = [d for d in found if not d[0].startswith(_FREE_KEYS)]
     if differing:
         shown = ", ".join(f"{key} ({old} there, {new} now)" for key, old, new in differing[:5])
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
@@ -222,6 +291,17 @@ def _refuse_other_configuration(cfg: Config, run_dir: RunDir) -> None:
             f"{run_dir} belongs to another configuration: {shown}{more}",
             f"choose another --run-dir, or go on with its own: {_tool()} resume {shlex.quote(str(run_dir))}",
         )
+    status, steps = run_dir.read_status(), cfg.trainer.training.steps
+    if status is not None and steps < status.step:
+        raise UserError(
+            f"trainer.training.steps={steps}, and the run has done {status.step} steps already",
+            f"ask for {status.step} or more, or choose another --run-dir",
+        )
+    return [f"{key}: {_value(old)} -> {_value(new)}" for key, old, new in found]
+
+
+def _value(value: object) -> str:
+    return "null" if value is None else str(value)
 
 
 def _refuse_busy(run_dir: RunDir, own_job_id: str | None = None) -> None:
@@ -261,12 +341,19 @@ def _move_completed_run_aside(run_dir: RunDir) -> None:
     _say(f"The completed run in {run_dir} is now in {aside}")
 
 
-def _undo(run_dir: RunDir, before: Status | None) -> None:
+def _undo(run_dir: RunDir, is_new: bool, config: Config | None, status: Status | None) -> None:
     """Slurm refused the job: leave the directory as it was found."""
-    if before is None:
+    if is_new:
         shutil.rmtree(run_dir.path)
+        return
+    if config is None:
+        run_dir.config.unlink()
     else:
-        run_dir.write_status(state=before.state, message=before.message)
+        save_config(config, run_dir.config)
+    if status is None:
+        run_dir.status.unlink()
+    else:
+        run_dir.write_status(state=status.state, message=status.message, job_id=status.job_id or "")
 
 
 def _split(cfg: Config, prefix: str = "") -> str:
@@ -302,6 +389,11 @@ def _tool() -> str:
     if found and Path(found).absolute() == ours:
         return "forge-hpc"
     return shlex.quote(_shown(ours)) if ours.exists() else f"{shlex.quote(sys.executable)} -m forge_hpc.cli"
+
+
+def _say_all(lines: Sequence[str]) -> None:
+    for line in lines:
+        _say(line)
 
 
 def _say(text: str) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from forge_hpc.config import read_config
+from forge_hpc.config import UserError, read_config
+from forge_hpc.control import find_run
 from forge_hpc.run_dir import RunDir
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -136,7 +137,8 @@ def test_a_local_run_is_in_the_foreground_and_its_directory_is_private(tmp_path)
         0o600,
         0o600,
     ]
-    assert run_dir.read_status().state == "pending"
+    status = run_dir.read_status()
+    assert (status.state, status.message) == ("failed", "the run's process ended with 5, without a final state")
     assert read_config(run_dir.config).slurm.setup == ["echo here; exit 5"]
 
     # the same directory again, from its own configuration; another one is refused
@@ -145,13 +147,115 @@ def test_a_local_run_is_in_the_foreground_and_its_directory_is_private(tmp_path)
     assert_user_error(other, "seed (42 there, 7 now)", "name (")
 
     # a completed run: nothing to do, or moved aside
-    run_dir.write_status(state="completed")
+    run_dir.write_status(state="completed", step=60)
     again = cli("submit", "--cluster", "local", "--run-dir", "r", cwd=tmp_path, env=env)
     assert again.returncode == 0 and "nothing to do" in again.stdout
     assert (
         cli("submit", "--cluster", "local", "--run-dir", "r", "--fresh", setup, cwd=tmp_path, env=env).returncode == 5
     )
     assert sorted(p.name[:2] for p in tmp_path.iterdir()) == ["r", "r-"]
+
+
+def test_how_long_and_where_a_run_goes_on_may_change_and_is_said(tmp_path):
+    env = clean_env(PATH=os.environ["PATH"])
+    local = ("--cluster", "local", "--run-dir", "r")
+    cli("submit", *local, "slurm.setup=['exit 5']", cwd=tmp_path, env=env)
+    run_dir = RunDir(tmp_path / "r")
+    run_dir.write_status(state="completed", step=60)
+    fewer = cli("submit", *local, "trainer.training.steps=59", cwd=tmp_path, env=env)
+    assert_user_error(fewer, "trainer.training.steps=59", "60 steps already")
+    assert run_dir.read_status().state == "completed"
+    keys = ["trainer.training.steps=70", "checkpoint.keep=1", "generator.replicas=1"]
+    more = cli("submit", *local, *keys, cwd=tmp_path, env=env)
+    assert more.returncode == 5, more.stderr
+    said = [line for line in more.stderr.splitlines() if " -> " in line]
+    assert said == [
+        "generator.replicas: null -> 1",
+        "trainer.training.steps: 60 -> 70",
+        "checkpoint.keep: 2 -> 1",
+    ]
+    cfg = read_config(run_dir.config)
+    assert (cfg.trainer.training.steps, cfg.checkpoint.keep, cfg.generator.replicas) == (70, 1, 1)
+
+
+def test_the_warm_start_is_checked_before_the_run_and_kept_with_it(tmp_path):
+    env = clean_env(PATH=os.environ["PATH"])
+    warm = tmp_path / "warm.yaml"
+    warm.write_text("base: " + str(PROJECT / "configs" / "sft" / "demo.yaml") + "\n")
+    run_dir = RunDir(tmp_path / "r")
+    submit = ("submit", "--cluster", "local", "--run-dir", "r", f"warmstart.config={warm}", "slurm.setup=['exit 5']")
+    for bad, word in [("trainer.optimizer.lrr=1", "lrr"), ("trainer.training.steps=0", "trainer.training.steps")]:
+        assert_user_error(
+            cli(*submit, f"warmstart.overrides=[{bad}]", cwd=tmp_path, env=env), "warmstart.config", "warm.yaml", word
+        )
+        assert not run_dir.exists
+    assert cli(*submit, "warmstart.overrides=[trainer.training.steps=70]", cwd=tmp_path, env=env).returncode == 5
+    saved = RunDir(run_dir.warmstart)
+    assert read_config(saved.config).trainer.training.steps == 70
+    assert [stat.S_IMODE(p.stat().st_mode) for p in (saved.path, saved.config)] == [0o700, 0o600]
+    warm.unlink()
+    resumed = cli("resume", "r", "--cluster", "local", cwd=tmp_path, env=env)
+    assert resumed.returncode == 5, resumed.stderr
+
+
+def test_shared_nodes_are_warned_of(tmp_path):
+    done = cli("submit", "--dry-run", "slurm.exclusive=false", cwd=tmp_path)
+    assert done.returncode == 0
+    assert len([line for line in done.stderr.splitlines() if line.startswith("warning: slurm.exclusive=false")]) == 1
+    assert "warning" not in cli("submit", "--dry-run", cwd=tmp_path).stderr
+
+
+def test_a_complete_run_starts_nothing_in_a_job(tmp_path):
+    env = clean_env(SLURM_JOB_ID="7", SLURM_JOB_NUM_NODES="2")
+    arguments = ("prepare", "--run-dir", "r", "cluster.gpus_per_node=0")
+    first = cli(*arguments, cwd=tmp_path, env=env)
+    assert first.stdout.startswith("srun "), first.stderr
+    run_dir = RunDir(tmp_path / "r")
+    assert read_config(RunDir(run_dir.warmstart).config).recipe == "sft"
+    run_dir.write_status(state="completed", step=60)
+    for restarts in ("0", "1"):
+        again = cli(*arguments, cwd=tmp_path, env={**env, "SLURM_RESTART_COUNT": restarts})
+        assert (again.returncode, again.stdout) == (0, "true\n"), again.stderr
+        assert "is complete: nothing to do" in again.stderr
+    assert run_dir.read_status().state == "completed"
+
+
+def test_who_follows_a_run_is_told_of_its_death(tmp_path, monkeypatch, capsys):
+    from forge_hpc import control
+    from forge_hpc.cli import main
+
+    run_dir = RunDir(tmp_path / "r").create()
+    (run_dir.create_log_dir(None, 0) / "controller.log").write_text("step 1\n")
+    run_dir.write_status(state="running", step=1)
+    monkeypatch.setattr(control, "_SILENT_S", 0.5)
+    for command in (["watch", "r"], ["logs", "--follow", "r"]):
+        command[-1] = str(run_dir)
+        assert main(command) == 1
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and "no heartbeat" in errors[0]
+
+    run_dir.write_status(job_id="7")
+    monkeypatch.setattr(control.shutil, "which", lambda name: name)
+    for state, lost in [(("RUNNING", "None"), None), (("FAILED", "NodeFail"), "job 7"), (None, "unknown to Slurm")]:
+        monkeypatch.setattr(control, "job_state", lambda job_id, state=state: state)
+        told = control.Pulse(run_dir).lost(run_dir.read_status())
+        assert told is None if lost is None else lost in told
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_another_users_run_is_a_user_error(tmp_path):
+    run_dir = RunDir(tmp_path / "private" / "r")
+    run_dir.path.parent.mkdir(mode=0o700)
+    run_dir.create()
+    os.seteuid(65534)
+    try:
+        for read in (lambda: run_dir.exists, lambda: run_dir.has_config, run_dir.read_status, run_dir.lock_holder):
+            with pytest.raises(UserError, match="no permission to read"):
+                read()
+        with pytest.raises(UserError, match="no permission to read"):
+            find_run(run_dir.path)
+    finally:
+        os.seteuid(0)
 
 
 def test_commands_find_the_newest_run_and_say_where_there_is_none(tmp_path):
