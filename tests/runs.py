@@ -65,7 +65,8 @@ def run_local(run_dir: Path, overrides: Sequence[str], timeout_s: float = 400) -
 def read(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """The records of a JSONL file; none where it is not there yet."""
     path = run_dir / name
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be under way
 
 
 def status(run_dir: Path) -> dict[str, Any]:

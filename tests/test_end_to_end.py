@@ -9,21 +9,24 @@ import pytest
 from runs import check_contract, left_over, processes, read, run_local, small_run, start_local, status, wait_for
 
 pytestmark = pytest.mark.timeout(900)
+STEPS = 30
+EXACT = ("step", "reward/mean", "loss", "grad_norm", "policy_version", "tokens/generated")
+"""What must not differ by a bit between two synchronous runs of one configuration."""
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a synchronous run that ended well."""
     directory = tmp_path_factory.mktemp("finished")
-    result = run_local(directory / "run", small_run(directory))
+    result = run_local(directory / "run", small_run(directory, STEPS))
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "completed after 4 steps" in result.stdout
+    assert f"completed after {STEPS} steps" in result.stdout
     return directory / "run"
 
 
 def test_a_finished_run_leaves_what_the_run_directory_promises(finished: Path) -> None:
-    check_contract(finished, steps=4)
-    assert {record["step"] for record in read(finished, "evaluations.jsonl")} == {0, 4}
+    check_contract(finished, steps=STEPS)
+    assert {record["step"] for record in read(finished, "evaluations.jsonl")} == {0, STEPS}
 
 
 def test_trainer_and_generator_agree_on_the_sampled_tokens(finished: Path) -> None:
@@ -42,28 +45,46 @@ def test_the_export_loads_in_transformers_and_holds_the_trained_weights(finished
     assert change > 1e-4
 
 
+def check_same(first: Path, second: Path) -> None:
+    """Two runs took the same steps to the same weights."""
+    one, other = ([[record[key] for key in EXACT] for record in read(run_dir)] for run_dir in (first, second))
+    assert one == other
+    weights = [(run_dir / "export/model.safetensors").read_bytes() for run_dir in (first, second)]
+    assert weights[0] == weights[1]
+
+
 def test_a_synchronous_run_repeats_exactly(finished: Path, tmp_path: Path) -> None:
-    again = run_local(tmp_path / "run", small_run(tmp_path))
+    again = run_local(tmp_path / "run", small_run(tmp_path, STEPS))
     assert again.returncode == 0, again.stderr
-    keys = ("step", "reward/mean", "loss", "grad_norm", "policy_version", "tokens/generated")
-    first, second = ([[record[key] for key in keys] for record in read(path)] for path in (finished, tmp_path / "run"))
-    assert first == second
-    assert (finished / "export/model.safetensors").read_bytes() == (
-        tmp_path / "run/export/model.safetensors"
-    ).read_bytes()
+    check_same(finished, tmp_path / "run")
+
+
+def test_a_run_that_was_interrupted_goes_on_as_if_nothing_had_happened(finished: Path, tmp_path: Path) -> None:
+    run = start_local(tmp_path / "run", small_run(tmp_path, STEPS))
+    try:
+        wait_for(lambda: len(read(tmp_path / "run")) >= 3 or run.poll() is not None, "three steps")
+        run.send_signal(signal.SIGINT)
+        run.communicate(timeout=30)
+    finally:
+        run.kill()
+    assert status(tmp_path / "run")["state"] == "cancelled"
+    assert len(read(tmp_path / "run")) < STEPS
+    again = run_local(tmp_path / "run", small_run(tmp_path, STEPS))
+    assert again.returncode == 0, again.stderr
+    assert "resuming after step" in (tmp_path / "run/logs/local.1/controller.log").read_text()
+    check_contract(tmp_path / "run", steps=STEPS)
+    check_same(finished, tmp_path / "run")
 
 
 def test_a_completed_directory_is_not_run_again(finished: Path, tmp_path: Path) -> None:
-    from runs import run_local as again
-
     before = (finished / "metrics.jsonl").read_bytes()
-    result = again(finished, small_run(finished.parent))
+    result = run_local(finished, small_run(finished.parent, STEPS))
     assert result.returncode == 0, result.stderr
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_directory_of_another_configuration_is_refused(finished: Path) -> None:
-    result = run_local(finished, [*small_run(finished.parent), "trainer.optimizer.lr=5e-4"])
+    result = run_local(finished, [*small_run(finished.parent, STEPS), "trainer.optimizer.lr=5e-4"])
     assert result.returncode == 2
     assert "trainer.optimizer.lr" in result.stderr and "Traceback" not in result.stderr
 
