@@ -277,8 +277,10 @@ class Session:
     async def close(self) -> None:
         """End the actors in good order; whatever does not answer is ended by its owner, the node's supervisor."""
         for close in reversed(self._closing):
-            with contextlib.suppress(Exception):  # the run's result stands; the supervisor ends what is left
+            try:
                 await close()
+            except Exception:  # the run's result stands, and the supervisor ends what is left
+                logger.warning("an actor did not end in good order", exc_info=True)
 
 
 async def with_timeout(awaitable: Awaitable[T], timeout_s: float, what: str) -> T:
