@@ -4,10 +4,14 @@ This process is the node's supervisor. It imports nothing heavy, starts the node
 node, the controller, and is the owner of all that these start: whatever the way out, it ends every process below it,
 and on the first node it leaves the true state in ``status.json``.
 
-    node 0   lock ─ certificates ─ worker ─ (warm start) ─ controller ─► outcome ─► status.json
+    node 0   lock ─ certificates ─ worker ─ (warm start) ─ controller ─► outcome ─► status.json ─► requeue
     node n              certificates ─ worker ─────────────────────────► outcome
 
 It finds everything in the run directory, so the first start, a restart and a new job on the same directory are one.
+
+Signals only set a flag, and only the first node acts on it: it asks Slurm what the signal means. A ``scancel`` ends the
+run; preemption, the walltime and what nobody explains let it save and leave, and the job is requeued. The walltime is
+also seen coming by our own clock.
 """
 
 from __future__ import annotations
@@ -23,33 +27,70 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forge_hpc.cluster import slurm
 from forge_hpc.cluster.allocation import Allocation, host_address, interface_of
 from forge_hpc.cluster.identity import make_job_identity, tls_environment
 from forge_hpc.cluster.processes import become_subreaper, die_with_parent, end_descendants
 from forge_hpc.cluster.rendezvous import Rendezvous, RendezvousTimeout
-from forge_hpc.config import Config, UserError, load_config, print_error, read_config, save_config
+from forge_hpc.cluster.starts import StartLog
+from forge_hpc.cluster.walltime import Walltime
+from forge_hpc.config import Config, UserError, load_config, print_error, read_config, save_config, signal_lead_s
 from forge_hpc.observability.summary import final_summary
 from forge_hpc.run_dir import RunDir
 
 STOP_S = 9.0
-"""Seconds that the controller gets to end in good order after a signal; with the rest it stays below 15."""
+"""Seconds that the controller gets to end in good order when the run is cancelled; with the rest it stays below 15."""
+KILL_WAIT_S = 15.0
+"""Seconds in which the run must have saved where Slurm kills without a deadline that it tells (KillWait, often 30)."""
+REQUEUE_S = 4.0
+"""What is left for the requeue before Slurm kills."""
 POLL_S = 0.2
 BEAT_S = 5.0
 LOOK_S = 2.0
 """How often the other nodes look at the shared directory for the end."""
 SILENT_S = 300.0
 """A first node whose status has not changed for this long is dead for the others."""
+LEFT_CODE = 75
+"""Exit code of a run that has saved and left (EX_TEMPFAIL): neither done nor failed."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a signal, or the clock, wants of the run."""
+
+    cause: str
+    """``cancelled``: end at once. Anything else: save, leave, and come back."""
+    message: str
+    within_s: float | None
+    """Then Slurm kills; None where nobody does."""
+
+    @property
+    def cancels(self) -> bool:
+        return self.cause == "cancelled"
 
 
 class Stopped(Exception):
-    """A signal asks the run to stop."""
+    """The run is to end before there is anything to save."""
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
+    def __init__(self, wish: Wish) -> None:
+        super().__init__(wish.message)
+        self.wish = wish
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a start has ended."""
+
+    cause: str
+    """completed, cancelled, failed, crash (worth another start), or why the run has left."""
+    message: str = ""
+    hint: str | None = None
+    lost_nodes: tuple[str, ...] = ()
+    """Slurm's names of nodes that the next start is to do without."""
 
 
 class Supervisor:
@@ -60,18 +101,52 @@ class Supervisor:
         self.allocation = allocation
         self._summary = summary
         self._started = time.monotonic()
-        self._signal: int | None = None
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        self._signals: list[int] = []
+        self._leaving: Wish | None = None
+        self._walltime: Walltime | None = None
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
             signal.signal(signum, self._on_signal)
-        # Slurm's warning before the walltime would end the process; the newest checkpoint stands when time is up.
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
     def _on_signal(self, signum: int, frame: Any) -> None:
-        self._signal = self._signal or signum  # the handler only sets a flag
+        self._signals.append(signum)  # the handler only sets a flag
 
-    def _check_signal(self) -> None:
-        if self._signal is not None:
-            raise Stopped(self._signal)
+    # ---- what is wanted of us
+
+    def _wish(self) -> Wish | None:
+        """What signals and the clock want, when it is new."""
+        wish = None
+        while self._signals and (wish is None or not wish.cancels):
+            wish = self._meaning(self._signals.pop(0))
+        if wish is None and self._leaving is None and self._walltime is not None and self._walltime.is_near():
+            wish = Wish("walltime", "the walltime is near", self._walltime.remaining_s())
+        return wish
+
+    def _meaning(self, signum: int) -> Wish:
+        name = signal.Signals(signum).name
+        if signum in (signal.SIGINT, signal.SIGHUP):
+            return Wish("cancelled", f"stopped by {name}", None)
+        if not self.allocation.in_slurm:
+            return Wish("asked", f"asked to leave by {name}", None)
+        facts = slurm.job_facts(self.allocation.job_id)
+        cause = slurm.cause_of(facts, signum, self.allocation.requeues)
+        left_s = None if facts is None or facts.end_time is None else facts.end_time - time.time()
+        if cause in (slurm.Cause.PREEMPTED, slurm.Cause.WALLTIME) and left_s is not None and left_s > 0:
+            within_s = left_s
+        else:
+            within_s = KILL_WAIT_S
+        if signum == signal.SIGUSR2:
+            within_s = left_s if left_s is not None and left_s > 0 else SILENT_S
+        return Wish(cause.value, f"{cause.meaning} ({name})", within_s)
+
+    def _check_wish(self) -> None:
+        """Raise Stopped where there is nothing to save yet, and somebody wants the run to end."""
+        if (wish := self._wish()) is not None:
+            raise Stopped(wish)
+
+    def _check_interrupt(self) -> None:
+        """On the other nodes: the first one decides; only who sits at a terminal is obeyed."""
+        if signal.SIGINT in self._signals or signal.SIGHUP in self._signals:
+            raise Stopped(Wish("cancelled", "stopped by hand", None))
 
     def _child_env(self, tls: Path) -> dict[str, str]:
         """Environment of the node's processes."""
@@ -93,7 +168,7 @@ class Supervisor:
             return 1 if self.allocation.in_slurm else 2
         except (Stopped, RendezvousTimeout, OSError) as error:
             print(f"node {self.allocation.node_id}: {error}", file=sys.stderr)
-            return 128 + error.signum if isinstance(error, Stopped) else 1
+            return 1
         finally:
             end_descendants(grace_s=0)
 
@@ -106,10 +181,12 @@ class Supervisor:
         return f"{a.job_id}.{a.requeues}.{os.environ.get('SLURM_STEP_ID', '0')}"
 
     def _introduce(self, rendezvous: Rendezvous) -> str:
-        """Tell the first node by which names the others reach this one."""
+        """Tell the first node by which names the others reach this one, and Slurm's name of it."""
         address = host_address(self.allocation.num_nodes)
         names = [address, socket.gethostname(), "localhost"]
-        rendezvous.publish(f"node-{self.allocation.node_id}", {"address": address, "names": names})
+        slurm_name = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+        record = {"address": address, "names": names, "slurm_name": slurm_name}
+        rendezvous.publish(f"node-{self.allocation.node_id}", record)
         return address
 
     def _start_worker(self, rendezvous: Rendezvous, address: str, tls: Path, log_dir: Path) -> subprocess.Popen[bytes]:
@@ -126,31 +203,43 @@ class Supervisor:
                 env=self._child_env(tls),
             )
 
+    def _tell_worker_ended(self, rendezvous: Rendezvous, worker: subprocess.Popen[bytes]) -> str:
+        """Tell the controller, which would notice much later, that nothing runs on this node any more."""
+        message = f"its Monarch worker ended with {worker.returncode}"
+        rendezvous.publish(f"ended-{self.allocation.node_id}", {"message": message})
+        print(f"node {self.allocation.node_id}: {message}", file=sys.stderr)
+        return message
+
     def _other_node(self) -> int:
         rendezvous = self._rendezvous(self._key())
         address = self._introduce(rendezvous)
         timeout_s = read_config(self.run_dir.config).cluster.start_timeout_s
-        start = rendezvous.wait_for_any(["start", "outcome"], timeout_s, self._check_signal)
+        start = rendezvous.wait_for_any(["start", "outcome"], timeout_s, self._check_interrupt)
         if "code" in start:
             return start["code"]
         worker = self._start_worker(rendezvous, address, Path(start["tls"]), Path(start["log_dir"]))
-        heartbeat, changed = None, time.monotonic()
-        while worker.poll() is None:
-            self._check_signal()
-            if (outcome := rendezvous.look("outcome")) is not None:
+        heartbeat, changed, told = None, time.monotonic(), False
+        while True:
+            self._check_interrupt()
+            try:
+                outcome = rendezvous.look("outcome")
+            except FileNotFoundError:  # a newer start has begun, and removed what ours left
+                print(f"node {self.allocation.node_id}: this start is over", file=sys.stderr)
+                return 1
+            if outcome is not None:
                 return 1 if outcome["code"] else 0
+            if worker.poll() is not None and not told:
+                told = True
+                if worker.returncode == 0:
+                    return 0
+                self._tell_worker_ended(rendezvous, worker)
             status = self.run_dir.read_status()
             if status is not None and status.heartbeat != heartbeat:
                 heartbeat, changed = status.heartbeat, time.monotonic()
             if time.monotonic() - changed > SILENT_S:
                 print(f"node {self.allocation.node_id}: the first node fell silent", file=sys.stderr)
                 return 1
-            time.sleep(LOOK_S)
-        if worker.returncode:
-            # Slurm ends all nodes when one fails: give the first one time to see, and to say, what happened.
-            print(f"node {self.allocation.node_id}: the Monarch worker ended with {worker.returncode}", file=sys.stderr)
-            rendezvous.wait_for_any(["outcome"], STOP_S, self._check_signal)
-        return 1 if worker.returncode else 0
+            time.sleep(POLL_S if self._signals else LOOK_S)
 
     # ---- the first node
 
@@ -172,37 +261,80 @@ class Supervisor:
         restart = run_dir.next_restart(job_id)
         log_dir = run_dir.create_log_dir(job_id, restart)
         run_dir.write_status(state="starting", restarts=restart, job_id=job_id, message="")
+        starts = StartLog(run_dir)
+        starts.begin(job_id=job_id, restart=restart, nodes=self.allocation.num_nodes)
         rendezvous = self._rendezvous(self._key() if job_id else f"local.{restart}.{os.getpid()}")
         self._clean(keep=rendezvous.directory.name)
         tls = run_dir.tls / rendezvous.directory.name
+        if job_id:
+            self._walltime = Walltime(job_id, lambda: signal_lead_s(config, measured_lead_s(run_dir)))
         try:
-            code, message, hint = self._start(config, rendezvous, tls, log_dir)
+            ended = self._start(config, rendezvous, tls, log_dir)
         except Stopped as stopped:
-            code, message, hint = 128 + stopped.signum, f"stopped by {stopped}", None
-            if (outcome := rendezvous.look("outcome")) is not None and outcome["code"] == 1:
-                code, message = 1, outcome["message"]  # it had failed, and the signal is what followed
+            ended = Ended(stopped.wish.cause, stopped.wish.message)
         except UserError as error:
-            code, message, hint = 1, error.message, error.hint
+            ended = Ended("failed", error.message, error.hint)
+        except RendezvousTimeout as error:
+            ended = Ended("crash", str(error))
         except Exception as error:  # whatever it is, the run has failed and its status says so
             traceback.print_exc()
-            code, message, hint = 1, f"{type(error).__name__}: {error}", None
+            ended = Ended("failed", f"{type(error).__name__}: {error}")
         finally:
             end_descendants(grace_s=0)
             shutil.rmtree(tls, ignore_errors=True)
-        if code == 0:
+        if rendezvous.look("outcome") is None:
+            with contextlib.suppress(OSError):
+                rendezvous.publish("outcome", {"code": 1, "message": ended.message})
+        return self._finish(config, ended, starts, log_dir)
+
+    def _finish(self, config: Config, ended: Ended, starts: StartLog, log_dir: Path) -> int:
+        """Leave the true state behind, come back where that is wanted, and say how it ended."""
+        run_dir, message = self.run_dir, ended.message
+        if ended.cause == "completed":
             run_dir.write_status(state="completed")
+            starts.end(state="completed", cause=ended.cause, message="")
             if self._summary:
                 print("\n" + final_summary(run_dir, time.monotonic() - self._started), flush=True)
-        elif code > 128:
-            run_dir.write_status(state="cancelled", message=message)
-        else:
-            run_dir.write_status(state="failed", message=message)
-        if code:
-            print(f"logs: {log_dir}", file=sys.stderr)
-            print(f"error: {message}", file=sys.stderr)
-            if hint:
-                print(f"hint: {hint}", file=sys.stderr)
+            return 0
+        state, code = {"cancelled": ("cancelled", 130), "failed": ("failed", 1)}.get(
+            ended.cause, ("preempted", LEFT_CODE)
+        )
+        if ended.cause in ("crash", "node", "unknown"):
+            failures = starts.failures_without_progress() + 1
+            if not self.allocation.in_slurm or not config.slurm.requeue:
+                state, code = "failed", 1
+            elif failures > config.cluster.max_restarts:
+                state, code, message = "failed", 1, f"{message} ({failures} failures without progress)"
+        run_dir.write_status(state=state, message=message)
+        starts.end(state=state, cause=ended.cause, message=message)
+        if state == "preempted" and self.allocation.in_slurm:
+            message = f"{message}; {self._come_back(config, ended)}"
+            run_dir.write_status(message=message)
+        print(f"logs: {log_dir}", file=sys.stderr)
+        print(f"{state if state != 'failed' else 'error'}: {message}", file=sys.stderr)
+        if ended.hint:
+            print(f"hint: {ended.hint}", file=sys.stderr)
+        sys.stderr.flush()
         return code
+
+    def _come_back(self, config: Config, ended: Ended) -> str:
+        """See that the run is started again; returns how."""
+        job_id = self.allocation.job_id
+        if ended.cause == slurm.Cause.REQUEUED:
+            return "Slurm starts it again"
+        if not config.slurm.requeue:
+            return f"slurm.requeue=false: go on with forge-hpc resume {self.run_dir}"
+        try:
+            slurm.requeue(job_id, ended.lost_nodes)
+            return "requeued"
+        except slurm.SlurmRefused as refusal:
+            print(f"no requeue: {refusal}", file=sys.stderr)
+        try:
+            successor = slurm.submit_successor(job_id, self.run_dir.path)
+        except slurm.SlurmRefused as refusal:
+            return f"Slurm takes no successor ({refusal}): go on with forge-hpc resume {self.run_dir}"
+        self.run_dir.write_status(job_id=successor)
+        return f"job {successor} goes on"
 
     def _clean(self, keep: str) -> None:
         """Remove what starts that were killed have left: keys, and records of who was where."""
@@ -211,45 +343,68 @@ class Supervisor:
                 if path.name != keep:
                     shutil.rmtree(path, ignore_errors=True)
 
-    def _start(self, config: Config, rendezvous: Rendezvous, tls: Path, log_dir: Path) -> tuple[int, str, str | None]:
+    def _start(self, config: Config, rendezvous: Rendezvous, tls: Path, log_dir: Path) -> Ended:
         allocation = self.allocation
         address = self._introduce(rendezvous)
         names = [f"node-{n}" for n in range(allocation.num_nodes)]
-        nodes = rendezvous.wait(names, config.cluster.start_timeout_s, self._check_signal)
+        nodes = rendezvous.wait(names, config.cluster.start_timeout_s, self._check_wish)
         make_job_identity(tls, [name for node in nodes for name in node["names"]])
         start = {"num_nodes": allocation.num_nodes, "address": address, "tls": str(tls), "log_dir": str(log_dir)}
         rendezvous.publish("start", start)
         worker = self._start_worker(rendezvous, address, tls, log_dir)
-        if config.model.path == "warmstart" and (failure := self._warm_start(config)):
-            return 1, failure, None
+        if config.model.path == "warmstart" and (ended := self._warm_start(config)) is not None:
+            return ended
         command = [sys.executable, "-m", "forge_hpc.recipes", "--run-dir", str(self.run_dir.path)]
         command += ["--rendezvous", str(rendezvous.directory), "--log-dir", str(log_dir), "--parent", str(os.getpid())]
         controller = subprocess.Popen(
             undisturbed(command), stdin=subprocess.PIPE, start_new_session=True, env=self._child_env(tls)
         )
-        assert controller.stdin is not None
+        wish = self._watch(controller, worker, rendezvous)
+        outcome = rendezvous.look("outcome")
+        if wish is not None and wish.cancels and (outcome is None or outcome["code"] != 1):
+            return Ended("cancelled", wish.message)
+        if outcome is None:
+            if wish is not None:
+                return Ended(wish.cause, f"{wish.message}; there was no time to save, the newest checkpoint stands")
+            return Ended("crash", f"the controller ended with {controller.returncode} and left no reason")
+        if outcome["code"] == 0:
+            return Ended("completed")
+        if outcome["code"] == 4:
+            lost = tuple(nodes[node]["slurm_name"] for node in outcome["lost_nodes"])
+            cause = wish.cause if wish is not None and outcome["cause"] == "asked" else outcome["cause"]
+            return Ended(cause, outcome["message"], None, lost)
+        if outcome.get("is_loss"):
+            return Ended("crash", outcome["message"])
+        return Ended("failed", outcome["message"], outcome.get("hint"))
+
+    def _watch(
+        self, controller: subprocess.Popen[bytes], worker: subprocess.Popen[bytes], rendezvous: Rendezvous
+    ) -> Wish | None:
+        """Wait for the controller's end, and pass on to it what is wanted of the run; returns the last wish."""
+        deadline, told = None, False
         while controller.poll() is None:
-            if self._signal is not None:
-                with contextlib.suppress(BrokenPipeError):  # it ends already
-                    controller.stdin.write(b"stop\n")
-                    controller.stdin.flush()
-                wait_or_kill(controller, STOP_S)
-                raise Stopped(self._signal)
+            if (wish := self._wish()) is not None:
+                within_s = STOP_S if wish.cancels else wish.within_s
+                if within_s is not None:
+                    until = time.monotonic() + max(1.0, within_s - REQUEUE_S)
+                    deadline = until if deadline is None else min(deadline, until)
+                if wish.cancels or self._leaving is None:
+                    tell(controller, "stop" if wish.cancels else f"leave {wish.message}")
+                self._leaving = wish
+            if deadline is not None and time.monotonic() > deadline:
+                controller.kill()
             if self._lock.lost.is_set():
                 controller.kill()
                 raise UserError(f"another job has taken {self.run_dir} over while this one stood still", None)
-            if worker.poll() not in (None, 0):
-                wait_or_kill(controller, STOP_S)  # it notices, and knows more
-                if rendezvous.look("outcome") is None:
-                    return 1, f"the Monarch worker of the first node ended with {worker.returncode}", None
+            if not told and worker.poll() not in (None, 0):
+                told = True
+                self._tell_worker_ended(rendezvous, worker)
+                deadline = deadline or time.monotonic() + SILENT_S  # the controller saves what it can, and leaves
             time.sleep(POLL_S)
-        outcome = rendezvous.look("outcome")
-        if outcome is None:
-            return 1, f"the controller ended with {controller.returncode} and left no reason", None
-        return outcome["code"], outcome["message"], outcome.get("hint")
+        return self._leaving
 
-    def _warm_start(self, config: Config) -> str | None:
-        """Make the model that the run starts from, once: a run of its own, on this node alone. None, or what failed."""
+    def _warm_start(self, config: Config) -> Ended | None:
+        """Make the model that the run starts from, once: a run of its own, on this node alone. None when it is there."""
         run_dir = RunDir(self.run_dir.warmstart)
         status = run_dir.read_status()
         if status is not None and status.state == "completed":
@@ -264,10 +419,10 @@ class Supervisor:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, env=environ)
         beat = 0.0
         while process.poll() is None:
-            if self._signal is not None:
-                process.send_signal(self._signal)
-                wait_or_kill(process, STOP_S + 2)
-                raise Stopped(self._signal)
+            if (wish := self._wish()) is not None:
+                process.send_signal(signal.SIGINT if wish.cancels else signal.SIGTERM)
+                wait_or_kill(process, STOP_S + 2 if wish.cancels else (wish.within_s or SILENT_S) - REQUEUE_S)
+                return Ended(wish.cause, f"{wish.message}, in the warm start")
             if time.monotonic() - beat > BEAT_S:
                 self.run_dir.write_status()
                 beat = time.monotonic()
@@ -275,7 +430,23 @@ class Supervisor:
         if process.returncode == 0:
             return None
         status = run_dir.read_status()
-        return f"the warm start in {run_dir} failed: {status.message if status else process.returncode}"
+        return Ended(
+            "failed", f"the warm start in {run_dir} failed: {status.message if status else process.returncode}"
+        )
+
+
+def measured_lead_s(run_dir: RunDir) -> float:
+    """What the run has measured that it needs to save and leave; 0 before it has."""
+    status = run_dir.read_status()
+    return status.lead_s if status is not None else 0.0
+
+
+def tell(controller: subprocess.Popen[bytes], line: str) -> None:
+    """Write a line to the controller's standard input."""
+    assert controller.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it ends already
+        controller.stdin.write(f"{line}\n".encode())
+        controller.stdin.flush()
 
 
 def undisturbed(command: Sequence[str]) -> list[str]:
@@ -289,7 +460,7 @@ def undisturbed(command: Sequence[str]) -> list[str]:
 def wait_or_kill(process: subprocess.Popen[bytes], timeout_s: float) -> None:
     """Give a process time to end; then none."""
     try:
-        process.wait(timeout_s)
+        process.wait(max(0.0, timeout_s))
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

@@ -103,6 +103,8 @@ class Status:
     heartbeat: float = 0.0
     """Unix time in seconds of the last write."""
     message: str = ""
+    lead_s: float = 0.0
+    """Seconds that the run needs to finish a step, save and leave; measured, 0 before it was."""
 
     @property
     def is_terminal(self) -> bool:
@@ -264,6 +266,7 @@ class RunDir:
         restarts: int | None = None,
         job_id: str | None = None,
         message: str | None = None,
+        lead_s: float | None = None,
     ) -> Status:
         """Replace ``status.json`` atomically; what is not given stays as it was, the heartbeat becomes now.
 
@@ -289,6 +292,7 @@ class RunDir:
             "restarts": restarts,
             "job_id": job_id,
             "message": message,
+            "lead_s": lead_s,
         }
         new = replace(old, heartbeat=time.time(), **{key: item for key, item in given.items() if item is not None})
         new = replace(new, job_id=new.job_id or None)

@@ -22,6 +22,8 @@ from forge_hpc.run_dir import RunDir
 from launchers.command import run_command, with_setup
 
 _PR_SET_PDEATHSIG = 1
+LEFT_CODE = 75
+"""The run's exit code when it has saved and left, which is no failure."""
 
 
 class ForegroundExecutor(LocalExecutor):
@@ -47,7 +49,7 @@ class ForegroundExecutor(LocalExecutor):
 
 
 def run_here(cfg: Config, run_dir: Path) -> int:
-    """Run on this machine until the end and return the exit code; SIGINT, SIGTERM and SIGHUP are passed on."""
+    """Run on this machine until the end and return the exit code; SIGINT, SIGTERM, SIGHUP and SIGUSR2 are passed on."""
     executor = ForegroundExecutor(folder=run_dir / "logs")
     command = shlex.join(with_setup(run_command(run_dir), cfg.slurm.setup))
     job: LocalJob[Any] | None = None
@@ -59,7 +61,7 @@ def run_here(cfg: Config, run_dir: Path) -> int:
         elif executor.process.poll() is None:
             executor.process.send_signal(signum)
 
-    before = {s: signal.signal(s, pass_on) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {s: signal.signal(s, pass_on) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)}
     try:
         job = executor._submit_command(command)
         for signum in early:
@@ -77,7 +79,7 @@ def _has_final_state(run_dir: RunDir, code: int) -> bool:
 
     def final() -> bool:
         status = run_dir.read_status()
-        return status is not None and status.is_terminal
+        return status is not None and (status.is_terminal or (status.state == "preempted" and code == LEFT_CODE))
 
     if final():
         return True

@@ -16,7 +16,7 @@ from typing import Any
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from forge_hpc.config import Config, UserError
+from forge_hpc.config import Config, UserError, signal_lead_s
 from launchers.command import srun_command
 
 
@@ -29,10 +29,10 @@ class RunExecutor(SlurmExecutor):
         job_id = executor.submit_run()
     """
 
-    def __init__(self, cfg: Config, run_dir: Path) -> None:
+    def __init__(self, cfg: Config, run_dir: Path, lead_s: float = 0.0) -> None:
         super().__init__(folder=run_dir / "logs")
         self._command = srun_command(run_dir, cfg.slurm.setup, cfg.slurm.cpus_per_task)
-        self.parameters = job_parameters(cfg, run_dir)
+        self.parameters = job_parameters(cfg, run_dir, lead_s)
 
     @classmethod
     def affinity(cls) -> int:
@@ -61,8 +61,11 @@ class RunExecutor(SlurmExecutor):
         return job.job_id
 
 
-def job_parameters(cfg: Config, run_dir: Path) -> dict[str, Any]:
-    """The parameters of submitit for `cfg`; ``slurm.extra`` has the last word."""
+def job_parameters(cfg: Config, run_dir: Path, lead_s: float = 0.0) -> dict[str, Any]:
+    """The parameters of submitit for `cfg`; ``slurm.extra`` has the last word.
+
+    ``lead_s`` is what an earlier start of the run has measured that it needs to save and leave, 0 where there was none.
+    """
     slurm, log = cfg.slurm, run_dir / "logs" / "slurm-%j.out"
     parameters: dict[str, Any] = {
         "job_name": cfg.name,
@@ -77,7 +80,9 @@ def job_parameters(cfg: Config, run_dir: Path) -> dict[str, Any]:
         "cpus_per_task": slurm.cpus_per_task,
         "mem": "0" if slurm.mem is None and slurm.exclusive else slurm.mem,  # whole nodes, whole memory
         "gpus_per_node": cfg.cluster.gpus_per_node or None,
-        "signal_delay_s": slurm.signal_lead_s,  # rendered as --signal=USR2@…: to the tasks, not to the batch shell
+        "signal_delay_s": signal_lead_s(
+            cfg, lead_s
+        ),  # rendered as --signal=USR2@…: to the tasks, not to the batch shell
         "stderr_to_stdout": True,
         "wckey": None,
         "use_srun": False,  # the command brings its own

@@ -66,35 +66,73 @@ def test_an_episode_older_than_the_bound_is_left_out_and_counted() -> None:
     assert asyncio.run(scenario()) == ([0, 2], 2)
 
 
+def test_what_was_finished_ahead_is_kept_and_not_generated_again() -> None:
+    async def scenario() -> None:
+        buffer = EpisodeBuffer(2, 2, policy_version=3)
+        for step, position in ((5, 9), (4, 7), (4, 6)):
+            await buffer.put(step, group(position, 3))
+        saved = buffer.finished()
+        assert [g.prompt.position for g in saved] == [6, 7, 9]
+        resumed = EpisodeBuffer(2, 2, policy_version=3)
+        resumed.restore(saved)
+        prompts = {step: [Prompt(2 * step - 2 + i, "", [1], "") for i in range(2)] for step in (4, 5, 6)}
+        missing = {step: [p.position for p in resumed.missing(step, prompts[step])] for step in prompts}
+        assert missing == {4: [], 5: [8], 6: [10, 11]}
+        assert [g.prompt.position for g in await resumed.take(4)] == [6, 7]
+
+    asyncio.run(scenario())
+
+
 class FakeReplica:
-    """Answers when it is told to. Real replicas are tested end to end; their timing cannot be chosen."""
+    """Answers when it is told to, or not at all. Real replicas are tested end to end; their timing cannot be chosen."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.gate = asyncio.Event()
+        self.num_calls = 0
 
     @property
     def generate(self) -> FakeReplica:
         return self
 
     async def call_one(self, *args: Any) -> tuple[str, Any]:
+        self.num_calls += 1
         await self.gate.wait()
         return self.name, args
+
+
+class Losses(list):
+    """Collects what a service reports as lost."""
+
+    def __call__(self, index: int, reason: str) -> None:
+        self.append((index, reason))
+
+
+async def service_of(replicas: list[FakeReplica], timeout_s: float = 10) -> tuple[Service, Losses]:
+    losses = Losses()
+    service = Service("generator", len(replicas), timeout_s, losses)
+    for index, replica in enumerate(replicas):
+        await service.admit(index, replica)
+    return service, losses
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0)
 
 
 def test_calls_go_to_the_least_loaded_replica_or_to_that_of_their_key() -> None:
     async def scenario() -> None:
         replicas = [FakeReplica(name) for name in "abc"]
-        service = Service("generator", replicas, timeout_s=10)
+        service, _ = await service_of(replicas)
         calls = [asyncio.ensure_future(service.generate.route(i)) for i in range(4)]
-        await asyncio.sleep(0)
-        assert service.in_flight == [2, 1, 1]
+        await until(lambda: sum(replica.num_calls for replica in replicas) == 4)
+        assert [replica.num_calls for replica in replicas] == [2, 1, 1]
         replicas[1].gate.set()
         assert await calls[1] == ("b", (1,))
-        assert service.in_flight == [2, 0, 1]
         for replica in replicas:
             replica.gate.set()
-        assert (await service.generate.route(9))[0] == "b"  # b had nothing to do when it was asked
         await asyncio.gather(*calls)
         assert [(await service.generate.route(0, key=key))[0] for key in range(6)] == list("abcabc")
         assert [name for name, _ in await service.generate.fanout()] == list("abc")
@@ -102,11 +140,46 @@ def test_calls_go_to_the_least_loaded_replica_or_to_that_of_their_key() -> None:
     asyncio.run(scenario())
 
 
-def test_a_replica_that_does_not_answer_is_named() -> None:
+def test_calls_of_a_lost_replica_go_to_others_and_a_key_has_its_replica_to_itself() -> None:
     async def scenario() -> None:
-        service = Service("generator", [FakeReplica("a")], timeout_s=0.05)
-        with pytest.raises(TimeoutError, match=r"generator replica 0 did not answer generate\(\) within"):
-            await service.generate.route()
-        assert service.in_flight == [0]
+        replicas = [FakeReplica(name) for name in "ab"]
+        service, losses = await service_of(replicas)
+        calls = [asyncio.ensure_future(service.generate.route(key, key=key)) for key in range(2)]
+        await until(lambda: [replica.num_calls for replica in replicas] == [1, 1])
+        service.lose(0, "killed")
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert replicas[1].num_calls == 1  # the second call waits for the first to be over
+        replicas[1].gate.set()
+        assert sorted(await asyncio.gather(*calls)) == [("b", (0,)), ("b", (1,))]
+        assert losses == [(0, "killed")] and service.serving == [1]
+
+    asyncio.run(scenario())
+
+
+def test_a_replica_that_does_not_answer_is_lost_and_its_call_waits_for_the_next() -> None:
+    async def scenario() -> None:
+        service, losses = await service_of([FakeReplica("a")], timeout_s=0.05)
+        call = asyncio.ensure_future(service.generate.route(7))
+        await until(lambda: losses)
+        assert "did not answer within 0.05 s" in losses[0][1]
+        assert service.serving == [] and not call.done()
+        healthy = FakeReplica("b")
+        healthy.gate.set()
+        await service.admit(0, healthy)
+        assert await call == ("b", (7,))
+
+    asyncio.run(scenario())
+
+
+def test_who_waits_for_a_replica_that_never_comes_is_told_why() -> None:
+    async def scenario() -> None:
+        service, _ = await service_of([FakeReplica("a")])
+        call = asyncio.ensure_future(service.generate.route())
+        await until(lambda: service._replicas[0].in_flight == 1)
+        service.lose(0, "killed")
+        await service.fail(RuntimeError("no node is left"))
+        with pytest.raises(RuntimeError, match="no node is left"):
+            await call
 
     asyncio.run(scenario())

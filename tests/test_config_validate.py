@@ -94,7 +94,7 @@ def test_the_configurations_that_the_readme_names_are_there():
         (["rollout.group_size=2", "rollout.prompts_per_step=1", "cluster.gpus_per_node=8"], "data-parallel ranks"),
         (["name=a/b"], "name is 'a/b'"),
         (["slurm.time=tomorrow"], "slurm.time is 'tomorrow'"),
-        (["slurm.time=5"], "slurm.signal_lead_s=300 is not shorter"),
+        (["slurm.time=5", "slurm.signal_lead_s=300"], "slurm.signal_lead_s=300 is not shorter"),
         (["slurm.mem=much"], "slurm.mem"),
         (["recipe=sft", "evaluation.interval=5"], "SFT evaluates at its end"),
         (["model.path=warmstart"], "needs warmstart.config"),

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
-from forge_hpc.data.types import Group
+from forge_hpc.data.types import Group, Prompt
 
 
 class EpisodeBuffer:
@@ -34,6 +34,20 @@ class EpisodeBuffer:
     def __len__(self) -> int:
         """Finished groups that wait."""
         return sum(map(len, self._groups.values()))
+
+    def finished(self) -> list[Group]:
+        """All groups that wait, in the order of their positions: what a checkpoint keeps of work done ahead."""
+        return sorted((g for groups in self._groups.values() for g in groups), key=lambda group: group.prompt.position)
+
+    def restore(self, groups: Iterable[Group]) -> None:
+        """Put back what ``finished`` gave when the run was saved."""
+        for group in groups:
+            self._groups[1 + group.prompt.position // self._prompts_per_step].append(group)
+
+    def missing(self, step: int, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Those prompts of ``step`` whose groups are not there yet."""
+        there = {group.prompt.position for group in self._groups[step]}
+        return [prompt for prompt in prompts if prompt.position not in there]
 
     async def room(self, step: int) -> None:
         """Wait until generation for ``step`` may begin: the generators' weights are at most ``max_staleness`` older."""

@@ -56,6 +56,11 @@ class Generator(Actor):
         return time.perf_counter() - start
 
     @endpoint
+    async def abort(self) -> None:
+        """End all requests: those who asked for them are gone."""
+        self._engine.abort()
+
+    @endpoint
     async def leave(self) -> None:
         """End the engine and its processes."""
         if hasattr(self, "_engine"):

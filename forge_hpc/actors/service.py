@@ -1,48 +1,169 @@
-"""A service: several replicas of an actor behind one name.
+"""A service: several replicas of an actor behind one name, of which any may die.
 
 completions = await generator.generate.route(prompts)          # the replica with the fewest calls in flight
-completions = await generator.generate.route(prompts, key=17)  # replica 17 modulo their number, always
-await generator.load.fanout(spec, version)                     # all replicas
+completions = await generator.generate.route(prompts, key=17)  # replica 17 modulo their number, while it serves
+await generator.load.fanout(spec, version)                     # all replicas that serve
+
+A replica that dies or does not answer in time leaves the service, and ``on_loss`` is told; calls that were routed to it
+go to others, or wait until one is admitted again. Calls with a key have a replica to themselves, so that what it
+computes for them does not depend on who else is served, nor on which replica it is.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 
-class Service:
-    """Routes calls to replicas. Every call has a deadline, ``timeout_s``, and raises TimeoutError beyond it."""
+class ActorLost(RuntimeError):
+    """An actor's process has died, does not answer, or has failed for good; another can take its place."""
 
-    def __init__(self, name: str, replicas: Sequence[Any], timeout_s: float) -> None:
-        if not replicas:
-            raise ValueError(f"service {name} has no replica")
+
+def cause_of(error: BaseException) -> BaseException:
+    """The error that started it: the first of a group, and in Monarch's wrapper the one that the actor raised."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    while (cause := getattr(error, "exception", None)) is not None and isinstance(cause, BaseException):
+        error = cause
+    return error
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether the machinery failed, not what ran on it: a dead process, silence, a network or a device that is gone."""
+    from monarch._rust_bindings.monarch_hyperactor.supervision import SupervisionError
+
+    cause = cause_of(error)
+    names = {kind.__name__ for kind in type(cause).__mro__}
+    device = {
+        "AcceleratorError",
+        "DistBackendError",
+        "DistNetworkError",
+        "GenerationError",
+    }  # no torch is imported here
+    return isinstance(cause, (SupervisionError, ActorLost, TimeoutError, ConnectionError)) or bool(names & device)
+
+
+def reason_of(error: BaseException) -> str:
+    """What a loss is reported as: one line."""
+    cause = cause_of(error)
+    lines = str(cause).strip().splitlines() or [type(cause).__name__]
+    return lines[-1].strip()
+
+
+async def answer(call: Awaitable[Any], lost: asyncio.Future[str], timeout_s: float, who: str) -> Any:
+    """The result of a call to an actor.
+
+    Raises:
+        ActorLost: the actor was lost (``lost`` has its reason), or did not answer within ``timeout_s``.
+        Exception: what the actor raised.
+    """
+    task = asyncio.ensure_future(call)
+    try:
+        await asyncio.wait({task, lost}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ActorLost(f"{who}: {lost.result()}" if lost.done() else f"{who} did not answer within {timeout_s:g} s")
+    except Exception as error:
+        if isinstance(error, ActorLost) or not is_loss(error):
+            raise
+        raise ActorLost(f"{who}: {reason_of(error)}") from error
+    finally:
+        task.cancel()
+
+
+class Replica:
+    """One actor of a service."""
+
+    def __init__(self, index: int, actor: Any) -> None:
+        self.index = index
+        self.actor = actor
+        self.in_flight = 0
+        """Calls that it has not answered yet."""
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.alone = asyncio.Lock()
+        """Held by a call with a key."""
+
+
+class Service:
+    """Routes calls to replicas.
+
+    Args:
+        name: what messages call it.
+        size: replicas that it has when all are well.
+        timeout_s: every call has this deadline; a replica that misses it is stuck, and lost.
+        on_loss: called with the index of a lost replica and the reason; is to ``admit`` another, or to ``fail``.
+        on_retry: called when a call goes to another replica because the first was lost.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        timeout_s: float,
+        on_loss: Callable[[int, str], None],
+        on_retry: Callable[[], None] = lambda: None,
+    ) -> None:
         self.name = name
-        self.replicas = list(replicas)
+        self.size = size
         self.timeout_s = timeout_s
-        self.in_flight = [0] * len(self.replicas)
-        """Calls that each replica has not answered yet."""
+        self._on_loss = on_loss
+        self._on_retry = on_retry
+        self._replicas: dict[int, Replica] = {}
+        self._admitted = asyncio.Condition()
+        self._failure: Exception | None = None
 
     def __len__(self) -> int:
-        return len(self.replicas)
+        return self.size
 
     def __getattr__(self, endpoint: str) -> ServiceEndpoint:
         if endpoint.startswith("_"):
             raise AttributeError(endpoint)
         return ServiceEndpoint(self, endpoint)
 
-    async def call(self, replica: int, endpoint: str, *args: Any) -> Any:
-        """Call one replica's endpoint."""
-        self.in_flight[replica] += 1
+    @property
+    def serving(self) -> list[int]:
+        """Indices of the replicas that serve."""
+        return sorted(self._replicas)
+
+    async def admit(self, index: int, actor: Any) -> None:
+        """``actor`` serves as replica ``index`` from the moment of the call."""
+        self._replicas[index] = Replica(index, actor)
+        async with self._admitted:
+            self._admitted.notify_all()
+
+    def lose(self, index: int, reason: str) -> None:
+        """Replica ``index`` is gone: its calls go elsewhere. Nothing happens where it was known."""
+        replica = self._replicas.pop(index, None)
+        if replica is not None:
+            replica.lost.set_result(reason)
+            self._on_loss(index, reason)
+
+    async def fail(self, error: Exception) -> None:
+        """No replica will be admitted any more: who waits for one, and who comes, gets ``error``."""
+        async with self._admitted:
+            self._failure = error
+            self._admitted.notify_all()
+
+    async def _pick(self, key: int | None) -> Replica:
+        async with self._admitted:
+            await self._admitted.wait_for(lambda: self._failure is not None or self._replicas)
+            if self._failure is not None:
+                raise self._failure
+            if key is not None and key % self.size in self._replicas:
+                return self._replicas[key % self.size]
+            return min(self._replicas.values(), key=lambda replica: (replica.in_flight, replica.index))
+
+    async def _call(self, replica: Replica, endpoint: str, args: Sequence[Any]) -> Any:
+        who = f"{self.name} {replica.index}"
         try:
-            return await asyncio.wait_for(getattr(self.replicas[replica], endpoint).call_one(*args), self.timeout_s)
-        except TimeoutError:
-            raise TimeoutError(
-                f"{self.name} replica {replica} did not answer {endpoint}() within {self.timeout_s:.0f} s"
-            ) from None
-        finally:
-            self.in_flight[replica] -= 1
+            method = getattr(replica.actor, endpoint)
+            return await answer(method.call_one(*args), replica.lost, self.timeout_s, f"{who}, {endpoint}()")
+        except ActorLost as error:
+            if self._replicas.get(replica.index) is replica:
+                self.lose(replica.index, reason_of(error))
+            raise
 
 
 class ServiceEndpoint:
@@ -53,12 +174,24 @@ class ServiceEndpoint:
         self._endpoint = endpoint
 
     async def route(self, *args: Any, key: int | None = None) -> Any:
-        """Call the least loaded replica, or the one that ``key`` always leads to."""
-        loads = self._service.in_flight
-        replica = loads.index(min(loads)) if key is None else key % len(loads)
-        return await self._service.call(replica, self._endpoint, *args)
+        """Call the least loaded replica, or the one that ``key`` leads to; another one where it is lost on the way."""
+        while True:
+            replica = await self._service._pick(key)
+            replica.in_flight += 1
+            try:
+                async with replica.alone if key is not None else contextlib.nullcontext():
+                    return await self._service._call(replica, self._endpoint, args)
+            except ActorLost:
+                self._service._on_retry()
+            finally:
+                replica.in_flight -= 1
 
     async def fanout(self, *args: Any) -> list[Any]:
-        """Call all replicas at once; results in their order, or the first error."""
-        calls = (self._service.call(replica, self._endpoint, *args) for replica in range(len(self._service)))
-        return await asyncio.gather(*calls)
+        """Call all replicas that serve at once; results by index, without those that are lost on the way."""
+        replicas = [self._service._replicas[index] for index in self._service.serving]
+        calls = (self._service._call(replica, self._endpoint, args) for replica in replicas)
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException) and not isinstance(result, ActorLost):
+                raise result
+        return [result for result in results if not isinstance(result, ActorLost)]

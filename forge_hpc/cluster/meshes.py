@@ -2,8 +2,10 @@
 
 hosts = await attach(addresses, own_address, timeout_s)
 cluster = Cluster(hosts, placement, cpus, log_dir)
-trainers = cluster.spawn_trainers()          # one mesh over all trainer nodes
-replicas = cluster.spawn_generators()        # one mesh a replica, so that one can fail alone
+trainers = cluster.spawn_trainers("trainer")        # one mesh over all trainer nodes
+replica = cluster.spawn_generator("generator0", 0)  # one mesh a replica, so that one can fail alone
+
+Meshes are named by the caller: what Monarch reports of one is told to who watches that name (``faults``).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from forge_hpc.cluster.faults import Faults
 from forge_hpc.config.split import Placement
 
 if TYPE_CHECKING:
@@ -49,8 +52,9 @@ class Cluster:
     gpu_names: Sequence[Sequence[str]]
     """By node: what CUDA_VISIBLE_DEVICES calls its GPUs there."""
     log_dir: Path
+    faults: Faults
 
-    def spawn_trainers(self) -> ProcMesh:
+    def spawn_trainers(self, name: str) -> ProcMesh:
         """One process a trainer rank, as one mesh with dimensions ``hosts`` and ``procs``."""
         nodes = self.placement.trainer_nodes
         gpus = [gpu for process in self.placement.trainer_gpus for gpu in process]
@@ -60,26 +64,36 @@ class Cluster:
         def command(point: Point) -> BootstrapCommand:
             return self._command(nodes.start + point["hosts"], gpus)
 
-        return hosts.spawn_procs(per_host=procs, name="trainer", bootstrap_command=command)
+        return hosts.spawn_procs(per_host=procs, name=name, bootstrap_command=command)
 
-    def spawn_volumes(self) -> ProcMesh:
+    def spawn_volumes(self, name: str) -> ProcMesh:
         """One process a trainer node that does nothing but hold published weights."""
         nodes = self.placement.trainer_nodes
         hosts = self.hosts.slice(hosts=slice(nodes.start, nodes.stop))
         return hosts.spawn_procs(
-            per_host={"procs": 1}, name="volume", bootstrap_command=self._command(nodes.start, [], threads=1)
+            per_host={"procs": 1}, name=name, bootstrap_command=self._command(nodes.start, [], threads=1)
         )
 
-    def spawn_generators(self) -> list[ProcMesh]:
-        """One mesh of one process for each replica, node by node."""
-        return [
-            self.hosts.slice(hosts=slice(node, node + 1)).spawn_procs(
-                per_host={"procs": 1}, name=f"generator{index}", bootstrap_command=self._command(node, gpus)
-            )
-            for index, (node, gpus) in enumerate(
-                (node, gpus) for node in self.placement.rollout_nodes for gpus in self.placement.replica_gpus
-            )
-        ]
+    def spawn_generator(self, name: str, replica: int, node: int | None = None) -> ProcMesh:
+        """A mesh of the one process of a replica, on its own node or, in place of a lost one, on ``node``."""
+        home, slot = divmod(replica, self.placement.replicas_per_node)
+        node = self.placement.rollout_nodes[home] if node is None else node
+        hosts = self.hosts.slice(hosts=slice(node, node + 1))
+        command = self._command(node, self.placement.replica_gpus[slot])
+        return hosts.spawn_procs(per_host={"procs": 1}, name=name, bootstrap_command=command)
+
+    async def can_spawn(self, node: int, timeout_s: float) -> bool:
+        """Whether a process can be started on a node."""
+        name = f"probe{node}"
+        self.faults.forget(name)
+        try:
+            hosts = self.hosts.slice(hosts=slice(node, node + 1))
+            procs = hosts.spawn_procs(per_host={"procs": 1}, name=name, bootstrap_command=self._command(node, [], 1))
+            await asyncio.wait_for(procs.initialized, timeout_s)
+            await asyncio.wait_for(procs.stop(), timeout_s)
+        except Exception:  # whatever it is that Monarch says of a node which is gone
+            return False
+        return True
 
     def _command(self, node: int, gpus: Sequence[int], threads: int | None = None) -> BootstrapCommand:
         """How processes of a node are started: threads and GPUs are fixed before any library counts them."""

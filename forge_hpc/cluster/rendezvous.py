@@ -40,6 +40,10 @@ class Rendezvous:
         except FileNotFoundError:
             return None
 
+    def names(self, prefix: str) -> list[str]:
+        """Names of the records that begin with ``prefix``."""
+        return sorted(path.stem for path in self.directory.glob(f"{prefix}*.json"))
+
     def wait(self, names: Sequence[str], timeout_s: float, stop: Callable[[], None] | None = None) -> list[Any]:
         """Wait until all records are there and return them in the order of ``names``.
 

@@ -4,7 +4,7 @@ from forge_hpc.config.errors import EXIT_USAGE, UserError, print_error
 from forge_hpc.config.load import all_keys, diff_config, load_config, read_config, save_config
 from forge_hpc.config.schema import Config
 from forge_hpc.config.split import Placement, plan
-from forge_hpc.config.validate import validate, walltime_s
+from forge_hpc.config.validate import signal_lead_s, validate, walltime_s
 
 __all__ = [
     "EXIT_USAGE",
@@ -18,6 +18,7 @@ __all__ = [
     "print_error",
     "read_config",
     "save_config",
+    "signal_lead_s",
     "validate",
     "walltime_s",
 ]

@@ -263,7 +263,10 @@ class ClusterConfig:
     rollout_ratio: float = 0.5
     """Share of the nodes (of the GPUs on one node) that generate, where no number is given."""
     spare_nodes: int = 0
-    """Nodes kept to replace lost ones."""
+    """Nodes kept to replace lost rollout nodes."""
+    max_restarts: int = 3
+    """How often something that failed (a generator, the trainers, the whole run) is started again without progress in
+    between; being preempted is no failure."""
     gpus_per_node: int | None = None
     """GPUs used on each node; 0 is the CPU; by default what the node has."""
     start_timeout_s: float = 600.0
@@ -288,8 +291,9 @@ class SlurmConfig:
     """CPU cores on each node; with exclusive, all of them."""
     mem: str | None = None
     """Memory on each node; 0 is all of it."""
-    signal_lead_s: int = 300
-    """Seconds before the walltime at which Slurm warns the run, so that it can save."""
+    signal_lead_s: int | None = None
+    """Seconds before the walltime at which the run saves and leaves. By default it follows from the step and save times
+    that the run has measured: 300 before that, and never more than half of ``time``."""
     requeue: bool = True
     """Let Slurm start the job again after a preemption or a lost node."""
     setup: list[str] = field(default_factory=list)

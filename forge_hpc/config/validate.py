@@ -84,6 +84,7 @@ _NOT_NEGATIVE = [
     "evaluation.interval",
     "evaluation.num_prompts",
     "cluster.spare_nodes",
+    "cluster.max_restarts",
     "cluster.gpus_per_node",
     "slurm.signal_lead_s",
     "logging.num_rollouts_per_step",
@@ -91,6 +92,7 @@ _NOT_NEGATIVE = [
 _UP_TO_ONE = ["rollout.sampling.top_p", "generator.engine.gpu_memory_utilization"]  # above 0, at most 1
 _SHARES = ["trainer.lr_scheduler.decay_ratio", "trainer.lr_scheduler.min_lr_factor", "cluster.rollout_ratio"]  # 0 to 1
 _BELOW_ONE = ["trainer.optimizer.beta1", "trainer.optimizer.beta2"]  # 0 to less than 1
+UNMEASURED_LEAD_S = 300.0
 _MAX_CHECKED_LINES = 10_000
 _JSONL_SUFFIXES = (".jsonl", ".json")  # what forge_hpc.data reads line by line
 _DATA_SUFFIXES = (*_JSONL_SUFFIXES, ".parquet", ".csv")
@@ -130,6 +132,17 @@ def walltime_s(text: str) -> float:
         return int(days) * 86400 + hours * 3600 + minutes * 60 + seconds
     hours, minutes, seconds = {1: (0, parts[0], 0), 2: (0, *parts), 3: tuple(parts)}[len(parts)]
     return hours * 3600 + minutes * 60 + seconds
+
+
+def signal_lead_s(cfg: Config, measured_s: float = 0.0) -> int:
+    """Seconds before the walltime at which the run is to save and leave.
+
+    ``measured_s`` is ``Status.lead_s`` of an earlier start, or of this one; 0 where nothing was measured.
+    """
+    if cfg.slurm.signal_lead_s is not None:
+        return cfg.slurm.signal_lead_s
+    limit = walltime_s(cfg.slurm.time) or math.inf
+    return math.ceil(min(measured_s or UNMEASURED_LEAD_S, limit / 2))
 
 
 # --- single values
@@ -260,7 +273,7 @@ def _check_slurm(cfg: Config) -> None:
     limit = walltime_s(s.time)
     if limit == 0:
         limit = math.inf  # Slurm's 0 is no limit
-    if s.signal_lead_s >= limit:
+    if s.signal_lead_s is not None and s.signal_lead_s >= limit:
         raise UserError(
             f"slurm.signal_lead_s={s.signal_lead_s} is not shorter than slurm.time={s.time} ({limit:.0f} s)",
             "ask for a longer slurm.time, or a shorter warning",

@@ -5,7 +5,7 @@
 The thread produces completions and consumes requests; it sleeps while there are none. Requests join the batch
 between two steps while others decode. New weights are loaded between two steps too: requests in flight go on under
 them, keep the KV cache they have (the usual thing in asynchronous RL) and report both versions; requests that start
-later never share a prefix that older weights computed, because the version salts the prefix cache.
+later never share a prefix that older weights computed, because the number of loads salts the prefix cache.
 
 If the thread fails, every caller that waits, and every later one, gets a GenerationError.
 """
@@ -376,14 +376,14 @@ class GenerationEngine:
     def _admit(self) -> None:
         """Fill vLLM up to ``max_num_seqs`` requests.
 
-        The rest waits here, so that a request is salted by the version that will compute its prompt.
+        The rest waits here, so that a request is salted by the weights that will compute its prompt.
         """
         from vllm.inputs.engine import tokens_input
 
         while self._pending and len(self._running) < self._max_num_seqs:
             group, index = self._pending.popleft()
             request_id = str(next(self._request_ids))
-            salt = f"version-{self._policy_version}/{group.share}"
+            salt = f"weights-{self._num_weight_loads}/{group.share}"
             try:
                 prompt = tokens_input(group.prompt.token_ids, cache_salt=salt)
                 self._engine.add_request(request_id, prompt, group.sampling_params[index])

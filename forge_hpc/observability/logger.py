@@ -115,12 +115,16 @@ class MetricLogger:
                 )
         self._rollouts.write(*records)
 
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the evaluation of ``step`` has been written."""
+        return self._evaluations.last_step is not None and step <= self._evaluations.last_step
+
     def log_evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """Write an evaluation of the policy after ``step`` (0: before training), such as ``{"accuracy": 0.93}``.
 
         The first evaluation of a step counts: a restart that repeats it writes nothing.
         """
-        if self._evaluations.last_step is not None and step <= self._evaluations.last_step:
+        if self.is_evaluated(step):
             return
         self._evaluations.write({"step": step, "wall_time": time.time()} | dict(values))
         self._write_curves(step, {f"eval/{key}": value for key, value in values.items()})

@@ -1,8 +1,12 @@
 """The controller process of a run, started by the supervisor of the first node (``forge_hpc.run``).
 
 It reads the run directory, attaches to the workers of all nodes, runs the recipe, and leaves the reason in
-``outcome.json`` of the rendezvous. On its standard input the supervisor asks it to stop, and by closing it tells that
-the supervisor is dead.
+``outcome.json`` of the rendezvous. On its standard input the supervisor asks it to stop, or to save and leave, and by
+closing it tells that the supervisor is dead.
+
+    lost generators ─► replaced beside the training (GeneratorPool)
+    lost trainers ───► a new attempt from the newest checkpoint; the generators stay
+    a lost node ─────► save where that can be done, and leave
 """
 
 from __future__ import annotations
@@ -16,54 +20,142 @@ import os
 import sys
 import threading
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from forge_hpc.actors.service import ActorLost, cause_of, is_loss, reason_of
+from forge_hpc.cluster.faults import Faults
 from forge_hpc.cluster.meshes import Cluster, attach
 from forge_hpc.cluster.processes import die_with_parent
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import Config, UserError, plan, read_config
 from forge_hpc.observability.logs import Terminal, setup_logging
+from forge_hpc.recipes.recovery import Departure, Leave, Recoveries
 from forge_hpc.run_dir import RunDir
+
+if TYPE_CHECKING:  # they load torch: only once the nodes have been joined
+    from forge_hpc.recipes.generators import GeneratorPool
+    from forge_hpc.recipes.session import Session
 
 logger = logging.getLogger("forge_hpc.controller")
 HEARTBEAT_S = 5.0
 CLOSE_S = 8.0
-FAULTS_S = 0.5
-"""A dead process is reported once for each actor on it, within milliseconds."""
+REPORT_S = 3.0
+"""An error may be the echo of a dead process: its report comes within this time."""
 MAX_MESSAGE = 1000
+DONE, FAILED, STOPPED, LEFT = 0, 1, 3, 4
+"""Exit codes."""
 
 
-class Fault(RuntimeError):
-    """Monarch reported that an actor or its process failed."""
+async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, terminal: Terminal, leave: Leave) -> bool:
+    """Attach, and run the recipe to its end (True) or until the run is to leave; lost trainers cost an attempt."""
+    from forge_hpc.recipes.generators import GeneratorPool, NodeLost
+    from forge_hpc.recipes.session import Session, background
 
+    config = read_config(run_dir.config)
+    faults = Faults(rendezvous)
+    async with background(heartbeat(run_dir), faults.look_for_ended_nodes()):
+        cluster = await join_nodes(config, rendezvous, log_dir, faults)
+        recoveries = Recoveries(config.cluster.max_restarts)
 
-async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, terminal: Terminal) -> None:
-    """Attach, build the session, run the recipe to its end."""
-    faults = watch_faults()
-    async with asyncio.TaskGroup() as tasks:
-        helpers = [tasks.create_task(heartbeat(run_dir)), tasks.create_task(raise_fault(faults))]
-        config = read_config(run_dir.config)
-        cluster = await join_nodes(config, rendezvous, log_dir)
+        def node_lost(node: int, reason: str) -> None:
+            silent = () if node in faults.ended_nodes else (node,)
+            leave.request(Departure("node", f"node {node} is lost: {reason}", silent))
 
-        from forge_hpc.recipes.session import Session
-
-        session = Session(config, run_dir, log_dir, cluster)
-        await session.prepare()
-        with session.open_records(terminal.stdout):
-            recipe = getattr(importlib.import_module(f"forge_hpc.recipes.{config.recipe}"), config.recipe)
-            run_dir.write_status(state="running", step=session.step, policy_version=session.step)
-            await recipe(session)
-        for helper in helpers:
-            helper.cancel()
+        pool = GeneratorPool(config, cluster, log_dir, recoveries, node_lost)
+        done, number = False, 0
+        while not done and not leave.requested.is_set():
+            session = Session(config, run_dir, log_dir, cluster, pool, recoveries, leave, number)
+            faults.watch_nodes(partial(on_ended_node, session, pool, node_lost))
+            try:
+                done = await attempt(session, pool, terminal, leave)
+            except NodeLost as error:
+                node_lost(error.node, str(error))
+            except ActorLost as error:
+                session.lose(str(error))
+                await session.abandon()
+                if not leave.requested.is_set():
+                    recoveries.spend("trainers", str(error))
+                    run_dir.write_status(message=f"recovering: {error}")
+            number += 1
     # In good order only where all went well: after a failure the supervisors end what is left, and faster.
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(CLOSE_S):
-            await session.close()
-            await cluster.hosts.shutdown()
+    if done:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                await session.close()
+                await pool.close()
+                await cluster.hosts.shutdown()
+    return done
 
 
-async def join_nodes(config: Config, rendezvous: Rendezvous, log_dir: Path) -> Cluster:
+async def attempt(session: Session, pool: GeneratorPool, terminal: Terminal, leave: Leave) -> bool:
+    """Run the recipe from the newest checkpoint: True when it is done, False when the run has saved to leave.
+
+    Raises:
+        ActorLost: trainers, or what they cannot be without, are lost.
+        NodeLost: nothing can be started on a trainer node.
+    """
+    from forge_hpc.recipes.generators import NodeLost
+
+    leave.is_attended = True
+    work = asyncio.create_task(run_recipe(session, terminal))
+    asked = asyncio.create_task(leave.requested.wait())
+    losses: tuple[asyncio.Future[Any], ...] = (session.lost, session.cluster.faults.unexpected, pool.failed)
+    try:
+        await asyncio.wait({asked, work, *losses}, return_when=asyncio.FIRST_COMPLETED)
+        if leave.departure is not None:
+            session.run_dir.write_status(state="saving", message=leave.departure.message)
+            boundary = asyncio.create_task(session.between_steps())
+            await asyncio.wait({boundary, work, *losses}, return_when=asyncio.FIRST_COMPLETED)
+            boundary.cancel()
+        if work.done():
+            if (error := work.exception()) is None:
+                return True
+            if isinstance(cause := cause_of(error), NodeLost):
+                raise cause
+            await asyncio.wait(losses, timeout=REPORT_S, return_when=asyncio.FIRST_COMPLETED)
+            if not any(loss.done() for loss in losses):
+                if is_loss(error):
+                    raise ActorLost(reason_of(error)) from error
+                raise error
+    finally:
+        asked.cancel()
+        work.cancel()
+        await asyncio.wait({work})
+    if pool.failed.done():
+        raise pool.failed.result()
+    for loss in losses[:2]:
+        if loss.done():
+            raise ActorLost(loss.result())
+    if not await session.save_to_leave():
+        logger.error("leaving without the last steps: the newest checkpoint stands")
+    return False
+
+
+async def run_recipe(session: Session, terminal: Terminal) -> None:
+    """The recipe, on the state that the session finds."""
+    await session.prepare()
+    with session.open_records(terminal.stdout):
+        recipe = getattr(importlib.import_module(f"forge_hpc.recipes.{session.config.recipe}"), session.config.recipe)
+        session.run_dir.write_status(state="running", step=session.step, policy_version=session.step, message="")
+        await recipe(session)
+
+
+def on_ended_node(
+    session: Session, pool: GeneratorPool, node_lost: Callable[[int, str], None], node: int, reason: str
+) -> None:
+    """A node's Monarch worker has ended, and with it all that ran there."""
+    placement = session.cluster.placement
+    if node in placement.trainer_nodes:
+        session.lose(f"node {node}: {reason}")
+        node_lost(node, reason)
+    if node in placement.rollout_nodes and pool.started:
+        pool.lose_node(node, reason)
+
+
+async def join_nodes(config: Config, rendezvous: Rendezvous, log_dir: Path, faults: Faults) -> Cluster:
     """Wait for the workers of all nodes, attach to them, and decide what runs where."""
     timeout_s = config.cluster.start_timeout_s
     [start] = rendezvous.wait(["start"], timeout_s)  # the supervisor has published it before it started us
@@ -77,7 +169,7 @@ async def join_nodes(config: Config, rendezvous: Rendezvous, log_dir: Path) -> C
     placement = plan(config, found if gpus is None else gpus)
     logger.info("attached to %d nodes\n%s", len(workers), placement.describe())
     cpus = min(worker["cpus"] for worker in workers)
-    return Cluster(hosts, placement, cpus, [worker["gpus"] for worker in workers], log_dir)
+    return Cluster(hosts, placement, cpus, [worker["gpus"] for worker in workers], log_dir, faults)
 
 
 async def heartbeat(run_dir: RunDir) -> None:
@@ -87,51 +179,22 @@ async def heartbeat(run_dir: RunDir) -> None:
         await asyncio.sleep(HEARTBEAT_S)
 
 
-def watch_faults() -> asyncio.Queue[Any]:
-    """Monarch's default is to end the controller at a fault; here it becomes an error of the run."""
-    import monarch.actor
-
-    loop, faults = asyncio.get_running_loop(), asyncio.Queue[Any]()
-
-    def hook(failure: Any) -> None:
-        logger.error("Monarch reports %s", failure)
-        loop.call_soon_threadsafe(faults.put_nowait, failure)
-
-    monarch.actor.unhandled_fault_hook = hook
-    return faults
-
-
-async def raise_fault(faults: asyncio.Queue[Any]) -> None:
-    """Raise Fault when Monarch reports one, naming our actor where that is among what a dead process takes with it."""
-    failures = [await faults.get()]
-    await asyncio.sleep(FAULTS_S)
-    while not faults.empty():
-        failures.append(faults.get_nowait())
-    ours = [failure for failure in failures if not failure.mesh_name.startswith("logger-")] or failures
-    name, ranks = ours[0].mesh_name.rpartition("-")[0], ", ".join(map(str, ours[0].crashed_ranks))
-    reason = str(ours[0].event).strip().splitlines()[-1].strip()
-    raise Fault(f"{name} (rank {ranks}) failed: {reason}")
-
-
-def obey_supervisor(task: asyncio.Task[None], loop: asyncio.AbstractEventLoop) -> None:
-    """Cancel ``task`` when the supervisor says so. Ends the process when the supervisor has died."""
+def obey_supervisor(task: asyncio.Task[None], loop: asyncio.AbstractEventLoop, leave: Leave) -> None:
+    """``stop`` cancels the task, ``leave REASON`` asks to save and leave. The supervisor's death ends the process."""
     for line in sys.stdin:
-        logger.info("the supervisor asks to stop: %s", line.strip())
-        loop.call_soon_threadsafe(task.cancel)
+        word, _, reason = line.strip().partition(" ")
+        logger.info("the supervisor asks to %s %s", word, reason)
+        if word == "leave":
+            loop.call_soon_threadsafe(leave.request, Departure("asked", reason))
+            if not leave.is_attended:  # nothing to save yet
+                loop.call_soon_threadsafe(task.cancel)
+        else:
+            loop.call_soon_threadsafe(task.cancel)
     os._exit(1)
 
 
-def first_cause(error: BaseException) -> BaseException:
-    """The error that started it: the first of a group, and in Monarch's wrapper the one of the actor."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    while (cause := getattr(error, "exception", None)) is not None and isinstance(cause, BaseException):
-        error = cause
-    return error
-
-
 async def main() -> int:
-    """Exit code: 0 done, 1 failed, 2 the user's to mend, 3 stopped by the supervisor."""
+    """Exit code: 0 done, 1 failed, 3 stopped by the supervisor, 4 saved and left."""
     parser = argparse.ArgumentParser(description="Controller of a run; started by forge_hpc.run.")
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--rendezvous", type=Path, required=True)
@@ -142,22 +205,25 @@ async def main() -> int:
     run_dir, rendezvous = RunDir(args.run_dir), Rendezvous(args.rendezvous)
     terminal = setup_logging(args.log_dir / "controller.log", "controller")
 
-    task = asyncio.current_task()
+    task, leave = asyncio.current_task(), Leave()
     assert task is not None
-    threading.Thread(target=obey_supervisor, args=(task, asyncio.get_running_loop()), daemon=True).start()
-    outcome: dict[str, Any] = {"code": 0, "message": ""}
+    threading.Thread(target=obey_supervisor, args=(task, asyncio.get_running_loop(), leave), daemon=True).start()
+    done, outcome = False, dict[str, Any](code=DONE, message="")
     try:
-        await control(run_dir, rendezvous, args.log_dir, terminal)
+        done = await control(run_dir, rendezvous, args.log_dir, terminal, leave)
     except asyncio.CancelledError:
-        outcome = {"code": 3, "message": "stopped"}
+        outcome = {"code": STOPPED, "message": "stopped"}
     except BaseException as error:
-        cause = first_cause(error)
+        cause = cause_of(error)
         logger.error("the run failed:\n%s", "".join(traceback.format_exception(error)))
         if isinstance(cause, UserError):
-            outcome = {"code": 1, "message": cause.message, "hint": cause.hint}
+            outcome = {"code": FAILED, "message": cause.message, "hint": cause.hint}
         else:
-            message = " ".join(f"{type(cause).__name__}: {cause}".split())
-            outcome = {"code": 1, "message": message[:MAX_MESSAGE]}
+            message = str(cause) if isinstance(cause, ActorLost) else f"{type(cause).__name__}: {cause}"
+            outcome = {"code": FAILED, "message": " ".join(message.split())[:MAX_MESSAGE], "is_loss": is_loss(error)}
+    if (departure := leave.departure) is not None and not done:
+        outcome = {"code": LEFT, "message": departure.message, "cause": departure.cause}
+        outcome["lost_nodes"] = list(departure.lost_nodes)
     rendezvous.publish("outcome", outcome)
     return outcome["code"]
 

@@ -28,7 +28,6 @@ async def grpo(session: Session) -> None:
     """Train ``trainer.training.steps`` optimizer steps, each on the groups of ``rollout.prompts_per_step`` prompts."""
     config, rollout = session.config, session.config.rollout
     synchronous = rollout.max_staleness == 0
-    last_step = config.trainer.training.steps
 
     prompts = PromptStream(
         load_examples(config.data, config.data.split, config.seed), session.tokenizer, config, config.seed
@@ -39,6 +38,7 @@ async def grpo(session: Session) -> None:
     session.on_close(rewards.close)
     trainers, generators = await session.start_trainers_and_generators()
     buffer = EpisodeBuffer(rollout.prompts_per_step, rollout.max_staleness, policy_version=session.step)
+    buffer.restore(session.finished_groups)
     weights = await session.connect(trainers, generators, buffer)
     drawn: dict[int, dict[str, Any]] = {}  # by step: where its prompts end
     clock = RolloutClock()
@@ -46,7 +46,7 @@ async def grpo(session: Session) -> None:
     async def rollout_loop() -> None:
         for step in session.remaining_steps():
             await buffer.room(step)
-            batch = prompts.take(rollout.prompts_per_step)
+            batch = buffer.missing(step, prompts.take(rollout.prompts_per_step))
             drawn[step] = prompts.state_dict()
             # Synchronous: a generator admits all its prompts at once, so that the run repeats exactly.
             num = len(generators)
@@ -61,8 +61,8 @@ async def grpo(session: Session) -> None:
         clock.end(started)
 
     signal = SignalWatch(config)
-    if session.step == 0:
-        await session.evaluate(0, held_out, rewards)
+    if session.evaluation_is_due(session.step):
+        await session.evaluate(session.step, held_out, rewards)
     async with background(rollout_loop()) as tasks:
         for step in session.remaining_steps():
             waited = time.perf_counter()
@@ -71,10 +71,9 @@ async def grpo(session: Session) -> None:
             metrics = measure(groups, step) | {"time/wait_generator_s": waited, "episodes/stale": buffer.num_stale}
             documents = to_documents(groups, config)
             signal.check(step, documents, metrics)
-            metrics |= await trainers.train_step(documents)
+            metrics |= await session.train_step(step, documents)
             check_mismatch(config, step, metrics)
-            interval = config.evaluation.interval
-            evaluates = step == last_step or (interval > 0 and step % interval == 0)
+            evaluates = session.evaluation_is_due(step)
             if evaluates or step % rollout.sync_interval == 0:
                 await weights.publish(step)
                 if evaluates or synchronous:
@@ -86,7 +85,7 @@ async def grpo(session: Session) -> None:
                 "prompts/too_long": prompts.num_too_long,
             }
             session.record(step, metrics, groups)
+            await session.save_if_due(step, {"prompts": drawn.pop(step)})
             if evaluates:
                 await session.evaluate(step, held_out, rewards)
-            await session.save_if_due(step, {"prompts": drawn.pop(step)})
     await session.finish()

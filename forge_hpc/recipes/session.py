@@ -1,6 +1,7 @@
 """What a recipe works with: the configuration, the trainers, the generators, the weights between them, the records.
 
-A recipe gets a Session and writes the algorithm; everything about processes, files and deadlines is here.
+A recipe gets a Session and writes the algorithm; everything about processes, files and deadlines is here. A session is
+one attempt: when trainers are lost the controller makes another, which begins at the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from forge_hpc.actors.buffer import EpisodeBuffer
-from forge_hpc.actors.generator import Generator
-from forge_hpc.actors.service import Service
+from forge_hpc.actors.service import ActorLost, Service, reason_of
 from forge_hpc.actors.trainer import Trainer
 from forge_hpc.checkpoint import CheckpointStore
 from forge_hpc.cluster.meshes import Cluster
@@ -25,74 +26,32 @@ from forge_hpc.data.prompts import evaluation_prompts
 from forge_hpc.data.source import load_eval_examples
 from forge_hpc.data.types import Completion, Document, Group, Prompt
 from forge_hpc.observability.logger import MetricLogger
+from forge_hpc.recipes.generators import SPAWN_S, STOP_S, GeneratorPool, NodeLost, WeightSync
+from forge_hpc.recipes.recovery import Leave, Recoveries
+from forge_hpc.recipes.trainers import Trainers
 from forge_hpc.run_dir import RunDir
 from forge_hpc.weights import WeightStore
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-class Trainers:
-    """The training mesh as one: calls go to all ranks, results are those of rank 0 (they are equal)."""
-
-    def __init__(self, mesh: Any, timeout_s: float) -> None:
-        self._mesh = mesh
-        self.timeout_s = timeout_s
-
-    async def call(self, endpoint: str, *args: Any, timeout_s: float | None = None) -> Any:
-        """Call an endpoint on every rank. Raises TimeoutError, or the first rank's error."""
-        timeout_s = timeout_s or self.timeout_s
-        try:
-            results = await asyncio.wait_for(getattr(self._mesh, endpoint).call(*args), timeout_s)
-        except TimeoutError:
-            raise TimeoutError(f"the trainers did not finish {endpoint}() within {timeout_s:.0f} s") from None
-        return next(value for _, value in results)
-
-    async def train_step(self, documents: Sequence[Document]) -> dict[str, float]:
-        """One optimizer step; its metrics."""
-        return await self.call("train_step", documents)
-
-
-class WeightSync:
-    """Brings each policy version from the trainers to all generators, beside the training where staleness allows."""
-
-    def __init__(self, trainers: Trainers, store: WeightStore, generators: Service, buffer: EpisodeBuffer) -> None:
-        self._trainers = trainers
-        self._store = store
-        self._generators = generators
-        self._buffer = buffer
-        self._delivery: asyncio.Task[None] | None = None
-        self.seconds = 0.0
-        """Duration of the last delivery that has finished, from the snapshot to the last generator."""
-
-    async def publish(self, version: int) -> None:
-        """Snapshot the trainers' weights and begin to deliver them. Training may go on when this returns."""
-        await self.delivered()
-        start = time.perf_counter()
-        await self._trainers.call("publish", self._store.spec, version)
-        self._delivery = asyncio.create_task(self._deliver(version, start))
-
-    async def delivered(self) -> None:
-        """Wait until all generators hold the version published last. Raises what went wrong on the way."""
-        if self._delivery is not None:
-            await self._delivery
-
-    async def _deliver(self, version: int, start: float) -> None:
-        try:
-            await self._trainers.call("published")
-            await with_timeout(self._store.commit(version), self._trainers.timeout_s, "the weights were not committed")
-            await self._generators.load.fanout(self._store.spec, version)
-        except Exception as error:  # the loops may be waiting for these weights and for nothing else
-            await self._buffer.fail(error)
-            raise
-        self.seconds = time.perf_counter() - start
-        await self._buffer.weights_loaded(version)
+MIN_LEAD_S = 30.0
+"""What a departure takes beside the step and the save: the signal's way, the requeue, slow seconds of a shared disk."""
 
 
 class Session:
-    """One start of a run, from the controller's side."""
+    """One attempt at a run, from the controller's side."""
 
-    def __init__(self, config: Config, run_dir: RunDir, log_dir: Path, cluster: Cluster) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run_dir: RunDir,
+        log_dir: Path,
+        cluster: Cluster,
+        pool: GeneratorPool,
+        recoveries: Recoveries,
+        leave: Leave,
+        attempt: int = 0,
+    ) -> None:
         self.config = config
         self.run_dir = run_dir
         self.log_dir = log_dir
@@ -101,9 +60,27 @@ class Session:
         self.step = 0
         """Optimizer steps done; also the policy version."""
         self.state: dict[str, Any] = {}
-        """The recipe's state as of ``step``, from the checkpoint; empty in a fresh run."""
+        """The recipe's state as of ``step``; empty in a fresh run."""
+        self.finished_groups: list[Group] = []
+        """Rollouts of later steps that were finished when the run was saved."""
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        """Resolved with the reason when trainers or the store of the weights are lost: the attempt is over."""
+        self._pool = pool
+        self._recoveries = recoveries
+        self._leave = leave
+        self._suffix = f"r{attempt}" if attempt else ""
+        self._between_steps = asyncio.Event()
+        self._between_steps.set()
+        self._trainers: Trainers | None = None
+        self._buffer: EpisodeBuffer | None = None
+        self._weights: WeightSync | None = None
         self._resume_from: Path | None = None
+        self._saved_step = 0
         self._saving: asyncio.Task[None] | None = None
+        self._num_failed_saves = 0
+        self._train_s: deque[float] = deque(maxlen=20)
+        self._save_s: deque[float] = deque(maxlen=5)
+        self._meshes: dict[str, Any] = {}
         self._closing: list[Callable[[], Awaitable[Any]]] = []
         self._step_ended = time.perf_counter()
         self._checkpoint_s = 0.0
@@ -122,6 +99,8 @@ class Session:
         if found is not None:
             self._resume_from, state = found
             self.step, self.state = state["step"], state["recipe"]
+            self._saved_step = self.step
+            self._recoveries.load_state_dict(state.get("recoveries", {}))
             logger.info("resuming after step %d from %s", self.step, self._resume_from)
 
     def open_records(self, stream: TextIO) -> MetricLogger:
@@ -142,25 +121,43 @@ class Session:
     async def start_trainers(self) -> Trainers:
         """Spawn the trainers and load their weights."""
         config, timeout_s = self.config, self.config.cluster.start_timeout_s
-        self._trainer_procs = procs = self.cluster.spawn_trainers()
-        mesh = procs.spawn("trainer", Trainer, config, self.log_dir)
-        self.trainers = Trainers(mesh, config.trainer.timeout_s)
-        file_store = self.log_dir / "process-group"
+        name = f"trainer{self._suffix}"
+        procs = self._spawned(name, self.cluster.spawn_trainers(name))
+        try:
+            await asyncio.wait_for(procs.initialized, SPAWN_S)
+        except Exception as error:
+            raise await self._which_node_is_lost(error) from error
+        mesh = procs.spawn(name, Trainer, config, self.log_dir)
+        self._trainers = Trainers(mesh, config.trainer.timeout_s, self.lost)
+        file_store = self.log_dir / f"process-group{self._suffix}"
         checkpoint = self._resume_from / "trainer" if self._resume_from else None
-        await self.trainers.call("start", self.model_dir, file_store, checkpoint, timeout_s=timeout_s)
+        await self._trainers.call("start", self.model_dir, file_store, checkpoint, timeout_s=timeout_s)
         self.on_close(lambda: self.trainers.call("leave", timeout_s=10))
-        return self.trainers
+        return self._trainers
+
+    async def _which_node_is_lost(self, error: Exception) -> Exception:
+        """Why the trainers' processes cannot be spawned: NodeLost where a node starts none, else ActorLost."""
+        nodes = self.cluster.placement.trainer_nodes
+        answers = await asyncio.gather(*(self.cluster.can_spawn(node, SPAWN_S) for node in nodes))
+        silent = [node for node, answer in zip(nodes, answers, strict=True) if not answer]
+        return NodeLost(silent[0], reason_of(error)) if silent else ActorLost(f"trainers: {reason_of(error)}")
+
+    @property
+    def trainers(self) -> Trainers:
+        """Those that ``start_trainers`` started."""
+        assert self._trainers is not None, "start_trainers() comes first"
+        return self._trainers
 
     async def start_generators(self, model_dir: Path | None = None) -> Service:
-        """Spawn the generators on the weights of ``model_dir``, by default those that the run starts from."""
-        replicas = [
-            procs.spawn(f"generator{index}", Generator, self.config, index, self.log_dir)
-            for index, procs in enumerate(self.cluster.spawn_generators())
-        ]
-        self.generators = Service("generator", replicas, self.config.generator.timeout_s)
-        start = self.generators.start.fanout(model_dir or self.model_dir)
-        await with_timeout(start, self.config.cluster.start_timeout_s, "the generators did not start")
-        self.on_close(lambda: asyncio.wait_for(self.generators.leave.fanout(), 10))
+        """Spawn the generators on the weights of ``model_dir``, by default those that the run starts from.
+
+        Those of an earlier attempt stay, rid of their requests; ``connect`` gives them this attempt's weights.
+        """
+        if self._pool.started:
+            await self._pool.service.abort.fanout()
+        else:
+            await self._pool.start(model_dir or self.model_dir)
+        self.generators = self._pool.service
         return self.generators
 
     async def start_trainers_and_generators(self) -> tuple[Trainers, Service]:
@@ -171,15 +168,32 @@ class Session:
         return trainers.result(), generators.result()
 
     async def connect(self, trainers: Trainers, generators: Service, buffer: EpisodeBuffer) -> WeightSync:
-        """Put the weight store between trainers and generators; a resumed run brings the generators up to date."""
-        start = WeightStore.start(self.cluster.spawn_volumes(), self.cluster.placement.trainer_procs)
+        """Put the weight store between trainers and generators, and restore the buffer.
+
+        Generators that do not hold the trainers' weights (in a resumed run, or after lost trainers) are brought up
+        to date.
+        """
+        name = f"volume{self._suffix}"
+        volumes = self._spawned(name, self.cluster.spawn_volumes(name))
+        start = WeightStore.start(volumes, self.cluster.placement.trainer_procs)
         store = await with_timeout(start, self.config.cluster.start_timeout_s, "the weight store did not start")
-        weights = WeightSync(trainers, store, generators, buffer)
-        if self.step > 0:
-            await weights.publish(self.step)
-            await weights.delivered()
-        self.weights = weights
-        return weights
+        is_first, self._buffer = self._pool.weights is None, buffer
+        self._weights = self._pool.weights = WeightSync(trainers, store, generators, buffer)
+        if self.step > 0 or not is_first:
+            await self._weights.publish(self.step)
+            await self._weights.delivered()
+        return self._weights
+
+    def _spawned(self, name: str, procs: Any) -> Any:
+        """Processes without which this attempt is over."""
+        self._meshes[name] = procs
+        self.cluster.faults.watch(name, lambda reason: self.lose(f"{name}: {reason}"))
+        return procs
+
+    def lose(self, reason: str) -> None:
+        """The attempt is over: calls to the trainers raise ActorLost from now on."""
+        if not self.lost.done():
+            self.lost.set_result(reason)
 
     # ---- steps
 
@@ -188,53 +202,154 @@ class Session:
         self._step_ended = time.perf_counter()
         return iter(range(self.step + 1, self.config.trainer.training.steps + 1))
 
+    async def train_step(self, step: int, documents: Sequence[Document]) -> dict[str, float]:
+        """The optimizer step number ``step`` on the documents; its metrics.
+
+        From here to the end of ``save_if_due`` a request to leave waits, so that the step is not done twice; at any
+        other place of the recipe it interrupts. A step that is to be saved begins once the save before is complete:
+        whatever is killed, no more than ``checkpoint.interval`` steps are lost.
+        """
+        await self._stay()
+        if self._is_due(step):
+            start = time.perf_counter()
+            await self.saved()
+            self._checkpoint_s += time.perf_counter() - start
+            await self._stay()
+        self._between_steps.clear()
+        start = time.perf_counter()
+        metrics = await self.trainers.train_step(documents)
+        self._train_s.append(time.perf_counter() - start)
+        return metrics
+
     def record(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group] = ()) -> None:
         """Write the figures of a step that is done, and a sample of its rollouts."""
         now = time.perf_counter()
         timing = {"time/step_s": now - self._step_ended, "time/checkpoint_s": self._checkpoint_s}
         self._step_ended, self._checkpoint_s = now, 0.0
         self.step = step
-        self.metrics.log(step, {"policy_version": step, **metrics, **timing})
+        self._recoveries.step_done()
+        counts = {"checkpoint/failed": float(self._num_failed_saves)} | self._recoveries.metrics()
+        self.metrics.log(step, {"policy_version": step, **metrics, **timing, **counts})
         self.run_dir.write_status(step=step, policy_version=step)
         if groups:
             self.metrics.log_rollouts(step, groups)
 
     async def save_if_due(self, step: int, state: Mapping[str, Any]) -> None:
-        """Save the run at the last step and every ``checkpoint.interval`` steps.
+        """The step is done. Saves the run every ``checkpoint.interval`` steps and at the last one.
 
-        Call it last in a step: what was recorded before is on disk when the checkpoint is. ``state`` is what the recipe
-        needs to go on after the step; JSON.
+        Call it after ``record``: what was recorded before is on disk when the checkpoint is. ``state`` is what the
+        recipe needs to go on after the step; JSON.
         """
-        interval = self.config.checkpoint.interval
-        if step == self.config.trainer.training.steps or (interval and step % interval == 0):
+        self.state = dict(state)
+        if self._is_due(step):
             start = time.perf_counter()
-            await self.save(step, state)
-            self._checkpoint_s = time.perf_counter() - start
+            await self.save()
+            self._checkpoint_s += time.perf_counter() - start
+        self._between_steps.set()
+        await self._stay()
 
-    async def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Save the run as of ``step``. Training waits while the trainers stage their state, not for the disk."""
+    def _is_due(self, step: int) -> bool:
+        interval = self.config.checkpoint.interval
+        return step == self.config.trainer.training.steps or (interval > 0 and step % interval == 0)
+
+    async def save(self) -> None:
+        """Save the run as of ``step``. Training waits while the trainers stage their state, not for the disk.
+
+        A save that fails is reported and counted; the run goes on from one good checkpoint to the next.
+        """
         await self.saved()
-        directory = await asyncio.to_thread(self.checkpoints.begin, step)
-        await self.trainers.call("save", directory / "trainer")
-        record = {"step": step, "policy_version": step, "recipe": dict(state)}
+        step, start = self.step, time.perf_counter()
+        groups = self._buffer.finished() if self._buffer is not None else []
+        record = {"step": step, "policy_version": step, "recipe": self.state}
+        record["recoveries"] = self._recoveries.state_dict()
 
         async def commit() -> None:
-            await self.trainers.call("saved")
+            await self.trainers.call_all("saved")
             await asyncio.to_thread(self.checkpoints.commit, step, record)
 
-        self._saving = asyncio.create_task(commit())
+        try:
+            directory = await asyncio.to_thread(self.checkpoints.begin, step)
+            await self.trainers.call("save", directory / "trainer")
+        except ActorLost:
+            raise
+        except Exception as error:
+            await self._save_failed(step, error)
+        else:
+            self._saving = asyncio.create_task(self._complete(commit(), step, start))
+
+    async def _complete(self, commit: Awaitable[None], step: int, start: float) -> None:
+        try:
+            await commit
+        except ActorLost:
+            raise
+        except Exception as error:
+            await self._save_failed(step, error)
+        else:
+            self._saved_step = step
+            self._save_s.append(time.perf_counter() - start)
+            lead_s = MIN_LEAD_S + 2 * (max(self._save_s) + max(self._train_s, default=0.0))
+            self.run_dir.write_status(lead_s=round(lead_s, 1))
+
+    async def _save_failed(self, step: int, error: Exception) -> None:
+        self._num_failed_saves += 1
+        reason = " ".join(str(error).split()) or type(error).__name__
+        logger.error("the checkpoint of step %d failed, the one before it stands: %s", step, reason)
+        self.run_dir.write_status(message=f"the checkpoint of step {step} failed: {reason}")
 
     async def saved(self) -> None:
-        """Wait until the save that runs beside the training is complete."""
+        """Wait until the save that runs beside the training is over."""
         if self._saving is not None:
             saving, self._saving = self._saving, None
             await saving
 
+    # ---- leaving
+
+    async def _stay(self) -> None:
+        """Return, unless the run has been asked to leave: then the recipe stands still here until it is cancelled."""
+        if self._leave.requested.is_set():
+            await asyncio.get_running_loop().create_future()
+
+    async def between_steps(self) -> None:
+        """Wait until no optimizer step is under way. Once the run has been asked to leave, none begins afterwards."""
+        await self._between_steps.wait()
+
+    async def save_to_leave(self) -> bool:
+        """When no step is under way: see that the last one is saved. False where an older checkpoint stands."""
+        await self.saved()
+        if self._saved_step < self.step:
+            await self.save()
+            await self.saved()
+        return self._saved_step == self.step
+
+    async def abandon(self) -> None:
+        """After the recipe was cancelled: end what remains of this attempt's processes. The generators stay."""
+        if self._weights is not None:
+            self._weights.cancel()
+        with contextlib.suppress(Exception):  # of trainers that are lost
+            await self.saved()
+        await self.close()
+        for name, procs in self._meshes.items():
+            self.cluster.faults.forget(name)
+            try:
+                await with_timeout(procs.stop(), STOP_S, f"{name} did not end")
+            except Exception as error:  # of a dead host, say: whether new ones can be started is what matters
+                logger.warning("ending %s: %s", name, error)
+
+    # ---- evaluation
+
+    def evaluation_is_due(self, step: int) -> bool:
+        """Before the first step, at the last one, and every ``evaluation.interval`` steps."""
+        interval = self.config.evaluation.interval
+        return step in (0, self.config.trainer.training.steps) or (interval > 0 and step % interval == 0)
+
     async def evaluate(self, step: int, prompts: Sequence[Prompt], rewards: Any) -> None:
-        """Greedy accuracy of the policy after ``step`` on held-out prompts, over all generators."""
+        """Greedy accuracy of the policy after ``step`` on held-out prompts, over all generators.
+
+        A resumed run evaluates what it was interrupted in, and nothing twice.
+        """
         from forge_hpc.rewards import RewardError
 
-        if not prompts:
+        if not prompts or self.metrics.is_evaluated(step):
             return
         start = time.perf_counter()
         num = len(self.generators)
@@ -261,8 +376,13 @@ class Session:
         self._step_ended = time.perf_counter()
 
     async def finish(self) -> None:
-        """The run is done: wait for the last save and write the final weights."""
-        await self.saved()
+        """The run is done: wait for the last save and write the final weights.
+
+        Raises:
+            RuntimeError: the final state could not be saved.
+        """
+        if not await self.save_to_leave():
+            raise RuntimeError(f"the state after the last step cannot be saved in {self.run_dir.checkpoints}")
         await self.trainers.call("export", self.run_dir.export)
 
     def on_close(self, close: Callable[[], Awaitable[Any]]) -> None:
@@ -271,12 +391,12 @@ class Session:
 
     async def stop_trainers(self) -> None:
         """End the trainers' processes: SFT evaluates on the hardware that they held."""
-        await with_timeout(self._trainer_procs.stop(), self.config.cluster.start_timeout_s, "the trainers did not end")
-        self._closing.clear()
+        await self.abandon()
 
     async def close(self) -> None:
         """End the actors in good order; whatever does not answer is ended by its owner, the node's supervisor."""
-        for close in reversed(self._closing):
+        while self._closing:
+            close = self._closing.pop()
             try:
                 await close()
             except Exception:  # the run's result stands, and the supervisor ends what is left

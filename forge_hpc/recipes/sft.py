@@ -18,10 +18,10 @@ async def sft(session: Session) -> None:
     prompts = PromptStream(examples, session.tokenizer, config, config.seed)
     documents = DocumentStream(prompts, session.tokenizer, config.trainer.training.seq_len)
     documents.load_state_dict(session.state.get("documents", documents.state_dict()))
-    trainers = await session.start_trainers()
+    await session.start_trainers()
     for step in session.remaining_steps():
         batch = documents.take(config.trainer.training.global_batch_size)
-        metrics = await trainers.train_step(batch)
+        metrics = await session.train_step(step, batch)
         session.record(step, metrics | {"examples/too_long": documents.num_too_long})
         await session.save_if_due(step, {"documents": documents.state_dict()})
     await session.finish()

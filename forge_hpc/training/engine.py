@@ -95,6 +95,7 @@ class TrainEngine(Stateful):
             ValueError: documents that cannot be packed.
             RuntimeError: a loss or gradient norm that is not finite; weights and optimizer are then untouched.
         """
+        self._seed_step()
         batch = self._pack(documents)
         num_trained = batch.num_trained_tokens
         if num_trained == 0:
@@ -142,6 +143,11 @@ class TrainEngine(Stateful):
         if mesh is not None:
             dist.all_reduce(values, group=mesh.get_group())
         return unpack(values.cpu().numpy(), batch, documents)
+
+    def _seed_step(self) -> None:
+        """Random numbers of a step follow from seed, step and rank alone: there is no generator's state to save."""
+        seed = np.random.SeedSequence([self.cfg.seed, self.step, dist.get_rank()]).generate_state(1, np.uint64)
+        torch.manual_seed(int(seed[0] >> 1))
 
     def _pack(self, documents: Sequence[Document]) -> PackedBatch:
         training = self.cfg.trainer.training

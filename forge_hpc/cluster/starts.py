@@ -1,0 +1,88 @@
+"""The starts of a run, ``RUN_DIR/starts.jsonl``: one line when a start begins, one when it ends.
+
+A start that was killed leaves no second line. What the file is for: a run that fails again and again without progress
+must end, and somebody who looks at a run of many restarts wants to know why there were so many.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from forge_hpc.run_dir import RunDir, open_private
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a start ended."""
+
+    state: str
+    """As in ``status.json``."""
+    cause: str
+    """completed, preempted, walltime, requeued, cancelled, asked, node, crash or failed."""
+    message: str
+    step: int
+    """Step of the newest checkpoint."""
+
+
+class StartLog:
+    """Reads and writes ``starts.jsonl``; used by the supervisor of the first node alone, under the run's lock."""
+
+    def __init__(self, run_dir: RunDir) -> None:
+        self._run_dir = run_dir
+        self._path = run_dir.path / "starts.jsonl"
+
+    def begin(self, *, job_id: str | None, restart: int, nodes: int) -> None:
+        """A start begins from the newest checkpoint."""
+        record = {"event": "begin", "job_id": job_id, "restart": restart, "nodes": nodes}
+        self._append(record | {"step": newest_step(self._run_dir)})
+
+    def end(self, *, state: str, cause: str, message: str) -> None:
+        """The start that began last has ended."""
+        self._append({"event": "end"} | asdict(Ending(state, cause, message, newest_step(self._run_dir))))
+
+    def failures_without_progress(self) -> int:
+        """How many starts in a row have failed without a newer checkpoint than the one before them.
+
+        Starts that were preempted, cancelled or killed from outside neither count nor end the row.
+        """
+        failures, newest = 0, newest_step(self._run_dir)
+        for record in reversed(self.read()):
+            if record["event"] != "end":
+                continue
+            if record["step"] < newest or record["state"] == "completed":
+                break
+            failures += record["cause"] in ("crash", "node")
+        return failures
+
+    def read(self) -> list[dict[str, Any]]:
+        """All records, oldest first; a torn line is left out."""
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+        records = []
+        for line in lines:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue
+        return [record for record in records if isinstance(record, dict) and "event" in record]
+
+    def _append(self, record: dict[str, Any]) -> None:
+        data = json.dumps({"time": time.time(), **record}) + "\n"
+        fd = open_private(self._path, os.O_RDWR | os.O_APPEND)
+        try:
+            size = os.fstat(fd).st_size
+            if size and os.pread(fd, 1, size - 1) != b"\n":  # torn by a crash
+                data = "\n" + data
+            os.write(fd, data.encode())
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def newest_step(run_dir: RunDir) -> int:
+    """Step of the newest checkpoint by name, verified or not; 0 where there is none."""
+    names = [path.name for path in run_dir.checkpoints.glob("step-*")] if run_dir.checkpoints.is_dir() else []
+    return max((int(name.removeprefix("step-")) for name in names if name[5:].isdigit()), default=0)

@@ -1,0 +1,246 @@
+"""The rollout service of a run: its replicas, their replacement when they die, and the weights that they hold."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forge_hpc.actors.buffer import EpisodeBuffer
+from forge_hpc.actors.generator import Generator
+from forge_hpc.actors.service import ActorLost, Service, answer, reason_of
+from forge_hpc.cluster.meshes import Cluster
+from forge_hpc.config import Config
+from forge_hpc.recipes.recovery import Recoveries
+from forge_hpc.recipes.trainers import Trainers
+from forge_hpc.weights import WeightStore
+
+logger = logging.getLogger(__name__)
+STOP_S = 60.0
+"""Monarch's host agent ends a process that does not stop by itself after 20 s."""
+SPAWN_S = 60.0
+"""A process starts on a node within this time, or the node is lost."""
+STORE_S = 120.0
+"""A replacement waits so long for the weight store of restarted trainers."""
+
+
+class NodeLost(RuntimeError):
+    """No process can be started on a node."""
+
+    def __init__(self, node: int, reason: str) -> None:
+        super().__init__(f"node {node} is lost: {reason}")
+        self.node = node
+
+
+@dataclass
+class _Seat:
+    """Where a replica lives."""
+
+    node: int | None = None
+    """None: its own."""
+    mesh: str = ""
+    procs: Any = None
+    starts: int = 0
+
+
+class GeneratorPool:
+    """All generator replicas of a start of a run; they outlive the trainers that they serve.
+
+    Args:
+        on_node_lost: called with a node on which a replica cannot be replaced, nor on a spare one, and the reason.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        cluster: Cluster,
+        log_dir: Path,
+        recoveries: Recoveries,
+        on_node_lost: Callable[[int, str], None],
+    ) -> None:
+        self._config = config
+        self._cluster = cluster
+        self._log_dir = log_dir
+        self._recoveries = recoveries
+        self._on_node_lost = on_node_lost
+        self._seats: dict[int, _Seat] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._spares = list(cluster.placement.spare_nodes)
+        self.weights: WeightSync | None = None
+        """Where replacements get the weights that the others hold."""
+        self.failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+        """Resolved when a replica cannot be replaced."""
+
+    @property
+    def started(self) -> bool:
+        return bool(self._seats)
+
+    async def start(self, model_dir: Path) -> Service:
+        """Spawn all replicas on the weights of ``model_dir``; raises what kept one from starting."""
+        placement, config = self._cluster.placement, self._config
+        self._model_dir = model_dir
+        timeout_s, retried = config.generator.timeout_s, self._recoveries.call_retried
+        self.service = Service("generator", placement.replicas, timeout_s, self._on_loss, retried)
+        self._seats = {index: _Seat() for index in range(placement.replicas)}
+        actors = await asyncio.gather(*(self._spawn(index) for index in self._seats))
+        for index, actor in enumerate(actors):
+            await self.service.admit(index, actor)
+        return self.service
+
+    def lose_node(self, node: int, reason: str) -> None:
+        """The node's worker has ended: what ran there is gone, and nothing can be started there."""
+        for index, seat in self._seats.items():
+            if self._home(index, seat) == node:
+                self.service.lose(index, reason)
+
+    async def close(self) -> None:
+        """End replacements under way, and the engines."""
+        for task in self._tasks:
+            task.cancel()
+        if self.started:
+            await asyncio.wait_for(self.service.leave.fanout(), 10)
+
+    def _home(self, index: int, seat: _Seat) -> int:
+        placement = self._cluster.placement
+        return placement.rollout_nodes[index // placement.replicas_per_node] if seat.node is None else seat.node
+
+    async def _spawn(self, index: int) -> Any:
+        """Start replica ``index``. Raises NodeLost, ActorLost, or what the engine raises."""
+        seat, config = self._seats[index], self._config
+        node = self._home(index, seat)
+        if node in self._cluster.faults.ended_nodes:
+            raise NodeLost(node, "its Monarch worker has ended")
+        seat.mesh = f"generator{index}" + (f"r{seat.starts}" if seat.starts else "")
+        seat.starts += 1
+        self._cluster.faults.watch(seat.mesh, lambda reason: self.service.lose(index, reason))
+        seat.procs = self._cluster.spawn_generator(seat.mesh, index, seat.node)
+        try:
+            await asyncio.wait_for(seat.procs.initialized, SPAWN_S)
+        except Exception as error:
+            raise NodeLost(node, f"no process starts there: {reason_of(error)}") from error
+        actor = seat.procs.spawn(seat.mesh, Generator, config, index, self._log_dir)
+        await self._ask(index, actor.start.call_one(self._model_dir), config.cluster.start_timeout_s, "start()")
+        return actor
+
+    async def _ask(self, index: int, call: Any, timeout_s: float, what: str) -> Any:
+        nothing: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        return await answer(call, nothing, timeout_s, f"generator {index}, {what}")
+
+    # ---- replacement
+
+    def _on_loss(self, index: int, reason: str) -> None:
+        task = asyncio.create_task(self._replace(index, f"generator {index}: {reason}"))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _replace(self, index: int, reason: str) -> None:
+        """Put another replica in the place of a lost one: on its node, or on a spare one where the node is lost."""
+        start = time.monotonic()
+        try:
+            while True:
+                await self._end(index)
+                self._recoveries.spend("generators", reason)
+                try:
+                    actor = await self._spawn(index)
+                    await self._bring_up_to_date(index, actor)
+                    break
+                except ActorLost as error:
+                    reason = str(error)
+                except NodeLost as error:
+                    reason = str(error)
+                    if not self._spares:
+                        self._on_node_lost(error.node, reason)
+                        return
+                    self._seats[index].node = self._spares.pop(0)
+            await self.service.admit(index, actor)
+            logger.info("generator %d is replaced after %.1f s", index, time.monotonic() - start)
+        except Exception as error:
+            logger.exception("generator %d cannot be replaced", index)
+            await self.service.fail(error)
+            if not self.failed.done():
+                self.failed.set_result(error)
+
+    async def _end(self, index: int) -> None:
+        """End what is left of a replica, so that its memory is free for the next."""
+        seat = self._seats[index]
+        self._cluster.faults.forget(seat.mesh)
+        if self._home(index, seat) in self._cluster.faults.ended_nodes:
+            return
+        try:
+            await asyncio.wait_for(seat.procs.stop(), STOP_S)
+        except Exception as error:  # of a dead host; what matters is whether another can be started
+            logger.warning("ending %s: %s", seat.mesh, reason_of(error))
+
+    async def _bring_up_to_date(self, index: int, actor: Any) -> None:
+        """Give a new replica the weights that the others hold; it returns in the same turn of the event loop in which
+        that was found true, so that no delivery falls in between."""
+        held: tuple[WeightSync, int] | None = None
+        while (weights := self.weights) is not None and weights.version is not None:
+            wanted = (weights, weights.version)
+            if held == wanted:
+                return
+            try:
+                load = actor.load.call_one(weights.spec, weights.version)
+                await self._ask(index, load, self._config.generator.timeout_s, "load()")
+                held = wanted
+            except ActorLost:
+                raise
+            except Exception as error:  # dropped for a newer version meanwhile, or the trainers' store is gone
+                logger.warning("generator %d: version %d: %s", index, wanted[1], reason_of(error))
+                async with asyncio.timeout(STORE_S):
+                    while (self.weights, self.weights and self.weights.version) == wanted:
+                        await asyncio.sleep(0.2)
+
+
+class WeightSync:
+    """Brings each policy version from the trainers to all generators, beside the training where staleness allows."""
+
+    def __init__(self, trainers: Trainers, store: WeightStore, generators: Service, buffer: EpisodeBuffer) -> None:
+        self._trainers = trainers
+        self._store = store
+        self._generators = generators
+        self._buffer = buffer
+        self._delivery: asyncio.Task[None] | None = None
+        self.version: int | None = None
+        """The version in the store that generators are to hold; None before the first."""
+        self.seconds = 0.0
+        """Duration of the last delivery that has finished, from the snapshot to the last generator."""
+
+    @property
+    def spec(self) -> Any:
+        """What an actor needs to pull from the store."""
+        return self._store.spec
+
+    async def publish(self, version: int) -> None:
+        """Snapshot the trainers' weights and begin to deliver them. Training may go on when this returns."""
+        await self.delivered()
+        start = time.perf_counter()
+        await self._trainers.call("publish", self._store.spec, version)
+        self._delivery = asyncio.create_task(self._deliver(version, start))
+
+    async def delivered(self) -> None:
+        """Wait until all generators hold the version published last. Raises what went wrong on the way."""
+        if self._delivery is not None:
+            await self._delivery
+
+    def cancel(self) -> None:
+        """Nothing is delivered any more."""
+        if self._delivery is not None:
+            self._delivery.cancel()
+
+    async def _deliver(self, version: int, start: float) -> None:
+        try:
+            await self._trainers.call("published")
+            async with asyncio.timeout(self._trainers.timeout_s):
+                await self._store.commit(version)
+            self.version = version  # from here on a replacement takes this one; the others get it now
+            await self._generators.load.fanout(self._store.spec, version)
+        except Exception as error:  # the loops may be waiting for these weights and for nothing else
+            await self._buffer.fail(error)
+            raise
+        self.seconds = time.perf_counter() - start
+        await self._buffer.weights_loaded(version)
