@@ -73,6 +73,16 @@ class Wish:
         return self.cause == "cancelled"
 
 
+MEANINGS = {
+    slurm.Cause.PREEMPTED: "preempted by another job",
+    slurm.Cause.WALLTIME: "the walltime is near",
+    slurm.Cause.REQUEUED: "requeued by Slurm",
+    slurm.Cause.CANCELLED: "cancelled",
+    slurm.Cause.NODE_FAIL: "a node is lost",
+    slurm.Cause.UNKNOWN: "asked to leave",
+}
+
+
 class Stopped(Exception):
     """The run is to end before there is anything to save."""
 
@@ -130,13 +140,11 @@ class Supervisor:
         facts = slurm.job_facts(self.allocation.job_id)
         cause = slurm.cause_of(facts, signum, self.allocation.requeues)
         left_s = None if facts is None or facts.end_time is None else facts.end_time - time.time()
-        if cause in (slurm.Cause.PREEMPTED, slurm.Cause.WALLTIME) and left_s is not None and left_s > 0:
+        if left_s is not None and left_s > 0 and cause in (slurm.Cause.PREEMPTED, slurm.Cause.WALLTIME):
             within_s = left_s
-        else:
-            within_s = KILL_WAIT_S
-        if signum == signal.SIGUSR2:
-            within_s = left_s if left_s is not None and left_s > 0 else SILENT_S
-        return Wish(cause.value, f"{cause.meaning} ({name})", within_s)
+        else:  # the kill follows SIGTERM, and nothing follows SIGUSR2
+            within_s = SILENT_S if signum == signal.SIGUSR2 else KILL_WAIT_S
+        return Wish(cause.value, f"{MEANINGS[cause]} ({name})", within_s)
 
     def _check_wish(self) -> None:
         """Raise Stopped where there is nothing to save yet, and somebody wants the run to end."""
@@ -299,7 +307,7 @@ class Supervisor:
         state, code = {"cancelled": ("cancelled", 130), "failed": ("failed", 1)}.get(
             ended.cause, ("preempted", LEFT_CODE)
         )
-        if ended.cause in ("crash", "node", "unknown"):
+        if ended.cause in ("crash", "node", "node_fail", "unknown"):
             failures = starts.failures_without_progress() + 1
             if not self.allocation.in_slurm or not config.slurm.requeue:
                 state, code = "failed", 1
@@ -324,13 +332,16 @@ class Supervisor:
             return "Slurm starts it again"
         if not config.slurm.requeue:
             return f"slurm.requeue=false: go on with forge-hpc resume {self.run_dir}"
+        facts = slurm.job_facts(job_id)
         try:
             slurm.requeue(job_id, ended.lost_nodes)
             return "requeued"
         except slurm.SlurmRefused as refusal:
             print(f"no requeue: {refusal}", file=sys.stderr)
         try:
-            successor = slurm.submit_successor(job_id, self.run_dir.path)
+            if facts is None:
+                raise slurm.SlurmRefused("it does not know the job any more")
+            successor = slurm.submit_successor(facts, self.run_dir.path, ended.lost_nodes)
         except slurm.SlurmRefused as refusal:
             return f"Slurm takes no successor ({refusal}): go on with forge-hpc resume {self.run_dir}"
         self.run_dir.write_status(job_id=successor)
@@ -404,7 +415,7 @@ class Supervisor:
         return self._leaving
 
     def _warm_start(self, config: Config) -> Ended | None:
-        """Make the model that the run starts from, once: a run of its own, on this node alone. None when it is there."""
+        """Make the model that the run starts from, once: a run of its own, on this node alone. None when it is done."""
         run_dir = RunDir(self.run_dir.warmstart)
         status = run_dir.read_status()
         if status is not None and status.state == "completed":

@@ -55,7 +55,7 @@ class StartLog:
                 continue
             if record["step"] < newest or record["state"] == "completed":
                 break
-            failures += record["cause"] in ("crash", "node")
+            failures += record["cause"] in ("crash", "node", "node_fail", "unknown")
         return failures
 
     def read(self) -> list[dict[str, Any]]:
