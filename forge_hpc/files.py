@@ -87,10 +87,10 @@ def sync_dir(path: Path) -> None:
         os.close(fd)
 
 
-def refuse_newer(path: Path, found: object, known: int) -> None:
+def refuse_newer(what: Path | str, found: object, known: int) -> None:
     """Raise UserError where the format that a file says it has is above the one ``known`` here."""
     if isinstance(found, int) and found > known:
         raise UserError(
-            f"{path} was written by a newer forge_hpc (format {found}, this one knows {known})",
+            f"{what} was written by a newer forge_hpc (format {found}, this one knows {known})",
             "update forge_hpc, or choose another --run-dir",
         )
