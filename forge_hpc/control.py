@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from forge_hpc.config import UserError
-from forge_hpc.run_dir import LOCK_STALE_S, RunDir, Status
+from forge_hpc.run_dir import RunDir, Status
 from launchers.jobs import ACTIVE, cancel_job, is_active, job_state
 
 _POLL_S = 0.5
@@ -165,7 +165,7 @@ def cancel_run(run_dir: RunDir) -> int:
         cancel_job(job_id)
         _wait(lambda: not is_active(job_id), f"job {job_id} is still in the queue")
         _mark_cancelled(run_dir, f"job {job_id} was cancelled")
-    elif holder and time.time() - holder.get("heartbeat", 0) < LOCK_STALE_S:
+    elif holder and run_dir.is_locked():
         if holder["host"] != os.uname().nodename:
             raise UserError(
                 f"the run's process is on {holder['host']}", f"forge-hpc cancel there, or kill -INT {holder['pid']}"

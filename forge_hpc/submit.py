@@ -11,14 +11,13 @@ import os
 import shlex
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
 from forge_hpc.config import Config, UserError, diff_config, load_config, plan, read_config, save_config, validate
-from forge_hpc.run_dir import LOCK_STALE_S, RunDir, Status
+from forge_hpc.run_dir import RunDir, Status
 
 PROJECT = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = PROJECT / "configs" / "grpo" / "demo.yaml"
@@ -327,18 +326,8 @@ def _refuse_busy(run_dir: RunDir, own_job_id: str | None = None) -> None:
         if is_active(job_id):
             where = shlex.quote(str(run_dir))
             raise UserError(f"job {job_id} works on {run_dir} already", f"wait for it, or {_tool()} cancel {where}")
-    if holder and not job_ids and time.time() - holder.get("heartbeat", 0) < LOCK_STALE_S and _is_alive(holder):
+    if holder and not job_ids and run_dir.is_locked():
         raise UserError(f"process {holder['pid']} on {holder['host']} works on {run_dir} already", "wait for it")
-
-
-def _is_alive(holder: dict) -> bool:
-    """False only for a process of this machine that is gone; of another machine nothing is known."""
-    boot_id = Path("/proc/sys/kernel/random/boot_id")
-    return (
-        not boot_id.exists()
-        or holder["boot_id"] != boot_id.read_text().strip()
-        or Path(f"/proc/{holder['pid']}").exists()
-    )
 
 
 def _move_completed_run_aside(run_dir: RunDir) -> None:

@@ -19,6 +19,7 @@ from forge_hpc.observability.logs import setup_logging
 if TYPE_CHECKING:
     import torch
 
+    from forge_hpc.checkpoint import FileRecord
     from forge_hpc.weights import StoreSpec
 
 T = TypeVar("T")
@@ -103,9 +104,10 @@ class Trainer(Actor):
         await self._in_thread(self._engine.save, directory)
 
     @concurrent_endpoint
-    async def saved(self) -> None:
-        """Wait until what ``save`` began is on disk."""
-        await asyncio.to_thread(self._engine.wait_for_save)  # beside the training
+    async def saved(self) -> dict[str, FileRecord]:
+        """Wait until what ``save`` began is on disk. The files that this rank wrote: those of all ranks together are
+        what ``CheckpointStore.commit`` wants. Raises CheckpointError on every rank where one could not write."""
+        return await asyncio.to_thread(self._engine.wait_for_save)  # beside the training
 
     @endpoint
     async def export(self, directory: Path) -> None:

@@ -1,88 +1,162 @@
-"""TorchTitan's CheckpointManager, saving to and loading from the directory that it is given."""
+"""Saving and loading a trainer's state through torch.distributed.checkpoint (DCP), beside the training.
+
+``save_to`` copies the state into buffers in host memory that every save uses again, and returns; a thread of its own
+writes them over a process group of its own. TorchTitan's two asynchronous modes do more, and worse here: ``async``
+allocates new buffers and collects garbage at every save, and starts a thread which takes the interpreter's lock from
+the training at once; ``async_with_pinned_mem`` needs a GPU and opens a TCPStore, a port that asks no one for a
+certificate.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.stateful import Stateful
 from torchtitan.components.checkpointer import CheckpointManager
+from torchtitan.components.checkpointer.base import DATALOADER, MODEL, OPTIMIZER
 from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer
+
+from forge_hpc.checkpoint import CheckpointError, FileRecord, describe
+from forge_hpc.training.staging import Staging
 
 
 @contextmanager
-def _ordinary_errors() -> Iterator[None]:
+def _ordinary_errors(what: str) -> Iterator[None]:
     """torch 2.13's CheckpointException is no Exception, so that ``except Exception`` and futures' users miss it."""
     try:
         yield
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
-        raise RuntimeError(f"checkpoint, rank {rank}: {type(cause).__name__}: {cause}") from error
+        raise CheckpointError(f"{what}: rank {rank}: {type(cause).__name__}: {cause}") from error
+
+
+class _OptimizerState(Stateful):
+    """The optimizers' tensors. Their hyperparameters are the configuration's and the schedule's: saved with each of the
+    parameters, as torchtitan does, they are most of a small checkpoint's entries."""
+
+    def __init__(self, optimizers: OptimizersContainer) -> None:
+        self._optimizers = optimizers
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in self._optimizers.state_dict().items() if key.startswith("state.")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._optimizers.load_state_dict(self._optimizers.state_dict() | state_dict)
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Tells the system's error where torch.save hides it behind its own: other ranks get no more than the error."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or error from None
 
 
 class TrainerCheckpointer(CheckpointManager):
     """Writes straight into a directory, not into ``folder/step-N``: the run's checkpoints have their own layout, which
-    also says when one is complete and how long it is kept."""
+    also says when one is complete and how long it is kept. The files are the same.
 
-    save_future: Future | None
+    Making one is a collective call where saving is asynchronous: it makes the process group that saves go over.
+    """
 
-    def _create_checkpoint_id(self, step: int, folder: str = "") -> str:
-        return folder or self.folder
-
-    def _wait_for_saving(self) -> None:
-        # torchtitan 0.3.0 keeps the future of a failed save, so that every later save would raise its error again.
-        future, self.save_future = self.save_future, None
-        if future is not None:
-            with _ordinary_errors():
-                future.result()
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: OptimizersContainer,
+        lr_schedulers: LRSchedulersContainer,
+        states: dict[str, Any],
+        *,
+        async_save: bool,
+    ) -> None:
+        mode: Any = "async" if async_save else "disabled"
+        super().__init__(
+            CheckpointManager.Config(enable=True, interval=1, keep_latest_k=0, async_mode=mode),
+            dataloader=None,
+            model_parts=[model],
+            optimizers=optimizers,
+            lr_schedulers=lr_schedulers,
+            states=states,
+            sd_adapter=None,
+        )
+        del self.states[DATALOADER]  # the controller draws the prompts
+        self.states[OPTIMIZER] = _OptimizerState(optimizers)
+        self._staging = Staging() if async_save else None
+        self._saving: Future[dict[str, FileRecord]] | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        if async_save:
+            self._writer.submit(int).result()  # starts the thread, which takes milliseconds
 
     def save_to(self, directory: Path) -> None:
         """Save all state; where saving is asynchronous, return once it is staged in memory. Waits for the save before.
 
         Raises:
-            RuntimeError: this save failed or, where saving is asynchronous, the one before; told once.
+            CheckpointError: this save failed or, where saving is asynchronous, the one before; told once.
         """
-        self.maybe_wait_for_saving()
-        self.folder = str(directory)
-        with _ordinary_errors():
-            self.save(1)
+        self.saved()
+        state: dict[str, Any] = dict(self.states[MODEL].state_dict())
+        state |= {key: value.state_dict() for key, value in self.states.items() if key != MODEL}
+        if self._staging is not None:
+            self._saving = self._writer.submit(self._write, self._staging.copy(state), directory)
+        else:
+            self._saving = Future()
+            self._saving.set_result(self._write(state, directory))
+
+    def saved(self) -> dict[str, FileRecord]:
+        """Wait until the last save is on disk.
+
+        Returns:
+            The files that this rank wrote, by path below the directory's parent; empty before the first save.
+
+        Raises:
+            CheckpointError: it failed, on whichever rank; told once, and the next save may work.
+        """
+        try:
+            return self._saving.result() if self._saving is not None else {}
+        except BaseException:
+            self._saving = None
+            raise
+
+    @torch.no_grad()
+    def _write(self, state: dict[str, Any], directory: Path) -> dict[str, FileRecord]:
+        # A staged state is in host memory already: nothing to copy ahead, and no CUDA context of this thread's own.
+        writer = _Writer(directory, per_thread_copy_ahead=0 if self._staging is not None else 10_000_000)
+        with _ordinary_errors(f"cannot save {directory}"):
+            dcp.save(state, storage_writer=writer, process_group=self.pg)
+        rank = dist.get_rank(self.pg)
+        paths = sorted(directory.glob(f"__{rank}_*.distcp")) + ([directory / ".metadata"] if rank == 0 else [])
+        try:
+            return {f"{directory.name}/{path.name}": describe(path) for path in paths}
+        except OSError as error:
+            raise CheckpointError(f"cannot save {directory}: rank {rank}: {error}") from error
 
     def load_from(self, directory: Path) -> None:
         """Load all state, whatever the sharding it was saved under.
 
         Raises:
             FileNotFoundError: no such directory.
-            RuntimeError: it cannot be read or belongs to another model.
+            CheckpointError: it cannot be read or belongs to another model.
         """
         self.folder = str(directory)
-        with _ordinary_errors():
+        with _ordinary_errors(f"cannot load {directory}"):
             self.load(1)  # any step but 0, which means weights alone, and -1, which means the newest
 
+    def _create_checkpoint_id(self, step: int, folder: str = "") -> str:
+        return folder or self.folder
 
-def build_checkpointer(
-    model: nn.Module,
-    optimizers: OptimizersContainer,
-    lr_schedulers: LRSchedulersContainer,
-    states: dict[str, Any],
-    *,
-    async_save: bool,
-) -> TrainerCheckpointer:
-    """A collective call where saving is asynchronous: it makes a process group of its own."""
-    config = CheckpointManager.Config(
-        enable=True, interval=1, keep_latest_k=0, async_mode="async" if async_save else "disabled"
-    )
-    checkpointer = TrainerCheckpointer(
-        config,
-        dataloader=None,
-        model_parts=[model],
-        optimizers=optimizers,
-        lr_schedulers=lr_schedulers,
-        states=states,
-        sd_adapter=None,
-    )
-    del checkpointer.states["dataloader"]  # the controller draws the prompts
-    return checkpointer
+    def _close(self) -> None:
+        if hasattr(self, "_writer"):  # also called on one that was never finished
+            self._writer.shutdown(wait=False)

@@ -26,6 +26,7 @@ from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.tools.utils import set_default_dtype
 
+from forge_hpc.checkpoint import FileRecord
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config
 from forge_hpc.data.packing import PackedBatch, pack, unpack
@@ -34,7 +35,7 @@ from forge_hpc.losses import build_loss
 from forge_hpc.models.attention import attention_inputs, inner_attention_config
 from forge_hpc.models.device import device_type, local_device
 from forge_hpc.models.spec import load_hf_weights, load_spec
-from forge_hpc.training.checkpointer import TrainerCheckpointer, build_checkpointer
+from forge_hpc.training.checkpointer import TrainerCheckpointer
 from forge_hpc.training.export import export_hf
 from forge_hpc.training.logprobs import token_logprobs
 
@@ -78,7 +79,13 @@ class TrainEngine(Stateful):
             raise UserError(
                 "rollout.sampling.temperature is 0: greedy samples carry no gradient", "set it above 0, usually to 1"
             )
-        self._checkpointer: TrainerCheckpointer | None = None
+        self._checkpointer = TrainerCheckpointer(
+            self.model,
+            self.optimizers,
+            self.lr_schedulers,
+            {"train_state": self},
+            async_save=cfg.checkpoint.async_save,
+        )
 
     # ---- training
 
@@ -248,28 +255,29 @@ class TrainEngine(Stateful):
         written.
 
         Raises:
-            RuntimeError: this save failed or, where saving is asynchronous, the one before; told once.
+            CheckpointError: this save failed or, where saving is asynchronous, the one before; told once.
         """
         self._materialize_optimizer_state()
-        self._get_checkpointer().save_to(directory)
+        self._checkpointer.save_to(directory)
 
-    def wait_for_save(self) -> None:
-        """Return when the last save is written.
+    def wait_for_save(self) -> dict[str, FileRecord]:
+        """Return when the last save is on disk: the files that this rank wrote, as ``CheckpointStore.commit`` wants
+        them. Not a collective call; it may run in another thread, beside the training.
 
         Raises:
-            RuntimeError: it failed; told once.
+            CheckpointError: it failed, on this rank or another; told once, and the next save may work.
         """
-        self._get_checkpointer().maybe_wait_for_saving()
+        return self._checkpointer.saved()
 
     def load(self, directory: Path) -> None:
         """Continue from a save of this model, made on any number of ranks.
 
         Raises:
             FileNotFoundError: no such directory.
-            RuntimeError: it cannot be read or belongs to another model.
+            CheckpointError: it cannot be read or belongs to another model.
         """
         self._materialize_optimizer_state()
-        self._get_checkpointer().load_from(directory)
+        self._checkpointer.load_from(directory)
         for scheduler in self.lr_schedulers:  # a rate edited since the save counts from the first step on
             for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
                 group["lr"] = lr
@@ -284,17 +292,6 @@ class TrainEngine(Stateful):
 
     def _to_hf(self) -> dict[str, torch.Tensor]:
         return self.spec.adapter.to_hf(self.model.state_dict())
-
-    def _get_checkpointer(self) -> TrainerCheckpointer:
-        if self._checkpointer is None:
-            self._checkpointer = build_checkpointer(
-                self.model,
-                self.optimizers,
-                self.lr_schedulers,
-                {"train_state": self},
-                async_save=self.cfg.checkpoint.async_save,
-            )
-        return self._checkpointer
 
     def _materialize_optimizer_state(self) -> None:
         """Create Adam's state before the first step as if no step had been taken.

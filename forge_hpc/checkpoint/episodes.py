@@ -1,0 +1,136 @@
+"""Groups of finished episodes as bytes, to be stored with a checkpoint (``CheckpointStore.commit(extra=…)``).
+
+A NumPy ``.npz`` without pickle: one JSON line a group, and all token ids and all log-probabilities as two arrays, since
+as JSON they would take seconds. 1,024 episodes of 4,096 tokens take 0.35 s of CPU each way and 34 MB beside their text.
+Call it in a thread: it works group by group, so that an event loop beside it gets its turns (every 20 ms).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
+
+import numpy as np
+
+from forge_hpc.data.types import Completion, Episode, Group, Prompt
+from forge_hpc.files import refuse_newer
+
+EPISODES = "episodes.npz"
+"""The name that recipes give to it among a checkpoint's files."""
+FORMAT = 1
+T = TypeVar("T")
+
+
+def dump_groups(groups: Sequence[Group]) -> bytes:
+    """The groups as bytes; ``load_groups`` makes equal ones of them, to the last bit of every float.
+
+    Raises:
+        ValueError: a prompt's ``fields`` or a reward hold what JSON has no word for.
+    """
+    packer = _Packer()
+    lines = [json.dumps({"format": FORMAT})]
+    for group in groups:
+        try:
+            lines.append(json.dumps(packer.pack(group), ensure_ascii=False, default=_plain))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the episodes of prompt {group.prompt.position} cannot be saved: {error}") from None
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        groups=np.frombuffer("\n".join(lines).encode("utf-8", "surrogatepass"), np.uint8),
+        ints=_narrow(packer.ints, np.int64, np.int32),
+        floats=_narrow(packer.floats, np.float64, np.float32),
+    )
+    return buffer.getvalue()
+
+
+def load_groups(data: bytes) -> list[Group]:
+    """What ``dump_groups`` was given.
+
+    Raises:
+        ValueError: the bytes are not from ``dump_groups``.
+        UserError: a newer version of this project wrote them.
+    """
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        head, *lines = arrays["groups"].tobytes().decode("utf-8", "surrogatepass").split("\n")
+        refuse_newer("the checkpoint's buffer of episodes", json.loads(head)["format"], FORMAT)
+        unpacker = _Unpacker(arrays["ints"], arrays["floats"])
+        return [unpacker.unpack(Group, json.loads(line)) for line in lines]
+
+
+class _Packer:
+    """Dataclasses as JSON values, field by field as their annotations say; long number lists go to columns beside."""
+
+    def __init__(self) -> None:
+        self.ints: list[np.ndarray] = []
+        self.floats: list[np.ndarray] = []
+        self._prompt: Prompt | None = None
+
+    def pack(self, value: Any) -> dict[str, Any]:
+        return {field.name: self._field(field.type, getattr(value, field.name)) for field in fields(value)}
+
+    def _field(self, kind: Any, value: Any) -> Any:
+        match kind:
+            case "list[int]":
+                self.ints.append(np.asarray(value, np.int64))
+                return len(value)
+            case "list[float]":
+                self.floats.append(np.asarray(value, np.float64))
+                return len(value)
+            case "Prompt":
+                if value is self._prompt:  # a group's episodes share it
+                    return None
+                self._prompt = value
+                return self.pack(value)
+            case "Completion":
+                return self.pack(value)
+            case "list[Episode]":
+                return [self.pack(episode) for episode in value]
+        return value
+
+
+class _Unpacker:
+    """The inverse of ``_Packer``, in the same order."""
+
+    def __init__(self, ints: np.ndarray, floats: np.ndarray) -> None:
+        self._columns = {"list[int]": ints, "list[float]": floats}
+        self._taken = {"list[int]": 0, "list[float]": 0}
+        self._prompt: Prompt | None = None
+
+    def unpack(self, cls: type[T], record: dict[str, Any]) -> T:
+        kinds = {field.name: field.type for field in fields(cls)}  # type: ignore[arg-type]
+        return cls(**{name: self._field(kinds[name], value) for name, value in record.items() if name in kinds})
+
+    def _field(self, kind: Any, value: Any) -> Any:
+        match kind:
+            case "list[int]" | "list[float]":
+                start = self._taken[kind]
+                self._taken[kind] += value
+                return self._columns[kind][start : start + value].tolist()
+            case "Prompt":
+                if value is not None:
+                    self._prompt = self.unpack(Prompt, value)
+                return self._prompt
+            case "Completion":
+                return self.unpack(Completion, value)
+            case "list[Episode]":
+                return [self.unpack(Episode, episode) for episode in value]
+        return tuple(value) if isinstance(kind, str) and kind.startswith("tuple") else value
+
+
+def _narrow(arrays: list[np.ndarray], wide: type, narrow: type) -> np.ndarray:
+    """All values in one array, of the smaller type where that loses nothing."""
+    values = np.concatenate(arrays) if arrays else np.zeros(0, wide)
+    with np.errstate(over="ignore"):
+        small = values.astype(narrow)
+    return small if np.array_equal(small, values, equal_nan=True) else values
+
+
+def _plain(value: Any) -> Any:
+    """What rewards computed with NumPy are, as JSON knows it."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} {value!r:.60} is no JSON value")

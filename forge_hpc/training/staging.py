@@ -1,0 +1,60 @@
+"""Copies of a trainer's state in host memory, in buffers that every save uses again."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.cuda import _pin_memory_utils
+from torch.distributed._state_dict_utils import _copy_state_dict, _create_cpu_state_dict
+from torch.distributed.tensor import DTensor
+
+_PIN_FROM_BYTES = 1 << 20
+"""Below it the copy's time is that of the call."""
+
+
+class Staging:
+    """What a save writes while the training goes on.
+
+    It holds as much host memory as the state takes, from the first copy on. Where there is a GPU the buffers are
+    pinned: then the copy runs at the speed of the bus.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[str, Any] | None = None
+
+    def copy(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state (of nested dictionaries) with its tensors on the CPU. Valid until the next call.
+
+        The keys and the tensors' shapes must be those of the first call.
+        """
+        is_cuda = torch.cuda.is_available()
+        if self._copies is None:
+            self._copies = _create_cpu_state_dict(state)
+            if is_cuda:
+                for tensor in _tensors(self._copies):
+                    _pin(tensor)
+        copies = _copy_state_dict(state, self._copies, non_blocking=is_cuda, type_check=False)
+        if is_cuda:
+            torch.cuda.current_stream().synchronize()
+        return copies
+
+
+def _pin(tensor: torch.Tensor) -> None:
+    """Page-lock the tensor's own bytes: PyTorch's allocator of pinned memory would round up to a power of two."""
+    if tensor.nbytes >= _PIN_FROM_BYTES:
+        _pin_memory_utils.pin_memory(tensor.data_ptr(), tensor.nbytes)
+        unpin = weakref.finalize(tensor.untyped_storage(), _pin_memory_utils.unpin_memory, tensor.data_ptr())
+        unpin.atexit = False  # CUDA may be gone by then
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, DTensor):
+        yield from _tensors(value.to_local())
+    elif isinstance(value, torch.Tensor):
+        yield value
