@@ -255,7 +255,7 @@ class Supervisor:
         allocation, run_dir = self.allocation, self.run_dir
         job_id = allocation.job_id if allocation.in_slurm else None
         config = read_config(run_dir.config)
-        with run_dir.lock(job_id) as lock:
+        with run_dir.lock(job_id, requeues=allocation.requeues, stop=self._check_wish) as lock:
             self._lock = lock
             return self._locked(config, job_id)
 

@@ -125,7 +125,7 @@ def _narrow(arrays: list[np.ndarray], wide: type, narrow: type) -> np.ndarray:
     """All values in one array, of the smaller type where that loses nothing."""
     values = np.concatenate(arrays) if arrays else np.zeros(0, wide)
     with np.errstate(over="ignore"):
-        small = values.astype(narrow)
+        small: np.ndarray = values.astype(narrow)
     return small if np.array_equal(small, values, equal_nan=True) else values
 
 

@@ -18,7 +18,8 @@ from typing import Any, TextIO, TypeVar
 from forge_hpc.actors.buffer import EpisodeBuffer
 from forge_hpc.actors.service import ActorLost, Service, reason_of
 from forge_hpc.actors.trainer import Trainer
-from forge_hpc.checkpoint import CheckpointStore
+from forge_hpc.checkpoint import CheckpointStore, FileRecord, load_extra
+from forge_hpc.checkpoint.episodes import EPISODES, dump_groups, load_groups
 from forge_hpc.cluster.meshes import Cluster
 from forge_hpc.config import Config
 from forge_hpc.data.hub import load_tokenizer, resolve_model
@@ -100,6 +101,8 @@ class Session:
             self._resume_from, state = found
             self.step, self.state = state["step"], state["recipe"]
             self._saved_step = self.step
+            if (saved_groups := await asyncio.to_thread(load_extra, self._resume_from, EPISODES)) is not None:
+                self.finished_groups = load_groups(saved_groups)
             self._recoveries.load_state_dict(state.get("recoveries", {}))
             logger.info("resuming after step %d from %s", self.step, self._resume_from)
 
@@ -264,8 +267,9 @@ class Session:
         record["recoveries"] = self._recoveries.state_dict()
 
         async def commit() -> None:
-            await self.trainers.call_all("saved")
-            await asyncio.to_thread(self.checkpoints.commit, step, record)
+            written = await self.trainers.call_all("saved")  # each rank names the files that are its own
+            files = {name: file for rank in written for name, file in rank.items()}
+            await asyncio.to_thread(self._commit, step, record, files, groups)
 
         try:
             directory = await asyncio.to_thread(self.checkpoints.begin, step)
@@ -290,7 +294,13 @@ class Session:
             lead_s = MIN_LEAD_S + 2 * (max(self._save_s) + max(self._train_s, default=0.0))
             self.run_dir.write_status(lead_s=round(lead_s, 1))
 
+    def _commit(
+        self, step: int, record: Mapping[str, Any], files: Mapping[str, FileRecord], groups: Sequence[Group]
+    ) -> None:
+        self.checkpoints.commit(step, record, files, {EPISODES: dump_groups(groups)} if groups else {})
+
     async def _save_failed(self, step: int, error: Exception) -> None:
+        await asyncio.to_thread(self.checkpoints.abandon, step)
         self._num_failed_saves += 1
         reason = " ".join(str(error).split()) or type(error).__name__
         logger.error("the checkpoint of step %d failed, the one before it stands: %s", step, reason)
