@@ -1,5 +1,6 @@
 # make demo   set up, then the main job on this machine: a small model learns to add (RUN_DIR=runs/demo)
 # make test   set up (as root with Slurm's Debian packages), then all tests (ARGS="-k name")
+# make chaos  faults against a run on a real Slurm cluster on this machine (root; SEED=n, ARGS='"fault"')
 # make lint   ruff and mypy
 # make clean  remove the environment and caches; runs/ stays
 
@@ -7,18 +8,19 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean setup debian
+.PHONY: help demo test chaos lint clean setup debian
 
 PYTHON ?= python3
 VENV ?= .venv
 EXTRA ?= $(or $(firstword $(shell cat $(VENV)/.installed 2>/dev/null)),cpu)# cpu or cuda; once chosen it stays
 RUN_DIR ?= runs/demo
 ARGS ?=
+SEED ?= 0
 BIN := $(VENV)/bin
 DEBIAN_PACKAGES := slurm-wlm munge iproute2 bubblewrap
 
 help:
-	@sed -n 's/^# //p' Makefile | head -4
+	@sed -n 's/^# //p' Makefile | head -5
 
 demo: setup
 	@exec $(BIN)/python -m forge_hpc.submit --cluster local --config configs/grpo/demo.yaml --run-dir "$(RUN_DIR)" --fresh
@@ -30,6 +32,9 @@ lint: setup
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+chaos: setup debian
+	@exec $(BIN)/python tests/chaos.py --seed $(SEED) $(ARGS)
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

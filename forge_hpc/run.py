@@ -213,7 +213,7 @@ class Supervisor:
 
     def _tell_worker_ended(self, rendezvous: Rendezvous, worker: subprocess.Popen[bytes]) -> str:
         """Tell the controller, which would notice much later, that nothing runs on this node any more."""
-        message = f"its Monarch worker ended with {worker.returncode}"
+        message = f"its Monarch worker {how_it_ended(worker.returncode)}"
         rendezvous.publish(f"ended-{self.allocation.node_id}", {"message": message})
         print(f"node {self.allocation.node_id}: {message}", file=sys.stderr)
         return message
@@ -377,7 +377,7 @@ class Supervisor:
         if outcome is None:
             if wish is not None:
                 return Ended(wish.cause, f"{wish.message}; there was no time to save, the newest checkpoint stands")
-            return Ended("crash", f"the controller ended with {controller.returncode} and left no reason")
+            return Ended("crash", f"the controller {how_it_ended(controller.returncode)} and left no reason")
         if outcome["code"] == 0:
             return Ended("completed")
         if outcome["code"] == 4:
@@ -450,6 +450,11 @@ def measured_lead_s(run_dir: RunDir) -> float:
     """What the run has measured that it needs to save and leave; 0 before it has."""
     status = run_dir.read_status()
     return status.lead_s if status is not None else 0.0
+
+
+def how_it_ended(code: int) -> str:
+    """An exit code as subprocess gives it, in words."""
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
 
 
 def tell(controller: subprocess.Popen[bytes], line: str) -> None:

@@ -143,6 +143,7 @@ def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, foll
     is_new, before = not run_dir.exists, read_config(run_dir.config) if run_dir.has_config else None
     prepare(cfg, run_dir, None, warm)
     if not on_slurm:
+        _record(changes, run_dir)
         print(f"run directory  {run_dir}\n{_split(cfg)}", flush=True)
         return local.run_here(cfg, run_dir.path)
     try:
@@ -150,6 +151,7 @@ def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, foll
     except UserError:
         _undo(run_dir, is_new, before, ended)
         raise
+    _record(changes, run_dir)
     status = run_dir.read_status()
     if status and status.state == "pending":  # a job that has begun already wrote its id itself
         run_dir.write_status(job_id=job_id)
@@ -200,6 +202,7 @@ def prepare_in_allocation(request: Request) -> str:
         if not _is_complete(cfg, run_dir.read_status()):
             _say_all(changes)
             prepare(cfg, run_dir, job_id, warm)
+            _record(changes, run_dir)
     if _is_complete(cfg, run_dir.read_status()):
         _say(f"{run_dir} is complete: nothing to do")
         return "true"
@@ -306,6 +309,13 @@ def _changes(cfg: Config, run_dir: RunDir) -> list[str]:
             f"ask for {status.step} or more, or choose another --run-dir",
         )
     return [f"{key}: {_value(old)} -> {_value(new)}" for key, old, new in found]
+
+
+def _record(changes: Sequence[str], run_dir: RunDir) -> None:
+    from forge_hpc.cluster.starts import StartLog
+
+    if changes:
+        StartLog(run_dir).changed(changes)
 
 
 def _value(value: object) -> str:

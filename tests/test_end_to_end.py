@@ -136,22 +136,6 @@ def test_a_run_without_a_learning_signal_says_so_and_fails(tmp_path: Path) -> No
     assert status(tmp_path / "run")["state"] == "failed"
 
 
-@pytest.mark.parametrize("role", ["trainer-0", "generator-0"])
-def test_a_killed_actor_ends_the_run_with_its_cause(tmp_path: Path, role: str) -> None:
-    run = start_local(tmp_path / "run", small_run(tmp_path, 2000))
-    try:
-        wait_for(lambda: len(read(tmp_path / "run")) >= 2 or run.poll() is not None, "two steps")
-        victim, *_ = processes(tmp_path / "run", f"{role}.log")
-        victim.kill()
-        _, err = run.communicate(timeout=60)
-    finally:
-        run.kill()
-    assert run.returncode == 1
-    assert not left_over(tmp_path / "run")
-    assert status(tmp_path / "run")["state"] == "failed"
-    assert err.splitlines()[-1].startswith("error: ") and role.split("-")[0] in err.splitlines()[-1], err
-
-
 def test_ctrl_c_ends_everything_within_15_seconds(tmp_path: Path) -> None:
     run = start_local(tmp_path / "run", small_run(tmp_path, 2000))
     try:

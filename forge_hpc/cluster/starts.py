@@ -1,4 +1,5 @@
-"""The starts of a run, ``RUN_DIR/starts.jsonl``: one line when a start begins, one when it ends.
+"""The starts of a run, ``RUN_DIR/starts.jsonl``: one line when a start begins, one when it ends, one when somebody
+changes the configuration in between.
 
 A start that was killed leaves no second line. What the file is for: a run that fails again and again without progress
 must end, and somebody who looks at a run of many restarts wants to know why there were so many.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,7 +31,7 @@ class Ending:
 
 
 class StartLog:
-    """Reads and writes ``starts.jsonl``; used by the supervisor of the first node alone, under the run's lock."""
+    """Reads and writes ``starts.jsonl``; used by who submits the run, and then by the supervisor of its first node."""
 
     def __init__(self, run_dir: RunDir) -> None:
         self._run_dir = run_dir
@@ -43,6 +45,10 @@ class StartLog:
     def end(self, *, state: str, cause: str, message: str) -> None:
         """The start that began last has ended."""
         self._append({"event": "end"} | asdict(Ending(state, cause, message, newest_step(self._run_dir))))
+
+    def changed(self, changes: Sequence[str]) -> None:
+        """The next start has another configuration than the last."""
+        self._append({"event": "changed", "changes": list(changes)})
 
     def failures_without_progress(self) -> int:
         """How many starts in a row have failed without a newer checkpoint than the one before them.
