@@ -25,10 +25,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
 from runs import PROJECT, REWARD, processes, read, small_run, status, wait_for
 from slurm_cluster import SlurmCluster
+
+from forge_hpc.cluster.starts import StartLog
+from forge_hpc.run_dir import RunDir
 
 PARTITIONS = (
     "PartitionName=low Nodes={nodes} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=30 State=UP",
@@ -40,6 +44,11 @@ OPTIONS = {"PreemptType": "preempt/partition_prio", "PreemptMode": "REQUEUE", "S
 SAME = ("step", "policy_version", "reward/mean", "loss", "grad_norm", "tokens/generated", "tokens/trained")
 RECOVERY_S = 240.0
 STEPS_BETWEEN = 3
+
+
+def read_starts(run_dir: Path) -> list[dict[str, Any]]:
+    """Records of ``starts.jsonl``."""
+    return StartLog(RunDir(run_dir)).read()
 
 
 @dataclass
@@ -74,11 +83,8 @@ class Campaign:
         command = ["sbatch", "--parsable", "--nodes=2", f"--partition={partition}"]
         command += [f"--output={self.directory}/slurm-%j.out", *sbatch, "sbatch/grpo.sh", "--run-dir", str(run_dir)]
         command += small_run(self.directory, steps, REWARD, "checkpoint.interval=1", "evaluation.num_prompts=0")
-        command += [
-            "algorithm.max_steps_without_signal=100000",
-            "generator.timeout_s=15",
-            "trainer.lr_scheduler.decay_ratio=null",
-        ]
+        command += ["algorithm.max_steps_without_signal=100000", "generator.timeout_s=15"]
+        command += ["trainer.lr_scheduler.decay_ratio=null"]  # the rate must not depend on how long the campaign takes
         done = self.cluster.run(*command, env=self.env, cwd=PROJECT, timeout_s=900)
         return done.stdout.split()[0]
 
@@ -110,9 +116,7 @@ class Campaign:
             for line in path.read_text(errors="replace").splitlines():
                 if re.search(pattern, line) and (match := re.match(r"(\S+)Z ", line)):
                     times.append(datetime.fromisoformat(f"{match[1]}+00:00").timestamp())
-        starts = self.run_dir / "starts.jsonl"
-        for record in map(json.loads, starts.read_text().splitlines() if starts.exists() else []):
-            times.append(record["time"] if record["event"] == "end" else 0.0)
+        times += [record["time"] for record in self.ends()]
         return min((moment for moment in times if moment >= since - 0.5), default=None)
 
     def other_host(self) -> int:
@@ -160,10 +164,12 @@ class Campaign:
         self.fault_time = self.ends()[-1]["time"]
         assert self.ends()[-1]["cause"] == "walltime", self.ends()[-1]
 
-    def ends(self) -> list[dict]:
-        starts = self.run_dir / "starts.jsonl"
-        records = [json.loads(line) for line in starts.read_text().splitlines()]
-        return [record for record in records if record["event"] == "end"]
+    def starts(self, event: str) -> list[dict[str, Any]]:
+        """Records of starts: those that ``begin``, or those that ``end``."""
+        return [record for record in read_starts(self.run_dir) if record["event"] == event]
+
+    def ends(self) -> list[dict[str, Any]]:
+        return self.starts("end")
 
     def slurmd(self) -> None:
         host = self.cluster.hosts[self.other_host()]
@@ -232,30 +238,38 @@ FAULTS: dict[str, tuple[Callable[[Campaign], None], Callable[[Campaign], None] |
 }
 
 
+def written(run_dir: Path) -> dict[int, float]:
+    """By step: when its record was written (unix s)."""
+    return {record["step"]: record["wall_time"] for record in read(run_dir)}
+
+
 def inject(campaign: Campaign, name: str, row: Row) -> None:
     """One fault, from a run that trains to a run that trains again."""
     fault, mend, sign, state = FAULTS[name]
     if not name.startswith("preempted"):
         campaign.move_to("low")
     campaign.wait_for_steps(STEPS_BETWEEN)
-    ends = len(campaign.ends()) if (campaign.run_dir / "starts.jsonl").exists() else 0
-    campaign.fault_time, before = time.time(), campaign.step
+    ends, begins = len(campaign.ends()), len(campaign.starts("begin"))
+    campaign.fault_time, seen_before = time.time(), written(campaign.run_dir)
     fault(campaign)
-    since = campaign.fault_time
-    # Steps are done again where a record is written anew: the first record after the fault may be of a step before it.
-    first = wait_for(
-        lambda: [r for r in read(campaign.run_dir) if r["wall_time"] > since and r["step"] > before],
-        f"a step after the fault {name!r}",
+    since = back = campaign.fault_time
+    if state:  # another start takes over
+        back = wait_for(lambda: campaign.starts("begin")[begins:], f"another start after {name}", RECOVERY_S)[0]["time"]
+        seen_before = {**seen_before, **{s: t for s, t in written(campaign.run_dir).items() if t < back}}
+    # A step that is done again has its record written anew.
+    new = wait_for(
+        lambda: sorted(t for s, t in written(campaign.run_dir).items() if t > back and s not in seen_before),
+        f"a step after {name}",
         RECOVERY_S,
-    )[0]
-    row.recovered_s.append(first["wall_time"] - since)
-    again = [r["step"] for r in read(campaign.run_dir) if r["wall_time"] > since and r["step"] <= before]
-    row.steps_repeated = max(row.steps_repeated, len(again))
+    )
+    row.recovered_s.append(new[0] - since)
+    now = written(campaign.run_dir)
+    row.steps_repeated = max(row.steps_repeated, sum(now[step] != moment for step, moment in seen_before.items()))
     if (seen := campaign.log_time(since, sign)) is not None:
         row.detected_s.append(max(0.0, seen - since))
     if mend is not None:
         mend(campaign)
-    ended = campaign.ends()[ends:] if (campaign.run_dir / "starts.jsonl").exists() else []
+    ended = campaign.ends()[ends:]
     if state and name != "slurmd killed" and state not in [end["state"] for end in ended]:
         row.problem = f"the start ended as {[end['state'] for end in ended]}, not {state}"
     if not state and ended:

@@ -1,7 +1,7 @@
 """Runs that are stopped, and whose processes are killed: they go on as if nothing had happened.
 
-The same on a real Slurm cluster, with preemption, walltime, dead nodes and full disks, is `make chaos`; what of it every
-change must show is in test_slurm_runs.py.
+The same on a real Slurm cluster, with preemption, walltime, dead nodes and full disks, is `make chaos`; what of it
+every change must show is in test_slurm_runs.py.
 """
 
 from __future__ import annotations
