@@ -29,7 +29,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 @pytest.fixture(scope="session")
 def slurm_cluster() -> Iterator[SlurmCluster]:
-    """A real Slurm cluster of 4 hosts, partitions `main` (default) and `short` (10 minutes at most).
+    """A real Slurm cluster of 4 hosts, partitions `main` (default), `short` (10 minutes at most),
+    `spot`, and `urgent`, which takes the nodes of the others' jobs.
 
     Slurm's commands need the environment `slurm_cluster.env`.
     """

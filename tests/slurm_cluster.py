@@ -43,6 +43,8 @@ PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "ip", "nsenter", 
 DEFAULT_PARTITIONS = (
     "PartitionName=main Nodes={nodes} Default=YES MaxTime=UNLIMITED DefaultTime=60 State=UP",
     "PartitionName=short Nodes={nodes} MaxTime=10 State=UP",
+    "PartitionName=spot Nodes={nodes} PreemptMode=REQUEUE GraceTime=40 State=UP",  # urgent takes its nodes
+    "PartitionName=urgent Nodes={nodes} PriorityTier=10 PreemptMode=OFF State=UP",
 )
 
 # Short timers, no accounting, no cgroups. Nodes claim more than the machine has (config_overrides), so that jobs of
@@ -58,6 +60,8 @@ DEFAULT_OPTIONS = {
     "MessageTimeout": "30",
     "MinJobAge": "3600",
     "MpiDefault": "none",
+    "PreemptMode": "REQUEUE",
+    "PreemptType": "preempt/partition_prio",
     "ProctrackType": "proctrack/linuxproc",
     "ReturnToService": "2",
     "SchedulerParameters": "sched_interval=2,bf_interval=2,batch_sched_delay=0",

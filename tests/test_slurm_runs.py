@@ -81,13 +81,32 @@ def test_scancel_frees_the_nodes_within_15_seconds(slurm_cluster: SlurmCluster, 
     assert status(run_dir)["state"] == "cancelled", log(run_dir)
 
 
-def test_a_killed_trainer_fails_the_job_with_its_cause(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
-    job, run_dir = start_small_run(slurm_cluster, tmp_path)
-    victim, *_ = processes(run_dir, "trainer-0.log")
+def test_a_job_comes_back_after_preemption_and_after_its_controller_died(
+    slurm_cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    steps, run_dir = 40, tmp_path / "run"
+    command = ["sbatch", "--parsable", "--nodes=2", "--partition=spot", f"--output={tmp_path}/slurm-%j.out"]
+    command += ["sbatch/grpo.sh", "--run-dir", str(run_dir), *small_run(tmp_path, steps)]
+    command += ["algorithm.max_steps_without_signal=1000", "checkpoint.interval=1"]
+    job = slurm_cluster.run(*command, env=environment(slurm_cluster), cwd=PROJECT).stdout.strip()
+
+    def starts(event: str) -> list[dict]:
+        return [record for record in read(run_dir, "starts.jsonl") if record["event"] == event]
+
+    wait_for(lambda: len(read(run_dir)) >= 3, "three steps", 300)
+    urgent = ["sbatch", "--wait", "--partition=urgent", "--nodes=4", "--exclusive", "--wrap=true"]
+    slurm_cluster.run(*urgent, f"--output={tmp_path}/urgent.out", env=environment(slurm_cluster), timeout_s=120)
+    [end] = starts("end")
+    assert (end["state"], end["cause"]) == ("preempted", "preempted")
+    assert end["step"] == len(read(run_dir)), "the last step was saved"
+    wait_for(lambda: len(starts("begin")) == 2, "the second start", 120)
+    wait_for(lambda: len(read(run_dir)) >= end["step"] + 2, "steps after the preemption", 300)
+    victim, *_ = processes(run_dir, "forge_hpc.recipes")
     victim.kill()
-    wait_for(lambda: slurm_cluster.job(job)["JobState"] == "FAILED", "the failure", 60)
+    wait_for(lambda: len(starts("end")) == 2, "the end of the job", 30)
+    assert starts("end")[1]["cause"] == "crash" and "SIGKILL" in starts("end")[1]["message"]
+    wait_for(lambda: slurm_cluster.job(job)["JobState"] in ("COMPLETED", "FAILED"), "the end", 400)
+    assert status(run_dir)["state"] == "completed", log(run_dir)
+    assert slurm_cluster.job(job)["Restarts"] == "2"
+    check_contract(run_dir, steps)
     assert not left_over(run_dir)
-    assert status(run_dir)["state"] == "failed"
-    cause = status(run_dir)["message"]
-    assert "trainer" in cause and "Killed" in cause
-    assert f"error: {cause}" in log(run_dir).splitlines()[-12:]  # then srun says that its tasks ended
