@@ -51,6 +51,12 @@ class PackedBatch:
         return int(np.count_nonzero(self.mask))
 
     @property
+    def num_trained_sequences(self) -> int:
+        """Documents with a label that is trained, by which losses that are means over sequences are divided."""
+        numbers = np.arange(self.num_rows)[:, None] * (self.segment_ids.max() + 1) + self.segment_ids
+        return len(np.unique(numbers[self.mask]))
+
+    @property
     def fill(self) -> float:
         """Share of the slots that hold a token of a document."""
         return self.num_slots_used / self.input_ids.size
