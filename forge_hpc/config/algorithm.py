@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from forge_hpc.config.errors import UserError
@@ -48,13 +47,7 @@ def options_set(a: AlgorithmConfig) -> list[str]:
 
 
 def check_loss(a: AlgorithmConfig) -> None:
-    """Raise a UserError for a loss that is not known, an option that it does not use, or a value out of range."""
-    if a.loss not in LOSSES and ":" not in a.loss:
-        close = difflib.get_close_matches(a.loss, LOSSES, n=1)
-        known = f"known: {', '.join(LOSSES)}; a loss of your own is file.py:name or package.module:name"
-        raise UserError(
-            f"algorithm.loss is {a.loss!r}, which is not known", f"did you mean {close[0]}?" if close else known
-        )
+    """Raise a UserError for an option that the loss does not use, or a value out of range."""
     for name in a.loss_args:
         if name in loss_options(a):
             raise UserError(f"algorithm.loss_args has {name!r}", f"set algorithm.{name} instead")
@@ -87,7 +80,9 @@ def _check_mismatch(a: AlgorithmConfig) -> None:
     for name in ("token_bounds", "sequence_bounds"):
         bounds = getattr(m, name)
         if bounds is not None and not (len(bounds) == 2 and 0 <= bounds[0] < bounds[1]):
-            raise UserError(f"algorithm.mismatch.{name} is {bounds}", "write [low, high] with 0 <= low < high: [0.5, 5]")
+            raise UserError(
+                f"algorithm.mismatch.{name} is {bounds}", "write [low, high] with 0 <= low < high: [0.5, 5]"
+            )
     clips = [name for name in _CLIPS if getattr(a, name) is not None]
     if m != MismatchConfig() and clips:
         raise UserError(

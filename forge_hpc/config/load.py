@@ -248,6 +248,8 @@ def _set(target: DictConfig, key: str, hint: Any, node: yaml.Node, full: str, so
         value = {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value)
     if kind is float and type(value) is int:
         value = float(value)
+    if typing.get_args(kind) == (float,) and isinstance(value, list):
+        value = [float(item) if type(item) is int else item for item in value]
     if kind in (bool, int, float) and value is not None and type(value) is not kind and "${" not in str(value):
         raise wrong  # OmegaConf would take 3 for true and "7" for a number
     try:

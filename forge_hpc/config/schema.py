@@ -79,7 +79,8 @@ class AlgorithmConfig:
     loss_args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the loss that have no key here: sapo's ``tau_pos`` and ``tau_neg``, those of your own."""
     advantage: str = "group_mean_std"
-    """How rewards become advantages (group_mean_std, group_mean, leave_one_out, group_mean_batch_std, batch_mean_std)."""
+    """How rewards become advantages (group_mean_std, group_mean, leave_one_out, group_mean_batch_std,
+    batch_mean_std)."""
     clip_low: float | None = None
     """The ratio is clipped from below at 1 - clip_low; null is the loss's own default."""
     clip_high: float | None = None

@@ -216,6 +216,8 @@ def _check_algorithm(cfg: Config) -> None:
             f"reference.device={cfg.reference.device}, and the trainers run on {'cuda' if gpus else 'cpu'}",
             "the reference model computes where the trainers do: set reference.device=auto",
         )
+    if ":" not in a.loss:
+        _check_name("algorithm.loss", a.loss, tuple(LOSSES))
     check_loss(a)
     if r.sampling.temperature == 0:
         raise UserError(

@@ -62,8 +62,8 @@ class PolicyLoss(ABC):
 
     @property
     def old_logprobs_from(self) -> str:
-        """``generator``: the ratio spans staleness and mismatch both. With a correction, which covers them, ``trainer``:
-        the policy before the optimizer step, so that the ratio is 1 unless a batch is trained on more than once."""
+        """``generator``: the ratio spans staleness and mismatch. With a correction, which covers both, ``trainer``: the
+        policy before the optimizer step, so that the ratio is 1 unless a batch is trained on more than once."""
         return "generator" if self.mismatch is None else "trainer"
 
     @abstractmethod

@@ -27,7 +27,7 @@ from forge_hpc.losses.simple_grpo import SimpleGRPOLoss
 LossFn = Callable[..., LossOutput]
 
 
-_LOSSES: dict[str, Callable[..., LossFn]] = {
+_LOSSES: dict[str, Callable[..., Any]] = {
     "grpo": GRPOLoss,
     "dr_grpo": DrGRPOLoss,
     "dapo": DAPOLoss,
@@ -39,7 +39,7 @@ _LOSSES: dict[str, Callable[..., LossFn]] = {
     "reinforce": ReinforceLoss,
     "simple_grpo": SimpleGRPOLoss,
 }
-_RENAMED = {SimpleGRPOLoss: {"kl_coef": "beta"}}
+_RENAMED: dict[Callable[..., Any], dict[str, str]] = {SimpleGRPOLoss: {"kl_coef": "beta"}}
 """What a loss calls an option of ``algorithm``, where it has another name for it."""
 
 

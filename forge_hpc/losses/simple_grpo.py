@@ -11,7 +11,7 @@ from forge_hpc.losses.policy import PolicyLoss, Tokens
 class SimpleGRPOLoss(PolicyLoss):
     """GRPO whose old policy is the current one, so that there is a gradient and nothing to clip:
 
-        loss = 1/N sum_i 1/|o_i| sum_t -( exp(log pi - sg(log pi)) A - beta KL(pi || pi_ref) )
+    loss = 1/N sum_i 1/|o_i| sum_t -( exp(log pi - sg(log pi)) A - beta KL(pi || pi_ref) )
     """
 
     def __init__(
