@@ -64,16 +64,20 @@ def build_loss(name: str, cfg: AlgorithmConfig, max_tokens: int = 1) -> LossFn:
     factory = _LOSSES.get(name) or load_user_code(name, "loss")
     renamed = _RENAMED.get(factory, {})
     given = {renamed.get(key, key): value for key, value in _options(cfg, max_tokens).items()}
-    unused = [key for key in options_set(cfg) if not _takes(factory, renamed.get(key, key))]
+    unused = [f"algorithm.{key}" for key in options_set(cfg) if not _takes(factory, renamed.get(key, key))]
+    unused += [f"algorithm.loss_args.{key}" for key in cfg.loss_args if not _takes(factory, key)]
     if unused:
-        raise UserError(f"algorithm.{unused[0]} is not used by algorithm.loss={name}", "leave it out")
+        raise UserError(f"{unused[0]} is not used by algorithm.loss={name}", "leave it out, or check its name")
     arguments = {key: value for key, value in given.items() if _takes(factory, key)} | dict(cfg.loss_args)
     if not inspect.isclass(factory):
         return functools.partial(factory, **arguments)
     try:
-        return factory(**arguments)
+        loss: Any = factory(**arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"algorithm.loss={name} cannot be made: {error}", "check algorithm.loss_args") from error
+    if not callable(loss):
+        raise UserError(f"algorithm.loss={name}: its instances cannot be called", "give the class a __call__")
+    return loss
 
 
 def _takes(factory: Callable[..., Any], name: str) -> bool:
