@@ -13,8 +13,9 @@ from runs import PROJECT, read, run_local
 
 from forge_hpc.config.algorithm import LOSSES
 
-pytestmark = [pytest.mark.training, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.training, pytest.mark.slow, pytest.mark.timeout(3600)]
 MIN_ACCURACY = 0.85
+TIMEOUT_S = 1800  # a minute on a free machine
 
 # The advantage that belongs to the loss, and in some cases an option of it.
 CASES: dict[str, list[str]] = {
@@ -47,7 +48,7 @@ class Own(PolicyLoss):
 @pytest.fixture(scope="module")
 def warm_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("warm_start")
-    result = run_local(directory / "run", [], config=PROJECT / "configs/sft/demo.yaml")
+    result = run_local(directory / "run", [], TIMEOUT_S, PROJECT / "configs/sft/demo.yaml")
     assert result.returncode == 0, result.stdout + result.stderr
     return directory / "run/export"
 
@@ -69,7 +70,7 @@ def test_each_loss_learns_to_carry(case: str, warm_start: Path, table: list[str]
     options = [option.replace("OWN", str(tmp_path / "own.py")) for option in CASES[case]]
     loss = [f"algorithm.loss={case}"] if case in LOSSES else []
     overrides = [f"model.path={warm_start}", "checkpoint.interval=0", *loss, *options]
-    result = run_local(tmp_path / "run", overrides)
+    result = run_local(tmp_path / "run", overrides, TIMEOUT_S)
     assert result.returncode == 0, result.stdout + result.stderr
     before, after = (record["accuracy"] for record in read(tmp_path / "run", "evaluations.jsonl"))
     metrics = read(tmp_path / "run")
