@@ -1,4 +1,8 @@
-"""Advantages: how the rewards of a group compare with each other. Pure functions, one group in, one group out."""
+"""Advantages: how the rewards of a step's groups compare. Pure functions, all groups of a step in, all out.
+
+Most compare within a group only; those called batch_... look at the whole step, so advantages are computed when its
+groups are complete.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,9 @@ def group_mean(rewards: Sequence[float]) -> np.ndarray:
     """A_i = r_i - mean(r): Dr. GRPO, https://arxiv.org/abs/2503.20783.
 
     Args:
-        rewards: [G] of one group. Returns [G] float32.
+        rewards: [G] of one group; equal rewards give zeros. Returns [G] float32.
     """
-    r = np.asarray(rewards, np.float64)
-    return (r - r.mean()).astype(np.float32)
+    return _centred(rewards).astype(np.float32)
 
 
 def group_mean_std(rewards: Sequence[float]) -> np.ndarray:
@@ -27,8 +30,7 @@ def group_mean_std(rewards: Sequence[float]) -> np.ndarray:
     Args:
         rewards: [G] of one group; equal rewards give zeros. Returns [G] float32.
     """
-    r = np.asarray(rewards, np.float64)
-    return ((r - r.mean()) / (r.std() + _EPS)).astype(np.float32)
+    return (_centred(rewards) / (np.std(rewards) + _EPS)).astype(np.float32)
 
 
 def leave_one_out(rewards: Sequence[float]) -> np.ndarray:
@@ -37,25 +39,66 @@ def leave_one_out(rewards: Sequence[float]) -> np.ndarray:
     Args:
         rewards: [G] of one group; a group of one has no others and gives 0. Returns [G] float32.
     """
+    num = len(rewards)
+    return (_centred(rewards) * (num / (num - 1) if num > 1 else 0.0)).astype(np.float32)
+
+
+def group_mean_batch_std(groups: Sequence[Sequence[float]]) -> list[np.ndarray]:
+    """A_i = (r_i - mean(r of its group)) / (std over the step of that + 1e-6): REINFORCE++ with a group baseline,
+    https://arxiv.org/abs/2501.03262. Unlike ``group_mean_std``, a group that is nearly unanimous is not blown up.
+
+    Args:
+        groups: rewards, [G_k] for each group k of a step. Returns [G_k] float32 for each.
+    """
+    centred = [_centred(rewards) for rewards in groups]
+    std = np.concatenate(centred).std()  # about a mean of 0
+    return [(values / (std + _EPS)).astype(np.float32) for values in centred]
+
+
+def batch_mean_std(groups: Sequence[Sequence[float]]) -> list[np.ndarray]:
+    """A_i = (r_i - mean over the step) / (std over the step + 1e-6): REINFORCE++, https://arxiv.org/abs/2501.03262.
+    A group whose rewards are all equal carries a signal too: it is better or worse than the others.
+
+    Args:
+        groups: rewards, [G_k] for each group k of a step. Returns [G_k] float32 for each.
+    """
+    every = np.concatenate([np.asarray(rewards, np.float64) for rewards in groups])
+    values = (_centred(every) / (every.std() + _EPS)).astype(np.float32)
+    return np.split(values, np.cumsum([len(rewards) for rewards in groups])[:-1])
+
+
+def _centred(rewards: Sequence[float] | np.ndarray) -> np.ndarray:
+    """r - mean(r) in float64, exactly zero where all are equal: a rounding error is no signal."""
     r = np.asarray(rewards, np.float64)
-    if len(r) < 2:
-        return np.zeros(len(r), np.float32)
-    return ((r - r.mean()) * len(r) / (len(r) - 1)).astype(np.float32)
+    return r - r.mean() if r.min() < r.max() else np.zeros_like(r)
 
 
-ADVANTAGES: dict[str, Callable[[Sequence[float]], np.ndarray]] = {
+GroupAdvantage = Callable[[Sequence[float]], np.ndarray]
+StepAdvantage = Callable[[Sequence[Sequence[float]]], list[np.ndarray]]
+
+GROUP_ADVANTAGES: dict[str, GroupAdvantage] = {
     "group_mean_std": group_mean_std,
     "group_mean": group_mean,
     "leave_one_out": leave_one_out,
 }
+STEP_ADVANTAGES: dict[str, StepAdvantage] = {
+    "group_mean_batch_std": group_mean_batch_std,
+    "batch_mean_std": batch_mean_std,
+}
+ADVANTAGES = (*GROUP_ADVANTAGES, *STEP_ADVANTAGES)
 
 
-def advantage_function(name: str) -> Callable[[Sequence[float]], np.ndarray]:
-    """The function named by ``algorithm.advantage``.
+def advantage_function(name: str) -> StepAdvantage:
+    """The function named by ``algorithm.advantage``, from the rewards of all groups of a step to their advantages.
+
+    No group may be empty.
 
     Raises:
         UserError: an unknown name.
     """
-    if name not in ADVANTAGES:
+    if name in STEP_ADVANTAGES:
+        return STEP_ADVANTAGES[name]
+    if name not in GROUP_ADVANTAGES:
         raise UserError(f"unknown advantage {name!r}", f"algorithm.advantage is one of {', '.join(ADVANTAGES)}")
-    return ADVANTAGES[name]
+    of_group = GROUP_ADVANTAGES[name]
+    return lambda groups: [of_group(rewards) for rewards in groups]

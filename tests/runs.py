@@ -41,9 +41,9 @@ def small_run(directory: Path, steps: int = 4, reward: str = REWARD, *overrides:
     ]
 
 
-def start_local(run_dir: Path, overrides: Sequence[str]) -> subprocess.Popen[str]:
+def start_local(run_dir: Path, overrides: Sequence[str], config: Path = DEMO) -> subprocess.Popen[str]:
     """Submit to this machine, in the foreground of a process of its own."""
-    command = [sys.executable, "-m", "forge_hpc.submit", "--cluster", "local", "--config", str(DEMO)]
+    command = [sys.executable, "-m", "forge_hpc.submit", "--cluster", "local", "--config", str(config)]
     command += ["--run-dir", str(run_dir), *overrides]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
     return subprocess.Popen(
@@ -51,9 +51,11 @@ def start_local(run_dir: Path, overrides: Sequence[str]) -> subprocess.Popen[str
     )
 
 
-def run_local(run_dir: Path, overrides: Sequence[str], timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
+def run_local(
+    run_dir: Path, overrides: Sequence[str], timeout_s: float = 400, config: Path = DEMO
+) -> subprocess.CompletedProcess[str]:
     """The same, to its end. Nothing may be left of it."""
-    process = start_local(run_dir, overrides)
+    process = start_local(run_dir, overrides, config)
     try:
         out, err = process.communicate(timeout=timeout_s)
     finally:

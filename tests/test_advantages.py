@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from forge_hpc.advantages import ADVANTAGES, advantage_function, group_mean, group_mean_std, leave_one_out
+from forge_hpc.advantages import (
+    ADVANTAGES,
+    GROUP_ADVANTAGES,
+    advantage_function,
+    batch_mean_std,
+    group_mean,
+    group_mean_batch_std,
+    group_mean_std,
+    leave_one_out,
+)
 from forge_hpc.config.errors import UserError
 
 
@@ -23,20 +32,42 @@ def test_leave_one_out_compares_with_the_mean_of_the_others() -> None:
     np.testing.assert_allclose(leave_one_out([1, 3]), [-2, 2])
 
 
-@pytest.mark.parametrize("name", ADVANTAGES)
-@pytest.mark.parametrize("rewards", [[0.1] * 7, [1.0], [0.0, 0.0]])
-def test_equal_rewards_give_no_advantage(name: str, rewards: list[float]) -> None:
-    np.testing.assert_allclose(advantage_function(name)(rewards), np.zeros(len(rewards)), atol=1e-6)
+def test_group_mean_batch_std_divides_by_the_standard_deviation_of_the_whole_step() -> None:
+    first, second = group_mean_batch_std([[1, 0], [5, 5, 5, 5]])  # centred: 0.5, -0.5 and four zeros
+    std = np.sqrt(0.5 / 6)
+    np.testing.assert_allclose(first, np.array([0.5, -0.5]) / std, rtol=1e-5)
+    np.testing.assert_array_equal(second, np.zeros(4))
+
+
+def test_batch_mean_std_compares_with_the_whole_step() -> None:
+    first, second = batch_mean_std([[1, 1], [0, 0, 1, 3]])  # mean 1, variance 1
+    np.testing.assert_array_equal(first, [0, 0])
+    np.testing.assert_allclose(second, [-1, -1, 0, 2], rtol=1e-5)
+    right, wrong = batch_mean_std([[1, 1], [0, 0]])
+    np.testing.assert_allclose([*right, *wrong], [1, 1, -1, -1], rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
-def test_advantages_of_a_group_sum_to_zero(name: str) -> None:
-    advantages = advantage_function(name)(np.random.default_rng(0).normal(size=16).tolist())
-    assert advantages.dtype == np.float32
-    assert abs(advantages.sum()) < 1e-5
+def test_equal_rewards_give_exactly_no_advantage(name: str) -> None:
+    for values in advantage_function(name)([[0.1] * 7, [0.1], [0.1] * 3]):
+        np.testing.assert_array_equal(values, np.zeros(len(values)))
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_advantages_of_a_step_sum_to_zero(name: str) -> None:
+    rewards = np.random.default_rng(0).normal(size=(3, 16)).tolist()
+    groups = advantage_function(name)([rewards[0], rewards[1][:5], rewards[2]])
+    assert [(values.dtype, len(values)) for values in groups] == [(np.float32, n) for n in (16, 5, 16)]
+    assert abs(sum(values.sum() for values in groups)) < 1e-4
+
+
+@pytest.mark.parametrize("name", GROUP_ADVANTAGES)
+def test_what_compares_in_a_group_does_not_look_at_others(name: str) -> None:
+    function = advantage_function(name)
+    np.testing.assert_array_equal(function([[1, 2, 4]])[0], function([[9, 0], [1, 2, 4]])[1])
 
 
 def test_an_unknown_name_is_a_user_error_that_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match="median") as error:
         advantage_function("median")
-    assert "leave_one_out" in (error.value.hint or "")
+    assert "leave_one_out" in (error.value.hint or "") and "batch_mean_std" in (error.value.hint or "")

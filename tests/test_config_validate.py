@@ -62,7 +62,27 @@ def test_the_configurations_that_the_readme_names_are_there():
     ("overrides", "words"),
     [
         (["recipe=gpro"], "recipe is 'gpro'"),
-        (["algorithm.loss=ppo"], "algorithm.loss is 'ppo'"),
+        (["algorithm.loss=ppp"], "algorithm.loss is 'ppp'"),
+        (["algorithm.loss=nowhere.py:Loss"], "algorithm.loss: no such file"),
+        (["algorithm.loss=mine.py:1"], "algorithm.loss is 'mine.py:1'"),
+        (["algorithm.loss=rloo", "algorithm.clip_low=0.1"], "algorithm.clip_low is not used by algorithm.loss=rloo"),
+        (["algorithm.loss_args={tau_pos: 2}"], "algorithm.loss_args.tau_pos is not used by algorithm.loss=grpo"),
+        (["algorithm.loss_args={tau: 2}"], "algorithm.loss_args.tau is not used"),
+        (["algorithm.loss_args={clip_low: 0.1}"], "algorithm.loss_args has 'clip_low'"),
+        (["algorithm.loss=sapo", "algorithm.loss_args={tau_pos: 0}"], "algorithm.loss_args.tau_pos must be a number"),
+        (["algorithm.clip_low=1.1"], "algorithm.clip_low must be at most 1"),
+        (["algorithm.clip_high=-1"], "algorithm.clip_high must be 0 or more"),
+        (["algorithm.kl_estimator=k4"], "algorithm.kl_estimator is 'k4'"),
+        (["algorithm.normalization=tokens"], "algorithm.normalization is 'tokens'"),
+        (["algorithm.mismatch.cap=0"], "algorithm.mismatch.cap must be greater than 0"),
+        (["algorithm.mismatch.token_bounds=[2]"], "algorithm.mismatch.token_bounds is [2.0]"),
+        (["algorithm.mismatch.sequence_bounds=[2, 1]"], "algorithm.mismatch.sequence_bounds is [2.0, 1.0]"),
+        (["algorithm.mismatch.cap=2", "algorithm.clip_high=0.3"], "algorithm.clip_high has no effect"),
+        (["reward=[{name: exact}, {name: overlong}]"], "reward.1.args of overlong"),
+        (
+            ["reward=[{name: overlong, args: {buffer_tokens: 2000}}]"],
+            "reward.0.args of overlong is {'buffer_tokens': 2000}",
+        ),
         (["algorithm.advantage=mean"], "algorithm.advantage"),
         (["trainer.optimizer.name=SGD"], "trainer.optimizer.name"),
         (["model.dtype=float16"], "model.dtype"),
@@ -130,7 +150,28 @@ def test_every_name_of_a_loss_and_of_an_advantage_is_one_that_exists():
     from forge_hpc.losses.registry import build_loss
 
     for name in LOSSES:
+        validate(load_config(None, [f"algorithm.loss={name}"]))
         build_loss(name, load_config(None).algorithm)
+
+
+def test_every_option_of_a_loss_is_accepted():
+    options = ["kl_coef=0.1", "kl_estimator=k2", "entropy_coef=0.01", "normalization=sequence", "loss=sapo"]
+    more = ["loss_args={tau_pos: 2, tau_neg: 2.5}", "mismatch.cap=2", "mismatch.token_bounds=[0.5, 5]"]
+    validate(load_config(None, ["reference.enable=true", *(f"algorithm.{option}" for option in options + more)]))
+    validate(load_config(None, ["algorithm.loss=cispo", "algorithm.clip_low=1", "algorithm.clip_high=7"]))
+    validate(load_config(None, ["reward=[{name: exact}, {name: overlong, args: {buffer_tokens: 100}}]"]))
+
+
+def test_a_loss_of_ones_own_is_looked_for_beside_its_yaml(tmp_path):
+    (tmp_path / "my_loss.py").write_text("class MyLoss: ...\n")
+    file = tmp_path / "run.yaml"
+    file.write_text("algorithm: {loss: 'my_loss.py:MyLoss', loss_args: {anything: [1, 2]}, clip_low: 0.1}\n")
+    cfg = load_config(file)
+    validate(cfg)
+    assert cfg.algorithm.loss == f"{tmp_path / 'my_loss.py'}:MyLoss"
+    error = refused(f"algorithm.loss={tmp_path / 'my_loss.py'}:MyLos")
+    assert error.hint == "did you mean MyLoss?"
+    validate(load_config(None, ["algorithm.loss=my_package.losses:MyLoss"]))
 
 
 def test_a_whole_model_directory_is_accepted(model):

@@ -95,6 +95,7 @@ def test_the_same_documents_give_the_same_rows() -> None:
         (documents_of([5, 40]), "document 1 has 40 tokens, more than fit"),
         (documents_of([1]), "document 0 has 1 token"),
         (documents_of([3], generator_logprobs=np.array([0, np.nan, 0], np.float32)), "document 0 .* not finite"),
+        (documents_of([3], advantage=float("nan")), "document 0 has an advantage that is not finite"),
         (documents_of([3], generator_logprobs=np.zeros(2, np.float32)), "2 entries in generator_logprobs"),
         (documents_of([3]) + documents_of([3], ref_logprobs=np.zeros(3, np.float32)), "1 of 2 documents have ref"),
     ],
@@ -102,6 +103,14 @@ def test_the_same_documents_give_the_same_rows() -> None:
 def test_documents_that_cannot_be_packed_are_refused_by_name(documents: list[Document], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pack(documents, 32)
+
+
+def test_sequences_are_counted_that_have_a_trained_token() -> None:
+    documents = documents_of([5, 9, 3, 7])
+    documents[2].loss_mask[:] = False
+    documents[3].loss_mask[1:] = False  # the first token is predicted by nothing
+    assert pack(documents, 10).num_trained_sequences == 2
+    assert pack(documents, 32).num_trained_sequences == 2
 
 
 def test_the_longest_document_that_fits_has_one_token_more_than_the_row() -> None:

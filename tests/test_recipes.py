@@ -42,8 +42,9 @@ def group_of(config: Config, *texts: str, num_tokens: int = 2):
 def test_a_group_compares_its_rewards(config: Config) -> None:
     group = group_of(config, "2", "3", "3", "2")
     assert [episode.reward for episode in group.episodes] == [1, 0, 0, 1]
-    assert [episode.advantage for episode in group.episodes] == pytest.approx([1, -1, -1, 1], abs=1e-4)
     assert has_signal(group)
+    to_documents([group], config)
+    assert [episode.advantage for episode in group.episodes] == pytest.approx([1, -1, -1, 1], abs=1e-4)
 
 
 def test_an_empty_completion_is_counted_and_left_out(config: Config) -> None:
@@ -83,6 +84,17 @@ def test_groups_without_a_signal_are_dropped_where_others_have_one(config: Confi
     assert len(to_documents([without], config)) == 2  # a step stays a step
     config.algorithm.drop_zero_signal_groups = False
     assert len(to_documents([with_signal, without], config)) == 4
+
+
+def test_advantages_of_a_whole_step_give_unanimous_groups_a_signal_too(config: Config) -> None:
+    config.algorithm.advantage = "batch_mean_std"
+    right, wrong, failed = group_of(config, "2", "2"), group_of(config, "3", "3"), group_of(config, "2", num_tokens=0)
+    documents = to_documents([right, failed, wrong], config)
+    assert [document.advantage for document in documents] == pytest.approx([1, 1, -1, -1], abs=1e-4)
+    config.algorithm.advantage = "group_mean_batch_std"
+    mixed = group_of(config, "2", "3")
+    documents = to_documents([right, mixed, failed], config)
+    assert [document.advantage for document in documents] == pytest.approx([2**0.5, -(2**0.5)], abs=1e-4)
 
 
 def test_figures_cover_all_completions_before_any_filtering(config: Config) -> None:

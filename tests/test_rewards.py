@@ -16,6 +16,7 @@ from forge_hpc.rewards import RewardError, RewardPool
 from forge_hpc.rewards.exact import exact_reward
 from forge_hpc.rewards.gsm8k import gsm8k_reward
 from forge_hpc.rewards.math import math_reward
+from forge_hpc.rewards.overlong import overlong_reward
 from forge_hpc.rewards.registry import load_reward
 
 USER_REWARDS = """
@@ -114,6 +115,38 @@ def test_gsm8k_refuses_a_target_without_a_number():
 )
 def test_math_compares_answers_as_mathematics(response: str, target: str, value: float):
     assert math_reward("", response, target) == value
+
+
+@pytest.mark.parametrize(("num_tokens", "value"), [(0, 0), (80, 0), (85, -0.25), (90, -0.5), (100, -1), (101, -1)])
+def test_overlong_falls_from_0_to_minus_1_over_the_buffer(num_tokens: int, value: float):
+    lengths = {"num_response_tokens": num_tokens, "max_response_tokens": 100}
+    assert overlong_reward("", "", "", buffer_tokens=20, **lengths) == value
+
+
+def test_a_penalty_lowers_the_total_and_leaves_a_right_answer_right():
+    async def main() -> tuple[float, dict[str, float], bool]:
+        rewards = [RewardConfig("exact"), RewardConfig("overlong", 0.5, {"buffer_tokens": 4})]
+        config = Config(reward=rewards)
+        config.rollout.max_response_tokens = 5
+        async with RewardPool(config) as started:
+            total, terms = await started.score(prompt(), Completion(0, "58", [3] * 4, [-0.1] * 4, "stop", (0, 0)))
+            return total, terms, started.is_right(terms)
+
+    assert asyncio.run(main()) == (0.625, {"exact": 1.0, "overlong": -0.75}, True)
+
+
+def test_a_reward_that_takes_no_further_fields_needs_none(tmp_path: Path):
+    file = tmp_path / "plain.py"
+    file.write_text(
+        "def plain(prompt, response, target): return 2.0\ndef long(prompt, response, target, "
+        "num_response_tokens): return num_response_tokens\n"
+    )
+
+    async def main() -> dict[str, float]:
+        async with pool(RewardConfig(f"{file}:plain"), RewardConfig(f"{file}:long")) as started:
+            return (await started.score(prompt(), completion("58")))[1]
+
+    assert asyncio.run(main()) == {"plain": 2.0, "long": 1.0}
 
 
 def test_a_reward_is_found_by_name_module_or_file(rewards_file: Path):

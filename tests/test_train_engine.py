@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.schema import Config
+from forge_hpc.config.schema import Config, MismatchConfig
 from forge_hpc.data.types import Document
 from forge_hpc.losses import GRPOLoss
 from forge_hpc.training.distributed import init_distributed
@@ -28,6 +28,7 @@ NUM_DOCUMENTS = 13
 
 
 def config(**training: Any) -> Config:
+    """A small step with every term in its loss; keys of ``algorithm`` go there, others to ``trainer.training``."""
     cfg = Config()
     cfg.model.dtype = "float32"
     cfg.algorithm.kl_coef = 0.1
@@ -38,7 +39,7 @@ def config(**training: Any) -> Config:
     cfg.trainer.training.local_batch_size = 2
     cfg.checkpoint.async_save = False
     for name, value in training.items():
-        setattr(cfg.trainer.training, name, value)
+        setattr(cfg.algorithm if hasattr(cfg.algorithm, name) else cfg.trainer.training, name, value)
     return cfg
 
 
@@ -166,6 +167,57 @@ def test_rows_and_microbatches_do_not_change_the_step(
     assert_same_training(two_steps(TrainEngine(config(**cut), model_dir)), expected)
 
 
+BY_SEQUENCE: dict[str, dict[str, Any]] = {
+    "GSPO": {"loss": "gspo"},
+    "Dr. GRPO": {"loss": "dr_grpo"},
+    "corrected": {"normalization": "sequence", "mismatch": MismatchConfig(2.0, None, [0.5, 2.0])},
+}
+"""Options of ``algorithm`` with which what is said of a sequence, and the number of sequences, counts."""
+
+
+@pytest.mark.parametrize("options", BY_SEQUENCE.values(), ids=BY_SEQUENCE)
+def test_rows_and_microbatches_do_not_change_what_counts_sequences(model_dir: Path, options: dict[str, Any]) -> None:
+    unpacked, packed = (
+        two_steps(TrainEngine(config(**cut, **options), model_dir))
+        for cut in ({"local_batch_size": NUM_DOCUMENTS}, {"seq_len": 64, "local_batch_size": 1})
+    )
+    assert_same_training(packed, unpacked)
+
+
+def test_a_correction_takes_the_ratio_against_the_trainer_and_tells_the_effective_sample_size(model_dir: Path) -> None:
+    engine = TrainEngine(config(mismatch=MismatchConfig(cap=1.5)), model_dir)
+    documents = random_documents(NUM_DOCUMENTS)
+    weights = [
+        np.minimum(np.exp(trainer - document.generator_logprobs)[document.loss_mask], 1.5)
+        for document, trainer in zip(documents, engine.logprobs(documents), strict=True)
+    ]
+    w = np.concatenate(weights)
+    metrics = engine.train_step(documents)
+    assert metrics["ratio/mean"] == pytest.approx(1, abs=1e-6)
+    assert metrics["mismatch/weight_mean"] == pytest.approx(w.mean(), abs=1e-4)
+    assert metrics["mismatch/ess"] == pytest.approx(w.sum() ** 2 / (len(w) * (w**2).sum()), abs=1e-4)
+    assert 0.1 < metrics["mismatch/ess"] < 1
+
+
+OWN_LOSS = """
+import torch
+from forge_hpc.losses import LossOutput
+
+def loss(*, logprobs, advantages, mask, normalizer, scale, **rest):
+    return LossOutput(-scale * torch.where(mask, advantages * logprobs, 0).sum() / normalizer)
+"""
+
+
+def test_a_loss_of_ones_own_trains_as_the_built_in_one_does(model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN_LOSS)
+    cfg = config(loss=f"{tmp_path / 'own.py'}:loss", loss_args={"scale": 1.0}, kl_coef=0.0, entropy_coef=0.0)
+    engine = TrainEngine(cfg, model_dir)
+    built_in = TrainEngine(config(loss="reinforce", kl_coef=0.0, entropy_coef=0.0), model_dir)
+    documents = random_documents(NUM_DOCUMENTS)
+    assert engine.train_step(documents)["loss"] == built_in.train_step(documents)["loss"]
+    assert_equal(weights(engine), weights(built_in))
+
+
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_activation_checkpointing_does_not_change_the_step(
     model_dir: Path, expected: dict[str, Any], mode: str
@@ -220,13 +272,26 @@ def test_the_learning_rate_follows_the_schedule(model_dir: Path) -> None:
     assert rates[:2] == pytest.approx([5e-4, 1e-3]) and rates[3] < rates[2] <= 1e-3
 
 
-def test_a_loss_that_is_not_finite_is_named_and_leaves_the_weights_alone(model_dir: Path) -> None:
+def test_an_input_of_the_loss_that_is_not_finite_is_named(model_dir: Path) -> None:
     engine = TrainEngine(config(), model_dir)
-    before = weights(engine)
     documents = random_documents(3)
     documents[1].advantage = float("nan")
-    with pytest.raises(RuntimeError, match="the loss of step 1 is nan"):
+    with pytest.raises(ValueError, match="document 1 has an advantage that is not finite"):
         engine.train_step(documents)
+    with torch.no_grad():
+        engine.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"^logprobs: (\d+) of \1 trained tokens are not finite"):
+        engine.train_step(random_documents(3))
+    assert engine.step == 0
+
+
+def test_a_loss_that_is_not_finite_is_named_and_leaves_the_weights_alone(model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN_LOSS)
+    cfg = config(loss=f"{tmp_path / 'own.py'}:loss", loss_args={"scale": float("nan")}, kl_coef=0.0, entropy_coef=0.0)
+    engine = TrainEngine(cfg, model_dir)
+    before = weights(engine)
+    with pytest.raises(RuntimeError, match="the loss of step 1 is nan"):
+        engine.train_step(random_documents(3))
     assert_equal(weights(engine), before)
     assert engine.step == 0
 
@@ -341,21 +406,22 @@ def test_the_export_loads_in_transformers_with_the_same_log_probabilities(
 
 # ---- two ranks
 
-CASES: dict[str, tuple[bool, dict[str, int]]] = {
-    "FSDP": (True, {"data_parallel_shard_degree": 2}),
-    "replicated": (False, {"data_parallel_shard_degree": 1, "data_parallel_replicate_degree": 2}),
-    "TP": (True, {"tensor_parallel_degree": 2}),
-    "TP untied": (False, {"tensor_parallel_degree": 2}),
+CASES: dict[str, tuple[bool, dict[str, int], dict[str, Any]]] = {
+    "FSDP": (True, {"data_parallel_shard_degree": 2}, {}),
+    "replicated": (False, {"data_parallel_shard_degree": 1, "data_parallel_replicate_degree": 2}, {}),
+    "TP": (True, {"tensor_parallel_degree": 2}, {}),
+    "TP untied": (False, {"tensor_parallel_degree": 2}, {}),
+    "FSDP by sequence": (True, {"data_parallel_shard_degree": 2}, BY_SEQUENCE["corrected"]),
 }
-"""Name: (tied embeddings, degrees)."""
+"""Name: (tied embeddings, degrees, options of algorithm)."""
 
 
 def two_rank_worker(rank: int, directory: Path) -> None:
     torch.set_num_threads(1)
     init_distributed(directory / "store", rank, 2, rank, timeout_s=120)
-    for name, (_, parallelism) in CASES.items():
+    for name, (_, parallelism, options) in CASES.items():
         case_dir = directory / name
-        cfg = config()
+        cfg = config(**options)
         for key, value in parallelism.items():
             setattr(cfg.trainer.parallelism, key, value)
         engine = TrainEngine(cfg, case_dir / "model")
@@ -374,7 +440,7 @@ def two_rank_worker(rank: int, directory: Path) -> None:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of all cases, a directory each; the processes start once, since importing takes longest."""
     directory = tmp_path_factory.mktemp("two_ranks")
-    for name, (tied, _) in CASES.items():
+    for name, (tied, _, _) in CASES.items():
         write_model(directory / name / "model", "qwen3", tied=tied)
     mp.spawn(two_rank_worker, (directory,), nprocs=2)
     return directory
@@ -383,16 +449,16 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_train_as_one_does_and_their_checkpoint_loads_on_one(two_ranks: Path, case: str) -> None:
-    model_dir = two_ranks / case / "model"
+    model_dir, options = two_ranks / case / "model", CASES[case][2]
     results = [torch.load(two_ranks / case / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
-    expected = two_steps(TrainEngine(config(), model_dir))
+    expected = two_steps(TrainEngine(config(**options), model_dir))
     for result in results:
         assert_same_training(result, expected)
     assert results[0]["next"] == results[1]["next"]  # every rank is told the same
     continued, resumed = results[0]["next"]
     assert continued == resumed
 
-    engine = TrainEngine(config(), model_dir)
+    engine = TrainEngine(config(**options), model_dir)
     engine.load(two_ranks / case / "trainer")
     assert engine.step == 2
     assert_equal(weights(engine), results[0]["weights"])

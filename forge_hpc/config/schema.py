@@ -48,7 +48,8 @@ class DataConfig:
 @dataclass
 class RewardConfig:
     name: str = "exact"
-    """A built-in reward (``exact``, ``math``, ``gsm8k``), or ``package.module:function`` / ``file.py:function``."""
+    """A built-in reward (``exact``, ``math``, ``gsm8k``; the penalty ``overlong`` with ``args.buffer_tokens``), or
+    ``package.module:function`` / ``file.py:function``."""
     weight: float = 1.0
     """Factor in the weighted sum of all rewards."""
     args: dict[str, Any] = field(default_factory=dict)
@@ -58,21 +59,46 @@ class RewardConfig:
 
 
 @dataclass
+class MismatchConfig:
+    """Importance weights w = pi_trainer / pi_generator for the sampled tokens; off while all of it is null. With it
+    the loss's own ratio is taken against the trainer's log-probabilities, not the generator's."""
+
+    cap: float | None = None
+    """Truncated importance sampling: w is at most this (usual: 2)."""
+    token_bounds: list[float] | None = None
+    """[low, high]: tokens whose w is outside are left out."""
+    sequence_bounds: list[float] | None = None
+    """[low, high]: sequences whose w, in the geometric mean over their tokens, is outside are left out."""
+
+
+@dataclass
 class AlgorithmConfig:
     loss: str = "grpo"
-    """Policy loss (grpo, reinforce)."""
+    """Policy loss (grpo, dr_grpo, dapo, ppo, cispo, gspo, sapo, rloo, reinforce, simple_grpo: see docs/losses.md), or
+    your own: ``file.py:name`` / ``package.module:name``."""
+    loss_args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the loss that have no key here: sapo's ``tau_pos`` and ``tau_neg``, those of your own."""
     advantage: str = "group_mean_std"
-    """How rewards of a group become advantages (group_mean_std, group_mean, leave_one_out)."""
-    clip_low: float = 0.2
-    """The ratio is clipped from below at 1 - clip_low."""
-    clip_high: float = 0.2
-    """The ratio is clipped from above at 1 + clip_high."""
+    """How rewards become advantages (group_mean_std, group_mean, leave_one_out, group_mean_batch_std,
+    batch_mean_std)."""
+    clip_low: float | None = None
+    """The ratio is clipped from below at 1 - clip_low; null is the loss's own default."""
+    clip_high: float | None = None
+    """The ratio is clipped from above at 1 + clip_high; null is the loss's own default."""
     kl_coef: float = 0.0
     """Weight of the KL penalty against the reference model (needs ``reference.enable``)."""
+    kl_estimator: str = "k3"
+    """Estimator of the KL (k1, k2, k3); without a reference model nothing is estimated."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
+    normalization: str | None = None
+    """What the loss is a mean over: token, sequence, or constant (sums of sequences over rollout.max_response_tokens);
+    null is the loss's own default."""
+    mismatch: MismatchConfig = field(default_factory=MismatchConfig)
+    """Correction for the mismatch between generator and trainer."""
     drop_zero_signal_groups: bool = True
-    """Leave groups whose rewards are all equal out of training: their advantages are zero."""
+    """Leave groups whose advantages are all zero (their rewards are equal) out of training. No further prompts are
+    drawn in their place: the step trains on fewer groups."""
     max_steps_without_signal: int = 20
     """Fail after this many consecutive steps in which no group carried a signal."""
 

@@ -15,22 +15,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from forge_hpc.config.algorithm import ADVANTAGES, KL_ESTIMATORS, LOSSES, NORMALIZATIONS, check_loss
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.models import KNOWN_MODEL_TYPES, check_tokenizer, check_weights, looks_local, read_model_config
 from forge_hpc.config.schema import Config
 from forge_hpc.config.split import plan
 
 RECIPES = ("grpo", "sft")
-LOSSES = ("grpo", "reinforce")
-ADVANTAGES = ("group_mean_std", "group_mean", "leave_one_out")
-REWARDS = ("exact", "math", "gsm8k")
+REWARDS = ("exact", "math", "gsm8k", "overlong")
 BUILTIN_MODELS = ("builtin:qwen3-tiny",)
 BUILTIN_DATA = ("builtin:addition",)
 _DTYPES = ("float32", "bfloat16")
 _NAMES = {
     "recipe": RECIPES,
-    "algorithm.loss": LOSSES,
     "algorithm.advantage": ADVANTAGES,
+    "algorithm.kl_estimator": KL_ESTIMATORS,
+    "algorithm.normalization": NORMALIZATIONS,
     "model.dtype": _DTYPES,
     "trainer.training.dtype": _DTYPES,
     "trainer.training.mixed_precision_param": _DTYPES,
@@ -165,7 +165,8 @@ def _check_values(cfg: Config) -> None:
         if not math.isfinite(value):
             raise UserError(f"{key} must be a finite number, it is {value}")
     for key, known in _NAMES.items():
-        _check_name(key, _get(cfg, key), known)
+        if _get(cfg, key) is not None:
+            _check_name(key, _get(cfg, key), known)
     for keys, rule, holds in (
         (_POSITIVE, "greater than 0", lambda v: v > 0),
         (_NOT_NEGATIVE, "0 or more", lambda v: v >= 0),
@@ -228,8 +229,9 @@ def _check_algorithm(cfg: Config) -> None:
             f"reference.device={cfg.reference.device}, and the trainers run on {'cuda' if gpus else 'cpu'}",
             "the reference model computes where the trainers do: set reference.device=auto",
         )
-    if a.clip_low >= 1:
-        raise UserError(f"algorithm.clip_low must be below 1, it is {a.clip_low}", "usual is 0.2")
+    if ":" not in a.loss:
+        _check_name("algorithm.loss", a.loss, tuple(LOSSES))
+    check_loss(a)
     if r.sampling.temperature == 0:
         raise UserError(
             "rollout.sampling.temperature=0 is greedy: all completions of a group are equal, nothing is learned",
@@ -293,6 +295,19 @@ def _check_reward_names(cfg: Config) -> None:
             )
         if ":" not in name:
             _check_name(f"reward.{i}.name", name, REWARDS)
+        if name == "overlong":
+            _check_overlong(cfg, i)
+
+
+def _check_overlong(cfg: Config, index: int) -> None:
+    args, longest = cfg.reward[index].args, cfg.rollout.max_response_tokens
+    buffer = args.get("buffer_tokens")
+    if set(args) != {"buffer_tokens"} or not isinstance(buffer, int) or not 0 < buffer <= longest:
+        raise UserError(
+            f"reward.{index}.args of overlong is {args}",
+            "write {buffer_tokens: N}: the penalty grows over the last N of the "
+            f"rollout.max_response_tokens={longest} tokens",
+        )
 
 
 # --- files
@@ -416,14 +431,15 @@ def _check_example(where: str, line: bytes, fields: tuple[str, ...]) -> None:
 def _check_files(cfg: Config) -> None:
     if cfg.warmstart.config is not None and not Path(cfg.warmstart.config).expanduser().is_file():
         raise UserError(f"warmstart.config: no such file: {cfg.warmstart.config}", "give the YAML of an SFT run")
-    for i, reward in enumerate(cfg.reward):
-        place, colon, function = reward.name.rpartition(":")
+    named = [(f"reward.{i}.name", reward.name) for i, reward in enumerate(cfg.reward)]
+    for key, name in [("algorithm.loss", cfg.algorithm.loss), *named]:
+        place, colon, function = name.rpartition(":")
         if not colon:
             continue
         if not place or not function.isidentifier():
-            raise UserError(f"reward.{i}.name is {reward.name!r}", "write package.module:function or file.py:function")
+            raise UserError(f"{key} is {name!r}", "write package.module:name or file.py:name")
         if place.endswith(".py"):
-            _check_function(f"reward.{i}.name", Path(place).expanduser(), function)
+            _check_function(key, Path(place).expanduser(), function)
 
 
 def _check_function(key: str, file: Path, name: str) -> None:

@@ -8,6 +8,7 @@ with each document, which is how the attention keeps them apart; what is left of
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -51,6 +52,12 @@ class PackedBatch:
         return int(np.count_nonzero(self.mask))
 
     @property
+    def num_trained_sequences(self) -> int:
+        """Documents with a label that is trained, by which losses that are means over sequences are divided."""
+        numbers = np.arange(self.num_rows)[:, None] * (self.segment_ids.max() + 1) + self.segment_ids
+        return len(np.unique(numbers[self.mask]))
+
+    @property
     def fill(self) -> float:
         """Share of the slots that hold a token of a document."""
         return self.num_slots_used / self.input_ids.size
@@ -78,7 +85,8 @@ def pack(
 
     Raises:
         ValueError: no documents; one that is longer than ``seq_len + 1`` or shorter than 2 tokens; arrays of other
-            lengths than the tokens; log-probabilities that are not finite, or that only some documents have.
+            lengths than the tokens; log-probabilities or an advantage that are not finite; log-probabilities that only
+            some documents have.
     """
     lengths = [_checked_length(index, document, seq_len) for index, document in enumerate(documents)]
     if not lengths:
@@ -117,6 +125,8 @@ def _checked_length(index: int, document: Document, seq_len: int) -> int:
             raise ValueError(f"document {index} has {num_tokens} tokens but {len(array)} entries in {name}")
         if array is not None and name != "loss_mask" and not np.isfinite(array).all():
             raise ValueError(f"document {index} has {name} that are not finite")
+    if not math.isfinite(document.advantage):
+        raise ValueError(f"document {index} has an advantage that is not finite")
     return num_tokens - 1
 
 

@@ -1,31 +1,100 @@
-"""Losses by the name in ``algorithm.loss``."""
+"""Losses by the name in ``algorithm.loss``, and a user's own."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
+from typing import Any
 
+from forge_hpc.config.algorithm import loss_options, options_set
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import AlgorithmConfig
+from forge_hpc.config.user_code import load_user_code
 from forge_hpc.losses.base import LossOutput
+from forge_hpc.losses.cispo import CISPOLoss
+from forge_hpc.losses.dapo import DAPOLoss
+from forge_hpc.losses.dr_grpo import DrGRPOLoss
 from forge_hpc.losses.grpo import GRPOLoss
+from forge_hpc.losses.gspo import GSPOLoss
+from forge_hpc.losses.mismatch import MismatchCorrection
+from forge_hpc.losses.ppo import PPOLoss
 from forge_hpc.losses.reinforce import ReinforceLoss
-from forge_hpc.losses.sft import SFTLoss
+from forge_hpc.losses.rloo import RLOOLoss
+from forge_hpc.losses.sapo import SAPOLoss
+from forge_hpc.losses.simple_grpo import SimpleGRPOLoss
 
 LossFn = Callable[..., LossOutput]
 
-_LOSSES: dict[str, Callable[[AlgorithmConfig], LossFn]] = {
-    "grpo": lambda cfg: GRPOLoss(cfg.clip_low, cfg.clip_high, cfg.kl_coef, cfg.entropy_coef),
-    "reinforce": lambda cfg: ReinforceLoss(cfg.kl_coef, cfg.entropy_coef),
-    "sft": lambda cfg: SFTLoss(),
+
+_LOSSES: dict[str, Callable[..., Any]] = {
+    "grpo": GRPOLoss,
+    "dr_grpo": DrGRPOLoss,
+    "dapo": DAPOLoss,
+    "ppo": PPOLoss,
+    "cispo": CISPOLoss,
+    "gspo": GSPOLoss,
+    "sapo": SAPOLoss,
+    "rloo": RLOOLoss,
+    "reinforce": ReinforceLoss,
+    "simple_grpo": SimpleGRPOLoss,
 }
+_RENAMED: dict[Callable[..., Any], dict[str, str]] = {SimpleGRPOLoss: {"kl_coef": "beta"}}
+"""What a loss calls an option of ``algorithm``, where it has another name for it."""
 
 
-def build_loss(name: str, cfg: AlgorithmConfig) -> LossFn:
-    """The loss of that name, with the coefficients of the configuration.
+def build_loss(name: str, cfg: AlgorithmConfig, max_tokens: int = 1) -> LossFn:
+    """The loss of that name, with the options of the configuration.
+
+    A loss of the user's own, ``file.py:name`` or ``package.module:name``, is either a class, whose instances are the
+    loss, or a function, which is the loss. Either gets ``algorithm.loss_args`` as keyword arguments, and those options
+    of ``algorithm`` that it has parameters for.
+
+    Args:
+        max_tokens: the token budget of a response, ``rollout.max_response_tokens``.
 
     Raises:
-        UserError: an unknown name.
+        UserError: an unknown name, an option that the loss has no parameter for, arguments that it does not take.
     """
-    if name not in _LOSSES:
-        raise UserError(f"unknown loss {name!r}", f"algorithm.loss is one of {', '.join(_LOSSES)}")
-    return _LOSSES[name](cfg)
+    if name not in _LOSSES and ":" not in name:
+        raise UserError(
+            f"unknown loss {name!r}",
+            f"algorithm.loss is one of {', '.join(_LOSSES)}, or your own as file.py:name or package.module:name",
+        )
+    factory = _LOSSES.get(name) or load_user_code(name, "loss")
+    renamed = _RENAMED.get(factory, {})
+    given = {renamed.get(key, key): value for key, value in _options(cfg, max_tokens).items()}
+    unused = [f"algorithm.{key}" for key in options_set(cfg) if not _takes(factory, renamed.get(key, key))]
+    unused += [f"algorithm.loss_args.{key}" for key in cfg.loss_args if not _takes(factory, key)]
+    if unused:
+        raise UserError(f"{unused[0]} is not used by algorithm.loss={name}", "leave it out, or check its name")
+    arguments = {key: value for key, value in given.items() if _takes(factory, key)} | dict(cfg.loss_args)
+    if not inspect.isclass(factory):
+        return functools.partial(factory, **arguments)
+    try:
+        loss: Any = factory(**arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"algorithm.loss={name} cannot be made: {error}", "check algorithm.loss_args") from error
+    if not callable(loss):
+        raise UserError(f"algorithm.loss={name}: its instances cannot be called", "give the class a __call__")
+    return loss
+
+
+def _takes(factory: Callable[..., Any], name: str) -> bool:
+    """Whether it has a parameter of that name. The ``**rest`` of a function is for tensors and does not count."""
+    parameters = inspect.signature(factory).parameters
+    takes_any = inspect.isclass(factory) and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return takes_any or name in parameters
+
+
+def _options(cfg: AlgorithmConfig, max_tokens: int) -> dict[str, Any]:
+    """What the configuration says to a loss; what it leaves open is the loss's own default."""
+    options = {key: value for key, value in loss_options(cfg).items() if value is not None}
+    if "mismatch" in options:
+        token, sequence = cfg.mismatch.token_bounds, cfg.mismatch.sequence_bounds
+        options["mismatch"] = MismatchCorrection(
+            cfg.mismatch.cap,
+            None if token is None else (token[0], token[1]),
+            None if sequence is None else (sequence[0], sequence[1]),
+        )
+    return options | {"max_tokens": max_tokens}

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from forge_hpc.losses.base import LossOutput, TokenMean
+from forge_hpc.losses.base import LossOutput
+from forge_hpc.losses.reduction import Sequences, step_means
 
 
 @dataclass(frozen=True)
@@ -17,13 +18,10 @@ class SFTLoss:
         self,
         *,
         logprobs: torch.Tensor,
-        old_logprobs: torch.Tensor,
-        advantages: torch.Tensor,
         mask: torch.Tensor,
-        generator_logprobs: torch.Tensor | None = None,
-        ref_logprobs: torch.Tensor | None = None,
-        entropy: torch.Tensor | None = None,
-        segment_ids: torch.Tensor | None = None,
         normalizer: float | torch.Tensor | None = None,
+        **unused: torch.Tensor | None,
     ) -> LossOutput:
-        return LossOutput(TokenMean(mask, normalizer)(-logprobs))
+        """See ``forge_hpc.losses.base``."""
+        mean, _ = step_means(Sequences(mask), "token", 1, normalizer)
+        return LossOutput(mean(-logprobs))

@@ -17,7 +17,7 @@ from forge_hpc.rewards import RewardError, RewardPool
 async def make_group(
     prompt: Prompt, completions: Sequence[Completion] | ValueError, rewards: RewardPool, config: Config
 ) -> Group:
-    """Reward a prompt's completions and compare them with each other.
+    """Reward a prompt's completions. They are compared when all groups of the step are there: ``to_documents``.
 
     A prompt that the generator refused, an empty completion, and one whose reward failed are counted and left out.
     """
@@ -33,23 +33,33 @@ async def make_group(
             num_failed += 1
         else:
             episodes.append(Episode(prompt, completion, total, terms))
-    if not episodes:
-        return Group(prompt, [], num_failed)
-    advantages = advantage_function(config.algorithm.advantage)([episode.reward for episode in episodes])
-    for episode, advantage in zip(episodes, advantages, strict=True):
-        episode.advantage = float(advantage)
     return Group(prompt, episodes, num_failed)
 
 
 def has_signal(group: Group) -> bool:
-    """Whether the group's rewards differ: if not, its advantages are zero and nothing can be learned from it."""
+    """Whether the group's rewards differ: if not, there is nothing to learn from comparing them."""
     return len({episode.reward for episode in group.episodes}) > 1
 
 
 def to_documents(groups: Sequence[Group], config: Config) -> list[Document]:
-    """What a step trains on. Where no group carries a signal all are kept: every step is an optimizer step."""
-    keep_all = not (config.algorithm.drop_zero_signal_groups and any(map(has_signal, groups)))
-    return [_to_document(episode) for group in groups if keep_all or has_signal(group) for episode in group.episodes]
+    """Compare the episodes of a step, and make documents of those that it trains on.
+
+    Groups whose advantages are all zero are dropped where ``algorithm.drop_zero_signal_groups`` says so. Where no group
+    carries a signal all are kept: every step is an optimizer step.
+    """
+    groups = [group for group in groups if group.episodes]
+    _set_advantages(groups, config.algorithm.advantage)
+    kept = [group for group in groups if any(episode.advantage != 0 for episode in group.episodes)]
+    if not kept or not config.algorithm.drop_zero_signal_groups:
+        kept = groups
+    return [_to_document(episode) for group in kept for episode in group.episodes]
+
+
+def _set_advantages(groups: Sequence[Group], name: str) -> None:
+    advantages = advantage_function(name)([[episode.reward for episode in group.episodes] for group in groups])
+    for group, values in zip(groups, advantages, strict=True):
+        for episode, advantage in zip(group.episodes, values, strict=True):
+            episode.advantage = float(advantage)
 
 
 def _to_document(episode: Episode) -> Document:

@@ -372,10 +372,10 @@ class Session:
             if isinstance(completions, ValueError):
                 return False
             try:
-                total, _ = await rewards.score(prompt, completions[0])
+                _, terms = await rewards.score(prompt, completions[0])
             except RewardError:
                 return False
-            return total >= sum(reward.weight for reward in self.config.reward) - 1e-6
+            return rewards.is_right(terms)
 
         pairs = [
             pair for share, answer in zip(shares, answers, strict=True) for pair in zip(share, answer, strict=True)

@@ -17,9 +17,15 @@ _MAX_ERROR_CHARS = 2000
 
 
 def compute(function: RewardFunction, request: dict[str, Any]) -> Answer:
-    """The reward's value for ``prompt``, ``response``, ``target`` and ``fields``; a coroutine is run to its end."""
+    """The reward's value for ``prompt``, ``response``, ``target`` and ``fields``; a coroutine is run to its end.
+
+    ``lengths`` (``num_response_tokens``, ``max_response_tokens``) go to functions with parameters of these names.
+    """
     try:
-        value = function(request["prompt"], request["response"], request["target"], **request["fields"])
+        parameters = inspect.signature(function).parameters
+        lengths = {name: value for name, value in request.get("lengths", {}).items() if name in parameters}
+        fields = {**request["fields"], **lengths}
+        value = function(request["prompt"], request["response"], request["target"], **fields)
         if inspect.isawaitable(value):
             value = asyncio.run(_wait(value))
         return {"value": float(value)}

@@ -16,14 +16,14 @@ import signal
 import struct
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config, RewardConfig
 from forge_hpc.data.types import Completion, Prompt
 from forge_hpc.rewards.compute import compute
-from forge_hpc.rewards.registry import INLINE_REWARDS
+from forge_hpc.rewards.registry import INLINE_REWARDS, PENALTIES
 
 _START_TIMEOUT_S = 120.0
 
@@ -50,6 +50,7 @@ class RewardPool:
     def __init__(self, config: Config, num_workers: int | None = None) -> None:
         """``num_workers`` processes run what is not inline; by default as many as cores, 4 at most."""
         self._rewards = _by_label(config.reward)
+        self._max_response_tokens = config.rollout.max_response_tokens
         self._in_workers = [reward.name for reward in config.reward if reward.name not in INLINE_REWARDS]
         num_workers = num_workers or min(4, os.cpu_count() or 1)
         self._workers = [_Worker() for _ in range(num_workers)] if self._in_workers else []
@@ -85,6 +86,12 @@ class RewardPool:
             terms[label] = result
         return sum(reward.weight * terms[label] for label, reward in self._rewards.items()), terms
 
+    def is_right(self, terms: Mapping[str, float]) -> bool:
+        """Whether the unweighted terms of a completion are the best there are: 1 in the weighted mean. Penalties for
+        how an answer was given do not count."""
+        counted = {label: r.weight for label, r in self._rewards.items() if r.name not in PENALTIES}
+        return sum(weight * terms[label] for label, weight in counted.items()) >= sum(counted.values()) - 1e-6
+
     async def close(self) -> None:
         """Kill the workers and wait for their end."""
         workers, self._workers = self._workers, []
@@ -104,6 +111,10 @@ class RewardPool:
             "response": completion.text,
             "target": prompt.target,
             "fields": {**prompt.fields, **reward.args},
+            "lengths": {
+                "num_response_tokens": len(completion.token_ids),
+                "max_response_tokens": self._max_response_tokens,
+            },
         }
         if reward.name in INLINE_REWARDS:
             answer = compute(INLINE_REWARDS[reward.name], request)

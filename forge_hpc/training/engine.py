@@ -1,8 +1,8 @@
 """The training engine: one rank's share of a TorchTitan model, its optimizer and its checkpoints.
 
 A step takes documents, the same on every rank: they are packed into rows, each data-parallel rank takes its rows a
-microbatch at a time, and gradients accumulate. The loss is divided by the step's global count of trained tokens and
-gradients are summed, so neither rows, microbatches nor ranks change what is learned.
+microbatch at a time, and gradients accumulate. The loss is divided by the step's global count of trained tokens (or
+sequences, as the loss says) and gradients are summed, so neither rows, microbatches nor ranks change what is learned.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config
 from forge_hpc.data.packing import PackedBatch, pack, unpack
 from forge_hpc.data.types import Document
-from forge_hpc.losses import build_loss
+from forge_hpc.losses import SFTLoss, add_effective_sample_size, build_loss, step_normalizer
+from forge_hpc.losses.registry import LossFn
 from forge_hpc.models.attention import attention_inputs, inner_attention_config
 from forge_hpc.models.device import device_type, local_device
 from forge_hpc.models.spec import load_hf_weights, load_spec
@@ -73,7 +74,9 @@ class TrainEngine(Stateful):
         self.optimizers = _build_optimizers(cfg, self.model)
         self.lr_schedulers = _build_lr_schedulers(cfg, self.optimizers)
         is_sft = cfg.recipe == "sft"
-        self.loss_fn = build_loss("sft" if is_sft else cfg.algorithm.loss, cfg.algorithm)
+        self.loss_fn: LossFn = (
+            SFTLoss() if is_sft else build_loss(cfg.algorithm.loss, cfg.algorithm, cfg.rollout.max_response_tokens)
+        )
         self.temperature = 1.0 if is_sft else cfg.rollout.sampling.temperature
         if self.temperature <= 0:
             raise UserError(
@@ -99,7 +102,7 @@ class TrainEngine(Stateful):
             the log-probabilities under the weights that the step begins with.
 
         Raises:
-            ValueError: documents that cannot be packed.
+            ValueError: documents that cannot be packed; an input of the loss that is not finite.
             RuntimeError: a loss or gradient norm that is not finite; weights and optimizer are then untouched.
         """
         self._seed_step()
@@ -107,12 +110,13 @@ class TrainEngine(Stateful):
         num_trained = batch.num_trained_tokens
         if num_trained == 0:
             raise ValueError("no token of the documents is trained: every loss mask is empty")
+        normalizer = step_normalizer(self.loss_fn, num_trained, batch.num_trained_sequences)
         self.optimizers.zero_grad()
         sums: dict[str, torch.Tensor] = {}
         for microbatch in self._microbatches(batch):
-            for name, value in self._forward_backward(microbatch, num_trained).items():
+            for name, value in self._forward_backward(microbatch, num_trained, normalizer).items():
                 sums[name] = sums[name] + value if name in sums else value
-        metrics = {"kl/mean": 0.0} | self._sum_over_ranks(sums)
+        metrics = {"kl/mean": 0.0} | add_effective_sample_size(self._sum_over_ranks(sums))
         if not math.isfinite(metrics["loss"]):
             raise RuntimeError(f"the loss of step {self.step + 1} is {metrics['loss']}")
         grad_norm = float(
@@ -197,21 +201,25 @@ class TrainEngine(Stateful):
         )
         return token_logprobs(logits, microbatch["labels"], self.temperature)
 
-    def _forward_backward(self, microbatch: dict[str, Any], num_trained: int) -> dict[str, torch.Tensor]:
+    def _forward_backward(
+        self, microbatch: dict[str, Any], num_trained: int, normalizer: int
+    ) -> dict[str, torch.Tensor]:
         """Add the microbatch's gradients; return its share of the step's metrics."""
         logprobs, entropy = self._forward(microbatch)
         mask, generator_logprobs = microbatch["mask"], microbatch["generator_logprobs"]
+        # The policy that sampled the tokens is the one that clipping holds the new policy close to, unless the loss
+        # corrects for it itself: then it is the policy before this step.
+        from_trainer = getattr(self.loss_fn, "old_logprobs_from", "generator") == "trainer"
         output = self.loss_fn(
             logprobs=logprobs,
-            # The policy that sampled the tokens is the one that clipping holds the new policy close to.
-            old_logprobs=logprobs.detach() if generator_logprobs is None else generator_logprobs,
+            old_logprobs=logprobs.detach() if from_trainer or generator_logprobs is None else generator_logprobs,
             advantages=microbatch["advantages"],
             mask=mask,
             generator_logprobs=generator_logprobs,
             ref_logprobs=microbatch["ref_logprobs"],
             entropy=entropy,
             segment_ids=microbatch["segment_ids"],
-            normalizer=num_trained,
+            normalizer=normalizer,
         )
         output.loss.backward()
         shares = {

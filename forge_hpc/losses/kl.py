@@ -1,0 +1,35 @@
+"""Estimators of KL(policy || reference) from the sampled tokens alone (http://joschu.net/blog/kl-approx.html).
+
+With d = log(pi / pi_ref) of a token that the policy sampled:
+
+    k1 = d                    unbiased, noisy, often negative; as a loss its gradient is zero on average: a figure only
+    k2 = d^2 / 2              biased, never negative; its gradient is the unbiased one (https://arxiv.org/abs/2506.09477)
+    k3 = exp(-d) - 1 + d      unbiased, never negative; GRPO's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from forge_hpc.losses.base import log_ratio
+
+
+def k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """d, per token."""
+    return log_ratio(logprobs, ref_logprobs)
+
+
+def k2(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """d^2 / 2, per token."""
+    return log_ratio(logprobs, ref_logprobs).square() / 2
+
+
+def k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """exp(-d) - 1 + d, per token."""
+    d = log_ratio(ref_logprobs, logprobs)
+    return d.exp() - d - 1
+
+
+KL_ESTIMATORS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"k1": k1, "k2": k2, "k3": k3}

@@ -1,0 +1,135 @@
+"""What all policy losses share: the KL penalty, the entropy bonus, the mismatch correction and the normalisation."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from forge_hpc.losses.base import LossOutput
+from forge_hpc.losses.kl import KL_ESTIMATORS
+from forge_hpc.losses.mismatch import MismatchCorrection, weight_metrics
+from forge_hpc.losses.reduction import NORMALIZATIONS, Sequences, step_means
+
+
+class Tokens(NamedTuple):
+    """What a policy term is made of: [B, T] each, finite everywhere, 0 where nothing is trained."""
+
+    logprobs: torch.Tensor
+    old_logprobs: torch.Tensor
+    advantages: torch.Tensor
+    sequences: Sequences
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyLoss(ABC):
+    """A policy term per token, and what is added to it:
+
+        loss = mean( w term ) + kl_coef mean( KL(pi || pi_ref) ) - entropy_coef mean( H )
+
+    A subclass gives the term and says which mean is its own. Example of one:
+
+        @dataclass(frozen=True)
+        class MyLoss(PolicyLoss):
+            scale: float = 1.0
+
+            def term(self, x):
+                return -self.scale * x.advantages * x.logprobs, {}
+    """
+
+    kl_coef: float = 0.0
+    """Weight of the KL penalty against the reference model; its gradient goes through the estimator."""
+    kl_estimator: str = "k3"
+    """k1, k2 or k3: see ``kl``."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    normalization: str = "token"
+    """What the means are over: token, sequence or constant, see ``reduction.step_means``."""
+    max_tokens: int = 1
+    """The constant of ``normalization="constant"``: the token budget of a response."""
+    mismatch: MismatchCorrection | None = None
+    """Makes w; without it w = 1."""
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("normalization", self.normalization, NORMALIZATIONS),
+            ("kl_estimator", self.kl_estimator, tuple(KL_ESTIMATORS)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}, it must be one of {', '.join(known)}")
+
+    @property
+    def old_logprobs_from(self) -> str:
+        """``generator``: the ratio spans staleness and mismatch. With a correction, which covers both, ``trainer``: the
+        policy before the optimizer step, so that the ratio is 1 unless a batch is trained on more than once."""
+        return "generator" if self.mismatch is None else "trainer"
+
+    @abstractmethod
+    def term(self, x: Tokens) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The policy term to be minimised and metrics to be averaged, per token: [B, T] each."""
+
+    def __call__(
+        self,
+        *,
+        logprobs: torch.Tensor,
+        old_logprobs: torch.Tensor,
+        advantages: torch.Tensor,
+        mask: torch.Tensor,
+        generator_logprobs: torch.Tensor | None = None,
+        ref_logprobs: torch.Tensor | None = None,
+        entropy: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        normalizer: float | torch.Tensor | None = None,
+    ) -> LossOutput:
+        """See ``forge_hpc.losses.base``.
+
+        Raises:
+            ValueError: an input that is not finite at a trained token, by its name, or one that an option needs and
+                that is not given.
+        """
+        if advantages.dim() == 1:
+            advantages = advantages[:, None]
+        given = {
+            "logprobs": logprobs,
+            "old_logprobs": old_logprobs,
+            "advantages": advantages.expand_as(mask),
+            "generator_logprobs": generator_logprobs,
+            "ref_logprobs": ref_logprobs,
+            "entropy": entropy,
+        }
+        x = _trained(mask, {name: values for name, values in given.items() if values is not None})
+        sequences = Sequences(mask, segment_ids)
+        loss_mean, mean = step_means(sequences, self.normalization, self.max_tokens, normalizer)
+
+        term, per_token = self.term(Tokens(x["logprobs"], x["old_logprobs"], x["advantages"], sequences))
+        if self.mismatch is not None:
+            generator = _needed(x, "generator_logprobs", "mismatch")
+            weights = self.mismatch.weights(x["old_logprobs"], generator, sequences)
+            term = term * weights
+            per_token = per_token | weight_metrics(weights)
+        loss = loss_mean(term)
+        metrics = {name: mean(values.detach()) for name, values in per_token.items()}
+        if self.kl_coef or "ref_logprobs" in x:
+            kl = KL_ESTIMATORS[self.kl_estimator](x["logprobs"], _needed(x, "ref_logprobs", "kl_coef"))
+            metrics["kl/mean"] = mean(kl.detach())
+            loss = loss + self.kl_coef * loss_mean(kl)
+        if self.entropy_coef:
+            loss = loss - self.entropy_coef * loss_mean(_needed(x, "entropy", "entropy_coef"))
+        return LossOutput(loss, metrics)
+
+
+def _trained(mask: torch.Tensor, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inputs with 0 where nothing is trained; ValueError where one is not finite at a trained token."""
+    num_bad = torch.stack([(mask & ~values.isfinite()).sum() for values in inputs.values()]).tolist()
+    for name, num in zip(inputs, num_bad, strict=True):
+        if num:
+            raise ValueError(f"{name}: {num} of {int(mask.sum())} trained tokens are not finite")
+    return {name: torch.where(mask, values, 0) for name, values in inputs.items()}
+
+
+def _needed(inputs: dict[str, torch.Tensor], name: str, option: str) -> torch.Tensor:
+    if name not in inputs:
+        raise ValueError(f"the option {option} of the loss needs {name}, which are not given")
+    return inputs[name]

@@ -1,0 +1,38 @@
+"""GRPO for one optimizer step a batch, as torchforge has it (https://github.com/meta-pytorch/torchforge)."""
+
+from __future__ import annotations
+
+import torch
+
+from forge_hpc.losses.mismatch import MismatchCorrection
+from forge_hpc.losses.policy import PolicyLoss, Tokens
+
+
+class SimpleGRPOLoss(PolicyLoss):
+    """GRPO whose old policy is the current one, so that there is a gradient and nothing to clip:
+
+    loss = 1/N sum_i 1/|o_i| sum_t -( exp(log pi - sg(log pi)) A - beta KL(pi || pi_ref) )
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.1,
+        *,
+        kl_estimator: str = "k3",
+        entropy_coef: float = 0.0,
+        normalization: str = "sequence",
+        max_tokens: int = 1,
+        mismatch: MismatchCorrection | None = None,
+    ) -> None:
+        """``beta`` is torchforge's name for ``kl_coef``."""
+        super().__init__(
+            kl_coef=beta,
+            kl_estimator=kl_estimator,
+            entropy_coef=entropy_coef,
+            normalization=normalization,
+            max_tokens=max_tokens,
+            mismatch=mismatch,
+        )
+
+    def term(self, x: Tokens) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return -(x.logprobs - x.logprobs.detach()).exp() * x.advantages, {}
