@@ -170,20 +170,23 @@ def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, foll
 def prepare_in_allocation(request: Request) -> str:
     """Inside a job that sbatch started: make or find the run directory, and return the shell line that starts the run.
 
-    For a run that is complete the line does nothing, and succeeds. A requeued job takes the configuration that it
-    saved, whatever has become of the files that it came from.
+    For a run that is complete the line does nothing, and succeeds. A requeued job, or its successor, takes the
+    configuration that was saved, whatever has become of the files that it came from.
 
     Raises:
         UserError: as `submit`, or outside a Slurm job.
     """
+    from forge_hpc.cluster.slurm import CONTINUE
     from launchers.command import srun_command
 
     job_id = os.environ.get("SLURM_JOB_ID")
     if job_id is None:
         raise UserError("this is not a Slurm job", "sbatch sbatch/grpo.sh, or forge-hpc submit --cluster local")
     nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
-    requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
-    run_dir = RunDir(request.run_dir) if request.run_dir else None
+    continued = os.environ.get(CONTINUE)  # the job follows one that could not be requeued
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0 or continued is not None
+    given = Path(continued) if continued else request.run_dir
+    run_dir = RunDir(given) if given else None
     if requeued and run_dir is None:
         run_dir = next((d for d in map(RunDir, Path("runs").glob(f"*-{job_id}")) if d.has_config), None)
     if requeued and run_dir and run_dir.has_config:

@@ -12,5 +12,6 @@ run_recipe() {
   fi
   export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} # also where the project is not installed
   command=$("$python" -m forge_hpc.cli prepare --recipe "$@") || exit
+  unset FORGE_HPC_CONTINUE FORGE_HPC_PROJECT # meant for this job alone, not for what it may submit
   eval "$command"
 }

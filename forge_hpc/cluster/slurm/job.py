@@ -1,0 +1,249 @@
+"""Why Slurm signals this job, and how the job comes back.
+
+What `scontrol show job` says at the signal, measured on Slurm 22.05. It is the same on the node and elsewhere, and true
+from the first signal on: slurmctld changes the job before it signals. "Tasks" are srun's, "batch" is the job script.
+
+    event                       who is signalled                      state       reason     PreemptTime  restarts
+    preemption, GraceTime > 0   tasks TERM at once (1)                RUNNING     None       set          same
+      its end, REQUEUE          tasks and batch TERM                  COMPLETING  None       None         one more
+      its end, CANCEL           tasks and batch TERM                  COMPLETING  None       = EndTime    same
+    preemption, GraceTime = 0   as at the two ends above
+    walltime, --signal=USR2@N   tasks USR2, up to 60 s early          RUNNING     None       None         same
+    walltime                    tasks and batch TERM, up to 30 s late COMPLETING  TimeLimit  None         same
+    scancel                     tasks and batch TERM                  COMPLETING  None       None (2)     same
+    scontrol requeue            tasks and batch TERM                  COMPLETING  None       None         one more
+    lost node, Requeue=1        what lives gets TERM (3)              COMPLETING  None       None         one more
+    lost node, Requeue=0        what lives gets TERM (3)              COMPLETING  NodeDown   None         same
+    scancel --signal=TERM       tasks TERM                            RUNNING     None       None         same
+
+CONT comes with TERM, and KILL follows TERM after KillWait (30 s unless the site says otherwise).
+(1) EndTime moves to the end of the grace time; the kill came up to 5 s after it. Where the site has set
+    preempt_send_user_signal the first signal is that of --signal.
+(2) In the grace time PreemptTime stays and EndTime is the moment of the scancel: in the same second as the preemption
+    the two look alike.
+(3) SlurmdTimeout after the host fell silent, or somewhat later. Processes on a host whose slurmd alone has died get no
+    signal and live on: the run's lock keeps them from the run.
+
+A job whose tasks end in the grace time has FAILED, and does not come back by itself, also where PreemptMode=REQUEUE.
+`scontrol requeue` by its owner saves it: in the grace time, after it (while KillWait lasts), with PreemptMode=CANCEL
+too. It ends the job at once, only KillWait remains: requeue last, when everything is saved. Slurm starts the job again
+when cred_expire (two minutes unless the site says otherwise) has passed since its last process ended. With Requeue=0 it
+is refused; a job's Requeue is 1 where --requeue was given, whatever the site's JobRequeue.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+ANSWER_S = 10.0
+"""How long Slurm may take for an answer; KillWait may be all the time that there is."""
+_OURS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_FREE_TEXT = ("JobName", "Command", "WorkDir", "Comment", "AdminComment", "SystemComment", "StdErr", "StdIn", "StdOut")
+
+
+class Cause(StrEnum):
+    """Why a job is signalled."""
+
+    PREEMPTED = "preempted"
+    """Another job takes the nodes; this one has not been put back into the queue (yet)."""
+    WALLTIME = "walltime"
+    """The time limit is near, or over."""
+    REQUEUED = "requeued"
+    """Back in the queue already, and starts again by itself: preempted, requeued by somebody, or a node was lost."""
+    CANCELLED = "cancelled"
+    NODE_FAIL = "node_fail"
+    """A node was lost, and the job is not requeued."""
+    UNKNOWN = "unknown"
+    """The job runs on: somebody sent the signal by hand, or Slurm does not answer."""
+
+
+class SlurmRefused(Exception):
+    """Slurm did not do what it was asked for; the text is its own."""
+
+
+@dataclass(frozen=True)
+class JobFacts:
+    """What Slurm says of a job at one moment."""
+
+    job_id: str
+    state: str
+    """Such as RUNNING; COMPLETING as long as processes end, whatever the final state will be."""
+    reason: str
+    """``None`` (the word) where there is no reason."""
+    preempted: bool
+    """Preempted and not requeued."""
+    end_time: float | None
+    """When the job's time is over, or was, in unix seconds: in the grace time its end. None: no limit."""
+    restarts: int
+    can_requeue: bool
+    """A batch job with Requeue=1."""
+    partition: str
+    """The one that it runs in; while pending, all that were asked for."""
+    account: str | None
+    qos: str | None
+    time_limit: str | None
+    num_nodes: int
+    nodes: str
+    """Slurm's list, such as ``n[1-4,7]``; a lost node is no longer in it."""
+    excluded: str
+    """Nodes that the job never takes, in the same form."""
+    said: Mapping[str, str] = field(repr=False)
+    """All of `scontrol show job`, by key."""
+
+    @classmethod
+    def parse(cls, text: str) -> JobFacts:
+        """Read the output of `scontrol show job` with times as unix seconds (SLURM_TIME_FORMAT=%s)."""
+        said: dict[str, str] = {}
+        for line in text.splitlines():
+            # What a user wrote may hold blanks and "=", and stands last on its line.
+            free = re.search(rf"(?:^|\s)({'|'.join(_FREE_TEXT)})=(.*)", line)
+            if free:
+                said.setdefault(free[1], free[2].rstrip())
+                line = line[: free.start()]
+            said.update(re.findall(r"(\S+?)=(\S*)", line))
+        said = {key: value for key, value in said.items() if value not in ("", "(null)", "N/A")}
+        state, end, preempt_time = said["JobState"], said.get("EndTime", ""), said.get("PreemptTime", "None")
+        # A scancel in the grace time leaves PreemptTime as it was and moves EndTime.
+        cancelled = state == "CANCELLED" or (state == "COMPLETING" and preempt_time != end)
+        preempted = preempt_time != "None" and not cancelled
+        return cls(
+            job_id=said["JobId"],
+            state=state,
+            reason=said.get("Reason", "None"),
+            preempted=preempted,
+            end_time=float(end) if end.isdigit() and (preempted or said.get("TimeLimit") != "UNLIMITED") else None,
+            restarts=int(said["Restarts"]),
+            can_requeue=said.get("Requeue") == "1" and said.get("BatchFlag", "1") != "0",
+            partition=said["Partition"],
+            account=said.get("Account"),
+            qos=said.get("QOS"),
+            time_limit=said.get("TimeLimit"),
+            num_nodes=int(said["NumNodes"].partition("-")[0]),
+            nodes=said.get("NodeList", ""),
+            excluded=said.get("ExcNodeList", ""),
+            said=said,
+        )
+
+
+def job_facts(job_id: str, timeout_s: float = ANSWER_S) -> JobFacts | None:
+    """What Slurm says of the job now; None where it does not answer in time, or does not know the job."""
+    try:
+        return JobFacts.parse(ask("scontrol", "show", "job", job_id, timeout_s=timeout_s))
+    except SlurmRefused:
+        return None
+
+
+def cause_of(facts: JobFacts | None, signum: int, own_restarts: int) -> Cause:
+    """Why the job got a signal, by what Slurm says right after it.
+
+    Args:
+        facts: asked for after the signal came.
+        signum: the signal. Only SIGUSR2 counts: it is what the job scripts have Slurm send before the walltime. A
+            `scancel --signal=USR2` cannot be told from that, and asks for the same: save, and come back.
+        own_restarts: SLURM_RESTART_COUNT of this start of the job; a job that Slurm has requeued has more.
+    """
+    if facts is None:
+        return Cause.UNKNOWN
+    if facts.restarts > own_restarts:
+        return Cause.REQUEUED
+    if facts.preempted:
+        return Cause.PREEMPTED
+    if facts.reason == "TimeLimit" or facts.state == "TIMEOUT":
+        return Cause.WALLTIME
+    if facts.reason == "NodeDown" or facts.state == "NODE_FAIL":
+        return Cause.NODE_FAIL
+    if facts.state == "CANCELLED" or (facts.state == "COMPLETING" and facts.reason == "None"):
+        return Cause.CANCELLED
+    if signum == signal.SIGUSR2 and facts.state == "RUNNING" and facts.end_time is not None:
+        return Cause.WALLTIME
+    return Cause.UNKNOWN
+
+
+def requeue(job_id: str, exclude_nodes: Iterable[str] = ()) -> None:
+    """Put the job back into the queue, which ends it at once; nothing happens to one that is there already.
+
+    Args:
+        exclude_nodes: names of nodes that it must not take again. Where too few others are left, or Slurm refuses, a
+            line on stderr says so, and the job may get them.
+
+    Raises:
+        SlurmRefused: the job is not requeued (Requeue=0, no batch job, somebody else's …), or Slurm does not answer.
+    """
+    try:
+        ask("scontrol", "requeue", job_id, timeout_s=2 * ANSWER_S)
+    except SlurmRefused as refused:
+        if "pending execution" not in str(refused):
+            raise
+    if nodes := tuple(exclude_nodes):
+        try:
+            facts = JobFacts.parse(ask("scontrol", "show", "job", job_id))
+            if excluded := exclusion(facts, nodes):
+                ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={excluded}")
+        except SlurmRefused as refused:
+            print(f"job {job_id} may get {','.join(nodes)} again: {refused}", file=sys.stderr)
+
+
+def exclusion(facts: JobFacts, nodes: tuple[str, ...]) -> str:
+    """The job's excluded nodes with ``nodes`` added; empty if nothing is to be changed.
+
+    A job that too few nodes are left for, or that asks for one of them by name, would wait for ever (BadConstraints),
+    or not be taken at all: then a line on stderr says so.
+    """
+    if not nodes:
+        return ""
+    everything = ",".join([*filter(None, [facts.excluded]), *nodes])
+    excluded = _hosts(everything)
+    known = set(ask("sinfo", "--noheader", "--Node", f"--partition={facts.partition}", "--format=%N").split())
+    if asked := _hosts(facts.said.get("ReqNodeList", "")) & excluded:
+        reason = f"job {facts.job_id} asks for {','.join(sorted(asked))}"
+    elif len(known - excluded) < facts.num_nodes:
+        reason = f"partition {facts.partition} has {len(known)} nodes, and job {facts.job_id} needs {facts.num_nodes}"
+    else:
+        return everything
+    print(f"{','.join(nodes)} cannot be excluded: {reason}", file=sys.stderr)
+    return ""
+
+
+def _hosts(nodes: str) -> set[str]:
+    """The names in Slurm's list."""
+    return set(ask("scontrol", "show", "hostnames", nodes).split()) if nodes else set()
+
+
+def ask(
+    *command: str, timeout_s: float = ANSWER_S, env: Mapping[str, str] | None = None, cwd: str | None = None
+) -> str:
+    """What a command of Slurm prints. Raises SlurmRefused with what it says where it fails, or is silent too long."""
+    name = " ".join(command[:2])
+    # Slurm signals every process of a step, this command too: it is born with the signals blocked.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _OURS)
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "SLURM_TIME_FORMAT": "%s"} if env is None else env,
+            cwd=cwd,
+        )
+    except OSError as error:
+        raise SlurmRefused(f"{name}: {error}") from None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        raise SlurmRefused(f"{name} does not answer within {timeout_s:.0f} s") from None
+    finally:
+        process.kill()
+        process.wait()
+    if process.returncode != 0:
+        raise SlurmRefused(f"{name}: {' '.join((err or out).split()) or f'exit code {process.returncode}'}")
+    return out
