@@ -356,7 +356,7 @@ def as_user(name: str, job: str) -> str:
 @pytest.mark.slurm
 def test_an_owner_may_requeue_and_nobody_else(cluster: SlurmCluster) -> None:
     command = ["sbatch", "--parsable", "--output=/dev/null", "--chdir=/", "--mem=1", "--wrap", "sleep 300"]
-    own, other = cluster.run(*command, user="daemon").stdout.strip(), cluster.run(*command).stdout.strip()
+    own, other = cluster.run(*command, user="daemon", cwd="/").stdout.strip(), cluster.run(*command).stdout.strip()
     for job in (own, other):
         cluster.wait_for_job(job, ["RUNNING"])
     assert as_user("daemon", own) == "requeued"
@@ -400,7 +400,7 @@ def test_no_answer_is_no_facts_and_has_no_cause(monkeypatch: pytest.MonkeyPatch,
     assert cause_of(None, signal.SIGTERM, 0) == Cause.UNKNOWN
 
 
-# As Slurm 22.05 prints it: a job of two nodes, in the grace time of a preemption, with texts that a user made difficult.
+# As Slurm 22.05 prints a job of two nodes in the grace time of a preemption, and texts that a user made difficult.
 CAPTURED = """\
 JobId=31 JobName=my run Reason=TimeLimit
    UserId=games(5) GroupId=games(60) MCS_label=N/A
