@@ -1,30 +1,34 @@
 """Why Slurm signals this job, and how the job comes back.
 
-What `scontrol show job` says at the signal, measured on Slurm 22.05 (the same on the node and from outside, and true
-from the first signal on: slurmctld changes the job before it signals). "Tasks" are srun's, "batch" is the job script.
+What `scontrol show job` says at the signal, measured on Slurm 22.05. It is the same on the node and elsewhere, and true
+from the first signal on: slurmctld changes the job before it signals. "Tasks" are srun's, "batch" is the job script.
 
-    event                     who gets which signal                  state       reason    PreemptTime  restarts
-    preemption, GraceTime > 0  tasks TERM at once (*)                RUNNING     None      set          same
-      its end, REQUEUE         tasks and batch TERM                  COMPLETING  None      None         one more
-      its end, CANCEL          tasks and batch TERM                  COMPLETING  None      = EndTime    same
-    preemption, GraceTime 0    as the two ends above
-    walltime, --signal=USR2@N  tasks USR2, up to 60 s early          RUNNING     None      None         same
-    walltime                   tasks and batch TERM, up to 30 s late COMPLETING  TimeLimit None         same
-    scancel                    tasks and batch TERM                  COMPLETING  None      None (**)    same
-    scontrol requeue           tasks and batch TERM                  COMPLETING  None      None         one more
-    lost node, Requeue=1       what lives gets TERM (***)            COMPLETING  None      None         one more
-    lost node, Requeue=0       what lives gets TERM                  COMPLETING  NodeDown  None         same
-    scancel --signal=TERM      tasks TERM                            RUNNING     None      None         same
+    event                       who is signalled                      state       reason     PreemptTime  restarts
+    preemption, GraceTime > 0   tasks TERM at once (1)                RUNNING     None       set          same
+      its end, REQUEUE          tasks and batch TERM                  COMPLETING  None       None         one more
+      its end, CANCEL           tasks and batch TERM                  COMPLETING  None       = EndTime    same
+    preemption, GraceTime = 0   as at the two ends above
+    walltime, --signal=USR2@N   tasks USR2, up to 60 s early          RUNNING     None       None         same
+    walltime                    tasks and batch TERM, up to 30 s late COMPLETING  TimeLimit  None         same
+    scancel                     tasks and batch TERM                  COMPLETING  None       None (2)     same
+    scontrol requeue            tasks and batch TERM                  COMPLETING  None       None         one more
+    lost node, Requeue=1        what lives gets TERM (3)              COMPLETING  None       None         one more
+    lost node, Requeue=0        what lives gets TERM (3)              COMPLETING  NodeDown   None         same
+    scancel --signal=TERM       tasks TERM                            RUNNING     None       None         same
 
-CONT comes with TERM, KILL follows TERM after KillWait (default 30 s). (*) USR2 instead where the site has set
-preempt_send_user_signal. EndTime moves to the end of the grace time; the kill came up to 5 s after it. (**) In the
-grace time PreemptTime stays, and EndTime is no longer equal to it. (***) SlurmdTimeout after the host fell silent.
-Processes on a host whose slurmd has died get no signal and live on: the run's lock keeps them from the run.
+CONT comes with TERM, and KILL follows TERM after KillWait (30 s unless the site says otherwise).
+(1) EndTime moves to the end of the grace time; the kill came up to 5 s after it. Where the site has set
+    preempt_send_user_signal the first signal is that of --signal.
+(2) In the grace time PreemptTime stays and EndTime is the moment of the scancel: in the same second as the preemption
+    the two look alike.
+(3) SlurmdTimeout after the host fell silent, or somewhat later. Processes on a host whose slurmd alone has died get no
+    signal and live on: the run's lock keeps them from the run.
 
 A job whose tasks end in the grace time has FAILED, and does not come back by itself, also where PreemptMode=REQUEUE.
 `scontrol requeue` by its owner saves it: in the grace time, after it (while KillWait lasts), with PreemptMode=CANCEL
 too. It ends the job at once, only KillWait remains: requeue last, when everything is saved. Slurm starts the job again
-when cred_expire (two minutes unless the site says otherwise) has passed since its last process ended.
+when cred_expire (two minutes unless the site says otherwise) has passed since its last process ended. With Requeue=0 it
+is refused; a job's Requeue is 1 where --requeue was given, whatever the site's JobRequeue.
 """
 
 from __future__ import annotations
@@ -189,21 +193,27 @@ def requeue(job_id: str, exclude_nodes: Iterable[str] = ()) -> None:
 def exclusion(facts: JobFacts, nodes: tuple[str, ...]) -> str:
     """The job's excluded nodes with ``nodes`` added; empty if nothing is to be changed.
 
-    A job that too few nodes are left for would wait for ever (BadConstraints), or not be taken at all.
+    A job that too few nodes are left for, or that asks for one of them by name, would wait for ever (BadConstraints),
+    or not be taken at all: then a line on stderr says so.
     """
     if not nodes:
         return ""
     everything = ",".join([*filter(None, [facts.excluded]), *nodes])
-    excluded = set(ask("scontrol", "show", "hostnames", everything).split())
+    excluded = _hosts(everything)
     known = set(ask("sinfo", "--noheader", "--Node", f"--partition={facts.partition}", "--format=%N").split())
-    if len(known - excluded) >= facts.num_nodes:
+    if asked := _hosts(facts.said.get("ReqNodeList", "")) & excluded:
+        reason = f"job {facts.job_id} asks for {','.join(sorted(asked))}"
+    elif len(known - excluded) < facts.num_nodes:
+        reason = f"partition {facts.partition} has {len(known)} nodes, and job {facts.job_id} needs {facts.num_nodes}"
+    else:
         return everything
-    print(
-        f"{','.join(nodes)} cannot be excluded: partition {facts.partition} has {len(known)} nodes, "
-        f"and job {facts.job_id} needs {facts.num_nodes}",
-        file=sys.stderr,
-    )
+    print(f"{','.join(nodes)} cannot be excluded: {reason}", file=sys.stderr)
     return ""
+
+
+def _hosts(nodes: str) -> set[str]:
+    """The names in Slurm's list."""
+    return set(ask("scontrol", "show", "hostnames", nodes).split()) if nodes else set()
 
 
 def ask(

@@ -36,7 +36,7 @@ def submit_successor(facts: JobFacts, run_dir: Path, exclude_nodes: Iterable[str
     script.touch(mode=0o600)
     script.write_text(text)
     options = successor_options(facts, text)
-    if excluded := exclusion(facts, tuple(exclude_nodes)):
+    if excluded := exclusion(facts, tuple(exclude_nodes)) or facts.excluded:
         options.append(f"--exclude={excluded}")
     variables = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "PMI_", "PMIX_")  # sbatch would take them for options
     env = {key: value for key, value in os.environ.items() if not key.startswith(variables) or key == "SLURM_CONF"}
@@ -46,7 +46,7 @@ def submit_successor(facts: JobFacts, run_dir: Path, exclude_nodes: Iterable[str
         *("sbatch", "--parsable", f"--dependency=afterany:{facts.job_id}", *options, str(script)),
         *_arguments(facts.said.get("Command", "")),
         env=env,
-        cwd=submit_dir if Path(submit_dir).is_dir() else facts.said["WorkDir"],
+        cwd=submit_dir if submit_dir and Path(submit_dir).is_dir() else facts.said["WorkDir"],
         timeout_s=2 * ANSWER_S,
     )
     return answer.strip().partition(";")[0]
@@ -66,6 +66,10 @@ _OPTIONS = {
     "MailType": "mail-type",
     "MinMemoryNode": "mem",  # 0 is all of it, and also what a job without --mem gets where it is shown
     "MinMemoryCPU": "mem-per-cpu",
+    "ReqNodeList": "nodelist",
+}
+_GPUS = {
+    "TresPerNode": "gpus-per-node",
     "TresPerJob": "gpus",
     "TresPerTask": "gpus-per-task",
     "TresPerSocket": "gpus-per-socket",
@@ -77,21 +81,21 @@ def successor_options(facts: JobFacts, script: str) -> list[str]:
     said, job_id = facts.said, facts.job_id
     directives = "\n".join(re.findall(r"^#SBATCH\s+(.*)", script, re.MULTILINE))
     found = {option: said[key] for key, option in _OPTIONS.items() if key in said}
-    if "MemPerTres" in said:
-        found.pop("mem", None), found.pop("mem-per-cpu", None)
-    for option in ("gpus", "gpus-per-task", "gpus-per-socket"):
-        if option in found:
-            found[option] = _tres(found[option])
-    if "TresPerNode" in said:
-        # sbatch adds --gres to --gpus-per-node: 4 and 4 are 8. Only the option that the script has replaces it.
-        option = "gres" if "--gres" in directives or "gpu" not in said["TresPerNode"] else "gpus-per-node"
-        tres = _tres(said["TresPerNode"])
-        found[option] = tres if option == "gres" else tres.removeprefix("gpu:")
-    asked = re.search(r"(?:--partition[= ]|-p ?)(\S+)", directives)
+    if "MemPerTres" in said:  # --mem-per-gpu, of which the others follow
+        found = {option: value for option, value in found.items() if option not in ("mem", "mem-per-cpu")}
+    for key, option in _GPUS.items():
+        if key in said:
+            tres = re.sub(r"\bgres[:/]", "", said[key])  # gres:gpu:4, since Slurm 23.02 gres/gpu:4
+            # sbatch adds --gres to --gpus-per-node: 4 and 4 are 8. Only the option that the script has replaces it.
+            if option == "gpus-per-node" and (re.search(r"--gres[= ]", directives) or "gpu" not in tres):
+                found["gres"] = tres
+            else:
+                found[option] = re.sub(r"\bgpu:", "", tres)
+    asked = re.search(r"(?:^|\s)(?:--partition[= ]|-p ?)(\S+)", directives)
     if asked is None or facts.partition not in asked[1].split(","):  # else all that the script asks for
         found["partition"] = facts.partition
     found["nodes"] = str(facts.num_nodes)
-    tasks_per_node = next((v for k, v in said.items() if k.startswith("NtasksPerN")), "0").partition(":")[0]
+    tasks_per_node = next((value for key, value in said.items() if key.startswith("NtasksPerN")), "0").partition(":")[0]
     if tasks_per_node not in ("0", "*"):
         found["ntasks-per-node"] = tasks_per_node
     if said.get("CPUs/Task", "1") != "1":
@@ -105,11 +109,6 @@ def successor_options(facts: JobFacts, script: str) -> list[str]:
     flags = {"NO": ["--exclusive"], "USER": ["--exclusive=user"], "YES": ["--oversubscribe"]}
     requeue = "--requeue" if facts.can_requeue else "--no-requeue"
     return [f"--{k}={v}" for k, v in found.items()] + flags.get(said.get("OverSubscribe", ""), []) + [requeue]
-
-
-def _tres(text: str) -> str:
-    """``gres:gpu:4`` (or ``gres/gpu:4``, since Slurm 23.02) as the options of sbatch have it: ``gpu:4``."""
-    return re.sub(r"\bgres[:/]", "", text)
 
 
 def _arguments(command: str) -> list[str]:
