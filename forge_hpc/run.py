@@ -176,6 +176,9 @@ class Supervisor:
             return 1 if self.allocation.in_slurm else 2
         except (Stopped, RendezvousTimeout, OSError) as error:
             print(f"node {self.allocation.node_id}: {error}", file=sys.stderr)
+            if isinstance(error, Stopped) and not error.wish.cancels and self.allocation.in_slurm:
+                with contextlib.suppress(slurm.SlurmRefused):  # it was still waiting for the run's lock
+                    slurm.requeue(self.allocation.job_id)
             return 1
         finally:
             end_descendants(grace_s=0)
@@ -313,6 +316,10 @@ class Supervisor:
                 state, code = "failed", 1
             elif failures > config.cluster.max_restarts:
                 state, code, message = "failed", 1, f"{message} ({failures} failures without progress)"
+        if state == "preempted" and self.allocation.in_slurm:  # a scancel may have come while the run was saved
+            facts = slurm.job_facts(self.allocation.job_id)
+            if slurm.cause_of(facts, signal.SIGTERM, self.allocation.requeues) is slurm.Cause.CANCELLED:
+                state, code, message = "cancelled", 130, f"{message}; then cancelled"
         run_dir.write_status(state=state, message=message)
         starts.end(state=state, cause=ended.cause, message=message)
         if state == "preempted" and self.allocation.in_slurm:

@@ -241,6 +241,8 @@ def test_slurm_says_what_its_partitions_are(slurm_cluster, monkeypatch):
     assert checks.partitions() == [
         Partition("main", True, True, 4, float("inf"), 0),
         Partition("short", False, True, 4, 600, 0),
+        Partition("spot", False, True, 4, float("inf"), 0),
+        Partition("urgent", False, True, 4, float("inf"), 0),
     ]
 
 
