@@ -237,9 +237,12 @@ def test_the_warning_before_the_walltime_leaves_time_to_requeue(lives) -> None:
 
 @pytest.mark.slurm
 def test_the_walltime_is_known_by_its_reason(lives) -> None:
-    assert lives["walltime"].causes() == [Cause.WALLTIME]
-    first = lives["walltime"].wait_for("signal")
-    assert (first["signal"], first["reason"]) == ("SIGTERM", "TimeLimit")
+    life = lives["walltime"]  # its end came so suddenly that USR2 and TERM came together
+    assert life.causes() == [Cause.WALLTIME]
+    life.cluster.wait_for_job(life.job, ["TIMEOUT"])
+    assert {record["cause"] for record in life.said("signal")} == {Cause.WALLTIME}
+    assert life.said("signal")[-1]["reason"] == "TimeLimit"
+    assert cause_of(job_facts(life.job), signal.SIGTERM, 0) == Cause.WALLTIME
 
 
 @pytest.mark.slurm
@@ -295,7 +298,7 @@ def test_a_job_that_may_not_be_requeued_has_a_successor_with_its_script_and_its_
     for key in keys:
         assert after[key] == before[key], key
     assert after["TimeLimit"] == "00:07:00" and after["Partition"] == "cancel-now"  # of sbatch's command line
-    assert after["StdOut"] == before["StdOut"].replace(life.job, successor)
+    assert Path(after["StdOut"]) == Path(before["StdOut"]).with_name(f"out-{successor}")
 
 
 def hold(cluster: SlurmCluster, directory: Path, *command: str) -> str:
@@ -450,6 +453,7 @@ def test_facts_are_read_past_what_users_write() -> None:
     assert (found.partition, found.account, found.qos, found.num_nodes) == ("low", None, None, 2)
     assert (found.nodes, found.excluded, found.said["JobName"]) == ("n[1-2]", "n[7-8]", "my run Reason=TimeLimit")
     assert facts(PreemptTime="None").end_time is None  # no limit
+    assert facts(JobState="SIGNALING").state == "RUNNING"  # seen for the moment of a signal
     assert not facts(Requeue="0").can_requeue and not facts(BatchFlag="0").can_requeue
 
 

@@ -110,6 +110,8 @@ class JobFacts:
             said.update(re.findall(r"(\S+?)=(\S*)", line))
         said = {key: value for key, value in said.items() if value not in ("", "(null)", "N/A")}
         state, end, preempt_time = said["JobState"], said.get("EndTime", ""), said.get("PreemptTime", "None")
+        if state == "SIGNALING":  # for the moment that it takes to send a signal
+            state = "RUNNING"
         # A scancel in the grace time leaves PreemptTime as it was and moves EndTime.
         cancelled = state == "CANCELLED" or (state == "COMPLETING" and preempt_time != end)
         preempted = preempt_time != "None" and not cancelled
