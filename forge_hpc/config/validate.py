@@ -10,20 +10,20 @@ import difflib
 import json
 import math
 import re
-import symtable
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.models import KNOWN_MODEL_TYPES, check_tokenizer, check_weights, looks_local, read_model_config
+from forge_hpc.config.rewards import BUILTIN_REWARDS, check_reward
 from forge_hpc.config.schema import Config
 from forge_hpc.config.split import plan
 
 RECIPES = ("grpo", "sft")
 LOSSES = ("grpo", "reinforce")
 ADVANTAGES = ("group_mean_std", "group_mean", "leave_one_out")
-REWARDS = ("exact", "math", "gsm8k")
+REWARDS = tuple(BUILTIN_REWARDS)
 BUILTIN_MODELS = ("builtin:qwen3-tiny",)
 BUILTIN_DATA = ("builtin:addition",)
 _DTYPES = ("float32", "bfloat16")
@@ -280,6 +280,10 @@ def _check_reward_names(cfg: Config) -> None:
             )
         if ":" not in name:
             _check_name(f"reward.{i}.name", name, REWARDS)
+        for key in ("timeout_s", "workers", "concurrency", "memory_gib"):
+            value = getattr(cfg.reward[i], key)
+            if value is not None and value <= 0:
+                raise UserError(f"reward.{i}.{key} must be greater than 0, it is {value:g}")
 
 
 # --- files
@@ -404,30 +408,4 @@ def _check_files(cfg: Config) -> None:
     if cfg.warmstart.config is not None and not Path(cfg.warmstart.config).expanduser().is_file():
         raise UserError(f"warmstart.config: no such file: {cfg.warmstart.config}", "give the YAML of an SFT run")
     for i, reward in enumerate(cfg.reward):
-        place, colon, function = reward.name.rpartition(":")
-        if not colon:
-            continue
-        if not place or not function.isidentifier():
-            raise UserError(f"reward.{i}.name is {reward.name!r}", "write package.module:function or file.py:function")
-        if place.endswith(".py"):
-            _check_function(f"reward.{i}.name", Path(place).expanduser(), function)
-
-
-def _check_function(key: str, file: Path, name: str) -> None:
-    """`file` compiles, and something at its top level is called `name`."""
-    try:
-        table = symtable.symtable(file.read_text(encoding="utf-8"), str(file), "exec")
-    except FileNotFoundError:
-        raise UserError(
-            f"{key}: no such file: {file}", "a relative path is looked for beside the YAML, then here"
-        ) from None
-    except SyntaxError as error:
-        raise UserError(f"{key}: {file}:{error.lineno}: {error.msg}", "mend the file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{key}: cannot read {file}: {error}", "check the path and its permissions") from None
-    names = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
-    if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
-        raise UserError(
-            f"{key}: {file} has no {name!r}", f"did you mean {close[0]}?" if close else "define it at top level"
-        )
+        check_reward(f"reward.{i}", reward)

@@ -1,50 +1,97 @@
-"""From the name of a reward in the configuration to the function."""
+"""From the name of a reward in the configuration to something that can be called."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from forge_hpc.config.errors import UserError
-from forge_hpc.rewards.exact import exact_reward
-from forge_hpc.rewards.gsm8k import gsm8k_reward
-from forge_hpc.rewards.math import math_reward
+from forge_hpc.config.rewards import BUILTIN_REWARDS, SIGNATURE
 
-RewardFunction = Callable[..., float | Awaitable[float]]
-
-BUILTIN_REWARDS: dict[str, RewardFunction] = {"exact": exact_reward, "gsm8k": gsm8k_reward, "math": math_reward}
-INLINE_REWARDS = {name: BUILTIN_REWARDS[name] for name in ("exact", "gsm8k")}
-"""Built-in rewards so quick and so safe that they need no process of their own."""
+INLINE_REWARDS = ("exact", "numeric", "gsm8k", "thinking", "length", "repetition")
+"""Built-in rewards so quick and so safe that they need no process of their own: linear in the response's length."""
 
 
-def load_reward(name: str) -> RewardFunction:
-    """The function that `name` means: a built-in one, ``package.module:function`` or ``path/to/file.py:function``.
+@dataclass
+class Reward:
+    """A reward that is ready to be called."""
 
-    Runs the user's module. Raises UserError where there is no such thing.
+    function: Callable[..., float | Awaitable[float]]
+    args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of each call, over the fields of the example."""
+
+    def __call__(self, prompt: str, response: str, target: str, fields: Mapping[str, Any]) -> float | Awaitable[float]:
+        return self.function(prompt, response, target, **{**fields, **self.args})
+
+    @property
+    def is_async(self) -> bool:
+        """Whether calls give a coroutine."""
+        call = getattr(self.function, "__call__", None)  # noqa: B004: of an instance
+        return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(call)
+
+    @property
+    def traits(self) -> dict[str, Any]:
+        """``is_async``; and ``timeout_s`` and ``concurrency``, None unless the reward has such an attribute."""
+        own = {name: getattr(self.function, name, None) for name in ("timeout_s", "concurrency")}
+        numbers = {n: v if isinstance(v, int | float) and v > 0 else None for n, v in own.items()}
+        return {**numbers, "is_async": self.is_async}
+
+
+def load_reward(name: str, args: Mapping[str, Any] | None = None) -> Reward:
+    """The reward that `name` means: a built-in one, ``package.module:name`` or ``path/to/file.py:name``.
+
+    A class becomes an instance, made with `args`. Runs the user's module. Raises UserError where there is no such thing,
+    or it cannot be called as ``(prompt, response, target, **fields)``, or does not take `args`.
     """
-    if name in BUILTIN_REWARDS:
-        return BUILTIN_REWARDS[name]
-    module_name, colon, attribute = name.rpartition(":")
+    module_name, colon, attribute = BUILTIN_REWARDS.get(name, name).rpartition(":")
     if not colon or not module_name or not attribute:
         raise UserError(
-            f"unknown reward {name!r}",
-            f"one of {', '.join(BUILTIN_REWARDS)}, or package.module:function, or file.py:function",
+            f"unknown reward {name!r}", f"one of {', '.join(BUILTIN_REWARDS)}, or package.module:name, or file.py:name"
         )
     module = _load_file(Path(module_name)) if module_name.endswith(".py") else _import(module_name)
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise UserError(f"{module_name} has no function {attribute!r}", "check the name of the reward")
-    return function
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        raise UserError(f"{module_name} has no function or class {attribute!r}", "check the name of the reward")
+    args = dict(args or {})
+    reward = Reward(_instance(name, found, args)) if inspect.isclass(found) else Reward(found, args)
+    _check_signature(name, reward.function)
+    return reward
+
+
+def _instance(name: str, cls: type, args: dict[str, Any]) -> Any:
+    try:
+        inspect.signature(cls).bind(**args)
+    except TypeError as error:
+        raise UserError(f"args: {error}", f"{cls.__name__}{inspect.signature(cls)}") from None
+    instance = cls(**args)
+    if not callable(instance):
+        raise UserError(f"{cls.__name__} has no __call__", f"define __call__(self, {SIGNATURE[1:]}")
+    return instance
+
+
+def _check_signature(name: str, function: Callable[..., Any]) -> None:
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except ValueError:  # some functions in C do not tell
+        return
+    kinds = [p.kind for p in parameters]
+    positional = sum(kind in (kind.POSITIONAL_ONLY, kind.POSITIONAL_OR_KEYWORD) for kind in kinds)
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        raise UserError("it does not take **fields", f"every field of the example is handed to it: {SIGNATURE} -> float")
+    if positional < 3 and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        raise UserError("it takes too few arguments", f"its signature is {SIGNATURE} -> float")
 
 
 def _load_file(path: Path) -> Any:
     path = path.expanduser().resolve()
     if not path.is_file():
-        raise UserError(f"no such reward file: {path}", "give reward.name as file.py:function")
+        raise UserError(f"no such reward file: {path}", "give reward.name as file.py:name")
     module_name = f"forge_hpc_reward_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None
