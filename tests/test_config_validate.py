@@ -216,7 +216,7 @@ def test_a_big_data_file_is_not_read_to_its_end(tmp_path):
 
 def test_a_reward_of_ones_own_is_looked_for_in_its_file(tmp_path):
     file = tmp_path / "rewards.py"
-    file.write_text("from math import gcd\ndef score(prompt, response, target): return 1.0\n")
+    file.write_text("from math import gcd\ndef score(prompt, response, target, **fields): return 1.0\n")
     validate(load_config(None, [f"reward.0.name={file}:score"]))
     validate(load_config(None, [f"reward.0.name={file}:gcd"]))
     validate(load_config(None, ["reward.0.name=my_package.rewards:score"]))

@@ -1,14 +1,14 @@
 """The worker processes of one reward: what hangs or dies in one of them is nobody else's business.
 
 Every reward has a crew of its own, so one that hangs delays no other. A worker is ended and replaced at once when it
-dies or a call in it exceeds the limit. Of a sync reward each worker computes one call at a time; with W workers, a share
-h of calls that hang, t seconds for the others, a limit of T and a start of S seconds, a crew computes
+dies or a call in it exceeds the limit. Of a sync reward each worker computes one call at a time; with W workers, a
+share h of calls that hang, t seconds for the others, a limit of T and a start of S seconds, a crew computes
 
     W / ((1 - h) t + h (T + S))   calls a second,
 
-and W / (T + S) where all of them hang. The calls of an async reward run in one worker at the same time: one that exceeds
-the limit is cancelled and harms none. When such a worker is lost (a call that blocks the event loop, or ends the
-process) nobody can tell which call it was, so each one that ran in it is tried once more, alone in a worker.
+and W / (T + S) where all of them hang. The calls of an async reward run in one worker at the same time: one that
+exceeds the limit is cancelled and harms none. When such a worker is lost (a call that blocks the event loop, or ends
+the process) nobody can tell which call it was, so each one that ran in it is tried once more, alone in a worker.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Crew:
         self._lone_crew: Crew | None = None
 
     async def start(self, check: bool = True) -> None:
-        """Start the first worker and have it load the reward and, with `check`, check it; the others follow by themselves.
+        """Start a worker and have it load the reward and, with `check`, check it; the other workers follow.
 
         Raises UserError where the reward cannot be loaded or its own check fails.
         """
@@ -69,7 +69,7 @@ class Crew:
         await asyncio.shield(self._starting)
 
     async def call(self, request: dict[str, Any]) -> Answer:
-        """The answer to `request` (``prompt``, ``response``, ``target``, ``fields``), from the next worker that is free.
+        """The answer to `request` (``prompt``, ``response``, ``target``, ``fields``), from the next free worker.
 
         Raises RewardError where the call exceeds the limit, or its process dies or cannot be started.
         """
@@ -88,7 +88,8 @@ class Crew:
             if lost.num_calls == 1:
                 raise RewardError(f"reward {self._reward.name}: its process {lost}", "died") from None
         except asyncio.CancelledError:
-            worker.kill()  # it is still busy with the call
+            if self._concurrency == 1:
+                worker.kill()  # it is still busy with the call
             raise
         finally:
             if not worker.ended:
@@ -102,9 +103,10 @@ class Crew:
         self._closed = True
         if self._lone_crew is not None:
             await self._lone_crew.close()
-        for task in list(self._tasks):
+        tasks = [*self._tasks, *([self._starting] if self._starting else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         workers, self._workers = self._workers, set()
         for worker in workers:
             worker.kill()

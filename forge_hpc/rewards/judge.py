@@ -78,7 +78,9 @@ class LLMJudgeReward:
         try:
             list(string.Formatter().parse(template))
         except ValueError as error:
-            raise UserError(f"llm_judge: template: {error}", "double the braces that name no field: {{ and }}") from None
+            raise UserError(
+                f"llm_judge: template: {error}", "double the braces that name no field: {{ and }}"
+            ) from None
         self._key = os.environ.get(api_key_env, "") if api_key_env else ""
         if api_key_env and not self._key:
             raise UserError(
@@ -114,13 +116,16 @@ class LLMJudgeReward:
             reply = await self._client.chat.completions.create(
                 model=self.model, messages=[{"role": "user", "content": question}], **self.options
             )
-            return reply.choices[0].message.content or ""
         except openai.APITimeoutError:
             raise TimeoutError(f"the judge at {self.base_url} did not answer in time") from None
         except Exception as error:  # an endpoint may quote the key that it refuses
             cause = f" ({error.__cause__})" if error.__cause__ else ""
             text = f"the judge at {self.base_url}: {type(error).__name__}: {error}{cause}"
             raise RuntimeError(text.replace(self._key, "***") if self._key else text) from None
+        try:
+            return reply.choices[0].message.content or ""
+        except (AttributeError, IndexError, TypeError):
+            raise ValueError(f"{self.base_url} answered with no chat completion: {str(reply)[:200]}") from None
 
 
 def read_score(reply: str, max_score: float = 1.0) -> float:

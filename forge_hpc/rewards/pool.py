@@ -7,6 +7,7 @@ out. It stalls neither the loop nor the other rewards (see ``crew``).
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import math
 from collections import Counter
@@ -39,7 +40,8 @@ class RewardPool:
 
     def __init__(self, config: Config, num_workers: int | None = None) -> None:
         """``num_workers`` overrides ``workers`` of every reward. Raises UserError for wrong arguments of inline ones."""
-        self._terms = {label: _Term(reward, num_workers) for label, reward in _by_label(config.reward).items()}
+        rewards = [_with_sandbox(reward, config) for reward in config.reward]
+        self._terms = {label: _Term(reward, num_workers) for label, reward in _by_label(rewards).items()}
         self.num_failed: Counter[str] = Counter()
         """Episodes without a score so far, by ``RewardError.kind``."""
 
@@ -97,6 +99,13 @@ def _by_label(rewards: Sequence[RewardConfig]) -> dict[str, RewardConfig]:
     labels = [reward.name if short.count(name) > 1 else name for reward, name in zip(rewards, short, strict=True)]
     assert len(set(labels)) == len(labels), "validation refuses a reward given twice"
     return dict(zip(labels, rewards, strict=True))
+
+
+def _with_sandbox(reward: RewardConfig, config: Config) -> RewardConfig:
+    """``code`` runs its programs as the section ``sandbox`` says, unless its own args say otherwise."""
+    if reward.name != "code":
+        return reward
+    return dataclasses.replace(reward, args={"sandbox": dataclasses.asdict(config.sandbox), **reward.args})
 
 
 class _Term:

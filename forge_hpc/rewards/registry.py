@@ -83,7 +83,9 @@ def _check_signature(name: str, function: Callable[..., Any]) -> None:
     kinds = [p.kind for p in parameters]
     positional = sum(kind in (kind.POSITIONAL_ONLY, kind.POSITIONAL_OR_KEYWORD) for kind in kinds)
     if inspect.Parameter.VAR_KEYWORD not in kinds:
-        raise UserError("it does not take **fields", f"every field of the example is handed to it: {SIGNATURE} -> float")
+        raise UserError(
+            "it does not take **fields", f"every field of the example is handed to it: {SIGNATURE} -> float"
+        )
     if positional < 3 and inspect.Parameter.VAR_POSITIONAL not in kinds:
         raise UserError("it takes too few arguments", f"its signature is {SIGNATURE} -> float")
 
