@@ -1,6 +1,7 @@
 """Rewards that do everything that a reward should not. The pool's tests load them in worker processes."""
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import signal
@@ -80,10 +81,8 @@ def do_print(fields):
 
 def do_write_everywhere(fields):
     for fd in range(3, 20):
-        try:
+        with contextlib.suppress(OSError):
             os.write(fd, b'{"value": 1.0}\n')
-        except OSError:
-            pass
     return 1.0
 
 
@@ -141,10 +140,8 @@ async def misbehave_async(prompt, response, target, **fields):
         raise KeyError("nothing there")
     if response == "cling":
         while True:
-            try:
+            with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.sleep(3600)
-            except asyncio.CancelledError:
-                pass
     if response == "wait":
         await asyncio.sleep(0.2)
     return os.getpid()

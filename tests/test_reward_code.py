@@ -43,7 +43,13 @@ def test_tests_are_read_in_every_form():
             read_tests(nothing)
 
 
-ADD = "```python\ndef add(a, b):\n    return a + b\n\nif __name__ == '__main__':\n    print(add(*map(int, input().split())))\n```"
+ADD = """```python
+def add(a, b):
+    return a + b
+
+if __name__ == "__main__":
+    print(add(*map(int, input().split())))
+```"""
 ASSERTS = ["assert add(1, 2) == 3", "assert add(0, 0) == 0", "assert add(1, 1) == 3", "assert add('a', 'b') == 'ab'"]
 
 

@@ -291,7 +291,7 @@ def test_a_reward_that_never_works_ends_the_run_with_its_cause():
             with pytest.raises(RewardError):
                 await value(pool, "raise", position=number // 8)
 
-    with pytest.raises(RuntimeError, match="failed 32 times and never worked: .*KeyError: 'nothing there'"):
+    with pytest.raises(RuntimeError, match=r"failed 32 times and never worked: .*KeyError: 'nothing there'"):
         run(bad(), scenario)
 
 
@@ -331,7 +331,7 @@ def test_a_step_in_which_every_reward_failed_names_the_cause():
         async with RewardPool(config, num_workers=1) as pool:
             measure([await make_group(prompt(), [completion("raise")] * 2, pool, config)], step=1)
 
-    with pytest.raises(RuntimeError, match="all completions of step 1 failed, .*KeyError: 'nothing there'"):
+    with pytest.raises(RuntimeError, match=r"all completions of step 1 failed, .*KeyError: 'nothing there'"):
         asyncio.run(main())
 
 

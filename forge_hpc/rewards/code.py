@@ -20,8 +20,8 @@ class CodeReward:
 
     The program is Python: the last closed code block after the thinking, else all of it. It runs in
     ``forge_hpc.sandbox`` and nowhere else. The tests are the field ``tests`` of the example, or the target where there
-    is no such field, as data or as JSON: a list of ``{"input": …, "output": …}`` (what the program reads and must print)
-    or of Python texts (``assert add(1, 2) == 3``), one such text, or ``{"inputs": […], "outputs": […]}``.
+    is no such field, as data or as JSON: a list of ``{"input": …, "output": …}`` (what the program reads and must
+    print) or of Python texts (``assert add(1, 2) == 3``), one such text, or ``{"inputs": […], "outputs": […]}``.
 
     Args:
         tests_field: the field that holds the tests.

@@ -11,10 +11,10 @@ from forge_hpc.rewards.answers import marked_answer, numbers, plain_number
 class MathReward:
     r"""1.0 where the answer of the response equals the target, else 0.0 (or ``partial_credit``).
 
-    The answer is what stands in the last ``<answer>…</answer>``, else after the last ``####``, else what ``math-verify``
-    finds in the text after the thinking: ``\boxed{}``, LaTeX, or a plain expression. Two plain numbers are equal where
-    they differ by at most ``tolerance``; all else is compared as mathematics by ``math-verify``: 1/2 is 0.5 and
-    (x+1)^2 is x^2+2x+1.
+    The answer is what stands in the last ``<answer>…</answer>``, else after the last ``####``, else what
+    ``math-verify`` finds in the text after the thinking: ``\boxed{}``, LaTeX, or a plain expression. Two plain numbers
+    are equal where they differ by at most ``tolerance``; all else is compared as mathematics by ``math-verify``: 1/2 is
+    0.5 and (x+1)^2 is x^2+2x+1.
 
     Args:
         tolerance: largest |difference| of two plain numbers that are still the same.

@@ -39,7 +39,7 @@ class RewardPool:
     """
 
     def __init__(self, config: Config, num_workers: int | None = None) -> None:
-        """``num_workers`` overrides ``workers`` of every reward. Raises UserError for wrong arguments of inline ones."""
+        """``num_workers`` overrides each reward's ``workers``. Raises UserError for wrong arguments of inline ones."""
         rewards = [_with_sandbox(reward, config) for reward in config.reward]
         self._terms = {label: _Term(reward, num_workers) for label, reward in _by_label(rewards).items()}
         self.num_failed: Counter[str] = Counter()
@@ -63,8 +63,8 @@ class RewardPool:
         Rewards get the fields of the example, except one called ``prompt``, ``response`` or ``target``, and
         ``num_tokens`` and ``finish_reason`` of the completion.
 
-        Raises RewardError where any of them raises, hangs, dies or gives NaN or infinity, and RuntimeError where a reward
-        has never worked and will not.
+        Raises RewardError where any of them raises, hangs, dies or gives NaN or infinity, and RuntimeError where a
+        reward has never worked and will not.
         """
         fields = {k: v for k, v in prompt.fields.items() if k not in ("prompt", "response", "target")}
         fields |= {"num_tokens": len(completion.token_ids), "finish_reason": completion.finish_reason}

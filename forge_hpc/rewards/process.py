@@ -27,7 +27,7 @@ class WorkerLost(Exception):
 
 
 class WorkerProcess:
-    """A process of ``forge_hpc.rewards.worker``. Calls may run in it at the same time; answers come as they are ready."""
+    """A process of ``forge_hpc.rewards.worker``. Calls may run in it at the same time; each answer comes when ready."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         """Takes over `process`; ``start`` makes one."""
@@ -66,8 +66,8 @@ class WorkerProcess:
         if self.ended:
             raise WorkerLost("had ended", 0)
         self.num_asked += 1
-        call = self._calls[self.num_asked] = asyncio.get_running_loop().create_future()
         payload = pickle.dumps({**request, "id": self.num_asked})
+        call = self._calls[self.num_asked] = asyncio.get_running_loop().create_future()
         assert self._process.stdin is not None
         self._process.stdin.write(struct.pack("<Q", len(payload)) + payload)
         async with asyncio.timeout(timeout_s):

@@ -32,8 +32,7 @@ class Reward:
     @property
     def is_async(self) -> bool:
         """Whether calls give a coroutine."""
-        call = getattr(self.function, "__call__", None)  # noqa: B004: of an instance
-        return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(call)
+        return any(map(inspect.iscoroutinefunction, (self.function, type(self.function).__call__)))
 
     @property
     def traits(self) -> dict[str, Any]:
@@ -46,8 +45,8 @@ class Reward:
 def load_reward(name: str, args: Mapping[str, Any] | None = None) -> Reward:
     """The reward that `name` means: a built-in one, ``package.module:name`` or ``path/to/file.py:name``.
 
-    A class becomes an instance, made with `args`. Runs the user's module. Raises UserError where there is no such thing,
-    or it cannot be called as ``(prompt, response, target, **fields)``, or does not take `args`.
+    A class becomes an instance, made with `args`. Runs the user's module. Raises UserError where there is no such
+    thing, or it cannot be called as ``(prompt, response, target, **fields)``, or does not take `args`.
     """
     module_name, colon, attribute = BUILTIN_REWARDS.get(name, name).rpartition(":")
     if not colon or not module_name or not attribute:
@@ -59,12 +58,12 @@ def load_reward(name: str, args: Mapping[str, Any] | None = None) -> Reward:
     if not callable(found):
         raise UserError(f"{module_name} has no function or class {attribute!r}", "check the name of the reward")
     args = dict(args or {})
-    reward = Reward(_instance(name, found, args)) if inspect.isclass(found) else Reward(found, args)
-    _check_signature(name, reward.function)
+    reward = Reward(_instance(found, args)) if inspect.isclass(found) else Reward(found, args)
+    _check_signature(reward.function)
     return reward
 
 
-def _instance(name: str, cls: type, args: dict[str, Any]) -> Any:
+def _instance(cls: type, args: dict[str, Any]) -> Any:
     try:
         inspect.signature(cls).bind(**args)
     except TypeError as error:
@@ -75,7 +74,7 @@ def _instance(name: str, cls: type, args: dict[str, Any]) -> Any:
     return instance
 
 
-def _check_signature(name: str, function: Callable[..., Any]) -> None:
+def _check_signature(function: Callable[..., Any]) -> None:
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except ValueError:  # some functions in C do not tell
@@ -83,9 +82,7 @@ def _check_signature(name: str, function: Callable[..., Any]) -> None:
     kinds = [p.kind for p in parameters]
     positional = sum(kind in (kind.POSITIONAL_ONLY, kind.POSITIONAL_OR_KEYWORD) for kind in kinds)
     if inspect.Parameter.VAR_KEYWORD not in kinds:
-        raise UserError(
-            "it does not take **fields", f"every field of the example is handed to it: {SIGNATURE} -> float"
-        )
+        raise UserError("it does not take **fields", f"it gets every field of the example: {SIGNATURE} -> float")
     if positional < 3 and inspect.Parameter.VAR_POSITIONAL not in kinds:
         raise UserError("it takes too few arguments", f"its signature is {SIGNATURE} -> float")
 

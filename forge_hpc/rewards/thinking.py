@@ -9,7 +9,7 @@ from forge_hpc.rewards.answers import after_opened_tag
 
 
 class ThinkingReward:
-    """``full_reward`` for a ``<think>…</think>`` with something in it, ``partial_reward`` for a stray or empty one, else 0.
+    """``full_reward`` for a ``<think>…</think>`` that holds something, ``partial_reward`` for a stray tag, else 0.
 
     Case and white space within the tags do not matter. Where the prompt ends in ``<think>`` the response begins inside.
 
