@@ -132,9 +132,7 @@ class _Term:
             if not self._worked:
                 self._failed[position] += 1
                 if self._failed.total() >= _GIVE_UP_CALLS and len(self._failed) >= _GIVE_UP_PROMPTS:
-                    raise RuntimeError(
-                        f"the reward {self.config.name} failed {self._failed.total()} times and never worked: {error}"
-                    ) from error
+                    raise RuntimeError(f"failed {self._failed.total()} times and never worked: {error}") from error
             raise
         self._worked = True
         return value
