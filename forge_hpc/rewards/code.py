@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 if TYPE_CHECKING:
     from forge_hpc.sandbox import Case, Sandbox
@@ -44,7 +44,8 @@ class CodeReward:
         self.require_all = require_all
         self.test_s = test_s
         self._sandbox = _make_sandbox(sandbox or {})
-        self.concurrency = (sandbox or {}).get("parallel") or os.cpu_count()  # the sandbox would queue the others
+        # As many as the sandbox runs at once: waiting there would count as the call's time.
+        self.concurrency = (sandbox or {}).get("parallel") or len(os.sched_getaffinity(0))
 
     async def __call__(self, prompt: str, response: str, target: str, **fields: Any) -> float:
         tests = read_tests(fields.get(self.tests_field, target))
@@ -62,7 +63,8 @@ def _make_sandbox(options: Mapping[str, Any]) -> Sandbox:
     from forge_hpc.config.schema import SandboxConfig
     from forge_hpc.sandbox import Sandbox
 
-    return Sandbox(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SandboxConfig), dict(options))))
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SandboxConfig), dict(options)))
+    return Sandbox(cast(SandboxConfig, config))
 
 
 def find_program(response: str) -> str:
