@@ -78,11 +78,6 @@ def test_the_configurations_that_the_readme_names_are_there():
         (["algorithm.mismatch.token_bounds=[2]"], "algorithm.mismatch.token_bounds is [2.0]"),
         (["algorithm.mismatch.sequence_bounds=[2, 1]"], "algorithm.mismatch.sequence_bounds is [2.0, 1.0]"),
         (["algorithm.mismatch.cap=2", "algorithm.clip_high=0.3"], "algorithm.clip_high has no effect"),
-        (["reward=[{name: exact}, {name: overlong}]"], "reward.1.args of overlong"),
-        (
-            ["reward=[{name: overlong, args: {buffer_tokens: 2000}}]"],
-            "reward.0.args of overlong is {'buffer_tokens': 2000}",
-        ),
         (["algorithm.advantage=mean"], "algorithm.advantage"),
         (["trainer.optimizer.name=SGD"], "trainer.optimizer.name"),
         (["model.dtype=float16"], "model.dtype"),
@@ -159,7 +154,7 @@ def test_every_option_of_a_loss_is_accepted():
     more = ["loss_args={tau_pos: 2, tau_neg: 2.5}", "mismatch.cap=2", "mismatch.token_bounds=[0.5, 5]"]
     validate(load_config(None, ["reference.enable=true", *(f"algorithm.{option}" for option in options + more)]))
     validate(load_config(None, ["algorithm.loss=cispo", "algorithm.clip_low=1", "algorithm.clip_high=7"]))
-    validate(load_config(None, ["reward=[{name: exact}, {name: overlong, args: {buffer_tokens: 100}}]"]))
+    validate(load_config(None, ["reward=[{name: exact}, {name: length, args: {max_tokens: 100}}]"]))
 
 
 def test_a_loss_of_ones_own_is_looked_for_beside_its_yaml(tmp_path):
@@ -257,7 +252,7 @@ def test_a_big_data_file_is_not_read_to_its_end(tmp_path):
 
 def test_a_reward_of_ones_own_is_looked_for_in_its_file(tmp_path):
     file = tmp_path / "rewards.py"
-    file.write_text("from math import gcd\ndef score(prompt, response, target): return 1.0\n")
+    file.write_text("from math import gcd\ndef score(prompt, response, target, **fields): return 1.0\n")
     validate(load_config(None, [f"reward.0.name={file}:score"]))
     validate(load_config(None, [f"reward.0.name={file}:gcd"]))
     validate(load_config(None, ["reward.0.name=my_package.rewards:score"]))

@@ -48,14 +48,21 @@ class DataConfig:
 @dataclass
 class RewardConfig:
     name: str = "exact"
-    """A built-in reward (``exact``, ``math``, ``gsm8k``; the penalty ``overlong`` with ``args.buffer_tokens``), or
-    ``package.module:function`` / ``file.py:function``."""
+    """A built-in reward (``exact``, ``math``, ``numeric``, ``gsm8k``, ``thinking``, ``format``, ``length``,
+    ``repetition``, ``code``, ``llm_judge``), or ``package.module:name`` / ``file.py:name`` of a function or class."""
     weight: float = 1.0
     """Factor in the weighted sum of all rewards."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments handed to the reward."""
-    timeout_s: float = 10.0
-    """A call that takes longer is given up; its episode is counted and left out."""
+    """Keyword arguments of the reward: of each call of a function, of a class's ``__init__``."""
+    timeout_s: float | None = None
+    """A call that takes longer is given up; its episode is counted and left out. By default 10, or what the reward's
+    class says (``llm_judge``: 120)."""
+    workers: int | None = None
+    """Processes that compute this reward. By default 1 for an async reward, else as many as cores, from 4 to 8."""
+    concurrency: int | None = None
+    """Calls that run at the same time in each process of an async reward. By default 64, or what its class says."""
+    memory_gib: float | None = None
+    """Address space of each of its processes; an allocation beyond it raises MemoryError. Unlimited by default."""
 
 
 @dataclass

@@ -18,11 +18,12 @@ from typing import Any
 from forge_hpc.config.algorithm import ADVANTAGES, KL_ESTIMATORS, LOSSES, NORMALIZATIONS, check_loss
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.models import KNOWN_MODEL_TYPES, check_tokenizer, check_weights, looks_local, read_model_config
+from forge_hpc.config.rewards import BUILTIN_REWARDS, check_reward
 from forge_hpc.config.schema import Config
 from forge_hpc.config.split import plan
 
 RECIPES = ("grpo", "sft")
-REWARDS = ("exact", "math", "gsm8k", "overlong")
+REWARDS = tuple(BUILTIN_REWARDS)
 BUILTIN_MODELS = ("builtin:qwen3-tiny",)
 BUILTIN_DATA = ("builtin:addition",)
 _DTYPES = ("float32", "bfloat16")
@@ -295,19 +296,10 @@ def _check_reward_names(cfg: Config) -> None:
             )
         if ":" not in name:
             _check_name(f"reward.{i}.name", name, REWARDS)
-        if name == "overlong":
-            _check_overlong(cfg, i)
-
-
-def _check_overlong(cfg: Config, index: int) -> None:
-    args, longest = cfg.reward[index].args, cfg.rollout.max_response_tokens
-    buffer = args.get("buffer_tokens")
-    if set(args) != {"buffer_tokens"} or not isinstance(buffer, int) or not 0 < buffer <= longest:
-        raise UserError(
-            f"reward.{index}.args of overlong is {args}",
-            "write {buffer_tokens: N}: the penalty grows over the last N of the "
-            f"rollout.max_response_tokens={longest} tokens",
-        )
+        for key in ("timeout_s", "workers", "concurrency", "memory_gib"):
+            value = getattr(cfg.reward[i], key)
+            if value is not None and value <= 0:
+                raise UserError(f"reward.{i}.{key} must be greater than 0, it is {value:g}")
 
 
 # --- files
@@ -431,15 +423,14 @@ def _check_example(where: str, line: bytes, fields: tuple[str, ...]) -> None:
 def _check_files(cfg: Config) -> None:
     if cfg.warmstart.config is not None and not Path(cfg.warmstart.config).expanduser().is_file():
         raise UserError(f"warmstart.config: no such file: {cfg.warmstart.config}", "give the YAML of an SFT run")
-    named = [(f"reward.{i}.name", reward.name) for i, reward in enumerate(cfg.reward)]
-    for key, name in [("algorithm.loss", cfg.algorithm.loss), *named]:
-        place, colon, function = name.rpartition(":")
-        if not colon:
-            continue
-        if not place or not function.isidentifier():
-            raise UserError(f"{key} is {name!r}", "write package.module:name or file.py:name")
-        if place.endswith(".py"):
-            _check_function(key, Path(place).expanduser(), function)
+    for i, reward in enumerate(cfg.reward):
+        check_reward(f"reward.{i}", reward)
+    key, name = "algorithm.loss", cfg.algorithm.loss
+    place, colon, function = name.rpartition(":")
+    if colon and (not place or not function.isidentifier()):
+        raise UserError(f"{key} is {name!r}", "write package.module:name or file.py:name")
+    if place.endswith(".py"):
+        _check_function(key, Path(place).expanduser(), function)
 
 
 def _check_function(key: str, file: Path, name: str) -> None:

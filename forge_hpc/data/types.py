@@ -63,6 +63,8 @@ class Group:
     episodes: list[Episode]
     num_failed: int = 0
     """Completions left out because they were bad or their reward failed."""
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    """Why: the kind (of RewardError) and the message of each of them."""
 
 
 @dataclass(slots=True)

@@ -11,13 +11,14 @@ With ``rollout.max_staleness`` 0 the two take turns; above it, generation runs a
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
 from forge_hpc.actors.buffer import EpisodeBuffer
 from forge_hpc.data.prompts import PromptStream
 from forge_hpc.data.source import load_examples
-from forge_hpc.data.types import Prompt
+from forge_hpc.data.types import Completion, Prompt
 from forge_hpc.recipes.checks import SignalWatch, check_mismatch
 from forge_hpc.recipes.rollouts import RolloutClock, make_group, measure, to_documents
 from forge_hpc.recipes.session import Session, background, load_held_out
@@ -56,8 +57,11 @@ async def grpo(session: Session) -> None:
                 tasks.create_task(roll_out(step, share, key if synchronous else None, started))
 
     async def roll_out(step: int, share: list[Prompt], key: int | None, started: float) -> None:
-        for prompt, completions in zip(share, await generators.generate.route(share, key=key), strict=True):
+        async def reward(prompt: Prompt, completions: list[Completion] | ValueError) -> None:
             await buffer.put(step, await make_group(prompt, completions, rewards, config))
+
+        answers = await generators.generate.route(share, key=key)
+        await asyncio.gather(*(reward(*pair) for pair in zip(share, answers, strict=True)))
         clock.end(started)
 
     signal = SignalWatch(config)

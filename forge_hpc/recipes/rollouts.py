@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,17 +24,20 @@ async def make_group(
     """
     if isinstance(completions, ValueError):
         return Group(prompt, [], num_failed=config.rollout.group_size)
-    episodes, num_failed = [], 0
-    for completion in completions:
-        try:
-            if not completion.token_ids:
-                raise RewardError("the completion is empty")
-            total, terms = await rewards.score(prompt, completion)
-        except RewardError:
-            num_failed += 1
-        else:
-            episodes.append(Episode(prompt, completion, total, terms))
-    return Group(prompt, episodes, num_failed)
+    calls = (_score(prompt, completion, rewards) for completion in completions)
+    results = await asyncio.gather(*calls)  # at the same time: one that hangs holds up none of the others
+    episodes = [result for result in results if isinstance(result, Episode)]
+    failures = [(result.kind, str(result)) for result in results if isinstance(result, RewardError)]
+    return Group(prompt, episodes, len(failures), failures)
+
+
+async def _score(prompt: Prompt, completion: Completion, rewards: RewardPool) -> Episode | RewardError:
+    if not completion.token_ids:
+        return RewardError("the completion is empty", "empty")
+    try:
+        return Episode(prompt, completion, *await rewards.score(prompt, completion))
+    except RewardError as error:
+        return error
 
 
 def has_signal(group: Group) -> bool:
@@ -77,8 +81,11 @@ def _to_document(episode: Episode) -> Document:
 def measure(groups: Sequence[Group], step: int) -> dict[str, float]:
     """The figures of a step's rollouts, over all completions before any filtering."""
     episodes = [episode for group in groups for episode in group.episodes]
+    failures = [failure for group in groups for failure in group.failures]
     if not episodes:
-        raise RuntimeError(f"all completions of step {step} failed: no reward could be computed for any of them")
+        cause = failures[-1][1] if failures else "the generators refused every prompt"
+        raise RuntimeError(f"all completions of step {step} failed, at last with: {cause}")
+    kinds = Counter(kind for kind, _ in failures)
     rewards = np.array([episode.reward for episode in episodes])
     lengths = np.array([len(episode.completion.token_ids) for episode in episodes])
     staleness = np.array([step - 1 - episode.policy_version for episode in episodes])
@@ -95,6 +102,7 @@ def measure(groups: Sequence[Group], step: int) -> dict[str, float]:
         "response/truncated_fraction": float(np.mean([e.completion.finish_reason == "length" for e in episodes])),
         "groups/zero_signal": float(sum(not has_signal(group) for group in groups)),
         "episodes/failed": float(sum(group.num_failed for group in groups)),
+        **{f"rewards/failed_{kind}": float(kinds[kind]) for kind in RewardError.KINDS},
         "staleness/max": float(staleness.max()),
         "staleness/mean": float(staleness.mean()),
         "tokens/generated": float(lengths.sum()),

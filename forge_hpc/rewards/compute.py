@@ -1,4 +1,4 @@
-"""One call of a reward function, with whatever it raises as an answer."""
+"""One call of a reward, with whatever it raises as an answer."""
 
 from __future__ import annotations
 
@@ -8,35 +8,42 @@ import traceback
 from collections.abc import Awaitable
 from typing import Any
 
-from forge_hpc.rewards.registry import RewardFunction
+from forge_hpc.rewards.registry import Reward
 
 Answer = dict[str, Any]
-"""``value`` (float), or ``error`` and perhaps ``hint``."""
+"""``value`` (float); or ``error``, ``kind`` (of RewardError) and perhaps ``hint``."""
 
 _MAX_ERROR_CHARS = 2000
 
 
-def compute(function: RewardFunction, request: dict[str, Any]) -> Answer:
-    """The reward's value for ``prompt``, ``response``, ``target`` and ``fields``; a coroutine is run to its end.
-
-    ``lengths`` (``num_response_tokens``, ``max_response_tokens``) go to functions with parameters of these names.
-    """
+def compute(reward: Reward, request: dict[str, Any]) -> Answer:
+    """The reward's value for ``prompt``, ``response``, ``target`` and ``fields``; a coroutine is run to its end."""
     try:
-        parameters = inspect.signature(function).parameters
-        lengths = {name: value for name, value in request.get("lengths", {}).items() if name in parameters}
-        fields = {**request["fields"], **lengths}
-        value = function(request["prompt"], request["response"], request["target"], **fields)
-        if inspect.isawaitable(value):
-            value = asyncio.run(_wait(value))
-        return {"value": float(value)}
-    except Exception as error:  # a user's function may raise anything; the caller counts it
-        return {"error": describe(error)}
+        value = reward(request["prompt"], request["response"], request["target"], request["fields"])
+        return {"value": float(asyncio.run(_wait(value)) if inspect.isawaitable(value) else value)}
+    except Exception as error:  # a user's reward may raise anything; the caller counts it
+        return failure(error)
 
 
-def describe(error: Exception) -> str:
-    """What was raised, and the line that raised it."""
+async def compute_async(reward: Reward, request: dict[str, Any]) -> Answer:
+    """The same for an async reward, beside others: one that takes longer than ``timeout_s`` is cancelled."""
+    limit = asyncio.timeout(request["timeout_s"])
+    try:
+        async with limit:
+            value: Any = reward(request["prompt"], request["response"], request["target"], request["fields"])
+            return {"value": float(await value)}
+    except Exception as error:
+        if limit.expired():
+            return {"error": f"took longer than {request['timeout_s']:g} s", "kind": "timeout"}
+        return failure(error)
+
+
+def failure(error: Exception) -> Answer:
+    """What was raised, and the line that raised it: the end of its traceback in one line."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARS] + f" ({frame.filename}:{frame.lineno})"
+    kind = "memory" if isinstance(error, MemoryError) else "timeout" if isinstance(error, TimeoutError) else "raised"
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return {"error": f"{text[:_MAX_ERROR_CHARS]} ({frame.filename}:{frame.lineno})", "kind": kind}
 
 
 async def _wait(value: Awaitable[float]) -> float:

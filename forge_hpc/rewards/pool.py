@@ -1,46 +1,37 @@
 """Scores completions: quick built-in rewards at once, all others in worker processes with a time limit.
 
 A reward that hangs costs its worker, which is killed and replaced, and its episode, which the caller counts and leaves
-out. It never stalls the loop.
+out. It stalls neither the loop nor the other rewards (see ``crew``).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
+import dataclasses
+import logging
 import math
-import os
-import pickle
-import signal
-import struct
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config, RewardConfig
-from forge_hpc.data.types import Completion, Prompt
 from forge_hpc.rewards.compute import compute
-from forge_hpc.rewards.registry import INLINE_REWARDS, PENALTIES
+from forge_hpc.rewards.crew import Crew
+from forge_hpc.rewards.errors import RewardError
+from forge_hpc.rewards.registry import INLINE_REWARDS, Reward, load_reward
 
-_START_TIMEOUT_S = 120.0
+if TYPE_CHECKING:
+    from forge_hpc.data.types import Completion, Prompt
 
+logger = logging.getLogger(__name__)
 
-class RewardError(Exception):
-    """A reward gave no finite number for an episode, which must be left out.
-
-    ``kind`` is ``raised``, ``not_finite``, ``timeout`` or ``died`` (its process ended).
-    """
-
-    def __init__(self, message: str, kind: str = "raised") -> None:
-        super().__init__(message)
-        self.kind = kind
+_GIVE_UP_CALLS, _GIVE_UP_PROMPTS = 32, 3
+"""A reward that has failed so often, for so many different prompts, and never worked, will not."""
 
 
 class RewardPool:
-    """The rewards of a run, as one weighted sum. Worker processes start when they are first needed.
+    """The rewards of a run, as one weighted sum.
 
     Example:
         async with RewardPool(config) as pool:
@@ -48,22 +39,19 @@ class RewardPool:
     """
 
     def __init__(self, config: Config, num_workers: int | None = None) -> None:
-        """``num_workers`` processes run what is not inline; by default as many as cores, 4 at most."""
-        self._rewards = _by_label(config.reward)
-        self._max_response_tokens = config.rollout.max_response_tokens
-        self._in_workers = [reward.name for reward in config.reward if reward.name not in INLINE_REWARDS]
-        num_workers = num_workers or min(4, os.cpu_count() or 1)
-        self._workers = [_Worker() for _ in range(num_workers)] if self._in_workers else []
-        self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
-        for worker in self._workers:
-            self._idle.put_nowait(worker)
+        """``num_workers`` overrides each reward's ``workers``. Raises UserError for wrong arguments of inline ones."""
+        rewards = [_with_sandbox(reward, config) for reward in config.reward]
+        self._terms = {label: _Term(reward, num_workers) for label, reward in _by_label(rewards).items()}
         self.num_failed: Counter[str] = Counter()
         """Episodes without a score so far, by ``RewardError.kind``."""
 
     async def start(self) -> Self:
-        """Start the workers now and load every reward. Raises UserError where one cannot be loaded."""
+        """Start a process of each reward that needs one and load the reward there; the other processes follow.
+
+        Raises UserError where a reward cannot be loaded, or its own ``check`` fails.
+        """
         try:
-            await asyncio.gather(*(worker.load(self._in_workers) for worker in self._workers))
+            await asyncio.gather(*(term.crew.start() for term in self._terms.values() if term.crew))
         except BaseException:
             await self.close()
             raise
@@ -72,77 +60,42 @@ class RewardPool:
     async def score(self, prompt: Prompt, completion: Completion) -> tuple[float, dict[str, float]]:
         """The weighted sum of all rewards, and each one unweighted by its label.
 
-        Raises RewardError where any of them raises, hangs, dies or gives NaN or infinity.
+        Rewards get the fields of the example, except one called ``prompt``, ``response`` or ``target``, and
+        ``num_tokens`` and ``finish_reason`` of the completion.
+
+        Raises RewardError where any of them raises, hangs, dies or gives NaN or infinity, and RuntimeError where a
+        reward has never worked and will not.
         """
-        calls = (self._one(reward, prompt, completion) for reward in self._rewards.values())
+        fields = {k: v for k, v in prompt.fields.items() if k not in ("prompt", "response", "target")}
+        fields |= {"num_tokens": len(completion.token_ids), "finish_reason": completion.finish_reason}
+        request = {"prompt": prompt.text, "response": completion.text, "target": prompt.target, "fields": fields}
         # All are waited for: a cancelled call would cost its worker.
-        results = await asyncio.gather(*calls, return_exceptions=True)
+        results = await asyncio.gather(
+            *(term.compute(request, prompt.position) for term in self._terms.values()), return_exceptions=True
+        )
         terms: dict[str, float] = {}
-        for label, result in zip(self._rewards, results, strict=True):
+        for label, result in zip(self._terms, results, strict=True):
             if isinstance(result, RewardError):
                 self.num_failed[result.kind] += 1
             if isinstance(result, BaseException):
                 raise result
             terms[label] = result
-        return sum(reward.weight * terms[label] for label, reward in self._rewards.items()), terms
+        return sum(term.config.weight * terms[label] for label, term in self._terms.items()), terms
 
     def is_right(self, terms: Mapping[str, float]) -> bool:
-        """Whether the unweighted terms of a completion are the best there are: 1 in the weighted mean. Penalties for
-        how an answer was given do not count."""
-        counted = {label: r.weight for label, r in self._rewards.items() if r.name not in PENALTIES}
-        return sum(weight * terms[label] for label, weight in counted.items()) >= sum(counted.values()) - 1e-6
+        """Whether a completion counts as right in an evaluation: by the first reward, which must be 1 or more. Those
+        after it say how an answer was given."""
+        return terms[next(iter(self._terms))] >= 1 - 1e-6
 
     async def close(self) -> None:
-        """Kill the workers and wait for their end."""
-        workers, self._workers = self._workers, []
-        for worker in workers:
-            await worker.kill()
+        """Kill all processes, with everything that they started, and wait for their end."""
+        await asyncio.gather(*(term.crew.close() for term in self._terms.values() if term.crew))
 
     async def __aenter__(self) -> Self:
         return await self.start()
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
-
-    async def _one(self, reward: RewardConfig, prompt: Prompt, completion: Completion) -> float:
-        request = {
-            "name": reward.name,
-            "prompt": prompt.text,
-            "response": completion.text,
-            "target": prompt.target,
-            "fields": {**prompt.fields, **reward.args},
-            "lengths": {
-                "num_response_tokens": len(completion.token_ids),
-                "max_response_tokens": self._max_response_tokens,
-            },
-        }
-        if reward.name in INLINE_REWARDS:
-            answer = compute(INLINE_REWARDS[reward.name], request)
-        else:
-            answer = await self._in_worker(reward, request)
-        if "error" in answer:
-            raise RewardError(f"reward {reward.name}: {answer['error']}")
-        if not math.isfinite(answer["value"]):
-            raise RewardError(f"reward {reward.name} is {answer['value']}", "not_finite")
-        return answer["value"]
-
-    async def _in_worker(self, reward: RewardConfig, request: dict[str, Any]) -> dict[str, Any]:
-        worker = await self._idle.get()
-        try:
-            await worker.load(self._in_workers)  # a new or a replaced one; that is not the reward's time
-            async with asyncio.timeout(reward.timeout_s):
-                return await worker.ask(request)
-        except TimeoutError:
-            await worker.kill()
-            raise RewardError(f"reward {reward.name} took longer than {reward.timeout_s:g} s", "timeout") from None
-        except (EOFError, ConnectionError):
-            await worker.kill()
-            raise RewardError(f"reward {reward.name} ended its process", "died") from None
-        except BaseException:  # cancelled in the middle of a request: its answer would be taken for the next one's
-            await worker.kill()
-            raise
-        finally:
-            self._idle.put_nowait(worker)
 
 
 def _by_label(rewards: Sequence[RewardConfig]) -> dict[str, RewardConfig]:
@@ -153,53 +106,65 @@ def _by_label(rewards: Sequence[RewardConfig]) -> dict[str, RewardConfig]:
     return dict(zip(labels, rewards, strict=True))
 
 
-class _Worker:
-    """One process of ``forge_hpc.rewards.worker``; started when it is needed, and again after it was killed."""
+def _with_sandbox(reward: RewardConfig, config: Config) -> RewardConfig:
+    """``code`` runs its programs as the section ``sandbox`` says, unless its own args say otherwise."""
+    if reward.name != "code":
+        return reward
+    return dataclasses.replace(reward, args={"sandbox": dataclasses.asdict(config.sandbox), **reward.args})
 
-    def __init__(self) -> None:
-        self._process: asyncio.subprocess.Process | None = None
 
-    async def load(self, names: Sequence[str]) -> None:
-        """Start the process and load the rewards, where that has not been done. Raises UserError where it fails."""
-        if self._process is not None:
-            return
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "forge_hpc.rewards.worker",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            start_new_session=True,  # killed with whatever the reward started
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
-        )
-        for name in names:
-            try:
-                async with asyncio.timeout(_START_TIMEOUT_S):
-                    answer = await self.ask({"name": name})
-            except TimeoutError:
-                raise UserError(f"the reward {name} did not load within {_START_TIMEOUT_S:g} s") from None
-            except (EOFError, ConnectionError):
-                raise UserError(f"the reward {name} ended its process while it was loaded") from None
-            if "error" in answer:
-                raise UserError(f"the reward {name} cannot be loaded: {answer['error']}", answer.get("hint"))
+class _Term:
+    """One reward of the sum: in this process, or in its own."""
 
-    async def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Send a request and read its answer. Raises EOFError or ConnectionError where the process has ended."""
-        process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
-        payload = pickle.dumps(request)
-        process.stdin.write(struct.pack("<Q", len(payload)) + payload)
-        await process.stdin.drain()
-        line = await process.stdout.readline()
-        if not line.endswith(b"\n"):
-            raise EOFError
-        return json.loads(line)
+    def __init__(self, config: RewardConfig, num_workers: int | None) -> None:
+        self.config = config
+        self.crew: Crew | None = None
+        self._inline: Reward | None = None
+        if config.name in INLINE_REWARDS:
+            self._inline = _load_inline(config)
+        else:
+            self.crew = Crew(config, num_workers)
+        self._worked = False
+        self._failed: Counter[int] = Counter()
+        """Failures until the first success, by the prompt's position."""
+        self._told: set[str] = set()
 
-    async def kill(self) -> None:
-        """End the process at once."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
+    async def compute(self, request: dict[str, Any], position: int) -> float:
+        try:
+            value = await self._value(request)
+        except RewardError as error:
+            self._tell(error)
+            if not self._worked:
+                self._failed[position] += 1
+                if self._failed.total() >= _GIVE_UP_CALLS and len(self._failed) >= _GIVE_UP_PROMPTS:
+                    raise RuntimeError(f"failed {self._failed.total()} times and never worked: {error}") from error
+            raise
+        self._worked = True
+        return value
+
+    async def _value(self, request: dict[str, Any]) -> float:
+        name = self.config.name
+        if self.crew is None:
+            assert self._inline is not None
+            answer = compute(self._inline, request)
+        else:
+            answer = await self.crew.call(request)
+        if "error" in answer:
+            raise RewardError(f"reward {name}: {answer['error']}", answer["kind"])
+        if not math.isfinite(answer["value"]):
+            raise RewardError(f"reward {name} is {answer['value']}", "not_finite")
+        return answer["value"]
+
+    def _tell(self, error: RewardError) -> None:
+        if error.kind not in self._told:
+            self._told.add(error.kind)
+            logger.warning("%s; the episode is left out, as all such ones (rewards/failed_%s)", error, error.kind)
+
+
+def _load_inline(config: RewardConfig) -> Reward:
+    try:
+        return load_reward(config.name, config.args)
+    except UserError as error:
+        raise UserError(f"the reward {config.name} cannot be loaded: {error.message}", error.hint) from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the reward {config.name} cannot be loaded: {error}", "check its args") from None

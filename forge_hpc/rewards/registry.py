@@ -1,40 +1,80 @@
-"""From the name of a reward in the configuration to the function."""
+"""From the name of a reward in the configuration to something that can be called."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import inspect
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from forge_hpc.config.errors import UserError
+from forge_hpc.config.rewards import BUILTIN_REWARDS, SIGNATURE
 from forge_hpc.config.user_code import load_user_code
-from forge_hpc.rewards.exact import exact_reward
-from forge_hpc.rewards.gsm8k import gsm8k_reward
-from forge_hpc.rewards.math import math_reward
-from forge_hpc.rewards.overlong import overlong_reward
 
-RewardFunction = Callable[..., float | Awaitable[float]]
-
-BUILTIN_REWARDS: dict[str, RewardFunction] = {
-    "exact": exact_reward,
-    "gsm8k": gsm8k_reward,
-    "math": math_reward,
-    "overlong": overlong_reward,
-}
-INLINE_REWARDS = {name: BUILTIN_REWARDS[name] for name in ("exact", "gsm8k", "overlong")}
-"""Built-in rewards so quick and so safe that they need no process of their own."""
-PENALTIES = ("overlong",)
-"""Built-in rewards that are 0 at best: they say how an answer was given, not whether it is right."""
+INLINE_REWARDS = ("exact", "numeric", "gsm8k", "thinking", "length", "repetition")
+"""Built-in rewards so quick and so safe that they need no process of their own: linear in the response's length."""
 
 
-def load_reward(name: str) -> RewardFunction:
-    """The function that `name` means: a built-in one, ``package.module:function`` or ``path/to/file.py:function``.
+@dataclass
+class Reward:
+    """A reward that is ready to be called."""
 
-    Runs the user's module. Raises UserError where there is no such thing.
+    function: Callable[..., float | Awaitable[float]]
+    args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of each call, over the fields of the example."""
+
+    def __call__(self, prompt: str, response: str, target: str, fields: Mapping[str, Any]) -> float | Awaitable[float]:
+        return self.function(prompt, response, target, **{**fields, **self.args})
+
+    @property
+    def is_async(self) -> bool:
+        """Whether calls give a coroutine."""
+        return any(map(inspect.iscoroutinefunction, (self.function, type(self.function).__call__)))
+
+    @property
+    def traits(self) -> dict[str, Any]:
+        """``is_async``; and ``timeout_s`` and ``concurrency``, None unless the reward has such an attribute."""
+        own = {name: getattr(self.function, name, None) for name in ("timeout_s", "concurrency")}
+        numbers = {n: v if isinstance(v, int | float) and v > 0 else None for n, v in own.items()}
+        return {**numbers, "is_async": self.is_async}
+
+
+def load_reward(name: str, args: Mapping[str, Any] | None = None) -> Reward:
+    """The reward that `name` means: a built-in one, ``package.module:name`` or ``path/to/file.py:name``.
+
+    A class becomes an instance, made with `args`. Runs the user's module. Raises UserError where there is no such
+    thing, or it cannot be called as ``(prompt, response, target, **fields)``, or does not take `args`.
     """
-    if name in BUILTIN_REWARDS:
-        return BUILTIN_REWARDS[name]
-    if ":" not in name:
+    if name not in BUILTIN_REWARDS and ":" not in name:
         raise UserError(
-            f"unknown reward {name!r}",
-            f"one of {', '.join(BUILTIN_REWARDS)}, or package.module:function, or file.py:function",
+            f"unknown reward {name!r}", f"one of {', '.join(BUILTIN_REWARDS)}, or package.module:name, or file.py:name"
         )
-    return load_user_code(name, "reward")
+    found = load_user_code(BUILTIN_REWARDS.get(name, name), "reward")
+    args = dict(args or {})
+    reward = Reward(_instance(found, args)) if inspect.isclass(found) else Reward(found, args)
+    _check_signature(reward.function)
+    return reward
+
+
+def _instance(cls: type, args: dict[str, Any]) -> Any:
+    try:
+        inspect.signature(cls).bind(**args)
+    except TypeError as error:
+        raise UserError(f"args: {error}", f"{cls.__name__}{inspect.signature(cls)}") from None
+    instance = cls(**args)
+    if not callable(instance):
+        raise UserError(f"{cls.__name__} has no __call__", f"define __call__(self, {SIGNATURE[1:]}")
+    return instance
+
+
+def _check_signature(function: Callable[..., Any]) -> None:
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except ValueError:  # some functions in C do not tell
+        return
+    kinds = [p.kind for p in parameters]
+    positional = sum(kind in (kind.POSITIONAL_ONLY, kind.POSITIONAL_OR_KEYWORD) for kind in kinds)
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        raise UserError("it does not take **fields", f"it gets every field of the example: {SIGNATURE} -> float")
+    if positional < 3 and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        raise UserError("it takes too few arguments", f"its signature is {SIGNATURE} -> float")

@@ -1,0 +1,123 @@
+"""What can be known of a reward without running it: its name, and the signature that its source shows.
+
+The source is parsed, never imported: this runs on the login node. What it does not show (decorators, inherited methods,
+installed modules) is checked by the reward pool when the run starts.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import symtable
+from collections.abc import Iterable
+from pathlib import Path
+
+from forge_hpc.config.errors import UserError
+from forge_hpc.config.schema import RewardConfig
+
+BUILTIN_REWARDS = {
+    "exact": "forge_hpc.rewards.exact:ExactReward",
+    "math": "forge_hpc.rewards.math:MathReward",
+    "numeric": "forge_hpc.rewards.numeric:NumericReward",
+    "gsm8k": "forge_hpc.rewards.numeric:NumericReward",
+    "thinking": "forge_hpc.rewards.thinking:ThinkingReward",
+    "format": "forge_hpc.rewards.format:FormatReward",
+    "length": "forge_hpc.rewards.length:LengthReward",
+    "repetition": "forge_hpc.rewards.repetition:RepetitionReward",
+    "code": "forge_hpc.rewards.code:CodeReward",
+    "llm_judge": "forge_hpc.rewards.judge:LLMJudgeReward",
+}
+"""Names of the built-in rewards, and where they are."""
+
+SIGNATURE = "(prompt, response, target, **fields)"
+
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def check_reward(key: str, reward: RewardConfig) -> None:
+    """Raise a UserError for what `reward` cannot be: no such file or function, a wrong signature, wrong ``args``.
+
+    Args:
+        key: where it stands, ``reward.0``.
+    """
+    place, colon, name = BUILTIN_REWARDS.get(reward.name, reward.name).rpartition(":")
+    if not colon or not place or not name.isidentifier():
+        raise UserError(f"{key}.name is {reward.name!r}", "write package.module:function or file.py:function")
+    if reward.name in BUILTIN_REWARDS:
+        file = Path(__file__).parents[2] / Path(*place.split(".")).with_suffix(".py")
+    elif place.endswith(".py"):
+        file = Path(place).expanduser()
+    else:
+        return  # finding a module runs the packages that it is in
+    found = _find(f"{key}.name", file, name)
+    if isinstance(found, _Function) and not found.decorator_list:
+        _check_call(f"{key}.name", name, found.args, num_given=3)
+    elif isinstance(found, ast.ClassDef) and not found.decorator_list:
+        _check_class(key, found, reward)
+
+
+def _find(key: str, file: Path, name: str) -> ast.stmt | None:
+    """The function or class `name` at the top level of `file`; None for something else that is called so."""
+    try:
+        source = file.read_text(encoding="utf-8")
+        table = symtable.symtable(source, str(file), "exec")
+    except FileNotFoundError:
+        raise UserError(
+            f"{key}: no such file: {file}", "a relative path is looked for beside the YAML, then here"
+        ) from None
+    except SyntaxError as error:
+        raise UserError(f"{key}: {file}:{error.lineno}: {error.msg}", "mend the file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: cannot read {file}: {error}", "check the path and its permissions") from None
+    names = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
+    if name not in names:
+        raise UserError(f"{key}: {file} has no {name!r}", _nearest(name, names) or "define it at top level")
+    for statement in reversed(ast.parse(source).body):
+        if isinstance(statement, _Function | ast.ClassDef) and statement.name == name:
+            return statement
+    return None
+
+
+def _check_call(key: str, name: str, arguments: ast.arguments, num_given: int) -> None:
+    positional = len(arguments.posonlyargs) + len(arguments.args)
+    if arguments.kwarg is None:
+        raise UserError(
+            f"{key}: {name} does not take **fields, and every field of the example is handed to it",
+            f"its signature is {SIGNATURE} -> float",
+        )
+    if positional < num_given and arguments.vararg is None:
+        raise UserError(f"{key}: {name} takes too few arguments", f"its signature is {SIGNATURE} -> float")
+
+
+def _check_class(key: str, found: ast.ClassDef, reward: RewardConfig) -> None:
+    methods = {s.name: s for s in found.body if isinstance(s, _Function) and not s.decorator_list}
+    complete = not found.bases and not found.keywords  # else it may have inherited what it does not show
+    if "__call__" in methods:
+        _check_call(f"{key}.name", f"{found.name}.__call__", methods["__call__"].args, num_given=4)
+    elif complete:
+        raise UserError(
+            f"{key}.name: {found.name} has no __call__", f"define __call__(self, {SIGNATURE[1:]}, async or not"
+        )
+    if "__init__" in methods:
+        _check_args(f"{key}.args", found.name, methods["__init__"].args, reward.args)
+    elif complete and reward.args:
+        raise UserError(f"{key}.args: {found.name} takes no arguments", f"it is given {', '.join(reward.args)}")
+
+
+def _check_args(key: str, name: str, arguments: ast.arguments, given: Iterable[str]) -> None:
+    """`given` are keyword arguments of ``__init__``."""
+    positional = [a.arg for a in arguments.posonlyargs + arguments.args][1:]
+    names = positional + [a.arg for a in arguments.kwonlyargs]
+    required = positional[: len(positional) - len(arguments.defaults)]
+    required += [a.arg for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if d is None]
+    takes = f"it takes {', '.join(names)}" if names else "it takes no arguments"
+    for argument in given:
+        if argument not in names and arguments.kwarg is None:
+            raise UserError(f"{key}: {name} has no argument {argument!r}", _nearest(argument, names) or takes)
+    if missing := [argument for argument in required if argument not in given]:
+        raise UserError(f"{key}: {name} needs {' and '.join(missing)}", takes)
+
+
+def _nearest(name: str, names: Iterable[str]) -> str | None:
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"did you mean {close[0]}?" if close else None

@@ -1,0 +1,129 @@
+"""One worker process, seen from the pool."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import pickle
+import signal
+import struct
+import sys
+from collections.abc import Callable
+from typing import Any, Self
+
+from forge_hpc.rewards.compute import Answer
+
+_END_TIMEOUT_S = 10.0
+
+
+class WorkerLost(Exception):
+    """A worker ended before it answered. ``num_calls`` of them were running in it."""
+
+    def __init__(self, cause: str, num_calls: int) -> None:
+        super().__init__(cause)
+        self.num_calls = num_calls
+
+
+class WorkerProcess:
+    """A process of ``forge_hpc.rewards.worker``. Calls may run in it at the same time; each answer comes when ready."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        """Takes over `process`; ``start`` makes one."""
+        self.ended = False
+        """No call can be answered any more."""
+        self.on_end: Callable[[], None] = lambda: None
+        """Called once, when ``ended`` becomes true."""
+        self._process = process
+        self._calls: dict[int, asyncio.Future[Answer]] = {}
+        self.num_asked = 0
+        """Requests so far, the one to load the reward included."""
+        self._reading = asyncio.create_task(self._read())
+
+    @classmethod
+    async def start(cls) -> Self:
+        """Start a process that has nothing loaded yet. Raises OSError where the system has none to give."""
+        return cls(
+            await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "forge_hpc.rewards.worker",
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                start_new_session=True,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+            )
+        )
+
+    @property
+    def num_calls(self) -> int:
+        """Requests that have no answer yet, given up or not."""
+        return len(self._calls)
+
+    async def ask(self, request: dict[str, Any], timeout_s: float) -> Answer:
+        """Send a request and wait for its answer. Raises WorkerLost, or TimeoutError: the call then still runs."""
+        if self.ended:
+            raise WorkerLost("had ended", 0)
+        self.num_asked += 1
+        payload = pickle.dumps({**request, "id": self.num_asked})
+        call = self._calls[self.num_asked] = asyncio.get_running_loop().create_future()
+        assert self._process.stdin is not None
+        self._process.stdin.write(struct.pack("<Q", len(payload)) + payload)
+        async with asyncio.timeout(timeout_s):
+            return await call
+
+    def kill(self) -> None:
+        """End the process and all that it started, at once; ``wait`` waits for it."""
+        self._end()
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()  # its keeper does the rest
+
+    async def wait(self) -> None:
+        """Wait until the process has ended and all calls know it."""
+        await asyncio.shield(self._reading)
+
+    def _end(self) -> None:
+        if not self.ended:
+            self.ended = True
+            self.on_end()
+
+    async def _read(self) -> None:
+        assert self._process.stdout is not None
+        try:
+            while line := await self._process.stdout.readline():
+                answer = json.loads(line)
+                call = self._calls.pop(answer["id"])
+                if not call.done():  # given up
+                    call.set_result(answer)
+            cause = "ended"
+        except (ValueError, KeyError, TypeError):
+            cause = "wrote into the pool's own pipe"
+            self.kill()
+        self._end()
+        status = await self._join()
+        lost = WorkerLost(_say(status) if cause == "ended" else cause, len(self._calls))
+        for call in self._calls.values():
+            if not call.done():
+                call.set_exception(lost)
+
+    async def _join(self) -> int:
+        try:
+            async with asyncio.timeout(_END_TIMEOUT_S):
+                return await self._process.wait()
+        except TimeoutError:  # its keeper is stopped or stuck
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            return await self._process.wait()
+
+
+def _say(status: int) -> str:
+    """How a process ended, from the exit status of its keeper."""
+    number = -status if status < 0 else status - 128
+    if number <= 0:
+        return f"ended with exit status {status}"
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        return f"ended with exit status {status}"
+    return f"was killed by {name}" + (" (out of memory?)" if number == signal.SIGKILL else "")
