@@ -76,7 +76,7 @@ tries(look)""",
 tries(*[lambda d=d: os.listdir(d) for d in ("/home", "/root", "/var", "/run", "/mnt", "/opt", "/srv", "/work", "/sys")])""",
         "other-tmp": 'tries(lambda: set(os.listdir("/tmp")) - {"main.py"}, lambda: os.listdir("/dev/shm"))',
         "root-of-process-1": 'tries(lambda: read("/proc/1/root" + HOME + "/canary"), lambda: os.listdir("/proc/1/cwd/"))',
-        "environment": 'tries(lambda: CANARY in os.environ)',
+        "environment": "tries(lambda: CANARY in os.environ)",
         "environment-of-all": """
 def look():
     for pid in filter(str.isdigit, os.listdir("/proc")):
@@ -125,7 +125,7 @@ NETWORK = _programs(
     "held",
     {
         "loopback": 'tries(lambda: socket.create_connection(("127.0.0.1", PORT), 1))',
-        "host-address": 'tries(lambda: socket.create_connection((ADDRESS, PORT), 1))',
+        "host-address": "tries(lambda: socket.create_connection((ADDRESS, PORT), 1))",
         "inet6": 'tries(lambda: socket.create_connection(("::1", PORT), 1))',
         "udp": """
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -385,70 +385,203 @@ print("held")""",
     ),
 ]
 
-KERNEL = _programs(
-    "kernel",
-    "held",
-    {
-        "ptrace": "tries(lambda: call(101, 16, 1, 0, 0), lambda: call(101, 0x4206, 1, 0, 0), lambda: call(101, 0, 0, 0, 0))",
-        "memory-of-process-1": """
+KERNEL = [
+    *_programs(
+        "kernel",
+        "held",
+        {
+            "ptrace": "tries(lambda: call(101, 16, 1, 0, 0), lambda: call(101, 0x4206, 1, 0, 0), lambda: call(101, 0, 0, 0, 0))",
+            "memory-of-process-1": """
 buffer = ctypes.create_string_buffer(64); vector = (ctypes.c_size_t * 2)(ctypes.addressof(buffer), 64)
 tries(lambda: read("/proc/1/mem"), lambda: read("/proc/1/maps"), lambda: os.listdir("/proc/1/fd"),
     lambda: call(310, 1, vector, 1, vector, 1, 0))""",
-        "reports-of-process-1": """
+            "reports-of-process-1": """
 tries(lambda: write("/proc/1/fd/1"), lambda: write("/proc/1/fd/0"), lambda: call(438, os.pidfd_open(1), 1, 0))""",
-        "mount": """
+            "mount": """
 tries(lambda: call(165, b"none", b"/tmp", b"tmpfs", 0, 0), lambda: call(166, b"/tmp", 2), lambda: call(430, b"tmpfs", 0),
     lambda: call(165, b"none", b"/usr", b"", 32 | 4096, 0), lambda: call(428, -100, b"/", 1))""",
-        "chroot": 'tries(lambda: os.chroot("/tmp") or "in", lambda: call(155, b"/tmp", b"/tmp"))',
-        "unshare": "tries(*[lambda f=f: libc.unshare(f) == 0 for f in (0x10000000, 0x20000, 0x40000000, 0x20000000)])",
-        "clone-into-namespaces": "tries(lambda: call(56, 0x10000000 | 17, 0, 0, 0, 0), lambda: call(435, bytes(88), 88))",
-        "setns": 'tries(*[lambda n=n: call(308, os.open("/proc/1/ns/" + n, 0), 0) for n in ("user", "mnt", "net", "pid")])',
-        "become-root": """
+            "chroot": 'tries(lambda: os.chroot("/tmp") or "in", lambda: call(155, b"/tmp", b"/tmp"))',
+            "unshare": "tries(*[lambda f=f: libc.unshare(f) == 0 for f in (0x10000000, 0x20000, 0x40000000, 0x20000000)])",
+            "clone-into-namespaces": "tries(lambda: call(56, 0x10000000 | 17, 0, 0, 0, 0), lambda: call(435, bytes(88), 88))",
+            "setns": 'tries(*[lambda n=n: call(308, os.open("/proc/1/ns/" + n, 0), 0) for n in ("user", "mnt", "net", "pid")])',
+            "become-root": """
 tries(lambda: os.setuid(0) or 1, lambda: os.setgid(0) or 1, lambda: os.setgroups([0]) or 1, lambda: os.seteuid(0) or 1,
     lambda: os.getuid() == 0 or os.geteuid() == 0)""",
-        "setuid-programs": """
+            "setuid-programs": """
 import subprocess
 tries(*[lambda c=c: subprocess.run(c, capture_output=True, timeout=1, check=True).stdout for c in
     (["su", "-c", "id"], ["mount", "-t", "tmpfs", "x", "/tmp"], ["passwd", "-S", "root"], ["unshare", "-r", "id"])])""",
-        "capabilities": """
+            "capabilities": """
 status = read("/proc/self/status").decode()
 tries(lambda: [l for l in status.splitlines() if l.startswith(("CapEff", "CapPrm", "CapBnd", "CapAmb"))
     and int(l.split()[1], 16)], lambda: "NoNewPrivs:\\t1" not in status, lambda: "Seccomp:\\t2" not in status)""",
-        "keyrings": 'tries(lambda: call(248, b"user", b"k", b"v", 1, -4), lambda: call(250, 0, -4, 0), lambda: call(249, b"user", b"k", 0, 0))',
-        "corners": """
+            "keyrings": 'tries(lambda: call(248, b"user", b"k", b"v", 1, -4), lambda: call(250, 0, -4, 0), lambda: call(249, b"user", b"k", 0, 0))',
+            "corners": """
 tries(lambda: call(321, 0, bytes(128), 128), lambda: call(298, bytes(128), 0, -1, -1, 0), lambda: call(323, 1),
     lambda: call(425, 8, bytes(120)), lambda: call(103, 3, bytes(99), 99), lambda: call(175, 0, 0, b""))""",
-        "x32-and-i386": """
+            "x32-and-i386": """
 tries(lambda: call(0x40000000 | 39), lambda: call(0x40000000 | 101, 0, 0, 0, 0))""",
-        "i386-call": """
+            "i386-call": """
 if os.fork() == 0:  # getpid by int 0x80: mov eax, 20; int 0x80; ret
     import mmap
     m = mmap.mmap(-1, 4096, prot=7); m.write(bytes.fromhex("b814000000cd80c3"))
     ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))(); os._exit(0)
 tries(lambda: os.wait()[1] == 0)""",
-        "shackle-process-1": """
+            "shackle-process-1": """
 import resource
 tries(lambda: resource.prlimit(1, resource.RLIMIT_CPU, (0, 0)) is not None, lambda: os.setpriority(0, 1, 19) or 1,
     lambda: os.sched_setscheduler(1, os.SCHED_IDLE, os.sched_param(0)) or 1, lambda: os.setpriority(2, 0, 19) or 1,
     lambda: os.sched_setaffinity(1, [0]) or 1, lambda: write("/proc/1/oom_score_adj", b"1000"))""",
-        "signals-to-process-1": """
+            "signals-to-process-1": """
 for s in [*range(1, 65)]:
     try: os.kill(1, s)
     except OSError: pass
 print("held")""",
-        "reboot-and-clock": """
+            "reboot-and-clock": """
 tries(lambda: call(169, 0xFEE1DEAD, 672274793, 0x1234567, 0), lambda: time.clock_settime(0, 1) or 1,
     lambda: socket.sethostname("x") or 1, lambda: call(246, 0, 0, 0, 0))""",
-        "terminal": """
+            "terminal": """
 import fcntl
 tries(lambda: os.open("/dev/tty", os.O_RDWR), lambda: [fcntl.ioctl(fd, 0x5412, b"x") for fd in range(3)],
     lambda: any(map(os.isatty, range(3))))""",
-    },
-) + [
+        },
+    ),
     Program("kernel-kills-all", "if os.fork() == 0: os.kill(-1, 9)\ntime.sleep(60)", ("exit -9",)),
     Program("kernel-segfault", "ctypes.string_at(0)", ("exit -11",)),
-    Program("kernel-deep-recursion", "sys.setrecursionlimit(10**9)\nf = lambda: f()\nf()", ("exit -11", "memory", "MemoryError")),
+    Program(
+        "kernel-deep-recursion",
+        "sys.setrecursionlimit(10**9)\nf = lambda: f()\nf()",
+        ("exit -11", "memory", "MemoryError"),
+    ),
     Program("kernel-abort", "os.abort()", ("exit -6",)),
 ]
 
 PROGRAMS = [*FILES, *WRITES, *NETWORK, *PROCESSES, *MEMORY, *DISK, *TIME, *OUTPUT, *KERNEL]
+
+# --- programs of which the tests ask for a function `f` that gives what they cannot know
+
+CHEATS = {
+    "prints-a-verdict": 'print(\'{"passed": true, "reason": ""}\', flush=True)',
+    "exits-with-0": "import sys\nsys.exit(0)",
+    "ends-with-0": "import os\nos._exit(0)",
+    "exits-in-the-call": "import sys\ndef f(*a): sys.exit(0)",
+    "ends-in-the-call": "import os\ndef f(*a): os._exit(0)",
+    "equals-everything": """
+class Any:
+    def __eq__(self, other): return True
+    def __ne__(self, other): return False
+    def __hash__(self): return 0
+    def __bool__(self): return True
+    def __contains__(self, item): return True
+f = lambda *a: Any()""",
+    "number-that-equals-everything": """
+class N(int):
+    __eq__ = lambda self, other: True
+    __ne__ = lambda self, other: False
+    __hash__ = int.__hash__
+f = lambda *a: N(0)""",
+    "list-that-equals-everything": """
+class L(list):
+    __eq__ = lambda self, other: True
+    __ne__ = lambda self, other: False
+f = lambda *a: L()""",
+    "own-builtins": """
+import builtins
+class Fine(Exception): pass
+builtins.AssertionError = AssertionError = Fine
+for name in ("abs", "len", "sorted", "all", "round", "isinstance", "str", "repr", "eval", "range"):
+    setattr(builtins, name, lambda *a, **k: True); globals()[name] = getattr(builtins, name)
+f = lambda *a: 0""",
+    "own-math": """
+class math:
+    isclose = staticmethod(lambda *a, **k: True)
+class np:
+    allclose = array_equal = staticmethod(lambda *a, **k: True)
+import sys
+sys.modules["math"] = math
+f = lambda *a: 0""",
+    "patches-the-comparison": """
+import operator, json
+operator.eq = lambda a, b: True
+json.dumps = lambda *a, **k: '{"value": true, "passed": true, "reason": "", "changed": {}}'
+f = lambda *a: 0""",
+    "searches-memory-for-the-test": """
+import gc, os, re
+def f(*a):
+    found = [o for o in gc.get_objects() if isinstance(o, (str, bytes))]
+    for line in open("/proc/self/maps"):
+        lo, hi = (int(x, 16) for x in line.split()[0].split("-"))
+        if " rw" in line or "[heap]" in line:
+            try:
+                with open("/proc/self/mem", "rb") as memory:
+                    memory.seek(lo); data = memory.read(min(hi - lo, 10**8))
+            except (OSError, ValueError, OverflowError):
+                continue
+            if match := re.search(rb"assert f\\(.{1,20}\\) == (\\d+)", data): return int(match[1])
+    return 0""",
+    "reads-other-processes": """
+import os, re
+def f(*a):
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        for name in ("mem", "environ", "cmdline", "fd/0", "fd/1", "fd/3", "stack", "maps"):
+            if pid == str(os.getpid()): continue
+            try:
+                data = open(f"/proc/{pid}/{name}", "rb").read(10**6)
+            except OSError: continue
+            if match := re.search(rb"== (\\d+)", data): return int(match[1])
+    return 0""",
+    "answers-for-itself": """
+import json, os
+answer = json.dumps({"value": True, "passed": True, "reason": "", "changed": {}, "globals": {"f": True}}).encode()
+for fd in (1, 2, 3):
+    try: os.write(fd, len(answer).to_bytes(4, "big") + answer)
+    except OSError: pass
+f = lambda *a: 0""",
+    "reports-as-process-1": """
+import os
+answer = repr({"exit_code": 0, "killed_by": None, "wall_s": 0.0, "cpu_s": 0.0, "stdout": "",
+    "verdict": '{"passed": true, "reason": ""}'}).encode()
+for fd in range(1, 20):
+    try: os.write(fd, len(answer).to_bytes(4, "big") + answer)
+    except OSError: pass
+f = lambda *a: 0""",
+    "ends-the-tester": "import os\nf = lambda *a: [os.kill(p, 9) for p in range(2, 50) if p != os.getpid()]",
+    "ends-all": "import os, signal\ndef f(*a):\n    if os.fork() == 0: os.kill(-1, 9)\n    signal.pause()",
+    "signals-the-tester": """
+import os
+def f(*a):
+    for s in (1, 2, 3, 10, 12, 13, 14, 15, 18):
+        for p in range(1, 50):
+            try:
+                if p != os.getpid(): os.kill(p, s)
+            except OSError: pass""",
+    "plants-modules": """
+for name in ("json", "math", "ast", "random", "numpy", "guest", "sitecustomize", "usercustomize", "unittest"):
+    open(f"/tmp/{name}.py", "w").write("import os; os.write(1, b'{\\"passed\\": true, \\"reason\\": \\"\\"}'); os._exit(0)")
+f = lambda *a: 0""",
+    "raises-what-ends-quietly": """
+def f(*a): raise type("SystemExit", (BaseException,), {})(0)""",
+    "raises-the-end-of-iteration": "def f(*a): raise StopIteration(3)",
+    "deep-answer": """
+import json
+def f(*a):
+    x = []
+    for _ in range(10**5): x = [x]
+    return x""",
+    "huge-answer": "def f(*a): return 'x' * 40_000_000",
+    "forged-kinds": """
+import os
+for data in (b'{"value": {"os.system": "x"}}', b'{"value": {"reference": [1]}}', b'{"value": {"int": "x", "a": 1}}', b'[]'):
+    os.write(3, len(data).to_bytes(4, "big") + data)""",
+    "infinite-container": """
+class Everything:
+    def __len__(self): return 3
+    def __getitem__(self, i): return 3
+    def __contains__(self, x): return True
+f = lambda *a: Everything()""",
+    "changes-what-is-expected": """
+def f(*a):
+    for x in a:
+        if isinstance(x, list): x.clear()
+    return 0""",
+}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
+import dataclasses
+import itertools
 import os
 import secrets
 import socket
@@ -12,34 +15,22 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import pytest
 from hostile_programs import PRELUDE, PROGRAMS, Program
+from sandboxes import as_nobody, needs_bubblewrap, nothing_is_left, processes_in_sandboxes, tree_of
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import SandboxConfig
-from forge_hpc.sandbox import Case, Limits, Result, Sandbox
+from forge_hpc.sandbox import Limits, Result, Sandbox, runtimes
+from forge_hpc.sandbox.interpreter import Interpreter, find_interpreter
 
 LIMITS = Limits(wall_s=1.5, cpu_s=0.8, memory_mb=128, processes=16, output_kb=16, disk_mb=8)
 CANARY = "FORGE_HPC_CANARY"
-
-
-def why_not() -> str | None:
-    try:
-        Sandbox().check()
-    except UserError as error:
-        return error.message
-    return None
-
-
-def needs_bubblewrap() -> None:
-    if (reason := why_not()) is not None:
-        assert os.environ.get("CI") != "true", reason
-        pytest.skip(reason)
 
 
 @dataclass
@@ -82,10 +73,10 @@ def host() -> Iterator[Host]:
             stream = stack.enter_context(socket.socket(socket.AF_UNIX))
             stream.bind(name)
             stream.listen()
-            threading.Thread(target=_note_visitors, args=(stream.accept, repr(name), found.visitors), daemon=True).start()
+            _watch_for_visitors(stream.accept, repr(name), found.visitors)
         Path(unix).chmod(0o777)
         for receive, name in ((tcp.accept, "tcp"), (lambda: udp.recvfrom(100), "udp")):
-            threading.Thread(target=_note_visitors, args=(receive, name, found.visitors), daemon=True).start()
+            _watch_for_visitors(receive, name, found.visitors)
         yield found
 
 
@@ -95,33 +86,14 @@ def own_address() -> str:
     return max(found, key=lambda address: not address.startswith("127."))
 
 
-def _note_visitors(receive, name, visitors):
-    with contextlib.suppress(OSError):
-        while True:
-            receive()
-            visitors.append(name)
+def _watch_for_visitors(receive: Callable[[], object], name: str, visitors: list[str]) -> None:
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                receive()
+                visitors.append(name)
 
-
-def processes_in_sandboxes() -> list[psutil.Process]:
-    """All processes of this machine that have a process tree of their own, and run as who runs ours."""
-    uid = 65534 if os.getuid() == 0 else os.getuid()
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            other_tree = os.readlink(f"/proc/{process.pid}/ns/pid") != os.readlink("/proc/self/ns/pid")
-            if other_tree and process.uids().real == uid and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
-
-
-def nothing_is_left(deadline_s: float = 20.0) -> bool:
-    end = time.monotonic() + deadline_s
-    while left := processes_in_sandboxes():
-        if time.monotonic() > end:
-            print([(process.pid, process.cmdline()) for process in left])
-            return False
-        time.sleep(0.05)
-    return True
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @dataclass
@@ -172,7 +144,7 @@ def test_nothing_came_out_of_the_hostile_programs_and_nothing_of_them_is_left(ou
     assert outcomes
     assert host.visitors == []
     assert (host.home / "canary").read_text() == host.secret
-    assert os.listdir(host.home) == ["canary"]
+    assert list(host.home.iterdir()) == [host.home / "canary"]
     assert nothing_is_left()
 
 
@@ -187,354 +159,10 @@ def test_the_listeners_would_have_noticed(host: Host):
     host.visitors.clear()
 
 
-# --- programs that mean well
-
-
 @pytest.fixture(scope="module")
 def sandbox() -> Sandbox:
     needs_bubblewrap()
     return Sandbox()
-
-
-def test_a_program_has_its_input_files_output_and_exit_code(sandbox):
-    code = """
-import sys, data.numbers
-print(sum(map(int, sys.stdin)), data.numbers.EXTRA, open("data/text.txt").read(), __name__, __file__)
-print("oh", file=sys.stderr)
-sys.exit(3)
-"""
-    files = {"data/numbers.py": "EXTRA = 7", "data/text.txt": "grüße"}
-    result = sandbox.run_sync(code, stdin="1\n2\n", files=files)
-    assert result.stdout == "3 7 grüße __main__ /tmp/main.py\n"
-    assert (result.stderr, result.exit_code, result.killed_by, result.timed_out) == ("oh\n", 3, None, False)
-
-
-def test_an_error_is_shown_as_python_shows_it(sandbox):
-    result = sandbox.run_sync("def f():\n    return 1 / 0\n\nf()\n")
-    assert result.stderr.splitlines()[:2] == ["Traceback (most recent call last):", '  File "/tmp/main.py", line 4, in <module>']
-    assert result.stderr.splitlines()[-1] == "ZeroDivisionError: division by zero"
-    broken = sandbox.run_sync("x = (")
-    assert broken.stderr.startswith('  File "/tmp/main.py", line 1') and broken.exit_code == 1
-
-
-def test_ordinary_tools_work(sandbox):
-    code = """
-import asyncio, collections, concurrent.futures, multiprocessing, re, sqlite3, subprocess, sys, tempfile, threading
-
-def double(x):
-    return 2 * x
-
-if __name__ == "__main__":
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        print(pool.map(double, range(3)))
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        print(list(pool.map(double, range(3))))
-    print(subprocess.run([sys.executable, "-c", "print(6 * 7)"], capture_output=True, text=True).stdout.strip())
-    with tempfile.NamedTemporaryFile() as file:
-        print(file.write(b"abc"))
-    print(sqlite3.connect(":memory:").execute("select 1 + 1").fetchone()[0])
-    async def main():
-        server = await asyncio.start_server(lambda r, w: w.close(), "127.0.0.1", 0)
-        await asyncio.open_connection(*server.sockets[0].getsockname())
-    asyncio.run(main())
-"""
-    result = sandbox.run_sync(code)
-    assert result.stdout.split("\n") == ["[0, 2, 4]", "[0, 2, 4]", "42", "3", "2", ""], result
-
-
-def test_a_program_does_the_same_each_time(sandbox):
-    code = "print({str(i) for i in range(20)})"
-    assert sandbox.run_sync(code).stdout == sandbox.run_sync(code).stdout
-
-
-def test_memory_shared_by_forked_children_counts_once(sandbox):
-    code = """
-import os, time
-block = os.urandom(60_000_000)
-for _ in range(4):
-    if os.fork() == 0:
-        time.sleep(0.3); os._exit(0)
-for _ in range(4): os.wait()
-print("done")"""
-    assert sandbox.run_sync(code, limits=Limits(memory_mb=128)).stdout == "done\n"
-
-
-def test_what_was_printed_before_a_limit_is_kept(sandbox):
-    result = sandbox.run_sync("print('so far', flush=True)\nimport time\ntime.sleep(60)", limits=Limits(wall_s=0.5))
-    assert (result.stdout, result.killed_by, result.exit_code, result.timed_out) == ("so far\n", "wall", None, True)
-
-
-def test_a_large_input_that_nobody_reads_does_no_harm(sandbox):
-    assert sandbox.run_sync("print('ok')", stdin="x" * 5_000_000).stdout == "ok\n"
-    assert sandbox.run_sync("print(len(input()))", stdin="x" * 5_000_000).stdout == "5000000\n"
-
-
-def test_files_stay_inside(sandbox):
-    for name in ("/etc/passwd", "../x", "a/../../x", ""):
-        with pytest.raises(ValueError, match="relative path"):
-            sandbox.run_sync("", files={name: "x"})
-
-
-# --- tests of programs
-
-
-def test_the_share_of_passed_tests_is_given(sandbox):
-    report = sandbox.run_tests_sync(
-        "n = int(input())\nprint(n * n if n < 5 else n)",
-        [Case("2\n", "4\n"), Case("3", "9"), Case("6", "36"), Case("x", "x")],
-    )
-    assert [verdict.passed for verdict in report.verdicts] == [True, True, False, False]
-    assert (report.num_passed, report.share) == (2, 0.5)
-    assert report.verdicts[2].reason == "it printed something else"
-    assert "ValueError" in report.verdicts[3].reason
-    with pytest.raises(ValueError, match="no tests"):
-        sandbox.run_tests_sync("", [])
-
-
-HONEST = """
-from collections import Counter, namedtuple
-import math
-
-Point = namedtuple("Point", "x y")
-
-def add(a, b=0): return a + b
-def sort_in_place(items): items.sort()
-def fill(table, seen): table["k"] = [1]; seen.add(5)
-def primes():
-    n = 2
-    while True:
-        if all(n % d for d in range(2, n)): yield n
-        n += 1
-def point(): return Point(1, 2)
-def counts(text): return Counter(text)
-def fail(): raise KeyError("no")
-def halves(n): return n / 2
-class Stack:
-    def __init__(self): self.items = []
-    def push(self, item): self.items.append(item); return self
-    def pop(self): return self.items.pop()
-    def __len__(self): return len(self.items)
-    def __eq__(self, other): return self.items == other.items
-"""
-
-
-@pytest.mark.parametrize(
-    "test",
-    [
-        "assert add(1, 2) == 3 and add(1, b=2) == 3 and add('a', 'b') == 'ab'",
-        "assert add([1], [(2, None)]) == [1, (2, None)] and add({1: 2}.keys() == {1}) == True",
-        "assert add(2**200, 1) == 2**200 + 1 and add(1j, 1) == 1 + 1j and add(b'a', b'b') == b'ab'",
-        "assert math.isclose(halves(1), 0.5) and add(float('inf')) == float('inf')",
-        "x = [3, 1, 2]; sort_in_place(x); assert x == [1, 2, 3]",
-        "t, s = {}, set(); fill(t, s); assert t == {'k': [1]} and s == {5}",
-        "from itertools import islice\nassert list(islice(primes(), 5)) == [2, 3, 5, 7, 11]",
-        "g = primes(); assert next(g) == 2 and next(g) == 3",
-        "assert point() == (1, 2) and counts('aab') == {'a': 2, 'b': 1}",
-        "try:\n    fail()\nexcept KeyError:\n    pass\nelse:\n    assert False",
-        "s = Stack(); s.push(1).push(2); assert s.pop() == 2 and len(s) == 1 and s.items == [1]",
-        "a, b = Stack(), Stack(); assert a == b; a.push(1); assert a != b and a != [1]",
-        "def check(candidate):\n    for i in range(3):\n        assert candidate(i, i) == 2 * i\ncheck(add)",
-        "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        self.assertEqual(add(1, 1), 2)\n"
-        "unittest.main()",
-    ],
-)
-def test_an_honest_program_passes(sandbox, test):
-    report = sandbox.run_tests_sync(HONEST, [test])
-    assert report.verdicts[0].passed, report
-
-
-def test_a_failure_says_why_and_where(sandbox):
-    tests = [
-        "assert add(1, 1) == 2\nassert add(1, 2) == 4, 'wrong sum'",
-        "assert missing(1) == 2",
-        "assert add(",
-        "fail()",
-        "assert add(1, 1) == 2",
-        "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        self.assertEqual(add(1, 1), 3)\n"
-        "unittest.main()",
-    ]
-    reasons = [verdict.reason for verdict in sandbox.run_tests_sync(HONEST, tests).verdicts]
-    assert reasons[0] == "AssertionError: wrong sum (line 2 of the test)"
-    assert reasons[1].startswith("NameError")
-    assert reasons[2].startswith("SyntaxError")
-    assert reasons[3].startswith("KeyError")
-    assert reasons[4] == ""
-    assert reasons[5].startswith("SystemExit")
-
-
-def test_a_test_that_hangs_fails_alone(sandbox):
-    code = "def f(n):\n    while n == 1: pass\n    return n"
-    report = sandbox.run_tests_sync(code, [f"assert f({n}) == {n}" for n in range(4)], test_s=0.5)
-    assert [verdict.passed for verdict in report.verdicts] == [True, False, True, True]
-    assert report.verdicts[1].reason == "it passed its limit: wall"
-
-
-def test_what_there_was_no_time_for_has_failed(sandbox):
-    limits = Limits(wall_s=1)
-    report = sandbox.run_tests_sync("import time\ntime.sleep(60)", [Case("", ""), Case("", "")], limits=limits)
-    assert [verdict.passed for verdict in report.verdicts] == [False, False]
-    assert report.wall_s < 2.5
-
-
-CHEATS = {
-    "prints-a-verdict": 'print(\'{"passed": true, "reason": ""}\', flush=True)',
-    "exits-with-0": "import sys\nsys.exit(0)",
-    "ends-with-0": "import os\nos._exit(0)",
-    "exits-in-the-call": "import sys\ndef f(*a): sys.exit(0)",
-    "ends-in-the-call": "import os\ndef f(*a): os._exit(0)",
-    "equals-everything": """
-class Any:
-    def __eq__(self, other): return True
-    def __ne__(self, other): return False
-    def __hash__(self): return 0
-    def __bool__(self): return True
-    def __contains__(self, item): return True
-f = lambda *a: Any()""",
-    "number-that-equals-everything": """
-class N(int):
-    __eq__ = lambda self, other: True
-    __ne__ = lambda self, other: False
-    __hash__ = int.__hash__
-f = lambda *a: N(0)""",
-    "list-that-equals-everything": """
-class L(list):
-    __eq__ = lambda self, other: True
-    __ne__ = lambda self, other: False
-f = lambda *a: L()""",
-    "own-builtins": """
-import builtins
-class Fine(Exception): pass
-builtins.AssertionError = AssertionError = Fine
-for name in ("abs", "len", "sorted", "all", "round", "isinstance", "str", "repr", "eval", "range"):
-    setattr(builtins, name, lambda *a, **k: True); globals()[name] = getattr(builtins, name)
-f = lambda *a: 0""",
-    "own-math": """
-class math:
-    isclose = staticmethod(lambda *a, **k: True)
-class np:
-    allclose = array_equal = staticmethod(lambda *a, **k: True)
-import sys
-sys.modules["math"] = math
-f = lambda *a: 0""",
-    "patches-the-comparison": """
-import operator, json
-operator.eq = lambda a, b: True
-json.dumps = lambda *a, **k: '{"value": true, "passed": true, "reason": "", "changed": {}}'
-f = lambda *a: 0""",
-    "searches-memory-for-the-test": """
-import gc, os, re
-def f(*a):
-    found = [o for o in gc.get_objects() if isinstance(o, (str, bytes))]
-    for line in open("/proc/self/maps"):
-        lo, hi = (int(x, 16) for x in line.split()[0].split("-"))
-        if " rw" in line or "[heap]" in line:
-            try:
-                with open("/proc/self/mem", "rb") as memory:
-                    memory.seek(lo); data = memory.read(min(hi - lo, 10**8))
-            except (OSError, ValueError, OverflowError):
-                continue
-            if match := re.search(rb"assert f\\(.{1,20}\\) == (\\d+)", data): return int(match[1])
-    return 0""",
-    "reads-other-processes": """
-import os, re
-def f(*a):
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        for name in ("mem", "environ", "cmdline", "fd/0", "fd/1", "fd/3", "stack", "maps"):
-            if pid == str(os.getpid()): continue
-            try:
-                data = open(f"/proc/{pid}/{name}", "rb").read(10**6)
-            except OSError: continue
-            if match := re.search(rb"== (\\d+)", data): return int(match[1])
-    return 0""",
-    "answers-for-itself": """
-import json, os
-answer = json.dumps({"value": True, "passed": True, "reason": "", "changed": {}, "globals": {"f": True}}).encode()
-for fd in (1, 2, 3):
-    try: os.write(fd, len(answer).to_bytes(4, "big") + answer)
-    except OSError: pass
-f = lambda *a: 0""",
-    "reports-as-process-1": """
-import os
-answer = repr({"exit_code": 0, "killed_by": None, "wall_s": 0.0, "cpu_s": 0.0, "stdout": "",
-    "verdict": '{"passed": true, "reason": ""}'}).encode()
-for fd in range(1, 20):
-    try: os.write(fd, len(answer).to_bytes(4, "big") + answer)
-    except OSError: pass
-f = lambda *a: 0""",
-    "ends-the-tester": "import os\nf = lambda *a: [os.kill(p, 9) for p in range(2, 50) if p != os.getpid()]",
-    "ends-all": "import os, signal\ndef f(*a):\n    if os.fork() == 0: os.kill(-1, 9)\n    signal.pause()",
-    "signals-the-tester": """
-import os
-def f(*a):
-    for s in (1, 2, 3, 10, 12, 13, 14, 15, 18):
-        for p in range(1, 50):
-            try:
-                if p != os.getpid(): os.kill(p, s)
-            except OSError: pass""",
-    "plants-modules": """
-for name in ("json", "math", "ast", "random", "numpy", "guest", "sitecustomize", "usercustomize", "unittest"):
-    open(f"/tmp/{name}.py", "w").write("import os; os.write(1, b'{\\"passed\\": true, \\"reason\\": \\"\\"}'); os._exit(0)")
-f = lambda *a: 0""",
-    "raises-what-ends-quietly": """
-def f(*a): raise type("SystemExit", (BaseException,), {})(0)""",
-    "raises-the-end-of-iteration": "def f(*a): raise StopIteration(3)",
-    "deep-answer": """
-import json
-def f(*a):
-    x = []
-    for _ in range(10**5): x = [x]
-    return x""",
-    "huge-answer": "def f(*a): return 'x' * 40_000_000",
-    "forged-kinds": """
-import os
-for data in (b'{"value": {"os.system": "x"}}', b'{"value": {"reference": [1]}}', b'{"value": {"int": "x", "a": 1}}', b'[]'):
-    os.write(3, len(data).to_bytes(4, "big") + data)""",
-    "infinite-container": """
-class Everything:
-    def __len__(self): return 3
-    def __getitem__(self, i): return 3
-    def __contains__(self, x): return True
-f = lambda *a: Everything()""",
-    "changes-what-is-expected": """
-def f(*a):
-    for x in a:
-        if isinstance(x, list): x.clear()
-    return 0""",
-}
-UNPASSABLE = [
-    "assert f(2, 3) == 2417",
-    "assert not f(2) != 2417",
-    "assert isinstance(f(1), int) and abs(f(1) - 2417) < 1",
-    "assert math.isclose(f(4), 2417)",
-    "import math\nassert math.isclose(f([1]), 2417)",
-    "assert sorted([f(1), 1]) == [1, 2417]",
-    "assert 2417 in [f(1)] and f(1) in (2417, 2418)",
-    "expected = [2417]\nassert [f(expected)] == [2417] and expected",
-]
-
-
-@pytest.mark.parametrize("cheat", CHEATS, ids=str)
-def test_a_pass_cannot_be_faked(sandbox, cheat):
-    limits = Limits(wall_s=4, cpu_s=4, memory_mb=256)
-    report = sandbox.run_tests_sync(CHEATS[cheat], UNPASSABLE, limits=limits)
-    assert report.num_passed == 0, report
-    assert len(report.verdicts) == len(UNPASSABLE) and all(verdict.reason for verdict in report.verdicts)
-
-
-@pytest.mark.parametrize(
-    "cheat",
-    [
-        "import os\nfor fd in range(50):\n    try: print(os.read(fd, 10**6))\n    except OSError: pass",
-        "import os\nfor folder, _, names in os.walk('/tmp'): print([open(f'{folder}/{n}').read() for n in names])",
-        "import gc\nprint(gc.get_objects())",
-        "import os\nos._exit(0)",
-        "class Out:\n    def write(self, s): return True\nimport sys\nsys.stdout = Out()\nprint('x')",
-    ],
-)
-def test_a_program_cannot_find_what_it_is_to_print(sandbox, cheat):
-    number = secrets.randbelow(10**9)
-    report = sandbox.run_tests_sync(cheat, [Case("", str(number)), Case("", str(number))], limits=Limits(wall_s=5))
-    assert report.num_passed == 0
 
 
 # --- from outside
@@ -600,10 +228,172 @@ def test_no_more_run_at_once_than_asked_for():
         nonlocal most
         tasks = [asyncio.create_task(sandbox.run("import time\ntime.sleep(0.2)")) for _ in range(6)]
         while not all(task.done() for task in tasks):
-            trees = {os.readlink(f"/proc/{p.pid}/ns/pid") for p in processes_in_sandboxes() if p.is_running()}
+            trees = {tree_of(p.pid) for p in processes_in_sandboxes() if p.is_running()}
             most = max(most, len(trees))
             await asyncio.sleep(0.02)
         assert all(task.result().exit_code == 0 for task in tasks)
 
     asyncio.run(main())
     assert 1 <= most <= 2
+
+
+# --- who runs it, and on which Python
+
+
+AS_A_USER = [
+    "files-home",
+    "files-environment",
+    "files-root-of-process-1",
+    "network-loopback",
+    "network-unix-abstract",
+    "processes-fork-loop",
+    "processes-fork-bomb",
+    "processes-threads",
+    "memory-many-children",
+    "memory-hiding-children",
+    "disk-big-file",
+    "time-ignores-signals",
+    "outlives-daemon",
+    "kernel-ptrace",
+    "kernel-become-root",
+    "kernel-shackle-process-1",
+    "kernel-memory-of-process-1",
+]
+
+
+def test_it_holds_for_an_unprivileged_user_too(sandbox, host: Host):
+    programs = [program for program in PROGRAMS if program.name in AS_A_USER]
+    assert len(programs) == len(AS_A_USER)
+    config = SandboxConfig(parallel=3, python=str(find_interpreter(None).executable))
+
+    async def all_of_them(sandbox):
+        return await asyncio.gather(*(sandbox.run(host.setting() + p.code, limits=LIMITS) for p in programs))
+
+    def run():
+        assert os.geteuid() != 0
+        return [dataclasses.asdict(result) for result in asyncio.run(all_of_them(Sandbox(config)))]
+
+    for program, fields in zip(programs, as_nobody(run), strict=True):
+        result = Result(**fields)
+        assert "ESCAPED" not in result.stdout + result.stderr, (program.name, result)
+        assert host.secret not in result.stdout + result.stderr
+        assert how_it_ended(result) & set(program.ends), (program.name, result)
+    assert nothing_is_left()
+    assert host.visitors == []
+
+
+def test_packages_of_a_named_environment_can_be_imported(tmp_path):
+    needs_bubblewrap()
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        base = find_interpreter(None).executable
+        subprocess.run([base, "-m", "venv", "--without-pip", f"{folder}/venv"], check=True)
+        (site_packages,) = Path(folder).glob("venv/lib/python3*/site-packages")
+        (site_packages / "helper.py").write_text("WORD = 'found'")
+        sandbox = Sandbox(SandboxConfig(python=f"{folder}/venv/bin/python"))
+        code = "import helper, subprocess, sys\nprint(helper.WORD, helper.__file__)\n"
+        assert sandbox.run_sync(code).stdout == "found /packages/0/helper.py\n"
+        result = Sandbox().run_sync("import helper")
+        assert "ModuleNotFoundError" in result.stderr
+
+
+def test_a_python_of_the_users_shows_its_library_and_not_its_place():
+    python = Interpreter(
+        executable=Path("/home/ada/python/bin/python3.12"),
+        prefix=Path("/home/ada/python"),
+        packages=(),
+        hidden=(Path("/home/ada/python/lib/python3.12/site-packages"),),
+    )
+    options = runtimes.bubblewrap_options(Limits(), python, Path("/guest"), known="--size BYTES --disable-userns")
+    sources = [source for option, source in itertools.pairwise(options) if option == "--ro-bind"]
+    assert {option for option in options if "ada" in option} == {source for source in sources if "ada" in source}
+    assert options[options.index("--") + 1] == "/python/bin/python3"
+    place = options.index("/python/lib/python3.12/site-packages")
+    assert options[place - 1] == "--tmpfs"
+
+
+@pytest.mark.parametrize("python", ["/no/such/python", "/bin/true", "/bin/false"])
+def test_a_python_that_is_none_is_refused(python):
+    with pytest.raises(UserError, match=r"sandbox\.python: /.*does not run as Python"):
+        find_interpreter(python)
+
+
+# --- where there is no sandbox
+
+
+def test_without_bubblewrap_nothing_is_run(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for config in (SandboxConfig(), SandboxConfig(runtime="apptainer", image="x.sif")):
+        with pytest.raises(UserError, match="is not installed here") as error:
+            Sandbox(config).run_sync("open('/tmp/should-not-be', 'w')")
+        assert "install" in error.value.hint and "site profile" in error.value.hint
+
+
+def test_forbidden_user_namespaces_are_named(sandbox):
+    """In a user namespace whose own limit on further ones is 0, so that the machine's stays as it is."""
+
+    def check():
+        assert ctypes.CDLL(None).unshare(0x10000000) == 0
+        Path("/proc/sys/user/max_user_namespaces").write_text("0")
+        try:
+            return [sandbox.check()]
+        except UserError as error:
+            return [error.message, error.hint]
+
+    message, hint = as_nobody(check)
+    assert message.startswith("sandbox: bwrap: ") and "namespace" in message
+    assert "/proc/sys/user/max_user_namespaces forbids user namespaces (0)" in hint and "sysctl" in hint
+
+
+@pytest.mark.parametrize(
+    ("namespaces", "refusal"),
+    [
+        (["--net"], "it has no process tree of its own"),
+        (["--pid", "--fork", "--mount-proc"], "its root directory can be written"),
+    ],
+)
+def test_process_1_refuses_to_work_where_it_is_not_isolated(namespaces, refusal):
+    if os.getuid() != 0:
+        pytest.skip("unshare needs root")
+    start = (
+        f"import sys; sys.path.insert(0, {str(Path(runtimes.__file__).parent)!r}); import guest.init; guest.init.main()"
+    )
+    done = subprocess.run(
+        ["unshare", *namespaces, sys.executable, "-c", start], input=b"", capture_output=True, timeout=60
+    )
+    assert refusal in done.stdout.decode(errors="replace") or "it has a network" in done.stdout.decode(errors="replace")
+
+
+def arguments(config: SandboxConfig, monkeypatch, tmp_path) -> list[str]:
+    for name in ("apptainer", "enroot"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return runtimes.command(config, Limits(disk_mb=32), Path("/guest"))
+
+
+def test_the_command_line_for_apptainer(monkeypatch, tmp_path):
+    line = arguments(SandboxConfig(runtime="apptainer", image="/apps/python.sif"), monkeypatch, tmp_path)
+    assert line[:2] == [str(tmp_path / "apptainer"), "exec"]
+    for option in ("--containall", "--cleanenv", "--no-home", "--no-init", "--userns", "--net", "--no-privs"):
+        assert option in line
+    assert line[line.index("--network") + 1] == "none"
+    assert line[line.index("--bind") + 1] == "/guest:/sandbox/guest:ro"
+    assert line[line.index("/apps/python.sif") + 1] == "python3"
+
+
+def test_the_command_line_for_enroot(monkeypatch, tmp_path):
+    config = SandboxConfig(runtime="enroot", image="python", python="/opt/python/bin/python3")
+    line = arguments(config, monkeypatch, tmp_path)
+    assert line[:2] == [str(tmp_path / "enroot"), "start"]
+    for option in ("--pid", "--net", "--ipc", "--uts"):
+        assert option in line
+    mounts = [value for option, value in itertools.pairwise(line) if option == "--mount"]
+    assert mounts[0].startswith("/guest:/sandbox/guest:none:") and ",ro," in mounts[0]
+    assert any(mount.startswith("tmpfs:/tmp:tmpfs:") and mount.endswith("size=32m") for mount in mounts)
+    assert line[line.index("python") + 1] == "/opt/python/bin/python3"
+
+
+def test_an_image_is_asked_for(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="needs an image"):
+        arguments(SandboxConfig(runtime="apptainer"), monkeypatch, tmp_path)

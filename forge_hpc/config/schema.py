@@ -328,7 +328,7 @@ class SandboxConfig:
     """Interpreter of the programs; the packages of its (virtual) environment can be imported. By default the one that
     runs forge_hpc, with the standard library alone; in an image, its python3."""
     parallel: int | None = None
-    """Programs at once in one process of forge_hpc; by default as many as it may use cores."""
+    """Programs at once for each event loop of forge_hpc; by default as many as it may use cores."""
     limits: SandboxLimits = field(default_factory=SandboxLimits)
 
 

@@ -281,7 +281,9 @@ def _check_slurm(cfg: Config) -> None:
 def _check_sandbox(cfg: Config) -> None:
     runtime, image = cfg.sandbox.runtime, cfg.sandbox.image
     if runtime in ("apptainer", "enroot") and image is None:
-        raise UserError(f"sandbox.runtime={runtime} needs an image", "set sandbox.image to one with Python 3.10 or newer")
+        raise UserError(
+            f"sandbox.runtime={runtime} needs an image", "set sandbox.image to one with Python 3.10 or newer"
+        )
     if runtime in ("auto", "bubblewrap") and image is not None:
         raise UserError(
             f"sandbox.image={image} would be ignored: bubblewrap takes no image",

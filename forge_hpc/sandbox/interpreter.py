@@ -14,12 +14,12 @@ from forge_hpc.config.errors import UserError
 
 _SYSTEM_PYTHON = "/usr/bin/python3"
 _QUERY = """
-import json, os, sys, sysconfig
+import json, os, site, sys
 base = getattr(sys, "_base_executable", sys.executable)
 print(json.dumps({
     "version": sys.version_info[:2], "executable": os.path.realpath(base), "prefix": os.path.realpath(sys.base_prefix),
-    "packages": sysconfig.get_path("purelib"),
-    "hidden": sysconfig.get_path("purelib", vars={"base": sys.base_prefix}),
+    "packages": list(filter(os.path.isdir, site.getsitepackages())),
+    "base_packages": list(filter(os.path.isdir, site.getsitepackages([os.path.realpath(sys.base_prefix)]))),
 }))
 """
 
@@ -29,10 +29,10 @@ class Interpreter:
     executable: Path
     prefix: Path
     """Where its standard library lies."""
-    packages: Path | None
-    """Packages that programs may import; None is the standard library alone."""
-    hidden: Path | None
-    """Installed packages within the prefix that they may not see."""
+    packages: tuple[Path, ...]
+    """Folders of packages that programs may import, beside the standard library."""
+    hidden: tuple[Path, ...]
+    """Folders of packages within the prefix that they may not see."""
 
 
 @functools.cache
@@ -69,12 +69,13 @@ def _ask(python: str, with_packages: bool) -> Interpreter:
         raise UserError(f"{key}: {python} does not run as Python: {error}") from None
     if tuple(found["version"]) < (3, 10):
         raise UserError(
-            f"{key}: {python} is Python {'.'.join(map(str, found['version']))}", "3.10 or newer is needed: sandbox.python"
+            f"{key}: {python} is Python {'.'.join(map(str, found['version']))}",
+            "3.10 or newer is needed: sandbox.python",
         )
-    packages, hidden = Path(found["packages"]), Path(found["hidden"])
+    packages = [Path(folder) for folder in found["packages"]] if with_packages else []
     return Interpreter(
         executable=Path(found["executable"]),
         prefix=Path(found["prefix"]),
-        packages=packages if with_packages else None,
-        hidden=None if with_packages and packages == hidden or not hidden.is_dir() else hidden,
+        packages=tuple(packages),
+        hidden=tuple(Path(folder) for folder in found["base_packages"] if Path(folder) not in packages),
     )

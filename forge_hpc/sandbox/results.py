@@ -29,7 +29,7 @@ class Result:
     wall_s: float
     """Seconds from its start to its end, without the start of the sandbox."""
     cpu_s: float
-    """CPU seconds of it and all that it started and that has ended."""
+    """CPU seconds of it and all that it started."""
 
     @property
     def timed_out(self) -> bool:

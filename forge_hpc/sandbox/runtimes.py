@@ -1,9 +1,9 @@
 """The command lines that make a sandbox and start process 1 (``guest.init``) in it.
 
-Bubblewrap is what is tested. The lines for Apptainer and enroot follow their documentation (Apptainer 1.4, enroot 4.1
-with --pid, --net and --ipc) and were run by nobody here: only their arguments are tested. Whatever the runtime made of
-them, process 1 refuses to run anything where it finds a network, foreign processes or a writable root, and
-``Sandbox.check`` looks for the user's files.
+Bubblewrap is what is tested. The lines for Apptainer (1.4) and enroot (later than 4.1.2: its ``start`` must know --pid,
+--net and --ipc) follow their documentation and source, and have been run nowhere yet: only the arguments are tested.
+Whatever a runtime made of its line, process 1 refuses to run anything where it finds a network, foreign processes,
+capabilities or a writable root, and ``Sandbox.check`` looks for the user's files.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ def command(config: SandboxConfig, limits: SandboxLimits, guest: Path) -> list[s
     if binary == "bwrap":
         options = bubblewrap_options(limits, find_interpreter(config.python), guest, known=_known_options(path))
         return [path, *options]
-    assert config.image is not None, "validation asks for one"
+    if config.image is None:
+        raise UserError(
+            f"sandbox.runtime={config.runtime} needs an image", "set sandbox.image, best in the site profile"
+        )
     python = config.python or "python3"
     arguments = apptainer_arguments if binary == "apptainer" else enroot_arguments
     return [path, *arguments(limits, config.image, guest), python, *_PYTHON_OPTIONS]
@@ -82,20 +85,22 @@ def bubblewrap_options(limits: SandboxLimits, python: Interpreter, guest: Path, 
             options += ["--ro-bind", f"/{name}", f"/{name}"]
     options += ["--proc", "/proc", "--dev", "/dev", *size, "--tmpfs", "/dev/shm", "--remount-ro", "/dev"]
     options += [*size, "--tmpfs", "/tmp", "--ro-bind", str(guest), "/sandbox/guest"]
-    executable, hidden, variables = python.executable, python.hidden, dict(_ENVIRONMENT)
+    executable, inside, variables = python.executable, python.prefix, dict(_ENVIRONMENT)
     if not python.prefix.is_relative_to("/usr"):  # a Python of the user's: its library, and not its place
-        executable, moved = Path("/python/bin/python3"), Path("/python")
+        executable, inside = Path("/python/bin/python3"), Path("/python")
         options += ["--ro-bind", str(python.executable), str(executable)]
         for library in ("lib", "lib64"):
             if (python.prefix / library).is_dir() and not (python.prefix / library).is_symlink():
                 options += ["--ro-bind", str(python.prefix / library), f"/python/{library}"]
-        hidden = hidden and moved / hidden.relative_to(python.prefix)
         variables["PATH"] = "/python/bin:" + variables["PATH"]
         variables["LD_LIBRARY_PATH"] = "/python/lib"
-    options += ["--tmpfs", str(hidden), "--remount-ro", str(hidden)] if hidden else []
+    for folder in python.hidden:
+        place = str(inside / folder.relative_to(python.prefix))
+        options += ["--tmpfs", place, "--remount-ro", place]
+    for i, folder in enumerate(python.packages):
+        options += ["--ro-bind", str(folder), f"/packages/{i}"]
     if python.packages:
-        options += ["--ro-bind", str(python.packages), "/packages"]
-        variables["PYTHONPATH"] = "/packages"
+        variables["PYTHONPATH"] = ":".join(f"/packages/{i}" for i in range(len(python.packages)))
     options += ["--remount-ro", "/", "--chdir", "/tmp"]
     for name, value in variables.items():
         options += ["--setenv", name, value]

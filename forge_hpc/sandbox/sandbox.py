@@ -3,14 +3,15 @@
     caller ──► Sandbox ──► bubblewrap ──► process 1 (guest.init) ──► the program
                   └─ limits, deadlines, expected outputs stay here     └─ all that it starts ends with process 1
 
-What holds: no network; no files but /usr, Python, and an own empty /tmp; no other process, and no user's environment; all
-that it starts ends with it. What it can do: use CPU, memory, processes and time up to the limits, and read /usr.
+What holds: no network; no files but /usr, Python and an empty /tmp of its own; no other processes, no environment of
+the user; all that it starts ends with it. What a program can do: read /usr, and take CPU, memory, processes and time up
+to the limits.
 
-How limits hold: process 1 looks every 50 ms at all processes together and ends them when they pass a limit; between
-two looks the kernel's own limits on each process hold (4 x memory_mb of address space). Resident memory counts, and /tmp
-and /dev/shm apart from it; buffers of pipes and sockets are bounded by 256 open files a process alone. From Linux 5.14
-on the number of processes is the kernel's to enforce (fork fails); before, the watch ends the program. Time is kept
-inside and, half a second later, once more outside.
+How the limits hold: every 50 ms process 1 looks at all processes together and ends them when they are over one. Between
+two looks each process is held by the kernel's own limits (memory_mb of private data, four times that of addresses).
+Memory is what is resident; /tmp and /dev/shm come on top, and buffers of pipes and sockets, bounded by 256 open files a
+process. From Linux 5.14 on the kernel holds the number of processes (fork fails); before, the look does. Time is kept
+by process 1 and, half a second later, here.
 
 The kernel is shared with the host: a hole in it is a hole in the sandbox. As root, bubblewrap runs as user 65534.
 """
@@ -22,6 +23,7 @@ import asyncio
 import atexit
 import contextlib
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -45,6 +47,7 @@ from forge_hpc.sandbox.results import Case, Limits, Report, Result, SandboxError
 _START_TIMEOUT_S = 60.0
 _GRACE_S = 10 * init.TICK_S
 _END_TIMEOUT_S = 2.0
+_KILL_TIMEOUT_S = 30.0
 _NOBODY = 65534
 _T = TypeVar("_T")
 
@@ -134,19 +137,16 @@ class Sandbox:
 
         Raises UserError where there is no way to make one, with what to install or to set.
         """
-        home = Path.home()
-        with contextlib.suppress(OSError):
-            inside = home == Path("/") or home.is_relative_to("/usr") or home.is_relative_to("/tmp")
-            seen = [] if inside else [str(path) for path in home.iterdir()][:100]
-        program = f"import os, platform\nassert not any(map(os.path.exists, {seen!r}))\nprint(platform.python_version())"
+        mine = _files_of_the_user()
+        code = f"import os, platform\nassert not any(map(os.path.exists, {mine!r}))\nprint(platform.python_version())"
         start = time.monotonic()
         try:
-            result = self.run_sync(program, limits=Limits(wall_s=20))
+            result = self.run_sync(code, limits=Limits(wall_s=20))
         except SandboxError as error:
             raise UserError(f"sandbox: {error}", _hint(str(error))) from None
         if result.exit_code != 0:
-            what = f"files of {home} can be seen in it" if "AssertionError" in result.stderr else f"{result}"
-            raise UserError(f"sandbox: {self._config.runtime} does not isolate: {what}", "see forge_hpc/sandbox")
+            what = "the user's files can be seen in it" if "AssertionError" in result.stderr else f"{result}"
+            raise UserError(f"sandbox: {self._config.runtime} does not work: {what}", _hint(""))
         name = "bubblewrap" if self._config.runtime == "auto" else self._config.runtime
         return f"{name}, Python {result.stdout.strip()}, {1000 * (time.monotonic() - start):.0f} ms to start and end"
 
@@ -156,18 +156,24 @@ class Sandbox:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or not PurePosixPath(name).parts:
                 raise ValueError(f"a file in the sandbox has a relative path, not {name!r}")
         command = runtimes.command(self._config, limits, _guest_folder())
-        as_nobody = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
+        as_nobody: dict[str, Any] = {}
+        if os.geteuid() == 0:
+            as_nobody = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []}
         async with self._slot():
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                env=runtimes.environment(self._config),
-                cwd="/",
-                start_new_session=True,
-                **as_nobody,
-            )
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *command,
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=asyncio.subprocess.PIPE,
+                    env=runtimes.environment(self._config),
+                    cwd="/",
+                    start_new_session=True,
+                    **as_nobody,
+                )
+            except OSError as error:
+                who = f" as user {_NOBODY}" if as_nobody else ""
+                raise SandboxError(f"{command[0]} cannot be started{who}: {error.strerror}") from error
             session = _Session(process)
             try:
                 await session.begin(code, files, limits)
@@ -216,15 +222,20 @@ class _Session:
             return Verdict(False, "the tester was killed")
 
     async def end(self) -> None:
-        """Hang up and wait until all is gone."""
+        """Hang up and wait until all is gone. Raises TimeoutError where a killed process does not end."""
         self._to.close()
         try:
             async with asyncio.timeout(_END_TIMEOUT_S):
-                await self._process.wait()
+                await self._gone()
         except TimeoutError:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            await self._process.wait()
+            async with asyncio.timeout(_KILL_TIMEOUT_S):
+                await self._gone()
+
+    async def _gone(self) -> None:
+        # Its pipes are read to their ends: asyncio waits for those too.
+        await asyncio.gather(self._process.wait(), self._from.read(), self._errors.read())
 
     async def _job(self, job: dict[str, Any], seconds: float, *more: Any) -> dict[str, Any]:
         start, killed_by = time.monotonic(), "sandbox"
@@ -272,6 +283,17 @@ def _in_thread(coroutine: Coroutine[Any, Any, _T]) -> _T:
     """Its result, also where this thread has an event loop. Bubblewrap lives as long as the thread that started it."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(asyncio.run, coroutine).result()
+
+
+def _files_of_the_user() -> list[str]:
+    """Some that a sandbox must not show: of the home directory, where that is none of the system's."""
+    home = Path.home()
+    if home == Path("/") or home.is_relative_to("/usr"):
+        return []
+    try:
+        return [str(path) for path in itertools.islice(home.iterdir(), 100)]
+    except OSError:
+        return []
 
 
 @functools.cache

@@ -91,6 +91,8 @@ def not_isolated() -> str | None:
     routes += [line for line in _lines("/proc/net/ipv6_route") if not line.endswith(" lo")]
     if routes:
         return "it has a network"
+    if any(line.startswith("CapEff") and int(line.split()[1], 16) for line in _lines("/proc/self/status")):
+        return "it has capabilities"
     if os.access("/", os.W_OK):
         return "its root directory can be written"
     if os.uname().machine not in _MACHINES:

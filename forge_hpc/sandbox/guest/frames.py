@@ -1,8 +1,8 @@
 """Messages over a pipe or a socket: the length (4 bytes, big endian), then the message.
 
-Each side writes what the other can read safely and quickly. Into the sandbox goes ``marshal``: built in, where the import
-of anything else would cost every start, and its writer is trusted. Out of it come Python literals, which run nothing
-when they are read. Between a program and its tester goes JSON.
+Each side writes what the other can read safely and quickly. Into the sandbox goes ``marshal``: it is built in, where an
+import would cost every start, and its writer is trusted. Out of it come Python literals, which run nothing when they
+are read. Between a program and its tester goes JSON.
 """
 
 from __future__ import annotations

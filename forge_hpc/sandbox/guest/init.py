@@ -39,10 +39,10 @@ def main() -> CodeType:
     """Serve the host until it hangs up. Returns only in a child that is a program: with what it shall execute."""
     for ignored in (signal.SIGINT, signal.SIGPIPE):
         signal.signal(ignored, signal.SIG_IGN)  # a handler would let the signal through to process 1
-    confine.hide()
     if refusal := confine.not_isolated():
         _tell_host({"refused": refusal})
         os._exit(1)
+    confine.hide()
     setup = frames.receive_inward(0)
     if setup is None:
         os._exit(1)

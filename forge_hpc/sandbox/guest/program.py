@@ -7,12 +7,13 @@ import operator
 import os
 import sys
 import types
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from . import frames
 from .values import decode, encode
 
-_OPERATIONS = {
+_OPERATIONS: dict[str, Callable[..., Any]] = {
     "call": lambda function, *args, **kwargs: function(*args, **kwargs),
     "getattr": getattr,
     "setattr": setattr,

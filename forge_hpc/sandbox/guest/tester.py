@@ -6,7 +6,8 @@ where the test takes attributes of it; what the program calls so. Calls go over 
 data, so each comparison is made here, between builtin values. Objects of the program's own classes stay there, and the
 test holds a reference: it can call it, take attributes and items, iterate over it, and compare it with another one.
 
-A test cannot hand a function of its own to the program, nor catch an exception class that the program defines.
+A test cannot hand a function of its own to the program, nor catch an exception class that the program defines. Files
+in /tmp are the program's to change.
 """
 
 from __future__ import annotations
