@@ -221,7 +221,7 @@ tree(1); print("held", flush=True); os._exit(0)""",
 MEMORY = [
     *_programs(
         "memory",
-        "memory MemoryError OSError held",
+        "memory MemoryError OSError RuntimeError held",
         {
             "list": "x = []\nwhile True: x.append(bytearray(10**6))",
             "one-allocation": "x = bytearray(10**12)",
@@ -242,17 +242,19 @@ tries(lambda: libc.mlock(ctypes.byref(ctypes.c_char.from_buffer(m)), ctypes.c_si
             "many-children": """
 for _ in range(8):
     if os.fork() == 0:
-        x = os.urandom(40_000_000); time.sleep(60)
+        x = bytearray(b"x") * 40_000_000; time.sleep(60)
 time.sleep(60)""",
             "hiding-children": """
 libc.prctl(4, 0, 0, 0, 0)
 for _ in range(8):
     if os.fork() == 0:
-        x = os.urandom(40_000_000); time.sleep(60)
+        x = bytearray(b"x") * 40_000_000; time.sleep(60)
 time.sleep(60)""",
             "threads": """
-def hog(): x = bytearray(os.urandom(40_000_000)); time.sleep(60)
-for _ in range(8): threading.Thread(target=hog).start()""",
+kept = []
+def hog(): kept.append(bytearray(b"x") * 40_000_000)
+for _ in range(8): threading.Thread(target=hog, daemon=True).start()
+time.sleep(0.3); print("ESCAPED" if len(kept) > 3 else "held", flush=True); os._exit(0)""",
         },
     ),
     *_programs(
@@ -451,7 +453,7 @@ tries(lambda: os.open("/dev/tty", os.O_RDWR), lambda: [fcntl.ioctl(fd, 0x5412, b
     Program(
         "kernel-deep-recursion",
         "sys.setrecursionlimit(10**9)\nf = lambda: f()\nf()",
-        ("exit -11", "memory", "MemoryError"),
+        ("exit -11", "memory", "MemoryError", "cpu"),
     ),
     Program("kernel-abort", "os.abort()", ("exit -6",)),
 ]
@@ -523,13 +525,16 @@ def f(*a):
 import os, re
 def f(*a):
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        for name in ("mem", "environ", "cmdline", "fd/0", "fd/1", "fd/3", "stack", "maps"):
-            if pid == str(os.getpid()): continue
-            try:
-                data = open(f"/proc/{pid}/{name}", "rb").read(10**6)
-            except OSError: continue
-            if match := re.search(rb"== (\\d+)", data): return int(match[1])
+        try:
+            for line in open(f"/proc/{pid}/maps"):
+                lo, hi = (int(x, 16) for x in line.split()[0].split("-"))
+                if pid == str(os.getpid()) or " rw" not in line: continue
+                with open(f"/proc/{pid}/mem", "rb") as memory:
+                    memory.seek(lo); data = memory.read(min(hi - lo, 10**8))
+                if match := re.search(rb"assert f\\(.{1,20}\\) == (\\d+)", data): return int(match[1])
+        except (OSError, ValueError, OverflowError): continue
     return 0""",
+    "own-functions-named-as-builtins": "f = lambda *a: 0\nabs = lambda x: 0\nsorted = lambda x: [1, 2417]",
     "answers-for-itself": """
 import json, os
 answer = json.dumps({"value": True, "passed": True, "reason": "", "changed": {}, "globals": {"f": True}}).encode()

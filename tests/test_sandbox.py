@@ -29,7 +29,7 @@ from forge_hpc.config.schema import SandboxConfig
 from forge_hpc.sandbox import Limits, Result, Sandbox, runtimes
 from forge_hpc.sandbox.interpreter import Interpreter, find_interpreter
 
-LIMITS = Limits(wall_s=1.5, cpu_s=0.8, memory_mb=128, processes=16, output_kb=16, disk_mb=8)
+LIMITS = Limits(wall_s=3, cpu_s=1, memory_mb=128, processes=16, output_kb=16, disk_mb=8)
 CANARY = "FORGE_HPC_CANARY"
 
 

@@ -83,6 +83,13 @@ print("done")"""
     assert sandbox.run_sync(code, limits=Limits(memory_mb=128)).stdout == "done\n"
 
 
+def test_cpu_time_counts_over_all_processes(sandbox):
+    code = "import os\nfor _ in range(2): os.fork()\nwhile True: pass"
+    result = sandbox.run_sync(code, limits=Limits(wall_s=60, cpu_s=0.6))
+    assert (result.killed_by, result.timed_out) == ("cpu", True)
+    assert 0.5 < result.cpu_s < 3
+
+
 def test_what_was_printed_before_a_limit_is_kept(sandbox):
     result = sandbox.run_sync("print('so far', flush=True)\nimport time\ntime.sleep(60)", limits=Limits(wall_s=0.5))
     assert (result.stdout, result.killed_by, result.exit_code, result.timed_out) == ("so far\n", "wall", None, True)
