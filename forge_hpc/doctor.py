@@ -11,8 +11,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from forge_hpc.config import UserError
+from forge_hpc.config import UserError, load_config
+from forge_hpc.sandbox import Sandbox
 from launchers import checks
+from launchers.site import site_overrides
 
 # The packages that reach into one another, at the versions that were tested together (pyproject.toml).
 _VERSIONS = {
@@ -64,8 +66,15 @@ def _findings() -> Iterator[Finding]:
     )
     yield _space("disk", Path.cwd(), _LITTLE_DISK_GB)
     yield _space("shared memory", Path("/dev/shm"), _LITTLE_SHM_GB)
-    bwrap = shutil.which("bwrap")
-    yield ("ok", "bubblewrap", bwrap) if bwrap else ("note", "bubblewrap", "not installed")
+    yield _sandbox()
+
+
+def _sandbox() -> Finding:
+    """Where model-written code would run, by the site profile that $FORGE_HPC_SITE names."""
+    try:
+        return "ok", "sandbox", Sandbox(load_config(None, site_overrides(None)).sandbox).check()
+    except UserError as error:
+        return "note", "sandbox", f"{error.message.removeprefix('sandbox: ')}; {error.hint}"
 
 
 def _package(name: str, tested: str) -> Finding:

@@ -3,6 +3,7 @@
     # ~/.config/forge_hpc/sites/NAME.yaml, taken with --site NAME; or any file that $FORGE_HPC_SITE names
     slurm: {partition: gpu, account: my-project, setup: [module load cuda]}
     cluster: {gpus_per_node: 8}
+    sandbox: {runtime: apptainer, image: /apps/images/python.sif}
 
 A site's values win over the configuration file, and lose to key=value on the command line.
 """
@@ -16,7 +17,7 @@ import yaml
 
 from forge_hpc.config import UserError
 
-SECTIONS = ("slurm", "cluster")
+SECTIONS = ("slurm", "cluster", "sandbox")
 
 
 def sites_folder() -> Path:

@@ -109,7 +109,7 @@ def test_a_site_profile_becomes_overrides_that_keep_their_text(tmp_path, monkeyp
     site = tmp_path / "site.yaml"
     site.write_text(
         "slurm:\n  partition: gpu\n  time: 24:00:00\n  setup:\n  - module load cuda\n  extra: {nice: 5}\n"
-        "cluster: {gpus_per_node: 8}\n"
+        "cluster: {gpus_per_node: 8}\nsandbox: {runtime: apptainer, image: x.sif, limits: {wall_s: 5}}\n"
     )
     from forge_hpc.config import load_config
 
@@ -117,6 +117,7 @@ def test_a_site_profile_becomes_overrides_that_keep_their_text(tmp_path, monkeyp
     cfg = load_config(None, [*site_overrides(None), "slurm.partition=mine"])
     assert (cfg.slurm.partition, cfg.slurm.time, cfg.slurm.setup) == ("mine", "24:00:00", ["module load cuda"])
     assert (cfg.slurm.extra, cfg.cluster.gpus_per_node) == ({"nice": 5}, 8)
+    assert (cfg.sandbox.runtime, cfg.sandbox.image, cfg.sandbox.limits.wall_s) == ("apptainer", "x.sif", 5)
 
     folder = tmp_path / "xdg" / "forge_hpc" / "sites"
     folder.mkdir(parents=True)

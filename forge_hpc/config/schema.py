@@ -336,6 +336,40 @@ class SlurmConfig:
 
 
 @dataclass
+class SandboxLimits:
+    """What one sandboxed program may take, all its processes together. Passing any of them ends it."""
+
+    wall_s: float = 10.0
+    """Seconds from its start; with several tests, of all of them together."""
+    cpu_s: float = 10.0
+    """CPU seconds, likewise."""
+    memory_mb: int = 512
+    """MiB of resident memory; a single allocation beyond it fails before that."""
+    processes: int = 32
+    """Processes and threads at once."""
+    output_kb: int = 64
+    """KiB kept of the standard output, and of the standard error."""
+    disk_mb: int = 64
+    """MiB in /tmp, and as much in /dev/shm; both are memory of the node and go with the sandbox."""
+
+
+@dataclass
+class SandboxConfig:
+    """Where model-written code runs. It is never run outside a sandbox."""
+
+    runtime: str = "auto"
+    """auto is bubblewrap; or apptainer, enroot. None of them stands in for another."""
+    image: str | None = None
+    """Image (apptainer: file or directory; enroot: file or container name) with Python 3.10 or newer."""
+    python: str | None = None
+    """Interpreter of the programs; the packages of its (virtual) environment can be imported. By default the one that
+    runs forge_hpc, with the standard library alone; in an image, its python3."""
+    parallel: int | None = None
+    """Programs at once for each event loop of forge_hpc; by default as many as it may use cores."""
+    limits: SandboxLimits = field(default_factory=SandboxLimits)
+
+
+@dataclass
 class LoggingConfig:
     console: str = "auto"
     """auto (progress bar on a terminal, one line a step elsewhere), lines, or none."""
@@ -370,4 +404,5 @@ class Config:
     warmstart: WarmstartConfig = field(default_factory=WarmstartConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -39,6 +39,7 @@ _NAMES = {
     "trainer.lr_scheduler.decay_type": ("linear", "sqrt", "cosine"),
     "trainer.activation_checkpoint.mode": ("none", "selective", "full"),
     "reference.device": ("auto", "cpu", "cuda"),
+    "sandbox.runtime": ("auto", "bubblewrap", "apptainer", "enroot"),
     "logging.console": ("auto", "lines", "none"),
 }
 _POSITIVE = [
@@ -70,6 +71,13 @@ _POSITIVE = [
     "cluster.nodes",
     "cluster.start_timeout_s",
     "slurm.cpus_per_task",
+    "sandbox.parallel",
+    "sandbox.limits.wall_s",
+    "sandbox.limits.cpu_s",
+    "sandbox.limits.memory_mb",
+    "sandbox.limits.processes",
+    "sandbox.limits.output_kb",
+    "sandbox.limits.disk_mb",
 ]
 _NOT_NEGATIVE = [
     "checkpoint.interval",
@@ -109,6 +117,7 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
     _check_algorithm(cfg)
     _check_lengths(cfg)
     _check_slurm(cfg)
+    _check_sandbox(cfg)
     _check_reward_names(cfg)
     plan(cfg, cfg.cluster.gpus_per_node)
     if check_paths:
@@ -283,6 +292,19 @@ def _check_slurm(cfg: Config) -> None:
         )
     if s.mem is not None and not re.fullmatch(r"\d+[KMGTkmgt]?", s.mem):
         raise UserError(f"slurm.mem is {s.mem!r}", "write 0 (all of the node's) or a size such as 64G")
+
+
+def _check_sandbox(cfg: Config) -> None:
+    runtime, image = cfg.sandbox.runtime, cfg.sandbox.image
+    if runtime in ("apptainer", "enroot") and image is None:
+        raise UserError(
+            f"sandbox.runtime={runtime} needs an image", "set sandbox.image to one with Python 3.10 or newer"
+        )
+    if runtime in ("auto", "bubblewrap") and image is not None:
+        raise UserError(
+            f"sandbox.image={image} would be ignored: bubblewrap takes no image",
+            "set sandbox.runtime=apptainer or enroot, or leave the image out",
+        )
 
 
 def _check_reward_names(cfg: Config) -> None:

@@ -1,0 +1,399 @@
+"""The sandbox, held against programs that want out of it. The hostile ones are in ``hostile_programs``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import dataclasses
+import itertools
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+from hostile_programs import PRELUDE, PROGRAMS, Program
+from sandboxes import as_nobody, needs_bubblewrap, nothing_is_left, processes_in_sandboxes, tree_of
+
+from forge_hpc.config.errors import UserError
+from forge_hpc.config.schema import SandboxConfig
+from forge_hpc.sandbox import Limits, Result, Sandbox, runtimes
+from forge_hpc.sandbox.interpreter import Interpreter, find_interpreter
+
+LIMITS = Limits(wall_s=3, cpu_s=1, memory_mb=128, processes=16, output_kb=16, disk_mb=8)
+CANARY = "FORGE_HPC_CANARY"
+
+
+@dataclass
+class Host:
+    """What a program must not find."""
+
+    secret: str
+    home: Path
+    address: str
+    port: int
+    abstract: str
+    unix: str
+    visitors: list[str] = field(default_factory=list)
+
+    def setting(self) -> str:
+        return PRELUDE + (
+            f"HOME, CANARY, ADDRESS, PORT = {str(self.home)!r}, {CANARY!r}, {self.address!r}, {self.port}\n"
+            f"UNIX, ABSTRACT = {self.unix!r}, {self.abstract!r}\n"
+        )
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[Host]:
+    needs_bubblewrap()
+    secret = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder, contextlib.ExitStack() as stack:
+        home = Path(folder) / "home"
+        home.mkdir()
+        home.parent.chmod(0o755)  # any user of the host may read it
+        (home / "canary").write_text(secret)
+        os.environ[CANARY] = secret
+        stack.callback(os.environ.pop, CANARY)
+        unix, abstract = f"{folder}/socket", f"\0forge-hpc-{secret}"
+        tcp = stack.enter_context(socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True))
+        port = tcp.getsockname()[1]
+        udp = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        udp.bind(("0.0.0.0", port))
+        found = Host(secret, home, own_address(), port, abstract, unix)
+        for name in (unix, abstract):
+            stream = stack.enter_context(socket.socket(socket.AF_UNIX))
+            stream.bind(name)
+            stream.listen()
+            _watch_for_visitors(stream.accept, repr(name), found.visitors)
+        Path(unix).chmod(0o777)
+        for receive, name in ((tcp.accept, "tcp"), (lambda: udp.recvfrom(100), "udp")):
+            _watch_for_visitors(receive, name, found.visitors)
+        yield found
+
+
+def own_address() -> str:
+    """An address of this machine that others could reach, else loopback."""
+    found = [a.address for all_of in psutil.net_if_addrs().values() for a in all_of if a.family == socket.AF_INET]
+    return max(found, key=lambda address: not address.startswith("127."))
+
+
+def _watch_for_visitors(receive: Callable[[], object], name: str, visitors: list[str]) -> None:
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                receive()
+                visitors.append(name)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@dataclass
+class Outcome:
+    result: Result
+    total_s: float
+
+
+@pytest.fixture(scope="module")
+def outcomes(request: pytest.FixtureRequest, host: Host) -> dict[str, Outcome]:
+    """All hostile programs that this session asks for, three at a time."""
+    asked = {item.callspec.id for item in request.session.items if "hostile" in getattr(item, "fixturenames", [])}
+    sandbox = Sandbox(SandboxConfig(parallel=3))
+    found: dict[str, Outcome] = {}
+
+    async def one(program: Program) -> None:
+        async with slots:
+            start = time.monotonic()
+            result = await sandbox.run(host.setting() + program.code, limits=LIMITS)
+            found[program.name] = Outcome(result, time.monotonic() - start)
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*(one(program) for program in PROGRAMS if program.name in asked))
+
+    slots = asyncio.Semaphore(3)
+    asyncio.run(all_of_them())
+    return found
+
+
+def how_it_ended(result: Result) -> set[str]:
+    last = result.stderr.strip().rpartition("\n")[2]
+    ends = {result.killed_by or f"exit {result.exit_code}", last.partition(":")[0]}
+    return ends | {"held"} if result.exit_code == 0 and "held" in result.stdout else ends
+
+
+@pytest.mark.parametrize("hostile", PROGRAMS, ids=lambda program: program.name)
+def test_a_hostile_program_is_held(hostile: Program, outcomes: dict[str, Outcome], host: Host):
+    result = outcomes[hostile.name].result
+    assert "ESCAPED" not in result.stdout + result.stderr, result
+    assert host.secret not in result.stdout + result.stderr
+    assert how_it_ended(result) & set(hostile.ends), result
+    assert len(result.stdout) <= 1024 * LIMITS.output_kb and len(result.stderr) <= 1024 * LIMITS.output_kb
+    assert result.wall_s < LIMITS.wall_s + 1
+    assert outcomes[hostile.name].total_s < LIMITS.wall_s + 1 + 3  # its start too, with others beside it
+
+
+def test_nothing_came_out_of_the_hostile_programs_and_nothing_of_them_is_left(outcomes, host: Host):
+    assert outcomes
+    assert host.visitors == []
+    assert (host.home / "canary").read_text() == host.secret
+    assert list(host.home.iterdir()) == [host.home / "canary"]
+    assert nothing_is_left()
+
+
+def test_the_listeners_would_have_noticed(host: Host):
+    before = len(host.visitors)
+    with socket.create_connection((host.address, host.port), 5), socket.socket(socket.AF_UNIX) as stream:
+        stream.connect(host.abstract)
+        end = time.monotonic() + 10
+        while len(host.visitors) < before + 2 and time.monotonic() < end:
+            time.sleep(0.01)
+    assert len(host.visitors) == before + 2
+    host.visitors.clear()
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Sandbox:
+    needs_bubblewrap()
+    return Sandbox()
+
+
+# --- from outside
+
+
+def test_a_cancelled_program_is_gone(sandbox):
+    async def main():
+        task = asyncio.create_task(sandbox.run("import time, os\nos.fork()\ntime.sleep(60)"))
+        while not processes_in_sandboxes():
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+    assert nothing_is_left()
+
+
+def test_a_sandbox_ends_with_the_process_that_started_it(sandbox):
+    code = "from forge_hpc.sandbox import Sandbox\nSandbox().run_sync('import time, os; os.fork(); time.sleep(60)')"
+    with subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": ":".join(sys.path)}) as caller:
+        end = time.monotonic() + 30
+        while not processes_in_sandboxes() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert processes_in_sandboxes()
+        caller.kill()
+    assert nothing_is_left()
+
+
+def test_a_stopped_process_1_is_ended_from_outside(sandbox):
+    async def main():
+        task = asyncio.create_task(sandbox.run("import time\ntime.sleep(60)", limits=Limits(wall_s=2)))
+        while len(inside := processes_in_sandboxes()) < 2:
+            await asyncio.sleep(0.01)
+        min(inside, key=lambda process: process.create_time()).suspend()
+        return await task
+
+    start = time.monotonic()
+    result = asyncio.run(asyncio.wait_for(main(), 60))
+    assert (result.killed_by, result.exit_code) == ("wall", None)
+    assert time.monotonic() - start < 30
+    assert nothing_is_left()
+
+
+def test_a_killed_process_1_is_said(sandbox):
+    async def main():
+        task = asyncio.create_task(sandbox.run("import time\ntime.sleep(60)"))
+        while len(inside := processes_in_sandboxes()) < 2:
+            await asyncio.sleep(0.01)
+        min(inside, key=lambda process: process.create_time()).kill()
+        return await task
+
+    assert asyncio.run(asyncio.wait_for(main(), 30)).killed_by == "sandbox"
+    assert nothing_is_left()
+
+
+def test_no_more_run_at_once_than_asked_for():
+    needs_bubblewrap()
+    sandbox = Sandbox(SandboxConfig(parallel=2))
+    most = 0
+
+    async def main():
+        nonlocal most
+        tasks = [asyncio.create_task(sandbox.run("import time\ntime.sleep(0.2)")) for _ in range(6)]
+        while not all(task.done() for task in tasks):
+            trees = {tree_of(p.pid) for p in processes_in_sandboxes() if p.is_running()}
+            most = max(most, len(trees))
+            await asyncio.sleep(0.02)
+        assert all(task.result().exit_code == 0 for task in tasks)
+
+    asyncio.run(main())
+    assert 1 <= most <= 2
+
+
+# --- who runs it, and on which Python
+
+
+AS_A_USER = [
+    "files-home",
+    "files-environment",
+    "files-root-of-process-1",
+    "network-loopback",
+    "network-unix-abstract",
+    "processes-fork-loop",
+    "processes-fork-bomb",
+    "processes-threads",
+    "memory-many-children",
+    "memory-hiding-children",
+    "disk-big-file",
+    "time-ignores-signals",
+    "outlives-daemon",
+    "kernel-ptrace",
+    "kernel-become-root",
+    "kernel-shackle-process-1",
+    "kernel-memory-of-process-1",
+]
+
+
+def test_it_holds_for_an_unprivileged_user_too(sandbox, host: Host):
+    programs = [program for program in PROGRAMS if program.name in AS_A_USER]
+    assert len(programs) == len(AS_A_USER)
+    config = SandboxConfig(parallel=3, python=str(find_interpreter(None).executable))
+
+    async def all_of_them(sandbox):
+        return await asyncio.gather(*(sandbox.run(host.setting() + p.code, limits=LIMITS) for p in programs))
+
+    def run():
+        assert os.geteuid() != 0
+        return [dataclasses.asdict(result) for result in asyncio.run(all_of_them(Sandbox(config)))]
+
+    for program, fields in zip(programs, as_nobody(run), strict=True):
+        result = Result(**fields)
+        assert "ESCAPED" not in result.stdout + result.stderr, (program.name, result)
+        assert host.secret not in result.stdout + result.stderr
+        assert how_it_ended(result) & set(program.ends), (program.name, result)
+    assert nothing_is_left()
+    assert host.visitors == []
+
+
+def test_packages_of_a_named_environment_can_be_imported(tmp_path):
+    needs_bubblewrap()
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        base = find_interpreter(None).executable
+        subprocess.run([base, "-m", "venv", "--without-pip", f"{folder}/venv"], check=True)
+        (site_packages,) = Path(folder).glob("venv/lib/python3*/site-packages")
+        (site_packages / "helper.py").write_text("WORD = 'found'")
+        sandbox = Sandbox(SandboxConfig(python=f"{folder}/venv/bin/python"))
+        code = "import helper, subprocess, sys\nprint(helper.WORD, helper.__file__)\n"
+        assert sandbox.run_sync(code).stdout == "found /packages/0/helper.py\n"
+        result = Sandbox().run_sync("import helper")
+        assert "ModuleNotFoundError" in result.stderr
+
+
+def test_a_python_of_the_users_shows_its_library_and_not_its_place():
+    python = Interpreter(
+        executable=Path("/home/ada/python/bin/python3.12"),
+        prefix=Path("/home/ada/python"),
+        packages=(),
+        hidden=(Path("/home/ada/python/lib/python3.12/site-packages"),),
+    )
+    options = runtimes.bubblewrap_options(Limits(), python, Path("/guest"), known="--size BYTES --disable-userns")
+    sources = [source for option, source in itertools.pairwise(options) if option == "--ro-bind"]
+    assert {option for option in options if "ada" in option} == {source for source in sources if "ada" in source}
+    assert options[options.index("--") + 1] == "/python/bin/python3"
+    place = options.index("/python/lib/python3.12/site-packages")
+    assert options[place - 1] == "--tmpfs"
+
+
+@pytest.mark.parametrize("python", ["/no/such/python", "/bin/true", "/bin/false"])
+def test_a_python_that_is_none_is_refused(python):
+    with pytest.raises(UserError, match=r"sandbox\.python: /.*does not run as Python"):
+        find_interpreter(python)
+
+
+# --- where there is no sandbox
+
+
+def test_without_bubblewrap_nothing_is_run(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for config in (SandboxConfig(), SandboxConfig(runtime="apptainer", image="x.sif")):
+        with pytest.raises(UserError, match="is not installed here") as error:
+            Sandbox(config).run_sync("open('/tmp/should-not-be', 'w')")
+        assert "install" in error.value.hint and "site profile" in error.value.hint
+
+
+def test_forbidden_user_namespaces_are_named(sandbox):
+    """In a user namespace whose own limit on further ones is 0, so that the machine's stays as it is."""
+
+    def check():
+        assert ctypes.CDLL(None).unshare(0x10000000) == 0
+        Path("/proc/sys/user/max_user_namespaces").write_text("0")
+        try:
+            return [sandbox.check()]
+        except UserError as error:
+            return [error.message, error.hint]
+
+    message, hint = as_nobody(check)
+    assert message.startswith("sandbox: bwrap: ") and "namespace" in message
+    assert "/proc/sys/user/max_user_namespaces forbids user namespaces (0)" in hint and "sysctl" in hint
+
+
+@pytest.mark.parametrize(
+    ("namespaces", "refusal"),
+    [
+        (["--net"], "it has no process tree of its own"),
+        (["--pid", "--fork", "--mount-proc"], "its root directory can be written"),
+    ],
+)
+def test_process_1_refuses_to_work_where_it_is_not_isolated(namespaces, refusal):
+    if os.getuid() != 0:
+        pytest.skip("unshare needs root")
+    start = (
+        f"import sys; sys.path.insert(0, {str(Path(runtimes.__file__).parent)!r}); import guest.init; guest.init.main()"
+    )
+    done = subprocess.run(
+        ["unshare", *namespaces, sys.executable, "-c", start], input=b"", capture_output=True, timeout=60
+    )
+    assert refusal in done.stdout.decode(errors="replace") or "it has a network" in done.stdout.decode(errors="replace")
+
+
+def arguments(config: SandboxConfig, monkeypatch, tmp_path) -> list[str]:
+    for name in ("apptainer", "enroot"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return runtimes.command(config, Limits(disk_mb=32), Path("/guest"))
+
+
+def test_the_command_line_for_apptainer(monkeypatch, tmp_path):
+    line = arguments(SandboxConfig(runtime="apptainer", image="/apps/python.sif"), monkeypatch, tmp_path)
+    assert line[:2] == [str(tmp_path / "apptainer"), "exec"]
+    for option in ("--containall", "--cleanenv", "--no-home", "--no-init", "--userns", "--net", "--no-privs"):
+        assert option in line
+    assert line[line.index("--network") + 1] == "none"
+    assert line[line.index("--bind") + 1] == "/guest:/sandbox/guest:ro"
+    assert line[line.index("/apps/python.sif") + 1] == "python3"
+
+
+def test_the_command_line_for_enroot(monkeypatch, tmp_path):
+    config = SandboxConfig(runtime="enroot", image="python", python="/opt/python/bin/python3")
+    line = arguments(config, monkeypatch, tmp_path)
+    assert line[:2] == [str(tmp_path / "enroot"), "start"]
+    for option in ("--pid", "--net", "--ipc", "--uts"):
+        assert option in line
+    mounts = [value for option, value in itertools.pairwise(line) if option == "--mount"]
+    assert mounts[0].startswith("/guest:/sandbox/guest:none:") and ",ro," in mounts[0]
+    assert any(mount.startswith("tmpfs:/tmp:tmpfs:") and mount.endswith("size=32m") for mount in mounts)
+    assert line[line.index("python") + 1] == "/opt/python/bin/python3"
+
+
+def test_an_image_is_asked_for(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="needs an image"):
+        arguments(SandboxConfig(runtime="apptainer"), monkeypatch, tmp_path)
