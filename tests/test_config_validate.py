@@ -186,7 +186,7 @@ def test_sequences_and_tensor_parallel_degrees_must_suit_the_model(model):
         (b"\xff\xfe", "not UTF-8"),
         (b'["a"]', "not a JSON object"),
         (b'{"question": "a"}', "no field 'answer'"),
-        (b'{"question": 1, "answer": "b"}', "'question' is not text"),
+        (b'{"question": 1, "answer": "b"}', "'question' is neither text nor"),
     ],
 )
 def test_a_broken_line_of_a_data_file_is_named_by_its_number(tmp_path, line, words):

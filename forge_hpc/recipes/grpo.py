@@ -15,8 +15,8 @@ import time
 from typing import Any
 
 from forge_hpc.actors.buffer import EpisodeBuffer
+from forge_hpc.data.mixture import open_sources
 from forge_hpc.data.prompts import PromptStream
-from forge_hpc.data.source import load_examples
 from forge_hpc.data.types import Prompt
 from forge_hpc.recipes.checks import SignalWatch, check_mismatch
 from forge_hpc.recipes.rollouts import RolloutClock, make_group, measure, to_documents
@@ -30,9 +30,7 @@ async def grpo(session: Session) -> None:
     synchronous = rollout.max_staleness == 0
     last_step = config.trainer.training.steps
 
-    prompts = PromptStream(
-        load_examples(config.data, config.data.split, config.seed), session.tokenizer, config, config.seed
-    )
+    prompts = PromptStream(open_sources(config), session.tokenizer, config)
     prompts.load_state_dict(session.state.get("prompts", prompts.state_dict()))
     held_out = load_held_out(session)
     rewards = await RewardPool(config).start()
@@ -67,6 +65,7 @@ async def grpo(session: Session) -> None:
         for step in session.remaining_steps():
             waited = time.perf_counter()
             groups = await buffer.take(step)
+            prompts.report(groups)
             waited = time.perf_counter() - waited
             metrics = measure(groups, step) | {"time/wait_generator_s": waited, "episodes/stale": buffer.num_stale}
             documents = to_documents(groups, config)
@@ -88,5 +87,5 @@ async def grpo(session: Session) -> None:
             session.record(step, metrics, groups)
             if evaluates:
                 await session.evaluate(step, held_out, rewards)
-            await session.save_if_due(step, {"prompts": drawn.pop(step)})
+            await session.save_if_due(step, {"prompts": prompts.with_rewards(drawn.pop(step))})
     await session.finish()

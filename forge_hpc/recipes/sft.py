@@ -5,8 +5,8 @@ examples ──► documents (loss on the answer) ──► trainers
 
 from __future__ import annotations
 
-from forge_hpc.data.prompts import DocumentStream, PromptStream
-from forge_hpc.data.source import load_examples
+from forge_hpc.data.mixture import open_sources
+from forge_hpc.data.prompts import DocumentStream
 from forge_hpc.recipes.session import Session, load_held_out
 from forge_hpc.rewards import RewardPool
 
@@ -14,9 +14,7 @@ from forge_hpc.rewards import RewardPool
 async def sft(session: Session) -> None:
     """Train ``trainer.training.steps`` optimizer steps on ``trainer.training.global_batch_size`` examples each."""
     config = session.config
-    examples = load_examples(config.data, config.data.split, config.seed)
-    prompts = PromptStream(examples, session.tokenizer, config, config.seed)
-    documents = DocumentStream(prompts, session.tokenizer, config.trainer.training.seq_len)
+    documents = DocumentStream(open_sources(config), session.tokenizer, config)
     documents.load_state_dict(session.state.get("documents", documents.state_dict()))
     trainers = await session.start_trainers()
     for step in session.remaining_steps():
