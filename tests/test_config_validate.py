@@ -96,7 +96,6 @@ def test_the_configurations_that_the_readme_names_are_there():
         (["slurm.time=tomorrow"], "slurm.time is 'tomorrow'"),
         (["slurm.time=5"], "slurm.signal_lead_s=300 is not shorter"),
         (["slurm.mem=much"], "slurm.mem"),
-        (["recipe=sft", "evaluation.interval=5"], "SFT evaluates at its end"),
         (["model.path=warmstart"], "needs warmstart.config"),
         (["model.path=builtin:qwen3"], "model.path is 'builtin:qwen3'"),
         (["model.path=./nowhere"], "no such directory"),

@@ -207,6 +207,19 @@ def test_repeated_steps_learn(model_dir: Path) -> None:
     assert losses[-1] < 0.2 * losses[0]
 
 
+def test_the_validation_loss_is_the_loss_that_a_step_begins_with_and_takes_none(model_dir: Path) -> None:
+    cfg = config()
+    cfg.recipe = "sft"
+    engine = TrainEngine(cfg, model_dir)
+    before = weights(engine)
+    documents = random_documents(NUM_DOCUMENTS, with_logprobs=False)
+    loss = engine.eval_loss(documents)
+    assert_equal(weights(engine), before)
+    assert engine.step == 0
+    assert engine.train_step(documents)["loss"] == pytest.approx(loss, abs=1e-5)
+    assert engine.eval_loss(documents) < loss
+
+
 def test_the_learning_rate_follows_the_schedule(model_dir: Path) -> None:
     cfg = config(steps=4)
     cfg.trainer.lr_scheduler.warmup_steps = 2
@@ -365,6 +378,7 @@ def two_rank_worker(rank: int, directory: Path) -> None:
         resumed = TrainEngine(cfg, case_dir / "model")
         resumed.load(case_dir / "trainer")
         documents = random_documents(NUM_DOCUMENTS)
+        result["loss"] = engine.eval_loss(documents)
         result["next"] = [e.train_step(documents) for e in (engine, resumed)]
         torch.save(result, case_dir / f"rank-{rank}.pt")
     dist.destroy_process_group()
@@ -398,4 +412,6 @@ def test_two_ranks_train_as_one_does_and_their_checkpoint_loads_on_one(two_ranks
     assert_equal(weights(engine), results[0]["weights"])
     exported = load_file(two_ranks / case / "export" / "model.safetensors")
     assert_equal(exported, {name: results[0]["weights"][name] for name in exported})
-    assert engine.train_step(random_documents(NUM_DOCUMENTS))["loss"] == pytest.approx(continued["loss"], abs=1e-5)
+    documents = random_documents(NUM_DOCUMENTS)
+    assert [result["loss"] for result in results] == pytest.approx([engine.eval_loss(documents)] * 2, abs=1e-5)
+    assert engine.train_step(documents)["loss"] == pytest.approx(continued["loss"], abs=1e-5)

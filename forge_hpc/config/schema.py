@@ -281,9 +281,10 @@ class CheckpointConfig:
 @dataclass
 class EvaluationConfig:
     interval: int = 0
-    """Greedy accuracy on held-out prompts every so many steps; 0 evaluates only at the end."""
+    """Evaluate every so many steps, by greedy accuracy on held-out prompts, in SFT by the loss on held-out documents;
+    0 evaluates only at the end."""
     num_prompts: int = 0
-    """Held-out prompts of an evaluation; 0 switches evaluation off."""
+    """Held-out prompts (SFT: documents) of an evaluation; 0 switches evaluation off."""
 
 
 @dataclass

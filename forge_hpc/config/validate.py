@@ -19,7 +19,7 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.config.models import KNOWN_MODEL_TYPES, check_tokenizer, check_weights, looks_local, read_model_config
 from forge_hpc.config.schema import Config, DataConfig
 from forge_hpc.config.sources import data_sources
-from forge_hpc.config.split import plan
+from forge_hpc.config.split import evaluates_by_generation, plan
 
 RECIPES = ("grpo", "sft")
 LOSSES = ("grpo", "reinforce")
@@ -196,11 +196,6 @@ def _check_name(key: str, value: str, known: tuple[str, ...]) -> None:
 
 def _check_algorithm(cfg: Config) -> None:
     if cfg.recipe == "sft":
-        if cfg.evaluation.interval:
-            raise UserError(
-                f"evaluation.interval={cfg.evaluation.interval}: SFT evaluates at its end, when the GPUs are free",
-                "set evaluation.interval=0",
-            )
         return
     a, r = cfg.algorithm, cfg.rollout
     if r.group_size < 2:
@@ -261,7 +256,7 @@ def _check_data_values(cfg: Config) -> None:
 
 
 def _check_lengths(cfg: Config) -> None:
-    uses_generator = cfg.recipe != "sft" or cfg.evaluation.num_prompts > 0
+    uses_generator = cfg.recipe != "sft" or evaluates_by_generation(cfg)
     both = cfg.rollout.max_prompt_tokens + cfg.rollout.max_response_tokens
     seq_len, max_model_len = cfg.trainer.training.seq_len, cfg.generator.engine.max_model_len
     if cfg.recipe != "sft" and seq_len < both:

@@ -143,6 +143,11 @@ class TrainEngine(Stateful):
             dist.all_reduce(values, group=mesh.get_group())
         return unpack(values.cpu().numpy(), batch, documents)
 
+    def eval_loss(self, documents: Sequence[Document]) -> float:
+        """Mean negative log-likelihood (nats) of the documents' trained tokens; no step is taken."""
+        num_trained = sum(int(np.count_nonzero(document.loss_mask[1:])) for document in documents)
+        return -sum(float(values.sum(dtype=np.float64)) for values in self.logprobs(documents)) / num_trained
+
     def _pack(self, documents: Sequence[Document]) -> PackedBatch:
         training = self.cfg.trainer.training
         return pack(
