@@ -52,9 +52,8 @@ def test_every_configuration_that_we_ship_is_valid_and_can_be_placed(path):
 
 def test_the_configurations_that_the_readme_names_are_there():
     names = {str(path.relative_to(CONFIGS)) for path in ALL_CONFIGS}
-    grpo = {
-        f"grpo/{name}.yaml" for name in ("demo", "qwen3_0_6b", "qwen3_1_7b", "qwen3_8b", "qwen3_32b", "llama3_1_8b")
-    }
+    qwen = ("qwen2_5_7b", "qwen3_0_6b", "qwen3_1_7b", "qwen3_8b", "qwen3_32b")
+    grpo = {f"grpo/{name}.yaml" for name in ("demo", "llama3_1_8b", *qwen)}
     assert grpo | {"sft/demo.yaml", "sft/llama3_8b.yaml", "sft/qwen3_1_7b.yaml"} <= names
 
 

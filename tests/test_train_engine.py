@@ -114,7 +114,7 @@ def assert_same_training(actual: dict[str, Any], expected: dict[str, Any]) -> No
 # ---- one step
 
 
-@pytest.mark.parametrize(("family", "tied"), [("qwen3", True), ("qwen3", False), ("llama", False)])
+@pytest.mark.parametrize(("family", "tied"), [("qwen3", True), ("qwen3", False), ("qwen2", False), ("llama", False)])
 def test_loss_and_gradients_equal_those_of_transformers_on_each_document_alone(
     tmp_path: Path, family: str, tied: bool
 ) -> None:
@@ -354,19 +354,21 @@ def test_the_export_loads_in_transformers_with_the_same_log_probabilities(
 
 # ---- two ranks
 
-CASES: dict[str, tuple[bool, dict[str, int]]] = {
-    "FSDP": (True, {"data_parallel_shard_degree": 2}),
-    "replicated": (False, {"data_parallel_shard_degree": 1, "data_parallel_replicate_degree": 2}),
-    "TP": (True, {"tensor_parallel_degree": 2}),
-    "TP untied": (False, {"tensor_parallel_degree": 2}),
+CASES: dict[str, tuple[str, bool, dict[str, int]]] = {
+    "FSDP": ("qwen3", True, {"data_parallel_shard_degree": 2}),
+    "FSDP Qwen2": ("qwen2", False, {"data_parallel_shard_degree": 2}),
+    "replicated": ("qwen3", False, {"data_parallel_shard_degree": 1, "data_parallel_replicate_degree": 2}),
+    "TP": ("qwen3", True, {"tensor_parallel_degree": 2}),
+    "TP untied": ("qwen3", False, {"tensor_parallel_degree": 2}),
+    "TP Qwen2": ("qwen2", True, {"tensor_parallel_degree": 2}),
 }
-"""Name: (tied embeddings, degrees)."""
+"""Name: (family, tied embeddings, degrees)."""
 
 
 def two_rank_worker(rank: int, directory: Path) -> None:
     torch.set_num_threads(1)
     init_distributed(directory / "store", rank, 2, rank, timeout_s=120)
-    for name, (_, parallelism) in CASES.items():
+    for name, (_, _, parallelism) in CASES.items():
         case_dir = directory / name
         cfg = config()
         for key, value in parallelism.items():
@@ -388,8 +390,8 @@ def two_rank_worker(rank: int, directory: Path) -> None:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of all cases, a directory each; the processes start once, since importing takes longest."""
     directory = tmp_path_factory.mktemp("two_ranks")
-    for name, (tied, _) in CASES.items():
-        write_model(directory / name / "model", "qwen3", tied=tied)
+    for name, (family, tied, _) in CASES.items():
+        write_model(directory / name / "model", family, tied=tied)
     mp.spawn(two_rank_worker, (directory,), nprocs=2)
     return directory
 
