@@ -29,13 +29,16 @@ def tiny_config() -> Config:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen2"])
-def test_the_generator_samples_from_the_weights_that_the_trainer_publishes(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(("family", "lora"), [("qwen2", True)])
+def test_the_generator_samples_from_the_weights_that_the_trainer_publishes(
+    tmp_path: Path, family: str, lora: bool
+) -> None:
     from forge_hpc.data.builtin import char_tokenizer
 
     write_model(tmp_path / "model", family, head_dim=32)  # one that vLLM's attention on the CPU has
     char_tokenizer().save_pretrained(tmp_path / "model")
     cfg = tiny_config()
+    cfg.trainer.lora.enable = lora
     init_distributed(tmp_path / "store", rank=0, world_size=1, local_rank=0)
     try:
         trainer = TrainEngine(cfg, tmp_path / "model")

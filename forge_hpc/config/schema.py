@@ -247,6 +247,19 @@ class CompileConfig:
 
 
 @dataclass
+class LoRAConfig:
+    enable: bool = False
+    """Train low-rank adapters beside the frozen weights. Published and exported weights have them merged in."""
+    rank: int = 16
+    """Rank of the adapters."""
+    alpha: float = 32.0
+    """Adapters are scaled by alpha / rank."""
+    target_modules: list[str] = field(default_factory=lambda: ["wq", "wkv", "wo", "w1", "w2", "w3"])
+    """Linear layers with an adapter, by TorchTitan's names: attention wq, wkv (keys and values), wo; feed-forward w1
+    (gate), w2 (down), w3 (up)."""
+
+
+@dataclass
 class TrainerConfig:
     processes_per_node: int | None = None
     """Trainer ranks on each trainer node; by default its GPUs, one on the CPU."""
@@ -256,6 +269,7 @@ class TrainerConfig:
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
     activation_checkpoint: ActivationCheckpointConfig = field(default_factory=ActivationCheckpointConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     timeout_s: float = 1800.0
     """A training step that takes longer than this has a stuck rank."""
 

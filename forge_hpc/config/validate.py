@@ -27,6 +27,7 @@ ADVANTAGES = ("group_mean_std", "group_mean", "leave_one_out")
 REWARDS = ("exact", "math", "gsm8k")
 BUILTIN_MODELS = ("builtin:qwen3-tiny",)
 BUILTIN_DATA = ("builtin:addition",)
+LORA_TARGETS = ("wq", "wkv", "wo", "w1", "w2", "w3")
 _DTYPES = ("float32", "bfloat16")
 _NAMES = {
     "recipe": RECIPES,
@@ -65,6 +66,8 @@ _POSITIVE = [
     "trainer.parallelism.data_parallel_replicate_degree",
     "trainer.parallelism.tensor_parallel_degree",
     "trainer.parallelism.expert_parallel_degree",
+    "trainer.lora.rank",
+    "trainer.lora.alpha",
     "trainer.timeout_s",
     "checkpoint.keep",
     "cluster.nodes",
@@ -167,6 +170,10 @@ def _check_values(cfg: Config) -> None:
         for key in keys:
             value = _get(cfg, key)
             _require(value is None or holds(value), cfg, key, rule)
+    for name in cfg.trainer.lora.target_modules:
+        _check_name("trainer.lora.target_modules", name, LORA_TARGETS)
+    if not cfg.trainer.lora.target_modules:
+        raise UserError("trainer.lora.target_modules is empty", f"known: {', '.join(LORA_TARGETS)}")
     shard = cfg.trainer.parallelism.data_parallel_shard_degree
     _require(shard == -1 or shard > 0, cfg, "trainer.parallelism.data_parallel_shard_degree", "-1 or greater than 0")
     top_k = cfg.rollout.sampling.top_k

@@ -186,7 +186,8 @@ def load_hf_weights(model: nn.Module, spec: ModelSpec, model_dir: Path) -> None:
     titan_state = model.state_dict()
     state = spec.adapter.to_hf(titan_state)
     # The adapter passes over names that it does not know.
-    assert spec.is_moe or len(state) == len(titan_state) - spec.is_tied, "a weight has no Hugging Face name"
+    num_named = sum(".lora_" not in name for name in titan_state) - spec.is_tied
+    assert spec.is_moe or len(state) == num_named, "a weight has no Hugging Face name"
     _check_weights(state, model_dir)
     dcp.load(state, storage_reader=HuggingFaceStorageReader(str(model_dir)))
     if spec.is_moe:  # expert weights are stacked here and separate there, so the load went into copies

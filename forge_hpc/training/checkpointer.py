@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torchtitan.components.checkpointer import CheckpointManager
+from torchtitan.components.checkpointer import MODEL, CheckpointManager, ModelWrapper
+from torchtitan.components.checkpointer.utils import canonical_fqn
 from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer
 
 
@@ -22,6 +23,15 @@ def _ordinary_errors() -> Iterator[None]:
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
         raise RuntimeError(f"checkpoint, rank {rank}: {type(cause).__name__}: {cause}") from error
+
+
+class _TrainedWeights(ModelWrapper):
+    """The model without its frozen weights, which are those of the model that training started from."""
+
+    def _get_state_dict(self) -> dict[str, Any]:
+        named = [item for model in self.model for item in model.named_parameters(remove_duplicate=False)]
+        frozen = {canonical_fqn(name) for name, parameter in named if not parameter.requires_grad}
+        return {name: value for name, value in super()._get_state_dict().items() if name not in frozen}
 
 
 class TrainerCheckpointer(CheckpointManager):
@@ -84,5 +94,6 @@ def build_checkpointer(
         states=states,
         sd_adapter=None,
     )
+    checkpointer.states[MODEL] = _TrainedWeights(model)
     del checkpointer.states["dataloader"]  # the controller draws the prompts
     return checkpointer

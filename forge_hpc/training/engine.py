@@ -37,6 +37,7 @@ from forge_hpc.models.spec import load_hf_weights, load_spec
 from forge_hpc.training.checkpointer import TrainerCheckpointer, build_checkpointer
 from forge_hpc.training.export import export_hf
 from forge_hpc.training.logprobs import token_logprobs
+from forge_hpc.training.lora import add_adapters, init_adapters, merge_adapters
 
 
 class TrainEngine(Stateful):
@@ -67,8 +68,11 @@ class TrainEngine(Stateful):
             inner_attention=inner_attention_config(param_dtype),
             parallelism=parallelism,
         )
+        if cfg.trainer.lora.enable:
+            self.spec = add_adapters(self.spec, cfg.trainer.lora)
         self.model = self._build_model(parallelism, param_dtype)
         load_hf_weights(self.model, self.spec, model_dir)
+        init_adapters(self.model, cfg.seed)
         self.optimizers = _build_optimizers(cfg, self.model)
         self.lr_schedulers = _build_lr_schedulers(cfg, self.optimizers)
         is_sft = cfg.recipe == "sft"
@@ -227,7 +231,8 @@ class TrainEngine(Stateful):
     def hf_state_dict(self) -> dict[str, torch.Tensor]:
         """The weights by Hugging Face name in ``model.dtype``: tensors, or DTensors where the model is sharded.
 
-        In the training dtype they are views of the weights, which the next step changes. With tied embeddings
+        In the training dtype they are views of the weights, which the next step changes, or with LoRA copies of those
+        that an adapter was merged into. With tied embeddings
         ``lm_head.weight`` is there too, the same tensor: vLLM's head on the CPU stays stale without it.
         """
         dtype = TORCH_DTYPE_MAP[self.cfg.model.dtype]
@@ -282,7 +287,7 @@ class TrainEngine(Stateful):
         self.step = state_dict["step"]
 
     def _to_hf(self) -> dict[str, torch.Tensor]:
-        return self.spec.adapter.to_hf(self.model.state_dict())
+        return self.spec.adapter.to_hf(merge_adapters(self.model.state_dict(), self.cfg.trainer.lora))
 
     def _get_checkpointer(self) -> TrainerCheckpointer:
         if self._checkpointer is None:
