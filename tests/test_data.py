@@ -15,7 +15,10 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config, DataConfig
 from forge_hpc.data.builtin import addition_examples, char_tokenizer
 from forge_hpc.data.hub import load_tokenizer, resolve_model
-from forge_hpc.data.prompts import DocumentStream, PromptRenderer, PromptStream, evaluation_prompts, sft_document
+from forge_hpc.data.mixture import open_sources
+from forge_hpc.data.order import LoadedSource
+from forge_hpc.data.prompts import DocumentStream, PromptStream, evaluation_documents, evaluation_prompts
+from forge_hpc.data.render import PromptRenderer, sft_document
 from forge_hpc.data.source import load_eval_examples, load_examples
 
 
@@ -161,7 +164,7 @@ def test_jsonl_is_read_with_the_fields_named(tmp_path: Path):
         ('{"question": "x"', "line 2: not JSON"),
         ("[1, 2]", "line 2: not a JSON object"),
         ({"question": "x"}, "line 2: no field 'answer'"),
-        ({"question": ["x"], "answer": "y"}, "line 2: the field 'question' is not a string"),
+        ({"question": ["x"], "answer": "y"}, "line 2: the field 'question' is neither a string nor"),
         ({"question": "x", "answer": None}, "line 2: the field 'answer'"),
     ],
 )
@@ -201,7 +204,7 @@ def test_a_directory_of_jsonl_files_has_splits(tmp_path: Path):
     write_jsonl(tmp_path / "test.jsonl", {"question": "c", "answer": "d"})
     data = DataConfig(path=str(tmp_path))
     assert load_examples(data, "train", 0)[0]["question"] == "a"
-    assert load_eval_examples(data, 0)[0]["question"] == "c"
+    assert next(iter(load_eval_examples(data, 0)))["question"] == "c"
 
 
 def test_one_file_is_never_trained_on_and_held_out_at_once(tmp_path: Path):
@@ -209,7 +212,9 @@ def test_one_file_is_never_trained_on_and_held_out_at_once(tmp_path: Path):
     other = write_jsonl(tmp_path / "b.jsonl", {"question": "c", "answer": "d"})
     with pytest.raises(UserError, match="no held-out prompts"):
         load_eval_examples(DataConfig(path=path), 0)
-    assert load_eval_examples(DataConfig(path=path, eval_path=other), 0)[0]["question"] == "c"
+    for streaming in (False, True):
+        held_out = load_eval_examples(DataConfig(path=path, eval_path=other, streaming=streaming), 0)
+        assert [example["question"] for example in held_out] == ["c"]
 
 
 def test_datasets_loads_local_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -222,6 +227,25 @@ def test_datasets_loads_local_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert examples[0]["answer"].endswith("#### 3")
     with pytest.raises(UserError, match="no field 'problem'"):
         load_examples(DataConfig(path=str(tmp_path / "data"), prompt_field="problem"), "train", 0)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_csv_and_parquet_files_are_read_whatever_the_split(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    file = tmp_path / f"sums.{suffix}"
+    data = datasets.Dataset.from_list([{"question": "1+1=", "answer": "2"}])
+    (data.to_csv if suffix == "csv" else data.to_parquet)(str(file))
+    for streaming in (False, True):
+        cfg = config(path=str(file), split="anything", streaming=streaming)
+        assert next(open_sources(cfg)[0][0]).example["question"] == "1+1="
+    with pytest.raises(UserError, match="holds one split"):
+        load_eval_examples(cfg.data, 0)
+    with pytest.raises(UserError, match="no such data file"):
+        load_examples(DataConfig(path=str(tmp_path / f"none.{suffix}")), "train", 0)
 
 
 # --- rendering
@@ -258,6 +282,11 @@ def test_a_chat_template_that_is_missing_is_the_users_error(tokenizer: Any):
 # --- streams
 
 
+def prompt_stream(examples: list[dict[str, Any]], tokenizer: Any, cfg: Config, seed: int) -> PromptStream:
+    cfg = replace(cfg, seed=seed)
+    return PromptStream([(LoadedSource(examples, cfg.data, [seed, 0]), 1.0)], tokenizer, cfg)
+
+
 def examples(count: int) -> list[dict[str, Any]]:
     return [{"question": "x" * (i + 1), "answer": str(i)} for i in range(count)]
 
@@ -267,17 +296,17 @@ def targets(prompts: list[Any]) -> list[int]:
 
 
 def test_every_epoch_is_a_new_permutation_of_all_examples(tokenizer: Any):
-    stream = PromptStream(examples(20), tokenizer, config(), seed=1)
+    stream = prompt_stream(examples(20), tokenizer, config(), seed=1)
     first, second = targets(stream.take(20)), targets(stream.take(20))
     assert sorted(first) == sorted(second) == list(range(20))
     assert first != second
     assert first != list(range(20))
-    assert first == targets(PromptStream(examples(20), tokenizer, config(), seed=1).take(20))
-    assert first != targets(PromptStream(examples(20), tokenizer, config(), seed=2).take(20))
+    assert first == targets(prompt_stream(examples(20), tokenizer, config(), seed=1).take(20))
+    assert first != targets(prompt_stream(examples(20), tokenizer, config(), seed=2).take(20))
 
 
 def test_an_unshuffled_stream_follows_the_data(tokenizer: Any):
-    stream = PromptStream(examples(3), tokenizer, config(shuffle=False), seed=1)
+    stream = prompt_stream(examples(3), tokenizer, config(shuffle=False), seed=1)
     assert targets(stream.take(7)) == [0, 1, 2, 0, 1, 2, 0]
     assert stream.epoch == 2
 
@@ -286,19 +315,19 @@ def test_a_stream_goes_on_exactly_where_another_stopped(tokenizer: Any):
     cfg = config()
     cfg.rollout.max_prompt_tokens = 15
     for stop in (0, 1, 19, 20, 33):
-        stream = PromptStream(examples(20), tokenizer, cfg, seed=1)
+        stream = prompt_stream(examples(20), tokenizer, cfg, seed=1)
         stream.take(stop)
         state = json.loads(json.dumps(stream.state_dict()))
-        resumed = PromptStream(examples(20), tokenizer, cfg, seed=1).load_state_dict(state)
+        resumed = prompt_stream(examples(20), tokenizer, cfg, seed=1).load_state_dict(state)
         assert stream.take(30) == resumed.take(30)
         assert stream.state_dict() == resumed.state_dict()
 
 
 def test_a_position_in_other_data_is_refused(tokenizer: Any):
-    state = PromptStream(examples(20), tokenizer, config(), seed=1).state_dict()
+    state = prompt_stream(examples(20), tokenizer, config(), seed=1).state_dict()
     for stream in (
-        PromptStream(examples(21), tokenizer, config(), seed=1),
-        PromptStream(examples(20), tokenizer, config(), seed=2),
+        prompt_stream(examples(21), tokenizer, config(), seed=1),
+        prompt_stream(examples(20), tokenizer, config(), seed=2),
     ):
         with pytest.raises(UserError, match="saved position"):
             stream.load_state_dict(state)
@@ -307,15 +336,15 @@ def test_a_position_in_other_data_is_refused(tokenizer: Any):
 def test_prompts_that_are_too_long_are_left_out_and_counted(tokenizer: Any):
     cfg = config()
     cfg.rollout.max_prompt_tokens = 15
-    stream = PromptStream(examples(20), tokenizer, cfg, seed=1)
+    stream = prompt_stream(examples(20), tokenizer, cfg, seed=1)
     prompts = stream.take(15)
     assert sorted(targets(prompts)) == list(range(15))
     assert [prompt.position for prompt in prompts] == list(range(15))
     stream.take(15)
     assert stream.num_too_long in range(5, 11)
     cfg.rollout.max_prompt_tokens = 0
-    with pytest.raises(UserError, match="every prompt is longer"):
-        stream = PromptStream(examples(20), tokenizer, cfg, seed=1)
+    with pytest.raises(UserError, match=r"every example is longer than rollout\.max_prompt_tokens=0"):
+        stream = prompt_stream(examples(20), tokenizer, cfg, seed=1)
         next(stream)
 
 
@@ -327,7 +356,7 @@ def test_evaluation_takes_the_first_prompts_that_fit(tokenizer: Any):
 
 
 def test_sft_learns_the_answer_and_the_end(tokenizer: Any):
-    prompt = next(PromptStream([{"question": "72+85=", "answer": "58"}], tokenizer, config(), seed=0))
+    prompt = next(prompt_stream([{"question": "72+85=", "answer": "58"}], tokenizer, config(), seed=0))
     document = sft_document(prompt, tokenizer)
     assert tokenizer.decode(document.token_ids) == "72+85=58<eos>"
     assert document.token_ids[document.loss_mask].tolist() == [*tokenizer.encode("58"), tokenizer.eos_token_id]
@@ -335,8 +364,11 @@ def test_sft_learns_the_answer_and_the_end(tokenizer: Any):
 
 
 def test_a_document_stream_resumes_and_leaves_out_what_fits_no_row(tokenizer: Any):
-    def stream() -> DocumentStream:
-        return DocumentStream(PromptStream(examples(20), tokenizer, config(), seed=1), tokenizer, seq_len=12)
+    def stream(seq_len: int = 12) -> DocumentStream:
+        cfg = config()
+        cfg.trainer.training.seq_len = seq_len
+        cfg.rollout.max_prompt_tokens = 1  # of no concern to SFT
+        return DocumentStream([(LoadedSource(examples(20), cfg.data, [1, 0]), 1.0)], tokenizer, cfg)
 
     one, other = stream(), stream()
     taken = one.take(25)
@@ -344,8 +376,19 @@ def test_a_document_stream_resumes_and_leaves_out_what_fits_no_row(tokenizer: An
     assert one.num_too_long > 0
     other.load_state_dict(json.loads(json.dumps(one.state_dict())))
     assert [d.token_ids.tolist() for d in one.take(30)] == [d.token_ids.tolist() for d in other.take(30)]
-    with pytest.raises(UserError, match="every example is longer"):
-        DocumentStream(PromptStream(examples(20), tokenizer, config(), seed=1), tokenizer, seq_len=2).take(1)
+    with pytest.raises(UserError, match=r"every example is longer than trainer\.training\.seq_len=2"):
+        stream(seq_len=2).take(1)
+
+
+def test_evaluation_documents_are_the_first_that_fit(tokenizer: Any):
+    cfg = config()
+    cfg.trainer.training.seq_len = 8
+    documents = evaluation_documents(examples(20), tokenizer, cfg, 3)
+    assert [tokenizer.decode(d.token_ids[d.loss_mask]) for d in documents] == ["0<eos>", "1<eos>", "2<eos>"]
+    assert len(evaluation_documents(examples(20), tokenizer, cfg, 10)) == 6
+    cfg.trainer.training.seq_len = 2
+    with pytest.raises(UserError, match="every held-out example is longer"):
+        evaluation_documents(examples(20), tokenizer, cfg, 3)
 
 
 def test_the_demo_trains_on_no_held_out_prompt(tokenizer: Any):
@@ -353,5 +396,6 @@ def test_the_demo_trains_on_no_held_out_prompt(tokenizer: Any):
     held_out = {e["question"] for e in load_eval_examples(demo, 5)}
     for split in ("train", "sft"):
         cfg = Config(data=replace(demo, split=split))
-        stream = PromptStream(load_examples(cfg.data, split, 5), tokenizer, cfg, seed=5)
+        cfg.seed = 5
+        stream = PromptStream(open_sources(cfg), tokenizer, cfg)
         assert not held_out & {prompt.text for prompt in stream.take(8000)}

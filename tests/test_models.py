@@ -41,7 +41,16 @@ def titan_model(model_dir: Path, max_positions: int = 256) -> tuple[Any, ModelSp
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize(
-    ("family", "tied"), [("qwen3", True), ("qwen3", False), ("llama", False), ("llama", True), ("qwen3_moe", False)]
+    ("family", "tied"),
+    [
+        ("qwen3", True),
+        ("qwen3", False),
+        ("qwen2", True),
+        ("qwen2", False),
+        ("llama", False),
+        ("llama", True),
+        ("qwen3_moe", False),
+    ],
 )
 def test_logits_of_packed_rows_equal_those_of_transformers(tmp_path: Path, family: str, tied: bool) -> None:
     reference = write_model(tmp_path, family, tied=tied)
@@ -64,8 +73,9 @@ def test_logits_of_packed_rows_equal_those_of_transformers(tmp_path: Path, famil
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_weights_keep_their_values_under_their_names(tmp_path: Path) -> None:
-    reference = write_model(tmp_path, "llama")
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_weights_keep_their_values_under_their_names(tmp_path: Path, family: str) -> None:
+    reference = write_model(tmp_path, family)
     model, spec = titan_model(tmp_path)
     state = spec.adapter.to_hf(model.state_dict())
     assert state.keys() == reference.state_dict().keys()

@@ -150,6 +150,7 @@ def test_sft_trains_on_every_node_and_evaluates_when_the_trainers_have_ended():
     p = placed(8, *sft)
     assert (p.trainer_nodes, p.rollout_nodes, p.spare_nodes, p.replicas) == (range(2), range(2, 2), range(2, 3), 0)
     assert p.trainer_procs == 16
+    assert not placed(8, *sft, "evaluation.num_prompts=10", "data.target_field=null").rollout_nodes  # the loss alone
     p = placed(8, *sft, "evaluation.num_prompts=10", "generator.engine.tensor_parallel_size=2")
     assert (p.rollout_nodes, p.replica_gpus, p.generate_after_training) == (range(1, 2), ((0, 1),), True)
     assert p.shared_gpus == () and p.processes_on(1) == 8 and p.nodes == 3

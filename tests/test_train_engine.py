@@ -115,7 +115,7 @@ def assert_same_training(actual: dict[str, Any], expected: dict[str, Any]) -> No
 # ---- one step
 
 
-@pytest.mark.parametrize(("family", "tied"), [("qwen3", True), ("qwen3", False), ("llama", False)])
+@pytest.mark.parametrize(("family", "tied"), [("qwen3", True), ("qwen3", False), ("qwen2", False), ("llama", False)])
 def test_loss_and_gradients_equal_those_of_transformers_on_each_document_alone(
     tmp_path: Path, family: str, tied: bool
 ) -> None:
@@ -257,6 +257,19 @@ def test_repeated_steps_learn(model_dir: Path) -> None:
     documents = random_documents(4, with_logprobs=False)
     losses = [engine.train_step(documents)["loss"] for _ in range(60)]
     assert losses[-1] < 0.2 * losses[0]
+
+
+def test_the_validation_loss_is_the_loss_that_a_step_begins_with_and_takes_none(model_dir: Path) -> None:
+    cfg = config()
+    cfg.recipe = "sft"
+    engine = TrainEngine(cfg, model_dir)
+    before = weights(engine)
+    documents = random_documents(NUM_DOCUMENTS, with_logprobs=False)
+    loss = engine.eval_loss(documents)
+    assert_equal(weights(engine), before)
+    assert engine.step == 0
+    assert engine.train_step(documents)["loss"] == pytest.approx(loss, abs=1e-5)
+    assert engine.eval_loss(documents) < loss
 
 
 def test_the_learning_rate_follows_the_schedule(model_dir: Path) -> None:
@@ -406,20 +419,22 @@ def test_the_export_loads_in_transformers_with_the_same_log_probabilities(
 
 # ---- two ranks
 
-CASES: dict[str, tuple[bool, dict[str, int], dict[str, Any]]] = {
-    "FSDP": (True, {"data_parallel_shard_degree": 2}, {}),
-    "replicated": (False, {"data_parallel_shard_degree": 1, "data_parallel_replicate_degree": 2}, {}),
-    "TP": (True, {"tensor_parallel_degree": 2}, {}),
-    "TP untied": (False, {"tensor_parallel_degree": 2}, {}),
-    "FSDP by sequence": (True, {"data_parallel_shard_degree": 2}, BY_SEQUENCE["corrected"]),
+CASES: dict[str, tuple[str, bool, dict[str, int], dict[str, Any]]] = {
+    "FSDP": ("qwen3", True, {"data_parallel_shard_degree": 2}, {}),
+    "FSDP Qwen2": ("qwen2", False, {"data_parallel_shard_degree": 2}, {}),
+    "replicated": ("qwen3", False, {"data_parallel_shard_degree": 1, "data_parallel_replicate_degree": 2}, {}),
+    "TP": ("qwen3", True, {"tensor_parallel_degree": 2}, {}),
+    "TP untied": ("qwen3", False, {"tensor_parallel_degree": 2}, {}),
+    "TP Qwen2": ("qwen2", True, {"tensor_parallel_degree": 2}, {}),
+    "FSDP by sequence": ("qwen3", True, {"data_parallel_shard_degree": 2}, BY_SEQUENCE["corrected"]),
 }
-"""Name: (tied embeddings, degrees, options of algorithm)."""
+"""Name: (family, tied embeddings, degrees, options of algorithm)."""
 
 
 def two_rank_worker(rank: int, directory: Path) -> None:
     torch.set_num_threads(1)
     init_distributed(directory / "store", rank, 2, rank, timeout_s=120)
-    for name, (_, parallelism, options) in CASES.items():
+    for name, (_, _, parallelism, options) in CASES.items():
         case_dir = directory / name
         cfg = config(**options)
         for key, value in parallelism.items():
@@ -431,6 +446,7 @@ def two_rank_worker(rank: int, directory: Path) -> None:
         resumed = TrainEngine(cfg, case_dir / "model")
         resumed.load(case_dir / "trainer")
         documents = random_documents(NUM_DOCUMENTS)
+        result["loss"] = engine.eval_loss(documents)
         result["next"] = [e.train_step(documents) for e in (engine, resumed)]
         torch.save(result, case_dir / f"rank-{rank}.pt")
     dist.destroy_process_group()
@@ -440,8 +456,8 @@ def two_rank_worker(rank: int, directory: Path) -> None:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of all cases, a directory each; the processes start once, since importing takes longest."""
     directory = tmp_path_factory.mktemp("two_ranks")
-    for name, (tied, _, _) in CASES.items():
-        write_model(directory / name / "model", "qwen3", tied=tied)
+    for name, (family, tied, _, _) in CASES.items():
+        write_model(directory / name / "model", family, tied=tied)
     mp.spawn(two_rank_worker, (directory,), nprocs=2)
     return directory
 
@@ -464,4 +480,6 @@ def test_two_ranks_train_as_one_does_and_their_checkpoint_loads_on_one(two_ranks
     assert_equal(weights(engine), results[0]["weights"])
     exported = load_file(two_ranks / case / "export" / "model.safetensors")
     assert_equal(exported, {name: results[0]["weights"][name] for name in exported})
-    assert engine.train_step(random_documents(NUM_DOCUMENTS))["loss"] == pytest.approx(continued["loss"], abs=1e-5)
+    documents = random_documents(NUM_DOCUMENTS)
+    assert [result["loss"] for result in results] == pytest.approx([engine.eval_loss(documents)] * 2, abs=1e-5)
+    assert engine.train_step(documents)["loss"] == pytest.approx(continued["loss"], abs=1e-5)

@@ -10,6 +10,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -41,13 +43,20 @@ _LLAMA3_ROPE = {
 }
 
 
-def write_model(directory: Path, family: str, *, tied: bool = False, seed: int = 0) -> PreTrainedModel:
-    """Write a random model of a family (qwen3, llama, qwen3_moe) in float32 and return it."""
+def write_model(
+    directory: Path, family: str, *, tied: bool = False, seed: int = 0, head_dim: int = 16
+) -> PreTrainedModel:
+    """Write a random model of a family (qwen2, qwen3, llama, qwen3_moe) in float32 and return it."""
     torch.manual_seed(seed)
-    dims = _DIMS | {"tie_word_embeddings": tied}
+    dims = _DIMS | {"tie_word_embeddings": tied, "head_dim": head_dim, "hidden_size": 4 * head_dim}
     model: PreTrainedModel
     if family == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**dims))
+    elif family == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**dims))
+        for name, weight in model.named_parameters():
+            if name.endswith(".bias"):  # zero at first
+                torch.nn.init.normal_(weight, std=0.5)
     elif family == "llama":
         model = LlamaForCausalLM(LlamaConfig(**dims, rope_parameters=_LLAMA3_ROPE))
     else:

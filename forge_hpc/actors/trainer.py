@@ -70,6 +70,11 @@ class Trainer(Actor):
         return metrics | {"time/train_s": time.perf_counter() - start}
 
     @concurrent_endpoint
+    async def eval_loss(self, documents: Sequence[Document]) -> float:
+        """Mean loss on held-out documents in nats, equal on all ranks; no step is taken."""
+        return await self._in_thread(self._engine.eval_loss, documents)
+
+    @concurrent_endpoint
     async def publish(self, store: StoreSpec, version: int) -> float:
         """Take a snapshot of the weights and begin to publish it. Returns the seconds of the snapshot, which is all
         that training waits for; ``published`` waits for the rest."""

@@ -31,7 +31,9 @@ from omegaconf.errors import OmegaConfBaseException
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config
 
-_PATH_KEYS = ("model.path", "data.path", "data.eval_path", "warmstart.config")
+_PATH_KEYS = re.compile(
+    r"model\.path|data\.path|data\.eval_path|data\.sources\.\d+\.path|warmstart\.config|reward\.\d+\.name"
+)
 _NULL = "tag:yaml.org,2002:null"
 
 
@@ -240,8 +242,7 @@ def _set(target: DictConfig, key: str, hint: Any, node: yaml.Node, full: str, so
     kind = _not_none(hint)
     if kind is str and isinstance(node, yaml.ScalarNode) and value is not None:
         value = node.value  # as it was written: 0123 stays 0123
-        is_path = full in _PATH_KEYS or re.fullmatch(r"reward\.\d+\.name", full)
-        if not source.keep_paths and (is_path or (full == "algorithm.loss" and ":" in value)):
+        if not source.keep_paths and (_PATH_KEYS.fullmatch(full) or (full == "algorithm.loss" and ":" in value)):
             value = _local_path(value, source.folder)
     wrong = UserError(f"{source.at(node)}: {full} must be {_describe(hint)}, not {_shown(node, value)}", None)
     if kind is bool and isinstance(value, str):

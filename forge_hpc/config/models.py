@@ -9,7 +9,7 @@ from typing import Any
 
 from forge_hpc.config.errors import UserError
 
-KNOWN_MODEL_TYPES = ("llama", "qwen3", "qwen3_moe")
+KNOWN_MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 """``model_type`` of config.json that TorchTitan and vLLM both have."""
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")

@@ -20,29 +20,71 @@ class ModelConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One source of a mixture. What is null is as in ``data``, but for ``name``."""
+
+    path: str = ""
+    """As ``data.path``."""
+    weight: float = 1.0
+    """Share of the prompts, relative to the weights of the other sources."""
+    name: str | None = None
+    """The dataset's configuration name, where it has several."""
+    split: str | None = None
+    """Split to train on."""
+    prompt_field: str | None = None
+    """Field that holds the prompt."""
+    target_field: str | None = None
+    """Field that holds the reference answer."""
+    system_prompt: str | None = None
+    """System message put before each prompt."""
+
+
+@dataclass
+class CurriculumConfig:
+    """RL only: prompts that teach nothing at the moment are left out for a while."""
+
+    enable: bool = False
+    """Leave a prompt out whose last group was too hard or too easy."""
+    low: float = 0.05
+    """Too hard: the mean reward of the group was below this."""
+    high: float = 0.95
+    """Too easy: it was above this."""
+    rest_epochs: int = 2
+    """For so many epochs the prompt is left out; then it is tried again."""
+
+
+@dataclass
 class DataConfig:
     path: str = "builtin:addition"
-    """``builtin:addition``, a JSONL file, or a name for ``datasets.load_dataset`` (for example openai/gsm8k)."""
+    """``builtin:addition``, a JSONL, Parquet or CSV file, or a name for ``datasets.load_dataset`` (openai/gsm8k)."""
     name: str | None = None
     """The dataset's configuration name, where it has several (gsm8k: main)."""
     split: str = "train"
-    """Split to train on."""
+    """Split to train on. A file is its own split."""
     eval_split: str = "test"
     """Held-out split for evaluation."""
     eval_path: str | None = None
     """Where the held-out prompts come from, if not from ``path``."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """A mixture to train on, in place of ``path``, ``name`` and ``split``; held-out prompts come from ``eval_path``."""
     prompt_field: str = "question"
-    """Field that holds the prompt."""
-    target_field: str = "answer"
-    """Field that holds the reference answer; SFT learns it, rewards compare with it."""
+    """Field that holds the prompt: text, or the messages of a chat, each with ``role`` and ``content``."""
+    target_field: str | None = "answer"
+    """Field that holds the reference answer; SFT learns it, rewards compare with it. null: there is none, and SFT
+    learns the assistant's turns of the chat in ``prompt_field``."""
     system_prompt: str | None = None
-    """System message put before each prompt; needs a tokenizer with a chat template."""
+    """System message put before each prompt that has none; needs a tokenizer with a chat template."""
     chat_template: bool = True
     """Render prompts through the tokenizer's chat template; false feeds the raw text."""
     chat_template_args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the chat template (Qwen3: ``enable_thinking: false``)."""
     shuffle: bool = True
     """Draw examples in a seeded order, a new one every epoch."""
+    streaming: bool = False
+    """Read the data as they are needed, for data too large to hold."""
+    shuffle_buffer: int = 10000
+    """Streaming: examples are read in blocks of so many, and shuffled within a block."""
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
 
 
 @dataclass
@@ -127,7 +169,7 @@ class RolloutConfig:
     prompts_per_step: int = 32
     """Prompts (groups) that one optimizer step trains on."""
     max_prompt_tokens: int = 512
-    """Prompts longer than this are left out and counted."""
+    """Prompts longer than this are left out and counted (in SFT: those of the evaluation)."""
     max_response_tokens: int = 1024
     """Completions end here at the latest."""
     max_staleness: int = 0
@@ -238,6 +280,19 @@ class CompileConfig:
 
 
 @dataclass
+class LoRAConfig:
+    enable: bool = False
+    """Train low-rank adapters beside the frozen weights. Published and exported weights have them merged in."""
+    rank: int = 16
+    """Rank of the adapters."""
+    alpha: float = 32.0
+    """Adapters are scaled by alpha / rank."""
+    target_modules: list[str] = field(default_factory=lambda: ["wq", "wkv", "wo", "w1", "w2", "w3"])
+    """Linear layers with an adapter, by TorchTitan's names: attention wq, wkv (keys and values), wo; feed-forward w1
+    (gate), w2 (down), w3 (up)."""
+
+
+@dataclass
 class TrainerConfig:
     processes_per_node: int | None = None
     """Trainer ranks on each trainer node; by default its GPUs, one on the CPU."""
@@ -247,6 +302,7 @@ class TrainerConfig:
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
     activation_checkpoint: ActivationCheckpointConfig = field(default_factory=ActivationCheckpointConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     timeout_s: float = 1800.0
     """A training step that takes longer than this has a stuck rank."""
 
@@ -272,9 +328,10 @@ class CheckpointConfig:
 @dataclass
 class EvaluationConfig:
     interval: int = 0
-    """Greedy accuracy on held-out prompts every so many steps; 0 evaluates only at the end."""
+    """Evaluate every so many steps, by greedy accuracy on held-out prompts, in SFT by the loss on held-out documents;
+    0 evaluates only at the end."""
     num_prompts: int = 0
-    """Held-out prompts of an evaluation; 0 switches evaluation off."""
+    """Held-out prompts (SFT: documents) of an evaluation; 0 switches evaluation off."""
 
 
 @dataclass

@@ -108,6 +108,12 @@ class Placement:
         return "\n".join(lines)
 
 
+def evaluates_by_generation(cfg: Config) -> bool:
+    """Whether held-out prompts are answered and rewarded: in SFT where they have a reference answer."""
+    has_answers = cfg.recipe != "sft" or (cfg.data.target_field is not None and bool(cfg.reward))
+    return cfg.evaluation.num_prompts > 0 and has_answers
+
+
 def plan(cfg: Config, gpus_per_node: int | None) -> Placement:
     """Place the roles of `cfg` on ``cluster.nodes`` nodes.
 
@@ -163,7 +169,7 @@ def _split_nodes(cfg: Config) -> tuple[range, range, range]:
                 f"cluster.trainer_nodes={c.trainer_nodes} of {_count(working, 'node')} would leave nodes idle",
                 "SFT trains on every node: leave cluster.trainer_nodes out",
             )
-        last = range(working - 1, working) if cfg.evaluation.num_prompts > 0 else range(working, working)
+        last = range(working - 1, working) if evaluates_by_generation(cfg) else range(working, working)
         return range(working), last, spares
     for name, value in (("trainer_nodes", c.trainer_nodes), ("rollout_nodes", c.rollout_nodes)):
         if value is not None and not 1 <= value <= working:

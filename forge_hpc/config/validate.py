@@ -19,13 +19,15 @@ from forge_hpc.config.algorithm import ADVANTAGES, KL_ESTIMATORS, LOSSES, NORMAL
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.models import KNOWN_MODEL_TYPES, check_tokenizer, check_weights, looks_local, read_model_config
 from forge_hpc.config.rewards import BUILTIN_REWARDS, check_reward
-from forge_hpc.config.schema import Config
-from forge_hpc.config.split import plan
+from forge_hpc.config.schema import Config, DataConfig
+from forge_hpc.config.sources import data_sources
+from forge_hpc.config.split import evaluates_by_generation, plan
 
 RECIPES = ("grpo", "sft")
 REWARDS = tuple(BUILTIN_REWARDS)
 BUILTIN_MODELS = ("builtin:qwen3-tiny",)
 BUILTIN_DATA = ("builtin:addition",)
+LORA_TARGETS = ("wq", "wkv", "wo", "w1", "w2", "w3")
 _DTYPES = ("float32", "bfloat16")
 _NAMES = {
     "recipe": RECIPES,
@@ -66,10 +68,14 @@ _POSITIVE = [
     "trainer.parallelism.data_parallel_replicate_degree",
     "trainer.parallelism.tensor_parallel_degree",
     "trainer.parallelism.expert_parallel_degree",
+    "trainer.lora.rank",
+    "trainer.lora.alpha",
     "trainer.timeout_s",
     "checkpoint.keep",
     "cluster.nodes",
     "cluster.start_timeout_s",
+    "data.shuffle_buffer",
+    "data.curriculum.rest_epochs",
     "slurm.cpus_per_task",
     "sandbox.parallel",
     "sandbox.limits.wall_s",
@@ -115,6 +121,7 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
     """
     _check_values(cfg)
     _check_algorithm(cfg)
+    _check_data_values(cfg)
     _check_lengths(cfg)
     _check_slurm(cfg)
     _check_sandbox(cfg)
@@ -187,6 +194,10 @@ def _check_values(cfg: Config) -> None:
         for key in keys:
             value = _get(cfg, key)
             _require(value is None or holds(value), cfg, key, rule)
+    for name in cfg.trainer.lora.target_modules:
+        _check_name("trainer.lora.target_modules", name, LORA_TARGETS)
+    if not cfg.trainer.lora.target_modules:
+        raise UserError("trainer.lora.target_modules is empty", f"known: {', '.join(LORA_TARGETS)}")
     shard = cfg.trainer.parallelism.data_parallel_shard_degree
     _require(shard == -1 or shard > 0, cfg, "trainer.parallelism.data_parallel_shard_degree", "-1 or greater than 0")
     top_k = cfg.rollout.sampling.top_k
@@ -216,11 +227,6 @@ def _check_name(key: str, value: str, known: tuple[str, ...]) -> None:
 
 def _check_algorithm(cfg: Config) -> None:
     if cfg.recipe == "sft":
-        if cfg.evaluation.interval:
-            raise UserError(
-                f"evaluation.interval={cfg.evaluation.interval}: SFT evaluates at its end, when the GPUs are free",
-                "set evaluation.interval=0",
-            )
         return
     a, r = cfg.algorithm, cfg.rollout
     if r.group_size < 2:
@@ -255,8 +261,34 @@ def _check_algorithm(cfg: Config) -> None:
         )
 
 
+def _check_data_values(cfg: Config) -> None:
+    data, curriculum = cfg.data, cfg.data.curriculum
+    for i, source in enumerate(data.sources):
+        if not source.path:
+            raise UserError(f"data.sources.{i} has no path", "give the path of the data, as in data.path")
+        if source.weight <= 0:
+            raise UserError(
+                f"data.sources.{i}.weight must be greater than 0, it is {source.weight} ({source.path})",
+                "leave the source out, or give it a weight",
+            )
+    if curriculum.enable and cfg.recipe == "sft":
+        raise UserError("data.curriculum goes by rewards, and SFT has none", "set data.curriculum.enable=false")
+    if curriculum.low > curriculum.high:
+        raise UserError(
+            f"data.curriculum.low={curriculum.low} is above data.curriculum.high={curriculum.high}: "
+            "every prompt would be left out",
+            "low is where prompts are too hard, high where they are too easy",
+        )
+    for key, own, _ in data_sources(data):
+        if cfg.recipe == "sft" and own.target_field is None and not own.chat_template:
+            raise UserError(
+                f"{key} has no target_field, so SFT learns chats, and data.chat_template is false",
+                "set data.chat_template=true, or name the field of the answers with data.target_field",
+            )
+
+
 def _check_lengths(cfg: Config) -> None:
-    uses_generator = cfg.recipe != "sft" or cfg.evaluation.num_prompts > 0
+    uses_generator = cfg.recipe != "sft" or evaluates_by_generation(cfg)
     both = cfg.rollout.max_prompt_tokens + cfg.rollout.max_response_tokens
     seq_len, max_model_len = cfg.trainer.training.seq_len, cfg.generator.engine.max_model_len
     if cfg.recipe != "sft" and seq_len < both:
@@ -383,33 +415,36 @@ def _check_dimensions(cfg: Config, directory: Path) -> None:
 
 
 def _check_data(cfg: Config) -> None:
-    for key in ("data.path", "data.eval_path"):
-        path = _get(cfg, key)
-        if path is None:
-            continue
-        if path.startswith("builtin:"):
-            _check_name(key, path, BUILTIN_DATA)
-            continue
-        file = Path(path).expanduser()
-        if not file.exists():
-            if looks_local(path) or file.suffix in _DATA_SUFFIXES:
-                raise UserError(
-                    f"{key}: no such file: {path}", "give a JSONL file, or a dataset name such as openai/gsm8k"
-                )
-            continue
-        split = cfg.data.eval_split if key == "data.eval_path" else cfg.data.split
-        file = file / f"{split}.jsonl" if (file / f"{split}.jsonl").is_file() else file
-        if file.suffix in _JSONL_SUFFIXES:
-            _check_jsonl(key, file, (cfg.data.prompt_field, cfg.data.target_field))
-    if cfg.evaluation.num_prompts and cfg.data.eval_path is None and Path(cfg.data.path).suffix in _JSONL_SUFFIXES:
+    for key, data, _ in data_sources(cfg.data):
+        _check_examples(f"{key}.path", data.path, data.split, data)
+    if cfg.data.eval_path is not None:
+        _check_examples("data.eval_path", cfg.data.eval_path, cfg.data.eval_split, cfg.data)
+    elif cfg.evaluation.num_prompts and (cfg.data.sources or Path(cfg.data.path).suffix in _DATA_SUFFIXES):
+        what = "data.sources are" if cfg.data.sources else f"{cfg.data.path} holds one split, which is"
         raise UserError(
-            f"{cfg.data.path} holds one split, so there are no held-out prompts for evaluation.num_prompts="
-            f"{cfg.evaluation.num_prompts}",
-            "set data.eval_path to another file, or evaluation.num_prompts=0",
+            f"{what} trained on: there are no held-out prompts for evaluation.num_prompts={cfg.evaluation.num_prompts}",
+            "set data.eval_path to other data, or evaluation.num_prompts=0",
         )
 
 
-def _check_jsonl(key: str, file: Path, fields: tuple[str, ...]) -> None:
+def _check_examples(key: str, path: str, split: str, data: DataConfig) -> None:
+    if path.startswith("builtin:"):
+        _check_name(key, path, BUILTIN_DATA)
+        return
+    file = Path(path).expanduser()
+    if not file.exists():
+        if looks_local(path) or file.suffix in _DATA_SUFFIXES:
+            raise UserError(
+                f"{key}: no such file: {path}",
+                "give a JSONL, Parquet or CSV file, or a dataset name such as openai/gsm8k",
+            )
+        return
+    file = file / f"{split}.jsonl" if (file / f"{split}.jsonl").is_file() else file
+    if file.suffix in _JSONL_SUFFIXES:
+        _check_jsonl(key, file, (data.prompt_field, data.target_field))
+
+
+def _check_jsonl(key: str, file: Path, fields: tuple[str, str | None]) -> None:
     """The first lines of a JSONL file are JSON objects that have the fields; blank lines are skipped."""
     examples = 0
     try:
@@ -424,7 +459,7 @@ def _check_jsonl(key: str, file: Path, fields: tuple[str, ...]) -> None:
         raise UserError(f"{key}: {file} holds no example", "one JSON object a line")
 
 
-def _check_example(where: str, line: bytes, fields: tuple[str, ...]) -> None:
+def _check_example(where: str, line: bytes, fields: tuple[str, str | None]) -> None:
     try:
         example = json.loads(line)
     except ValueError as error:
@@ -433,13 +468,16 @@ def _check_example(where: str, line: bytes, fields: tuple[str, ...]) -> None:
     if not isinstance(example, dict):
         raise UserError(f"{where}: not a JSON object", 'each line reads {"question": …, "answer": …}')
     for name in fields:
-        if name not in example:
+        if name is not None and name not in example:
             raise UserError(
                 f"{where}: no field {name!r}, it has {', '.join(map(repr, example)) or 'none'}",
                 "name the fields with data.prompt_field and data.target_field",
             )
-    if not isinstance(example[fields[0]], str):
-        raise UserError(f"{where}: the field {fields[0]!r} is not text", "name the field with data.prompt_field")
+    if not isinstance(example[fields[0]], str | list):
+        raise UserError(
+            f"{where}: the field {fields[0]!r} is neither text nor a list of messages",
+            "name the field with data.prompt_field",
+        )
 
 
 def _check_files(cfg: Config) -> None:

@@ -3,107 +3,162 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import DataConfig
 
 BUILTIN_PREFIX = "builtin:"
+JSONL_SUFFIXES = (".jsonl", ".json")
+_BUILDERS = {".parquet": "parquet", ".csv": "csv"}  # files that ``datasets`` reads, each a split of its own
+_FIELDS = "name the fields with prompt_field and target_field of data, or of the source in data.sources"
+
+Example = Mapping[str, Any]
 
 
-def load_examples(data: DataConfig, split: str, seed: int) -> Sequence[Mapping[str, Any]]:
+def load_examples(data: DataConfig, split: str, seed: int) -> Sequence[Example]:
     """The examples of a split; each holds ``data.prompt_field``, ``data.target_field`` and whatever else the data has.
 
-    ``data.path`` is ``builtin:addition``, a JSONL file (one JSON object a line; it is its own split), a directory with
-    SPLIT.jsonl files, or a name or directory for ``datasets.load_dataset``. Raises UserError where there is no such
-    data, a line is broken (with its number), or a field is missing.
+    ``data.path`` is ``builtin:addition``, a JSONL file (one JSON object a line), a Parquet or CSV file, a directory
+    with SPLIT.jsonl files, or a name or directory for ``datasets.load_dataset``. A file is its own split. Raises
+    UserError where there is no such data, a line is broken (with its number), or a field is missing.
     """
-    path = Path(data.path).expanduser()
     if data.path.startswith(BUILTIN_PREFIX):
         name = data.path.removeprefix(BUILTIN_PREFIX)
         if name != "addition":
             raise UserError(f"unknown data {data.path}", f"there is {BUILTIN_PREFIX}addition")
         from forge_hpc.data.builtin import addition_examples
 
-        examples: Sequence[Mapping[str, Any]] = addition_examples(split, seed)
-        _check_fields(examples[0], data, data.path)
+        examples: Sequence[Example] = addition_examples(split, seed)
+        check_example(examples[0], data, data.path)
         return examples
-    if path.suffix in (".jsonl", ".json"):
-        return read_jsonl(path, data)
-    if (path / f"{split}.jsonl").is_file():
-        return read_jsonl(path / f"{split}.jsonl", data)
-    return _load_dataset(data, split)
+    if (file := jsonl_file(data, split)) is not None:
+        examples = [example for example, _ in read_jsonl(file, data)]
+        if not examples:
+            raise UserError(f"no examples in {file}", "each line must be one JSON object")
+        return examples
+    dataset = load_dataset(data, split, streaming=False)
+    if len(dataset) == 0:
+        raise UserError(f"{data.path} has no examples in split {split}", "check data.split")
+    check_example(dataset[0], data, data.path)
+    return dataset
 
 
-def load_eval_examples(data: DataConfig, seed: int) -> Sequence[Mapping[str, Any]]:
+def load_eval_examples(data: DataConfig, seed: int) -> Iterable[Example]:
     """The held-out examples: ``data.eval_split`` of ``data.eval_path``, which is ``data.path`` where it is null.
 
-    Raises UserError as ``load_examples``, and where a single JSONL file would be trained on and held out at once.
+    With ``data.streaming`` they are read as they are iterated over. Raises UserError as ``load_examples``, and where
+    the held-out prompts would be those that are trained on.
     """
-    if data.eval_path is None and Path(data.path).suffix in (".jsonl", ".json"):
+    if data.eval_path is None and (data.sources or is_one_split(data.path)):
+        what = "data.sources are" if data.sources else f"{data.path} holds one split, which is"
         raise UserError(
-            f"{data.path} holds one split, so there are no held-out prompts",
-            "set data.eval_path to another file, or evaluation.num_prompts=0",
+            f"{what} trained on: there are no held-out prompts",
+            "set data.eval_path to other data, or evaluation.num_prompts=0",
         )
-    return load_examples(replace(data, path=data.eval_path or data.path), data.eval_split, seed)
+    held_out = replace(data, path=data.eval_path or data.path)
+    if data.streaming and not held_out.path.startswith(BUILTIN_PREFIX):
+        file = jsonl_file(held_out, data.eval_split)
+        if file is not None:
+            return (example for example, _ in read_jsonl(file, held_out))
+        return load_dataset(held_out, data.eval_split, streaming=True)
+    return load_examples(held_out, data.eval_split, seed)
 
 
-def read_jsonl(path: Path, data: DataConfig) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; blank lines are left out. Raises UserError with the number of the first bad line."""
+def is_one_split(path: str) -> bool:
+    """Whether the data are a single file, which has no other split to hold out."""
+    return Path(path).suffix in (*JSONL_SUFFIXES, *_BUILDERS)
+
+
+def jsonl_file(data: DataConfig, split: str) -> Path | None:
+    """The JSONL file that holds the split, where it is one."""
+    path = Path(data.path).expanduser()
+    if path.suffix in JSONL_SUFFIXES:
+        return path
+    file = path / f"{split}.jsonl"
+    return file if file.is_file() else None
+
+
+class Place(NamedTuple):
+    """A place in a JSONL file."""
+
+    offset: int = 0
+    """Bytes before it."""
+    line: int = 0
+    """Lines before it."""
+
+
+def read_jsonl(path: Path, data: DataConfig, start: Place = Place()) -> Iterator[tuple[Example, Place]]:  # noqa: B008
+    """The objects of a JSONL file, each with the place after it; blank lines are left out.
+
+    Raises:
+        UserError: no such file, or a bad line, with its number.
+    """
     if not path.is_file():
         raise UserError(f"no such data file: {path}", "give data.path")
-    examples: list[dict[str, Any]] = []
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
+        file.seek(start.offset)
+        end = start
+        for text in file:
+            end = Place(end.offset + len(text), end.line + 1)
+            if not text.strip():
                 continue
-            where = f"{path}, line {number}"
+            where = f"{path}, line {end.line}"
             try:
-                example = json.loads(line)
+                example = json.loads(text)
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise UserError(f"{where}: not JSON: {error}", "each line must be one JSON object") from None
             if not isinstance(example, dict):
                 raise UserError(f"{where}: not a JSON object", "each line must be one JSON object")
-            _check_fields(example, data, where)
-            examples.append(example)
-    if not examples:
-        raise UserError(f"no examples in {path}", "each line must be one JSON object")
-    return examples
+            check_example(example, data, where)
+            yield example, end
 
 
-def _check_fields(example: Mapping[str, Any], data: DataConfig, where: str) -> None:
-    for key, name in (("prompt_field", data.prompt_field), ("target_field", data.target_field)):
-        if name not in example:
-            raise UserError(f"{where}: no field {name!r} (there is: {', '.join(example)})", f"set data.{key}")
-    if not isinstance(example[data.prompt_field], str):
-        raise UserError(f"{where}: the field {data.prompt_field!r} is not a string", "set data.prompt_field")
-    if not isinstance(example[data.target_field], str | int | float):
-        raise UserError(f"{where}: the field {data.target_field!r} is no string or number", "set data.target_field")
+def check_example(example: Example, data: DataConfig, where: str) -> None:
+    """Raise UserError unless the example holds a prompt and, where ``data`` names its field, a target."""
+    for name in (data.prompt_field, data.target_field):
+        if name is not None and name not in example:
+            raise UserError(f"{where}: no field {name!r} (there is: {', '.join(example)})", _FIELDS)
+    prompt = example[data.prompt_field]
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], Mapping):
+        for message in prompt:
+            if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+                raise UserError(
+                    f"{where}: a message in {data.prompt_field!r} is not {{role: text, content: text}}",
+                    "each message has a role (system, user, assistant) and a content, both text",
+                )
+    elif not isinstance(prompt, str):
+        raise UserError(f"{where}: the field {data.prompt_field!r} is neither a string nor a list of messages", _FIELDS)
+    if data.target_field is not None and not isinstance(example[data.target_field], str | int | float):
+        raise UserError(f"{where}: the field {data.target_field!r} is no string or number", _FIELDS)
 
 
-def _load_dataset(data: DataConfig, split: str) -> Sequence[Mapping[str, Any]]:
+def load_dataset(data: DataConfig, split: str, *, streaming: bool) -> Any:
+    """A ``datasets.Dataset``, or an ``IterableDataset`` that reads as it goes. Raises UserError."""
     import datasets
     import httpx
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    source = str(Path(data.path).expanduser()) if Path(data.path).expanduser().exists() else data.path
+    path = Path(data.path).expanduser()
+    source, name, files = (str(path) if path.exists() else data.path), data.name, None
+    if path.suffix in _BUILDERS:
+        if not path.is_file():
+            raise UserError(f"no such data file: {path}", "give data.path")
+        source, name, files, split = _BUILDERS[path.suffix], None, str(path), "train"
     try:
-        dataset = datasets.load_dataset(source, data.name, split=split)
+        return datasets.load_dataset(source, name, data_files=files, split=split, streaming=streaming)
     except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError, ValueError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"cannot load {data.path} (name {data.name}, split {split}): {first_line}",
-            "check data.path, data.name and data.split; a JSONL file needs the suffix .jsonl",
+            "check path, name and split of the data; a JSONL file needs the suffix .jsonl",
         ) from None
     except (OfflineModeIsEnabled, ConnectionError, HfHubHTTPError, httpx.TransportError) as error:
         raise UserError(
             f"{data.path} is not in the local cache and the hub cannot be reached ({type(error).__name__})",
-            "load it once where there is a network, with the same HF_HOME, or set data.path to a JSONL file",
+            f"where there is a network, run `hf download --repo-type dataset {data.path} --local-dir DIR`, and set "
+            "data.path=DIR",
         ) from None
-    if len(dataset) == 0:
-        raise UserError(f"{data.path} has no examples in split {split}", "check data.split")
-    _check_fields(dataset[0], data, data.path)
-    return dataset

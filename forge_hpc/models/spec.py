@@ -1,8 +1,11 @@
-"""From a Hugging Face directory to a TorchTitan model: dense Qwen3 and Llama 3 of any size, and Qwen3 MoE.
+"""From a Hugging Face directory to a TorchTitan model: Qwen2, Qwen3 and Llama 3 of any size, and Qwen3 MoE.
 
-Dimensions come from ``config.json``. Both families are built with rotary embeddings in Hugging Face's layout (halves
+Dimensions come from ``config.json``. All families are built with rotary embeddings in Hugging Face's layout (halves
 rotated, not pairs), so every weight has the same values and shape on both sides: publishing and exporting them is
 renaming, whatever the sharding.
+
+TorchTitan 0.3.0 has no Qwen2. Its transformers backend would, but computes attention by flex alone, which has no
+backward pass on the CPU; so Qwen2 is Llama's block with a bias in the query, key and value projections.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ from torchtitan.protocols.module import Module
 from forge_hpc.config.errors import UserError
 
 _NORMAL = {"weight": partial(nn.init.normal_, std=0.02)}
+_NORMAL_WITH_BIAS = {**_NORMAL, "bias": nn.init.zeros_}
 _ONES = {"weight": nn.init.ones_}
 
 
@@ -71,6 +75,16 @@ class LlamaRoPE(CosSinRoPE):
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+class HFNames(Qwen3StateDictAdapter):
+    """Renames state dicts to and from Hugging Face's names: those of Qwen3 are Llama's too, and Qwen2's with biases."""
+
+    def __init__(self, model_config: Any, hf_assets_path: str | None = None) -> None:
+        super().__init__(model_config, hf_assets_path)
+        for letter in "qkv":
+            hf_name = f"model.layers.{{}}.self_attn.{letter}_proj.bias"
+            self.from_hf_map[hf_name] = f"layers.{{}}.attention.qkv_linear.w{letter}.bias"
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """A TorchTitan model, not yet built."""
@@ -78,8 +92,7 @@ class ModelSpec:
     config: Decoder.Config
     parallelize: Callable[..., nn.Module]
     """TorchTitan's parallelize function for the family."""
-    adapter: Qwen3StateDictAdapter
-    """Renames state dicts to and from Hugging Face's names. Its names are those of Llama too."""
+    adapter: HFNames
     hf_config: dict[str, Any]
     inner_attention: Module.Config
 
@@ -111,6 +124,7 @@ def load_spec(
     families = {
         "Qwen3ForCausalLM": (Qwen3Model, Qwen3TransformerBlock, parallelize_qwen3),
         "Qwen3MoeForCausalLM": (Qwen3Model, Qwen3TransformerBlock, parallelize_qwen3),
+        "Qwen2ForCausalLM": (Llama3Model, Llama3TransformerBlock, parallelize_llama),
         "LlamaForCausalLM": (Llama3Model, Llama3TransformerBlock, parallelize_llama),
     }
     if architecture not in families:
@@ -145,7 +159,7 @@ def load_spec(
         config.update_from_config(config=SimpleNamespace(parallelism=parallelism))
     except ValueError as error:
         raise UserError(str(error), "choose trainer.parallelism.tensor_parallel_degree to divide the heads") from error
-    return ModelSpec(config, parallelize, Qwen3StateDictAdapter(config, None), hf, inner_attention)
+    return ModelSpec(config, parallelize, HFNames(config), hf, inner_attention)
 
 
 def read_hf_config(model_dir: Path) -> dict[str, Any]:
@@ -172,7 +186,8 @@ def load_hf_weights(model: nn.Module, spec: ModelSpec, model_dir: Path) -> None:
     titan_state = model.state_dict()
     state = spec.adapter.to_hf(titan_state)
     # The adapter passes over names that it does not know.
-    assert spec.is_moe or len(state) == len(titan_state) - spec.is_tied, "a weight has no Hugging Face name"
+    num_named = sum(".lora_" not in name for name in titan_state) - spec.is_tied
+    assert spec.is_moe or len(state) == num_named, "a weight has no Hugging Face name"
     _check_weights(state, model_dir)
     dcp.load(state, storage_reader=HuggingFaceStorageReader(str(model_dir)))
     if spec.is_moe:  # expert weights are stacked here and separate there, so the load went into copies
@@ -210,6 +225,7 @@ def _block_config(
     """Makes the configuration of one layer; each layer gets its own, as TorchTitan fills in shardings."""
     dim, num_heads = hf["hidden_size"], hf["num_attention_heads"]
     head_dim = hf.get("head_dim") or dim // num_heads
+    has_qkv_bias = hf.get("model_type") == "qwen2"
     num_experts = hf.get("num_local_experts") or hf.get("num_experts")  # the name since transformers 5, and before
 
     def norm(size: int) -> RMSNorm.Config:
@@ -225,23 +241,20 @@ def _block_config(
                     dim=dim, hidden_dim=hf["intermediate_size"], w1_param_init=_NORMAL, w2w3_param_init=_NORMAL
                 )
             }
-        return block_cls.Config(
-            attention_norm=norm(dim),
-            ffn_norm=norm(dim),
-            attention=make_gqa_config(
-                dim=dim,
-                n_heads=num_heads,
-                n_kv_heads=hf.get("num_key_value_heads") or num_heads,
-                head_dim=head_dim,
-                wqkv_param_init=_NORMAL,
-                wo_param_init=_NORMAL,
-                inner_attention=type(inner_attention)(),
-                fuse_qkv=False,  # fused, every state dict would be a copy
-                rope=_rope_config(hf, head_dim, max_positions),
-                qk_norm=norm(head_dim) if block_cls is Qwen3TransformerBlock else None,
-            ),
-            **mlp,
+        attention = make_gqa_config(
+            dim=dim,
+            n_heads=num_heads,
+            n_kv_heads=hf.get("num_key_value_heads") or num_heads,
+            head_dim=head_dim,
+            wqkv_param_init=_NORMAL_WITH_BIAS if has_qkv_bias else _NORMAL,
+            wo_param_init=_NORMAL,
+            inner_attention=type(inner_attention)(),
+            fuse_qkv=False,  # fused, every state dict would be a copy
+            rope=_rope_config(hf, head_dim, max_positions),
+            qk_norm=norm(head_dim) if block_cls is Qwen3TransformerBlock else None,
         )
+        attention.qkv_linear.wq.bias = attention.qkv_linear.wkv.bias = has_qkv_bias
+        return block_cls.Config(attention_norm=norm(dim), ffn_norm=norm(dim), attention=attention, **mlp)
 
     return block
 

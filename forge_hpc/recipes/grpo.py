@@ -16,8 +16,8 @@ import time
 from typing import Any
 
 from forge_hpc.actors.buffer import EpisodeBuffer
+from forge_hpc.data.mixture import open_sources
 from forge_hpc.data.prompts import PromptStream
-from forge_hpc.data.source import load_examples
 from forge_hpc.data.types import Completion, Prompt
 from forge_hpc.recipes.checks import SignalWatch, check_mismatch
 from forge_hpc.recipes.rollouts import RolloutClock, make_group, measure, to_documents
@@ -30,9 +30,7 @@ async def grpo(session: Session) -> None:
     config, rollout = session.config, session.config.rollout
     synchronous = rollout.max_staleness == 0
 
-    prompts = PromptStream(
-        load_examples(config.data, config.data.split, config.seed), session.tokenizer, config, config.seed
-    )
+    prompts = PromptStream(open_sources(config), session.tokenizer, config)
     prompts.load_state_dict(session.state.get("prompts", prompts.state_dict()))
     held_out = load_held_out(session)
     rewards = await RewardPool(config).start()
@@ -71,6 +69,7 @@ async def grpo(session: Session) -> None:
         for step in session.remaining_steps():
             waited = time.perf_counter()
             groups = await buffer.take(step)
+            prompts.report(groups)
             waited = time.perf_counter() - waited
             metrics = measure(groups, step) | {"time/wait_generator_s": waited, "episodes/stale": buffer.num_stale}
             documents = to_documents(groups, config)
@@ -89,7 +88,7 @@ async def grpo(session: Session) -> None:
                 "prompts/too_long": prompts.num_too_long,
             }
             session.record(step, metrics, groups)
-            await session.save_if_due(step, {"prompts": drawn.pop(step)})
+            await session.save_if_due(step, {"prompts": prompts.with_rewards(drawn.pop(step))})
             if evaluates:
                 await session.evaluate(step, held_out, rewards)
     await session.finish()

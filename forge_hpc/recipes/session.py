@@ -352,10 +352,22 @@ class Session:
         interval = self.config.evaluation.interval
         return step in (0, self.config.trainer.training.steps) or (interval > 0 and step % interval == 0)
 
-    async def evaluate(self, step: int, prompts: Sequence[Prompt], rewards: Any) -> None:
+    async def validation_loss(self, documents: Sequence[Document]) -> dict[str, float]:
+        """Mean loss of the policy on held-out documents, to log as an evaluation; nothing where there are none."""
+        if not documents:
+            return {}
+        start = time.perf_counter()
+        loss = await self.trainers.call("eval_loss", documents)
+        self._step_ended = time.perf_counter()
+        return {"loss": loss, "num_documents": len(documents), "time_s": self._step_ended - start}
+
+    async def evaluate(
+        self, step: int, prompts: Sequence[Prompt], rewards: Any, more: Mapping[str, float] | None = None
+    ) -> None:
         """Greedy accuracy of the policy after ``step`` on held-out prompts, over all generators.
 
-        A resumed run evaluates what it was interrupted in, and nothing twice.
+        A resumed run evaluates what it was interrupted in, and nothing twice. ``more`` is logged with it: a step has
+        one evaluation.
         """
         from forge_hpc.rewards import RewardError
 
@@ -382,7 +394,7 @@ class Session:
         ]
         right = await asyncio.gather(*(correct(prompt, completions) for prompt, completions in pairs))
         values = {"accuracy": sum(right) / len(right), "num_prompts": len(right), "time_s": time.perf_counter() - start}
-        self.metrics.log_evaluation(step, values)
+        self.metrics.log_evaluation(step, {**(more or {}), **values})
         self._step_ended = time.perf_counter()
 
     async def finish(self) -> None:

@@ -21,8 +21,9 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.stateful import Stateful
-from torchtitan.components.checkpointer import CheckpointManager
+from torchtitan.components.checkpointer import CheckpointManager, ModelWrapper
 from torchtitan.components.checkpointer.base import DATALOADER, MODEL, OPTIMIZER
+from torchtitan.components.checkpointer.utils import canonical_fqn
 from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer
 
 from forge_hpc.checkpoint import CheckpointError, FileRecord, describe
@@ -66,6 +67,15 @@ class _Writer(dcp.FileSystemWriter):
             raise cause or error from None
 
 
+class _TrainedWeights(ModelWrapper):
+    """The model without its frozen weights, which are those of the model that training started from."""
+
+    def _get_state_dict(self) -> dict[str, Any]:
+        named = [item for model in self.model for item in model.named_parameters(remove_duplicate=False)]
+        frozen = {canonical_fqn(name) for name, parameter in named if not parameter.requires_grad}
+        return {name: value for name, value in super()._get_state_dict().items() if name not in frozen}
+
+
 class TrainerCheckpointer(CheckpointManager):
     """Writes straight into a directory, not into ``folder/step-N``: the run's checkpoints have their own layout, which
     also says when one is complete and how long it is kept. The files are the same.
@@ -93,6 +103,7 @@ class TrainerCheckpointer(CheckpointManager):
             sd_adapter=None,
         )
         del self.states[DATALOADER]  # the controller draws the prompts
+        self.states[MODEL] = _TrainedWeights(model)
         self.states[OPTIMIZER] = _OptimizerState(optimizers)
         self._staging = Staging() if async_save else None
         self._saving: Future[dict[str, FileRecord]] | None = None

@@ -39,6 +39,7 @@ from forge_hpc.models.spec import load_hf_weights, load_spec
 from forge_hpc.training.checkpointer import TrainerCheckpointer
 from forge_hpc.training.export import export_hf
 from forge_hpc.training.logprobs import token_logprobs
+from forge_hpc.training.lora import add_adapters, init_adapters, merge_adapters
 
 
 class TrainEngine(Stateful):
@@ -69,8 +70,11 @@ class TrainEngine(Stateful):
             inner_attention=inner_attention_config(param_dtype),
             parallelism=parallelism,
         )
+        if cfg.trainer.lora.enable:
+            self.spec = add_adapters(self.spec, cfg.trainer.lora)
         self.model = self._build_model(parallelism, param_dtype)
         load_hf_weights(self.model, self.spec, model_dir)
+        init_adapters(self.model, cfg.seed)
         self.optimizers = _build_optimizers(cfg, self.model)
         self.lr_schedulers = _build_lr_schedulers(cfg, self.optimizers)
         is_sft = cfg.recipe == "sft"
@@ -160,6 +164,11 @@ class TrainEngine(Stateful):
         seed = np.random.SeedSequence([self.cfg.seed, self.step, dist.get_rank()]).generate_state(1, np.uint64)
         torch.manual_seed(int(seed[0] >> 1))
 
+    def eval_loss(self, documents: Sequence[Document]) -> float:
+        """Mean negative log-likelihood (nats) of the documents' trained tokens; no step is taken."""
+        num_trained = sum(int(np.count_nonzero(document.loss_mask[1:])) for document in documents)
+        return -sum(float(values.sum(dtype=np.float64)) for values in self.logprobs(documents)) / num_trained
+
     def _pack(self, documents: Sequence[Document]) -> PackedBatch:
         training = self.cfg.trainer.training
         return pack(
@@ -243,7 +252,8 @@ class TrainEngine(Stateful):
     def hf_state_dict(self) -> dict[str, torch.Tensor]:
         """The weights by Hugging Face name in ``model.dtype``: tensors, or DTensors where the model is sharded.
 
-        In the training dtype they are views of the weights, which the next step changes. With tied embeddings
+        In the training dtype they are views of the weights, which the next step changes, or with LoRA copies of those
+        that an adapter was merged into. With tied embeddings
         ``lm_head.weight`` is there too, the same tensor: vLLM's head on the CPU stays stale without it.
         """
         dtype = TORCH_DTYPE_MAP[self.cfg.model.dtype]
@@ -299,7 +309,7 @@ class TrainEngine(Stateful):
         self.step = state_dict["step"]
 
     def _to_hf(self) -> dict[str, torch.Tensor]:
-        return self.spec.adapter.to_hf(self.model.state_dict())
+        return self.spec.adapter.to_hf(merge_adapters(self.model.state_dict(), self.cfg.trainer.lora))
 
     def _materialize_optimizer_state(self) -> None:
         """Create Adam's state before the first step as if no step had been taken.

@@ -1,0 +1,86 @@
+"""Readers of data that are too large to hold: examples one after the other, from any place that was saved."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from forge_hpc.config.schema import DataConfig
+from forge_hpc.data.source import Example, Place, jsonl_file, load_dataset, read_jsonl
+
+
+class Reader(Protocol):
+    """Reads examples one after the other; places in it can be saved."""
+
+    def read(self, count: int) -> list[Example]:
+        """The next ``count`` examples, fewer where the data end."""
+        ...
+
+    def rewind(self) -> None:
+        """Go back to the beginning."""
+        ...
+
+    def tell(self) -> Any:
+        """The place of the next example; JSON can hold it."""
+        ...
+
+    def seek(self, place: Any) -> None:
+        """Go to a place."""
+        ...
+
+
+def open_reader(data: DataConfig) -> Reader:
+    """What reads ``data.split`` of ``data.path`` as it is needed. Raises UserError."""
+    file = jsonl_file(data, data.split)
+    return DatasetReader(data) if file is None else JsonlReader(file, data)
+
+
+class JsonlReader:
+    """Reads a JSONL file; any place in it is reached at once."""
+
+    def __init__(self, file: Path, data: DataConfig) -> None:
+        self._file = file
+        self._data = data
+        self._place = Place()
+
+    def read(self, count: int) -> list[Example]:
+        found = list(itertools.islice(read_jsonl(self._file, self._data, self._place), count))
+        if found:
+            self._place = found[-1][1]
+        return [example for example, _ in found]
+
+    def rewind(self) -> None:
+        self._place = Place()
+
+    def tell(self) -> list[int]:
+        return list(self._place)
+
+    def seek(self, place: Sequence[int]) -> None:
+        self._place = Place(*place)
+
+
+class DatasetReader:
+    """Reads anything that ``datasets`` streams; a place is reached by reading its file up to there."""
+
+    def __init__(self, data: DataConfig) -> None:
+        self._dataset = load_dataset(data, data.split, streaming=True)
+        self._beginning = self._place = self._dataset.state_dict()
+        self._iterator = iter(self._dataset)
+
+    def read(self, count: int) -> list[Example]:
+        examples = list(itertools.islice(self._iterator, count))
+        self._place = self._dataset.state_dict()
+        return examples
+
+    def rewind(self) -> None:
+        self.seek(self._beginning)
+
+    def tell(self) -> dict[str, Any]:
+        return self._place
+
+    def seek(self, place: dict[str, Any]) -> None:
+        self._place = place
+        self._dataset.load_state_dict(place)
+        self._iterator = iter(self._dataset)

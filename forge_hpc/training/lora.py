@@ -1,0 +1,82 @@
+"""Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685) by TorchTitan's converter, merged wherever weights leave.
+
+A linear layer computes W x + (alpha / rank) B A x with W frozen: A [rank, in] random, B [out, rank] zero at first. The
+generators and the export know nothing of it: they get W + (alpha / rank) B A.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torchtitan.components.checkpointer.utils import canonical_fqn
+from torchtitan.components.lora import LoRAConverter
+
+from forge_hpc.config.schema import LoRAConfig
+from forge_hpc.models.spec import ModelSpec
+
+_A, _B = ".lora_a.weight", ".lora_b.weight"
+
+
+def add_adapters(spec: ModelSpec, lora: LoRAConfig) -> ModelSpec:
+    """The model with adapters beside its linear layers; all else is frozen."""
+    converter = LoRAConverter.Config(rank=lora.rank, alpha=lora.alpha, target_modules=list(lora.target_modules))
+    return dataclasses.replace(spec, config=LoRAConverter(converter).convert(spec.config))
+
+
+@torch.no_grad()
+def init_adapters(model: nn.Module, seed: int) -> None:
+    """Draw every A from the seed and its name: the same values on any number of ranks, however they are sharded.
+
+    On the CPU torch 2.13 draws each shard of a DTensor by itself, so that they would depend on the ranks.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith(_A):
+            digest = hashlib.sha256(f"{seed}/{canonical_fqn(name)}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+            values = torch.empty(parameter.shape)
+            nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            local.copy_(values[_local_slices(parameter)])
+
+
+@torch.no_grad()
+def merge_adapters(state: Mapping[str, torch.Tensor], lora: LoRAConfig) -> dict[str, torch.Tensor]:
+    """A model's state dict as if it had been trained without adapters. A collective call; computed in float32.
+
+    Returns:
+        Every weight W with an adapter replaced by W + (alpha / rank) B A, sharded as W; all others as they are.
+    """
+    merged = {name: tensor for name, tensor in state.items() if not name.endswith((_A, _B))}
+    for name, a in state.items():
+        if name.endswith(_A):
+            prefix = name.removesuffix(_A)
+            a, b, weight = _full(a), _full(state[prefix + _B]), merged[f"{prefix}.weight"]
+            rows, columns = _local_slices(weight)
+            local = weight.to_local() if isinstance(weight, DTensor) else weight
+            update = b[rows].float() @ a[:, columns].float()
+            result = (local.float() + lora.alpha / lora.rank * update).to(weight.dtype)
+            if isinstance(weight, DTensor):
+                result = DTensor.from_local(
+                    result, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()
+                )
+            merged[f"{prefix}.weight"] = result
+    return merged
+
+
+def _full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _local_slices(tensor: torch.Tensor) -> tuple[slice, ...]:
+    """Which part of the whole tensor this rank holds."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, size) for size in tensor.shape)
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
