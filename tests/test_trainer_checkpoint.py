@@ -63,7 +63,7 @@ def on_ranks(num_ranks: int, directory: Path, work: Callable[..., Any], *argumen
 
 
 def fill_disk_of_second_rank(directory: Path) -> None:
-    directory.mkdir(parents=True)
+    directory.mkdir()
     (directory / "__1_0.distcp").symlink_to("/dev/full")
 
 
@@ -72,14 +72,18 @@ def block_metadata(directory: Path) -> None:
 
 
 def block_directory(directory: Path) -> None:
-    directory.parent.mkdir()
     directory.touch()
+
+
+def no_memory(state: object) -> None:
+    raise MemoryError("no memory for the copy")
 
 
 FAILURES = {
     "a full disk": (fill_disk_of_second_rank, "rank 1: OSError: [Errno 28] No space left on device"),
     "no metadata": (block_metadata, "rank 0: IsADirectoryError: [Errno 21] Is a directory"),
     "no directory": (block_directory, "FileExistsError: [Errno 17] File exists"),
+    "no memory": (Path.mkdir, "rank 1: MemoryError: no memory for the copy"),
 }
 
 
@@ -89,9 +93,13 @@ def save_on_two_ranks(rank: int, model_dir: Path, directory: Path, step_dir: Pat
     train(engine)
     for name, (block, _) in FAILURES.items():
         if rank == 0:
+            (directory / name).mkdir()
             block(directory / name / "trainer")
         dist.barrier()
-        engine.save(directory / name / "trainer")
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "no memory" and rank == 1:
+                patch.setattr(engine._checkpointer._staging, "copy", no_memory)
+            engine.save(directory / name / "trainer")
         began = time.monotonic()
         with pytest.raises(CheckpointError) as raised:
             engine.wait_for_save()
