@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -41,8 +42,8 @@ def dump_groups(groups: Sequence[Group]) -> bytes:
     np.savez(
         buffer,
         groups=np.frombuffer("\n".join(lines).encode("utf-8", "surrogatepass"), np.uint8),
-        ints=_narrow(packer.ints, np.int64, np.int32),
-        floats=_narrow(packer.floats, np.float64, np.float32),
+        ints=_narrow(packer.ints, np.dtype("int64"), np.dtype("int32")),
+        floats=_narrow(packer.floats, np.dtype("float64"), np.dtype("float32")),
     )
     return buffer.getvalue()
 
@@ -54,11 +55,14 @@ def load_groups(data: bytes) -> list[Group]:
         ValueError: the bytes are not from ``dump_groups``.
         UserError: a newer version of this project wrote them.
     """
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        head, *lines = arrays["groups"].tobytes().decode("utf-8", "surrogatepass").split("\n")
-        refuse_newer("the checkpoint's buffer of episodes", json.loads(head)["format"], FORMAT)
-        unpacker = _Unpacker(arrays["ints"], arrays["floats"])
-        return [unpacker.unpack(Group, json.loads(line)) for line in lines]
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            head, *lines = arrays["groups"].tobytes().decode("utf-8", "surrogatepass").split("\n")
+            refuse_newer("the checkpoint's buffer of episodes", json.loads(head)["format"], FORMAT)
+            unpacker = _Unpacker(arrays["ints"], arrays["floats"])
+            return [unpacker.unpack(Group, json.loads(line)) for line in lines]
+    except (zipfile.BadZipFile, KeyError, TypeError) as error:
+        raise ValueError(f"these are no saved episodes: {error}") from None
 
 
 class _Packer:
@@ -121,7 +125,7 @@ class _Unpacker:
         return tuple(value) if isinstance(kind, str) and kind.startswith("tuple") else value
 
 
-def _narrow(arrays: list[np.ndarray], wide: type, narrow: type) -> np.ndarray:
+def _narrow(arrays: list[np.ndarray], wide: np.dtype[Any], narrow: np.dtype[Any]) -> np.ndarray:
     """All values in one array, of the smaller type where that loses nothing."""
     values = np.concatenate(arrays) if arrays else np.zeros(0, wide)
     with np.errstate(over="ignore"):

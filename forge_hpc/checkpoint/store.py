@@ -100,7 +100,7 @@ class CheckpointStore:
         """The newest checkpoint that verifies, with the controller's state. Says which ones it passes over, and why.
 
         Raises:
-            UserError: the newest one is of a newer version of this project, or may not be read.
+            UserError: one that would do is of a newer version of this project, or may not be read.
         """
         with reading(self._dir):
             for step in reversed(self.steps()):
@@ -116,6 +116,8 @@ class CheckpointStore:
                         return path, state
                 logger.warning("passing over %s: %s", path, problem)
                 self._damaged.add(step)
+        if self._damaged:
+            logger.error("no checkpoint in %s is complete", self._dir)
         return None
 
     # ---- writing

@@ -55,7 +55,17 @@ class _OptimizerState(Stateful):
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Tells the system's error where torch.save hides it behind its own: other ranks get no more than the error."""
+    """Tells what went wrong on this rank to all: the system's error where torch.save hides it behind its own, and a
+    ``failure`` from before, since a rank that stayed away would leave the others waiting for it."""
+
+    def __init__(self, directory: Path, failure: Exception | None, **options: Any) -> None:
+        super().__init__(directory, **options)
+        self._failure = failure
+
+    def prepare_local_plan(self, plan: Any) -> Any:
+        if self._failure is not None:
+            raise self._failure
+        return super().prepare_local_plan(plan)
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         try:
@@ -120,11 +130,16 @@ class TrainerCheckpointer(CheckpointManager):
         self.saved()
         state: dict[str, Any] = dict(self.states[MODEL].state_dict())
         state |= {key: value.state_dict() for key, value in self.states.items() if key != MODEL}
-        if self._staging is not None:
-            self._saving = self._writer.submit(self._write, self._staging.copy(state), directory)
-        else:
+        if self._staging is None:
             self._saving = Future()
             self._saving.set_result(self._write(state, directory))
+            return
+        failure = None
+        try:
+            state = self._staging.copy(state)
+        except Exception as error:  # of memory
+            state, failure = {}, error
+        self._saving = self._writer.submit(self._write, state, directory, failure)
 
     def saved(self) -> dict[str, FileRecord]:
         """Wait until the last save is on disk.
@@ -142,9 +157,9 @@ class TrainerCheckpointer(CheckpointManager):
             raise
 
     @torch.no_grad()
-    def _write(self, state: dict[str, Any], directory: Path) -> dict[str, FileRecord]:
+    def _write(self, state: dict[str, Any], directory: Path, failure: Exception | None = None) -> dict[str, FileRecord]:
         # A staged state is in host memory already: nothing to copy ahead, and no CUDA context of this thread's own.
-        writer = _Writer(directory, per_thread_copy_ahead=0 if self._staging is not None else 10_000_000)
+        writer = _Writer(directory, failure, per_thread_copy_ahead=0 if self._staging is not None else 10_000_000)
         with _ordinary_errors(f"cannot save {directory}"):
             dcp.save(state, storage_writer=writer, process_group=self.pg)
         rank = dist.get_rank(self.pg)
