@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import subprocess
+import sys
 
 import pytest
 from hostile_programs import CHEATS
@@ -241,3 +244,9 @@ def test_a_program_cannot_find_what_it_is_to_print(sandbox, cheat):
     number = secrets.randbelow(10**9)
     report = sandbox.run_tests_sync(cheat, [Case("", str(number)), Case("", str(number))], limits=Limits(wall_s=5))
     assert report.num_passed == 0
+
+
+def test_the_room_imports_nothing_heavy():
+    code = "import sys, forge_hpc.sandbox; assert not {'torch', 'monarch', 'vllm'} & set(sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
