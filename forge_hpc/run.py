@@ -301,6 +301,9 @@ class Supervisor:
     def _finish(self, config: Config, ended: Ended, starts: StartLog, log_dir: Path) -> int:
         """Leave the true state behind, come back where that is wanted, and say how it ended."""
         run_dir, message = self.run_dir, ended.message
+        if self._lock.lost.is_set():  # the run, its status and its log of starts are another's now
+            print(f"error: {message}", file=sys.stderr)
+            return 1
         if ended.cause == "completed":
             run_dir.write_status(state="completed")
             starts.end(state="completed", cause=ended.cause, message="")
@@ -378,6 +381,8 @@ class Supervisor:
             undisturbed(command), stdin=subprocess.PIPE, start_new_session=True, env=self._child_env(tls)
         )
         wish = self._watch(controller, worker, rendezvous)
+        if wish is not None and self._lock.lost.is_set():
+            return Ended(wish.cause, wish.message)
         outcome = rendezvous.look("outcome")
         if wish is not None and wish.cancels and (outcome is None or outcome["code"] != 1):
             return Ended("cancelled", wish.message)
@@ -413,7 +418,7 @@ class Supervisor:
                 controller.kill()
             if self._lock.lost.is_set():
                 controller.kill()
-                raise UserError(f"another job has taken {self.run_dir} over while this one stood still", None)
+                return Wish("taken over", f"another start has taken {self.run_dir} over", None)
             if not told and worker.poll() not in (None, 0):
                 told = True
                 self._tell_worker_ended(rendezvous, worker)

@@ -46,6 +46,9 @@ RECOVERY_S = 240.0
 STEPS_BETWEEN = 3
 
 
+PARTITION = {"preempted, CANCEL": "cancel", "preempted, no grace": "now"}  # low for all other faults
+
+
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:
     """Records of ``starts.jsonl``."""
     return StartLog(RunDir(run_dir)).read()
@@ -127,15 +130,11 @@ class Campaign:
 
     # ---- faults
 
-    def preempt(self, partition: str) -> None:
+    def preempt(self) -> None:
         """A job of higher priority takes the nodes for a few seconds."""
-        self.move_to(partition)
-        before = self.step
         high = ["sbatch", "--parsable", "--partition=high", "--nodes=4", "--exclusive", "--wrap=sleep 3"]
-        self.fault_time = time.time()
         job = self.cluster.run(*high, f"--output={self.directory}/high.out", env=self.env).stdout.strip()
         self.cluster.wait_for(lambda: self.cluster.job(job)["JobState"] == "COMPLETED", 180)
-        assert self.step >= before
 
     def move_to(self, partition: str) -> None:
         """Have the run go on in another partition."""
@@ -227,9 +226,9 @@ FAULTS: dict[str, tuple[Callable[[Campaign], None], Callable[[Campaign], None] |
     "controller killed": (lambda c: c.kill("forge_hpc.recipes"), None, "-", "preempted"),
     "worker loop killed": (lambda c: c.kill("--node 1"), None, "node 1: its Monarch worker", "preempted"),
     "slurmd killed": (Campaign.slurmd, Campaign.mend_slurmd, "node 1|reports of", "preempted"),
-    "preempted, REQUEUE": (lambda c: c.preempt("low"), None, "leaving after this step", "preempted"),
-    "preempted, CANCEL": (lambda c: c.preempt("cancel"), None, "leaving after this step", "preempted"),
-    "preempted, no grace": (lambda c: c.preempt("now"), None, "leaving after this step", "preempted"),
+    "preempted, REQUEUE": (Campaign.preempt, None, "leaving after this step", "preempted"),
+    "preempted, CANCEL": (Campaign.preempt, None, "leaving after this step", "preempted"),
+    "preempted, no grace": (Campaign.preempt, None, "leaving after this step", "preempted"),
     "walltime": (Campaign.walltime, None, "leaving after this step", "preempted"),
     "scancel": (Campaign.scancel, None, "-", "cancelled"),
     "checkpoint disk full": (Campaign.fill_disk, Campaign.free_disk, "the checkpoint of step", ""),
@@ -246,8 +245,7 @@ def written(run_dir: Path) -> dict[int, float]:
 def inject(campaign: Campaign, name: str, row: Row) -> None:
     """One fault, from a run that trains to a run that trains again."""
     fault, mend, sign, state = FAULTS[name]
-    if not name.startswith("preempted"):
-        campaign.move_to("low")
+    campaign.move_to(PARTITION.get(name, "low"))
     campaign.wait_for_steps(STEPS_BETWEEN)
     ends, begins = len(campaign.ends()), len(campaign.starts("begin"))
     campaign.fault_time, seen_before = time.time(), written(campaign.run_dir)

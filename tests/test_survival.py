@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import check_contract, processes, read, run_local, small_run, start_local, status, wait_for
-from test_end_to_end import BAD_REWARD, REWARD, check_same
+from runs import REWARD, check_contract, processes, read, run_local, small_run, start_local, status, wait_for
+from test_end_to_end import BAD_REWARD, check_same
 
 from forge_hpc.cluster.starts import StartLog
 from forge_hpc.run_dir import RunDir

@@ -133,6 +133,7 @@ class GeneratorPool:
     # ---- replacement
 
     def _on_loss(self, index: int, reason: str) -> None:
+        logger.error("generator %d is lost: %s", index, reason)
         task = asyncio.create_task(self._replace(index, f"generator {index}: {reason}"))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

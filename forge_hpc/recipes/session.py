@@ -21,7 +21,7 @@ from forge_hpc.actors.trainer import Trainer
 from forge_hpc.checkpoint import CheckpointStore, FileRecord, load_extra
 from forge_hpc.checkpoint.episodes import EPISODES, dump_groups, load_groups
 from forge_hpc.cluster.meshes import Cluster
-from forge_hpc.config import Config
+from forge_hpc.config import Config, UserError
 from forge_hpc.data.hub import load_tokenizer, resolve_model
 from forge_hpc.data.prompts import evaluation_prompts
 from forge_hpc.data.source import load_eval_examples
@@ -97,6 +97,11 @@ class Session:
             )
         self.tokenizer = await asyncio.to_thread(load_tokenizer, self.model_dir)
         found = await asyncio.to_thread(self.checkpoints.newest)
+        if found is None and self.checkpoints.steps():
+            raise UserError(
+                f"none of the checkpoints in {self.run_dir.checkpoints} can be used; controller.log says why",
+                "mend or restore one, or move them away to begin again from step 0",
+            )
         if found is not None:
             self._resume_from, state = found
             self.step, self.state = state["step"], state["recipe"]
