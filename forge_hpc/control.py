@@ -93,6 +93,8 @@ def follow_run(run_dir: RunDir, job_id: str | None = None) -> int:
             # What was seen before the last lines are read decides: nothing printed before the end is missed.
             status = run_dir.read_status()
             over = status is not None and status.is_terminal
+            if on_slurm and status is not None and status.job_id not in (None, job_id):  # a successor goes on
+                job_id, output, file = status.job_id, run_dir.logs / f"slurm-{status.job_id}.out", None
             if on_slurm and not over and time.monotonic() - asked > _ASK_SLURM_S:
                 asked, over = time.monotonic(), not is_active(str(job_id))
             if file is None and output.exists():

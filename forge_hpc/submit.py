@@ -194,6 +194,7 @@ def prepare_in_allocation(request: Request) -> str:
         cfg = read_config(run_dir.config)
     else:
         cfg = resolve_config(replace(request, nodes=nodes))
+        _adopt_job(cfg, job_id)
         run_dir = run_dir or RunDir(Path("runs") / f"{cfg.name}-{job_id}")
         warm = _check(cfg, run_dir)
         changes = _changes(cfg, run_dir)
@@ -208,6 +209,18 @@ def prepare_in_allocation(request: Request) -> str:
         return "true"
     _say(f"run directory  {run_dir}\n{_split(cfg)}")
     return srun_command(run_dir.path, cfg.slurm.setup, cfg.slurm.cpus_per_task)
+
+
+def _adopt_job(cfg: Config, job_id: str) -> None:
+    """Options of sbatch win over the configuration; kept in it, so that ``forge-hpc resume`` asks for the same."""
+    from forge_hpc.cluster.slurm import job_facts
+
+    facts = job_facts(job_id)
+    if facts is not None:
+        cfg.slurm.partition = facts.partition
+        cfg.slurm.account = facts.account or cfg.slurm.account
+        cfg.slurm.qos = facts.qos or cfg.slurm.qos
+        cfg.slurm.time = facts.time_limit or cfg.slurm.time
 
 
 def prepare(cfg: Config, run_dir: RunDir, job_id: str | None, warm: Config | None = None) -> None:
