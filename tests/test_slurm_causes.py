@@ -426,7 +426,7 @@ JobId=31 JobName=my run Reason=TimeLimit
    MinCPUsNode=1 MinMemoryNode=16G MinTmpDiskNode=0
    Features=fast&ib DelayBoot=00:00:00
    OverSubscribe=NO Contiguous=0 Licenses=(null) Network=(null)
-   Command=/work/sbatch/grpo.sh --run-dir /x/my run note=JobState=CANCELLED Restarts=9
+   Command=/x/sbatch/grpo.sh --run-dir /x/my run note=JobState=CANCELLED Restarts=9
    WorkDir=/work
    StdErr=/x/31/slurm-31.out
    StdIn=/dev/null
