@@ -240,7 +240,8 @@ def _set(target: DictConfig, key: str, hint: Any, node: yaml.Node, full: str, so
     kind = _not_none(hint)
     if kind is str and isinstance(node, yaml.ScalarNode) and value is not None:
         value = node.value  # as it was written: 0123 stays 0123
-        if not source.keep_paths and (full in _PATH_KEYS or re.fullmatch(r"reward\.\d+\.name", full)):
+        is_path = full in _PATH_KEYS or re.fullmatch(r"reward\.\d+\.name", full)
+        if not source.keep_paths and (is_path or (full == "recipe" and ":" in value)):
             value = _local_path(value, source.folder)
     wrong = UserError(f"{source.at(node)}: {full} must be {_describe(hint)}, not {_shown(node, value)}", None)
     if kind is bool and isinstance(value, str):
@@ -293,7 +294,7 @@ def _local_path(text: str, folder: Path | None) -> str:
     """`text` as an absolute path where a file or directory of that name is there, else unchanged (a hub name)."""
     if text == "warmstart" or text.startswith("builtin:"):
         return text
-    name, colon, rest = text.partition(":")  # rewards: file.py:function
+    name, colon, rest = text.partition(":")  # rewards and recipes: file.py:function
     for candidate in ([] if folder is None else [folder]) + [Path()]:
         path = candidate / Path(name).expanduser()
         if path.exists():
@@ -325,7 +326,8 @@ def _item_class(hint: Any) -> Any:
 def _describe(hint: Any) -> str:
     kind = _not_none(hint)
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    name = names.get(kind) or ("a mapping" if typing.get_origin(kind) is dict else "a list of texts")
+    items = "whole numbers" if typing.get_args(kind) == (int,) else "texts"
+    name = names.get(kind) or ("a mapping" if typing.get_origin(kind) is dict else f"a list of {items}")
     return name if kind is hint else f"{name} or null"
 
 

@@ -20,7 +20,7 @@ from forge_hpc.config.models import KNOWN_MODEL_TYPES, check_tokenizer, check_we
 from forge_hpc.config.schema import Config
 from forge_hpc.config.split import plan
 
-RECIPES = ("grpo", "sft")
+RECIPES = ("grpo", "sft", "eval")
 LOSSES = ("grpo", "reinforce")
 ADVANTAGES = ("group_mean_std", "group_mean", "leave_one_out")
 REWARDS = ("exact", "math", "gsm8k")
@@ -28,7 +28,6 @@ BUILTIN_MODELS = ("builtin:qwen3-tiny",)
 BUILTIN_DATA = ("builtin:addition",)
 _DTYPES = ("float32", "bfloat16")
 _NAMES = {
-    "recipe": RECIPES,
     "algorithm.loss": LOSSES,
     "algorithm.advantage": ADVANTAGES,
     "model.dtype": _DTYPES,
@@ -83,6 +82,8 @@ _NOT_NEGATIVE = [
     "trainer.lr_scheduler.warmup_steps",
     "evaluation.interval",
     "evaluation.num_prompts",
+    "evaluation.samples",
+    "evaluation.temperature",
     "cluster.spare_nodes",
     "cluster.max_restarts",
     "cluster.gpus_per_node",
@@ -106,6 +107,7 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
     """
     _check_values(cfg)
     _check_algorithm(cfg)
+    _check_evaluation(cfg)
     _check_lengths(cfg)
     _check_slurm(cfg)
     _check_reward_names(cfg)
@@ -164,6 +166,8 @@ def _check_values(cfg: Config) -> None:
     for key, value in _numbers(dataclasses.asdict(cfg)):
         if not math.isfinite(value):
             raise UserError(f"{key} must be a finite number, it is {value}")
+    if ":" not in cfg.recipe:
+        _check_name("recipe", cfg.recipe, RECIPES)
     for key, known in _NAMES.items():
         _check_name(key, _get(cfg, key), known)
     for keys, rule, holds in (
@@ -211,8 +215,10 @@ def _check_algorithm(cfg: Config) -> None:
                 "set evaluation.interval=0",
             )
         return
+    if cfg.recipe == "eval":
+        return
     a, r = cfg.algorithm, cfg.rollout
-    if r.group_size < 2:
+    if cfg.recipe == "grpo" and r.group_size < 2:
         raise UserError(
             f"algorithm.advantage={a.advantage} compares completions of a group, rollout.group_size is {r.group_size}",
             "set rollout.group_size to 2 or more, as a rule 8",
@@ -243,11 +249,39 @@ def _check_algorithm(cfg: Config) -> None:
         )
 
 
+def _check_evaluation(cfg: Config) -> None:
+    e = cfg.evaluation
+    if not e.num_prompts and (e.samples or cfg.recipe == "eval"):
+        raise UserError(
+            "evaluation.num_prompts=0 switches evaluation off, and "
+            + ("recipe=eval does nothing else" if cfg.recipe == "eval" else f"evaluation.samples is {e.samples}"),
+            "set evaluation.num_prompts to the number of held-out prompts",
+        )
+    if not e.samples:
+        given = "k" if e.k != [1] else "temperature" if e.temperature is not None else None
+        if given:
+            raise UserError(
+                f"evaluation.{given} is for sampled answers, evaluation.samples is 0",
+                f"set evaluation.samples, or leave evaluation.{given} out",
+            )
+        return
+    if not e.k or len(set(e.k)) != len(e.k) or not all(1 <= k <= e.samples for k in e.k):
+        raise UserError(
+            f"evaluation.k is {e.k}, with evaluation.samples={e.samples}",
+            f"pass@k needs at least k samples: give different numbers from 1 to {e.samples}",
+        )
+    if (cfg.rollout.sampling.temperature if e.temperature is None else e.temperature) == 0:
+        raise UserError(
+            f"a temperature of 0 is greedy: all evaluation.samples={e.samples} answers to a prompt would be equal",
+            "set evaluation.temperature above 0, or evaluation.samples=0",
+        )
+
+
 def _check_lengths(cfg: Config) -> None:
     uses_generator = cfg.recipe != "sft" or cfg.evaluation.num_prompts > 0
     both = cfg.rollout.max_prompt_tokens + cfg.rollout.max_response_tokens
     seq_len, max_model_len = cfg.trainer.training.seq_len, cfg.generator.engine.max_model_len
-    if cfg.recipe != "sft" and seq_len < both:
+    if cfg.recipe not in ("sft", "eval") and seq_len < both:
         raise UserError(
             f"trainer.training.seq_len={seq_len} is shorter than a whole episode: rollout.max_prompt_tokens="
             f"{cfg.rollout.max_prompt_tokens} + rollout.max_response_tokens={cfg.rollout.max_response_tokens} = {both}",
@@ -283,7 +317,8 @@ def _check_slurm(cfg: Config) -> None:
 
 
 def _check_reward_names(cfg: Config) -> None:
-    if cfg.recipe != "sft" and not cfg.reward:
+    needs_reward = cfg.recipe in ("grpo", "eval") or (cfg.recipe != "sft" and cfg.evaluation.num_prompts > 0)
+    if needs_reward and not cfg.reward:
         raise UserError("no reward is given", "write `reward: [{name: exact}]`")
     names = [reward.name for reward in cfg.reward]
     for i, name in enumerate(names):
@@ -326,12 +361,15 @@ def _check_dimensions(cfg: Config, directory: Path) -> None:
     if kind not in KNOWN_MODEL_TYPES:
         raise UserError(f"{where} is of model_type {kind!r}", f"supported: {', '.join(KNOWN_MODEL_TYPES)}")
     longest = config.get("max_position_embeddings")
-    longest_used = max(cfg.trainer.training.seq_len, cfg.generator.engine.max_model_len or 0)
+    used = {"trainer.training.seq_len": cfg.trainer.training.seq_len}
+    if cfg.recipe == "eval":
+        used = {"rollout": cfg.rollout.max_prompt_tokens + cfg.rollout.max_response_tokens}
+    used["generator.engine.max_model_len"] = cfg.generator.engine.max_model_len or 0
+    longest_used = max(used.values())
     if isinstance(longest, int) and longest < longest_used:
         raise UserError(
-            f"sequences of {longest_used} tokens (trainer.training.seq_len, generator.engine.max_model_len) are longer "
-            f"than the {longest} positions of {where}",
-            f"set trainer.training.seq_len={longest} or less, and the limits of rollout to match",
+            f"sequences of {longest_used} tokens ({', '.join(used)}) are longer than the {longest} positions of {where}",
+            f"lower {' and '.join(used)} to {longest} or less, with the limits of rollout to match",
         )
     heads = config.get("num_attention_heads")
     kv_heads = config.get("num_key_value_heads") or heads
@@ -416,14 +454,15 @@ def _check_example(where: str, line: bytes, fields: tuple[str, ...]) -> None:
 def _check_files(cfg: Config) -> None:
     if cfg.warmstart.config is not None and not Path(cfg.warmstart.config).expanduser().is_file():
         raise UserError(f"warmstart.config: no such file: {cfg.warmstart.config}", "give the YAML of an SFT run")
-    for i, reward in enumerate(cfg.reward):
-        place, colon, function = reward.name.rpartition(":")
+    named = [(f"reward.{i}.name", reward.name) for i, reward in enumerate(cfg.reward)]
+    for key, name in [("recipe", cfg.recipe), *named]:
+        place, colon, function = name.rpartition(":")
         if not colon:
             continue
         if not place or not function.isidentifier():
-            raise UserError(f"reward.{i}.name is {reward.name!r}", "write package.module:function or file.py:function")
+            raise UserError(f"{key} is {name!r}", "write package.module:function or file.py:function")
         if place.endswith(".py"):
-            _check_function(f"reward.{i}.name", Path(place).expanduser(), function)
+            _check_function(key, Path(place).expanduser(), function)
 
 
 def _check_function(key: str, file: Path, name: str) -> None:

@@ -12,6 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -22,11 +23,13 @@ from forge_hpc.checkpoint import CheckpointStore, FileRecord, load_extra
 from forge_hpc.checkpoint.episodes import EPISODES, dump_groups, load_groups
 from forge_hpc.cluster.meshes import Cluster
 from forge_hpc.config import Config
+from forge_hpc.config.schema import SamplingConfig
 from forge_hpc.data.hub import load_tokenizer, resolve_model
-from forge_hpc.data.prompts import evaluation_prompts
-from forge_hpc.data.source import load_eval_examples
+from forge_hpc.data.prompts import PromptStream, evaluation_prompts
+from forge_hpc.data.source import load_eval_examples, load_examples
 from forge_hpc.data.types import Completion, Document, Group, Prompt
 from forge_hpc.observability.logger import MetricLogger
+from forge_hpc.recipes.evaluation import evaluation_seed, greedy_figures, sampled_figures
 from forge_hpc.recipes.generators import SPAWN_S, STOP_S, GeneratorPool, NodeLost, WeightSync
 from forge_hpc.recipes.recovery import Leave, Recoveries
 from forge_hpc.recipes.trainers import Trainers
@@ -35,6 +38,8 @@ from forge_hpc.weights import WeightStore
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+FILLINGS = 8
+"""So many times the sequences that an engine decodes at once are asked for in one call of an evaluation."""
 MIN_LEAD_S = 30.0
 """What a departure takes beside the step and the save: the signal's way, the requeue, slow seconds of a shared disk."""
 
@@ -113,8 +118,8 @@ class Session:
             self.run_dir,
             config.logging,
             self.step,
-            total_steps=config.trainer.training.steps,
-            label=config.recipe,
+            total_steps=None if config.recipe == "eval" else config.trainer.training.steps,
+            label=config.recipe.rpartition(":")[2],
             stream=stream,
         )
         return self.metrics
@@ -170,8 +175,9 @@ class Session:
             generators = tasks.create_task(self.start_generators())
         return trainers.result(), generators.result()
 
-    async def connect(self, trainers: Trainers, generators: Service, buffer: EpisodeBuffer) -> WeightSync:
-        """Put the weight store between trainers and generators, and restore the buffer.
+    async def connect(self, trainers: Trainers, generators: Service, buffer: EpisodeBuffer | None = None) -> WeightSync:
+        """Put the weight store between trainers and generators. A recipe that generates ahead hands over its buffer:
+        it is told of new weights, and its rollouts are saved with the run.
 
         Generators that do not hold the trainers' weights (in a resumed run, or after lost trainers) are brought up
         to date.
@@ -353,37 +359,61 @@ class Session:
         return step in (0, self.config.trainer.training.steps) or (interval > 0 and step % interval == 0)
 
     async def evaluate(self, step: int, prompts: Sequence[Prompt], rewards: Any) -> None:
-        """Greedy accuracy of the policy after ``step`` on held-out prompts, over all generators.
+        """Accuracy of the policy after ``step`` on held-out prompts, over all generators: greedy, and pass@k of
+        ``evaluation.samples`` sampled answers.
 
-        A resumed run evaluates what it was interrupted in, and nothing twice.
+        Seeds are the evaluation's own, and every call has its generator to itself (``key``): a run that takes turns
+        (``rollout.max_staleness`` 0) learns the same, to the last bit, however often it evaluates. A resumed run
+        evaluates what it was interrupted in, and nothing twice.
         """
-        from forge_hpc.rewards import RewardError
-
         if not prompts or self.metrics.is_evaluated(step):
             return
-        start = time.perf_counter()
-        num = len(self.generators)
-        shares = [prompts[replica::num] for replica in range(num) if prompts[replica::num]]
-        answers = await asyncio.gather(
-            *(self.generators.generate.route(share, True, key=replica) for replica, share in enumerate(shares))
-        )
-
-        async def correct(prompt: Prompt, completions: list[Completion] | ValueError) -> bool:
-            if isinstance(completions, ValueError):
-                return False
-            try:
-                total, _ = await rewards.score(prompt, completions[0])
-            except RewardError:
-                return False
-            return total >= sum(reward.weight for reward in self.config.reward) - 1e-6
-
-        pairs = [
-            pair for share, answer in zip(shares, answers, strict=True) for pair in zip(share, answer, strict=True)
-        ]
-        right = await asyncio.gather(*(correct(prompt, completions) for prompt, completions in pairs))
-        values = {"accuracy": sum(right) / len(right), "num_prompts": len(right), "time_s": time.perf_counter() - start}
+        start, config = time.perf_counter(), self.config.evaluation
+        [greedy] = zip(*await self._answer(prompts, 1, SamplingConfig(temperature=0.0), 0, rewards), strict=True)
+        values = greedy_figures([self._is_right(reward) for reward in greedy], greedy)
+        if config.samples:
+            sampling, seed = self.config.rollout.sampling, evaluation_seed(self.config.seed, step)
+            if config.temperature is not None:
+                sampling = replace(sampling, temperature=config.temperature)
+            sampled = await self._answer(prompts, config.samples, sampling, seed, rewards)
+            right = [[self._is_right(reward) for reward in answers] for answers in sampled]
+            values |= sampled_figures(right, sampled, config.k, seed)
+        values |= {"num_prompts": len(prompts), "time_s": time.perf_counter() - start}
         self.metrics.log_evaluation(step, values)
         self._step_ended = time.perf_counter()
+
+    def _is_right(self, reward: float | None) -> bool:
+        """Whether an answer has all that can be had."""
+        return reward is not None and reward >= sum(term.weight for term in self.config.reward) - 1e-6
+
+    async def _answer(
+        self, prompts: Sequence[Prompt], num: int, sampling: SamplingConfig, seed: int, rewards: Any
+    ) -> list[list[float | None]]:
+        """The rewards of ``num`` answers to each prompt; None where an answer or its reward failed."""
+        from forge_hpc.rewards import RewardError
+
+        async def score(prompt: Prompt, completion: Completion) -> float | None:
+            try:
+                return (await rewards.score(prompt, completion))[0]
+            except RewardError:
+                return None
+
+        async def ask(replica: int, places: Sequence[int]) -> None:
+            share = [prompts[place] for place in places]
+            answers = await self.generators.sample.route(share, num, sampling, seed, key=replica)
+            for place, prompt, completions in zip(places, share, answers, strict=True):
+                if not isinstance(completions, ValueError):
+                    results[place] = await asyncio.gather(*(score(prompt, completion) for completion in completions))
+
+        results: list[list[float | None]] = [[None] * num for _ in prompts]
+        # A call has a deadline (generator.timeout_s): it holds some fillings of an engine, not a whole test set.
+        size = max(1, FILLINGS * self.config.generator.engine.max_num_seqs // num)
+        async with asyncio.TaskGroup() as tasks:
+            for replica in range(len(self.generators)):
+                places = range(replica, len(prompts), len(self.generators))
+                for begin in range(0, len(places), size):
+                    tasks.create_task(ask(replica, places[begin : begin + size]))
+        return results
 
     async def finish(self) -> None:
         """The run is done: wait for the last save and write the final weights.
@@ -433,6 +463,14 @@ async def background(*loops: Awaitable[None]) -> AsyncIterator[asyncio.TaskGroup
 
 async def _as_coroutine(awaitable: Awaitable[None]) -> None:
     await awaitable
+
+
+def load_prompts(session: Session) -> PromptStream:
+    """The stream of training prompts, from the start or where ``prompts`` of the recipe's state says."""
+    config = session.config
+    examples = load_examples(config.data, config.data.split, config.seed)
+    prompts = PromptStream(examples, session.tokenizer, config, config.seed)
+    return prompts.load_state_dict(session.state.get("prompts", prompts.state_dict()))
 
 
 def load_held_out(session: Session) -> list[Prompt]:
