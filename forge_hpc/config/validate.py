@@ -368,7 +368,8 @@ def _check_dimensions(cfg: Config, directory: Path) -> None:
     longest_used = max(used.values())
     if isinstance(longest, int) and longest < longest_used:
         raise UserError(
-            f"sequences of {longest_used} tokens ({', '.join(used)}) are longer than the {longest} positions of {where}",
+            f"sequences of {longest_used} tokens ({', '.join(used)}) are longer than the {longest} positions of "
+            f"{where}",
             f"lower {' and '.join(used)} to {longest} or less, with the limits of rollout to match",
         )
     heads = config.get("num_attention_heads")
