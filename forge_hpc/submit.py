@@ -267,7 +267,8 @@ def _measured_lead_s(run_dir: RunDir) -> float:
 
 
 def _is_complete(cfg: Config, status: Status | None) -> bool:
-    return status is not None and status.state == "completed" and status.step >= cfg.trainer.training.steps
+    steps = 0 if cfg.recipe == "eval" else cfg.trainer.training.steps
+    return status is not None and status.state == "completed" and status.step >= steps
 
 
 def _warn_of_shared_nodes(cfg: Config) -> None:
@@ -307,7 +308,9 @@ def _changes(cfg: Config, run_dir: RunDir) -> list[str]:
     if not run_dir.has_config:
         return []
     found = diff_config(read_config(run_dir.config), cfg)
-    differing = [d for d in found if not d[0].startswith(_FREE_KEYS)]
+    # To a run that evaluates, and does nothing else, its evaluation is what it computes.
+    free = tuple(key for key in _FREE_KEYS if cfg.recipe != "eval" or key != "evaluation.")
+    differing = [d for d in found if not d[0].startswith(free)]
     if differing:
         shown = ", ".join(f"{key} ({old} there, {new} now)" for key, old, new in differing[:5])
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""

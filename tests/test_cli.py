@@ -380,7 +380,7 @@ def test_a_directory_with_a_queued_job_is_refused_and_cancel_frees_it(slurm_clus
 
 
 @pytest.mark.slurm
-@pytest.mark.parametrize("recipe", ["grpo", "sft"])
+@pytest.mark.parametrize("recipe", ["grpo", "sft", "eval"])
 def test_the_job_scripts_take_the_nodes_of_their_allocation(slurm_cluster, slurm_env, recipe):
     output = slurm_cluster.state / f"{recipe}.out"
     run_dir = RunDir(slurm_cluster.state / f"run {recipe}")

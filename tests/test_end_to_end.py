@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from runs import check_contract, left_over, processes, read, run_local, small_run, start_local, status, wait_for
+from runs import REWARD, check_contract, left_over, processes, read, run_local, small_run, start_local, status, wait_for
 
 pytestmark = pytest.mark.timeout(900)
 STEPS = 30
@@ -57,6 +57,37 @@ def test_a_synchronous_run_repeats_exactly(finished: Path, tmp_path: Path) -> No
     again = run_local(tmp_path / "run", small_run(tmp_path, STEPS))
     assert again.returncode == 0, again.stderr
     check_same(finished, tmp_path / "run")
+
+
+def test_a_run_learns_the_same_however_often_it_evaluates(finished: Path, tmp_path: Path) -> None:
+    options = ["evaluation.interval=1", "evaluation.samples=2", "evaluation.k=[1, 2]", "evaluation.temperature=0.7"]
+    result = run_local(tmp_path / "run", small_run(tmp_path, STEPS, REWARD, *options))
+    assert result.returncode == 0, result.stderr
+    check_same(finished, tmp_path / "run")
+    evaluations = read(tmp_path / "run", "evaluations.jsonl")
+    assert [record["step"] for record in evaluations] == list(range(STEPS + 1))
+    assert len({record["reward_sampled"] for record in evaluations[:5]}) > 1
+    for seldom in read(finished, "evaluations.jsonl"):
+        often = evaluations[seldom["step"]]
+        assert (often["accuracy"], often["reward"]) == (seldom["accuracy"], seldom["reward"])
+
+
+def test_an_export_evaluated_by_itself_is_as_good_as_it_was_at_the_end(finished: Path, tmp_path: Path) -> None:
+    options = [*small_run(tmp_path), f"model.path={finished / 'export'}", "evaluation.samples=2", "recipe=eval"]
+    result = run_local(tmp_path / "run", options)
+    assert result.returncode == 0, result.stderr
+    assert "run: completed\n" in result.stdout and "| pass@1 " in result.stdout
+    [alone], at_the_end = read(tmp_path / "run", "evaluations.jsonl"), read(finished, "evaluations.jsonl")[-1]
+    assert alone["num_prompts"] == 20 and alone["step"] == 0
+    assert (alone["accuracy"], alone["reward"]) == (at_the_end["accuracy"], pytest.approx(at_the_end["reward"]))
+    assert status(tmp_path / "run")["state"] == "completed"
+    assert {path.stem for path in (tmp_path / "run/logs/local.0").glob("*.log")} == {
+        "controller",
+        "generator-0",
+        "worker-0",
+    }
+    again = run_local(tmp_path / "run", options)
+    assert again.returncode == 0 and "complete: nothing to do" in again.stdout
 
 
 def test_a_run_that_was_interrupted_goes_on_as_if_nothing_had_happened(finished: Path, tmp_path: Path) -> None:

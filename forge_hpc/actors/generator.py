@@ -36,14 +36,19 @@ class Generator(Actor):
         self._engine = await asyncio.to_thread(GenerationEngine, model_dir, self._config, device=device_type())
 
     @concurrent_endpoint
-    async def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[list[Completion] | ValueError]:
-        """``rollout.group_size`` completions of each prompt, or one greedy completion.
+    async def generate(self, prompts: Sequence[Prompt]) -> list[list[Completion] | ValueError]:
+        """``rollout.group_size`` completions of each prompt.
 
         All requests of a call are admitted together, in order; a bad prompt has its error in its place.
         """
-        sampling = SamplingConfig(temperature=0.0) if greedy else None
-        num = 1 if greedy else self._config.rollout.group_size
-        return await self._engine.generate_batch(prompts, num, seed=self._config.seed, sampling=sampling)
+        return await self._engine.generate_batch(prompts, self._config.rollout.group_size, seed=self._config.seed)
+
+    @concurrent_endpoint
+    async def sample(
+        self, prompts: Sequence[Prompt], num: int, sampling: SamplingConfig, seed: int
+    ) -> list[list[Completion] | ValueError]:
+        """As ``generate``, with ``num`` completions of each prompt, other parameters and another seed."""
+        return await self._engine.generate_batch(prompts, num, seed=seed, sampling=sampling)
 
     @concurrent_endpoint
     async def load(self, store: StoreSpec, version: int) -> float:

@@ -242,7 +242,8 @@ def _set(target: DictConfig, key: str, hint: Any, node: yaml.Node, full: str, so
     kind = _not_none(hint)
     if kind is str and isinstance(node, yaml.ScalarNode) and value is not None:
         value = node.value  # as it was written: 0123 stays 0123
-        if not source.keep_paths and (_PATH_KEYS.fullmatch(full) or (full == "algorithm.loss" and ":" in value)):
+        is_code = full in ("algorithm.loss", "recipe") and ":" in value
+        if not source.keep_paths and (is_code or _PATH_KEYS.fullmatch(full)):
             value = _local_path(value, source.folder)
     wrong = UserError(f"{source.at(node)}: {full} must be {_describe(hint)}, not {_shown(node, value)}", None)
     if kind is bool and isinstance(value, str):
@@ -297,7 +298,7 @@ def _local_path(text: str, folder: Path | None) -> str:
     """`text` as an absolute path where a file or directory of that name is there, else unchanged (a hub name)."""
     if text == "warmstart" or text.startswith("builtin:"):
         return text
-    name, colon, rest = text.partition(":")  # rewards and losses: file.py:name
+    name, colon, rest = text.partition(":")  # rewards, losses and recipes: file.py:name
     for candidate in ([] if folder is None else [folder]) + [Path()]:
         path = candidate / Path(name).expanduser()
         if path.exists():
@@ -329,8 +330,8 @@ def _item_class(hint: Any) -> Any:
 def _describe(hint: Any) -> str:
     kind = _not_none(hint)
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    item = "numbers" if typing.get_args(kind) == (float,) else "texts"
-    name = names.get(kind) or ("a mapping" if typing.get_origin(kind) is dict else f"a list of {item}")
+    items = {(float,): "numbers", (int,): "whole numbers"}.get(typing.get_args(kind), "texts")
+    name = names.get(kind) or ("a mapping" if typing.get_origin(kind) is dict else f"a list of {items}")
     return name if kind is hint else f"{name} or null"
 
 

@@ -328,10 +328,16 @@ class CheckpointConfig:
 @dataclass
 class EvaluationConfig:
     interval: int = 0
-    """Evaluate every so many steps, by greedy accuracy on held-out prompts, in SFT by the loss on held-out documents;
-    0 evaluates only at the end."""
+    """Evaluate every so many steps, besides before the first and after the last one: by answers to held-out prompts, in
+    SFT by the loss on held-out documents; 0 evaluates only then (SFT: only at the end)."""
     num_prompts: int = 0
-    """Held-out prompts (SFT: documents) of an evaluation; 0 switches evaluation off."""
+    """Held-out prompts (SFT: documents) of an evaluation, the first of ``data.eval_split``; 0 switches it off."""
+    samples: int = 0
+    """Answers sampled for each prompt, for pass@k; 0 is greedy decoding alone."""
+    k: list[int] = field(default_factory=lambda: [1])
+    """pass@k for each of these, each at most ``samples``."""
+    temperature: float | None = None
+    """Temperature of the sampled answers; by default rollout.sampling's, as are top_p and top_k."""
 
 
 @dataclass
@@ -443,7 +449,8 @@ class Config:
     """A whole run. ``key=value`` overrides use these names: ``trainer.optimizer.lr=1e-6``."""
 
     recipe: str = "grpo"
-    """Controller loop: grpo or sft."""
+    """Controller loop: grpo, sft, eval (generators alone), or your own as ``file.py:function`` or
+    ``package.module:function``."""
     name: str = "grpo"
     """Name of the run; a part of the default run directory and the Slurm job's name."""
     seed: int = 42

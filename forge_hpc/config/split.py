@@ -5,8 +5,9 @@ the same, so one list of GPUs per role says it all. On a single node both roles 
 a single GPU is shared by both.
 
 GRPO splits by ``cluster.trainer_nodes`` and ``cluster.rollout_nodes``, or by ``cluster.rollout_ratio`` where neither is
-given. SFT trains on every node; its final evaluation needs a generator only once the trainers have gone, so one replica
-then starts on the last trainer node, on the first ``tensor_parallel_size`` of its GPUs.
+given; so do recipes of the user's own. SFT trains on every node; its final evaluation needs a generator only once the
+trainers have gone, so one replica then starts on the last trainer node, on the first ``tensor_parallel_size`` of its
+GPUs. An evaluation (``recipe: eval``) has generators on every node and no trainers.
 
 No node and no GPU is left idle silently: numbers that do not add up are a UserError.
 """
@@ -131,6 +132,8 @@ def plan(cfg: Config, gpus_per_node: int | None) -> Placement:
         raise UserError(f"cluster.gpus_per_node is {gpus_per_node}", "0 is the CPU")
     if cfg.recipe == "sft":
         trainer_gpus, replica_gpus = _sft(cfg, gpus_per_node)
+    elif cfg.recipe == "eval":
+        trainer_gpus, replica_gpus = (), _replicas(cfg, gpus_per_node, len(rollout_nodes))
     elif gpus_per_node == 0:
         trainer_gpus, replica_gpus = _on_cpu(cfg, len(rollout_nodes))
     elif trainer_nodes == rollout_nodes:
@@ -142,7 +145,8 @@ def plan(cfg: Config, gpus_per_node: int | None) -> Placement:
     placement = Placement(
         trainer_nodes, rollout_nodes, spare_nodes, gpus_per_node, trainer_gpus, replica_gpus, cfg.recipe == "sft"
     )
-    _check_degrees(cfg, placement)
+    if cfg.recipe != "eval":
+        _check_degrees(cfg, placement)
     return placement
 
 
@@ -171,6 +175,14 @@ def _split_nodes(cfg: Config) -> tuple[range, range, range]:
             )
         last = range(working - 1, working) if evaluates_by_generation(cfg) else range(working, working)
         return range(working), last, spares
+    if cfg.recipe == "eval":
+        if c.trainer_nodes or c.rollout_nodes not in (None, working):
+            raise UserError(
+                f"an evaluation generates on every node: cluster.trainer_nodes={c.trainer_nodes} and "
+                f"cluster.rollout_nodes={c.rollout_nodes} of {_count(working, 'node')} would leave nodes idle",
+                "leave cluster.trainer_nodes and cluster.rollout_nodes out",
+            )
+        return range(0), range(working), spares
     for name, value in (("trainer_nodes", c.trainer_nodes), ("rollout_nodes", c.rollout_nodes)):
         if value is not None and not 1 <= value <= working:
             raise UserError(
@@ -204,27 +216,33 @@ def _share(total: int, ratio: float) -> int:
 
 
 def _on_cpu(cfg: Config, rollout_nodes: int) -> tuple[_Gpus, _Gpus]:
-    _no_tensor_parallel_on_cpu(cfg)
-    replicas = rollout_nodes if cfg.generator.replicas is None else cfg.generator.replicas
-    return ((),) * (cfg.trainer.processes_per_node or 1), ((),) * _evenly(replicas, rollout_nodes)
+    return ((),) * (cfg.trainer.processes_per_node or 1), _replicas(cfg, 0, rollout_nodes)
 
 
 def _on_many_nodes(cfg: Config, gpus: int, rollout_nodes: int) -> tuple[_Gpus, _Gpus]:
-    tp = cfg.generator.engine.tensor_parallel_size
+    replica_gpus = _replicas(cfg, gpus, rollout_nodes)
+    _all_gpus_train(cfg, gpus)
+    return _one_each(range(gpus)), replica_gpus
+
+
+def _replicas(cfg: Config, gpus: int, rollout_nodes: int) -> _Gpus:
+    """The generators of a node that does nothing else, or of one without GPUs."""
+    tp, replicas = cfg.generator.engine.tensor_parallel_size, cfg.generator.replicas
+    if gpus == 0:
+        _no_tensor_parallel_on_cpu(cfg)
+        return ((),) * _evenly(rollout_nodes if replicas is None else replicas, rollout_nodes)
     if gpus % tp:
         raise UserError(
             f"generator.engine.tensor_parallel_size={tp} does not divide the {_count(gpus, 'GPU')} of a node",
             f"choose one of {_divisors(gpus)}",
         )
-    _all_gpus_train(cfg, gpus)
-    replicas = cfg.generator.replicas
     if replicas is not None and _evenly(replicas, rollout_nodes) * tp != gpus:
         raise UserError(
             f"generator.replicas={replicas} with tensor_parallel_size={tp} need {replicas * tp} GPUs, "
             f"{_count(rollout_nodes, 'rollout node')} have {rollout_nodes * gpus}",
             f"leave generator.replicas out, or give {rollout_nodes * gpus // tp}",
         )
-    return _one_each(range(gpus)), _grouped(range(gpus), tp)
+    return _grouped(range(gpus), tp)
 
 
 def _on_one_node(cfg: Config, gpus: int) -> tuple[_Gpus, _Gpus]:

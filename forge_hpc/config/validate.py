@@ -23,14 +23,13 @@ from forge_hpc.config.schema import Config, DataConfig
 from forge_hpc.config.sources import data_sources
 from forge_hpc.config.split import evaluates_by_generation, plan
 
-RECIPES = ("grpo", "sft")
+RECIPES = ("grpo", "sft", "eval")
 REWARDS = tuple(BUILTIN_REWARDS)
 BUILTIN_MODELS = ("builtin:qwen3-tiny",)
 BUILTIN_DATA = ("builtin:addition",)
 LORA_TARGETS = ("wq", "wkv", "wo", "w1", "w2", "w3")
 _DTYPES = ("float32", "bfloat16")
 _NAMES = {
-    "recipe": RECIPES,
     "algorithm.advantage": ADVANTAGES,
     "algorithm.kl_estimator": KL_ESTIMATORS,
     "algorithm.normalization": NORMALIZATIONS,
@@ -98,6 +97,8 @@ _NOT_NEGATIVE = [
     "trainer.lr_scheduler.warmup_steps",
     "evaluation.interval",
     "evaluation.num_prompts",
+    "evaluation.samples",
+    "evaluation.temperature",
     "cluster.spare_nodes",
     "cluster.max_restarts",
     "cluster.gpus_per_node",
@@ -122,6 +123,7 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
     _check_values(cfg)
     _check_algorithm(cfg)
     _check_data_values(cfg)
+    _check_evaluation(cfg)
     _check_lengths(cfg)
     _check_slurm(cfg)
     _check_sandbox(cfg)
@@ -181,6 +183,8 @@ def _check_values(cfg: Config) -> None:
     for key, value in _numbers(dataclasses.asdict(cfg)):
         if not math.isfinite(value):
             raise UserError(f"{key} must be a finite number, it is {value}")
+    if ":" not in cfg.recipe:
+        _check_name("recipe", cfg.recipe, RECIPES)
     for key, known in _NAMES.items():
         if _get(cfg, key) is not None:
             _check_name(key, _get(cfg, key), known)
@@ -228,8 +232,10 @@ def _check_name(key: str, value: str, known: tuple[str, ...]) -> None:
 def _check_algorithm(cfg: Config) -> None:
     if cfg.recipe == "sft":
         return
+    if cfg.recipe == "eval":
+        return
     a, r = cfg.algorithm, cfg.rollout
-    if r.group_size < 2:
+    if cfg.recipe == "grpo" and r.group_size < 2:
         raise UserError(
             f"algorithm.advantage={a.advantage} compares completions of a group, rollout.group_size is {r.group_size}",
             "set rollout.group_size to 2 or more, as a rule 8",
@@ -287,11 +293,39 @@ def _check_data_values(cfg: Config) -> None:
             )
 
 
+def _check_evaluation(cfg: Config) -> None:
+    e = cfg.evaluation
+    if not e.num_prompts and (e.samples or cfg.recipe == "eval"):
+        raise UserError(
+            "evaluation.num_prompts=0 switches evaluation off, and "
+            + ("recipe=eval does nothing else" if cfg.recipe == "eval" else f"evaluation.samples is {e.samples}"),
+            "set evaluation.num_prompts to the number of held-out prompts",
+        )
+    if not e.samples:
+        given = "k" if e.k != [1] else "temperature" if e.temperature is not None else None
+        if given:
+            raise UserError(
+                f"evaluation.{given} is for sampled answers, evaluation.samples is 0",
+                f"set evaluation.samples, or leave evaluation.{given} out",
+            )
+        return
+    if not e.k or len(set(e.k)) != len(e.k) or not all(1 <= k <= e.samples for k in e.k):
+        raise UserError(
+            f"evaluation.k is {e.k}, with evaluation.samples={e.samples}",
+            f"pass@k needs at least k samples: give different numbers from 1 to {e.samples}",
+        )
+    if (cfg.rollout.sampling.temperature if e.temperature is None else e.temperature) == 0:
+        raise UserError(
+            f"a temperature of 0 is greedy: all evaluation.samples={e.samples} answers to a prompt would be equal",
+            "set evaluation.temperature above 0, or evaluation.samples=0",
+        )
+
+
 def _check_lengths(cfg: Config) -> None:
     uses_generator = cfg.recipe != "sft" or evaluates_by_generation(cfg)
     both = cfg.rollout.max_prompt_tokens + cfg.rollout.max_response_tokens
     seq_len, max_model_len = cfg.trainer.training.seq_len, cfg.generator.engine.max_model_len
-    if cfg.recipe != "sft" and seq_len < both:
+    if cfg.recipe not in ("sft", "eval") and seq_len < both:
         raise UserError(
             f"trainer.training.seq_len={seq_len} is shorter than a whole episode: rollout.max_prompt_tokens="
             f"{cfg.rollout.max_prompt_tokens} + rollout.max_response_tokens={cfg.rollout.max_response_tokens} = {both}",
@@ -340,7 +374,8 @@ def _check_sandbox(cfg: Config) -> None:
 
 
 def _check_reward_names(cfg: Config) -> None:
-    if cfg.recipe != "sft" and not cfg.reward:
+    needs_reward = cfg.recipe in ("grpo", "eval") or (cfg.recipe != "sft" and cfg.evaluation.num_prompts > 0)
+    if needs_reward and not cfg.reward:
         raise UserError("no reward is given", "write `reward: [{name: exact}]`")
     names = [reward.name for reward in cfg.reward]
     for i, name in enumerate(names):
@@ -387,12 +422,16 @@ def _check_dimensions(cfg: Config, directory: Path) -> None:
     if kind not in KNOWN_MODEL_TYPES:
         raise UserError(f"{where} is of model_type {kind!r}", f"supported: {', '.join(KNOWN_MODEL_TYPES)}")
     longest = config.get("max_position_embeddings")
-    longest_used = max(cfg.trainer.training.seq_len, cfg.generator.engine.max_model_len or 0)
+    used = {"trainer.training.seq_len": cfg.trainer.training.seq_len}
+    if cfg.recipe == "eval":
+        used = {"rollout": cfg.rollout.max_prompt_tokens + cfg.rollout.max_response_tokens}
+    used["generator.engine.max_model_len"] = cfg.generator.engine.max_model_len or 0
+    longest_used = max(used.values())
     if isinstance(longest, int) and longest < longest_used:
         raise UserError(
-            f"sequences of {longest_used} tokens (trainer.training.seq_len, generator.engine.max_model_len) are longer "
-            f"than the {longest} positions of {where}",
-            f"set trainer.training.seq_len={longest} or less, and the limits of rollout to match",
+            f"sequences of {longest_used} tokens ({', '.join(used)}) are longer than the {longest} positions of "
+            f"{where}",
+            f"lower {' and '.join(used)} to {longest} or less, with the limits of rollout to match",
         )
     heads = config.get("num_attention_heads")
     kv_heads = config.get("num_key_value_heads") or heads
@@ -485,12 +524,12 @@ def _check_files(cfg: Config) -> None:
         raise UserError(f"warmstart.config: no such file: {cfg.warmstart.config}", "give the YAML of an SFT run")
     for i, reward in enumerate(cfg.reward):
         check_reward(f"reward.{i}", reward)
-    key, name = "algorithm.loss", cfg.algorithm.loss
-    place, colon, function = name.rpartition(":")
-    if colon and (not place or not function.isidentifier()):
-        raise UserError(f"{key} is {name!r}", "write package.module:name or file.py:name")
-    if place.endswith(".py"):
-        _check_function(key, Path(place).expanduser(), function)
+    for key, name in (("algorithm.loss", cfg.algorithm.loss), ("recipe", cfg.recipe)):
+        place, colon, function = name.rpartition(":")
+        if colon and (not place or not function.isidentifier()):
+            raise UserError(f"{key} is {name!r}", "write package.module:name or file.py:name")
+        if place.endswith(".py"):
+            _check_function(key, Path(place).expanduser(), function)
 
 
 def _check_function(key: str, file: Path, name: str) -> None:

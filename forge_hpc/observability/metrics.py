@@ -45,8 +45,11 @@ SFT_KEYS = (
 
 
 def missing_keys(record: Mapping[str, object], recipe: str) -> list[str]:
-    """The keys that ``record``, one line of ``metrics.jsonl`` of ``recipe`` (grpo or sft), ought to have and lacks."""
-    keys = {"grpo": METRIC_KEYS, "sft": SFT_KEYS}[recipe]
+    """The keys that ``record``, one line of ``metrics.jsonl`` of ``recipe`` (grpo or sft), ought to have and lacks.
+
+    A recipe of the user's own has only those of every training step.
+    """
+    keys = {"grpo": METRIC_KEYS, "sft": SFT_KEYS}.get(recipe, SFT_KEYS)
     return [key for key in keys if key not in record]
 
 

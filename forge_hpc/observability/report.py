@@ -18,7 +18,8 @@ import yaml
 from forge_hpc.config.errors import UserError
 from forge_hpc.observability.console import format_duration, tokens_per_second
 from forge_hpc.observability.jsonl import read_jsonl
-from forge_hpc.observability.summary import next_commands, read_figures, series
+from forge_hpc.observability.summary import next_commands, read_evaluations, read_figures, series
+from forge_hpc.observability.tables import evaluation_table, table
 from forge_hpc.run_dir import RunDir, Status
 
 _SILENT_S = 180.0
@@ -46,18 +47,6 @@ def quantile(values: Sequence[float], share: float) -> float:
     return low + (high - low) * (place - math.floor(place))
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table with aligned columns, the first to the left and the others to the right."""
-    widths = [max(3, *(len(row[column]) for row in (header, *rows))) for column in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        return f"| {' | '.join(cells)} |"
-
-    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
-    return [line(header), f"| {' | '.join(rule)} |", *(line(row) for row in rows)]
-
-
 def render_status(run_dir: RunDir) -> str:
     """State, step, heartbeat, reward and next commands of a run.
 
@@ -71,8 +60,9 @@ def render_status(run_dir: RunDir) -> str:
     lines.append(("state", f"{status.state}  {status.message}".rstrip()))
     if status.job_id:
         lines.append(("job", status.job_id))
-    progress = f"{status.step}{f'/{total}' if total else ''}  policy version {status.policy_version}"
-    lines.append(("step", f"{progress}  restarts {status.restarts}"))
+    if total != 0:
+        progress = f"{status.step}{f'/{total}' if total else ''}  policy version {status.policy_version}"
+        lines.append(("step", f"{progress}  restarts {status.restarts}"))
     heartbeat = f"{format_duration(age_s)} ago"
     if not status.is_terminal and status.state not in ("pending", "preempted") and age_s > _SILENT_S:
         heartbeat += "  (silent: has the job died? forge-hpc resume goes on from the last checkpoint)"
@@ -107,19 +97,19 @@ def render_report(run_dir: RunDir) -> str:
     figures = read_figures(run_dir)
     total = _total_steps(run_dir)
     lines = [f"# {run_dir.name}", "", f"{run_dir}", ""]
-    lines.append(f"{status.state} at step {status.step}{f' of {total}' if total else ''}, {status.restarts} restarts")
+    step = f" at step {status.step}{f' of {total}' if total else ''}" if total != 0 else ""
+    lines.append(f"{status.state}{step}, {status.restarts} restarts")
     if status.message:
         lines.append(status.message)
-    if not records:
+    evaluations = read_evaluations(run_dir)
+    if evaluations:
+        lines += ["", "## Evaluation", "", *evaluation_table(evaluations)]
+    if not records and total != 0:
         lines += ["", "No training step has been logged yet."]
-    else:
+    elif records:
         lines += ["", "## Learning", "", *_curves(records)]
         if figures.reward_first is not None and figures.reward_last is not None:
             lines.append(f"reward: {figures.reward_first:.3f} first 5 steps, {figures.reward_last:.3f} last 5 steps")
-        evaluations = [record for record in read_jsonl(run_dir.evaluations) if record.get("accuracy") is not None]
-        if evaluations:
-            rows = [(str(record["step"]), f"{record['accuracy']:.3f}") for record in evaluations]
-            lines += ["", *table(("step", "greedy accuracy"), rows)]
         lines += ["", "## Where the time goes", "", *_time_table(records)]
         lines += ["", "## Quantiles over steps", "", *_quantile_table(records)]
         lines += ["", "## Last steps", "", *_steps_table(records[-5:])]
@@ -136,11 +126,12 @@ def _status_of(run_dir: RunDir) -> Status:
 
 
 def _total_steps(run_dir: RunDir) -> int | None:
-    """``trainer.training.steps`` of the run's configuration, None before it is written."""
+    """``trainer.training.steps`` of the run's configuration, 0 for a run that only evaluates, None before it is
+    written."""
     if not run_dir.config.exists():
         return None
     config = yaml.safe_load(run_dir.config.read_text(encoding="utf-8")) or {}
-    return config.get("trainer", {}).get("training", {}).get("steps")
+    return 0 if config.get("recipe") == "eval" else config.get("trainer", {}).get("training", {}).get("steps")
 
 
 def _curves(records: Sequence[dict[str, Any]]) -> list[str]:

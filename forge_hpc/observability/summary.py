@@ -13,6 +13,7 @@ from typing import Any
 
 from forge_hpc.observability.console import format_duration
 from forge_hpc.observability.jsonl import read_jsonl
+from forge_hpc.observability.tables import evaluation_table
 from forge_hpc.run_dir import RunDir
 
 _ENDS = 5
@@ -43,11 +44,16 @@ def series(records: Sequence[dict[str, Any]], key: str) -> list[float]:
     return [record[key] for record in records if record.get(key) is not None]
 
 
+def read_evaluations(run_dir: RunDir) -> list[dict[str, Any]]:
+    """The evaluations by generation, in order."""
+    return [record for record in read_jsonl(run_dir.evaluations) if record.get("accuracy") is not None]
+
+
 def read_figures(run_dir: RunDir) -> Figures:
     """The figures of ``run_dir`` so far."""
     records = list(read_jsonl(run_dir.metrics))
     rewards, losses = series(records, "reward/mean"), series(records, "loss")
-    evaluations = [record for record in read_jsonl(run_dir.evaluations) if record.get("accuracy") is not None]
+    evaluations = read_evaluations(run_dir)
     before = next((record["accuracy"] for record in evaluations if record["step"] == 0), None)
     after = next((record["accuracy"] for record in reversed(evaluations) if record["step"] > 0), None)
     tokens = series(records, "tokens/generated") or series(records, "tokens/trained")
@@ -72,16 +78,19 @@ def final_summary(run_dir: RunDir, wall_s: float | None = None) -> str:
         run_dir: the finished run.
         wall_s: duration of the whole command, seconds; left out where None.
     """
-    figures = read_figures(run_dir)
+    figures, evaluations = read_figures(run_dir), read_evaluations(run_dir)
     status = run_dir.read_status()
-    lines = [("run", f"{run_dir.name}: {status.state if status else 'unknown'} after {figures.num_steps} steps")]
+    steps = f" after {figures.num_steps} steps" if figures.num_steps or not evaluations else ""
+    lines = [("run", f"{run_dir.name}: {status.state if status else 'unknown'}{steps}")]
     if status and status.message:
         lines.append(("message", status.message))
     if figures.reward_first is not None:
         lines.append(("reward", _change(figures.reward_first, figures.reward_last, "first 5 steps", "last 5 steps")))
     elif figures.loss_first is not None:
         lines.append(("loss", _change(figures.loss_first, figures.loss_last, "first 5 steps", "last 5 steps")))
-    if figures.accuracy_before is not None or figures.accuracy_after is not None:
+    if evaluations and not figures.num_steps:
+        lines += [("evaluation" if index == 0 else "", row) for index, row in enumerate(evaluation_table(evaluations))]
+    elif figures.accuracy_before is not None or figures.accuracy_after is not None:
         change = _change(figures.accuracy_before, figures.accuracy_after, "before", "after")
         lines.append(("accuracy", f"{change}, greedy, held-out prompts"))
     if figures.tokens_per_s is not None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import importlib
 import logging
 import os
 import sys
@@ -136,9 +135,11 @@ async def attempt(session: Session, pool: GeneratorPool, terminal: Terminal, lea
 
 async def run_recipe(session: Session, terminal: Terminal) -> None:
     """The recipe, on the state that the session finds."""
+    from forge_hpc.recipes.registry import load_recipe
+
+    recipe = load_recipe(session.config.recipe)
     await session.prepare()
     with session.open_records(terminal.stdout):
-        recipe = getattr(importlib.import_module(f"forge_hpc.recipes.{session.config.recipe}"), session.config.recipe)
         session.run_dir.write_status(state="running", step=session.step, policy_version=session.step, message="")
         await recipe(session)
 

@@ -200,7 +200,9 @@ class GeneratorPool:
 class WeightSync:
     """Brings each policy version from the trainers to all generators, beside the training where staleness allows."""
 
-    def __init__(self, trainers: Trainers, store: WeightStore, generators: Service, buffer: EpisodeBuffer) -> None:
+    def __init__(
+        self, trainers: Trainers, store: WeightStore, generators: Service, buffer: EpisodeBuffer | None
+    ) -> None:
         self._trainers = trainers
         self._store = store
         self._generators = generators
@@ -241,7 +243,9 @@ class WeightSync:
             self.version = version  # from here on a replacement takes this one; the others get it now
             await self._generators.load.fanout(self._store.spec, version)
         except Exception as error:  # the loops may be waiting for these weights and for nothing else
-            await self._buffer.fail(error)
+            if self._buffer is not None:
+                await self._buffer.fail(error)
             raise
         self.seconds = time.perf_counter() - start
-        await self._buffer.weights_loaded(version)
+        if self._buffer is not None:
+            await self._buffer.weights_loaded(version)

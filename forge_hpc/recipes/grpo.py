@@ -16,12 +16,10 @@ import time
 from typing import Any
 
 from forge_hpc.actors.buffer import EpisodeBuffer
-from forge_hpc.data.mixture import open_sources
-from forge_hpc.data.prompts import PromptStream
 from forge_hpc.data.types import Completion, Prompt
 from forge_hpc.recipes.checks import SignalWatch, check_mismatch
 from forge_hpc.recipes.rollouts import RolloutClock, make_group, measure, to_documents
-from forge_hpc.recipes.session import Session, background, load_held_out
+from forge_hpc.recipes.session import Session, background, load_held_out, load_prompts
 from forge_hpc.rewards import RewardPool
 
 
@@ -30,9 +28,7 @@ async def grpo(session: Session) -> None:
     config, rollout = session.config, session.config.rollout
     synchronous = rollout.max_staleness == 0
 
-    prompts = PromptStream(open_sources(config), session.tokenizer, config)
-    prompts.load_state_dict(session.state.get("prompts", prompts.state_dict()))
-    held_out = load_held_out(session)
+    prompts, held_out = load_prompts(session), load_held_out(session)
     rewards = await RewardPool(config).start()
     session.on_close(rewards.close)
     trainers, generators = await session.start_trainers_and_generators()

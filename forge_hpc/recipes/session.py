@@ -12,6 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -22,11 +23,14 @@ from forge_hpc.checkpoint import CheckpointStore, FileRecord, load_extra
 from forge_hpc.checkpoint.episodes import EPISODES, dump_groups, load_groups
 from forge_hpc.cluster.meshes import Cluster
 from forge_hpc.config import Config, UserError
+from forge_hpc.config.schema import SamplingConfig
 from forge_hpc.data.hub import load_tokenizer, resolve_model
-from forge_hpc.data.prompts import evaluation_prompts
+from forge_hpc.data.mixture import open_sources
+from forge_hpc.data.prompts import PromptStream, evaluation_prompts
 from forge_hpc.data.source import load_eval_examples
 from forge_hpc.data.types import Completion, Document, Group, Prompt
 from forge_hpc.observability.logger import MetricLogger
+from forge_hpc.recipes.evaluation import Graded, evaluation_seed, greedy_figures, sampled_figures
 from forge_hpc.recipes.generators import SPAWN_S, STOP_S, GeneratorPool, NodeLost, WeightSync
 from forge_hpc.recipes.recovery import Leave, Recoveries
 from forge_hpc.recipes.trainers import Trainers
@@ -35,6 +39,8 @@ from forge_hpc.weights import WeightStore
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+FILLINGS = 8
+"""So many times the sequences that an engine decodes at once are asked for in one call of an evaluation."""
 MIN_LEAD_S = 30.0
 """What a departure takes beside the step and the save: the signal's way, the requeue, slow seconds of a shared disk."""
 
@@ -118,8 +124,8 @@ class Session:
             self.run_dir,
             config.logging,
             self.step,
-            total_steps=config.trainer.training.steps,
-            label=config.recipe,
+            total_steps=None if config.recipe == "eval" else config.trainer.training.steps,
+            label=config.recipe.rpartition(":")[2],
             stream=stream,
         )
         return self.metrics
@@ -175,8 +181,9 @@ class Session:
             generators = tasks.create_task(self.start_generators())
         return trainers.result(), generators.result()
 
-    async def connect(self, trainers: Trainers, generators: Service, buffer: EpisodeBuffer) -> WeightSync:
-        """Put the weight store between trainers and generators, and restore the buffer.
+    async def connect(self, trainers: Trainers, generators: Service, buffer: EpisodeBuffer | None = None) -> WeightSync:
+        """Put the weight store between trainers and generators. A recipe that generates ahead hands over its buffer:
+        it is told of new weights, and its rollouts are saved with the run.
 
         Generators that do not hold the trainers' weights (in a resumed run, or after lost trainers) are brought up
         to date.
@@ -369,38 +376,57 @@ class Session:
     async def evaluate(
         self, step: int, prompts: Sequence[Prompt], rewards: Any, more: Mapping[str, float] | None = None
     ) -> None:
-        """Greedy accuracy of the policy after ``step`` on held-out prompts, over all generators.
+        """Accuracy of the policy after ``step`` on held-out prompts, over all generators: greedy, and pass@k of
+        ``evaluation.samples`` sampled answers.
 
-        A resumed run evaluates what it was interrupted in, and nothing twice. ``more`` is logged with it: a step has
-        one evaluation.
+        Seeds are the evaluation's own, and every call has its generator to itself (``key``): a run that takes turns
+        (``rollout.max_staleness`` 0) learns the same, to the last bit, however often it evaluates. A resumed run
+        evaluates what it was interrupted in, and nothing twice. ``more`` is logged with it: a step has one evaluation.
         """
-        from forge_hpc.rewards import RewardError
-
         if not prompts or self.metrics.is_evaluated(step):
             return
-        start = time.perf_counter()
-        num = len(self.generators)
-        shares = [prompts[replica::num] for replica in range(num) if prompts[replica::num]]
-        answers = await asyncio.gather(
-            *(self.generators.generate.route(share, True, key=replica) for replica, share in enumerate(shares))
-        )
-
-        async def correct(prompt: Prompt, completions: list[Completion] | ValueError) -> bool:
-            if isinstance(completions, ValueError):
-                return False
-            try:
-                _, terms = await rewards.score(prompt, completions[0])
-            except RewardError:
-                return False
-            return rewards.is_right(terms)
-
-        pairs = [
-            pair for share, answer in zip(shares, answers, strict=True) for pair in zip(share, answer, strict=True)
-        ]
-        right = await asyncio.gather(*(correct(prompt, completions) for prompt, completions in pairs))
-        values = {"accuracy": sum(right) / len(right), "num_prompts": len(right), "time_s": time.perf_counter() - start}
+        start, config = time.perf_counter(), self.config.evaluation
+        greedy = await self._answer(prompts, 1, SamplingConfig(temperature=0.0), 0, rewards)
+        values = greedy_figures([answer for [answer] in greedy])
+        if config.samples:
+            sampling, seed = self.config.rollout.sampling, evaluation_seed(self.config.seed, step)
+            if config.temperature is not None:
+                sampling = replace(sampling, temperature=config.temperature)
+            sampled = await self._answer(prompts, config.samples, sampling, seed, rewards)
+            values |= sampled_figures(sampled, config.k, seed)
+        values |= {"num_prompts": len(prompts), "time_s": time.perf_counter() - start}
         self.metrics.log_evaluation(step, {**(more or {}), **values})
         self._step_ended = time.perf_counter()
+
+    async def _answer(
+        self, prompts: Sequence[Prompt], num: int, sampling: SamplingConfig, seed: int, rewards: Any
+    ) -> list[list[Graded]]:
+        """``num`` answers to each prompt. The first reward says which are right (``RewardPool.is_right``)."""
+        from forge_hpc.rewards import RewardError
+
+        async def grade(prompt: Prompt, completion: Completion) -> Graded:
+            try:
+                total, terms = await rewards.score(prompt, completion)
+            except RewardError:
+                return Graded()
+            return Graded(rewards.is_right(terms), total)
+
+        async def ask(replica: int, places: Sequence[int]) -> None:
+            share = [prompts[place] for place in places]
+            answers = await self.generators.sample.route(share, num, sampling, seed, key=replica)
+            for place, prompt, completions in zip(places, share, answers, strict=True):
+                if not isinstance(completions, ValueError):
+                    results[place] = await asyncio.gather(*(grade(prompt, completion) for completion in completions))
+
+        results = [[Graded()] * num for _ in prompts]
+        # A call has a deadline (generator.timeout_s): it holds some fillings of an engine, not a whole test set.
+        size = max(1, FILLINGS * self.config.generator.engine.max_num_seqs // num)
+        async with asyncio.TaskGroup() as tasks:
+            for replica in range(len(self.generators)):
+                places = range(replica, len(prompts), len(self.generators))
+                for begin in range(0, len(places), size):
+                    tasks.create_task(ask(replica, places[begin : begin + size]))
+        return results
 
     async def finish(self) -> None:
         """The run is done: wait for the last save and write the final weights.
@@ -450,6 +476,13 @@ async def background(*loops: Awaitable[None]) -> AsyncIterator[asyncio.TaskGroup
 
 async def _as_coroutine(awaitable: Awaitable[None]) -> None:
     await awaitable
+
+
+def load_prompts(session: Session) -> PromptStream:
+    """The stream of training prompts, from the start or where ``prompts`` of the recipe's state says."""
+    config = session.config
+    prompts = PromptStream(open_sources(config), session.tokenizer, config)
+    return prompts.load_state_dict(session.state.get("prompts", prompts.state_dict()))
 
 
 def load_held_out(session: Session) -> list[Prompt]:

@@ -1,0 +1,47 @@
+"""Tables for the terminal that are Markdown too."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table with aligned columns, the first to the left and the others to the right."""
+    widths = [max(3, *(len(row[column]) for row in (header, *rows))) for column in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        return f"| {' | '.join(cells)} |"
+
+    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
+    return [line(header), f"| {' | '.join(rule)} |", *(line(row) for row in rows)]
+
+
+def evaluation_table(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The records of ``evaluations.jsonl``, one a line, with 95 % intervals; a single one has a line a figure."""
+    pass_at = {key for record in records for key in record if re.fullmatch(r"pass@\d+", key)}
+    columns = {"accuracy": "greedy accuracy"} | {key: key for key in sorted(pass_at, key=lambda key: int(key[5:]))}
+    columns |= {"reward": "reward", "reward_sampled": "reward, sampled", "num_prompts": "prompts"}
+    columns = {key: name for key, name in columns.items() if any(record.get(key) is not None for record in records)}
+    if len(records) == 1:
+        rows = [[name, _value(records[0], key), _interval(records[0], key)] for key, name in columns.items()]
+        return table(["held-out prompts", "", "95 % interval"], rows)
+    rows = [[str(record["step"]), *(_cell(record, key) for key in columns)] for record in records]
+    return table(["step", *columns.values()], rows)
+
+
+def _cell(record: Mapping[str, Any], key: str) -> str:
+    interval = _interval(record, key)
+    return _value(record, key) + (f" ({interval})" if interval else "")
+
+
+def _value(record: Mapping[str, Any], key: str) -> str:
+    value = record.get(key)
+    return f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _interval(record: Mapping[str, Any], key: str) -> str:
+    low, high = record.get(f"{key}_low"), record.get(f"{key}_high")
+    return "" if low is None or high is None else f"{low:.3f} to {high:.3f}"

@@ -1,0 +1,20 @@
+"""Evaluation of a model as it is: generators on every node, no trainers, no step.
+
+held-out prompts ──► generators ──► rewards ──► evaluations.jsonl
+"""
+
+from __future__ import annotations
+
+from forge_hpc.recipes.session import Session, load_held_out
+from forge_hpc.rewards import RewardPool
+
+
+async def eval(session: Session) -> None:
+    """Evaluate ``model.path`` on ``evaluation.num_prompts`` prompts of ``data.eval_split``, as training does.
+
+    A start that was interrupted begins again; an evaluation that was written is not repeated.
+    """
+    held_out = load_held_out(session)
+    async with RewardPool(session.config) as rewards:
+        await session.start_generators()
+        await session.evaluate(0, held_out, rewards)

@@ -1,0 +1,24 @@
+#!/bin/bash
+# Evaluation of a model on the nodes of one allocation:
+#   sbatch sbatch/eval.sh [--config FILE] [--run-dir D] [--site NAME] [--name NAME] [key=value ...]
+#   sbatch --nodes=4 --gpus-per-node=8 --partition=gpu sbatch/eval.sh --config configs/eval/NAME.yaml
+# Options of sbatch stand before the script and win over the lines below. Without --config: the demo, which needs no GPU.
+#SBATCH --job-name=eval
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --signal=USR2@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%j.out
+
+# $0 is a copy in slurmd's spool: the project is where sbatch was called, or where Slurm says that the script lies. A job
+# that takes the place of one that could not be requeued is told (forge_hpc/cluster/slurm/successor.py).
+project=${FORGE_HPC_PROJECT:-${SLURM_SUBMIT_DIR:-.}}
+if [[ ! -f $project/sbatch/common.sh ]]; then
+  script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
+  project=$(dirname "$(dirname "$script")")
+fi
+source "$project/sbatch/common.sh" || exit 2
+run_recipe eval "$@"

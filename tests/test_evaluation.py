@@ -1,0 +1,207 @@
+"""The figures of an evaluation, against what they estimate; what may be asked for; where it runs; how it is shown."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from forge_hpc.config import UserError, load_config, plan, validate
+from forge_hpc.config.schema import LoggingConfig
+from forge_hpc.generation.seeds import sample_seed
+from forge_hpc.observability.logger import MetricLogger
+from forge_hpc.observability.report import render_report, render_status
+from forge_hpc.observability.summary import final_summary
+from forge_hpc.recipes.evaluation import (
+    Graded,
+    bootstrap_interval,
+    evaluation_seed,
+    greedy_figures,
+    pass_at_k,
+    sampled_figures,
+    wilson_interval,
+)
+from forge_hpc.recipes.registry import load_recipe
+from forge_hpc.run_dir import RunDir
+
+RIGHT, WRONG = Graded(True, 1.0), Graded(False, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------- estimators
+
+
+@pytest.mark.parametrize(("num", "num_right", "k"), [(5, 2, 1), (5, 2, 3), (6, 1, 4), (4, 0, 2), (4, 4, 2), (5, 3, 5)])
+def test_pass_at_k_is_the_share_of_all_choices_of_k_samples_that_hold_a_right_one(num: int, num_right: int, k: int):
+    samples = [True] * num_right + [False] * (num - num_right)
+    choices = list(itertools.combinations(samples, k))
+    assert pass_at_k(num, num_right, k) == pytest.approx(sum(map(any, choices)) / len(choices))
+
+
+def test_pass_at_k_is_unbiased_and_takes_many_samples():
+    draws = np.random.default_rng(0)
+    estimates = [pass_at_k(8, int(right), 4) for right in draws.binomial(8, 0.2, size=20_000)]
+    assert np.mean(estimates) == pytest.approx(1 - 0.8**4, abs=0.005)
+    assert pass_at_k(4000, 1, 2000) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_pass_at_k_of_more_than_was_sampled_is_refused(k: int):
+    with pytest.raises(ValueError, match="from 1 to 4"):
+        pass_at_k(4, 2, k)
+
+
+def test_wilsons_interval_has_published_values_and_is_never_empty():
+    low, high = wilson_interval(8, 10)
+    assert (low, high) == (pytest.approx(0.4901625, abs=1e-6), pytest.approx(0.9433178, abs=1e-6))
+    assert wilson_interval(0, 20) == (0.0, pytest.approx(0.1611252, abs=1e-6))
+    assert wilson_interval(20, 20) == (pytest.approx(1 - 0.1611252, abs=1e-6), 1.0)
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say():
+    draws, truth = np.random.default_rng(1), 0.3
+    wilson, bootstrap = [], []
+    for trial in range(300):
+        values = draws.binomial(1, truth, size=100)
+        wilson.append(wilson_interval(int(values.sum()), 100))
+        means = draws.binomial(4, draws.beta(3, 7, size=60)) / 4  # prompts of different difficulty, 0.3 on average
+        bootstrap.append(bootstrap_interval(means, trial))
+    for intervals in (wilson, bootstrap):
+        assert 0.90 <= np.mean([low <= truth <= high for low, high in intervals]) <= 0.99
+
+
+def test_the_bootstrap_repeats_and_is_not_certain_where_all_prompts_are_equal():
+    values = [0.0, 0.25, 0.5, 1.0]
+    assert bootstrap_interval(values, 7) == bootstrap_interval(values, 7)
+    assert bootstrap_interval([0.0] * 20, 7) == wilson_interval(0, 20)
+    low, high = bootstrap_interval([0.5] * 5, 7)
+    assert low < 0.5 < high
+
+
+def test_an_answer_without_a_reward_is_wrong_and_left_out_of_the_mean():
+    figures = greedy_figures([RIGHT, Graded(False, 0.5), Graded(), RIGHT])
+    assert (figures["accuracy"], figures["reward"]) == (0.5, pytest.approx(2.5 / 3))
+    assert figures["accuracy_low"] < 0.5 < figures["accuracy_high"]
+    assert "reward" not in greedy_figures([Graded()])
+
+
+def test_sampled_figures_are_means_over_prompts():
+    figures = sampled_figures([[RIGHT, RIGHT, WRONG, Graded()], [WRONG] * 4], (1, 2), seed=3)
+    assert figures["pass@1"] == pytest.approx(0.25) and figures["pass@2"] == pytest.approx((1 - 1 / 6) / 2)
+    assert figures["pass@2_low"] <= figures["pass@2"] <= figures["pass@2_high"]
+    assert figures["reward_sampled"] == pytest.approx(2 / 7)
+
+
+def test_evaluations_have_seeds_of_their_own():
+    seeds = {evaluation_seed(run, step) for run in range(20) for step in range(20)}
+    training = {sample_seed(run, place, sample) for run in range(20) for place in range(20) for sample in range(8)}
+    assert len(seeds) == 400 and not seeds & training and evaluation_seed(1, 2) == evaluation_seed(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["evaluation.samples=4"], "evaluation.num_prompts=0 switches evaluation off"),
+        (["recipe=eval"], "recipe=eval does nothing else"),
+        (["evaluation.num_prompts=9", "evaluation.k=[1, 4]"], "evaluation.k is for sampled answers"),
+        (["evaluation.num_prompts=9", "evaluation.temperature=1"], "evaluation.temperature is for sampled answers"),
+        (["evaluation.num_prompts=9", "evaluation.samples=4", "evaluation.k=[1, 8]"], "evaluation.k is [1, 8]"),
+        (["evaluation.num_prompts=9", "evaluation.samples=4", "evaluation.k=[2, 2]"], "evaluation.k is [2, 2]"),
+        (["evaluation.num_prompts=9", "evaluation.samples=4", "evaluation.k=[]"], "evaluation.k is []"),
+        (["evaluation.num_prompts=9", "evaluation.samples=4", "evaluation.temperature=0"], "is greedy"),
+        (["recipe=eval", "evaluation.num_prompts=9", "cluster.nodes=4", "cluster.trainer_nodes=2"], "on every node"),
+        (["recipe=eval", "evaluation.num_prompts=9", "reward=[]"], "no reward"),
+        (["recipe=nowhere.py:f"], "recipe: no such file: nowhere.py"),
+        (["recipe='nowhere.py:'"], "recipe is 'nowhere.py:'"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(overrides: list[str], words: str):
+    with pytest.raises(UserError) as caught:
+        validate(load_config(None, overrides))
+    assert words in caught.value.message and caught.value.hint
+
+
+def test_a_list_of_numbers_is_called_so():
+    with pytest.raises(UserError, match="must be a list of whole numbers"):
+        load_config(None, ["evaluation.k=[one]"])
+
+
+def test_an_evaluation_generates_on_every_node_and_every_gpu():
+    overrides = ["recipe=eval", "evaluation.num_prompts=9", "cluster.nodes=4", "cluster.spare_nodes=1"]
+    cfg = load_config(None, [*overrides, "generator.engine.tensor_parallel_size=2"])
+    placement = plan(cfg, 8)
+    assert (placement.trainer_nodes, placement.rollout_nodes) == (range(0), range(3))
+    assert placement.replica_gpus == ((0, 1), (2, 3), (4, 5), (6, 7)) and placement.trainer_procs == 0
+    assert "trainers" not in placement.describe() and "12 replicas" in placement.describe()
+    assert plan(load_config(None, [*overrides[:2], "generator.replicas=3"]), 0).replicas == 3
+
+
+# ---------------------------------------------------------------------------------------------------- own recipes
+OWN = """
+async def mine(session):
+    pass
+
+def not_async(session):
+    pass
+
+async def no_argument():
+    pass
+"""
+
+
+def test_a_recipe_of_ones_own_is_found_beside_the_configuration_and_placed_like_grpo(tmp_path: Path):
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "own.yaml").write_text("recipe: own.py:mine\nrollout: {group_size: 1}\ncluster: {nodes: 4}\n")
+    cfg = load_config(tmp_path / "own.yaml")
+    assert cfg.recipe == f"{tmp_path}/own.py:mine"
+    validate(cfg)
+    assert (plan(cfg, 8).trainer_nodes, plan(cfg, 8).rollout_nodes) == (range(2), range(2, 4))
+    assert load_recipe(cfg.recipe).__name__ == "mine"
+    with pytest.raises(UserError, match="has no 'min'"):
+        validate(load_config(tmp_path / "own.yaml", [f"recipe={tmp_path}/own.py:min"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("FILE:not_async", "is not async"),
+        ("FILE:no_argument", "does not take one argument"),
+        ("FILE:other", "has no function or class 'other'"),
+        ("no_such_module:f", "no module 'no_such_module'"),
+        ("gpro", "unknown recipe 'gpro'"),
+    ],
+)
+def test_what_is_no_recipe_is_refused(name: str, words: str, tmp_path: Path):
+    (tmp_path / "own.py").write_text(OWN)
+    with pytest.raises(UserError, match=words):
+        load_recipe(name.replace("FILE", str(tmp_path / "own.py")))
+
+
+@pytest.mark.parametrize("name", ["grpo", "sft", "eval", "forge_hpc.recipes.grpo:grpo"])
+def test_our_recipes_are_found_by_name(name: str):
+    assert load_recipe(name).__name__ == name.rpartition(":")[2]
+
+
+# ---------------------------------------------------------------------------------------------------- what is shown
+def test_an_evaluation_alone_is_reported_without_steps(tmp_path: Path):
+    run_dir = RunDir(tmp_path / "run").create()
+    run_dir.config.write_text("recipe: eval\ntrainer:\n  training:\n    steps: 100\n")
+    figures = greedy_figures([RIGHT, WRONG]) | sampled_figures([[RIGHT], [WRONG]], (1,), 0)
+    with MetricLogger(run_dir, LoggingConfig(console="none")) as logger:
+        logger.log_evaluation(0, figures | {"num_prompts": 2})
+    run_dir.write_status(state="completed")
+    for text in (final_summary(run_dir), render_report(run_dir)):
+        assert "completed" in text and "step" not in text
+        assert "| greedy accuracy  | 0.500 | 0.095 to 0.905 |" in text and "| pass@1 " in text
+    assert "step" not in render_status(run_dir)
+
+
+def test_the_evaluations_of_a_training_have_a_line_each(tmp_path: Path):
+    run_dir = RunDir(tmp_path / "run").create()
+    with MetricLogger(run_dir, LoggingConfig(console="none")) as logger:
+        logger.log_evaluation(0, greedy_figures([RIGHT, WRONG]))
+        logger.log_evaluation(5, greedy_figures([RIGHT, RIGHT]))
+    run_dir.write_status(state="running", step=5)
+    assert "| 5    | 1.000 (0.342 to 1.000) |  1.000 |" in render_report(run_dir)
