@@ -15,6 +15,7 @@ from forge_hpc.observability.logger import MetricLogger
 from forge_hpc.observability.report import render_report, render_status
 from forge_hpc.observability.summary import final_summary
 from forge_hpc.recipes.evaluation import (
+    Graded,
     bootstrap_interval,
     evaluation_seed,
     greedy_figures,
@@ -24,6 +25,9 @@ from forge_hpc.recipes.evaluation import (
 )
 from forge_hpc.recipes.registry import load_recipe
 from forge_hpc.run_dir import RunDir
+
+RIGHT, WRONG = Graded(True, 1.0), Graded(False, 0.0)
+
 
 # ---------------------------------------------------------------------------------------------------- estimators
 
@@ -76,15 +80,14 @@ def test_the_bootstrap_repeats_and_is_not_certain_where_all_prompts_are_equal():
 
 
 def test_an_answer_without_a_reward_is_wrong_and_left_out_of_the_mean():
-    figures = greedy_figures([True, False, False, True], [1.0, 0.5, None, 1.0])
+    figures = greedy_figures([RIGHT, Graded(False, 0.5), Graded(), RIGHT])
     assert (figures["accuracy"], figures["reward"]) == (0.5, pytest.approx(2.5 / 3))
     assert figures["accuracy_low"] < 0.5 < figures["accuracy_high"]
-    assert "reward" not in greedy_figures([False], [None])
+    assert "reward" not in greedy_figures([Graded()])
 
 
 def test_sampled_figures_are_means_over_prompts():
-    right = [[True, True, False, False], [False] * 4]
-    figures = sampled_figures(right, [[1.0, 1.0, 0.0, None], [0.0] * 4], (1, 2), seed=3)
+    figures = sampled_figures([[RIGHT, RIGHT, WRONG, Graded()], [WRONG] * 4], (1, 2), seed=3)
     assert figures["pass@1"] == pytest.approx(0.25) and figures["pass@2"] == pytest.approx((1 - 1 / 6) / 2)
     assert figures["pass@2_low"] <= figures["pass@2"] <= figures["pass@2_high"]
     assert figures["reward_sampled"] == pytest.approx(2 / 7)
@@ -129,7 +132,7 @@ def test_an_evaluation_generates_on_every_node_and_every_gpu():
     overrides = ["recipe=eval", "evaluation.num_prompts=9", "cluster.nodes=4", "cluster.spare_nodes=1"]
     cfg = load_config(None, [*overrides, "generator.engine.tensor_parallel_size=2"])
     placement = plan(cfg, 8)
-    assert (placement.trainer_nodes, placement.rollout_nodes, placement.spare_nodes) == (range(0), range(3), range(3, 4))
+    assert (placement.trainer_nodes, placement.rollout_nodes) == (range(0), range(3))
     assert placement.replica_gpus == ((0, 1), (2, 3), (4, 5), (6, 7)) and placement.trainer_procs == 0
     assert "trainers" not in placement.describe() and "12 replicas" in placement.describe()
     assert plan(load_config(None, [*overrides[:2], "generator.replicas=3"]), 0).replicas == 3
@@ -156,7 +159,7 @@ def test_a_recipe_of_ones_own_is_found_beside_the_configuration_and_placed_like_
     validate(cfg)
     assert (plan(cfg, 8).trainer_nodes, plan(cfg, 8).rollout_nodes) == (range(2), range(2, 4))
     assert load_recipe(cfg.recipe).__name__ == "mine"
-    with pytest.raises(UserError, match="own.py has no 'min'"):
+    with pytest.raises(UserError, match="has no 'min'"):
         validate(load_config(tmp_path / "own.yaml", [f"recipe={tmp_path}/own.py:min"]))
 
 
@@ -185,7 +188,7 @@ def test_our_recipes_are_found_by_name(name: str):
 def test_an_evaluation_alone_is_reported_without_steps(tmp_path: Path):
     run_dir = RunDir(tmp_path / "run").create()
     run_dir.config.write_text("recipe: eval\ntrainer:\n  training:\n    steps: 100\n")
-    figures = greedy_figures([True, False], [1.0, 0.0]) | sampled_figures([[True], [False]], [[1.0], [0.0]], (1,), 0)
+    figures = greedy_figures([RIGHT, WRONG]) | sampled_figures([[RIGHT], [WRONG]], (1,), 0)
     with MetricLogger(run_dir, LoggingConfig(console="none")) as logger:
         logger.log_evaluation(0, figures | {"num_prompts": 2})
     run_dir.write_status(state="completed")
@@ -198,7 +201,7 @@ def test_an_evaluation_alone_is_reported_without_steps(tmp_path: Path):
 def test_the_evaluations_of_a_training_have_a_line_each(tmp_path: Path):
     run_dir = RunDir(tmp_path / "run").create()
     with MetricLogger(run_dir, LoggingConfig(console="none")) as logger:
-        for step, right in ((0, [True, False]), (5, [True, True])):
-            logger.log_evaluation(step, greedy_figures(right, [1.0, 1.0]))
+        logger.log_evaluation(0, greedy_figures([RIGHT, WRONG]))
+        logger.log_evaluation(5, greedy_figures([RIGHT, RIGHT]))
     run_dir.write_status(state="running", step=5)
     assert "| 5    | 1.000 (0.342 to 1.000) |  1.000 |" in render_report(run_dir)

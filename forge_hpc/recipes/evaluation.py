@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,6 +20,14 @@ _BLOCK = 100
 """Resamples drawn at once: memory stays small however many prompts there are."""
 _SEED_PLACE = -1
 """In the place of a prompt's position, which is never negative: no evaluation has the seed of a training sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """An answer and what it got; as it is made by default, one that failed, or whose reward could not be computed."""
+
+    right: bool = False
+    reward: float | None = None
 
 
 def evaluation_seed(run_seed: int, step: int) -> int:
@@ -65,38 +74,30 @@ def bootstrap_interval(values: Sequence[float], seed: int) -> tuple[float, float
     return float(low), float(high)
 
 
-def greedy_figures(right: Sequence[bool], rewards: Sequence[float | None]) -> dict[str, float]:
-    """Figures of one greedy answer a prompt.
+def greedy_figures(answers: Sequence[Graded]) -> dict[str, float]:
+    """``accuracy`` of one greedy answer a prompt, with its interval, and the mean ``reward`` of those that have one."""
+    num_right, num = sum(answer.right for answer in answers), len(answers)
+    low, high = wilson_interval(num_right, num)
+    figures = {"accuracy": num_right / num, "accuracy_low": low, "accuracy_high": high}
+    return figures | _mean_reward("reward", answers)
+
+
+def sampled_figures(answers: Sequence[Sequence[Graded]], ks: Sequence[int], seed: int) -> dict[str, float]:
+    """``pass@K`` of the answers sampled for each prompt, with its interval over prompts, and ``reward_sampled``.
 
     Args:
-        right: by prompt, whether the answer is right.
-        rewards: by prompt, its reward; None where none could be computed. Such an answer is not right, and it is left
-            out of the mean.
-    """
-    low, high = wilson_interval(sum(right), len(right))
-    figures = {"accuracy": sum(right) / len(right), "accuracy_low": low, "accuracy_high": high}
-    return figures | _mean_reward("reward", rewards)
-
-
-def sampled_figures(
-    right: Sequence[Sequence[bool]], rewards: Sequence[Sequence[float | None]], ks: Sequence[int], seed: int
-) -> dict[str, float]:
-    """Figures of as many sampled answers for each prompt: ``pass@K`` with its interval over prompts, and their mean
-    reward.
-
-    Args:
-        right, rewards: by prompt and sample, as ``greedy_figures``.
+        answers: by prompt and sample; as many for each prompt.
         ks: the K, each at most the samples of a prompt.
         seed: of the bootstrap.
     """
     figures: dict[str, float] = {}
     for k in ks:
-        values = [pass_at_k(len(answers), sum(answers), k) for answers in right]
+        values = [pass_at_k(len(samples), sum(sample.right for sample in samples), k) for samples in answers]
         low, high = bootstrap_interval(values, seed)
         figures |= {f"pass@{k}": sum(values) / len(values), f"pass@{k}_low": low, f"pass@{k}_high": high}
-    return figures | _mean_reward("reward_sampled", [reward for answers in rewards for reward in answers])
+    return figures | _mean_reward("reward_sampled", [sample for samples in answers for sample in samples])
 
 
-def _mean_reward(name: str, rewards: Sequence[float | None]) -> dict[str, float]:
-    known = [reward for reward in rewards if reward is not None]
+def _mean_reward(name: str, answers: Sequence[Graded]) -> dict[str, float]:
+    known = [answer.reward for answer in answers if answer.reward is not None]
     return {name: sum(known) / len(known)} if known else {}

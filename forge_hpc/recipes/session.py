@@ -29,7 +29,7 @@ from forge_hpc.data.prompts import PromptStream, evaluation_prompts
 from forge_hpc.data.source import load_eval_examples, load_examples
 from forge_hpc.data.types import Completion, Document, Group, Prompt
 from forge_hpc.observability.logger import MetricLogger
-from forge_hpc.recipes.evaluation import evaluation_seed, greedy_figures, sampled_figures
+from forge_hpc.recipes.evaluation import Graded, evaluation_seed, greedy_figures, sampled_figures
 from forge_hpc.recipes.generators import SPAWN_S, STOP_S, GeneratorPool, NodeLost, WeightSync
 from forge_hpc.recipes.recovery import Leave, Recoveries
 from forge_hpc.recipes.trainers import Trainers
@@ -369,43 +369,41 @@ class Session:
         if not prompts or self.metrics.is_evaluated(step):
             return
         start, config = time.perf_counter(), self.config.evaluation
-        [greedy] = zip(*await self._answer(prompts, 1, SamplingConfig(temperature=0.0), 0, rewards), strict=True)
-        values = greedy_figures([self._is_right(reward) for reward in greedy], greedy)
+        greedy = await self._answer(prompts, 1, SamplingConfig(temperature=0.0), 0, rewards)
+        values = greedy_figures([answer for [answer] in greedy])
         if config.samples:
             sampling, seed = self.config.rollout.sampling, evaluation_seed(self.config.seed, step)
             if config.temperature is not None:
                 sampling = replace(sampling, temperature=config.temperature)
             sampled = await self._answer(prompts, config.samples, sampling, seed, rewards)
-            right = [[self._is_right(reward) for reward in answers] for answers in sampled]
-            values |= sampled_figures(right, sampled, config.k, seed)
+            values |= sampled_figures(sampled, config.k, seed)
         values |= {"num_prompts": len(prompts), "time_s": time.perf_counter() - start}
         self.metrics.log_evaluation(step, values)
         self._step_ended = time.perf_counter()
 
-    def _is_right(self, reward: float | None) -> bool:
-        """Whether an answer has all that can be had."""
-        return reward is not None and reward >= sum(term.weight for term in self.config.reward) - 1e-6
-
     async def _answer(
         self, prompts: Sequence[Prompt], num: int, sampling: SamplingConfig, seed: int, rewards: Any
-    ) -> list[list[float | None]]:
-        """The rewards of ``num`` answers to each prompt; None where an answer or its reward failed."""
+    ) -> list[list[Graded]]:
+        """``num`` answers to each prompt. One is right when it has the whole reward, the sum of all weights."""
         from forge_hpc.rewards import RewardError
 
-        async def score(prompt: Prompt, completion: Completion) -> float | None:
+        whole = sum(reward.weight for reward in self.config.reward) - 1e-6
+
+        async def grade(prompt: Prompt, completion: Completion) -> Graded:
             try:
-                return (await rewards.score(prompt, completion))[0]
+                total, _ = await rewards.score(prompt, completion)
             except RewardError:
-                return None
+                return Graded()
+            return Graded(total >= whole, total)
 
         async def ask(replica: int, places: Sequence[int]) -> None:
             share = [prompts[place] for place in places]
             answers = await self.generators.sample.route(share, num, sampling, seed, key=replica)
             for place, prompt, completions in zip(places, share, answers, strict=True):
                 if not isinstance(completions, ValueError):
-                    results[place] = await asyncio.gather(*(score(prompt, completion) for completion in completions))
+                    results[place] = await asyncio.gather(*(grade(prompt, completion) for completion in completions))
 
-        results: list[list[float | None]] = [[None] * num for _ in prompts]
+        results = [[Graded()] * num for _ in prompts]
         # A call has a deadline (generator.timeout_s): it holds some fillings of an engine, not a whole test set.
         size = max(1, FILLINGS * self.config.generator.engine.max_num_seqs // num)
         async with asyncio.TaskGroup() as tasks:
