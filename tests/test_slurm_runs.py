@@ -110,3 +110,34 @@ def test_a_job_comes_back_after_preemption_and_after_its_controller_died(
     assert slurm_cluster.job(job)["Restarts"] == "2"
     check_contract(run_dir, steps)
     assert not left_over(run_dir)
+
+
+def test_sft_is_the_same_on_one_node_and_on_two_and_when_it_was_stopped(
+    slurm_cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    steps = 20
+
+    def submit(name: str, nodes: int) -> str:
+        command = ["sbatch", "--parsable", f"--nodes={nodes}", f"--output={tmp_path}/slurm-%j.out", "sbatch/sft.sh"]
+        command += ["--run-dir", str(tmp_path / name), f"trainer.training.steps={steps}", "evaluation.num_prompts=0"]
+        command += ["trainer.lr_scheduler.warmup_steps=5", "checkpoint.interval=2"]
+        return slurm_cluster.run(*command, env=environment(slurm_cluster), cwd=PROJECT).stdout.strip()
+
+    def wait(*jobs: str) -> None:
+        for job in jobs:
+            slurm_cluster.wait_for_job(job, timeout_s=600)
+
+    stopped = submit("stopped", 2)
+    wait_for(lambda: len(read(tmp_path / "stopped")) >= 3, "three steps", 300)
+    slurm_cluster.run("scancel", "--signal=USR2", stopped)  # save, leave, come back
+    wait(submit("one", 1), submit("two", 2), stopped)
+    assert [record["state"] for record in read(tmp_path / "stopped", "starts.jsonl") if record["event"] == "end"] == [
+        "preempted",
+        "completed",
+    ]
+    one, two, again = (read(tmp_path / name) for name in ("one", "two", "stopped"))
+    assert [record["loss"] for record in one] == pytest.approx([record["loss"] for record in two], abs=1e-4)
+    same = ("step", "loss", "grad_norm", "lr", "tokens/trained")
+    assert [[record[key] for key in same] for record in again] == [[record[key] for key in same] for record in two]
+    weights = [(tmp_path / name / "export/model.safetensors").read_bytes() for name in ("two", "stopped")]
+    assert weights[0] == weights[1]
