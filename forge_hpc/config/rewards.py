@@ -7,13 +7,12 @@ installed modules) is checked by the reward pool when the run starts.
 from __future__ import annotations
 
 import ast
-import difflib
-import symtable
 from collections.abc import Iterable
 from pathlib import Path
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import RewardConfig
+from forge_hpc.config.user_code import find_user_code, nearest
 
 BUILTIN_REWARDS = {
     "exact": "forge_hpc.rewards.exact:ExactReward",
@@ -49,33 +48,11 @@ def check_reward(key: str, reward: RewardConfig) -> None:
         file = Path(place).expanduser()
     else:
         return  # finding a module runs the packages that it is in
-    found = _find(f"{key}.name", file, name)
+    found = find_user_code(f"{key}.name", file, name)
     if isinstance(found, _Function) and not found.decorator_list:
         _check_call(f"{key}.name", name, found.args, num_given=3)
     elif isinstance(found, ast.ClassDef) and not found.decorator_list:
         _check_class(key, found, reward)
-
-
-def _find(key: str, file: Path, name: str) -> ast.stmt | None:
-    """The function or class `name` at the top level of `file`; None for something else that is called so."""
-    try:
-        source = file.read_text(encoding="utf-8")
-        table = symtable.symtable(source, str(file), "exec")
-    except FileNotFoundError:
-        raise UserError(
-            f"{key}: no such file: {file}", "a relative path is looked for beside the YAML, then here"
-        ) from None
-    except SyntaxError as error:
-        raise UserError(f"{key}: {file}:{error.lineno}: {error.msg}", "mend the file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{key}: cannot read {file}: {error}", "check the path and its permissions") from None
-    names = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
-    if name not in names:
-        raise UserError(f"{key}: {file} has no {name!r}", _nearest(name, names) or "define it at top level")
-    for statement in reversed(ast.parse(source).body):
-        if isinstance(statement, _Function | ast.ClassDef) and statement.name == name:
-            return statement
-    return None
 
 
 def _check_call(key: str, name: str, arguments: ast.arguments, num_given: int) -> None:
@@ -113,11 +90,6 @@ def _check_args(key: str, name: str, arguments: ast.arguments, given: Iterable[s
     takes = f"it takes {', '.join(names)}" if names else "it takes no arguments"
     for argument in given:
         if argument not in names and arguments.kwarg is None:
-            raise UserError(f"{key}: {name} has no argument {argument!r}", _nearest(argument, names) or takes)
+            raise UserError(f"{key}: {name} has no argument {argument!r}", nearest(argument, names) or takes)
     if missing := [argument for argument in required if argument not in given]:
         raise UserError(f"{key}: {name} needs {' and '.join(missing)}", takes)
-
-
-def _nearest(name: str, names: Iterable[str]) -> str | None:
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f"did you mean {close[0]}?" if close else None

@@ -1,15 +1,51 @@
-"""Loads what a user has written: ``package.module:name`` or ``path/to/file.py:name``."""
+"""What a user has written, ``package.module:name`` or ``path/to/file.py:name``: found without running it, and loaded."""
 
 from __future__ import annotations
 
+import ast
+import difflib
 import importlib
 import importlib.util
+import symtable
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from forge_hpc.config.errors import UserError
+
+
+def find_user_code(key: str, file: Path, name: str) -> ast.stmt | None:
+    """The function or class `name` at the top level of `file`; None for something else that is called so. Nothing runs.
+
+    Raises:
+        UserError: the file cannot be read or does not compile, or nothing at its top level has the name; ``key`` says
+            where it was named.
+    """
+    try:
+        source = file.read_text(encoding="utf-8")
+        table = symtable.symtable(source, str(file), "exec")
+    except FileNotFoundError:
+        raise UserError(
+            f"{key}: no such file: {file}", "a relative path is looked for beside the YAML, then here"
+        ) from None
+    except SyntaxError as error:
+        raise UserError(f"{key}: {file}:{error.lineno}: {error.msg}", "mend the file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: cannot read {file}: {error}", "check the path and its permissions") from None
+    names = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
+    if name not in names:
+        raise UserError(f"{key}: {file} has no {name!r}", nearest(name, names) or "define it at top level")
+    for statement in reversed(ast.parse(source).body):
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and statement.name == name:
+            return statement
+    return None
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """A hint at what was meant."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"did you mean {close[0]}?" if close else None
 
 
 def load_user_code(name: str, kind: str) -> Callable[..., Any]:

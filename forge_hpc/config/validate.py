@@ -10,7 +10,6 @@ import difflib
 import json
 import math
 import re
-import symtable
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from forge_hpc.config.rewards import BUILTIN_REWARDS, check_reward
 from forge_hpc.config.schema import Config, DataConfig
 from forge_hpc.config.sources import data_sources
 from forge_hpc.config.split import evaluates_by_generation, plan
+from forge_hpc.config.user_code import find_user_code
 
 RECIPES = ("grpo", "sft", "eval")
 REWARDS = tuple(BUILTIN_REWARDS)
@@ -529,24 +529,4 @@ def _check_files(cfg: Config) -> None:
         if colon and (not place or not function.isidentifier()):
             raise UserError(f"{key} is {name!r}", "write package.module:name or file.py:name")
         if place.endswith(".py"):
-            _check_function(key, Path(place).expanduser(), function)
-
-
-def _check_function(key: str, file: Path, name: str) -> None:
-    """`file` compiles, and something at its top level is called `name`."""
-    try:
-        table = symtable.symtable(file.read_text(encoding="utf-8"), str(file), "exec")
-    except FileNotFoundError:
-        raise UserError(
-            f"{key}: no such file: {file}", "a relative path is looked for beside the YAML, then here"
-        ) from None
-    except SyntaxError as error:
-        raise UserError(f"{key}: {file}:{error.lineno}: {error.msg}", "mend the file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{key}: cannot read {file}: {error}", "check the path and its permissions") from None
-    names = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
-    if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
-        raise UserError(
-            f"{key}: {file} has no {name!r}", f"did you mean {close[0]}?" if close else "define it at top level"
-        )
+            find_user_code(key, Path(place).expanduser(), function)
