@@ -1,4 +1,4 @@
-"""What a user has written, ``package.module:name`` or ``path/to/file.py:name``: found without running it, and loaded."""
+"""What a user has written, ``package.module:name`` or ``file.py:name``: found without running it, and loaded."""
 
 from __future__ import annotations
 
