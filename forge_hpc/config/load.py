@@ -31,7 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config
 
-_PATH_KEYS = ("model.path", "data.path", "data.eval_path", "warmstart.config")
+_PATH_KEYS = ("model.path", "data.path", "data.eval_path", "environment.name", "warmstart.config")
 _NULL = "tag:yaml.org,2002:null"
 
 

@@ -24,6 +24,7 @@ RECIPES = ("grpo", "sft")
 LOSSES = ("grpo", "reinforce")
 ADVANTAGES = ("group_mean_std", "group_mean", "leave_one_out")
 REWARDS = ("exact", "math", "gsm8k")
+ENVIRONMENTS = ("calculator", "guessing", "code")
 BUILTIN_MODELS = ("builtin:qwen3-tiny",)
 BUILTIN_DATA = ("builtin:addition",)
 _DTYPES = ("float32", "bfloat16")
@@ -42,6 +43,9 @@ _NAMES = {
 }
 _POSITIVE = [
     "algorithm.max_steps_without_signal",
+    "environment.max_turns",
+    "environment.max_turn_tokens",
+    "environment.timeout_s",
     "rollout.group_size",
     "rollout.prompts_per_step",
     "rollout.max_prompt_tokens",
@@ -109,11 +113,13 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
     _check_lengths(cfg)
     _check_slurm(cfg)
     _check_reward_names(cfg)
+    _check_environment(cfg)
     plan(cfg, cfg.cluster.gpus_per_node)
     if check_paths:
         _check_model(cfg)
         _check_data(cfg)
         _check_files(cfg)
+        _check_environment_file(cfg)
 
 
 def walltime_s(text: str) -> float:
@@ -283,7 +289,7 @@ def _check_slurm(cfg: Config) -> None:
 
 
 def _check_reward_names(cfg: Config) -> None:
-    if cfg.recipe != "sft" and not cfg.reward:
+    if cfg.recipe != "sft" and not cfg.reward and cfg.environment.name is None:
         raise UserError("no reward is given", "write `reward: [{name: exact}]`")
     names = [reward.name for reward in cfg.reward]
     for i, name in enumerate(names):
@@ -293,6 +299,27 @@ def _check_reward_names(cfg: Config) -> None:
             )
         if ":" not in name:
             _check_name(f"reward.{i}.name", name, REWARDS)
+
+
+def _check_environment(cfg: Config) -> None:
+    name = cfg.environment.name
+    if name is None:
+        return
+    if cfg.recipe == "sft":
+        raise UserError("environment.name is set, and SFT learns from examples alone", "set environment.name=null")
+    place, colon, cls = name.rpartition(":")
+    if not colon:
+        _check_name("environment.name", name, ENVIRONMENTS)
+    elif not place or not cls.isidentifier():
+        raise UserError(f"environment.name is {name!r}", "write package.module:Class or file.py:Class")
+    if any(reward.name.rpartition(":")[2] == "environment" for reward in cfg.reward):
+        raise UserError("a reward is called 'environment', as what the environment gives is", "rename its function")
+
+
+def _check_environment_file(cfg: Config) -> None:
+    place, _, cls = (cfg.environment.name or "").rpartition(":")
+    if place.endswith(".py"):
+        _check_function("environment.name", Path(place).expanduser(), cls)
 
 
 # --- files

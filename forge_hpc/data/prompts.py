@@ -28,7 +28,7 @@ class PromptRenderer:
 
     def __call__(self, example: Mapping[str, Any], position: int) -> Prompt:
         data = self._data
-        text = example[data.prompt_field]
+        text = question = example[data.prompt_field]
         if data.chat_template:
             messages = [{"role": "user", "content": text}]
             if data.system_prompt is not None:
@@ -39,7 +39,7 @@ class PromptRenderer:
         # A rendered template holds its special tokens already.
         token_ids = self._tokenizer.encode(text, add_special_tokens=not data.chat_template)
         fields = {k: v for k, v in example.items() if k not in (data.prompt_field, data.target_field)}
-        return Prompt(position, text, token_ids, str(example[data.target_field]), fields)
+        return Prompt(position, text, token_ids, str(example[data.target_field]), fields, question)
 
 
 class ExampleOrder:

@@ -19,6 +19,7 @@ from forge_hpc.data.prompts import PromptStream
 from forge_hpc.data.source import load_examples
 from forge_hpc.data.types import Prompt
 from forge_hpc.recipes.checks import SignalWatch, check_mismatch
+from forge_hpc.recipes.episodes import sampler, start_environments
 from forge_hpc.recipes.rollouts import RolloutClock, make_group, measure, to_documents
 from forge_hpc.recipes.session import Session, background, load_held_out
 from forge_hpc.rewards import RewardPool
@@ -36,7 +37,9 @@ async def grpo(session: Session) -> None:
     held_out = load_held_out(session)
     rewards = await RewardPool(config).start()
     session.on_close(rewards.close)
+    environments = await start_environments(session)
     trainers, generators = await session.start_trainers_and_generators()
+    sample = sampler(session, generators, environments)
     buffer = EpisodeBuffer(rollout.prompts_per_step, rollout.max_staleness, policy_version=session.step)
     buffer.restore(session.finished_groups)
     weights = await session.connect(trainers, generators, buffer)
@@ -56,13 +59,13 @@ async def grpo(session: Session) -> None:
                 tasks.create_task(roll_out(step, share, key if synchronous else None, started))
 
     async def roll_out(step: int, share: list[Prompt], key: int | None, started: float) -> None:
-        for prompt, completions in zip(share, await generators.generate.route(share, key=key), strict=True):
+        for prompt, completions in zip(share, await sample(share, key=key), strict=True):
             await buffer.put(step, await make_group(prompt, completions, rewards, config))
         clock.end(started)
 
     signal = SignalWatch(config)
     if session.evaluation_is_due(session.step):
-        await session.evaluate(session.step, held_out, rewards)
+        await session.evaluate(session.step, held_out, rewards, sample)
     async with background(rollout_loop()) as tasks:
         for step in session.remaining_steps():
             waited = time.perf_counter()
@@ -87,5 +90,5 @@ async def grpo(session: Session) -> None:
             session.record(step, metrics, groups)
             await session.save_if_due(step, {"prompts": drawn.pop(step)})
             if evaluates:
-                await session.evaluate(step, held_out, rewards)
+                await session.evaluate(step, held_out, rewards, sample)
     await session.finish()

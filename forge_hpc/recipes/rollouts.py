@@ -15,24 +15,35 @@ from forge_hpc.rewards import RewardError, RewardPool
 
 
 async def make_group(
-    prompt: Prompt, completions: Sequence[Completion] | ValueError, rewards: RewardPool, config: Config
+    prompt: Prompt,
+    completions: Sequence[Completion | Episode | Exception] | ValueError,
+    rewards: RewardPool,
+    config: Config,
 ) -> Group:
     """Reward a prompt's completions and compare them with each other.
 
-    A prompt that the generator refused, an empty completion, and one whose reward failed are counted and left out.
+    Episodes come with what their environment gave, to which the rewards of their last response are added. A prompt that
+    the generator refused, an empty completion, and one whose environment (an error in its place) or reward failed are
+    counted and left out.
     """
     if isinstance(completions, ValueError):
         return Group(prompt, [], num_failed=config.rollout.group_size)
     episodes, num_failed = [], 0
-    for completion in completions:
+    for sample in completions:
+        if isinstance(sample, Exception):
+            num_failed += 1
+            continue
+        episode = sample if isinstance(sample, Episode) else Episode(prompt, sample, 0.0)
         try:
-            if not completion.token_ids:
+            if not episode.completion.token_ids:
                 raise RewardError("the completion is empty")
-            total, terms = await rewards.score(prompt, completion)
+            total, terms = await rewards.score(episode.prompt, episode.completion)
         except RewardError:
             num_failed += 1
         else:
-            episodes.append(Episode(prompt, completion, total, terms))
+            episode.reward += total
+            episode.rewards |= terms
+            episodes.append(episode)
     if not episodes:
         return Group(prompt, [], num_failed)
     advantages = advantage_function(config.algorithm.advantage)([episode.reward for episode in episodes])
@@ -56,9 +67,12 @@ def _to_document(episode: Episode) -> Document:
     prompt, response = episode.prompt.token_ids, episode.completion.token_ids
     logprobs = np.zeros(len(prompt) + len(response), dtype=np.float32)
     logprobs[len(prompt) :] = episode.completion.logprobs
+    loss_mask = np.arange(len(logprobs)) >= len(prompt)
+    if episode.completion.loss_mask is not None:
+        loss_mask[len(prompt) :] = episode.completion.loss_mask
     return Document(
         token_ids=np.array(prompt + response, dtype=np.int32),
-        loss_mask=np.arange(len(logprobs)) >= len(prompt),
+        loss_mask=loss_mask,
         generator_logprobs=logprobs,
         advantage=episode.advantage,
     )
@@ -70,7 +84,7 @@ def measure(groups: Sequence[Group], step: int) -> dict[str, float]:
     if not episodes:
         raise RuntimeError(f"all completions of step {step} failed: no reward could be computed for any of them")
     rewards = np.array([episode.reward for episode in episodes])
-    lengths = np.array([len(episode.completion.token_ids) for episode in episodes])
+    lengths = np.array([episode.completion.num_sampled for episode in episodes])
     staleness = np.array([step - 1 - episode.policy_version for episode in episodes])
     terms: dict[str, list[float]] = defaultdict(list)
     for episode in episodes:
@@ -80,6 +94,7 @@ def measure(groups: Sequence[Group], step: int) -> dict[str, float]:
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
         **{f"reward/{name}": float(np.mean(values)) for name, values in terms.items()},
+        **_measure_turns([episode.completion for episode in episodes]),
         "response/length_mean": float(lengths.mean()),
         "response/length_max": float(lengths.max()),
         "response/truncated_fraction": float(np.mean([e.completion.finish_reason == "length" for e in episodes])),
@@ -88,6 +103,17 @@ def measure(groups: Sequence[Group], step: int) -> dict[str, float]:
         "staleness/max": float(staleness.max()),
         "staleness/mean": float(staleness.mean()),
         "tokens/generated": float(lengths.sum()),
+    }
+
+
+def _measure_turns(completions: Sequence[Completion]) -> dict[str, float]:
+    """Of episodes with an environment: responses of one, and the share that a limit ended and not the environment."""
+    turns = [completion.metadata["turns"] for completion in completions if "turns" in completion.metadata]
+    if not turns:
+        return {}
+    return {
+        "episode/turns_mean": float(np.mean(turns)),
+        "episode/truncated_fraction": float(np.mean([c.finish_reason != "stop" for c in completions])),
     }
 
 

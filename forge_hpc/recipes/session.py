@@ -25,7 +25,7 @@ from forge_hpc.config import Config
 from forge_hpc.data.hub import load_tokenizer, resolve_model
 from forge_hpc.data.prompts import evaluation_prompts
 from forge_hpc.data.source import load_eval_examples
-from forge_hpc.data.types import Completion, Document, Group, Prompt
+from forge_hpc.data.types import Completion, Document, Episode, Group, Prompt
 from forge_hpc.observability.logger import MetricLogger
 from forge_hpc.recipes.generators import SPAWN_S, STOP_S, GeneratorPool, NodeLost, WeightSync
 from forge_hpc.recipes.recovery import Leave, Recoveries
@@ -352,10 +352,14 @@ class Session:
         interval = self.config.evaluation.interval
         return step in (0, self.config.trainer.training.steps) or (interval > 0 and step % interval == 0)
 
-    async def evaluate(self, step: int, prompts: Sequence[Prompt], rewards: Any) -> None:
+    async def evaluate(
+        self, step: int, prompts: Sequence[Prompt], rewards: Any, sample: Callable[..., Awaitable[Any]] | None = None
+    ) -> None:
         """Greedy accuracy of the policy after ``step`` on held-out prompts, over all generators.
 
-        A resumed run evaluates what it was interrupted in, and nothing twice.
+        ``sample`` answers the prompts (``recipes.episodes.sampler``), by default the generators alone. An episode is
+        right where its environment gave 1 and its rewards are the best there are. A resumed run evaluates what it was
+        interrupted in, and nothing twice.
         """
         from forge_hpc.rewards import RewardError
 
@@ -365,14 +369,18 @@ class Session:
         num = len(self.generators)
         shares = [prompts[replica::num] for replica in range(num) if prompts[replica::num]]
         answers = await asyncio.gather(
-            *(self.generators.generate.route(share, True, key=replica) for replica, share in enumerate(shares))
+            *(
+                (sample or self.generators.generate.route)(share, True, key=replica)
+                for replica, share in enumerate(shares)
+            )
         )
 
-        async def correct(prompt: Prompt, completions: list[Completion] | ValueError) -> bool:
-            if isinstance(completions, ValueError):
+        async def correct(prompt: Prompt, completions: list[Completion | Episode | Exception] | ValueError) -> bool:
+            first = completions if isinstance(completions, ValueError) else completions[0]
+            if isinstance(first, Exception) or (isinstance(first, Episode) and first.reward < 1 - 1e-6):
                 return False
             try:
-                total, _ = await rewards.score(prompt, completions[0])
+                total, _ = await rewards.score(prompt, first.completion if isinstance(first, Episode) else first)
             except RewardError:
                 return False
             return total >= sum(reward.weight for reward in self.config.reward) - 1e-6
