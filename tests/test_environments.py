@@ -302,7 +302,7 @@ class Chatter:
 def test_the_tokens_that_are_trained_are_the_tokens_that_were_generated(config: Config, key: int | None) -> None:
     tokenizer, config.data.chat_template = chat_tokenizer(), True
     config.rollout.group_size, config.rollout.max_response_tokens = 4, 120
-    config.environment.max_turns = 6
+    config.environment.max_turns = 4
     config.algorithm.drop_zero_signal_groups = False
     generator = ScriptedGenerator(tokenizer, seed=1)
     player = EpisodePlayer(config, tokenizer, generator, InProcess(Chatter))  # type: ignore[arg-type]
@@ -338,7 +338,7 @@ def test_the_tokens_that_are_trained_are_the_tokens_that_were_generated(config: 
     assert {episode.completion.finish_reason for episode in episodes} == {"stop", "length", "turns"}
     figures = measure(groups, step=1)
     assert figures["tokens/generated"] == sum(document.loss_mask.sum() for document in documents)
-    assert 1 < figures["episode/turns_mean"] < 6 and 0 < figures["episode/truncated_fraction"] < 1
+    assert 1 < figures["episode/turns_mean"] < 4 and 0 < figures["episode/truncated_fraction"] < 1
     assert load_groups(dump_groups(groups)) == groups
 
 
@@ -445,7 +445,7 @@ def test_code_is_taken_from_the_last_block() -> None:
 
 
 def test_code_is_tried_against_its_tests_until_they_pass(config: Config) -> None:
-    pytest.importorskip("forge_hpc.sandbox")
+    pytest.importorskip("forge_hpc.sandbox", exc_type=ImportError)
     config.environment = EnvironmentConfig(name="code", timeout_s=60)
     prompt = prompt_of(tests=["assert add(1, 2) == 3", "assert add(0, 0) == 0"])
 

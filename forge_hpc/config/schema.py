@@ -60,8 +60,8 @@ class RewardConfig:
 @dataclass
 class EnvironmentConfig:
     name: str | None = None
-    """What the policy talks with over several turns: ``calculator``, ``guessing``, ``code``, ``package.module:Class`` or
-    ``file.py:Class`` (docs/environments.md); null is one completion a prompt."""
+    """What the policy talks with over several turns: ``calculator``, ``guessing``, ``code``, or your own class as
+    ``package.module:Class`` / ``file.py:Class`` (docs/environments.md); null is one completion a prompt."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments handed to the class."""
     max_turns: int = 8

@@ -141,12 +141,12 @@ class EpisodePlayer:
                 if step.done:
                     completion.finish_reason = "stop"
                     break
-                observation = self._renderer.observation(step, response.token_ids[-1])
+                is_last = turn + 1 == limits.max_turns  # what nobody answers is not in the episode
+                observation = [] if is_last else self._renderer.observation(step, response.token_ids[-1])
                 if len(tokens) + len(observation) >= rollout.max_response_tokens:
                     completion.finish_reason = "length"
                     break
-                if turn + 1 < limits.max_turns:  # what nobody answers is not in the episode
-                    _add_observation(completion, observation)
+                _add_observation(completion, observation)
         completion.metadata = {"turns": turn + 1, "transcript": transcript, "info": step.info}
         return Episode(prompt, completion, reward, {"environment": reward})
 
