@@ -49,6 +49,12 @@ STEPS_BETWEEN = 3
 PARTITION = {"preempted, CANCEL": "cancel", "preempted, no grace": "now"}  # low for all other faults
 
 
+def slurmds(name: str) -> list[psutil.Process]:
+    """The living slurmd of a host."""
+    found = psutil.process_iter(["name", "cmdline", "status"])
+    return [p for p in found if p.info["name"] == "slurmd" and name in (p.info["cmdline"] or [])]
+
+
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:
     """Records of ``starts.jsonl``."""
     return StartLog(RunDir(run_dir)).read()
@@ -172,13 +178,12 @@ class Campaign:
 
     def slurmd(self) -> None:
         host = self.cluster.hosts[self.other_host()]
-        for process in psutil.process_iter():
-            if process.name() == "slurmd" and host.name in process.cmdline():
-                process.kill()
+        for process in slurmds(host.name):
+            process.kill()
 
     def mend_slurmd(self) -> None:
         for host in self.cluster.hosts:
-            if not any(p.name() == "slurmd" and host.name in p.cmdline() for p in psutil.process_iter()):
+            if not slurmds(host.name):
                 command = ["slurmd", "-D", "-N", host.name, "-f", str(self.cluster.conf)]
                 self.cluster._daemon(f"slurmd-{host.name}", self.cluster.on_host(host, *command))
                 self.cluster.wait_for(lambda h=host: "down" not in self.node_state(h.name), 60)

@@ -13,7 +13,7 @@ from monarch.actor.concurrent import concurrent_endpoint
 
 from forge_hpc.config import Config
 from forge_hpc.config.schema import SamplingConfig
-from forge_hpc.data.types import Completion, Prompt
+from forge_hpc.data.types import Completion, Prompt, Turn
 from forge_hpc.observability.logs import setup_logging
 
 if TYPE_CHECKING:
@@ -49,6 +49,14 @@ class Generator(Actor):
     ) -> list[list[Completion] | ValueError]:
         """As ``generate``, with ``num`` completions of each prompt, other parameters and another seed."""
         return await self._engine.generate_batch(prompts, num, seed=seed, sampling=sampling)
+
+    @concurrent_endpoint
+    async def generate_turns(
+        self, turns: Sequence[Turn], greedy: bool = False, share: str | None = None
+    ) -> list[Completion | ValueError]:
+        """The next response of each episode, admitted as those of ``generate``; calls with one share share a cache."""
+        sampling = SamplingConfig(temperature=0.0) if greedy else None
+        return await self._engine.generate_turns(turns, seed=self._config.seed, sampling=sampling, share=share)
 
     @concurrent_endpoint
     async def load(self, store: StoreSpec, version: int) -> float:

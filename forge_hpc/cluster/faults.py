@@ -51,11 +51,17 @@ class Faults:
     def watch(self, mesh: str, on_loss: Callable[[str], None]) -> None:
         """Call ``on_loss`` with the reason when a process or an actor of the mesh named ``mesh`` fails."""
         self._watched[mesh] = on_loss
+        self._forgotten.discard(mesh)
 
     def forget(self, mesh: str) -> None:
         """The mesh is being ended, or known to be lost: what is still reported of it is no news."""
         self._watched.pop(mesh, None)
         self._forgotten.add(mesh)
+
+    def begin(self) -> None:
+        """Another attempt begins: what was unexpected before is over."""
+        if self.unexpected.done():
+            self.unexpected = asyncio.get_running_loop().create_future()
 
     def watch_nodes(self, on_loss: Callable[[int, str], None]) -> None:
         """Call ``on_loss`` with the node and the reason when a node's worker ends."""

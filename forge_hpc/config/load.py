@@ -32,7 +32,8 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config
 
 _PATH_KEYS = re.compile(
-    r"model\.path|data\.path|data\.eval_path|data\.sources\.\d+\.path|warmstart\.config|reward\.\d+\.name"
+    r"model\.path|data\.path|data\.eval_path|data\.sources\.\d+\.path|environment\.name|warmstart\.config"
+    r"|reward\.\d+\.name"
 )
 _NULL = "tag:yaml.org,2002:null"
 

@@ -121,6 +121,23 @@ class MismatchConfig:
 
 
 @dataclass
+class EnvironmentConfig:
+    name: str | None = None
+    """What the policy talks with over several turns: ``calculator``, ``guessing``, ``code``, or your own class as
+    ``package.module:Class`` / ``file.py:Class`` (docs/environments.md); null is one completion a prompt."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments handed to the class."""
+    max_turns: int = 8
+    """An episode ends after this many responses of the policy at the latest."""
+    max_turn_tokens: int | None = None
+    """A single response ends here at the latest; by default only ``rollout.max_response_tokens`` bounds it, which holds
+    for a whole episode: all responses and observations together."""
+    timeout_s: float = 60.0
+    """Seconds that the environment may take over an episode, all its calls together, generation not counted; an episode
+    that takes longer is given up, counted and left out."""
+
+
+@dataclass
 class AlgorithmConfig:
     loss: str = "grpo"
     """Policy loss (grpo, dr_grpo, dapo, ppo, cispo, gspo, sapo, rloo, reinforce, simple_grpo: see docs/losses.md), or
@@ -171,7 +188,7 @@ class RolloutConfig:
     max_prompt_tokens: int = 512
     """Prompts longer than this are left out and counted (in SFT: those of the evaluation)."""
     max_response_tokens: int = 1024
-    """Completions end here at the latest."""
+    """Completions end here at the latest; with an environment, whole episodes, observations included."""
     max_staleness: int = 0
     """Largest number of optimizer steps between the policy that began an episode and the one that trains on it.
     0 is synchronous and repeats exactly under one seed."""
@@ -458,6 +475,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     reward: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)

@@ -25,6 +25,7 @@ from forge_hpc.config.user_code import find_user_code
 
 RECIPES = ("grpo", "sft", "eval")
 REWARDS = tuple(BUILTIN_REWARDS)
+ENVIRONMENTS = ("calculator", "guessing", "code")
 BUILTIN_MODELS = ("builtin:qwen3-tiny",)
 BUILTIN_DATA = ("builtin:addition",)
 LORA_TARGETS = ("wq", "wkv", "wo", "w1", "w2", "w3")
@@ -45,6 +46,9 @@ _NAMES = {
 }
 _POSITIVE = [
     "algorithm.max_steps_without_signal",
+    "environment.max_turns",
+    "environment.max_turn_tokens",
+    "environment.timeout_s",
     "rollout.group_size",
     "rollout.prompts_per_step",
     "rollout.max_prompt_tokens",
@@ -128,11 +132,13 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
     _check_slurm(cfg)
     _check_sandbox(cfg)
     _check_reward_names(cfg)
+    _check_environment(cfg)
     plan(cfg, cfg.cluster.gpus_per_node)
     if check_paths:
         _check_model(cfg)
         _check_data(cfg)
         _check_files(cfg)
+        _check_environment_file(cfg)
 
 
 def walltime_s(text: str) -> float:
@@ -375,7 +381,7 @@ def _check_sandbox(cfg: Config) -> None:
 
 def _check_reward_names(cfg: Config) -> None:
     needs_reward = cfg.recipe in ("grpo", "eval") or (cfg.recipe != "sft" and cfg.evaluation.num_prompts > 0)
-    if needs_reward and not cfg.reward:
+    if needs_reward and not cfg.reward and cfg.environment.name is None:
         raise UserError("no reward is given", "write `reward: [{name: exact}]`")
     names = [reward.name for reward in cfg.reward]
     for i, name in enumerate(names):
@@ -389,6 +395,32 @@ def _check_reward_names(cfg: Config) -> None:
             value = getattr(cfg.reward[i], key)
             if value is not None and value <= 0:
                 raise UserError(f"reward.{i}.{key} must be greater than 0, it is {value:g}")
+
+
+def _check_environment(cfg: Config) -> None:
+    name = cfg.environment.name
+    if name is None:
+        return
+    if cfg.recipe == "sft":
+        raise UserError("environment.name is set, and SFT learns from examples alone", "set environment.name=null")
+    if cfg.evaluation.samples:
+        raise UserError(
+            f"evaluation.samples={cfg.evaluation.samples}: with an environment only greedy episodes are evaluated",
+            "set evaluation.samples=0",
+        )
+    place, colon, cls = name.rpartition(":")
+    if not colon:
+        _check_name("environment.name", name, ENVIRONMENTS)
+    elif not place or not cls.isidentifier():
+        raise UserError(f"environment.name is {name!r}", "write package.module:Class or file.py:Class")
+    if any(reward.name.rpartition(":")[2] == "environment" for reward in cfg.reward):
+        raise UserError("a reward is called 'environment', as what the environment gives is", "rename its function")
+
+
+def _check_environment_file(cfg: Config) -> None:
+    place, _, cls = (cfg.environment.name or "").rpartition(":")
+    if place.endswith(".py"):
+        find_user_code("environment.name", Path(place).expanduser(), cls)
 
 
 # --- files

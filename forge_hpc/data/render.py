@@ -51,7 +51,8 @@ class PromptRenderer:
         token_ids = self.tokenizer.encode(text, add_special_tokens=not data.chat_template)
         fields = {k: v for k, v in example.items() if k not in (data.prompt_field, data.target_field)}
         target = "" if data.target_field is None else str(example[data.target_field])
-        return Prompt(position, text, token_ids, target, fields)
+        question = example[data.prompt_field]
+        return Prompt(position, text, token_ids, target, fields, question if isinstance(question, str) else text)
 
     def messages(self, example: Example) -> Messages:
         """The prompt field as the messages of a chat, after the system prompt where they bring none."""

@@ -19,23 +19,54 @@ class Prompt:
     target: str
     fields: dict[str, Any] = field(default_factory=dict)
     """Every other field of the example, handed to rewards."""
+    question: str = ""
+    """The example's prompt before it was rendered; environments make their own opening of it."""
+
+
+@dataclass(slots=True)
+class Turn:
+    """A request for the next response of an episode."""
+
+    position: int
+    """The prompt's."""
+    sample_index: int
+    """Place of the episode in its group, from 0."""
+    turn: int
+    """Responses that the episode has already, from 0; the three together seed the sampling."""
+    token_ids: list[int]
+    """Everything so far: the prompt, what was sampled, and what the environment said."""
+    max_tokens: int
+    """The response ends here at the latest."""
 
 
 @dataclass(slots=True)
 class Completion:
-    """What the generator sampled for a prompt."""
+    """What followed a prompt: one response, or with an environment all turns of an episode. L tokens."""
 
     sample_index: int
     """Place in its group, from 0."""
     text: str
+    """The response, decoded without special tokens; of several turns the last response."""
     token_ids: list[int]
-    """Sampled tokens, the end-of-sequence token included where it was sampled."""
+    """[L]: the sampled tokens, end-of-sequence tokens included where they were sampled; between the turns those of
+    the environment. Nothing was decoded and encoded again on the way: these are the tokens that the policy saw."""
     logprobs: list[float]
-    """Log-probability of each sampled token in the distribution that it was drawn from."""
+    """[L]: log-probability of each sampled token in the distribution that it was drawn from; 0 at others."""
     finish_reason: str
-    """``stop`` (end of sequence) or ``length``."""
+    """``stop`` (end of sequence; with an environment: it ended the episode), ``length`` (no room for more tokens) or
+    ``turns`` (no more turns)."""
     policy_versions: tuple[int, int]
     """Policy versions that sampled the first and the last token."""
+    loss_mask: list[bool] | None = None
+    """[L]: True where the policy wrote the token. None: it wrote them all."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Empty without an environment, else ``turns`` (number of responses), ``transcript`` (list of ``{role, content}``
+    after the prompt) and ``info`` (what the environment's last step added). JSON."""
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that the policy wrote."""
+        return len(self.token_ids) if self.loss_mask is None else sum(self.loss_mask)
 
 
 @dataclass(slots=True)
@@ -43,11 +74,15 @@ class Episode:
     """A rewarded completion."""
 
     prompt: Prompt
+    """What it began with; with an environment, as that opened the episode."""
     completion: Completion
+    """Text, tokens, log-probabilities, policy versions, metadata."""
     reward: float
+    """What the advantage compares: the weighted sum of ``rewards``."""
     rewards: dict[str, float] = field(default_factory=dict)
     """The unweighted terms that ``reward`` sums."""
     advantage: float = 0.0
+    """How much better than the rest of its group."""
 
     @property
     def policy_version(self) -> int:
@@ -61,8 +96,9 @@ class Group:
 
     prompt: Prompt
     episodes: list[Episode]
+    """Those that have a reward, by ``sample_index``."""
     num_failed: int = 0
-    """Completions left out because they were bad or their reward failed."""
+    """Completions left out because they were bad, or their environment or their reward failed."""
     failures: list[tuple[str, str]] = field(default_factory=list)
     """Why: the kind (of RewardError) and the message of each of them."""
 

@@ -23,18 +23,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
 from forge_hpc.config.schema import Config, SamplingConfig
-from forge_hpc.data.types import Completion, Prompt
+from forge_hpc.data.types import Completion, Prompt, Turn
 from forge_hpc.generation.checkpoint import checkpoint_shapes, complete_weights
 from forge_hpc.generation.options import engine_arguments, prepare_environment
 from forge_hpc.generation.seeds import sample_seed
 from forge_hpc.generation.staging import staged_checkpoint
 
 logger = logging.getLogger(__name__)
+P = TypeVar("P", Prompt, Turn)
 
 
 class GenerationError(RuntimeError):
@@ -62,9 +63,9 @@ class EngineStats:
 
 @dataclass(slots=True, eq=False)
 class _Group:
-    """All samples of one prompt on their way through the engine."""
+    """All samples of one prompt, or the one response of a turn, on their way through the engine."""
 
-    prompt: Prompt
+    prompt: Prompt | Turn
     sampling_params: list[Any]
     """One vLLM ``SamplingParams`` a sample."""
     share: str
@@ -149,7 +150,7 @@ class GenerationEngine:
             TimeoutError: not done after ``generator.timeout_s``; the engine is stuck.
             GenerationError: the engine failed or was closed.
         """
-        group = _Group(prompt, self._sampling_params(prompt, n, seed, sampling, max_tokens), share="")
+        group = self._group(prompt, n, seed, sampling, max_tokens, share="")
         [result] = await self._complete([group])
         if isinstance(result, ValueError):
             raise result
@@ -173,10 +174,29 @@ class GenerationEngine:
         ``generate`` otherwise.
         """
         share = f"batch-{next(self._batch_ids)}"
-        results: list[_Group | list[Completion] | ValueError] = []
+        return await self._batch(prompts, lambda prompt: self._group(prompt, n, seed, sampling, max_tokens, share))
+
+    async def generate_turns(
+        self, turns: Sequence[Turn], *, seed: int, sampling: SamplingConfig | None = None, share: str | None = None
+    ) -> list[Completion | ValueError]:
+        """The next response of each of several episodes; all requests are admitted, in order, before the first step.
+
+        Each is seeded by ``sample_seed(seed, position, sample_index, turn)``. Calls with the same ``share`` use each
+        other's KV cache where their tokens begin alike, as those of one episode do. Without it nothing computed
+        earlier is reused, and the result is determined as that of ``generate_batch``.
+
+        Errors are as in ``generate_batch``.
+        """
+        name = f"batch-{next(self._batch_ids)}" if share is None else f"turns-{share}"
+        answers = await self._batch(turns, lambda turn: self._group(turn, 1, seed, sampling, turn.max_tokens, name))
+        return [answer if isinstance(answer, ValueError) else answer[0] for answer in answers]
+
+    async def _batch(self, prompts: Sequence[P], group: Callable[[P], _Group]) -> list[list[Completion] | ValueError]:
+        """Send a group for each prompt through the engine; the error of one that cannot be made is its result."""
+        results: list[_Group | ValueError] = []
         for prompt in prompts:
             try:
-                results.append(_Group(prompt, self._sampling_params(prompt, n, seed, sampling, max_tokens), share))
+                results.append(group(prompt))
             except ValueError as error:
                 results.append(error)
         completed = iter(await self._complete([result for result in results if isinstance(result, _Group)]))
@@ -234,10 +254,16 @@ class GenerationEngine:
             weight_load_s=self._weight_load_s,
         )
 
-    def _sampling_params(
-        self, prompt: Prompt, n: int, seed: int, sampling: SamplingConfig | None, max_tokens: int | None
-    ) -> list[Any]:
-        """One vLLM SamplingParams a sample; ValueError for a prompt that the engine cannot take."""
+    def _group(
+        self,
+        prompt: Prompt | Turn,
+        n: int,
+        seed: int,
+        sampling: SamplingConfig | None,
+        max_tokens: int | None,
+        share: str,
+    ) -> _Group:
+        """``n`` samples of a prompt, or one of a turn; ValueError for a prompt that the engine cannot take."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -255,21 +281,26 @@ class GenerationEngine:
             raise ValueError(f"prompt {prompt.position} has a token outside the vocabulary of {self._vocab_size}")
         sampling = sampling or self._config.rollout.sampling
         max_tokens = max_tokens or self._config.rollout.max_response_tokens
-        return [
+        if isinstance(prompt, Turn):
+            seeds = [sample_seed(seed, prompt.position, prompt.sample_index, prompt.turn)]
+        else:
+            seeds = [sample_seed(seed, prompt.position, index) for index in range(n)]
+        sampling_params = [
             SamplingParams(
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
                 max_tokens=min(max_tokens, self._max_model_len - length),
-                seed=sample_seed(seed, prompt.position, index),
+                seed=request_seed,
                 logprobs=0,  # of the sampled token alone
                 flat_logprobs=True,
                 detokenize=False,  # the finished completion is decoded once
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 skip_clone=True,
             )
-            for index in range(n)
+            for request_seed in seeds
         ]
+        return _Group(prompt, sampling_params, share)
 
     async def _complete(self, groups: list[_Group]) -> list[list[Completion] | ValueError]:
         """Send groups through the engine. They enter between the same two steps, in order."""
@@ -410,7 +441,7 @@ class GenerationEngine:
         assert len(logprobs) == len(token_ids)
         versions = sample.weight_versions
         group.completions[index] = Completion(
-            sample_index=index,
+            sample_index=group.prompt.sample_index if isinstance(group.prompt, Turn) else index,
             text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
             token_ids=token_ids,
             logprobs=logprobs,

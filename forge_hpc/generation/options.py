@@ -58,6 +58,9 @@ def engine_arguments(model_dir: str | Path, config: Config, device: str) -> dict
         arguments["distributed_executor_backend"] = "mp"
     if device == "cpu":
         arguments["enforce_eager"] = True
+        # vLLM 0.32.0 rewinds a request's own random generator after a part of a prompt, which a CPU generator cannot
+        # do ("does not use offset"). A prompt always fits into one step here.
+        arguments["enable_chunked_prefill"] = False
         arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_memory_gib * _GIB)
     else:
         arguments["enforce_eager"] = engine.enforce_eager

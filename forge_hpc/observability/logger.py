@@ -111,6 +111,7 @@ class MetricLogger:
                         "rewards": episode.rewards,
                         "advantage": episode.advantage,
                         "policy_versions": list(completion.policy_versions),
+                        **completion.metadata,
                     }
                 )
         self._rollouts.write(*records)

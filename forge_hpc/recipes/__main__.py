@@ -67,6 +67,7 @@ async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, termin
         done, number = False, 0
         while not done and not leave.requested.is_set():
             session = Session(config, run_dir, log_dir, cluster, pool, recoveries, leave, number)
+            faults.begin()
             faults.watch_nodes(partial(on_ended_node, session, pool, node_lost))
             try:
                 done = await attempt(session, pool, terminal, leave)

@@ -16,8 +16,9 @@ import time
 from typing import Any
 
 from forge_hpc.actors.buffer import EpisodeBuffer
-from forge_hpc.data.types import Completion, Prompt
+from forge_hpc.data.types import Prompt
 from forge_hpc.recipes.checks import SignalWatch, check_mismatch
+from forge_hpc.recipes.episodes import episode_player, start_environments
 from forge_hpc.recipes.rollouts import RolloutClock, make_group, measure, to_documents
 from forge_hpc.recipes.session import Session, background, load_held_out, load_prompts
 from forge_hpc.rewards import RewardPool
@@ -31,7 +32,10 @@ async def grpo(session: Session) -> None:
     prompts, held_out = load_prompts(session), load_held_out(session)
     rewards = await RewardPool(config).start()
     session.on_close(rewards.close)
+    environments = await start_environments(session)
     trainers, generators = await session.start_trainers_and_generators()
+    player = episode_player(session, generators, environments)
+    sample = player or generators.generate.route
     buffer = EpisodeBuffer(rollout.prompts_per_step, rollout.max_staleness, policy_version=session.step)
     buffer.restore(session.finished_groups)
     weights = await session.connect(trainers, generators, buffer)
@@ -51,16 +55,16 @@ async def grpo(session: Session) -> None:
                 tasks.create_task(roll_out(step, share, key if synchronous else None, started))
 
     async def roll_out(step: int, share: list[Prompt], key: int | None, started: float) -> None:
-        async def reward(prompt: Prompt, completions: list[Completion] | ValueError) -> None:
+        async def reward(prompt: Prompt, completions: Any) -> None:
             await buffer.put(step, await make_group(prompt, completions, rewards, config))
 
-        answers = await generators.generate.route(share, key=key)
+        answers = await sample(share, key=key)
         await asyncio.gather(*(reward(*pair) for pair in zip(share, answers, strict=True)))
         clock.end(started)
 
     signal = SignalWatch(config)
     if session.evaluation_is_due(session.step):
-        await session.evaluate(session.step, held_out, rewards)
+        await session.evaluate(session.step, held_out, rewards, player)
     async with background(rollout_loop()) as tasks:
         for step in session.remaining_steps():
             waited = time.perf_counter()
@@ -86,5 +90,5 @@ async def grpo(session: Session) -> None:
             session.record(step, metrics, groups)
             await session.save_if_due(step, {"prompts": prompts.with_rewards(drawn.pop(step))})
             if evaluates:
-                await session.evaluate(step, held_out, rewards)
+                await session.evaluate(step, held_out, rewards, player)
     await session.finish()

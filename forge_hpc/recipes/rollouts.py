@@ -16,28 +16,41 @@ from forge_hpc.rewards import RewardError, RewardPool
 
 
 async def make_group(
-    prompt: Prompt, completions: Sequence[Completion] | ValueError, rewards: RewardPool, config: Config
+    prompt: Prompt,
+    completions: Sequence[Completion | Episode | Exception] | ValueError,
+    rewards: RewardPool,
+    config: Config,
 ) -> Group:
     """Reward a prompt's completions. They are compared when all groups of the step are there: ``to_documents``.
 
-    A prompt that the generator refused, an empty completion, and one whose reward failed are counted and left out.
+    Episodes come with what their environment gave, to which the rewards of their last response are added. A prompt that
+    the generator refused, an empty completion, and one whose environment (an error in its place) or reward failed are
+    counted and left out.
     """
     if isinstance(completions, ValueError):
         return Group(prompt, [], num_failed=config.rollout.group_size)
-    calls = (_score(prompt, completion, rewards) for completion in completions)
+    calls = (_score(prompt, sample, rewards) for sample in completions)
     results = await asyncio.gather(*calls)  # at the same time: one that hangs holds up none of the others
     episodes = [result for result in results if isinstance(result, Episode)]
     failures = [(result.kind, str(result)) for result in results if isinstance(result, RewardError)]
     return Group(prompt, episodes, len(failures), failures)
 
 
-async def _score(prompt: Prompt, completion: Completion, rewards: RewardPool) -> Episode | RewardError:
-    if not completion.token_ids:
+async def _score(
+    prompt: Prompt, sample: Completion | Episode | Exception, rewards: RewardPool
+) -> Episode | RewardError:
+    if isinstance(sample, Exception):
+        return RewardError(str(sample), "environment")
+    episode = sample if isinstance(sample, Episode) else Episode(prompt, sample, 0.0)
+    if not episode.completion.token_ids:
         return RewardError("the completion is empty", "empty")
     try:
-        return Episode(prompt, completion, *await rewards.score(prompt, completion))
+        total, terms = await rewards.score(episode.prompt, episode.completion)
     except RewardError as error:
         return error
+    episode.reward += total
+    episode.rewards |= terms
+    return episode
 
 
 def has_signal(group: Group) -> bool:
@@ -70,9 +83,12 @@ def _to_document(episode: Episode) -> Document:
     prompt, response = episode.prompt.token_ids, episode.completion.token_ids
     logprobs = np.zeros(len(prompt) + len(response), dtype=np.float32)
     logprobs[len(prompt) :] = episode.completion.logprobs
+    loss_mask = np.arange(len(logprobs)) >= len(prompt)
+    if episode.completion.loss_mask is not None:
+        loss_mask[len(prompt) :] = episode.completion.loss_mask
     return Document(
         token_ids=np.array(prompt + response, dtype=np.int32),
-        loss_mask=np.arange(len(logprobs)) >= len(prompt),
+        loss_mask=loss_mask,
         generator_logprobs=logprobs,
         advantage=episode.advantage,
     )
@@ -87,7 +103,7 @@ def measure(groups: Sequence[Group], step: int) -> dict[str, float]:
         raise RuntimeError(f"all completions of step {step} failed, at last with: {cause}")
     kinds = Counter(kind for kind, _ in failures)
     rewards = np.array([episode.reward for episode in episodes])
-    lengths = np.array([len(episode.completion.token_ids) for episode in episodes])
+    lengths = np.array([episode.completion.num_sampled for episode in episodes])
     staleness = np.array([step - 1 - episode.policy_version for episode in episodes])
     terms: dict[str, list[float]] = defaultdict(list)
     for episode in episodes:
@@ -97,6 +113,7 @@ def measure(groups: Sequence[Group], step: int) -> dict[str, float]:
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
         **{f"reward/{name}": float(np.mean(values)) for name, values in terms.items()},
+        **_measure_turns([episode.completion for episode in episodes]),
         "response/length_mean": float(lengths.mean()),
         "response/length_max": float(lengths.max()),
         "response/truncated_fraction": float(np.mean([e.completion.finish_reason == "length" for e in episodes])),
@@ -106,6 +123,17 @@ def measure(groups: Sequence[Group], step: int) -> dict[str, float]:
         "staleness/max": float(staleness.max()),
         "staleness/mean": float(staleness.mean()),
         "tokens/generated": float(lengths.sum()),
+    }
+
+
+def _measure_turns(completions: Sequence[Completion]) -> dict[str, float]:
+    """Of episodes with an environment: responses of one, and the share that a limit ended and not the environment."""
+    turns = [completion.metadata["turns"] for completion in completions if "turns" in completion.metadata]
+    if not turns:
+        return {}
+    return {
+        "episode/turns_mean": float(np.mean(turns)),
+        "episode/truncated_fraction": float(np.mean([c.finish_reason != "stop" for c in completions])),
     }
 
 

@@ -28,7 +28,7 @@ from forge_hpc.data.hub import load_tokenizer, resolve_model
 from forge_hpc.data.mixture import open_sources
 from forge_hpc.data.prompts import PromptStream, evaluation_prompts
 from forge_hpc.data.source import load_eval_examples
-from forge_hpc.data.types import Completion, Document, Group, Prompt
+from forge_hpc.data.types import Completion, Document, Episode, Group, Prompt
 from forge_hpc.observability.logger import MetricLogger
 from forge_hpc.recipes.evaluation import Graded, evaluation_seed, greedy_figures, sampled_figures
 from forge_hpc.recipes.generators import SPAWN_S, STOP_S, GeneratorPool, NodeLost, WeightSync
@@ -320,9 +320,9 @@ class Session:
 
     async def saved(self) -> None:
         """Wait until the save that runs beside the training is over."""
-        if self._saving is not None:
-            saving, self._saving = self._saving, None
-            await saving
+        if (saving := self._saving) is not None:
+            await asyncio.shield(saving)  # who waits may be cancelled, and the save goes on
+            self._saving = None
 
     # ---- leaving
 
@@ -374,7 +374,12 @@ class Session:
         return {"loss": loss, "num_documents": len(documents), "time_s": self._step_ended - start}
 
     async def evaluate(
-        self, step: int, prompts: Sequence[Prompt], rewards: Any, more: Mapping[str, float] | None = None
+        self,
+        step: int,
+        prompts: Sequence[Prompt],
+        rewards: Any,
+        player: Callable[..., Awaitable[Any]] | None = None,
+        more: Mapping[str, float] | None = None,
     ) -> None:
         """Accuracy of the policy after ``step`` on held-out prompts, over all generators: greedy, and pass@k of
         ``evaluation.samples`` sampled answers.
@@ -382,11 +387,16 @@ class Session:
         Seeds are the evaluation's own, and every call has its generator to itself (``key``): a run that takes turns
         (``rollout.max_staleness`` 0) learns the same, to the last bit, however often it evaluates. A resumed run
         evaluates what it was interrupted in, and nothing twice. ``more`` is logged with it: a step has one evaluation.
+
+        With an environment ``player`` (``recipes.episodes.EpisodePlayer``) plays the prompts greedily.
         """
         if not prompts or self.metrics.is_evaluated(step):
             return
         start, config = time.perf_counter(), self.config.evaluation
-        greedy = await self._answer(prompts, 1, SamplingConfig(temperature=0.0), 0, rewards)
+        if player is not None:
+            greedy = await self._play(prompts, player, rewards)
+        else:
+            greedy = await self._answer(prompts, 1, SamplingConfig(temperature=0.0), 0, rewards)
         values = greedy_figures([answer for [answer] in greedy])
         if config.samples:
             sampling, seed = self.config.rollout.sampling, evaluation_seed(self.config.seed, step)
@@ -397,6 +407,29 @@ class Session:
         values |= {"num_prompts": len(prompts), "time_s": time.perf_counter() - start}
         self.metrics.log_evaluation(step, {**(more or {}), **values})
         self._step_ended = time.perf_counter()
+
+    async def _play(
+        self, prompts: Sequence[Prompt], player: Callable[..., Awaitable[Any]], rewards: Any
+    ) -> list[list[Graded]]:
+        """A greedy episode of each prompt. One is right where its environment gave 1 or more."""
+        from forge_hpc.rewards import RewardError
+
+        async def grade(episode: Episode | Exception) -> Graded:
+            if isinstance(episode, Exception):
+                return Graded()
+            try:
+                total, _ = await rewards.score(episode.prompt, episode.completion)
+            except RewardError:
+                return Graded()
+            return Graded(episode.reward >= 1 - 1e-6, episode.reward + total)
+
+        async def play(replica: int) -> list[Graded]:
+            answers = await player(prompts[replica::num], True, key=replica)
+            return await asyncio.gather(*(grade(episodes[0]) for episodes in answers))
+
+        num = min(len(self.generators), len(prompts))
+        shares = await asyncio.gather(*map(play, range(num)))
+        return [[answer] for share in shares for answer in share]
 
     async def _answer(
         self, prompts: Sequence[Prompt], num: int, sampling: SamplingConfig, seed: int, rewards: Any

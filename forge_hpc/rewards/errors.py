@@ -6,9 +6,10 @@ from __future__ import annotations
 class RewardError(Exception):
     """A reward gave no finite number for an episode, which is counted by ``kind`` and left out."""
 
-    KINDS = ("raised", "not_finite", "timeout", "died", "memory", "load", "empty")
+    KINDS = ("raised", "not_finite", "timeout", "died", "memory", "load", "empty", "environment")
     """``raised`` an exception, ``not_finite`` (NaN or infinity), ``timeout``, ``died`` (its process ended), ``memory``
-    (MemoryError), ``load`` (a process of it could not be started), ``empty`` (a completion without a token)."""
+    (MemoryError), ``load`` (a process of it could not be started), ``empty`` (a completion without a token), ``environment``
+    (the episode's environment failed)."""
 
     def __init__(self, message: str, kind: str = "raised") -> None:
         assert kind in self.KINDS, kind

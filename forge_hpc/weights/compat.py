@@ -63,7 +63,14 @@ def _as_async(name: str) -> Any:
     return endpoint(call)
 
 
-class StoreController(Controller):
+class _Lenient:
+    """An actor whose answer to a process that has died is lost, and nothing else: by default it would fail itself."""
+
+    async def _handle_undeliverable_message(self, message: Any) -> bool:
+        return True
+
+
+class StoreController(_Lenient, Controller):
     """TorchStore's index of keys, with every endpoint async."""
 
     get_controller_strategy = _as_async("get_controller_strategy")
@@ -73,7 +80,7 @@ class StoreController(Controller):
     notify_delete = _as_async("notify_delete")
 
 
-class StoreVolume(StorageVolume):
+class StoreVolume(_Lenient, StorageVolume):
     """TorchStore's volume, by a name of this module.
 
     Monarch unpickles the actors of a process on threads of their own; were one named by TorchStore and another by this

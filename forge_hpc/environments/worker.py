@@ -1,0 +1,128 @@
+"""A process that hosts environments: ``python -m forge_hpc.environments.worker``, started by the pool.
+
+Requests come on the standard input, each a length (8 bytes, little endian) and a pickle; answers go to what was the
+standard output, one JSON object a line, in any order. Each environment has a thread and an event loop of its own: one
+that blocks holds up no other. It ends with its input.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import json
+import math
+import os
+import pickle
+import resource
+import struct
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from forge_hpc.cluster.processes import die_with_parent
+from forge_hpc.config.errors import UserError
+from forge_hpc.environments.base import Environment, Step
+from forge_hpc.environments.registry import load_environment
+from forge_hpc.rewards.compute import failure
+
+MAX_OBSERVATION_CHARS = 4_000_000
+
+
+class _Host:
+    """One environment, from its making to its end."""
+
+    def __init__(self, make: Callable[[], Environment], answer: Callable[[int, dict[str, Any]], None]) -> None:
+        self._make, self._answer = make, answer
+        self._environment: Environment | None = None
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def post(self, request: dict[str, Any]) -> None:
+        """Have a request done; its answer follows."""
+        asyncio.run_coroutine_threadsafe(self._serve(request), self._loop)
+
+    def _run(self) -> None:
+        self._loop.run_forever()
+        self._loop.close()
+
+    async def _serve(self, request: dict[str, Any]) -> None:
+        try:
+            self._answer(request["id"], {"value": await self._do(request)})
+        except (Exception, SystemExit) as error:  # a user's environment may raise anything; the pool counts it
+            self._answer(request["id"], {"error": failure(error)["error"]})
+        if request["do"] == "close":
+            self._loop.stop()
+
+    async def _do(self, request: dict[str, Any]) -> Any:
+        if request["do"] == "close":
+            return None if self._environment is None else await self._environment.close()
+        if request["do"] == "reset":
+            self._environment = self._make()
+            return await self._environment.reset(request["prompt"])
+        assert self._environment is not None, "reset comes first"
+        return _plain(await self._environment.step(request["response"]))
+
+
+def _plain(step: Any) -> dict[str, Any]:
+    """A Step as JSON has it. Raises TypeError or ValueError where it is none."""
+    if not isinstance(step, Step):
+        raise TypeError(f"step() must return a Step, not a {type(step).__name__}")
+    if not isinstance(step.observation, str) or len(step.observation) > MAX_OBSERVATION_CHARS:
+        raise TypeError(f"an observation is a text of at most {MAX_OBSERVATION_CHARS} characters")
+    reward = float(step.reward)
+    if not math.isfinite(reward):
+        raise ValueError(f"the reward is {reward}")
+    return dataclasses.asdict(step) | {"reward": reward, "done": bool(step.done)}
+
+
+def _load(request: dict[str, Any]) -> tuple[Callable[[], Environment] | None, dict[str, Any]]:
+    """What makes an environment, tried once, and what to answer."""
+    try:
+        make = functools.partial(load_environment(request["name"]), **request["args"])
+        make()
+    except UserError as error:
+        return None, {"error": error.message, "hint": error.hint}
+    except Exception as error:  # a user's module and class may raise anything
+        return None, {"error": failure(error)["error"]}
+    return make, {"value": None}
+
+
+def main() -> None:
+    die_with_parent()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # every event loop holds three files
+    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w")
+    with Path(os.devnull).open("rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(2, 1)  # what environments print
+    lock = threading.Lock()
+
+    def answer(number: int, content: dict[str, Any]) -> None:
+        line = json.dumps({"id": number, **content})
+        with lock:
+            print(line, file=answers, flush=True)
+
+    make: Callable[[], Environment] | None = None
+    hosts: dict[int, _Host] = {}
+    while len(header := requests.read(8)) == 8:
+        (length,) = struct.unpack("<Q", header)
+        request = pickle.loads(requests.read(length))
+        if request["do"] == "load":
+            make, content = _load(request)
+            answer(request["id"], content)
+            continue
+        number = request["environment"]
+        if number not in hosts:
+            assert make is not None, "load comes first"
+            hosts[number] = _Host(make, answer)
+        host = hosts.pop(number) if request["do"] == "close" else hosts[number]
+        host.post(request)
+    sys.stdout.flush()
+    os._exit(0)  # whatever threads still do
+
+
+if __name__ == "__main__":
+    main()
