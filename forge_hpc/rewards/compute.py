@@ -38,7 +38,7 @@ async def compute_async(reward: Reward, request: dict[str, Any]) -> Answer:
         return failure(error)
 
 
-def failure(error: Exception) -> Answer:
+def failure(error: BaseException) -> Answer:
     """What was raised, and the line that raised it: the end of its traceback in one line."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     kind = "memory" if isinstance(error, MemoryError) else "timeout" if isinstance(error, TimeoutError) else "raised"

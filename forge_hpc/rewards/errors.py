@@ -8,8 +8,8 @@ class RewardError(Exception):
 
     KINDS = ("raised", "not_finite", "timeout", "died", "memory", "load", "empty", "environment")
     """``raised`` an exception, ``not_finite`` (NaN or infinity), ``timeout``, ``died`` (its process ended), ``memory``
-    (MemoryError), ``load`` (a process of it could not be started), ``empty`` (a completion without a token), ``environment``
-    (the episode's environment failed)."""
+    (MemoryError), ``load`` (a process of it could not be started), ``empty`` (a completion without a token),
+    ``environment`` (that of the episode failed)."""
 
     def __init__(self, message: str, kind: str = "raised") -> None:
         assert kind in self.KINDS, kind
