@@ -18,7 +18,7 @@ import logging
 import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from forge_hpc.actors.service import Service
 from forge_hpc.config import Config
@@ -31,19 +31,11 @@ logger = logging.getLogger(__name__)
 Respond = Callable[[Turn], Awaitable[Completion | ValueError]]
 
 
-class Sampler(Protocol):
-    """What answers prompts. Calls with a key are exact, and go to the generator of that number."""
-
-    async def __call__(self, prompts: Sequence[Prompt], greedy: bool = False, *, key: int | None = None) -> list[Any]:
-        """For each prompt its completions, its episodes, or the ValueError of a prompt that cannot be taken."""
-
-
-class GenerateTurns(Protocol):
-    """The generators' ``generate_turns``."""
-
-    async def __call__(
-        self, turns: Sequence[Turn], greedy: bool, share: str | None, *, key: int | None
-    ) -> list[Completion | ValueError]: ...
+Sampler = Callable[..., Awaitable[list[Any]]]
+"""Answers prompts: ``sample(prompts, greedy=False, *, key=None)`` gives for each its completions, its episodes, or the
+ValueError of one that cannot be taken. Calls with a key are exact, and go to the generator of that number."""
+GenerateTurns = Callable[..., Awaitable[list[Completion | ValueError]]]
+"""The generators' ``generate_turns(turns, greedy, share, *, key)``."""
 
 
 async def start_environments(session: Session) -> EnvironmentPool | None:

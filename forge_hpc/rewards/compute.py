@@ -27,7 +27,7 @@ def compute(function: RewardFunction, request: dict[str, Any]) -> Answer:
         return {"error": describe(error)}
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """What was raised, and the line that raised it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARS] + f" ({frame.filename}:{frame.lineno})"
