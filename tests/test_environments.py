@@ -301,7 +301,7 @@ class Chatter:
 @pytest.mark.parametrize("key", [0, None], ids=["lockstep", "free"])
 def test_the_tokens_that_are_trained_are_the_tokens_that_were_generated(config: Config, key: int | None) -> None:
     tokenizer, config.data.chat_template = chat_tokenizer(), True
-    config.rollout.group_size, config.rollout.max_response_tokens = 4, 120
+    config.rollout.group_size, config.rollout.max_response_tokens = 4, 105
     config.environment.max_turns = 4
     config.algorithm.drop_zero_signal_groups = False
     generator = ScriptedGenerator(tokenizer, seed=1)
@@ -331,7 +331,7 @@ def test_the_tokens_that_are_trained_are_the_tokens_that_were_generated(config: 
             written[start:end] = [True] * len(ids)
         assert document.loss_mask.tolist() == written and written[-1]
         assert not any(logprob for logprob, mine in zip(logprobs, written, strict=True) if not mine)
-        assert len(episode.completion.token_ids) <= 120
+        assert len(episode.completion.token_ids) <= 105
         assert episode.completion.policy_versions == (0, len(asked))
         assert episode.completion.metadata["turns"] == len(asked)
     assert generator.num_drifting > 500  # round trips through text would have shown

@@ -16,6 +16,8 @@ from forge_hpc.environments import EnvironmentFailed, EnvironmentPool, Step
 from forge_hpc.environments.openenv import OpenEnv, OpenEnvError
 
 NAME = "forge_hpc.environments.openenv:OpenEnv"
+SESSIONS = web.AppKey("sessions", list)
+CLOSED = web.AppKey("closed", asyncio.Event)
 
 
 class Game:
@@ -36,15 +38,18 @@ class Game:
         return {"observation": observation, "reward": float(done), "done": done, "metadata": {"n": self.num_steps}}
 
 
+GAME = web.AppKey("game", Game)
+
+
 async def sessions(request: web.Request) -> web.WebSocketResponse:
     socket, game = web.WebSocketResponse(), Game()
     await socket.prepare(request)
-    request.app["sessions"].append(game)
+    request.app[SESSIONS].append(game)
     async for message in socket:
         assert message.type is WSMsgType.TEXT
         asked = message.json()
         if asked["type"] == "close":
-            request.app["closed"].set()
+            request.app[CLOSED].set()
             break
         try:
             data = game.do(asked["type"], asked.get("data", {}))
@@ -58,7 +63,7 @@ async def plain(request: web.Request) -> web.Response:
     kind = request.path.strip("/")
     body = await request.json() if request.can_read_body else {}
     try:
-        return web.json_response(request.app["game"].do(kind, body["action"] if kind == "step" else body))
+        return web.json_response(request.app[GAME].do(kind, body["action"] if kind == "step" else body))
     except ValueError as error:
         return web.Response(status=500, text=str(error))
 
@@ -66,7 +71,7 @@ async def plain(request: web.Request) -> web.Response:
 def with_server(scenario: Callable[[str, web.Application], Awaitable[Any]]) -> Any:
     async def run() -> Any:
         app = web.Application()
-        app["sessions"], app["game"], app["closed"] = [], Game(), asyncio.Event()
+        app[SESSIONS], app[GAME], app[CLOSED] = [], Game(), asyncio.Event()
         app.add_routes([web.get("/ws", sessions), web.get("/state", plain)])
         app.add_routes([web.post("/reset", plain), web.post("/step", plain)])
         runner = web.AppRunner(app)
@@ -96,7 +101,7 @@ def test_an_episode_is_played_to_its_end(transport: str) -> None:
             await environment.step("no number")
         await environment.close()
         if transport == "websocket":
-            await app["closed"].wait()
+            await app[CLOSED].wait()
         return [opening, state, *steps]
 
     opening, state, wrong, right = with_server(scenario)
@@ -120,7 +125,7 @@ def test_episodes_in_the_pool_have_sessions_of_their_own() -> None:
                     return error.kind
 
         try:
-            return await asyncio.gather(play(1, "1"), play(2, "1"), play(3, "bad"), play(4, "4")), len(app["sessions"])
+            return await asyncio.gather(play(1, "1"), play(2, "1"), play(3, "bad"), play(4, "4")), len(app[SESSIONS])
         finally:
             await pool.close()
 
