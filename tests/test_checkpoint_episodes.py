@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from forge_hpc.checkpoint.episodes import dump_groups, load_groups
+from forge_hpc.checkpoint.episodes import FORMAT, dump_groups, load_groups
 from forge_hpc.config.errors import UserError
 from forge_hpc.data.types import Completion, Episode, Group, Prompt
 
@@ -113,7 +113,7 @@ def test_no_pickle_is_read_and_a_newer_format_is_refused() -> None:
         load_groups(data[: len(data) // 2])
     with pytest.raises(ValueError, match="pickled"):
         load_groups(pickle.dumps([1]))
-    head, newer = json.dumps({"format": 1}).encode(), json.dumps({"format": 9}).encode()
+    head, newer = json.dumps({"format": FORMAT}).encode(), json.dumps({"format": 9}).encode()
     with pytest.raises(UserError, match="newer forge_hpc"):
         load_groups(repacked(data, head, newer))
 
