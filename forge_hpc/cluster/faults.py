@@ -3,7 +3,7 @@
     Monarch (a process is dead, a host is silent) ──► by the mesh's name ──► whoever watches it
     a node's supervisor (its Monarch worker ended) ─► by the node ─────────► whoever watches it
 
-Monarch polls every process each second, and gives a host ``SILENT_HOST_S`` to answer. A node whose worker was killed
+Monarch polls every process each second, and gives a host ``SILENT_HOST_S`` and a process ``SILENT_PROCESS_S`` to answer. A node whose worker was killed
 says so through the shared directory, which is looked at once a second: one listing, whatever the number of nodes.
 """
 
@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 LOOK_S = 1.0
 SILENT_HOST_S = 20
 """A host that does not say for so long how its processes are is cut off."""
+SILENT_PROCESS_S = 10
+"""The same for a process. A dead one is known after a second, unless it was just being asked; a stopped one says nothing.
+Monarch's part of a process answers beside whatever Python and the device do there."""
 
 
 class Faults:
@@ -33,7 +36,7 @@ class Faults:
         import monarch.actor
         from monarch.config import configure
 
-        configure(get_proc_state_max_idle=f"{SILENT_HOST_S}s")
+        configure(get_proc_state_max_idle=f"{SILENT_HOST_S}s", get_actor_state_max_idle=f"{SILENT_PROCESS_S}s")
         self.unexpected: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.ended_nodes: set[int] = set()
         """Nodes whose worker has ended: nothing can be started there any more, but the node lives."""

@@ -177,7 +177,10 @@ async def join_nodes(config: Config, rendezvous: Rendezvous, log_dir: Path, faul
 async def heartbeat(run_dir: RunDir) -> None:
     """Show in status.json that the controller lives."""
     while True:
-        run_dir.write_status()
+        try:
+            run_dir.write_status()
+        except OSError as error:  # a full disk, a pause of the file server: no reason to end the training
+            logger.warning("no heartbeat: %s", error)
         await asyncio.sleep(HEARTBEAT_S)
 
 

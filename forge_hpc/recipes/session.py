@@ -245,7 +245,7 @@ class Session:
         self._recoveries.step_done()
         counts = {"checkpoint/failed": float(self._num_failed_saves)} | self._recoveries.metrics()
         self.metrics.log(step, {"policy_version": step, **metrics, **timing, **counts})
-        self.run_dir.write_status(step=step, policy_version=step)
+        self._tell(step=step, policy_version=step)
         if groups:
             self.metrics.log_rollouts(step, groups)
 
@@ -304,7 +304,7 @@ class Session:
             self._saved_step = step
             self._save_s.append(time.perf_counter() - start)
             lead_s = MIN_LEAD_S + 2 * (max(self._save_s) + max(self._train_s, default=0.0))
-            self.run_dir.write_status(lead_s=round(lead_s, 1))
+            self._tell(lead_s=round(lead_s, 1))
 
     def _commit(
         self, step: int, record: Mapping[str, Any], files: Mapping[str, FileRecord], groups: Sequence[Group]
@@ -316,7 +316,14 @@ class Session:
         self._num_failed_saves += 1
         reason = " ".join(str(error).split()) or type(error).__name__
         logger.error("the checkpoint of step %d failed, the one before it stands: %s", step, reason)
-        self.run_dir.write_status(message=f"the checkpoint of step {step} failed: {reason}")
+        self._tell(message=f"the checkpoint of step {step} failed: {reason}")
+
+    def _tell(self, **status: Any) -> None:
+        """Write to ``status.json``. Where that cannot be written the training goes on."""
+        try:
+            self.run_dir.write_status(**status)
+        except OSError as error:
+            logger.warning("%s: %s", self.run_dir.status, error)
 
     async def saved(self) -> None:
         """Wait until the save that runs beside the training is over."""
