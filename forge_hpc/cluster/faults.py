@@ -3,8 +3,9 @@
     Monarch (a process is dead, a host is silent) ──► by the mesh's name ──► whoever watches it
     a node's supervisor (its Monarch worker ended) ─► by the node ─────────► whoever watches it
 
-Monarch polls every process each second, and gives a host ``SILENT_HOST_S`` and a process ``SILENT_PROCESS_S`` to answer. A node whose worker was killed
-says so through the shared directory, which is looked at once a second: one listing, whatever the number of nodes.
+Monarch polls every process each second. A host has ``SILENT_HOST_S`` to answer, a process ``SILENT_PROCESS_S``. A node
+whose worker was killed says so through the shared directory, which is looked at once a second: one listing, whatever
+the number of nodes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ LOOK_S = 1.0
 SILENT_HOST_S = 20
 """A host that does not say for so long how its processes are is cut off."""
 SILENT_PROCESS_S = 10
-"""The same for a process. A dead one is known after a second, unless it was just being asked; a stopped one says nothing.
+"""The same for a process. A dead one is known after a second, unless it was just being asked; a stopped one is silent.
 Monarch's part of a process answers beside whatever Python and the device do there."""
 
 
