@@ -59,9 +59,8 @@ class EnvironmentPool:
         assert config.environment.name is not None
         self._name, self._args = config.environment.name, dict(config.environment.args)
         self._timeout_s = config.environment.timeout_s
-        sandbox = getattr(config, "sandbox", None)
-        if self._name == "code" and sandbox is not None:
-            self._args.setdefault("sandbox", asdict(sandbox))
+        if self._name == "code":
+            self._args.setdefault("sandbox", asdict(config.sandbox))
         self._workers = [self._worker() for _ in range(num_workers or min(4, os.cpu_count() or 1))]
         self._retired: list[_Worker] = []
         self._closing: set[asyncio.Task[None]] = set()
