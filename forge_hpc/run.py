@@ -36,7 +36,7 @@ from forge_hpc.cluster.allocation import Allocation, host_address, interface_of
 from forge_hpc.cluster.identity import make_job_identity, tls_environment
 from forge_hpc.cluster.processes import become_subreaper, die_with_parent, end_descendants
 from forge_hpc.cluster.rendezvous import Rendezvous, RendezvousTimeout
-from forge_hpc.cluster.starts import StartLog
+from forge_hpc.cluster.starts import FAILURES, StartLog
 from forge_hpc.cluster.walltime import Walltime
 from forge_hpc.config import Config, UserError, load_config, print_error, read_config, save_config, signal_lead_s
 from forge_hpc.observability.summary import final_summary
@@ -126,7 +126,10 @@ class Supervisor:
         """What signals and the clock want, when it is new."""
         wish = None
         while self._signals and (wish is None or not wish.cancels):
-            wish = self._meaning(self._signals.pop(0))
+            signum = self._signals.pop(0)
+            if signum == signal.SIGUSR2 and self._walltime is not None and self._walltime.is_announced():
+                continue  # Slurm's warning, which may come much too early: our own clock decides
+            wish = self._meaning(signum)
         if wish is None and self._leaving is None and self._walltime is not None and self._walltime.is_near():
             wish = Wish("walltime", "the walltime is near", self._walltime.remaining_s())
         return wish
@@ -313,9 +316,9 @@ class Supervisor:
         state, code = {"cancelled": ("cancelled", 130), "failed": ("failed", 1)}.get(
             ended.cause, ("preempted", LEFT_CODE)
         )
-        if ended.cause in ("crash", "node", "node_fail", "unknown"):
+        if ended.cause in FAILURES:
             failures = starts.failures_without_progress() + 1
-            if not self.allocation.in_slurm or not config.slurm.requeue:
+            if not self.allocation.in_slurm or (not config.slurm.requeue and ended.cause != "walltime"):
                 state, code = "failed", 1
             elif failures > config.cluster.max_restarts:
                 state, code, message = "failed", 1, f"{message} ({failures} failures without progress)"

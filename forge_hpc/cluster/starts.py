@@ -17,6 +17,10 @@ from typing import Any
 from forge_hpc.run_dir import RunDir, open_private
 
 
+FAILURES = ("crash", "node", "node_fail", "unknown", "walltime")
+"""Causes that count where there was no progress: also a walltime in which not a step can be done."""
+
+
 @dataclass(frozen=True)
 class Ending:
     """How a start ended."""
@@ -53,7 +57,8 @@ class StartLog:
     def failures_without_progress(self) -> int:
         """How many starts in a row have failed without a newer checkpoint than the one before them.
 
-        Starts that were preempted, cancelled or killed from outside neither count nor end the row.
+        Starts that were preempted, cancelled or killed from outside neither count nor end the row; those that ended for
+        one of ``FAILURES`` count.
         """
         failures, newest = 0, newest_step(self._run_dir)
         for record in reversed(self.read()):
@@ -61,7 +66,7 @@ class StartLog:
                 continue
             if record["step"] < newest or record["state"] == "completed":
                 break
-            failures += record["cause"] in ("crash", "node", "node_fail", "unknown")
+            failures += record["cause"] in FAILURES
         return failures
 
     def read(self) -> list[dict[str, Any]]:

@@ -9,6 +9,8 @@ from forge_hpc.cluster import slurm
 
 ASK_S = 300.0
 """How often Slurm is asked whether somebody has moved the end of the job: one call a job, whatever its size."""
+WARNING_S = 300.0
+EARLY_S = 90.0
 LEAD_S = 5.0
 """How often the lead time is looked up."""
 
@@ -44,6 +46,12 @@ class Walltime:
         if time.monotonic() - self._looked > LEAD_S:
             self._lead_s, self._looked = self._lead(), time.monotonic()
         return remaining < min(self._lead_s, self._total_s / 2)
+
+    def is_announced(self) -> bool:
+        """Whether the end is so close that Slurm's warning (``--signal``) may have come for it. The job scripts ask for
+        300 s or for what was measured, and Slurm may send it a minute early; in a job that is shorter, at once."""
+        remaining = self.remaining_s()
+        return remaining is not None and remaining < max(WARNING_S, self._lead()) + EARLY_S
 
     def _ask(self) -> None:
         self._asked = time.monotonic()
