@@ -16,7 +16,6 @@ from typing import Any
 
 from forge_hpc.run_dir import RunDir, open_private
 
-
 FAILURES = ("crash", "node", "node_fail", "unknown", "walltime")
 """Causes that count where there was no progress: also a walltime in which not a step can be done."""
 
