@@ -318,7 +318,16 @@ def test_failures_of_a_step_are_counted_by_kind_and_the_first_of_each_is_logged(
     with caplog.at_level(logging.WARNING, "forge_hpc.rewards"):
         figures = asyncio.run(main())
     failed = {key.partition("failed_")[2]: v for key, v in figures.items() if key.startswith("rewards/failed_")}
-    counts = {"raised": 2, "not_finite": 1, "timeout": 1, "died": 1, "memory": 0, "load": 0, "empty": 1}
+    counts = {
+        "raised": 2,
+        "not_finite": 1,
+        "timeout": 1,
+        "died": 1,
+        "memory": 0,
+        "load": 0,
+        "empty": 1,
+        "environment": 0,
+    }
     assert failed == counts
     assert figures["episodes/failed"] == 6
     assert sum("KeyError" in message for message in caplog.messages) == 1
