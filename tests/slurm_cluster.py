@@ -154,8 +154,10 @@ class SlurmCluster:
 
     @property
     def env(self) -> dict[str, str]:
-        """This process's environment with Slurm's commands pointed at the cluster, and no trace of an outer job."""
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
+        """This process's environment with Slurm's commands pointed at the cluster, and no trace of an outer job, nor of
+        a process group that tests have joined in this process."""
+        foreign = ("SLURM_", "SBATCH_", "SRUN_", "GLOO_", "LOCAL_RANK")
+        env = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
         return {**env, "SLURM_CONF": str(self.conf)}
 
     def run(

@@ -18,7 +18,7 @@ SPLIT = ["cluster.trainer_nodes=2", "cluster.rollout_nodes=2"]
 def environment(cluster: SlurmCluster) -> dict[str, str]:
     """Where sbatch and srun find this environment's Python."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**os.environ, **cluster.env, "PATH": path, "PYTHONPATH": str(PROJECT)}
+    return {**cluster.env, "PATH": path, "PYTHONPATH": str(PROJECT)}
 
 
 def log(run_dir: Path) -> str:
