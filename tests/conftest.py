@@ -13,6 +13,16 @@ from slurm_cluster import SlurmCluster, missing_requirement
 REQUIRE_SLURM = os.environ.get("CI") == "true" or os.environ.get("FORGE_HPC_REQUIRE_SLURM") == "1"
 
 
+UMASK = os.umask(0o022)
+os.umask(UMASK)
+
+
+@pytest.fixture(autouse=True)
+def ordinary_umask() -> None:
+    """What a test has called may have made this process private (``setup_logging``); the next one begins as the first."""
+    os.umask(UMASK)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # SIGTERM, like Ctrl-C, takes fixtures down: a killed test run leaves no cluster behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
