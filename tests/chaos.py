@@ -257,7 +257,11 @@ def inject(campaign: Campaign, name: str, row: Row) -> None:
     fault(campaign)
     since = back = campaign.fault_time
     if state:  # another start takes over
-        back = wait_for(lambda: campaign.starts("begin")[begins:], f"another start after {name}", RECOVERY_S)[0]["time"]
+        back = wait_for(
+            lambda: [s["time"] for s in campaign.starts("begin")[begins:] if s["time"] > since],
+            f"another start after {name}",
+            RECOVERY_S,
+        )[0]
         seen_before = {**seen_before, **{s: t for s, t in written(campaign.run_dir).items() if t < back}}
     # A step that is done again has its record written anew.
     new = wait_for(

@@ -19,7 +19,7 @@ os.umask(UMASK)
 
 @pytest.fixture(autouse=True)
 def ordinary_umask() -> None:
-    """What a test has called may have made this process private (``setup_logging``); the next one begins as the first."""
+    """A test may have called what makes this process private (``setup_logging``): the next one begins as the first."""
     os.umask(UMASK)
 
 

@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 LOOK_S = 1.0
 SILENT_HOST_S = 20
 """A host that does not say for so long how its processes are is cut off."""
-SILENT_PROCESS_S = 10
-"""The same for a process. A dead one is known after a second, unless it was just being asked; a stopped one is silent.
+SILENT_PROCESS_S = 3
+"""The same for a process: a dead one is known after a second, but where it was just being asked, only after this time.
 Monarch's part of a process answers beside whatever Python and the device do there."""
 
 
