@@ -465,7 +465,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_train_as_one_does_and_their_checkpoint_loads_on_one(two_ranks: Path, case: str) -> None:
-    model_dir, options = two_ranks / case / "model", CASES[case][2]
+    model_dir, options = two_ranks / case / "model", CASES[case][3]
     results = [torch.load(two_ranks / case / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
     expected = two_steps(TrainEngine(config(**options), model_dir))
     for result in results:
