@@ -29,56 +29,152 @@ async def passes(waiter: Any) -> bool:
     return done
 
 
+def buffer_of(
+    size: int, max_staleness: int, steps_done: int = 0, position: int | None = None, **options: Any
+) -> EpisodeBuffer:
+    position = steps_done * size if position is None else position
+    return EpisodeBuffer(size, max_staleness, steps_done, position, last_step=20, **options)
+
+
+def prompts_at(*positions: int) -> list[Prompt]:
+    return [Prompt(position, "1+1=", [1, 2], "2") for position in positions]
+
+
+def positions_of(items: list[Any]) -> list[int]:
+    return [(item.prompt if isinstance(item, Group) else item).position for item in items]
+
+
+async def room_of(buffer: EpisodeBuffer) -> int:
+    return await buffer.room() if await passes(buffer.room()) else 0
+
+
 def test_generation_runs_ahead_of_training_by_the_staleness_bound_and_no_further() -> None:
     async def scenario(max_staleness: int) -> list[int]:
-        buffer = EpisodeBuffer(1, max_staleness, policy_version=0)
-        before = [step for step in range(1, 6) if await passes(buffer.room(step))]
+        buffer = buffer_of(2, max_staleness)
+        rooms = [await room_of(buffer)]
+        drawn = buffer.begin(prompts_at(*range(rooms[0])))
+        rooms.append(await room_of(buffer))
+        for prompt in drawn:
+            await buffer.put(group(prompt.position, 0))
+        rooms.append(await room_of(buffer))
+        await buffer.take()
         await buffer.weights_loaded(1)
-        after = [step for step in range(1, 6) if await passes(buffer.room(step))]
-        return before + after
+        return [*rooms, await room_of(buffer)]
 
-    assert asyncio.run(scenario(0)) == [1, 1, 2]
-    assert asyncio.run(scenario(2)) == [1, 2, 3, 1, 2, 3, 4]
+    assert asyncio.run(scenario(0)) == [2, 0, 0, 2]
+    assert asyncio.run(scenario(2)) == [6, 0, 0, 2]
+
+
+def test_no_prompt_is_drawn_for_what_comes_after_the_last_step() -> None:
+    async def scenario() -> list[int]:
+        buffer = EpisodeBuffer(3, 4, policy_version=7, position=21, last_step=9)
+        rooms = [await room_of(buffer)]
+        buffer.begin(prompts_at(*range(21, 27)))
+        return [*rooms, await room_of(buffer)]
+
+    assert asyncio.run(scenario()) == [6, 0]
 
 
 def test_a_step_takes_its_own_prompts_in_order_whoever_finishes_first() -> None:
     async def scenario() -> list[list[int]]:
-        buffer = EpisodeBuffer(2, 1, policy_version=0)
-        await buffer.put(2, group(3, 0))
-        await buffer.put(1, group(1, 0))
-        assert not await passes(buffer.take(1))  # half a step
-        await buffer.put(1, group(0, 0))
-        first = await buffer.take(1)
+        buffer = buffer_of(2, 1)
+        buffer.begin(prompts_at(0, 1, 2, 3))
+        await buffer.put(group(3, 0))
+        await buffer.put(group(1, 0))
+        assert not await passes(buffer.take())  # half a step
+        await buffer.put(group(0, 0))
+        first = await buffer.take()
         assert len(buffer) == 1
-        await buffer.put(2, group(2, 0))
-        return [[g.prompt.position for g in groups] for groups in (first, await buffer.take(2))]
+        await buffer.put(group(2, 0))
+        return [positions_of(first), positions_of(await buffer.take())]
 
     assert asyncio.run(scenario()) == [[0, 1], [2, 3]]
 
 
 def test_an_episode_older_than_the_bound_is_left_out_and_counted() -> None:
     async def scenario() -> tuple[list[int], int]:
-        buffer = EpisodeBuffer(2, 1, policy_version=0)
-        await buffer.put(5, group(0, policy_version=2))  # the policy before step 5 is version 4
-        await buffer.put(5, group(1, policy_version=3))
-        return [len(g.episodes) for g in await buffer.take(5)], buffer.num_stale
+        buffer = buffer_of(2, 1, steps_done=4)
+        buffer.begin(prompts_at(8, 9))
+        await buffer.put(group(8, policy_version=2))  # the policy before step 5 is version 4
+        await buffer.put(group(9, policy_version=3))
+        return [len(g.episodes) for g in await buffer.take()], buffer.num_stale
 
     assert asyncio.run(scenario()) == ([0, 2], 2)
 
 
 def test_what_was_finished_ahead_is_kept_and_not_generated_again() -> None:
     async def scenario() -> None:
-        buffer = EpisodeBuffer(2, 2, policy_version=3)
-        for step, position in ((5, 9), (4, 7), (4, 6)):
-            await buffer.put(step, group(position, 3))
+        buffer = buffer_of(2, 2, steps_done=3)
+        buffer.begin(prompts_at(*range(6, 12)))
+        for position in (9, 7, 6):
+            await buffer.put(group(position, 3))
         saved = buffer.finished()
-        assert [g.prompt.position for g in saved] == [6, 7, 9]
-        resumed = EpisodeBuffer(2, 2, policy_version=3)
+        assert positions_of(saved) == [6, 7, 9]
+        resumed = buffer_of(2, 2, steps_done=3)
         resumed.restore(saved)
-        prompts = {step: [Prompt(2 * step - 2 + i, "", [1], "") for i in range(2)] for step in (4, 5, 6)}
-        missing = {step: [p.position for p in resumed.missing(step, prompts[step])] for step in prompts}
-        assert missing == {4: [], 5: [8], 6: [10, 11]}
-        assert [g.prompt.position for g in await resumed.take(4)] == [6, 7]
+        assert await room_of(resumed) == 6
+        assert positions_of(resumed.begin(prompts_at(*range(6, 12)))) == [8, 10, 11]
+        assert await room_of(resumed) == 0
+        assert positions_of(await resumed.take()) == [6, 7]
+
+    asyncio.run(scenario())
+
+
+def counts(g: Group) -> bool:
+    """In these tests a group of one episode carries no signal."""
+    return len(g.episodes) > 1
+
+
+def test_more_prompts_are_drawn_in_place_of_groups_that_do_not_count() -> None:
+    async def scenario(max_staleness: int) -> None:
+        buffer = buffer_of(2, max_staleness, counts=counts)
+        ahead = 2 * max_staleness
+        buffer.begin(prompts_at(*range(2 + ahead)))
+        await buffer.put(group(1, 0, num_episodes=1))
+        assert await room_of(buffer) == (1 if ahead else 0)  # synchronous: once all that was begun is there
+        await buffer.put(group(0, 0))
+        assert await room_of(buffer) == 1
+        assert not await passes(buffer.take())
+        buffer.begin(prompts_at(2 + ahead))
+        await buffer.put(group(2, 0))  # whichever comes next in the order fills the step
+        assert positions_of(await buffer.take()) == [0, 1, 2]
+        assert await room_of(buffer) == 0
+        await buffer.weights_loaded(1)
+        assert await room_of(buffer) == 2
+
+    asyncio.run(scenario(0))
+    asyncio.run(scenario(1))
+
+
+def test_a_resumed_step_counts_what_was_saved_as_if_it_had_not_been_interrupted() -> None:
+    async def scenario() -> None:
+        buffer = buffer_of(2, 1, counts=counts)
+        buffer.begin(prompts_at(0, 1, 2, 3))
+        for position, num_episodes in ((0, 2), (1, 2), (2, 1), (3, 2)):
+            await buffer.put(group(position, 0, num_episodes))
+        assert positions_of(await buffer.take()) == [0, 1]
+        buffer.begin(prompts_at(4))  # in place of 2; it was under way when the run was saved
+        resumed = buffer_of(2, 1, steps_done=1, position=2, counts=counts)
+        resumed.restore(buffer.finished())
+        assert await room_of(resumed) == 4
+        assert positions_of(resumed.begin(prompts_at(2, 3, 4, 5))) == [4, 5]
+        assert positions_of(resumed.begin(prompts_at(*range(6, 6 + await room_of(resumed))))) == [6]
+        await resumed.put(group(4, 1))
+        assert positions_of(await resumed.take()) == [2, 3, 4]
+
+    asyncio.run(scenario())
+
+
+def test_a_step_that_finds_no_signal_in_all_that_it_draws_is_given_up() -> None:
+    async def scenario() -> None:
+        buffer = buffer_of(2, 0, counts=counts, max_uncounted=6)
+        buffer.begin(prompts_at(*range(7)))
+        for position in range(6):
+            await buffer.put(group(position, 0, num_episodes=1 if position else 2))
+        assert not await passes(buffer.take())
+        await buffer.put(group(6, 0, num_episodes=1))
+        with pytest.raises(RuntimeError, match="for step 1 7 prompts were drawn, and in the groups of 6 all rewards"):
+            await buffer.take()
 
     asyncio.run(scenario())
 

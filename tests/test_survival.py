@@ -116,6 +116,45 @@ def test_an_asynchronous_run_loses_and_repeats_no_prompt(tmp_path: Path) -> None
     assert all(record["episodes/stale"] == 0 for record in metrics)
 
 
+# Half of the groups have nothing to compare.
+HALF = """
+def length(prompt, response, target, **fields):
+    return len(response) / 6 if int(target) % 2 else 0.0
+"""
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_with_dynamic_sampling_every_step_is_full_and_no_prompt_is_lost_or_repeated(
+    max_staleness: int, tmp_path: Path
+) -> None:
+    steps, prompts = 12, 16
+    options = ["algorithm.dynamic_sampling=true", f"rollout.max_staleness={max_staleness}", "checkpoint.interval=1"]
+    options += ["logging.num_rollouts_per_step=500", "generator.replicas=2"]
+    run_dir = tmp_path / "run"
+    overrides = small_run(tmp_path, steps, HALF, *options)
+    for step in (3, 7):
+        run = start_local(run_dir, overrides)
+        try:
+            reach(run, run_dir, step)
+            run.send_signal(signal.SIGTERM)
+            run.communicate(timeout=120)
+        finally:
+            run.kill()
+        assert run.returncode == 75, status(run_dir)
+    result = run_local(run_dir, overrides)
+    assert result.returncode == 0, result.stderr
+    check_contract(run_dir, steps=steps)
+    metrics, rollouts = read(run_dir), read(run_dir, "rollouts.jsonl")
+    assert all(record["groups/drawn"] - record["groups/zero_signal"] == prompts for record in metrics)
+    assert all(record["staleness/max"] <= max_staleness for record in metrics)
+    positions = [record["position"] for record in rollouts]
+    assert positions == list(range(sum(int(record["groups/drawn"]) for record in metrics)))
+    if max_staleness == 0:
+        again = run_local(tmp_path / "undisturbed", overrides)
+        assert again.returncode == 0, again.stderr
+        check_same(tmp_path / "undisturbed", run_dir)
+
+
 def test_a_stuck_generator_is_replaced(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     overrides = small_run(tmp_path, 10, REWARD, PATIENT, "generator.timeout_s=15")

@@ -163,10 +163,13 @@ class AlgorithmConfig:
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     """Correction for the mismatch between generator and trainer."""
     drop_zero_signal_groups: bool = True
-    """Leave groups whose advantages are all zero (their rewards are equal) out of training. No further prompts are
-    drawn in their place: the step trains on fewer groups."""
+    """Leave groups whose advantages are all zero (their rewards are equal) out of training."""
+    dynamic_sampling: bool = False
+    """Draw further prompts in their place, as DAPO does: every step trains on rollout.prompts_per_step groups whose
+    rewards differ. Without it a step trains on the fewer that are left."""
     max_steps_without_signal: int = 20
-    """Fail after this many consecutive steps in which no group carried a signal."""
+    """Fail after this many consecutive steps in which no group carried a signal; with dynamic_sampling, when a step has
+    drawn this many times rollout.prompts_per_step prompts without one and is not complete."""
 
 
 @dataclass

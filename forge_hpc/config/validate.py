@@ -260,6 +260,7 @@ def _check_algorithm(cfg: Config) -> None:
     if ":" not in a.loss:
         _check_name("algorithm.loss", a.loss, tuple(LOSSES))
     check_loss(a)
+    _check_dynamic_sampling(cfg)
     if r.sampling.temperature == 0:
         raise UserError(
             "rollout.sampling.temperature=0 is greedy: all completions of a group are equal, nothing is learned",
@@ -270,6 +271,29 @@ def _check_algorithm(cfg: Config) -> None:
             f"rollout.sync_interval={r.sync_interval} makes the generators' policy older than "
             f"rollout.max_staleness={r.max_staleness} allows",
             f"set rollout.sync_interval to {r.max_staleness + 1} or less, or raise rollout.max_staleness",
+        )
+
+
+def _check_dynamic_sampling(cfg: Config) -> None:
+    a = cfg.algorithm
+    if not a.dynamic_sampling:
+        return
+    if not a.drop_zero_signal_groups:
+        raise UserError(
+            "algorithm.dynamic_sampling draws prompts in place of groups that algorithm.drop_zero_signal_groups=false "
+            "keeps",
+            "set one of them to its default",
+        )
+    if a.advantage == "batch_mean_std":
+        raise UserError(
+            "algorithm.dynamic_sampling leaves groups with equal rewards out, from which "
+            "algorithm.advantage=batch_mean_std learns",
+            "set algorithm.dynamic_sampling=false, or an advantage that compares within groups",
+        )
+    if cfg.data.curriculum.enable:
+        raise UserError(
+            "algorithm.dynamic_sampling and data.curriculum both leave out prompts that teach nothing",
+            "set one of them to false",
         )
 
 
@@ -403,11 +427,6 @@ def _check_environment(cfg: Config) -> None:
         return
     if cfg.recipe == "sft":
         raise UserError("environment.name is set, and SFT learns from examples alone", "set environment.name=null")
-    if cfg.evaluation.samples:
-        raise UserError(
-            f"evaluation.samples={cfg.evaluation.samples}: with an environment only greedy episodes are evaluated",
-            "set evaluation.samples=0",
-        )
     place, colon, cls = name.rpartition(":")
     if not colon:
         _check_name("environment.name", name, ENVIRONMENTS)

@@ -13,9 +13,8 @@ class DAPOLoss(PPOLoss):
 
         loss = mean( -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) )        clip_low 0.2, clip_high 0.28, no KL
 
-    The rest of DAPO is elsewhere. Advantages: ``group_mean_std``. Overlong shaping: the reward ``length``. Dynamic
-    sampling: ``algorithm.drop_zero_signal_groups`` leaves groups without a signal out and ``groups/zero_signal`` counts
-    them; unlike the paper's, it draws no further prompts in their place, so such a step trains on fewer groups.
+    The rest of DAPO is elsewhere. Advantages: ``group_mean_std``. Dynamic sampling: ``algorithm.dynamic_sampling``.
+    Overlong shaping: the reward ``length``.
     """
 
     clip_high: float = 0.28

@@ -4,8 +4,9 @@
                     ▲                                                   │
                     └──────────────── weights, by policy version ◄──────┘
 
-``rollout_loop`` produces groups and consumes prompts; new weights in the generators unblock it (``buffer.room``).
-``train_loop`` produces policy versions and consumes groups; a complete step unblocks it (``buffer.take``).
+``rollout_loop`` produces groups and consumes prompts; new weights in the generators unblock it (``buffer.room``), and
+with dynamic sampling every group that carries no signal, in whose place a further prompt is drawn.
+The loop over the steps produces policy versions and consumes groups; a complete step unblocks it (``buffer.take``).
 With ``rollout.max_staleness`` 0 the two take turns; above it, generation runs ahead while the trainers train.
 """
 
@@ -15,11 +16,10 @@ import asyncio
 import time
 from typing import Any
 
-from forge_hpc.actors.buffer import EpisodeBuffer
 from forge_hpc.data.types import Prompt
 from forge_hpc.recipes.checks import SignalWatch, check_mismatch
 from forge_hpc.recipes.episodes import episode_player, start_environments
-from forge_hpc.recipes.rollouts import RolloutClock, make_group, measure, to_documents
+from forge_hpc.recipes.rollouts import RolloutClock, episode_buffer, make_group, measure, to_documents
 from forge_hpc.recipes.session import Session, background, load_held_out, load_prompts
 from forge_hpc.rewards import RewardPool
 
@@ -36,27 +36,32 @@ async def grpo(session: Session) -> None:
     trainers, generators = await session.start_trainers_and_generators()
     player = episode_player(session, generators, environments)
     sample = player or generators.generate.route
-    buffer = EpisodeBuffer(rollout.prompts_per_step, rollout.max_staleness, policy_version=session.step)
+    buffer = episode_buffer(config, session.step, prompts.position)
     buffer.restore(session.finished_groups)
     weights = await session.connect(trainers, generators, buffer)
-    drawn: dict[int, dict[str, Any]] = {}  # by step: where its prompts end
+    first = prompts.position
+    drawn: dict[int, dict[str, Any]] = {}  # by position of a prompt that may be the last of a step: the stream after it
     clock = RolloutClock()
 
     async def rollout_loop() -> None:
-        for step in session.remaining_steps():
-            await buffer.room(step)
-            batch = buffer.missing(step, prompts.take(rollout.prompts_per_step))
-            drawn[step] = prompts.state_dict()
+        while True:
+            batch = buffer.begin([draw() for _ in range(await buffer.room())])
             # Synchronous: a generator admits all its prompts at once, so that the run repeats exactly.
             num = len(generators)
             shares = [batch[i::num] for i in range(num) if batch[i::num]] if synchronous else [[p] for p in batch]
             started = clock.begin(len(shares))
             for key, share in enumerate(shares):
-                tasks.create_task(roll_out(step, share, key if synchronous else None, started))
+                tasks.create_task(roll_out(share, key if synchronous else None, started))
 
-    async def roll_out(step: int, share: list[Prompt], key: int | None, started: float) -> None:
+    def draw() -> Prompt:
+        prompt = next(prompts)
+        if config.algorithm.dynamic_sampling or (prompts.position - first) % rollout.prompts_per_step == 0:
+            drawn[prompt.position] = prompts.state_dict()
+        return prompt
+
+    async def roll_out(share: list[Prompt], key: int | None, started: float) -> None:
         async def reward(prompt: Prompt, completions: Any) -> None:
-            await buffer.put(step, await make_group(prompt, completions, rewards, config))
+            await buffer.put(await make_group(prompt, completions, rewards, config))
 
         answers = await sample(share, key=key)
         await asyncio.gather(*(reward(*pair) for pair in zip(share, answers, strict=True)))
@@ -68,7 +73,7 @@ async def grpo(session: Session) -> None:
     async with background(rollout_loop()) as tasks:
         for step in session.remaining_steps():
             waited = time.perf_counter()
-            groups = await buffer.take(step)
+            groups = await buffer.take()
             prompts.report(groups)
             waited = time.perf_counter() - waited
             metrics = measure(groups, step) | {"time/wait_generator_s": waited, "episodes/stale": buffer.num_stale}
@@ -88,7 +93,8 @@ async def grpo(session: Session) -> None:
                 "prompts/too_long": prompts.num_too_long,
             }
             session.record(step, metrics, groups)
-            await session.save_if_due(step, {"prompts": prompts.with_rewards(drawn.pop(step))})
+            after = [drawn.pop(group.prompt.position, None) for group in groups][-1]
+            await session.save_if_due(step, {"prompts": prompts.with_rewards(after)})
             if evaluates:
                 await session.evaluate(step, held_out, rewards, player)
     await session.finish()

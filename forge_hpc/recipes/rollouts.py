@@ -9,10 +9,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from forge_hpc.actors.buffer import EpisodeBuffer
 from forge_hpc.advantages import advantage_function
 from forge_hpc.config import Config
 from forge_hpc.data.types import Completion, Document, Episode, Group, Prompt
 from forge_hpc.rewards import RewardError, RewardPool
+
+
+def episode_buffer(config: Config, steps_done: int, position: int) -> EpisodeBuffer:
+    """The buffer of a run in which ``position`` is that of the first prompt after ``steps_done`` steps."""
+    a, rollout, last_step = config.algorithm, config.rollout, config.trainer.training.steps
+    size = rollout.prompts_per_step
+    if not a.dynamic_sampling:
+        return EpisodeBuffer(size, rollout.max_staleness, steps_done, position, last_step)
+    limit = a.max_steps_without_signal * size
+    return EpisodeBuffer(size, rollout.max_staleness, steps_done, position, last_step, has_signal, limit)
 
 
 async def make_group(
@@ -117,6 +128,7 @@ def measure(groups: Sequence[Group], step: int) -> dict[str, float]:
         "response/length_mean": float(lengths.mean()),
         "response/length_max": float(lengths.max()),
         "response/truncated_fraction": float(np.mean([e.completion.finish_reason == "length" for e in episodes])),
+        "groups/drawn": float(len(groups)),
         "groups/zero_signal": float(sum(not has_signal(group) for group in groups)),
         "episodes/failed": float(sum(group.num_failed for group in groups)),
         **{f"rewards/failed_{kind}": float(kinds[kind]) for kind in RewardError.KINDS},
