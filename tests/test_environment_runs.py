@@ -29,6 +29,8 @@ def guessing_run(directory: Path, *overrides: str) -> list[str]:
         "rollout.max_prompt_tokens=40",
         "rollout.max_response_tokens=48",
         "evaluation.num_prompts=8",
+        "evaluation.samples=4",
+        "evaluation.k=[1, 4]",
     ]
     return [item for item in small_run(directory, STEPS) if not item.startswith("reward=")] + [*game, *overrides]
 
@@ -56,11 +58,23 @@ def test_a_run_with_an_environment_trains_on_what_was_generated_and_repeats_exac
         assert [record[key] for record in metrics] == [record[key] for record in read(second)]
     assert len({(run / "export/model.safetensors").read_bytes() for run in runs}) == 1
 
+    def figures(run_dir: Path) -> list[dict[str, object]]:
+        return [{k: v for k, v in record.items() if "time" not in k} for record in read(run_dir, "evaluations.jsonl")]
+
+    assert figures(first) == figures(second)
+    assert [record["step"] for record in figures(first)] == [0, STEPS]
+    assert all(0 < record["pass@1"] < record["pass@4"] <= 1 for record in figures(first))
+    options = [*guessing_run(tmp_path), f"model.path={first / 'export'}", "recipe=eval"]
+    result = run_local(tmp_path / "alone", options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    [alone] = figures(tmp_path / "alone")
+    assert [alone[key] for key in ("accuracy", "reward")] == [figures(first)[-1][key] for key in ("accuracy", "reward")]
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_an_asynchronous_run_with_environments_keeps_the_staleness_bound(tmp_path: Path) -> None:
-    result = run_local(tmp_path / "run", guessing_run(tmp_path, "rollout.max_staleness=2", "evaluation.num_prompts=0"))
+    result = run_local(tmp_path / "run", guessing_run(tmp_path, "rollout.max_staleness=2", "evaluation.interval=2"))
     assert result.returncode == 0, result.stdout + result.stderr
     metrics = read(tmp_path / "run")
     assert [record["step"] for record in metrics] == list(range(1, STEPS + 1))

@@ -242,7 +242,7 @@ class ScriptedGenerator:
         self.num_drifting = 0
 
     async def __call__(
-        self, turns: list[Turn], greedy: bool, share: str | None, *, key: int | None
+        self, turns: list[Turn], sampling: Any, seed: int | None, share: str | None, *, key: int | None
     ) -> list[Completion]:
         self.calls.append([(turn.position, turn.sample_index, turn.turn) for turn in turns])
         await asyncio.sleep(0)

@@ -52,11 +52,16 @@ class Generator(Actor):
 
     @concurrent_endpoint
     async def generate_turns(
-        self, turns: Sequence[Turn], greedy: bool = False, share: str | None = None
+        self,
+        turns: Sequence[Turn],
+        sampling: SamplingConfig | None = None,
+        seed: int | None = None,
+        share: str | None = None,
     ) -> list[Completion | ValueError]:
-        """The next response of each episode, admitted as those of ``generate``; calls with one share share a cache."""
-        sampling = SamplingConfig(temperature=0.0) if greedy else None
-        return await self._engine.generate_turns(turns, seed=self._config.seed, sampling=sampling, share=share)
+        """The next response of each episode, admitted as those of ``generate``; with other parameters and another seed
+        where they are given. Calls with one ``share`` share a cache."""
+        seed = self._config.seed if seed is None else seed
+        return await self._engine.generate_turns(turns, seed=seed, sampling=sampling, share=share)
 
     @concurrent_endpoint
     async def load(self, store: StoreSpec, version: int) -> float:

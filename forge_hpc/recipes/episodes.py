@@ -22,6 +22,7 @@ from typing import Any
 
 from forge_hpc.actors.service import Service
 from forge_hpc.config import Config
+from forge_hpc.config.schema import SamplingConfig
 from forge_hpc.data.types import Completion, Episode, Prompt, Turn
 from forge_hpc.environments import EnvironmentFailed, EnvironmentPool
 from forge_hpc.environments.rendering import ConversationRenderer
@@ -32,7 +33,7 @@ Respond = Callable[[Turn], Awaitable[Completion | ValueError]]
 
 
 GenerateTurns = Callable[..., Awaitable[list[Completion | ValueError]]]
-"""The generators' ``generate_turns``: (turns, greedy, share, key=...)."""
+"""The generators' ``generate_turns``: (turns, sampling, seed, share, key=...)."""
 
 
 async def start_environments(session: Session) -> EnvironmentPool | None:
@@ -52,7 +53,7 @@ def episode_player(session: Session, generators: Service, environments: Environm
 
 
 class EpisodePlayer:
-    """Plays ``rollout.group_size`` episodes of each prompt.
+    """Plays episodes of prompts.
 
     Raises UserError where the tokenizer's chat template cannot render several turns.
     """
@@ -67,25 +68,33 @@ class EpisodePlayer:
         """Episodes given up so far, by ``EnvironmentFailed.kind``."""
 
     async def __call__(
-        self, prompts: Sequence[Prompt], greedy: bool = False, *, key: int | None = None
+        self,
+        prompts: Sequence[Prompt],
+        num: int | None = None,
+        sampling: SamplingConfig | None = None,
+        seed: int | None = None,
+        *,
+        key: int | None = None,
     ) -> list[list[Episode | EnvironmentFailed]]:
-        """The episodes of each prompt, or one greedy one; one that failed has its error in its place.
+        """``num`` episodes of each prompt, by default ``rollout.group_size``; one that failed has its error in its
+        place. ``sampling`` and ``seed`` are those of training unless they are given.
 
         With a key they are played in lockstep. Rewards are those of the environment, without ``config.reward``.
         """
-        num = 1 if greedy else self._config.rollout.group_size
+        num = self._config.rollout.group_size if num is None else num
         async with asyncio.TaskGroup() as tasks:
             if key is None:
                 lockstep = None
             else:
-                lockstep = Lockstep(lambda turns: self._generate(turns, greedy, None, key=key), tasks)
+                lockstep = Lockstep(lambda turns: self._generate(turns, sampling, seed, None, key=key), tasks)
 
             def start(prompt: Prompt, sample_index: int) -> asyncio.Task[Episode | EnvironmentFailed]:
                 if lockstep is not None:
                     return tasks.create_task(lockstep.join(lambda respond: self._try(prompt, sample_index, respond)))
 
                 async def respond(turn: Turn) -> Completion | ValueError:
-                    [response] = await self._generate([turn], greedy, f"{self._cache}-{prompt.position}", key=None)
+                    cache = f"{self._cache}-{prompt.position}"
+                    [response] = await self._generate([turn], sampling, seed, cache, key=None)
                     return response
 
                 return tasks.create_task(self._try(prompt, sample_index, respond))

@@ -1,10 +1,11 @@
 """Evaluation of a model as it is: generators on every node, no trainers, no step.
 
-held-out prompts ──► generators ──► rewards ──► evaluations.jsonl
+held-out prompts ──► generators (and environments) ──► rewards ──► evaluations.jsonl
 """
 
 from __future__ import annotations
 
+from forge_hpc.recipes.episodes import episode_player, start_environments
 from forge_hpc.recipes.session import Session, load_held_out
 from forge_hpc.rewards import RewardPool
 
@@ -16,5 +17,6 @@ async def eval(session: Session) -> None:
     """
     held_out = load_held_out(session)
     async with RewardPool(session.config) as rewards:
-        await session.start_generators()
-        await session.evaluate(0, held_out, rewards)
+        environments = await start_environments(session)
+        generators = await session.start_generators()
+        await session.evaluate(0, held_out, rewards, episode_player(session, generators, environments))

@@ -395,68 +395,57 @@ class Session:
         (``rollout.max_staleness`` 0) learns the same, to the last bit, however often it evaluates. A resumed run
         evaluates what it was interrupted in, and nothing twice. ``more`` is logged with it: a step has one evaluation.
 
-        With an environment ``player`` (``recipes.episodes.EpisodePlayer``) plays the prompts greedily.
+        With an environment ``player`` (``recipes.episodes.EpisodePlayer``) plays an episode for each answer.
         """
         if not prompts or self.metrics.is_evaluated(step):
             return
         start, config = time.perf_counter(), self.config.evaluation
-        if player is not None:
-            greedy = await self._play(prompts, player, rewards)
-        else:
-            greedy = await self._answer(prompts, 1, SamplingConfig(temperature=0.0), 0, rewards)
+        ask = self.generators.sample.route if player is None else player
+        greedy = await self._answer(ask, prompts, 1, SamplingConfig(temperature=0.0), 0, rewards)
         values = greedy_figures([answer for [answer] in greedy])
         if config.samples:
             sampling, seed = self.config.rollout.sampling, evaluation_seed(self.config.seed, step)
             if config.temperature is not None:
                 sampling = replace(sampling, temperature=config.temperature)
-            sampled = await self._answer(prompts, config.samples, sampling, seed, rewards)
+            sampled = await self._answer(ask, prompts, config.samples, sampling, seed, rewards)
             values |= sampled_figures(sampled, config.k, seed)
         values |= {"num_prompts": len(prompts), "time_s": time.perf_counter() - start}
         self.metrics.log_evaluation(step, {**(more or {}), **values})
         self._step_ended = time.perf_counter()
 
-    async def _play(
-        self, prompts: Sequence[Prompt], player: Callable[..., Awaitable[Any]], rewards: Any
+    async def _answer(
+        self,
+        ask: Callable[..., Awaitable[Any]],
+        prompts: Sequence[Prompt],
+        num: int,
+        sampling: SamplingConfig,
+        seed: int,
+        rewards: Any,
     ) -> list[list[Graded]]:
-        """A greedy episode of each prompt. One is right where its environment gave 1 or more."""
+        """``num`` answers to each prompt, or episodes of it. An answer is right if the first reward says so
+        (``RewardPool.is_right``), an episode if its environment gave 1 or more."""
         from forge_hpc.rewards import RewardError
 
-        async def grade(episode: Episode | Exception) -> Graded:
-            if isinstance(episode, Exception):
+        async def grade(prompt: Prompt, answer: Completion | Episode | Exception) -> Graded:
+            if isinstance(answer, Exception):
                 return Graded()
+            episode = answer if isinstance(answer, Episode) else None
             try:
-                total, _ = await rewards.score(episode.prompt, episode.completion)
+                total, terms = await rewards.score(
+                    *((prompt, answer) if episode is None else (episode.prompt, episode.completion))
+                )
             except RewardError:
                 return Graded()
+            if episode is None:
+                return Graded(rewards.is_right(terms), total)
             return Graded(episode.reward >= 1 - 1e-6, episode.reward + total)
 
-        async def play(replica: int) -> list[Graded]:
-            answers = await player(prompts[replica::num], True, key=replica)
-            return await asyncio.gather(*(grade(episodes[0]) for episodes in answers))
-
-        num = min(len(self.generators), len(prompts))
-        shares = await asyncio.gather(*map(play, range(num)))
-        return [[answer] for share in shares for answer in share]
-
-    async def _answer(
-        self, prompts: Sequence[Prompt], num: int, sampling: SamplingConfig, seed: int, rewards: Any
-    ) -> list[list[Graded]]:
-        """``num`` answers to each prompt. The first reward says which are right (``RewardPool.is_right``)."""
-        from forge_hpc.rewards import RewardError
-
-        async def grade(prompt: Prompt, completion: Completion) -> Graded:
-            try:
-                total, terms = await rewards.score(prompt, completion)
-            except RewardError:
-                return Graded()
-            return Graded(rewards.is_right(terms), total)
-
-        async def ask(replica: int, places: Sequence[int]) -> None:
-            share = [prompts[place] for place in places]
-            answers = await self.generators.sample.route(share, num, sampling, seed, key=replica)
-            for place, prompt, completions in zip(places, share, answers, strict=True):
-                if not isinstance(completions, ValueError):
-                    results[place] = await asyncio.gather(*(grade(prompt, completion) for completion in completions))
+        async def share(replica: int, places: Sequence[int]) -> None:
+            mine = [prompts[place] for place in places]
+            answers = await ask(mine, num, sampling, seed, key=replica)
+            for place, prompt, group in zip(places, mine, answers, strict=True):
+                if not isinstance(group, ValueError):
+                    results[place] = await asyncio.gather(*(grade(prompt, answer) for answer in group))
 
         results = [[Graded()] * num for _ in prompts]
         # A call has a deadline (generator.timeout_s): it holds some fillings of an engine, not a whole test set.
@@ -465,7 +454,7 @@ class Session:
             for replica in range(len(self.generators)):
                 places = range(replica, len(prompts), len(self.generators))
                 for begin in range(0, len(places), size):
-                    tasks.create_task(ask(replica, places[begin : begin + size]))
+                    tasks.create_task(share(replica, places[begin : begin + size]))
         return results
 
     async def finish(self) -> None:
