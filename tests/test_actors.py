@@ -266,16 +266,3 @@ def test_a_replica_that_does_not_answer_is_lost_and_its_call_waits_for_the_next(
         assert await call == ("b", (7,))
 
     asyncio.run(scenario())
-
-
-def test_who_waits_for_a_replica_that_never_comes_is_told_why() -> None:
-    async def scenario() -> None:
-        service, _ = await service_of([FakeReplica("a")])
-        call = asyncio.ensure_future(service.generate.route())
-        await until(lambda: service._replicas[0].in_flight == 1)
-        service.lose(0, "killed")
-        await service.fail(RuntimeError("no node is left"))
-        with pytest.raises(RuntimeError, match="no node is left"):
-            await call
-
-    asyncio.run(scenario())

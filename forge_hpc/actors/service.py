@@ -93,7 +93,7 @@ class Service:
         name: what messages call it.
         size: replicas that it has when all are well.
         timeout_s: every call has this deadline; a replica that misses it is stuck, and lost.
-        on_loss: called with the index of a lost replica and the reason; is to ``admit`` another, or to ``fail``.
+        on_loss: called with the index of a lost replica and the reason; is to ``admit`` another.
         on_retry: called when a call goes to another replica because the first was lost.
     """
 
@@ -112,7 +112,6 @@ class Service:
         self._on_retry = on_retry
         self._replicas: dict[int, Replica] = {}
         self._admitted = asyncio.Condition()
-        self._failure: Exception | None = None
 
     def __len__(self) -> int:
         return self.size
@@ -140,17 +139,9 @@ class Service:
             replica.lost.set_result(reason)
             self._on_loss(index, reason)
 
-    async def fail(self, error: Exception) -> None:
-        """No replica will be admitted any more: who waits for one, and who comes, gets ``error``."""
-        async with self._admitted:
-            self._failure = error
-            self._admitted.notify_all()
-
     async def _pick(self, key: int | None) -> Replica:
         async with self._admitted:
-            await self._admitted.wait_for(lambda: self._failure is not None or self._replicas)
-            if self._failure is not None:
-                raise self._failure
+            await self._admitted.wait_for(lambda: self._replicas)
             if key is not None and key % self.size in self._replicas:
                 return self._replicas[key % self.size]
             return min(self._replicas.values(), key=lambda replica: (replica.in_flight, replica.index))

@@ -74,13 +74,16 @@ class Faults:
     async def look_for_ended_nodes(self) -> None:
         """Runs for as long as the controller does."""
         while True:
-            for name in await asyncio.to_thread(self._rendezvous.names, "ended-"):
-                node = int(name.removeprefix("ended-"))
-                if node not in self.ended_nodes and (record := self._rendezvous.look(name)) is not None:
-                    self.ended_nodes.add(node)
-                    logger.error("node %d: %s", node, record["message"])
-                    if self._on_node is not None:
-                        self._on_node(node, record["message"])
+            try:
+                for name in await asyncio.to_thread(self._rendezvous.names, "ended-"):
+                    node = int(name.removeprefix("ended-"))
+                    if node not in self.ended_nodes and (record := self._rendezvous.look(name)) is not None:
+                        self.ended_nodes.add(node)
+                        logger.error("node %d: %s", node, record["message"])
+                        if self._on_node is not None:
+                            self._on_node(node, record["message"])
+            except OSError as error:  # a shared file system stumbles; Monarch's own reports still come
+                logger.warning("%s cannot be read: %s", self._rendezvous.directory, error)
             await asyncio.sleep(LOOK_S)
 
     def _report(self, failure: Any) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -77,16 +78,18 @@ async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, termin
                 session.lose(str(error))
                 await session.abandon()
                 if not leave.requested.is_set():
-                    recoveries.spend("trainers", str(error))
-                    run_dir.write_status(message=f"recovering: {error}")
+                    recoveries.spend("trainers", "trainers", str(error))
+                    tell(run_dir, message=f"recovering: {error}")
             number += 1
     # In good order only where all went well: after a failure the supervisors end what is left, and faster.
     if done:
-        with contextlib.suppress(TimeoutError):
+        try:
             async with asyncio.timeout(CLOSE_S):
                 await session.close()
                 await pool.close()
                 await cluster.hosts.shutdown()
+        except Exception as error:  # of a node that was lost on the way, say: the run is done
+            logger.warning("ending the nodes: %s", reason_of(error))
     return done
 
 
@@ -102,13 +105,15 @@ async def attempt(session: Session, pool: GeneratorPool, terminal: Terminal, lea
     leave.is_attended = True
     work = asyncio.create_task(run_recipe(session, terminal))
     asked = asyncio.create_task(leave.requested.wait())
-    losses: tuple[asyncio.Future[Any], ...] = (session.lost, session.cluster.faults.unexpected, pool.failed)
+    trainer_losses: tuple[asyncio.Future[Any], ...] = (session.lost, session.cluster.faults.unexpected)
+    losses = (*trainer_losses, pool.failed)
     try:
         await asyncio.wait({asked, work, *losses}, return_when=asyncio.FIRST_COMPLETED)
         if leave.departure is not None:
-            session.run_dir.write_status(state="saving", message=leave.departure.message)
+            tell(session.run_dir, state="saving", message=leave.departure.message)
+        if leave.departure is not None or pool.failed.done():
             boundary = asyncio.create_task(session.between_steps())
-            await asyncio.wait({boundary, work, *losses}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({boundary, work, *trainer_losses}, return_when=asyncio.FIRST_COMPLETED)
             boundary.cancel()
         if work.done():
             if (error := work.exception()) is None:
@@ -124,14 +129,23 @@ async def attempt(session: Session, pool: GeneratorPool, terminal: Terminal, lea
         asked.cancel()
         work.cancel()
         await asyncio.wait({work})
+    lost = [loss.result() for loss in trainer_losses if loss.done()]
+    if lost and not pool.failed.done():
+        raise ActorLost(lost[0])
+    with contextlib.suppress(ActorLost) if pool.failed.done() else contextlib.nullcontext():
+        if lost or not session.is_between_steps or not await session.save_to_leave():
+            logger.error("leaving without the last steps: the newest checkpoint stands")
     if pool.failed.done():
         raise pool.failed.result()
-    for loss in losses[:2]:
-        if loss.done():
-            raise ActorLost(loss.result())
-    if not await session.save_to_leave():
-        logger.error("leaving without the last steps: the newest checkpoint stands")
     return False
+
+
+def tell(run_dir: RunDir, **status: Any) -> None:
+    """Write to ``status.json``; a full disk, or a pause of the file server, keeps nobody from what matters more."""
+    try:
+        run_dir.write_status(**status)
+    except OSError as error:
+        logger.warning("%s: %s", run_dir.status, error)
 
 
 async def run_recipe(session: Session, terminal: Terminal) -> None:
@@ -177,10 +191,7 @@ async def join_nodes(config: Config, rendezvous: Rendezvous, log_dir: Path, faul
 async def heartbeat(run_dir: RunDir) -> None:
     """Show in status.json that the controller lives."""
     while True:
-        try:
-            run_dir.write_status()
-        except OSError as error:  # a full disk, a pause of the file server: no reason to end the training
-            logger.warning("no heartbeat: %s", error)
+        tell(run_dir)
         await asyncio.sleep(HEARTBEAT_S)
 
 
@@ -196,6 +207,12 @@ def obey_supervisor(task: asyncio.Task[None], loop: asyncio.AbstractEventLoop, l
         else:
             loop.call_soon_threadsafe(task.cancel)
     os._exit(1)
+
+
+def is_disk_trouble(error: BaseException) -> bool:
+    """Whether a file system failed in a way that another start may not meet: full, gone, or read-only."""
+    codes = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS, errno.ETIMEDOUT, errno.EREMOTEIO}
+    return isinstance(error, OSError) and error.errno in codes
 
 
 async def main() -> int:
@@ -225,11 +242,18 @@ async def main() -> int:
             outcome = {"code": FAILED, "message": cause.message, "hint": cause.hint}
         else:
             message = str(cause) if isinstance(cause, ActorLost) else f"{type(cause).__name__}: {cause}"
-            outcome = {"code": FAILED, "message": " ".join(message.split())[:MAX_MESSAGE], "is_loss": is_loss(error)}
+            outcome = {
+                "code": FAILED,
+                "message": " ".join(message.split())[:MAX_MESSAGE],
+                "is_loss": is_loss(error) or is_disk_trouble(cause),
+            }
     if (departure := leave.departure) is not None and not done:
         outcome = {"code": LEFT, "message": departure.message, "cause": departure.cause}
         outcome["lost_nodes"] = list(departure.lost_nodes)
-    rendezvous.publish("outcome", outcome)
+    try:
+        rendezvous.publish("outcome", outcome)
+    except OSError as error:  # the supervisor knows our exit code, and that it was asked to see that we leave
+        logger.error("outcome %s cannot be told: %s", outcome, error)
     return outcome["code"]
 
 

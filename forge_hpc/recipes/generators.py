@@ -24,6 +24,8 @@ STOP_S = 60.0
 """Monarch's host agent ends a process that does not stop by itself after 20 s."""
 SPAWN_S = 60.0
 """A process starts on a node within this time, or the node is lost."""
+END_S, PROBE_S = 5.0, 20.0
+"""A replica that has not ended after END_S on a node that starts no process within PROBE_S went with its node."""
 STORE_S = 120.0
 """A replacement waits so long for the weight store of restarted trainers."""
 
@@ -70,6 +72,7 @@ class GeneratorPool:
         self._seats: dict[int, _Seat] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._spares = list(cluster.placement.spare_nodes)
+        self._replaced: dict[int, int] = {}  # lost nodes, each with the one that has taken its place
         self.weights: WeightSync | None = None
         """Where replacements get the weights that the others hold."""
         self.failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
@@ -112,6 +115,8 @@ class GeneratorPool:
         """Start replica ``index``. Raises NodeLost, ActorLost, or what the engine raises."""
         seat, config = self._seats[index], self._config
         node = self._home(index, seat)
+        if node in self._replaced:  # another replica has found it out
+            raise NodeLost(node, "no process starts there")
         if node in self._cluster.faults.ended_nodes:
             raise NodeLost(node, "its Monarch worker has ended")
         seat.mesh = f"generator{index}" + (f"r{seat.starts}" if seat.starts else "")
@@ -142,38 +147,50 @@ class GeneratorPool:
         """Put another replica in the place of a lost one: on its node, or on a spare one where the node is lost."""
         start = time.monotonic()
         try:
+            self._recoveries.spend("generators", f"generator {index}", reason)
             while True:
-                await self._end(index)
-                self._recoveries.spend("generators", reason)
                 try:
+                    await self._end(index)
                     actor = await self._spawn(index)
                     await self._bring_up_to_date(index, actor)
                     break
-                except ActorLost as error:
-                    reason = str(error)
                 except NodeLost as error:
-                    reason = str(error)
-                    if not self._spares:
-                        self._on_node_lost(error.node, reason)
+                    if (spare := self._spare_for(error.node)) is None:
+                        self._on_node_lost(error.node, str(error))
                         return
-                    self._seats[index].node = self._spares.pop(0)
+                    logger.warning("%s; node %d takes its place", error, spare)
+                    self._seats[index].node = spare
+                except Exception as error:  # also of an engine that does not start: memory may be free a moment later
+                    logger.warning("generator %d did not come back", index, exc_info=not isinstance(error, ActorLost))
+                    self._recoveries.spend("generators", f"generator {index}", reason_of(error))
             await self.service.admit(index, actor)
             logger.info("generator %d is replaced after %.1f s", index, time.monotonic() - start)
         except Exception as error:
             logger.exception("generator %d cannot be replaced", index)
-            await self.service.fail(error)
             if not self.failed.done():
                 self.failed.set_result(error)
 
+    def _spare_for(self, node: int) -> int | None:
+        """The spare node that takes the place of a lost one, for all its replicas; None where there is none left."""
+        if node not in self._replaced and self._spares:
+            self._replaced[node] = self._spares.pop(0)
+        return self._replaced.get(node)
+
     async def _end(self, index: int) -> None:
-        """End what is left of a replica, so that its memory is free for the next."""
+        """End what is left of a replica, so that its memory is free for the next. Raises NodeLost."""
         seat = self._seats[index]
+        node = self._home(index, seat)
         self._cluster.faults.forget(seat.mesh)
-        if self._home(index, seat) in self._cluster.faults.ended_nodes:
+        if seat.procs is None or node in self._cluster.faults.ended_nodes or node in self._replaced:
             return
+        stopping, seat.procs = asyncio.ensure_future(seat.procs.stop()), None
+        await asyncio.wait({stopping}, timeout=END_S)
+        if not stopping.done() and not await self._cluster.can_spawn(node, PROBE_S):
+            stopping.cancel()
+            raise NodeLost(node, "no process ends or starts there")
         try:
-            await asyncio.wait_for(seat.procs.stop(), STOP_S)
-        except Exception as error:  # of a dead host; what matters is whether another can be started
+            await asyncio.wait_for(stopping, STOP_S)
+        except Exception as error:  # what matters is whether another can be started
             logger.warning("ending %s: %s", seat.mesh, reason_of(error))
 
     async def _bring_up_to_date(self, index: int, actor: Any) -> None:

@@ -14,22 +14,24 @@ logger = logging.getLogger(__name__)
 
 
 class Recoveries:
-    """Mended losses, by kind; bounded by ``cluster.max_restarts`` of all kinds without a completed step in between."""
+    """Mended losses, by kind. ``cluster.max_restarts`` bounds how often the same one is mended without a completed step
+    in between: a node that takes eight generators with it is eight losses, each the first of its kind."""
 
     KINDS = ("generators", "trainers", "calls")
 
     def __init__(self, limit: int) -> None:
         self.counts: Counter[str] = Counter()
         self._limit = limit
-        self._since_step = 0
+        self._since_step: Counter[str] = Counter()
 
-    def spend(self, kind: str, reason: str) -> None:
-        """Something of ``kind`` was lost and will be mended. Raises ActorLost where that has gone on for too long."""
-        self._since_step += 1
-        if self._since_step > self._limit:
-            raise ActorLost(f"{reason} (lost {self._since_step} times without a completed step in between)")
+    def spend(self, kind: str, who: str, reason: str) -> None:
+        """``who`` of ``kind`` was lost and will be mended. Raises ActorLost where that has gone on for too long."""
+        self._since_step[who] += 1
+        times = self._since_step[who]
+        if times > self._limit:
+            raise ActorLost(f"{reason} (lost {times} times without a completed step in between)")
         self.counts[kind] += 1
-        logger.warning("recovering (%d of %d until the next step): %s", self._since_step, self._limit, reason)
+        logger.warning("recovering (%d of %d until the next step): %s", times, self._limit, reason)
 
     def call_retried(self) -> None:
         """A call was given to another replica."""
@@ -37,7 +39,7 @@ class Recoveries:
 
     def step_done(self) -> None:
         """An optimizer step was completed: whatever failed before, the run makes progress."""
-        self._since_step = 0
+        self._since_step.clear()
 
     def metrics(self) -> dict[str, float]:
         """Counts over the whole run."""

@@ -342,6 +342,11 @@ class Session:
         """Wait until no optimizer step is under way. Once the run has been asked to leave, none begins afterwards."""
         await self._between_steps.wait()
 
+    @property
+    def is_between_steps(self) -> bool:
+        """Whether the last step is whole: trained, recorded, and what the recipe saves of it known."""
+        return self._between_steps.is_set()
+
     async def save_to_leave(self) -> bool:
         """When no step is under way: see that the last one is saved. False where an older checkpoint stands."""
         await self.saved()

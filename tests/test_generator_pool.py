@@ -1,0 +1,145 @@
+"""Which replicas are replaced where, for more nodes than can be lost here. test_slurm_spares.py loses a real one."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from forge_hpc.actors.service import ActorLost
+from forge_hpc.config import Config, plan
+from forge_hpc.recipes import generators
+from forge_hpc.recipes.generators import GeneratorPool
+from forge_hpc.recipes.recovery import Recoveries
+
+
+class FakeCluster:
+    """Nodes on which processes start at once, or not at all."""
+
+    def __init__(self, config: Config) -> None:
+        self.placement = plan(config, config.cluster.gpus_per_node or 0)
+        self.dead: set[int] = set()
+        self.broken_starts = 0
+        self.spawned: list[tuple[int, int]] = []
+        nothing = SimpleNamespace(watch=lambda *args: None, forget=lambda *args: None, ended_nodes=set())
+        self.faults: Any = nothing
+
+    def spawn_generator(self, name: str, replica: int, node: int | None = None) -> Any:
+        node = self.placement.rollout_nodes[replica // self.placement.replicas_per_node] if node is None else node
+        self.spawned.append((replica, node))
+        return SimpleNamespace(
+            initialized=self.started(node), stop=lambda: self.stopped(node), spawn=lambda *args: FakeActor(self)
+        )
+
+    async def started(self, node: int) -> None:
+        if node in self.dead:
+            raise RuntimeError("unreachable")
+
+    async def stopped(self, node: int) -> None:
+        if node in self.dead:
+            await asyncio.get_running_loop().create_future()
+
+    async def can_spawn(self, node: int, timeout_s: float) -> bool:
+        return node not in self.dead
+
+
+class FakeActor:
+    def __init__(self, cluster: FakeCluster) -> None:
+        self.start = SimpleNamespace(call_one=self.begin)
+        self.cluster = cluster
+
+    async def begin(self, model_dir: Path) -> None:
+        if self.cluster.broken_starts:
+            self.cluster.broken_starts -= 1
+            raise ValueError("no free memory")
+
+
+class Pool:
+    """A pool of two rollout nodes with eight replicas each."""
+
+    def __init__(self, spares: int) -> None:
+        self.config = Config()
+        self.config.cluster.nodes, self.config.cluster.spare_nodes = 3 + spares, spares
+        self.config.cluster.trainer_nodes, self.config.cluster.gpus_per_node = 1, 8
+        self.cluster, self.lost_nodes = FakeCluster(self.config), list[int]()
+        self.recoveries = Recoveries(self.config.cluster.max_restarts)
+
+    async def start(self) -> GeneratorPool:
+        on_node_lost = lambda node, reason: self.lost_nodes.append(node)  # noqa: E731
+        self.pool = GeneratorPool(self.config, self.cluster, Path(), self.recoveries, on_node_lost)  # type: ignore
+        await self.pool.start(Path())
+        return self.pool
+
+    async def lose(self, *replicas: int) -> None:
+        """Lose replicas, and wait until no replacement is under way."""
+        for replica in replicas:
+            self.pool.service.lose(replica, "killed")
+        await asyncio.wait_for(asyncio.gather(*self.pool._tasks), 60)
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generators, "END_S", 0.05)
+
+
+def test_all_replicas_of_a_lost_node_move_to_one_spare_node() -> None:
+    async def scenario() -> None:
+        pool = Pool(spares=2)
+        service = (await pool.start()).service
+        pool.cluster.dead = {1}
+        pool.cluster.spawned.clear()
+        await pool.lose(*range(8))
+        assert sorted(pool.cluster.spawned) == [(replica, 3) for replica in range(8)]
+        assert service.serving == list(range(16)) and not pool.lost_nodes
+        pool.cluster.dead = {1, 3}  # the spare node is lost as well
+        pool.cluster.spawned.clear()
+        await pool.lose(*range(8))
+        assert sorted(pool.cluster.spawned) == [(replica, 4) for replica in range(8)]
+        assert service.serving == list(range(16)) and not pool.lost_nodes
+
+    asyncio.run(scenario())
+
+
+def test_without_a_spare_node_the_lost_node_is_reported_and_the_others_serve_on() -> None:
+    async def scenario() -> None:
+        pool = Pool(spares=0)
+        service = (await pool.start()).service
+        pool.cluster.dead = {2}
+        await pool.lose(*range(8, 16))
+        assert set(pool.lost_nodes) == {2} and service.serving == list(range(8))
+        assert not pool.pool.failed.done()
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_does_not_start_is_tried_again_and_not_for_ever() -> None:
+    async def scenario(broken_starts: int) -> GeneratorPool:
+        pool = Pool(spares=0)
+        await pool.start()
+        pool.cluster.broken_starts = broken_starts
+        await pool.lose(5)
+        return pool.pool
+
+    limit = Config().cluster.max_restarts
+    mended, failed = asyncio.run(scenario(limit - 1)), asyncio.run(scenario(limit))
+    assert 5 in mended.service.serving and not mended.failed.done()
+    assert 5 not in failed.service.serving
+    error = failed.failed.result()
+    assert isinstance(error, ActorLost) and "no free memory (lost 4 times without a completed step" in str(error)
+
+
+def test_many_generators_may_die_between_two_steps_but_not_one_again_and_again() -> None:
+    async def scenario() -> None:
+        pool = Pool(spares=0)
+        await pool.start()
+        for replica in range(16):
+            await pool.lose(replica)
+        assert len(pool.pool.service.serving) == 16
+        for _ in range(pool.config.cluster.max_restarts):
+            await pool.lose(7)
+        assert isinstance(pool.pool.failed.result(), ActorLost)
+
+    asyncio.run(scenario())
