@@ -398,7 +398,7 @@ def _tear_down(cluster_id: str, state: Path) -> None:
     name = f"{PREFIX}{cluster_id}"
     spaces = [ns for ns in _ip_names("netns") if ns.startswith(f"{name}n")]
     # Jobs and slurmds live in the namespaces; the controller and munged are known by pid and start time.
-    _kill_all(lambda: [*_recorded_pids(state), *(pid for ns in spaces for pid in _pids_in(ns))])
+    _kill_all(lambda: [*_recorded_pids(state), *(pid for ns in spaces for pid in pids_in(ns))])
     for ns in spaces:
         subprocess.run(["ip", "netns", "del", ns], capture_output=True, check=False)  # another cleaner may be first
     for link in _ip_names("link"):
@@ -431,7 +431,8 @@ def _recorded_pids(state: Path) -> list[int]:
     return [int(pid) for pid, started in pairs if _start_time(int(pid)) == started]
 
 
-def _pids_in(netns: str) -> list[int]:
+def pids_in(netns: str) -> list[int]:
+    """Living processes in a network namespace."""
     listed = subprocess.run(["ip", "netns", "pids", netns], text=True, capture_output=True, check=False).stdout
     return [pid for pid in map(int, listed.split()) if _start_time(pid) is not None]
 
