@@ -15,7 +15,9 @@ PROJECT = "FORGE_HPC_PROJECT"
 """There too: where the project lies, since the script is no longer at its place."""
 
 
-def submit_successor(facts: JobFacts, run_dir: Path, exclude_nodes: Iterable[str] = ()) -> str:
+def submit_successor(
+    facts: JobFacts, run_dir: Path, exclude_nodes: Iterable[str] = (), *, no_kill: bool = False
+) -> str:
     """Queue a job that goes on with the run once this job has ended, for a job that may not be requeued; its id.
 
     It runs the same script with the same arguments in the same environment as a requeued job would. Options come from
@@ -26,9 +28,10 @@ def submit_successor(facts: JobFacts, run_dir: Path, exclude_nodes: Iterable[str
     Args:
         run_dir: the run; the script is kept there, as ``logs/JOBID_successor.sh``. The script that made the run
             directory is told to take this one (`CONTINUE`).
+        no_kill: the job is to outlive its nodes (--no-kill), which Slurm does not say of a job.
 
     Raises:
-        SlurmRefused: no job was queued.
+        SlurmRefused: no job was queued; SlurmSilent where Slurm does not answer.
     """
     run_dir = run_dir.absolute()
     text = ask("scontrol", "write", "batch_script", facts.job_id, "-")
@@ -38,6 +41,8 @@ def submit_successor(facts: JobFacts, run_dir: Path, exclude_nodes: Iterable[str
     options = successor_options(facts, text)
     if excluded := exclusion(facts, tuple(exclude_nodes)) or facts.excluded:
         options.append(f"--exclude={excluded}")
+    if no_kill:
+        options.append("--no-kill")
     variables = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "PMI_", "PMIX_")  # sbatch would take them for options
     env = {key: value for key, value in os.environ.items() if not key.startswith(variables) or key == "SLURM_CONF"}
     env |= {CONTINUE: str(run_dir), PROJECT: str(Path(__file__).resolve().parents[3])}
