@@ -120,9 +120,9 @@ def first_supervisor(run_dir: Path) -> psutil.Process:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             words = process.cmdline()
-            if "forge_hpc.run" in words and str(run_dir) in words and "python" in process.name():
-                if process.environ().get("SLURM_PROCID") == "0" and "--after" not in words:
-                    return process
+            ours = "forge_hpc.run" in words and str(run_dir) in words and "--after" not in words
+            if ours and "python" in process.name() and process.environ().get("SLURM_PROCID") == "0":
+                return process
     raise AssertionError("no supervisor")
 
 

@@ -15,6 +15,7 @@ from the first signal on: slurmctld changes the job before it signals. "Tasks" a
     lost node, Requeue=1        what lives gets TERM (3)              COMPLETING  None       None         one more
     lost node, Requeue=0        what lives gets TERM (3)              COMPLETING  NodeDown   None         same
     scancel --signal=TERM       tasks TERM                            RUNNING     None       None         same
+    lost node, --no-kill (4)    nobody                                RUNNING     None       None         same
 
 CONT comes with TERM, and KILL follows TERM after KillWait (30 s unless the site says otherwise).
 (1) EndTime moves to the end of the grace time; the kill came up to 5 s after it. Where the site has set
@@ -23,6 +24,8 @@ CONT comes with TERM, and KILL follows TERM after KillWait (30 s unless the site
     the two look alike.
 (3) SlurmdTimeout after the host fell silent, or somewhat later. Processes on a host whose slurmd alone has died get no
     signal and live on: the run's lock keeps them from the run.
+(4) On sbatch and on srun: NumNodes is one less after SlurmdTimeout, srun says "Node failure on X" and waits for the
+    other tasks, and a requeue starts the job on as many nodes as it asked for.
 
 A job whose tasks end in the grace time has FAILED, and does not come back by itself, also where PreemptMode=REQUEUE.
 `scontrol requeue` by its owner saves it: in the grace time, after it (while KillWait lasts), with PreemptMode=CANCEL
