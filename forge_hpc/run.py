@@ -419,9 +419,12 @@ class Supervisor:
             return "Slurm starts it again", None
         if not comes_back(config):
             return f"slurm.requeue={config.slurm.requeue}: {by_hand}", None
-        until = time.monotonic() + COME_BACK_S
-        if self._kill_at is not None:
-            until = min(until, self._kill_at)
+        now = time.monotonic()
+        until = (
+            now + COME_BACK_S
+            if self._kill_at is None
+            else min(now + COME_BACK_S, max(self._kill_at, now + KILL_WAIT_S))
+        )
         while True:
             try:
                 if config.slurm.requeue == "auto":
@@ -434,11 +437,11 @@ class Supervisor:
                         print(f"no requeue: {refusal}", file=sys.stderr)
                 successor = self._submit_successor(config, ended)
                 return f"job {successor} goes on", successor
-            except slurm.SlurmSilent as silence:
+            except (slurm.SlurmSilent, OSError) as silence:
                 if time.monotonic() > until:
-                    return f"Slurm does not answer ({silence}): {by_hand}", None
+                    return f"Slurm has not been reached ({silence}): {by_hand}", None
                 print(f"asking again: {silence}", file=sys.stderr, flush=True)
-            except (slurm.SlurmRefused, OSError) as refusal:
+            except slurm.SlurmRefused as refusal:
                 return f"Slurm takes no successor ({refusal}): {by_hand}", None
             if (wish := self._wish()) is not None and wish.cancels:
                 raise Stopped(wish)
@@ -479,7 +482,7 @@ class Supervisor:
                 facts = self._ask()
             cause = slurm.cause_of(facts, signal.SIGTERM, requeues)
             if cause is not slurm.Cause.REQUEUED:
-                died = f"the supervisor of the first node has died (srun: {code})"
+                died = f"a supervisor has died without a word (srun: {code})"  # one that dies takes the others with it
                 why = died if cause is slurm.Cause.UNKNOWN else f"{MEANINGS[cause]}; {died}"
                 ended = Ended("crash" if cause is slurm.Cause.UNKNOWN else cause.value, why)
                 self._finish(config, ended, starts, self.run_dir.log_dir(job_id, begin["restart"]), began=True)

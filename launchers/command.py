@@ -30,7 +30,7 @@ def job_command(cfg: Config, run_dir: Path) -> str:
     nodes are kept in reserve the others go on without a node that dies (--no-kill).
 
     Where srun does not end well the batch shell sees whether the run knows how it ended (--after): the supervisor of
-    the first node, which sees to all else, may be what has died.
+    the first node, which sees to all else, may be what has died, or was killed by srun when another's had died.
     """
     # Not --unbuffered: it gives the tasks a terminal, and a terminal gets a progress bar.
     flags = ["--ntasks-per-node=1", "--kill-on-bad-exit=1", "--wait=0", "--cpu-bind=none"]

@@ -43,7 +43,7 @@ class Clocks:
         self.answers = True
         monkeypatch.setattr(time, "time", lambda: self.wall)
         monkeypatch.setattr(time, "monotonic", lambda: self.monotonic)
-        monkeypatch.setattr(slurm, "controller_time", lambda: self.slurm if self.answers else None)
+        monkeypatch.setattr(slurm, "controller_time", lambda **_: self.slurm if self.answers else None)
         monkeypatch.setattr(slurm, "job_facts", lambda job_id, **_: self.job())
         self.start_time = self.slurm
 
@@ -317,18 +317,37 @@ def test_a_successor_takes_as_many_nodes_as_the_job_began_with(
     assert answers.num_nodes == 5
 
 
+def test_a_successor_is_queued_from_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripts = []
+
+    def ask(*command: str, **options: object) -> str:
+        if command[0] == "sbatch":
+            scripts.append(next(Path(word) for word in command if word.endswith("_successor.sh")))
+            assert scripts[-1].read_text() == "#!/bin/bash\ntrue\n"
+        return "32\n" if command[0] == "sbatch" else "#!/bin/bash\ntrue\n"
+
+    monkeypatch.setattr("forge_hpc.cluster.slurm.successor.ask", ask)
+    (tmp_path / "logs").touch()  # nothing can be written there
+    assert slurm.submit_successor(facts(), tmp_path) == "32"
+    (tmp_path / "logs").unlink()
+    (tmp_path / "logs").mkdir()
+    assert slurm.submit_successor(facts(), tmp_path) == "32"
+    assert [script.exists() for script in scripts] == [False, True]
+
+
 def test_a_silent_slurm_is_asked_until_it_kills_or_for_a_while(
     supervise: Callable[..., Supervisor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = FakeSlurm(monkeypatch, "silent")
     monkeypatch.setattr(run, "COME_BACK_S", 0.2)
     supervisor = supervise()
-    assert "Slurm does not answer" in supervisor._come_back(configure(), Ended("crash"))[0]
+    assert "Slurm has not been reached" in supervisor._come_back(configure(), Ended("crash"))[0]
     assert len(answers.said) > 2
     answers.said.clear()
     monkeypatch.setattr(run, "COME_BACK_S", 600)
+    monkeypatch.setattr(run, "KILL_WAIT_S", 0)
     supervisor._kill_at = time.monotonic() - 1
-    assert "Slurm does not answer" in supervisor._come_back(configure(), Ended("crash"))[0]
+    assert "Slurm has not been reached" in supervisor._come_back(configure(), Ended("crash"))[0]
     assert len(answers.said) == 1
 
 
@@ -368,7 +387,7 @@ def test_an_error_of_the_file_system_is_worth_another_start_and_another_error_is
     supervise: Callable[..., Supervisor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = FakeSlurm(monkeypatch, "yes")
-    monkeypatch.setattr(slurm, "controller_time", lambda: None)
+    monkeypatch.setattr(slurm, "controller_time", lambda **_: None)
     config, codes = configure(), []
     config.cluster.max_restarts = 1
     supervisor = supervise(Allocation("31", 0, 1, 2))
@@ -400,7 +419,7 @@ def test_the_end_of_a_grace_time_is_read_by_slurms_clock(
     supervisor = supervise()
     now = facts().end_time - 20  # of a preemption with a grace time; this host's clock is far ahead of it, or behind
     monkeypatch.setattr(slurm, "job_facts", lambda job_id, **_: facts())
-    monkeypatch.setattr(slurm, "controller_time", lambda: now)
+    monkeypatch.setattr(slurm, "controller_time", lambda **_: now)
     supervisor._clock.read()
     wish = supervisor._meaning(signal.SIGTERM, time.monotonic())
     assert wish.cause == "preempted" and wish.within_s == pytest.approx(20, abs=1)

@@ -9,6 +9,8 @@ from forge_hpc.cluster import slurm
 
 ASK_S = 300.0
 """How often Slurm is asked whether somebody has moved the end of the job: one call a job, whatever its size."""
+ANSWER_S = 5.0
+"""How long it may take for an answer: nobody listens for signals in that time."""
 WARNING_S = 300.0
 EARLY_S = 90.0
 LEAD_S = 5.0
@@ -35,7 +37,7 @@ class SlurmClock:
         if self._is_read:
             return
         before = time.monotonic()
-        said = slurm.controller_time()
+        said = slurm.controller_time(timeout_s=ANSWER_S)
         if said is not None:
             self._is_read, self._offset = True, said - (before + time.monotonic()) / 2
 
@@ -90,7 +92,7 @@ class Walltime:
     def _ask(self) -> None:
         self._asked = time.monotonic()
         self._clock.read()
-        facts = slurm.job_facts(self._job_id)
+        facts = slurm.job_facts(self._job_id, timeout_s=ANSWER_S)
         if facts is None:
             return
         self.facts = facts
