@@ -6,12 +6,15 @@ and on the first node it leaves the true state in ``status.json``.
 
     node 0   lock ─ certificates ─ worker ─ (warm start) ─ controller ─► outcome ─► status.json ─► requeue
     node n              certificates ─ worker ─────────────────────────► outcome
+    job script, where srun fails      did the first node say how it ended? ──► status.json ─► requeue   (--after)
 
 It finds everything in the run directory, so the first start, a restart and a new job on the same directory are one.
 
 Signals only set a flag, and only the first node acts on it: it asks Slurm what the signal means. A ``scancel`` ends the
 run; preemption, the walltime and what nobody explains let it save and leave, and the job is requeued. The walltime is
 also seen coming by our own clock.
+
+A file system that fails keeps nobody from coming back: what cannot be written on the way out is said on stderr.
 """
 
 from __future__ import annotations
@@ -26,18 +29,20 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from forge_hpc.cluster import slurm
 from forge_hpc.cluster.allocation import Allocation, host_address, interface_of
 from forge_hpc.cluster.identity import make_job_identity, tls_environment
 from forge_hpc.cluster.processes import become_subreaper, die_with_parent, end_descendants
 from forge_hpc.cluster.rendezvous import Rendezvous, RendezvousTimeout
+from forge_hpc.cluster.silence import LOOK_S, Silence
 from forge_hpc.cluster.starts import FAILURES, StartLog
-from forge_hpc.cluster.walltime import Walltime
+from forge_hpc.cluster.walltime import SlurmClock, Walltime
 from forge_hpc.config import Config, UserError, load_config, print_error, read_config, save_config, signal_lead_s
 from forge_hpc.observability.summary import final_summary
 from forge_hpc.run_dir import RunDir
@@ -45,17 +50,27 @@ from forge_hpc.run_dir import RunDir
 STOP_S = 9.0
 """Seconds that the controller gets to end in good order when the run is cancelled; with the rest it stays below 15."""
 KILL_WAIT_S = 15.0
-"""Seconds in which the run must have saved where Slurm kills without a deadline that it tells (KillWait, often 30)."""
+"""Seconds after the signal in which the run must have saved where Slurm kills without a deadline that it tells (after
+KillWait, often 30): then there are as many to end the processes, to ask Slurm once more, and to requeue."""
+ANSWER_S = 5.0
+"""How long Slurm may take for an answer while it waits to kill."""
 REQUEUE_S = 4.0
 """What is left for the requeue before Slurm kills."""
+COME_BACK_S = 180.0
+"""How long Slurm is asked to start the run again where nobody kills: a backup takes slurmctld over after two minutes,
+unless the site says otherwise."""
+RETRY_S = 2.0
 POLL_S = 0.2
 BEAT_S = 5.0
-LOOK_S = 2.0
-"""How often the other nodes look at the shared directory for the end."""
 SILENT_S = 300.0
-"""A first node whose status has not changed for this long is dead for the others."""
+"""A controller without a sign of life for so long hangs; for ``cluster.start_timeout_s`` where that is more."""
+OTHERS_S = 60.0
+"""So much longer the other nodes wait: the first one is to end it, and to say why."""
 LEFT_CODE = 75
 """Exit code of a run that has saved and left (EX_TEMPFAIL): neither done nor failed."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -111,14 +126,18 @@ class Supervisor:
         self.allocation = allocation
         self._summary = summary
         self._started = time.monotonic()
-        self._signals: list[int] = []
+        self._signals: list[tuple[int, float]] = []
         self._leaving: Wish | None = None
+        self._clock = SlurmClock()
         self._walltime: Walltime | None = None
+        self._facts: slurm.JobFacts | None = None
+        self._kill_at: float | None = None
+        self._hung = ""
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
             signal.signal(signum, self._on_signal)
 
     def _on_signal(self, signum: int, frame: Any) -> None:
-        self._signals.append(signum)  # the handler only sets a flag
+        self._signals.append((signum, time.monotonic()))  # the handler only sets a flag
 
     # ---- what is wanted of us
 
@@ -126,27 +145,46 @@ class Supervisor:
         """What signals and the clock want, when it is new."""
         wish = None
         while self._signals and (wish is None or not wish.cancels):
-            signum = self._signals.pop(0)
+            signum, came = self._signals.pop(0)
             if signum == signal.SIGUSR2 and self._walltime is not None and self._walltime.is_announced():
                 continue  # Slurm's warning, which may come much too early: our own clock decides
-            wish = self._meaning(signum)
+            wish = self._meaning(signum, came)
         if wish is None and self._leaving is None and self._walltime is not None and self._walltime.is_near():
-            wish = Wish("walltime", "the walltime is near", self._walltime.remaining_s())
+            wish = Wish("walltime", "the walltime is near", self._until(self._walltime.remaining_s()))
         return wish
 
-    def _meaning(self, signum: int) -> Wish:
+    def _until(self, left_s: float | None) -> float | None:
+        """Remember when Slurm kills, where it has told."""
+        if left_s is not None:
+            self._kill_at = time.monotonic() + left_s
+        return left_s
+
+    def _ask(self) -> slurm.JobFacts | None:
+        """What Slurm says of the job now; what it said last is kept."""
+        facts = slurm.job_facts(self.allocation.job_id, timeout_s=ANSWER_S)
+        self._facts = facts or self._facts
+        return facts
+
+    def _is_cancelled(self) -> bool:
+        in_slurm, requeues = self.allocation.in_slurm, self.allocation.requeues
+        return in_slurm and slurm.cause_of(self._ask(), signal.SIGTERM, requeues) is slurm.Cause.CANCELLED
+
+    def _meaning(self, signum: int, came: float) -> Wish:
         name = signal.Signals(signum).name
         if signum in (signal.SIGINT, signal.SIGHUP):
             return Wish("cancelled", f"stopped by {name}", None)
         if not self.allocation.in_slurm:
             return Wish("asked", f"asked to leave by {name}", None)
-        facts = slurm.job_facts(self.allocation.job_id)
+        facts = self._ask()
         cause = slurm.cause_of(facts, signum, self.allocation.requeues)
-        left_s = None if facts is None or facts.end_time is None else facts.end_time - time.time()
-        if left_s is not None and left_s > 0 and cause in (slurm.Cause.PREEMPTED, slurm.Cause.WALLTIME):
-            within_s = left_s
-        else:  # the kill follows SIGTERM, and nothing follows SIGUSR2
-            within_s = SILENT_S if signum == signal.SIGUSR2 else KILL_WAIT_S
+        within_s: float | None = None
+        if facts is not None and facts.state == "RUNNING" and facts.end_time is not None:
+            self._clock.has_seen(facts.start_time)
+            left_s = facts.end_time - self._clock.now()
+            if left_s > 0 and cause in (slurm.Cause.PREEMPTED, slurm.Cause.WALLTIME):
+                within_s = self._until(left_s)
+        if within_s is None:  # the kill follows SIGTERM, and nothing follows SIGUSR2
+            within_s = SILENT_S if signum == signal.SIGUSR2 else KILL_WAIT_S - (time.monotonic() - came)
         return Wish(cause.value, f"{MEANINGS[cause]} ({name})", within_s)
 
     def _check_wish(self) -> None:
@@ -156,7 +194,7 @@ class Supervisor:
 
     def _check_interrupt(self) -> None:
         """On the other nodes: the first one decides; only who sits at a terminal is obeyed."""
-        if signal.SIGINT in self._signals or signal.SIGHUP in self._signals:
+        if {signal.SIGINT, signal.SIGHUP} & {signum for signum, _ in self._signals}:
             raise Stopped(Wish("cancelled", "stopped by hand", None))
 
     def _child_env(self, tls: Path) -> dict[str, str]:
@@ -180,8 +218,9 @@ class Supervisor:
         except (Stopped, RendezvousTimeout, OSError) as error:
             print(f"node {self.allocation.node_id}: {error}", file=sys.stderr)
             if isinstance(error, Stopped) and not error.wish.cancels and self.allocation.in_slurm:
-                with contextlib.suppress(slurm.SlurmRefused):  # it was still waiting for the run's lock
-                    slurm.requeue(self.allocation.job_id)
+                with unhindered(), contextlib.suppress(Stopped):  # still without the lock: the status is another's
+                    config = read_config(self.run_dir.config)
+                    print(self._come_back(config, Ended(error.wish.cause))[0], file=sys.stderr)
             return 1
         finally:
             end_descendants(grace_s=0)
@@ -227,30 +266,32 @@ class Supervisor:
     def _other_node(self) -> int:
         rendezvous = self._rendezvous(self._key())
         address = self._introduce(rendezvous)
-        timeout_s = read_config(self.run_dir.config).cluster.start_timeout_s
+        config = read_config(self.run_dir.config)
+        timeout_s = config.cluster.start_timeout_s
         start = rendezvous.wait_for_any(["start", "outcome"], timeout_s, self._check_interrupt)
         if "code" in start:
             return start["code"]
         worker = self._start_worker(rendezvous, address, Path(start["tls"]), Path(start["log_dir"]))
-        heartbeat, changed, told = None, time.monotonic(), False
+        silence, told = Silence(self.run_dir), False
         while True:
             self._check_interrupt()
+            outcome = None
             try:
                 outcome = rendezvous.look("outcome")
             except FileNotFoundError:  # a newer start has begun, and removed what ours left
                 print(f"node {self.allocation.node_id}: this start is over", file=sys.stderr)
                 return 1
+            except OSError:  # a pause of the file server: it counts as silence
+                pass
             if outcome is not None:
                 return 1 if outcome["code"] else 0
             if worker.poll() is not None and not told:
-                told = True
                 if worker.returncode == 0:
                     return 0
-                self._tell_worker_ended(rendezvous, worker)
-            status = self.run_dir.read_status()
-            if status is not None and status.heartbeat != heartbeat:
-                heartbeat, changed = status.heartbeat, time.monotonic()
-            if time.monotonic() - changed > SILENT_S:
+                with contextlib.suppress(OSError):  # at the next look, then
+                    self._tell_worker_ended(rendezvous, worker)
+                    told = True
+            if silence.look() > patience_s(config) + OTHERS_S:
                 print(f"node {self.allocation.node_id}: the first node fell silent", file=sys.stderr)
                 return 1
             time.sleep(POLL_S if self._signals else LOOK_S)
@@ -272,65 +313,94 @@ class Supervisor:
             print(f"{run_dir} is complete: nothing to do")
             self._rendezvous(self._key()).publish("outcome", {"code": 0, "message": ""})
             return 0
-        restart = run_dir.next_restart(job_id)
-        log_dir = run_dir.create_log_dir(job_id, restart)
-        run_dir.write_status(state="starting", restarts=restart, job_id=job_id, message="")
-        starts = StartLog(run_dir)
-        starts.begin(job_id=job_id, restart=restart, nodes=self.allocation.num_nodes)
-        rendezvous = self._rendezvous(self._key() if job_id else f"local.{restart}.{os.getpid()}")
-        self._clean(keep=rendezvous.directory.name)
-        tls = run_dir.tls / rendezvous.directory.name
-        if job_id:
-            self._walltime = Walltime(job_id, lambda: signal_lead_s(config, measured_lead_s(run_dir)))
+        starts, log_dir, began = StartLog(run_dir), run_dir.logs, False
+        rendezvous: Rendezvous | None = None
         try:
-            ended = self._start(config, rendezvous, tls, log_dir)
+            restart = run_dir.next_restart(job_id)
+            log_dir = run_dir.create_log_dir(job_id, restart)
+            run_dir.write_status(state="starting", restarts=restart, job_id=job_id, message="")
+            nodes, requeues = self.allocation.num_nodes, self.allocation.requeues
+            starts.begin(job_id=job_id, restart=restart, nodes=nodes, requeues=requeues)
+            began = True
+            rendezvous = self._rendezvous(self._key() if job_id else f"local.{restart}.{os.getpid()}")
+            self._clean(keep=rendezvous.directory.name)
+            if job_id:
+                lead_s = partial(measured_lead_s, run_dir, config)
+                self._walltime = Walltime(job_id, lead_s, self._clock)
+                self._facts = self._walltime.facts
+            ended = self._start(config, rendezvous, run_dir.tls / rendezvous.directory.name, log_dir)
         except Stopped as stopped:
             ended = Ended(stopped.wish.cause, stopped.wish.message)
         except UserError as error:
             ended = Ended("failed", error.message, error.hint)
         except RendezvousTimeout as error:
             ended = Ended("crash", str(error))
+        except OSError as error:  # a full disk, a pause of the file server: worth another start
+            traceback.print_exc()
+            ended = Ended("crash", f"{type(error).__name__}: {error}")
         except Exception as error:  # whatever it is, the run has failed and its status says so
             traceback.print_exc()
             ended = Ended("failed", f"{type(error).__name__}: {error}")
         finally:
             end_descendants(grace_s=0)
-            shutil.rmtree(tls, ignore_errors=True)
-        if rendezvous.look("outcome") is None:
+            if rendezvous is not None:
+                shutil.rmtree(run_dir.tls / rendezvous.directory.name, ignore_errors=True)
+        if rendezvous is not None:
             with contextlib.suppress(OSError):
-                rendezvous.publish("outcome", {"code": 1, "message": ended.message})
-        return self._finish(config, ended, starts, log_dir)
+                if rendezvous.look("outcome") is None:
+                    rendezvous.publish("outcome", {"code": 1, "message": ended.message})
+        return self._finish(config, ended, starts, log_dir, began=began)
 
-    def _finish(self, config: Config, ended: Ended, starts: StartLog, log_dir: Path) -> int:
-        """Leave the true state behind, come back where that is wanted, and say how it ended."""
+    def _finish(self, config: Config, ended: Ended, starts: StartLog, log_dir: Path, *, began: bool) -> int:
+        """Leave the true state behind, come back where that is wanted, and say how it ended.
+
+        ``began`` says that the log of starts has the beginning of this one.
+        """
         run_dir, message = self.run_dir, ended.message
         if self._lock.lost.is_set():  # the run, its status and its log of starts are another's now
             print(f"error: {message}", file=sys.stderr)
             return 1
         if ended.cause == "completed":
-            run_dir.write_status(state="completed")
-            starts.end(state="completed", cause=ended.cause, message="")
+            with unhindered():
+                run_dir.write_status(state="completed")
+            with unhindered():
+                starts.end(state="completed", cause=ended.cause, message="")
             if self._summary:
-                print("\n" + final_summary(run_dir, time.monotonic() - self._started), flush=True)
+                with unhindered():
+                    print("\n" + final_summary(run_dir, time.monotonic() - self._started), flush=True)
             return 0
         state, code = {"cancelled": ("cancelled", 130), "failed": ("failed", 1)}.get(
             ended.cause, ("preempted", LEFT_CODE)
         )
-        if ended.cause in FAILURES:
-            failures = starts.failures_without_progress() + 1
-            if not self.allocation.in_slurm or (not config.slurm.requeue and ended.cause != "walltime"):
+        is_failure = ended.cause in FAILURES
+        if is_failure:
+            failures = 1
+            with unhindered():
+                failures += starts.failures_without_progress()
+            if not self.allocation.in_slurm or (not comes_back(config) and ended.cause != "walltime"):
                 state, code = "failed", 1
             elif failures > config.cluster.max_restarts:
                 state, code, message = "failed", 1, f"{message} ({failures} failures without progress)"
-        if state == "preempted" and self.allocation.in_slurm:  # a scancel may have come while the run was saved
-            facts = slurm.job_facts(self.allocation.job_id)
-            if slurm.cause_of(facts, signal.SIGTERM, self.allocation.requeues) is slurm.Cause.CANCELLED:
-                state, code, message = "cancelled", 130, f"{message}; then cancelled"
-        run_dir.write_status(state=state, message=message)
-        starts.end(state=state, cause=ended.cause, message=message)
+        if state == "preempted" and self._is_cancelled():  # while the run was saved
+            state, code, message = "cancelled", 130, f"{message}; then cancelled"
+        recorded = False
+        with unhindered():
+            starts.end(state=state, cause=ended.cause, message=message)
+            recorded = True
+        if state == "preempted" and is_failure and not (began or recorded):  # nothing would end such a row of starts
+            state, code, message = "failed", 1, f"{message}; not started again, since starts cannot be counted"
+        with unhindered():
+            run_dir.write_status(state=state, message=message)
         if state == "preempted" and self.allocation.in_slurm:
-            message = f"{message}; {self._come_back(config, ended)}"
-            run_dir.write_status(message=message)
+            try:
+                how, successor = self._come_back(config, ended)
+                message = f"{message}; {how}"
+                with unhindered():
+                    run_dir.write_status(message=message, job_id=successor)
+            except Stopped as stopped:
+                state, code, message = stopped.wish.cause, 130, f"{message}; then {stopped.wish.message}"
+                with unhindered():
+                    run_dir.write_status(state=state, message=message)
         print(f"logs: {log_dir}", file=sys.stderr)
         print(f"{state if state != 'failed' else 'error'}: {message}", file=sys.stderr)
         if ended.hint:
@@ -338,27 +408,85 @@ class Supervisor:
         sys.stderr.flush()
         return code
 
-    def _come_back(self, config: Config, ended: Ended) -> str:
-        """See that the run is started again; returns how."""
-        job_id = self.allocation.job_id
+    def _come_back(self, config: Config, ended: Ended) -> tuple[str, str | None]:
+        """See that the run is started again: how, and the id of the job that goes on where it is another.
+
+        A Slurm that does not answer is asked again until it kills, or for ``COME_BACK_S``. Raises Stopped where the
+        run is cancelled in the meantime.
+        """
+        by_hand = f"go on with forge-hpc resume {self.run_dir}"
         if ended.cause == slurm.Cause.REQUEUED:
-            return "Slurm starts it again"
-        if not config.slurm.requeue:
-            return f"slurm.requeue=false: go on with forge-hpc resume {self.run_dir}"
-        facts = slurm.job_facts(job_id)
-        try:
-            slurm.requeue(job_id, ended.lost_nodes)
-            return "requeued"
-        except slurm.SlurmRefused as refusal:
-            print(f"no requeue: {refusal}", file=sys.stderr)
-        try:
-            if facts is None:
-                raise slurm.SlurmRefused("it does not know the job any more")
-            successor = slurm.submit_successor(facts, self.run_dir.path, ended.lost_nodes)
-        except slurm.SlurmRefused as refusal:
-            return f"Slurm takes no successor ({refusal}): go on with forge-hpc resume {self.run_dir}"
-        self.run_dir.write_status(job_id=successor)
-        return f"job {successor} goes on"
+            return "Slurm starts it again", None
+        if not comes_back(config):
+            return f"slurm.requeue={config.slurm.requeue}: {by_hand}", None
+        now = time.monotonic()
+        until = (
+            now + COME_BACK_S
+            if self._kill_at is None
+            else min(now + COME_BACK_S, max(self._kill_at, now + KILL_WAIT_S))
+        )
+        while True:
+            try:
+                if config.slurm.requeue == "auto":
+                    try:
+                        slurm.requeue(self.allocation.job_id, ended.lost_nodes)
+                        return "requeued", None
+                    except slurm.SlurmSilent:
+                        raise
+                    except slurm.SlurmRefused as refusal:
+                        print(f"no requeue: {refusal}", file=sys.stderr)
+                successor = self._submit_successor(config, ended)
+                return f"job {successor} goes on", successor
+            except (slurm.SlurmSilent, OSError) as silence:
+                if time.monotonic() > until:
+                    return f"Slurm has not been reached ({silence}): {by_hand}", None
+                print(f"asking again: {silence}", file=sys.stderr, flush=True)
+            except slurm.SlurmRefused as refusal:
+                return f"Slurm takes no successor ({refusal}): {by_hand}", None
+            if (wish := self._wish()) is not None and wish.cancels:
+                raise Stopped(wish)
+            time.sleep(RETRY_S)
+
+    def _submit_successor(self, config: Config, ended: Ended) -> str:
+        facts = self._facts or self._ask()
+        if facts is None:
+            raise slurm.SlurmSilent("it says nothing of the job")
+        # A job that outlives its nodes has fewer now than it began with.
+        facts = replace(facts, num_nodes=self.allocation.num_nodes)
+        no_kill = config.cluster.spare_nodes > 0
+        return slurm.submit_successor(facts, self.run_dir.path, ended.lost_nodes, no_kill=no_kill)
+
+    # ---- the job script, when srun has ended
+
+    def after(self, code: int) -> int:
+        """See to a start whose supervisor has died without a word; returns what the job is to end with.
+
+        Args:
+            code: srun's. It stands, except where the run is complete and srun complains of a node that was lost.
+        """
+        config, starts = read_config(self.run_dir.config), StartLog(self.run_dir)
+        job_id, requeues = self.allocation.job_id, self.allocation.requeues
+        with self.run_dir.lock(job_id, requeues=requeues, stop=self._check_wish) as self._lock:
+            begin, end = starts.newest()
+            if begin is None or (begin["job_id"], begin.get("requeues")) != (job_id, requeues):
+                return code
+            if end is not None and end["state"] == "completed":
+                print(f"the run is complete; srun's exit code {code} is that of a lost node", file=sys.stderr)
+                return 0
+            if end is not None or code == LEFT_CODE:  # it has seen to its return, even if it could not write that
+                return code
+            facts, until = self._ask(), time.monotonic() + COME_BACK_S
+            while facts is None and time.monotonic() < until:
+                self._check_wish()
+                time.sleep(RETRY_S)
+                facts = self._ask()
+            cause = slurm.cause_of(facts, signal.SIGTERM, requeues)
+            if cause is not slurm.Cause.REQUEUED:
+                died = f"a supervisor has died without a word (srun: {code})"  # one that dies takes the others with it
+                why = died if cause is slurm.Cause.UNKNOWN else f"{MEANINGS[cause]}; {died}"
+                ended = Ended("crash" if cause is slurm.Cause.UNKNOWN else cause.value, why)
+                self._finish(config, ended, starts, self.run_dir.log_dir(job_id, begin["restart"]), began=True)
+        return code
 
     def _clean(self, keep: str) -> None:
         """Remove what starts that were killed have left: keys, and records of who was where."""
@@ -383,16 +511,23 @@ class Supervisor:
         controller = subprocess.Popen(
             undisturbed(command), stdin=subprocess.PIPE, start_new_session=True, env=self._child_env(tls)
         )
-        wish = self._watch(controller, worker, rendezvous)
+        wish = self._watch(controller, worker, rendezvous, patience_s(config))
         if wish is not None and self._lock.lost.is_set():
             return Ended(wish.cause, wish.message)
-        outcome = rendezvous.look("outcome")
+        outcome = None
+        with contextlib.suppress(OSError):
+            outcome = patiently(lambda: rendezvous.look("outcome"), REQUEUE_S)
         if wish is not None and wish.cancels and (outcome is None or outcome["code"] != 1):
             return Ended("cancelled", wish.message)
+        if outcome is None and controller.returncode in (0, 4):  # it could not be written
+            outcome = {"code": controller.returncode, "cause": "node", "message": "a node is lost", "lost_nodes": []}
+            if wish is not None:
+                outcome |= {"cause": "asked", "message": wish.message}
         if outcome is None:
             if wish is not None:
                 return Ended(wish.cause, f"{wish.message}; there was no time to save, the newest checkpoint stands")
-            return Ended("crash", f"the controller {how_it_ended(controller.returncode)} and left no reason")
+            how = f"the controller {how_it_ended(controller.returncode)} and left no reason"
+            return Ended("crash", self._hung or how)
         if outcome["code"] == 0:
             return Ended("completed")
         if outcome["code"] == 4:
@@ -404,10 +539,14 @@ class Supervisor:
         return Ended("failed", outcome["message"], outcome.get("hint"))
 
     def _watch(
-        self, controller: subprocess.Popen[bytes], worker: subprocess.Popen[bytes], rendezvous: Rendezvous
+        self,
+        controller: subprocess.Popen[bytes],
+        worker: subprocess.Popen[bytes],
+        rendezvous: Rendezvous,
+        max_silence_s: float,
     ) -> Wish | None:
         """Wait for the controller's end, and pass on to it what is wanted of the run; returns the last wish."""
-        deadline, told = None, False
+        deadline, told, silence, looked = None, False, Silence(self.run_dir), time.monotonic()
         while controller.poll() is None:
             if (wish := self._wish()) is not None:
                 within_s = STOP_S if wish.cancels else wish.within_s
@@ -419,15 +558,29 @@ class Supervisor:
                 self._leaving = wish
             if deadline is not None and time.monotonic() > deadline:
                 controller.kill()
+            if time.monotonic() - looked > LOOK_S:
+                looked = time.monotonic()
+                if (silent_s := silence.look()) > max_silence_s and self._can_write():
+                    self._hung = f"the controller gave no sign of life for {silent_s:.0f} s"
+                    controller.kill()
             if self._lock.lost.is_set():
                 controller.kill()
                 return Wish("taken over", f"another start has taken {self.run_dir} over", None)
             if not told and worker.poll() not in (None, 0):
-                told = True
-                self._tell_worker_ended(rendezvous, worker)
+                with contextlib.suppress(OSError):  # at the next look, then
+                    self._tell_worker_ended(rendezvous, worker)
+                    told = True
                 deadline = deadline or time.monotonic() + SILENT_S  # the controller saves what it can, and leaves
             time.sleep(POLL_S)
         return self._leaving
+
+    def _can_write(self) -> bool:
+        """Whether it is not the file system that keeps signs of life from being written."""
+        try:
+            os.utime(self.run_dir.path / ".lock")
+        except OSError:
+            return False
+        return True
 
     def _warm_start(self, config: Config) -> Ended | None:
         """Make the model that the run starts from, once: a run of its own, on this node alone. None when it is done."""
@@ -443,28 +596,67 @@ class Supervisor:
         command = [sys.executable, "-m", "forge_hpc.run", "--run-dir", str(run_dir.path), "--no-summary"]
         command += ["--parent", str(os.getpid())]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, env=environ)
-        beat = 0.0
+        beat = -BEAT_S
         while process.poll() is None:
             if (wish := self._wish()) is not None:
                 process.send_signal(signal.SIGINT if wish.cancels else signal.SIGTERM)
                 wait_or_kill(process, STOP_S + 2 if wish.cancels else (wish.within_s or SILENT_S) - REQUEUE_S)
                 return Ended(wish.cause, f"{wish.message}, in the warm start")
             if time.monotonic() - beat > BEAT_S:
-                self.run_dir.write_status()
+                with contextlib.suppress(OSError):
+                    self.run_dir.write_status()
                 beat = time.monotonic()
             time.sleep(POLL_S)
         if process.returncode == 0:
             return None
+        if (wish := self._wish()) is not None:  # Slurm signals every process of a step
+            return Ended(wish.cause, f"{wish.message}, in the warm start")
+        if process.returncode == LEFT_CODE:  # so it did, and the signal meant nothing to us
+            return self._warm_start(config)
+        _, end = StartLog(run_dir).newest()
+        if end is None:
+            return Ended("crash", f"the warm start in {run_dir} {how_it_ended(process.returncode)}")
+        cause = "crash" if end["cause"] in FAILURES else "failed"
+        return Ended(cause, f"the warm start in {run_dir} failed: {end['message']}")
+
+
+def patience_s(config: Config) -> float:
+    """For how long a controller may give no sign of life: actors that start, and data that is read, take their time."""
+    return max(SILENT_S, config.cluster.start_timeout_s)
+
+
+def comes_back(config: Config) -> bool:
+    """Whether the run is to be started again by itself."""
+    return config.slurm.requeue in ("auto", "successor")
+
+
+def measured_lead_s(run_dir: RunDir, config: Config) -> float:
+    """Seconds before the walltime at which the run is to leave, by what it has measured."""
+    status = None
+    with contextlib.suppress(OSError, UserError):
         status = run_dir.read_status()
-        return Ended(
-            "failed", f"the warm start in {run_dir} failed: {status.message if status else process.returncode}"
-        )
+    return signal_lead_s(config, status.lead_s if status is not None else 0.0)
 
 
-def measured_lead_s(run_dir: RunDir) -> float:
-    """What the run has measured that it needs to save and leave; 0 before it has."""
-    status = run_dir.read_status()
-    return status.lead_s if status is not None else 0.0
+@contextlib.contextmanager
+def unhindered() -> Iterator[None]:
+    """Go on after what the file system fails, or what another has damaged there; stderr says what it was."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def patiently(look: Callable[[], T], within_s: float) -> T:
+    """What ``look`` returns, as soon as the file system lets it. Raises its OSError after ``within_s`` seconds."""
+    until = time.monotonic() + within_s
+    while True:
+        try:
+            return look()
+        except OSError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(POLL_S)
 
 
 def how_it_ended(code: int) -> str:
@@ -502,12 +694,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run a run directory on this node of its allocation.")
     parser.add_argument("--run-dir", type=Path, required=True, help="a directory with config.yaml, made by submit")
     parser.add_argument("--no-summary", action="store_true", help="print no figures at the end")
+    parser.add_argument("--after", type=int, metavar="CODE", help="(the job script) srun has ended with CODE")
     parser.add_argument("--parent", type=int, help="end when this process, which started us, does")
     args = parser.parse_args()
     if args.parent is not None:
         die_with_parent(args.parent)
     os.umask(0o077)  # all that a run writes is its owner's alone
-    return Supervisor(RunDir(args.run_dir), Allocation.from_environment(), summary=not args.no_summary).run()
+    supervisor = Supervisor(RunDir(args.run_dir), Allocation.from_environment(), summary=not args.no_summary)
+    if args.after is None:
+        return supervisor.run()
+    try:
+        return supervisor.after(args.after)
+    except (UserError, OSError, Stopped) as error:  # another start has the run, or the job is being ended
+        print(f"nothing is done about the end of srun: {error}", file=sys.stderr)
+        return args.after
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import re
 import stat
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -214,9 +215,10 @@ class RunDir:
         """Replace ``status.json`` atomically; what is not given stays as it was, the heartbeat becomes now.
 
         A new ``state`` without a ``message`` clears the old message, an empty ``job_id`` the old job.
-        The first write needs a ``state``.
+        The first write needs a ``state``. On a full disk the time of modification moves all the same: see ``pulse``.
 
         Raises:
+            OSError: it cannot be written.
             ValueError: ``state`` is not one of ``STATES``.
         """
         if state is not None and state not in STATES:
@@ -239,8 +241,20 @@ class RunDir:
         }
         new = replace(old, heartbeat=time.time(), **{key: item for key, item in given.items() if item is not None})
         new = replace(new, job_id=new.job_id or None)
-        atomic_write_json(self.status, {"format": STATUS_FORMAT} | asdict(new))
+        try:
+            atomic_write_json(self.status, {"format": STATUS_FORMAT} | asdict(new))
+        except OSError:
+            with suppress(OSError):
+                os.utime(self.status)
+            raise
         return new
+
+    def pulse(self) -> int | None:
+        """Changes whenever somebody writes the status, or tries to on a full disk; None before the first write."""
+        try:
+            return self.status.stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
 
     # ------------------------------------------------------------------------------------------------ lock
     def lock(

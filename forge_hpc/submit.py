@@ -178,7 +178,7 @@ def prepare_in_allocation(request: Request) -> str:
         UserError: as `submit`, or outside a Slurm job.
     """
     from forge_hpc.cluster.slurm import CONTINUE
-    from launchers.command import srun_command
+    from launchers.command import job_command
 
     job_id = os.environ.get("SLURM_JOB_ID")
     if job_id is None:
@@ -208,15 +208,25 @@ def prepare_in_allocation(request: Request) -> str:
         _say(f"{run_dir} is complete: nothing to do")
         return "true"
     _say(f"run directory  {run_dir}\n{_split(cfg)}")
-    return srun_command(run_dir.path, cfg.slurm.setup, cfg.slurm.cpus_per_task)
+    return job_command(cfg, run_dir.path)
 
 
 def _adopt_job(cfg: Config, job_id: str) -> None:
-    """Options of sbatch win over the configuration; kept in it, so that ``forge-hpc resume`` asks for the same."""
-    from forge_hpc.cluster.slurm import job_facts
+    """Options of sbatch win over the configuration; kept in it, so that ``forge-hpc resume`` asks for the same.
+
+    The job scripts ask for --requeue: that it is in the job does not mean that somebody wants it.
+    """
+    from forge_hpc.cluster.slurm import SlurmRefused, forbid_requeue, job_facts
 
     facts = job_facts(job_id)
+    if facts is not None and facts.can_requeue and cfg.slurm.requeue != "auto":
+        try:
+            forbid_requeue(job_id)
+        except SlurmRefused as refused:
+            _say(f"warning: slurm.requeue={cfg.slurm.requeue}, but Slurm may start this job again itself: {refused}")
     if facts is not None:
+        if not facts.can_requeue and cfg.slurm.requeue == "auto":
+            cfg.slurm.requeue = "successor"
         cfg.slurm.partition = facts.partition
         cfg.slurm.account = facts.account or cfg.slurm.account
         cfg.slurm.qos = facts.qos or cfg.slurm.qos

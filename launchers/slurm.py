@@ -17,7 +17,7 @@ from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from forge_hpc.config import Config, UserError, signal_lead_s
-from launchers.command import srun_command
+from launchers.command import job_command
 
 
 class RunExecutor(SlurmExecutor):
@@ -31,7 +31,7 @@ class RunExecutor(SlurmExecutor):
 
     def __init__(self, cfg: Config, run_dir: Path, lead_s: float = 0.0) -> None:
         super().__init__(folder=run_dir / "logs")
-        self._command = srun_command(run_dir, cfg.slurm.setup, cfg.slurm.cpus_per_task)
+        self._command = job_command(cfg, run_dir)
         self.parameters = job_parameters(cfg, run_dir, lead_s)
 
     @classmethod
@@ -88,7 +88,9 @@ def job_parameters(cfg: Config, run_dir: Path, lead_s: float = 0.0) -> dict[str,
         "use_srun": False,  # the command brings its own
         "setup": ["umask 077"],
     }
-    extra: dict[str, Any] = {"output": str(log), "requeue" if slurm.requeue else "no-requeue": True}
+    extra: dict[str, Any] = {"output": str(log), "requeue" if slurm.requeue == "auto" else "no-requeue": True}
+    if cfg.cluster.spare_nodes:
+        extra["no-kill"] = True
     for name, value in slurm.extra.items():
         extra[name.lstrip("-").replace("_", "-")] = value
     parameters["additional_parameters"] = {k: v for k, v in extra.items() if v is not None and v is not False}

@@ -16,7 +16,7 @@ from forge_hpc.config import Config, UserError
 from forge_hpc.run_dir import RunDir
 from launchers import checks
 from launchers.checks import Partition
-from launchers.command import run_command, srun_command, with_setup
+from launchers.command import job_command, run_command, with_setup
 from launchers.local import run_here
 from launchers.site import site_overrides
 from launchers.slurm import RunExecutor
@@ -35,6 +35,7 @@ def render(tmp_path: Path, **keys) -> str:
     cfg = Config(name="a-run")
     cfg.cluster.nodes = keys.pop("nodes", 4)
     cfg.cluster.gpus_per_node = keys.pop("gpus_per_node", None)
+    cfg.cluster.spare_nodes = keys.pop("spare_nodes", 0)
     for key, value in keys.items():
         setattr(cfg.slurm, key, value)
     return RunExecutor(cfg, tmp_path / "run").script()
@@ -66,18 +67,49 @@ def test_the_script_asks_for_whole_nodes_a_warning_and_a_requeue(tmp_path):
 
 def test_the_job_starts_the_run_itself_once_a_node_and_no_pickle(tmp_path):
     last = render(tmp_path).rstrip().splitlines()[-1]
-    words = shlex.split(last)
+    words, after = (shlex.split(part) for part in last.split("||"))
     assert words[0] == "srun"
     assert {"--ntasks-per-node=1", "--kill-on-bad-exit=1"} <= set(words)
-    assert words[-6:] == [sys.executable, "-u", "-m", "forge_hpc.run", "--run-dir", str(tmp_path / "run")]
+    run = [sys.executable, "-u", "-m", "forge_hpc.run", "--run-dir", str(tmp_path / "run")]
+    assert words[-6:] == run
+    assert after == [*run, "--after", "$?"]
     assert "submitit.core" not in last
 
 
+@pytest.mark.parametrize("setup", [[], ["echo setup"]])
+def test_the_job_script_hands_the_exit_code_of_srun_on_where_it_is_not_0(tmp_path, setup):
+    cfg = Config()
+    cfg.slurm.setup = setup
+    line = job_command(cfg, tmp_path / "it's a run").replace(sys.executable, "python")
+    (tmp_path / "srun").write_text("#!/bin/sh\nexit $SRUN_CODE\n")
+    (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\nexit 9\n')
+    for program in ("srun", "python"):
+        (tmp_path / program).chmod(0o700)
+    run = [*(["setup"] if setup else []), *run_command(tmp_path / "it's a run")[1:]]
+    for code, end, said in (("0", 0, []), ("137", 9, run)):
+        env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SRUN_CODE": code}
+        done = subprocess.run(["bash", "-c", line], env=env, text=True, capture_output=True, check=False)
+        assert done.returncode == end, done.stderr
+        assert done.stdout.splitlines() == [*said, *(["--after", code] if said else [])]
+
+
+def test_a_job_with_spare_nodes_outlives_a_node(tmp_path):
+    script = render(tmp_path, nodes=5, spare_nodes=1)
+    assert options(script)["no-kill"] is True
+    assert "--no-kill" in shlex.split(script.rstrip().splitlines()[-1])
+    assert "no-kill" not in render(tmp_path)
+
+
 def test_nothing_is_asked_for_that_was_not_given(tmp_path):
-    script = render(tmp_path, exclusive=False, requeue=False, gpus_per_node=0)
+    script = render(tmp_path, exclusive=False, gpus_per_node=0)
     names = options(script).keys()
-    assert not {"exclusive", "mem", "gpus-per-node", "partition", "account", "requeue", "wckey"} & names
-    assert "no-requeue" in names
+    assert not {"exclusive", "mem", "gpus-per-node", "partition", "account", "wckey"} & names
+
+
+@pytest.mark.parametrize("choice", ["successor", "never"])
+def test_a_job_that_another_follows_or_none_is_not_requeued(tmp_path, choice):
+    names = options(render(tmp_path, requeue=choice)).keys()
+    assert "no-requeue" in names and "requeue" not in names
 
 
 def test_extra_options_have_the_last_word(tmp_path):
@@ -92,7 +124,7 @@ def test_a_path_with_blanks_survives_the_script(tmp_path):
     cfg = Config()
     run_dir = tmp_path / "my runs" / "it's"
     script = RunExecutor(cfg, run_dir).script()
-    assert shlex.split(script.rstrip().splitlines()[-1])[-1] == str(run_dir)
+    assert shlex.split(script.rstrip().splitlines()[-1].partition("||")[0])[-1] == str(run_dir)
     assert options(script)["output"] == str(run_dir / "logs" / "slurm-%j.out")
 
 
@@ -101,7 +133,10 @@ def test_setup_lines_run_before_the_command_and_each_must_succeed(tmp_path):
     assert subprocess.run(command, text=True, capture_output=True, check=True).stdout == "1 it's\n"
     failed = subprocess.run(with_setup(["echo", "reached"], ["false"]), text=True, capture_output=True, check=False)
     assert (failed.returncode, failed.stdout) == (1, "")
-    assert shlex.split(srun_command(tmp_path, ["module load cuda"]))[-1].startswith("set -e\nmodule load cuda\nexec ")
+    cfg = Config()
+    cfg.slurm.setup = ["module load cuda"]
+    words = shlex.split(job_command(cfg, tmp_path).partition("||")[0])
+    assert words[-2].startswith("set -e\nmodule load cuda\nexec ")
     assert run_command(tmp_path)[-1] == str(tmp_path)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from runs import PROJECT, check_contract, left_over, processes, read, small_run, status, wait_for
 from slurm_cluster import SlurmCluster
@@ -62,11 +65,11 @@ def test_sbatch_runs_grpo_on_four_nodes(slurm_cluster: SlurmCluster, tmp_path: P
     check_run(run_dir, steps=4)
 
 
-def start_small_run(cluster: SlurmCluster, directory: Path) -> tuple[str, Path]:
-    """Job id and run directory of a job of two nodes that would train for long, once it has trained two steps."""
+def start_small_run(cluster: SlurmCluster, directory: Path, steps: int = 2000) -> tuple[str, Path]:
+    """Job id and run directory of a job of two nodes that trains, once it has trained two steps."""
     run_dir = directory / "run"
     command = ["sbatch", "--parsable", "--nodes=2", f"--output={directory}/slurm-%j.out", "sbatch/grpo.sh"]
-    command += ["--run-dir", str(run_dir), *small_run(directory, 2000)]
+    command += ["--run-dir", str(run_dir), *small_run(directory, steps)]
     job = cluster.run(*command, env=environment(cluster), cwd=PROJECT).stdout.strip()
     wait_for(lambda: len(read(run_dir)) >= 2, "two steps", 300)
     return job, run_dir
@@ -110,6 +113,70 @@ def test_a_job_comes_back_after_preemption_and_after_its_controller_died(
     assert slurm_cluster.job(job)["Restarts"] == "2"
     check_contract(run_dir, steps)
     assert not left_over(run_dir)
+
+
+def first_supervisor(run_dir: Path) -> psutil.Process:
+    """The supervisor of the first node, as Slurm has started it."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            ours = "forge_hpc.run" in words and str(run_dir) in words and "--after" not in words
+            if ours and "python" in process.name() and process.environ().get("SLURM_PROCID") == "0":
+                return process
+    raise AssertionError("no supervisor")
+
+
+def test_a_job_comes_back_when_the_supervisor_of_its_first_node_is_killed(
+    slurm_cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    job, run_dir = start_small_run(slurm_cluster, tmp_path, steps=12)
+    first_supervisor(run_dir).kill()
+    wait_for(lambda: len(ends(run_dir)) == 1, "the end of the first start", 60)
+    assert (ends(run_dir)[0]["state"], ends(run_dir)[0]["cause"]) == ("preempted", "crash"), log(run_dir)
+    assert "a supervisor has died without a word" in ends(run_dir)[0]["message"]
+    wait_for(lambda: slurm_cluster.job(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), "the end", 400)
+    assert status(run_dir)["state"] == "completed", log(run_dir)
+    assert slurm_cluster.job(job)["Restarts"] == "1"
+    assert [record["step"] for record in read(run_dir)] == list(range(1, 13))
+    assert not left_over(run_dir)
+
+
+def test_a_run_with_successors_goes_on_in_another_job_however_its_job_ended(
+    slurm_cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    run_dir, steps = tmp_path / "run", 30
+    command = [sys.executable, "-m", "forge_hpc.submit", "--nodes", "1", "--run-dir", str(run_dir)]
+    command += [*small_run(tmp_path, steps), "slurm.requeue=successor", "checkpoint.interval=1"]
+    slurm_cluster.run(*command, "algorithm.max_steps_without_signal=1000", env=environment(slurm_cluster), cwd=PROJECT)
+    jobs = [status(run_dir)["job_id"]]
+    for ending, cause in (("leave", "walltime"), ("die", "crash")):
+        done = len(read(run_dir))
+        wait_for(lambda: len(read(run_dir)) >= done + 2, "two steps", 300)  # noqa: B023
+        if ending == "leave":
+            slurm_cluster.run("scancel", "--signal=USR2", jobs[-1])
+        else:
+            first_supervisor(run_dir).kill()
+        wait_for(lambda: status(run_dir)["job_id"] != jobs[-1], "a successor", 90)
+        assert ends(run_dir)[-1]["cause"] == cause
+        jobs.append(status(run_dir)["job_id"])
+    slurm_cluster.wait_for_job(jobs[-1], timeout_s=400)
+    assert status(run_dir)["state"] == "completed", log(run_dir)
+    assert {slurm_cluster.job(job)["Restarts"] for job in jobs} == {"0"}
+    check_contract(run_dir, steps)
+
+
+@pytest.mark.parametrize(("choice", "requeue"), [("never", "0"), ("successor", "0"), ("auto", "1")])
+def test_a_job_of_sbatch_is_requeued_by_slurm_only_where_the_run_wants_it(
+    slurm_cluster: SlurmCluster, tmp_path: Path, choice: str, requeue: str
+) -> None:
+    command = ["sbatch", "--parsable", "--nodes=1", f"--output={tmp_path}/slurm-%j.out", "sbatch/grpo.sh"]
+    command += ["--run-dir", str(tmp_path / "run"), f"slurm.requeue={choice}", "slurm.setup=[exit 3]"]
+    job = slurm_cluster.run(*command, env=environment(slurm_cluster), cwd=PROJECT).stdout.strip()
+    assert slurm_cluster.wait_for_job(job, ["FAILED"])["Requeue"] == requeue, log(tmp_path / "run")
+
+
+def ends(run_dir: Path) -> list[dict[str, Any]]:
+    return [record for record in read(run_dir, "starts.jsonl") if record["event"] == "end"]
 
 
 def test_sft_is_the_same_on_one_node_and_on_two_and_when_it_was_stopped(

@@ -47,7 +47,8 @@ class Rendezvous:
     def wait(self, names: Sequence[str], timeout_s: float, stop: Callable[[], None] | None = None) -> list[Any]:
         """Wait until all records are there and return them in the order of ``names``.
 
-        ``stop`` is called at each look and may raise, so that a signal ends the wait. Raises RendezvousTimeout.
+        ``stop`` is called at each look and may raise, so that a signal ends the wait. A look that the file system fails
+        has seen nothing. Raises RendezvousTimeout, and FileNotFoundError where a newer start has removed the directory.
         """
         found: dict[str, Any] = {}
 
@@ -68,8 +69,11 @@ class Rendezvous:
         found: list[Any] = []
 
         def look() -> bool:
-            found.extend(record for name in names if (record := self.look(name)) is not None)
-            return bool(found)
+            for name in names:
+                if (record := self.look(name)) is not None:
+                    found.append(record)
+                    return True
+            return False
 
         if not _poll(look, timeout_s, stop):
             raise RendezvousTimeout(f"after {timeout_s:.0f} s none of {', '.join(names)} in {self.directory}")
@@ -78,11 +82,17 @@ class Rendezvous:
 
 def _poll(done: Callable[[], bool], timeout_s: float, stop: Callable[[], None] | None) -> bool:
     deadline, pause = time.monotonic() + timeout_s, 0.02
-    while not done():
+    while True:
+        try:
+            if done():
+                return True
+        except FileNotFoundError:  # the directory was removed: it is another start's time
+            raise
+        except OSError:  # a pause of the file server
+            pass
         if stop is not None:
             stop()
         if time.monotonic() > deadline:
             return False
         time.sleep(pause)
         pause = min(pause * 1.5, 1.0)
-    return True

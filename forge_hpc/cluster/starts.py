@@ -31,6 +31,8 @@ class Ending:
     message: str
     step: int
     """Step of the newest checkpoint."""
+    progress: int
+    """The same with the steps of the warm start."""
 
 
 class StartLog:
@@ -40,14 +42,25 @@ class StartLog:
         self._run_dir = run_dir
         self._path = run_dir.path / "starts.jsonl"
 
-    def begin(self, *, job_id: str | None, restart: int, nodes: int) -> None:
-        """A start begins from the newest checkpoint."""
-        record = {"event": "begin", "job_id": job_id, "restart": restart, "nodes": nodes}
+    def begin(self, *, job_id: str | None, restart: int, nodes: int, requeues: int = 0) -> None:
+        """A start begins from the newest checkpoint; ``requeues`` is how often Slurm has started the job again."""
+        record = {"event": "begin", "job_id": job_id, "requeues": requeues, "restart": restart, "nodes": nodes}
         self._append(record | {"step": newest_step(self._run_dir)})
 
     def end(self, *, state: str, cause: str, message: str) -> None:
         """The start that began last has ended."""
-        self._append({"event": "end"} | asdict(Ending(state, cause, message, newest_step(self._run_dir))))
+        ending = Ending(state, cause, message, newest_step(self._run_dir), progress(self._run_dir))
+        self._append({"event": "end"} | asdict(ending))
+
+    def newest(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """The line of the start that began last and, where it has one, the line of its end."""
+        end = None
+        for record in reversed(self.read()):
+            if record["event"] == "begin":
+                return record, end
+            if record["event"] == "end":
+                end = end or record
+        return None, None
 
     def changed(self, changes: Sequence[str]) -> None:
         """The next start has another configuration than the last."""
@@ -57,13 +70,14 @@ class StartLog:
         """How many starts in a row have failed without a newer checkpoint than the one before them.
 
         Starts that were preempted, cancelled or killed from outside neither count nor end the row; those that ended for
-        one of ``FAILURES`` count.
+        one of ``FAILURES`` count. A start without an end was killed, and by whom is not known here: a preemption or a
+        lost node leaves no more than that. Where it is certain that the run itself died, the job script adds the end.
         """
-        failures, newest = 0, newest_step(self._run_dir)
+        failures, newest = 0, progress(self._run_dir)
         for record in reversed(self.read()):
             if record["event"] != "end":
                 continue
-            if record["step"] < newest or record["state"] == "completed":
+            if record.get("progress", record["step"]) < newest or record["state"] == "completed":
                 break
             failures += record["cause"] in FAILURES
         return failures
@@ -90,6 +104,11 @@ class StartLog:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def progress(run_dir: RunDir) -> int:
+    """Step of the newest checkpoint, and that of the warm start's newest: both are work that a start goes on with."""
+    return newest_step(run_dir) + newest_step(RunDir(run_dir.warmstart))
 
 
 def newest_step(run_dir: RunDir) -> int:

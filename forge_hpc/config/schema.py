@@ -379,7 +379,7 @@ class ClusterConfig:
     rollout_ratio: float = 0.5
     """Share of the nodes (of the GPUs on one node) that generate, where no number is given."""
     spare_nodes: int = 0
-    """Nodes kept to replace lost rollout nodes."""
+    """Nodes kept to replace lost rollout nodes. With any, the job outlives a node that dies (--no-kill)."""
     max_restarts: int = 3
     """How often something that failed (a generator, the trainers, the whole run) is started again without progress in
     between; being preempted is no failure."""
@@ -410,8 +410,10 @@ class SlurmConfig:
     signal_lead_s: int | None = None
     """Seconds before the walltime at which the run saves and leaves. By default it follows from the step and save times
     that the run has measured: 300 before that, and never more than half of ``time``."""
-    requeue: bool = True
-    """Let Slurm start the job again after a preemption or a lost node."""
+    requeue: str = "auto"
+    """How a run goes on that was preempted, came to its walltime, lost a node or crashed: auto has Slurm start the job
+    again (--requeue), and queues a successor where Slurm refuses; successor queues another job (--no-requeue: for sites
+    that forbid requeueing); never stays down until it is resumed by hand."""
     setup: list[str] = field(default_factory=list)
     """Shell lines run on each node first (module load …)."""
     extra: dict[str, Any] = field(default_factory=dict)

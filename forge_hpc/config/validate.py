@@ -29,6 +29,7 @@ ENVIRONMENTS = ("calculator", "guessing", "code")
 BUILTIN_MODELS = ("builtin:qwen3-tiny",)
 BUILTIN_DATA = ("builtin:addition",)
 LORA_TARGETS = ("wq", "wkv", "wo", "w1", "w2", "w3")
+REQUEUE = ("auto", "successor", "never")
 _DTYPES = ("float32", "bfloat16")
 _NAMES = {
     "algorithm.advantage": ADVANTAGES,
@@ -378,6 +379,10 @@ def _check_lengths(cfg: Config) -> None:
 
 def _check_slurm(cfg: Config) -> None:
     s = cfg.slurm
+    if s.requeue not in REQUEUE:
+        was = {"true": "auto", "false": "never"}.get(s.requeue.lower())
+        hint = f"write {was}" if was else f"known: {', '.join(REQUEUE)}"
+        raise UserError(f"slurm.requeue is {s.requeue!r}, which is not known", hint)
     limit = walltime_s(s.time)
     if limit == 0:
         limit = math.inf  # Slurm's 0 is no limit

@@ -1,6 +1,28 @@
 """The job as Slurm sees it: why it is signalled (`job`), and how it comes back (`job`, `successor`)."""
 
-from forge_hpc.cluster.slurm.job import Cause, JobFacts, SlurmRefused, cause_of, job_facts, requeue
+from forge_hpc.cluster.slurm.job import (
+    Cause,
+    JobFacts,
+    SlurmRefused,
+    SlurmSilent,
+    cause_of,
+    controller_time,
+    forbid_requeue,
+    job_facts,
+    requeue,
+)
 from forge_hpc.cluster.slurm.successor import CONTINUE, submit_successor
 
-__all__ = ["CONTINUE", "Cause", "JobFacts", "SlurmRefused", "cause_of", "job_facts", "requeue", "submit_successor"]
+__all__ = [
+    "CONTINUE",
+    "Cause",
+    "JobFacts",
+    "SlurmRefused",
+    "SlurmSilent",
+    "cause_of",
+    "controller_time",
+    "forbid_requeue",
+    "job_facts",
+    "requeue",
+    "submit_successor",
+]

@@ -15,6 +15,7 @@ from the first signal on: slurmctld changes the job before it signals. "Tasks" a
     lost node, Requeue=1        what lives gets TERM (3)              COMPLETING  None       None         one more
     lost node, Requeue=0        what lives gets TERM (3)              COMPLETING  NodeDown   None         same
     scancel --signal=TERM       tasks TERM                            RUNNING     None       None         same
+    lost node, --no-kill (4)    nobody                                RUNNING     None       None         same
 
 CONT comes with TERM, and KILL follows TERM after KillWait (30 s unless the site says otherwise).
 (1) EndTime moves to the end of the grace time; the kill came up to 5 s after it. Where the site has set
@@ -23,6 +24,8 @@ CONT comes with TERM, and KILL follows TERM after KillWait (30 s unless the site
     the two look alike.
 (3) SlurmdTimeout after the host fell silent, or somewhat later. Processes on a host whose slurmd alone has died get no
     signal and live on: the run's lock keeps them from the run.
+(4) On sbatch and on srun: NumNodes is one less after SlurmdTimeout, srun says "Node failure on X" and waits for the
+    other tasks, and a requeue starts the job on as many nodes as it asked for.
 
 A job whose tasks end in the grace time has FAILED, and does not come back by itself, also where PreemptMode=REQUEUE.
 `scontrol requeue` by its owner saves it: in the grace time, after it (while KillWait lasts), with PreemptMode=CANCEL
@@ -45,6 +48,9 @@ from enum import StrEnum
 ANSWER_S = 10.0
 """How long Slurm may take for an answer; KillWait may be all the time that there is."""
 _OURS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_SILENCE = re.compile(
+    r"unable to contact|timed? ?out|zero bytes|communication|connection (refused|reset)|standby mode|temporarily", re.I
+)
 _FREE_TEXT = ("JobName", "Command", "WorkDir", "Comment", "AdminComment", "SystemComment", "StdErr", "StdIn", "StdOut")
 
 
@@ -68,6 +74,10 @@ class SlurmRefused(Exception):
     """Slurm did not do what it was asked for; the text is its own."""
 
 
+class SlurmSilent(SlurmRefused):
+    """Slurm does not answer, or not now: slurmctld is down, busy, or being taken over by its backup."""
+
+
 @dataclass(frozen=True)
 class JobFacts:
     """What Slurm says of a job at one moment."""
@@ -80,7 +90,10 @@ class JobFacts:
     preempted: bool
     """Preempted and not requeued."""
     end_time: float | None
-    """When the job's time is over, or was, in unix seconds: in the grace time its end. None: no limit."""
+    """When the job's time is over, or was, in unix seconds of slurmctld's clock: in the grace time its end. None: no
+    limit."""
+    start_time: float | None
+    """When this start of the job began, by the same clock."""
     restarts: int
     can_requeue: bool
     """A batch job with Requeue=1."""
@@ -110,6 +123,7 @@ class JobFacts:
             said.update(re.findall(r"(\S+?)=(\S*)", line))
         said = {key: value for key, value in said.items() if value not in ("", "(null)", "N/A")}
         state, end, preempt_time = said["JobState"], said.get("EndTime", ""), said.get("PreemptTime", "None")
+        start = said.get("StartTime", "")
         if state == "SIGNALING":  # for the moment that it takes to send a signal
             state = "RUNNING"
         # A scancel in the grace time leaves PreemptTime as it was and moves EndTime.
@@ -121,6 +135,7 @@ class JobFacts:
             reason=said.get("Reason", "None"),
             preempted=preempted,
             end_time=float(end) if end.isdigit() and (preempted or said.get("TimeLimit") != "UNLIMITED") else None,
+            start_time=float(start) if start.isdigit() else None,
             restarts=int(said["Restarts"]),
             can_requeue=said.get("Requeue") == "1" and said.get("BatchFlag", "1") != "0",
             partition=said["Partition"],
@@ -140,6 +155,15 @@ def job_facts(job_id: str, timeout_s: float = ANSWER_S) -> JobFacts | None:
         return JobFacts.parse(ask("scontrol", "show", "job", job_id, timeout_s=timeout_s))
     except SlurmRefused:
         return None
+
+
+def controller_time(timeout_s: float = ANSWER_S) -> float | None:
+    """slurmctld's clock, in unix seconds to about a second; None where Slurm does not answer, or does not say."""
+    try:
+        said = re.match(r"Configuration data as of (\d+)\s", ask("scontrol", "show", "config", timeout_s=timeout_s))
+    except SlurmRefused:
+        return None
+    return float(said[1]) + 0.5 if said else None  # whole seconds
 
 
 def cause_of(facts: JobFacts | None, signum: int, own_restarts: int) -> Cause:
@@ -176,10 +200,11 @@ def requeue(job_id: str, exclude_nodes: Iterable[str] = ()) -> None:
             line on stderr says so, and the job may get them.
 
     Raises:
-        SlurmRefused: the job is not requeued (Requeue=0, no batch job, somebody else's …), or Slurm does not answer.
+        SlurmSilent: Slurm does not answer; it may have done it all the same, and a second call is harmless.
+        SlurmRefused: the job is not requeued (Requeue=0, no batch job, somebody else's …).
     """
     try:
-        ask("scontrol", "requeue", job_id, timeout_s=2 * ANSWER_S)
+        ask("scontrol", "requeue", job_id)
     except SlurmRefused as refused:
         if "pending execution" not in str(refused):
             raise
@@ -190,6 +215,11 @@ def requeue(job_id: str, exclude_nodes: Iterable[str] = ()) -> None:
                 ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={excluded}")
         except SlurmRefused as refused:
             print(f"job {job_id} may get {','.join(nodes)} again: {refused}", file=sys.stderr)
+
+
+def forbid_requeue(job_id: str) -> None:
+    """Have Slurm start the job no second time by itself, whatever its script asked for. Raises SlurmRefused."""
+    ask("scontrol", "update", f"JobId={job_id}", "Requeue=0")
 
 
 def exclusion(facts: JobFacts, nodes: tuple[str, ...]) -> str:
@@ -221,7 +251,8 @@ def _hosts(nodes: str) -> set[str]:
 def ask(
     *command: str, timeout_s: float = ANSWER_S, env: Mapping[str, str] | None = None, cwd: str | None = None
 ) -> str:
-    """What a command of Slurm prints. Raises SlurmRefused with what it says where it fails, or is silent too long."""
+    """What a command of Slurm prints. Raises SlurmRefused with what it says where it fails, SlurmSilent where Slurm
+    does not answer."""
     name = " ".join(command[:2])
     # Slurm signals every process of a step, this command too: it is born with the signals blocked.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _OURS)
@@ -242,10 +273,11 @@ def ask(
     try:
         out, err = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        raise SlurmRefused(f"{name} does not answer within {timeout_s:.0f} s") from None
+        raise SlurmSilent(f"{name} does not answer within {timeout_s:.0f} s") from None
     finally:
         process.kill()
         process.wait()
     if process.returncode != 0:
-        raise SlurmRefused(f"{name}: {' '.join((err or out).split()) or f'exit code {process.returncode}'}")
+        said = " ".join((err or out).split()) or f"exit code {process.returncode}"
+        raise (SlurmSilent if _SILENCE.search(said) else SlurmRefused)(f"{name}: {said}")
     return out

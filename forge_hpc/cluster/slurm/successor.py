@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from forge_hpc.cluster.slurm.job import ANSWER_S, JobFacts, ask, exclusion
+from forge_hpc.files import atomic_write_text
 
 CONTINUE = "FORGE_HPC_CONTINUE"
 """In the environment of a successor's job script: the run directory that it goes on with."""
@@ -15,7 +18,9 @@ PROJECT = "FORGE_HPC_PROJECT"
 """There too: where the project lies, since the script is no longer at its place."""
 
 
-def submit_successor(facts: JobFacts, run_dir: Path, exclude_nodes: Iterable[str] = ()) -> str:
+def submit_successor(
+    facts: JobFacts, run_dir: Path, exclude_nodes: Iterable[str] = (), *, no_kill: bool = False
+) -> str:
     """Queue a job that goes on with the run once this job has ended, for a job that may not be requeued; its id.
 
     It runs the same script with the same arguments in the same environment as a requeued job would. Options come from
@@ -24,32 +29,45 @@ def submit_successor(facts: JobFacts, run_dir: Path, exclude_nodes: Iterable[str
     the one that the job runs in.
 
     Args:
-        run_dir: the run; the script is kept there, as ``logs/JOBID_successor.sh``. The script that made the run
-            directory is told to take this one (`CONTINUE`).
+        run_dir: the run; the script is kept there, as ``logs/JOBID_successor.sh``, unless that cannot be written. The
+            script that made the run directory is told to take this one (`CONTINUE`).
+        no_kill: the job is to outlive its nodes (--no-kill), which Slurm does not say of a job.
 
     Raises:
-        SlurmRefused: no job was queued.
+        SlurmRefused: no job was queued; SlurmSilent where Slurm does not answer.
     """
     run_dir = run_dir.absolute()
     text = ask("scontrol", "write", "batch_script", facts.job_id, "-")
-    script = run_dir / "logs" / f"{facts.job_id}_successor.sh"
-    script.touch(mode=0o600)
-    script.write_text(text)
     options = successor_options(facts, text)
     if excluded := exclusion(facts, tuple(exclude_nodes)) or facts.excluded:
         options.append(f"--exclude={excluded}")
+    if no_kill:
+        options.append("--no-kill")
     variables = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "PMI_", "PMIX_")  # sbatch would take them for options
     env = {key: value for key, value in os.environ.items() if not key.startswith(variables) or key == "SLURM_CONF"}
     env |= {CONTINUE: str(run_dir), PROJECT: str(Path(__file__).resolve().parents[3])}
     submit_dir = os.environ.get("SLURM_SUBMIT_DIR", "")
-    answer = ask(
-        *("sbatch", "--parsable", f"--dependency=afterany:{facts.job_id}", *options, str(script)),
-        *_arguments(facts.said.get("Command", "")),
-        env=env,
-        cwd=submit_dir if submit_dir and Path(submit_dir).is_dir() else facts.said["WorkDir"],
-        timeout_s=2 * ANSWER_S,
-    )
+    with _written(text, run_dir / "logs" / f"{facts.job_id}_successor.sh") as script:
+        answer = ask(
+            *("sbatch", "--parsable", f"--dependency=afterany:{facts.job_id}", *options, str(script)),
+            *_arguments(facts.said.get("Command", "")),
+            env=env,
+            cwd=submit_dir if submit_dir and Path(submit_dir).is_dir() else facts.said["WorkDir"],
+            timeout_s=2 * ANSWER_S,
+        )
     return answer.strip().partition(";")[0]
+
+
+@contextmanager
+def _written(text: str, path: Path) -> Iterator[Path]:
+    """A file with ``text``: ``path``, or where that cannot be written, one for as long as the context lasts."""
+    with tempfile.TemporaryDirectory() as elsewhere:
+        try:
+            atomic_write_text(path, text)
+        except OSError:
+            path = Path(elsewhere) / path.name
+            atomic_write_text(path, text)
+        yield path
 
 
 _OPTIONS = {

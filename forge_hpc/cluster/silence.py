@@ -1,0 +1,39 @@
+"""How long a run has shown no sign of life, as seen from a process that may itself have stood still."""
+
+from __future__ import annotations
+
+import time
+
+from forge_hpc.run_dir import RunDir
+
+LOOK_S = 2.0
+
+
+class Silence:
+    """Measures it from when it was made, by looks at the run's status, which its controller writes every few seconds.
+
+    Time in which the looker was stopped, or waited for the file system, counts as one look: then the run may have
+    stood still for the same reason.
+    """
+
+    def __init__(self, run_dir: RunDir) -> None:
+        self._run_dir = run_dir
+        self._pulse = self._look()
+        self._looked = time.monotonic()
+        self._silent_s = 0.0
+
+    def look(self) -> float:
+        """Seconds of silence; to be called every ``LOOK_S`` or oftener."""
+        now = time.monotonic()
+        self._silent_s += min(now - self._looked, 2 * LOOK_S)
+        self._looked = now
+        pulse = self._look()
+        if pulse is not None and pulse != self._pulse:
+            self._pulse, self._silent_s = pulse, 0.0
+        return self._silent_s
+
+    def _look(self) -> int | None:
+        try:
+            return self._run_dir.pulse()
+        except OSError:  # a pause of the file server
+            return None
