@@ -31,6 +31,7 @@ from forge_hpc.cluster.processes import die_with_parent
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import Config, UserError, plan, read_config
 from forge_hpc.observability.logs import Terminal, setup_logging
+from forge_hpc.observability.wandb import finish_runs
 from forge_hpc.recipes.recovery import Departure, Leave, Recoveries
 from forge_hpc.run_dir import RunDir
 
@@ -230,6 +231,7 @@ async def main() -> int:
         outcome = {"code": LEFT, "message": departure.message, "cause": departure.cause}
         outcome["lost_nodes"] = list(departure.lost_nodes)
     rendezvous.publish("outcome", outcome)
+    finish_runs()  # last of all: whatever the run needs is saved and said
     return outcome["code"]
 
 
