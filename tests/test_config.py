@@ -242,7 +242,7 @@ def test_a_run_may_see_safe_changes_and_no_others():
     with pytest.raises(UserError, match=r"this run is another's: seed \(42 there, 7 now\), model.path") as refused:
         changes("seed=7", "model.path=other", "checkpoint.keep=5")
     assert "keep" not in refused.value.message and refused.value.hint == "put it back"
-    with pytest.raises(UserError, match="trainer.training.steps=9, and the run has done 10 steps already"):
+    with pytest.raises(UserError, match="steps=9, and the run has done 10 steps already"):
         changes("trainer.training.steps=9")
 
 

@@ -254,7 +254,7 @@ def test_a_step_that_was_logged_is_on_the_disk(tmp_path: Path, monkeypatch: pyte
 
     def fsync(fd: int) -> None:
         sync(fd)
-        synced[os.readlink(f"/proc/self/fd/{fd}")] = os.fstat(fd).st_size
+        synced[str(Path(f"/proc/self/fd/{fd}").readlink())] = os.fstat(fd).st_size
 
     monkeypatch.setattr(os, "fsync", fsync)
     run_dir = RunDir(tmp_path).create()
@@ -284,7 +284,7 @@ class Wandb(types.ModuleType):
         self.hangs: threading.Event | None = None
         """``finish`` waits for it."""
 
-    def Settings(self, **options: object) -> None: ...  # noqa: N802
+    def Settings(self, **options: object) -> None: ...
 
     def init(self, *, id: str, **options: object) -> Any:
         self._fail("init")
