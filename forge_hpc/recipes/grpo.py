@@ -94,7 +94,7 @@ async def grpo(session: Session) -> None:
                 "prompts/too_long": prompts.num_too_long,
             }
             session.record(step, metrics, groups)
-            after = [drawn.pop(group.prompt.position, None) for group in groups][-1]
+            after = [drawn.pop(group.prompt.position, {}) for group in groups][-1]
             counts = {"steps_without_signal": signal.num_steps, "stale_episodes": buffer.num_stale}
             await session.save_if_due(step, {"prompts": prompts.with_rewards(after), **counts})
             if evaluates:
