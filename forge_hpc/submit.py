@@ -16,29 +16,11 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from forge_hpc.config import Config, UserError, diff_config, load_config, plan, read_config, save_config, validate
+from forge_hpc.config import Config, UserError, load_config, plan, read_config, safe_changes, save_config, validate
 from forge_hpc.run_dir import RunDir, Status
 
 PROJECT = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = PROJECT / "configs" / "grpo" / "demo.yaml"
-# Keys that may differ from those of an earlier start: how a run is queued and watched, where it runs (checkpoints fit
-# any number of nodes), how often it saves and evaluates, and how long it goes on; not what it computes.
-_FREE_KEYS = (
-    "slurm.",
-    "logging.",
-    "cluster.start_timeout_s",
-    "cluster.nodes",
-    "cluster.trainer_nodes",
-    "cluster.rollout_nodes",
-    "cluster.spare_nodes",
-    "cluster.rollout_ratio",
-    "generator.replicas",
-    "trainer.processes_per_node",
-    "trainer.training.steps",
-    "checkpoint.keep",
-    "checkpoint.interval",
-    "evaluation.",
-)
 
 
 @dataclass(frozen=True)
@@ -317,24 +299,14 @@ def _changes(cfg: Config, run_dir: RunDir) -> list[str]:
     """
     if not run_dir.has_config:
         return []
-    found = diff_config(read_config(run_dir.config), cfg)
-    # To a run that evaluates, and does nothing else, its evaluation is what it computes.
-    free = tuple(key for key in _FREE_KEYS if cfg.recipe != "eval" or key != "evaluation.")
-    differing = [d for d in found if not d[0].startswith(free)]
-    if differing:
-        shown = ", ".join(f"{key} ({old} there, {new} now)" for key, old, new in differing[:5])
-        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise UserError(
-            f"{run_dir} belongs to another configuration: {shown}{more}",
-            f"choose another --run-dir, or go on with its own: {_tool()} resume {shlex.quote(str(run_dir))}",
-        )
-    status, steps = run_dir.read_status(), cfg.trainer.training.steps
-    if status is not None and steps < status.step:
-        raise UserError(
-            f"trainer.training.steps={steps}, and the run has done {status.step} steps already",
-            f"ask for {status.step} or more, or choose another --run-dir",
-        )
-    return [f"{key}: {_value(old)} -> {_value(new)}" for key, old, new in found]
+    status = run_dir.read_status()
+    return safe_changes(
+        read_config(run_dir.config),
+        cfg,
+        status.step if status is not None else 0,
+        f"{run_dir} belongs to another configuration",
+        f"choose another --run-dir, or go on with its own: {_tool()} resume {shlex.quote(str(run_dir))}",
+    )
 
 
 def _record(changes: Sequence[str], run_dir: RunDir) -> None:
@@ -342,10 +314,6 @@ def _record(changes: Sequence[str], run_dir: RunDir) -> None:
 
     if changes:
         StartLog(run_dir).changed(changes)
-
-
-def _value(value: object) -> str:
-    return "null" if value is None else str(value)
 
 
 def _refuse_busy(run_dir: RunDir, own_job_id: str | None = None) -> None:

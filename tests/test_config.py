@@ -19,6 +19,7 @@ from forge_hpc.config import (
     load_config,
     print_error,
     read_config,
+    safe_changes,
     save_config,
 )
 
@@ -224,6 +225,25 @@ def test_a_saved_configuration_is_for_the_owner_alone_and_nothing_is_left_beside
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "config.yaml").stat().st_mode) == 0o600
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_a_run_may_see_safe_changes_and_no_others():
+    old = load_config(None, ["trainer.training.steps=10"])
+
+    def changes(*overrides: str, steps_done: int = 10) -> list[str]:
+        new = load_config(None, ["trainer.training.steps=10", *overrides])
+        return safe_changes(old, new, steps_done, "this run is another's", "put it back")
+
+    assert changes() == []
+    assert changes("trainer.training.steps=20", "slurm.account=a") == [
+        "trainer.training.steps: 10 -> 20",
+        "slurm.account: null -> a",
+    ]
+    with pytest.raises(UserError, match=r"this run is another's: seed \(42 there, 7 now\), model.path") as refused:
+        changes("seed=7", "model.path=other", "checkpoint.keep=5")
+    assert "keep" not in refused.value.message and refused.value.hint == "put it back"
+    with pytest.raises(UserError, match="steps=9, and the run has done 10 steps already"):
+        changes("trainer.training.steps=9")
 
 
 def test_a_difference_names_key_old_and_new():

@@ -11,8 +11,12 @@ import stat
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+import types
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -26,6 +30,7 @@ from forge_hpc.observability.logger import MetricLogger
 from forge_hpc.observability.metrics import METRIC_KEYS, SFT_KEYS, Last, Max, Mean, Min, Sum, missing_keys, reduce
 from forge_hpc.observability.report import quantile, render_report, render_status, render_watch, sparkline
 from forge_hpc.observability.summary import final_summary, read_figures
+from forge_hpc.observability.wandb import finish_runs
 from forge_hpc.run_dir import RunDir
 
 QUIET = LoggingConfig(console="none")
@@ -242,15 +247,142 @@ def test_rollouts_keep_the_first_episode_of_the_first_groups(tmp_path: Path) -> 
     assert records[0].items() >= expected.items()
 
 
-def test_wandb_works_offline_and_continues_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    run_dir = RunDir(tmp_path / "my run").create()
-    for resume_step in (0, 1):
-        with MetricLogger(run_dir, LoggingConfig(console="none", wandb=True), resume_step) as logger:
-            logger.log(resume_step + 1, {"x": 1.0})
-    names = [path.name for path in (run_dir.path / "wandb").glob("offline-run-*")]
-    assert names and all("-my-run" in name for name in names)
+def test_a_step_that_was_logged_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a lost node takes with it is what was not synced: nothing, in any file, when ``log`` returns."""
+    synced: dict[str, int] = {}
+    sync = os.fsync
+
+    def fsync(fd: int) -> None:
+        sync(fd)
+        synced[str(Path(f"/proc/self/fd/{fd}").readlink())] = os.fstat(fd).st_size
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    run_dir = RunDir(tmp_path).create()
+    with MetricLogger(run_dir, QUIET) as logger:
+        for step in (1, 2):
+            logger.log(step, {"x": 1.0})
+            files = [run_dir.metrics, *run_dir.tensorboard.iterdir()]
+            assert len(files) == 2
+            assert [synced[str(path)] for path in files] == [path.stat().st_size for path in files]
+
+
+# ---------------------------------------------------------------------------------------------------- W&B
+class Wandb(types.ModuleType):
+    """Stands in for wandb: keeps what it is sent, and fails or hangs where it is told to."""
+
+    class UsageError(Exception): ...
+
+    class CommError(Exception): ...
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.errors = self
+        self.runs: dict[str, list[int]] = {}
+        """Steps by the id of a run."""
+        self.finished: list[str] = []
+        self.raises: dict[str, Exception] = {}
+        self.hangs: threading.Event | None = None
+        """``finish`` waits for it."""
+
+    def Settings(self, **options: object) -> None: ...
+
+    def init(self, *, id: str, **options: object) -> Any:
+        self._fail("init")
+        self.runs.setdefault(id, [])
+        log, finish = partial(self._log, id), partial(self._finish, id)
+        return types.SimpleNamespace(log=log, finish=finish)
+
+    def _log(self, id: str, values: dict[str, float], step: int) -> None:
+        self._fail("log")
+        self.runs[id].append(step)
+
+    def _finish(self, id: str) -> None:
+        if self.hangs is not None:
+            self.hangs.wait()
+        self.finished.append(id)
+
+    def _fail(self, call: str) -> None:
+        if call in self.raises:
+            raise self.raises[call]
+
+
+WITH_WANDB = LoggingConfig(console="none", wandb=True, tensorboard=False)
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> Wandb:
+    module = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def log_steps(run_dir: RunDir, first: int, last: int) -> None:
+    """What one start of a run does, to the end of its process."""
+    with MetricLogger(run_dir, WITH_WANDB, resume_step=first - 1) as logger:
+        for step in range(first, last + 1):
+            logger.log(step, {"x": 1.0})
+    finish_runs(60)
+
+
+def test_a_restart_continues_its_run_at_wandb_and_another_run_of_the_same_name_does_not(
+    tmp_path: Path, wandb: Wandb
+) -> None:
+    run_dir = RunDir(tmp_path / "run").create()
+    log_steps(run_dir, 1, 2)
+    log_steps(run_dir, 3, 3)
+    run_dir.path.rename(tmp_path / "aside")
+    log_steps(RunDir(tmp_path / "run").create(), 1, 1)
+    log_steps(RunDir(tmp_path / "aside"), 4, 4)
+    assert list(wandb.runs.values()) == [[1, 2, 3, 4], [1]]
+    first, second = wandb.runs
+    assert wandb.finished == [first, first, second, first]
+
+
+@pytest.mark.parametrize("call", ["init", "log"])
+def test_an_error_of_wandb_costs_its_curves_and_not_the_training(
+    call: str, tmp_path: Path, wandb: Wandb, caplog: pytest.LogCaptureFixture
+) -> None:
+    wandb.raises[call] = Wandb.CommError("the server\ndoes not answer")
+    run_dir = RunDir(tmp_path).create()
+    log_steps(run_dir, 1, 5)
+    assert [record["step"] for record in read_jsonl(run_dir.metrics)] == [1, 2, 3, 4, 5]
+    [warning] = caplog.messages
+    assert warning.endswith("the training goes on: the server does not answer")
+
+
+def test_who_is_not_logged_in_is_told_before_the_training_and_not_in_its_midst(
+    tmp_path: Path, wandb: Wandb, caplog: pytest.LogCaptureFixture
+) -> None:
+    wandb.raises["init"] = Wandb.UsageError("no API key")
+    run_dir = RunDir(tmp_path).create()
+    with pytest.raises(UserError, match="wandb does not start: no API key"):
+        log_steps(run_dir, 1, 1)
+    caplog.clear()
+    log_steps(run_dir, 2, 2)
+    [warning] = [message for message in caplog.messages if "W&B" in message]
+    assert "no API key" in warning
+
+
+def test_wandb_that_is_not_installed_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="not installed"):
+        log_steps(RunDir(tmp_path).create(), 1, 1)
+
+
+def test_a_wandb_that_does_not_finish_holds_up_neither_the_close_nor_the_end(
+    tmp_path: Path, wandb: Wandb, caplog: pytest.LogCaptureFixture
+) -> None:
+    wandb.hangs = threading.Event()
+    with MetricLogger(RunDir(tmp_path).create(), WITH_WANDB) as logger:
+        logger.log(1, {"x": 1.0})
+    try:
+        finish_runs(0.1)
+        assert "W&B has not finished" in caplog.text
+        assert not wandb.finished
+    finally:
+        wandb.hangs.set()
+    finish_runs(60)
+    assert list(wandb.runs.values()) == [[1]] and len(wandb.finished) == 1
 
 
 # ---------------------------------------------------------------------------------------------------- console

@@ -121,6 +121,16 @@ def test_a_run_without_a_signal_ends_after_the_steps_that_are_allowed(config: Co
         watch.check(4, [flat], {"reward/mean": 0.0})
 
 
+def test_steps_without_a_signal_are_counted_across_a_restart(config: Config) -> None:
+    config.algorithm.max_steps_without_signal = 3
+    flat = Document(np.array([1]), np.array([True]), advantage=0.0)
+    watch = SignalWatch(config)
+    watch.check(1, [flat], {"reward/mean": 0.0})
+    watch.check(2, [flat], {"reward/mean": 0.0})
+    with pytest.raises(RuntimeError, match="no learning signal: in the last 3 steps"):
+        SignalWatch(config, watch.num_steps).check(3, [flat], {"reward/mean": 0.0})
+
+
 def test_stale_weights_fail_a_synchronous_run_in_float32(config: Config) -> None:
     config.model.dtype = "float32"
     check_mismatch(config, 1, {"mismatch/logprob_abs_mean": 1e-6})

@@ -118,10 +118,14 @@ def read_config(path: str | Path) -> Config:
     return _to_dataclasses(cfg)
 
 
+def config_text(cfg: Config) -> str:
+    """`cfg` as YAML that ``load_config`` and ``read_config`` read."""
+    return yaml.dump(_escape(dataclasses.asdict(cfg)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
 def save_config(cfg: Config, path: str | Path) -> None:
-    """Write `cfg` as YAML that ``load_config`` reads, atomically, readable by the owner alone (0600)."""
-    path = Path(path)
-    text = yaml.dump(_escape(dataclasses.asdict(cfg)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    """Write the text of `cfg` atomically, readable by the owner alone (0600)."""
+    path, text = Path(path), config_text(cfg)
     fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mkstemp makes it 0600
     try:
         with os.fdopen(fd, "w", encoding="utf-8") as file:

@@ -69,7 +69,7 @@ class MetricLogger:
         if config.wandb:
             from forge_hpc.observability.wandb import WandbWriter
 
-            self._curves.append(WandbWriter(run_dir.path, run_dir.name))
+            self._curves.append(WandbWriter(run_dir, resume_step))
         self._console = ConsoleProgress(config.console, total_steps, resume_step, label, stream)
 
     @property
@@ -131,7 +131,7 @@ class MetricLogger:
         self._write_curves(step, {f"eval/{key}": value for key, value in values.items()})
 
     def close(self) -> None:
-        """Close all files; the progress bar stays as it is."""
+        """Close all files; the progress bar stays as it is. W&B may still be sending: ``wandb.finish_runs`` waits."""
         self._console.close()
         for lines in (self._metrics, self._rollouts, self._evaluations):
             lines.close()

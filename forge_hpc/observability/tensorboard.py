@@ -1,7 +1,8 @@
 """TensorBoard event files without torch or TensorFlow: one continuous curve across restarts.
 
 On opening, events after ``resume_step`` are removed from the files of earlier starts, and the new file begins with a
-session start, which tells a TensorBoard that has read them already to forget them too.
+session start, which tells a TensorBoard that has read them already to forget them too. Each step reaches the disk
+before ``write`` returns, as in ``metrics.jsonl``: no step of a checkpoint is missing, even where a node is lost.
 """
 
 from __future__ import annotations
@@ -39,19 +40,23 @@ class TensorBoardWriter:
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         start = SessionLog(status=SessionLog.START)
         self._write(Event(wall_time=time.time(), step=resume_step + 1, session_log=start))
-        self._file.flush()
+        self._sync()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Add one point to the curve of each tag."""
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
         self._write(Event(wall_time=time.time(), step=step, summary=summary))
-        self._file.flush()
+        self._sync()
 
     def close(self) -> None:
         self._file.close()
 
     def _write(self, event: Event) -> None:
         self._writer.write(event.SerializeToString())
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
 
 def _records(data: bytes) -> Iterator[bytes]:

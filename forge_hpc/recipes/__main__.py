@@ -32,6 +32,7 @@ from forge_hpc.cluster.processes import die_with_parent
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import Config, UserError, plan, read_config
 from forge_hpc.observability.logs import Terminal, setup_logging
+from forge_hpc.observability.wandb import finish_runs
 from forge_hpc.recipes.recovery import Departure, Leave, Recoveries
 from forge_hpc.run_dir import RunDir
 
@@ -254,6 +255,7 @@ async def main() -> int:
         rendezvous.publish("outcome", outcome)
     except OSError as error:  # the supervisor knows our exit code, and that it was asked to see that we leave
         logger.error("outcome %s cannot be told: %s", outcome, error)
+    finish_runs()  # last of all: whatever the run needs is saved and said
     return outcome["code"]
 
 

@@ -14,22 +14,27 @@ MAX_MISMATCH = 1e-4
 
 
 class SignalWatch:
-    """Ends a run in which no group carries a signal: all rewards in each group equal, nothing to learn from."""
+    """Ends a run in which no group carries a signal: all rewards in each group equal, nothing to learn from.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        num_steps: those without a signal that an earlier start ended with.
+    """
+
+    def __init__(self, config: Config, num_steps: int = 0) -> None:
         self._limit = config.algorithm.max_steps_without_signal
-        self._without = 0
+        self.num_steps = num_steps
+        """Steps without a signal up to now, since the last one that had it."""
 
     def check(self, step: int, documents: Sequence[Document], metrics: Mapping[str, float]) -> None:
         """Raises RuntimeError after too many steps without a signal."""
         if any(document.advantage != 0 for document in documents):
-            self._without = 0
+            self.num_steps = 0
             return
-        self._without += 1
+        self.num_steps += 1
         logger.warning("step %d: no group carries a signal (reward/mean %.3f)", step, metrics["reward/mean"])
-        if self._without >= self._limit:
+        if self.num_steps >= self._limit:
             raise RuntimeError(
-                f"no learning signal: in the last {self._without} steps all rewards of each group were equal "
+                f"no learning signal: in the last {self.num_steps} steps all rewards of each group were equal "
                 f"(reward/mean {metrics['reward/mean']:.3f}). Is the task too hard or too easy for the model, "
                 "or the reward blind to what differs?"
             )

@@ -15,7 +15,7 @@ async def eval(session: Session) -> None:
 
     A start that was interrupted begins again; an evaluation that was written is not repeated.
     """
-    held_out = load_held_out(session)
+    held_out = await load_held_out(session)
     async with RewardPool(session.config) as rewards:
         environments = await start_environments(session)
         generators = await session.start_generators()

@@ -29,7 +29,7 @@ async def grpo(session: Session) -> None:
     config, rollout = session.config, session.config.rollout
     synchronous = rollout.max_staleness == 0
 
-    prompts, held_out = load_prompts(session), load_held_out(session)
+    prompts, held_out = await load_prompts(session), await load_held_out(session)
     rewards = await RewardPool(config).start()
     session.on_close(rewards.close)
     environments = await start_environments(session)
@@ -38,6 +38,7 @@ async def grpo(session: Session) -> None:
     sample = player or generators.generate.route
     buffer = episode_buffer(config, session.step, prompts.position)
     buffer.restore(session.finished_groups)
+    buffer.num_stale = session.state.get("stale_episodes", 0)
     weights = await session.connect(trainers, generators, buffer)
     first = prompts.position
     drawn: dict[int, dict[str, Any]] = {}  # by position of a prompt that may be the last of a step: the stream after it
@@ -67,7 +68,7 @@ async def grpo(session: Session) -> None:
         await asyncio.gather(*(reward(*pair) for pair in zip(share, answers, strict=True)))
         clock.end(started)
 
-    signal = SignalWatch(config)
+    signal = SignalWatch(config, session.state.get("steps_without_signal", 0))
     if session.evaluation_is_due(session.step):
         await session.evaluate(session.step, held_out, rewards, player)
     async with background(rollout_loop()) as tasks:
@@ -93,8 +94,9 @@ async def grpo(session: Session) -> None:
                 "prompts/too_long": prompts.num_too_long,
             }
             session.record(step, metrics, groups)
-            after = [drawn.pop(group.prompt.position, None) for group in groups][-1]
-            await session.save_if_due(step, {"prompts": prompts.with_rewards(after)})
+            after = [drawn.pop(group.prompt.position, {}) for group in groups][-1]
+            counts = {"steps_without_signal": signal.num_steps, "stale_episodes": buffer.num_stale}
+            await session.save_if_due(step, {"prompts": prompts.with_rewards(after), **counts})
             if evaluates:
                 await session.evaluate(step, held_out, rewards, player)
     await session.finish()

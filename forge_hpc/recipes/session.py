@@ -22,7 +22,8 @@ from forge_hpc.actors.trainer import Trainer
 from forge_hpc.checkpoint import CheckpointStore, FileRecord, load_extra
 from forge_hpc.checkpoint.episodes import EPISODES, dump_groups, load_groups
 from forge_hpc.cluster.meshes import Cluster
-from forge_hpc.config import Config, UserError
+from forge_hpc.cluster.starts import StartLog
+from forge_hpc.config import Config, UserError, config_text, read_config, safe_changes
 from forge_hpc.config.schema import SamplingConfig
 from forge_hpc.data.hub import load_tokenizer, resolve_model
 from forge_hpc.data.mixture import open_sources
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 FILLINGS = 8
 """So many times the sequences that an engine decodes at once are asked for in one call of an evaluation."""
+CONFIG = "config.yaml"
+"""In a checkpoint: the configuration that it was made with."""
 MIN_LEAD_S = 30.0
 """What a departure takes beside the step and the save: the signal's way, the requeue, slow seconds of a shared disk."""
 
@@ -85,15 +88,21 @@ class Session:
         self._saved_step = 0
         self._saving: asyncio.Task[None] | None = None
         self._num_failed_saves = 0
+        self._config_text = config_text(config).encode()
         self._train_s: deque[float] = deque(maxlen=20)
         self._save_s: deque[float] = deque(maxlen=5)
         self._meshes: dict[str, Any] = {}
+        self._early_start: asyncio.Task[None] | None = None
         self._closing: list[Callable[[], Awaitable[Any]]] = []
         self._step_ended = time.perf_counter()
         self._checkpoint_s = 0.0
 
     async def prepare(self) -> None:
-        """Find the model and the newest checkpoint. Blocking work goes to threads."""
+        """Find the model and the newest checkpoint. Blocking work goes to threads.
+
+        Raises:
+            UserError: no checkpoint can be used, or the newest that verifies is of another configuration.
+        """
         config = self.config
         if config.model.path == "warmstart":
             self.model_dir = RunDir(self.run_dir.warmstart).export
@@ -102,20 +111,60 @@ class Session:
                 resolve_model, config.model.path, config.seed, self.run_dir.path / "model"
             )
         self.tokenizer = await asyncio.to_thread(load_tokenizer, self.model_dir)
-        found = await asyncio.to_thread(self.checkpoints.newest)
-        if found is None and self.checkpoints.steps():
-            raise UserError(
-                f"none of the checkpoints in {self.run_dir.checkpoints} can be used; controller.log says why",
-                "mend or restore one, or move them away to begin again from step 0",
-            )
-        if found is not None:
-            self._resume_from, state = found
-            self.step, self.state = state["step"], state["recipe"]
-            self._saved_step = self.step
-            if (saved_groups := await asyncio.to_thread(load_extra, self._resume_from, EPISODES)) is not None:
-                self.finished_groups = load_groups(saved_groups)
-            self._recoveries.load_state_dict(state.get("recoveries", {}))
-            logger.info("resuming after step %d from %s", self.step, self._resume_from)
+        if config.recipe == "grpo":  # its engines take as long to start as a large checkpoint takes to verify
+            self._early_start = asyncio.create_task(self._start_pool(self.model_dir))
+        try:
+            found = await asyncio.to_thread(self.checkpoints.newest)
+            if found is None and self.checkpoints.steps():
+                raise UserError(
+                    f"none of the checkpoints in {self.run_dir.checkpoints} can be used; controller.log says why",
+                    "mend or restore one, or move them away to begin again from step 0",
+                )
+            if found is not None:
+                await asyncio.to_thread(self._restore, *found)
+        except BaseException:
+            if self._early_start is not None:
+                self._early_start.cancel()
+            raise
+
+    def _restore(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint. Raises UserError where it is of a configuration that this run cannot have."""
+        if (checkpoint / CONFIG).exists():
+            self._accept_changes(checkpoint, state["step"])
+        self._resume_from, self.step, self.state = checkpoint, state["step"], state["recipe"]
+        self._saved_step = self.step
+        if (saved_groups := load_extra(checkpoint, EPISODES)) is not None:
+            self.finished_groups = load_groups(saved_groups)
+        self._recoveries.load_state_dict(state.get("recoveries", {}))
+        self._num_failed_saves = state.get("failed_saves", 0)
+        logger.info("resuming after step %d from %s", self.step, checkpoint)
+
+    def _accept_changes(self, checkpoint: Path, step: int) -> None:
+        """Compare with the configuration of a checkpoint: ``config.yaml`` may have been edited since, by hand.
+
+        Changes that are safe are recorded, unless whoever submitted the run has done so. Raises UserError for others.
+        """
+        try:
+            before = read_config(checkpoint / CONFIG)
+        except UserError as error:  # of keys that there are no longer: there is nothing to compare with
+            logger.warning("not compared with this configuration: %s", error)
+            return
+        before.cluster.nodes = self.config.cluster.nodes  # those of the allocations, not of the configurations
+        changes = safe_changes(
+            before,
+            self.config,
+            step,
+            f"{self.run_dir.config} is not the configuration of {checkpoint.name}",
+            f"put these values back, or copy {checkpoint / CONFIG} over it; for other values choose another --run-dir",
+        )
+        log = StartLog(self.run_dir)
+        recorded = [line for record in log.read() if record["event"] == "changed" for line in record["changes"]]
+        latest = {line.partition(": ")[0]: line.rpartition(" -> ")[2] for line in recorded}
+        new = [line for line in changes if latest.get(line.partition(": ")[0]) != line.rpartition(" -> ")[2]]
+        for line in new:
+            logger.info("changed since %s: %s", checkpoint.name, line)
+        if new:
+            log.changed(new)
 
     def open_records(self, stream: TextIO) -> MetricLogger:
         """The run's figures from where ``prepare`` found it, with progress on ``stream``; a context manager."""
@@ -167,12 +216,18 @@ class Session:
 
         Those of an earlier attempt stay, rid of their requests; ``connect`` gives them this attempt's weights.
         """
+        if self._early_start is not None:
+            await self._early_start
+        else:
+            await self._start_pool(model_dir or self.model_dir)
+        self.generators = self._pool.service
+        return self.generators
+
+    async def _start_pool(self, model_dir: Path) -> None:
         if self._pool.started:
             await self._pool.service.abort.fanout()
         else:
-            await self._pool.start(model_dir or self.model_dir)
-        self.generators = self._pool.service
-        return self.generators
+            await self._pool.start(model_dir)
 
     async def start_trainers_and_generators(self) -> tuple[Trainers, Service]:
         """Both at once: their start-up is most of the time before the first step."""
@@ -276,7 +331,7 @@ class Session:
         step, start = self.step, time.perf_counter()
         groups = self._buffer.finished() if self._buffer is not None else []
         record = {"step": step, "policy_version": step, "recipe": self.state}
-        record["recoveries"] = self._recoveries.state_dict()
+        record |= {"recoveries": self._recoveries.state_dict(), "failed_saves": self._num_failed_saves}
 
         async def commit() -> None:
             written = await self.trainers.call_all("saved")  # each rank names the files that are its own
@@ -309,7 +364,8 @@ class Session:
     def _commit(
         self, step: int, record: Mapping[str, Any], files: Mapping[str, FileRecord], groups: Sequence[Group]
     ) -> None:
-        self.checkpoints.commit(step, record, files, {EPISODES: dump_groups(groups)} if groups else {})
+        extra = {CONFIG: self._config_text} | ({EPISODES: dump_groups(groups)} if groups else {})
+        self.checkpoints.commit(step, record, files, extra)
 
     async def _save_failed(self, step: int, error: Exception) -> None:
         await asyncio.to_thread(self.checkpoints.abandon, step)
@@ -512,17 +568,24 @@ async def _as_coroutine(awaitable: Awaitable[None]) -> None:
     await awaitable
 
 
-def load_prompts(session: Session) -> PromptStream:
-    """The stream of training prompts, from the start or where ``prompts`` of the recipe's state says."""
+async def load_prompts(session: Session) -> PromptStream:
+    """The stream of training prompts, from the start or where ``prompts`` of the recipe's state says. In a thread:
+    data may have to be downloaded."""
     config = session.config
-    prompts = PromptStream(open_sources(config), session.tokenizer, config)
-    return prompts.load_state_dict(session.state.get("prompts", prompts.state_dict()))
+
+    def load() -> PromptStream:
+        prompts = PromptStream(open_sources(config), session.tokenizer, config)
+        return prompts.load_state_dict(session.state.get("prompts", prompts.state_dict()))
+
+    return await asyncio.to_thread(load)
 
 
-def load_held_out(session: Session) -> list[Prompt]:
-    """The prompts of ``evaluation``, none where it is off."""
+async def load_held_out(session: Session) -> list[Prompt]:
+    """The prompts of ``evaluation``, none where it is off. In a thread, as above."""
     config = session.config
-    if not config.evaluation.num_prompts:
-        return []
-    examples = load_eval_examples(config.data, config.seed)
-    return evaluation_prompts(examples, session.tokenizer, config, config.evaluation.num_prompts)
+
+    def load() -> list[Prompt]:
+        examples = load_eval_examples(config.data, config.seed)
+        return evaluation_prompts(examples, session.tokenizer, config, config.evaluation.num_prompts)
+
+    return await asyncio.to_thread(load) if config.evaluation.num_prompts else []

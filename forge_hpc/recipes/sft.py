@@ -5,6 +5,8 @@ examples ──► documents (loss on the assistant's tokens) ──► trainers
 
 from __future__ import annotations
 
+import asyncio
+
 from forge_hpc.config.split import evaluates_by_generation
 from forge_hpc.data.mixture import open_sources
 from forge_hpc.data.prompts import DocumentStream, evaluation_documents
@@ -21,9 +23,8 @@ async def sft(session: Session) -> None:
     end, on the hardware of the trainers, generators answer the held-out prompts.
     """
     config, interval = session.config, session.config.evaluation.interval
-    documents = DocumentStream(open_sources(config), session.tokenizer, config)
-    documents.load_state_dict(session.state.get("documents", documents.state_dict()))
-    held_out, last = load_held_out_documents(session), config.trainer.training.steps
+    documents = await asyncio.to_thread(load_documents, session)
+    held_out, last = await asyncio.to_thread(load_held_out_documents, session), config.trainer.training.steps
     await session.start_trainers()
 
     async def validate(step: int) -> None:
@@ -46,7 +47,13 @@ async def sft(session: Session) -> None:
     await session.stop_trainers()
     await session.start_generators(session.run_dir.export)
     async with RewardPool(config) as rewards:
-        await session.evaluate(session.step, load_held_out(session), rewards, more=loss)
+        await session.evaluate(session.step, await load_held_out(session), rewards, more=loss)
+
+
+def load_documents(session: Session) -> DocumentStream:
+    """The stream of training documents, from the start or where the recipe's state says."""
+    documents = DocumentStream(open_sources(session.config), session.tokenizer, session.config)
+    return documents.load_state_dict(session.state.get("documents", documents.state_dict()))
 
 
 def load_held_out_documents(session: Session) -> list[Document]:
