@@ -1,9 +1,12 @@
 """A campaign of faults against one run on a real Slurm cluster of four hosts: `make chaos` (SEED=n, ARGS=names).
 
-A synchronous run of two nodes, checkpointed every step, suffers one fault after the other, in a seeded order, each at
-a seeded moment. It must come back by itself every time (where a user has ended it, by being submitted again). At the
-end the same run is done without a fault: all metrics that do not measure time, and the final weights, must be the same
-to the last bit, so that no step is missing, doubled or trained on other prompts.
+A synchronous run of two trainer ranks and two generators on two nodes, checkpointed every step, suffers one fault after
+the other, in a seeded order, each at a seeded moment and to a seeded victim. It must come back by itself every time
+(where a user has ended it, by being submitted again). A row of the table says how long it took until the fault was
+detected and until the next new step, how many steps were done again, and how many prompts of the steps around it were
+skipped or used twice; a row that breaks a promise says which, and the campaign goes on. At the end the same run is done
+without a fault: all metrics that do not measure time, and the final weights, must be the same to the last bit, so that
+no step is missing, doubled or trained on other prompts.
 
     python tests/chaos.py [--seed N] [--list] [FAULT ...]
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import random
 import re
@@ -21,15 +25,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
-from runs import PROJECT, REWARD, processes, read, small_run, status, wait_for
-from slurm_cluster import SlurmCluster
+from runs import PROJECT, REWARD, lost_prompts, processes, read, small_run, status, wait_for
+from slurm_cluster import Host, SlurmCluster
 
 from forge_hpc.cluster.starts import StartLog
 from forge_hpc.run_dir import RunDir
@@ -42,11 +46,28 @@ PARTITIONS = (
 )
 OPTIONS = {"PreemptType": "preempt/partition_prio", "PreemptMode": "REQUEUE", "SlurmdTimeout": "20", "KillWait": "30"}
 SAME = ("step", "policy_version", "reward/mean", "loss", "grad_norm", "tokens/generated", "tokens/trained")
-RECOVERY_S = 240.0
+PROMPTS_PER_STEP = 16
 STEPS_BETWEEN = 3
+FOREVER = 100000
 
-
-PARTITION = {"preempted, CANCEL": "cancel", "preempted, no grace": "now"}  # low for all other faults
+# The limits that rows are judged by, in seconds.
+RECOVERY_S = 240.0
+"""Until the next new step."""
+NOISE_S = 2.0
+"""What a machine of two cores, on which all four hosts live, may take longer than the run itself."""
+DEAD_S = 3.0 + NOISE_S
+"""A dead process is known."""
+CALL_S = 15.0
+"""``generator.timeout_s``: the deadline of a call to a generator."""
+STUCK_S = CALL_S + DEAD_S
+CANCEL_S = 15.0 + NOISE_S
+"""A cancelled run has ended."""
+SLURM_S = 60.0
+"""What Slurm takes: to preempt, or to put a job back into the queue after SlurmdTimeout (20 s)."""
+CAMPAIGN_S = 3600.0
+"""No fault begins later than this."""
+COMPARISON_S = 1800.0
+"""The end of the run, and beside it all of its steps without a fault."""
 
 
 def slurmds(name: str) -> list[psutil.Process]:
@@ -55,20 +76,22 @@ def slurmds(name: str) -> list[psutil.Process]:
     return [p for p in found if p.info["name"] == "slurmd" and name in (p.info["cmdline"] or [])]
 
 
-def read_starts(run_dir: Path) -> list[dict[str, Any]]:
-    """Records of ``starts.jsonl``."""
-    return StartLog(RunDir(run_dir)).read()
-
-
 @dataclass
 class Row:
     """What a fault did."""
 
     fault: str
+    times: int = 0
     detected_s: list[float] = field(default_factory=list)
     recovered_s: list[float] = field(default_factory=list)
     steps_repeated: int = 0
-    problem: str = ""
+    prompts_lost: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def result(self) -> str:
+        """ok, or what went wrong."""
+        return "; ".join(self.problems) or ("ok" if self.times else "not injected")
 
 
 class Campaign:
@@ -83,19 +106,29 @@ class Campaign:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.env = {**cluster.env, "PATH": path, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
         self.partition = "low"
+        self.victim = 0
+        """Number of the rank, replica or node that the last fault hit."""
         self.fault_time = 0.0
+        self.requeue_time = 0.0
+        """When Slurm had put the job back into its queue because of a dead slurmd."""
 
     # ---- the run
 
-    def submit(self, run_dir: Path, steps: int, *sbatch: str, partition: str = "low") -> str:
+    def submit(self, run_dir: Path, steps: int, *sbatch: str) -> str:
         """Queue the run, or queue it again; the job's id."""
-        command = ["sbatch", "--parsable", "--nodes=2", f"--partition={partition}"]
+        command = ["sbatch", "--parsable", "--nodes=2", f"--partition={self.partition}"]
         command += [f"--output={self.directory}/slurm-%j.out", *sbatch, "sbatch/grpo.sh", "--run-dir", str(run_dir)]
         command += small_run(self.directory, steps, REWARD, "checkpoint.interval=1", "evaluation.num_prompts=0")
-        command += ["algorithm.max_steps_without_signal=100000", "generator.timeout_s=15"]
+        command += ["trainer.processes_per_node=2", "generator.replicas=2", f"generator.timeout_s={CALL_S}"]
+        command += [f"rollout.prompts_per_step={PROMPTS_PER_STEP}", f"logging.num_rollouts_per_step={PROMPTS_PER_STEP}"]
+        command += ["algorithm.max_steps_without_signal=100000"]
         command += ["trainer.lr_scheduler.decay_ratio=null"]  # the rate must not depend on how long the campaign takes
         done = self.cluster.run(*command, env=self.env, cwd=PROJECT, timeout_s=900)
         return done.stdout.split()[0]
+
+    def resubmit(self, *sbatch: str) -> None:
+        """What a user does with a run that was ended."""
+        self.submit(self.run_dir, FOREVER, *sbatch)
 
     @property
     def step(self) -> int:
@@ -112,27 +145,67 @@ class Campaign:
         wait_for(lambda: self.step >= target, f"step {target}", timeout_s)
         time.sleep(self.random.random() * 0.5)
 
+    def pick(self) -> int:
+        """The next victim, one of two."""
+        self.victim = self.random.randrange(2)
+        return self.victim
+
     def kill(self, word: str, signum: signal.Signals = signal.SIGKILL) -> None:
         """Signal a process of the run, found by its command line or log."""
         found = processes(self.run_dir, word)
         assert found, f"no process {word}"
+        self.fault_time = time.time()
         found[0].send_signal(signum)
 
-    def log_time(self, since: float, pattern: str) -> float | None:
-        """When the controllers' logs, or the record of starts, first said something after ``since``."""
+    def log_time(self, pattern: str) -> float | None:
+        """When the controllers' logs first said something after the fault."""
         times = []
         for path in self.run_dir.glob("logs/*/controller.log"):
             for line in path.read_text(errors="replace").splitlines():
                 if re.search(pattern, line) and (match := re.match(r"(\S+)Z ", line)):
                     times.append(datetime.fromisoformat(f"{match[1]}+00:00").timestamp())
-        times += [record["time"] for record in self.ends()]
-        return min((moment for moment in times if moment >= since - 0.5), default=None)
+        return min((moment for moment in times if moment >= self.fault_time), default=None)
 
-    def other_host(self) -> int:
-        """Index of the host that the job's second node, with the generator, is."""
+    def starts(self, event: str) -> list[dict[str, Any]]:
+        """Records of starts: those that ``begin``, or those that ``end``."""
+        return [record for record in StartLog(RunDir(self.run_dir)).read() if record["event"] == event]
+
+    def end_time(self, cause: str) -> float | None:
+        """When a supervisor first recorded an end by this cause after the fault."""
+        times = [end["time"] for end in self.starts("end") if end["cause"] == cause]
+        return min((moment for moment in times if moment >= self.fault_time), default=None)
+
+    def host(self, node: int) -> Host:
+        """The host that is the job's node number ``node``: 0 holds the trainers, 1 the generators."""
         nodes = self.cluster.job(self.job)["NodeList"]
         names = self.cluster.run("scontrol", "show", "hostnames", nodes).stdout.split()
-        return [host.name for host in self.cluster.hosts].index(names[1])
+        [host] = [host for host in self.cluster.hosts if host.name == names[node]]
+        return host
+
+    def newest_checkpoint(self) -> int:
+        return max(int(path.name[5:]) for path in (self.run_dir / "checkpoints").glob("step-*"))
+
+    def revive(self) -> None:
+        """After a fault that went wrong: undo all that faults do, and have the run train again."""
+        self.mend_network()
+        self.mend_slurmd()
+        (self.disk / "filler").unlink(missing_ok=True)
+        self.end_jobs()
+        self.resubmit()
+        self.wait_for_steps(1)
+
+    def end_jobs(self) -> None:
+        """Cancel the run in whatever job it is, and others that a fault has left."""
+        self.cluster.run("scancel", "--user=root")
+        self.cluster.wait_for(lambda: not self.cluster.run("squeue", "--noheader").stdout.strip())
+
+    def finish(self) -> str:
+        """Let the run come to its end, beside one that nobody disturbs; what differs, empty if nothing."""
+        self.end_jobs()
+        steps, plain = self.step + STEPS_BETWEEN, self.directory / "plain"
+        for job in (self.submit(self.run_dir, steps), self.submit(plain, steps)):
+            self.cluster.wait_for_job(job, timeout_s=COMPARISON_S)
+        return compare(self.run_dir, plain, steps)
 
     # ---- faults
 
@@ -147,8 +220,7 @@ class Campaign:
         if self.partition != partition:
             self.cancel()
             self.partition = partition
-            self.submit(self.run_dir, 100000, partition=partition)
-            self.wait_for_steps(STEPS_BETWEEN)
+            self.resubmit()
 
     def cancel(self) -> None:
         job = self.job
@@ -159,27 +231,50 @@ class Campaign:
 
     def scancel(self) -> None:
         self.cancel()
-        self.submit(self.run_dir, 100000, partition=self.partition)
+        self.resubmit()
+
+    def kill_generator(self) -> None:
+        self.kill(f"generator-{self.pick()}.log")
+
+    def stop_generator(self) -> None:
+        self.kill(f"generator-{self.pick()}.log", signal.SIGSTOP)
+
+    def wait_for_replacement(self) -> None:
+        pattern = f"generator {self.victim} is replaced"
+        wait_for(lambda: self.log_time(pattern), f"a replacement of generator {self.victim}", RECOVERY_S)
+
+    def kill_trainer(self) -> None:
+        self.kill(f"trainer-{self.pick()}.log")
+
+    def kill_controller(self) -> None:
+        self.kill("forge_hpc.recipes")
+
+    def kill_worker_loop(self) -> None:
+        self.kill(f"--node {self.pick()}")
+
+    def limit_walltime(self) -> None:
+        self.cancel()
+        self.resubmit("--time=2")
+        self.wait_for_steps(1)
 
     def walltime(self) -> None:
+        num_before = len(self.starts("end"))
+        [end, *_] = wait_for(lambda: self.starts("end")[num_before:], "the walltime", 240)
+        assert end["cause"] == "walltime", end
+        self.fault_time = end["time"]
+
+    def unlimit_walltime(self) -> None:
         self.cancel()
-        self.submit(self.run_dir, 100000, "--time=2", partition=self.partition)
-        before = len(self.ends())
-        wait_for(lambda: len(self.ends()) > before, "the walltime", 240)
-        self.fault_time = self.ends()[-1]["time"]
-        assert self.ends()[-1]["cause"] == "walltime", self.ends()[-1]
+        self.resubmit()
 
-    def starts(self, event: str) -> list[dict[str, Any]]:
-        """Records of starts: those that ``begin``, or those that ``end``."""
-        return [record for record in read_starts(self.run_dir) if record["event"] == event]
-
-    def ends(self) -> list[dict[str, Any]]:
-        return self.starts("end")
-
-    def slurmd(self) -> None:
-        host = self.cluster.hosts[self.other_host()]
+    def kill_slurmd(self) -> None:
+        job, host = self.job, self.host(self.pick())
+        restarts = self.cluster.job(job)["Restarts"]
+        self.fault_time = time.time()
         for process in slurmds(host.name):
             process.kill()
+        wait_for(lambda: self.cluster.job(job)["Restarts"] != restarts, "Slurm's requeue", SLURM_S + NOISE_S)
+        self.requeue_time = time.time()
 
     def mend_slurmd(self) -> None:
         for host in self.cluster.hosts:
@@ -191,99 +286,203 @@ class Campaign:
     def node_state(self, name: str) -> str:
         return self.cluster.run("sinfo", "-h", "-n", name, "-o", "%T", "-p", "low").stdout
 
-    def partition_network(self) -> None:
-        self.cut = self.cluster.hosts[self.other_host()].link
-        subprocess.run(["ip", "link", "set", self.cut, "down"], check=True)
+    def cut_network(self) -> None:
+        """Between the generators' host and all others."""
+        link = self.host(1).link
+        self.fault_time = time.time()
+        subprocess.run(["ip", "link", "set", link, "down"], check=True)
 
     def mend_network(self) -> None:
-        subprocess.run(["ip", "link", "set", self.cut, "up"], check=True)
+        for host in self.cluster.hosts:
+            subprocess.run(["ip", "link", "set", host.link, "up"], check=True)
 
     def fill_disk(self) -> None:
         with (self.disk / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(b"x" * 65536)
-        wait_for(lambda: read(self.run_dir)[-1]["checkpoint/failed"] > 0, "a failed save", 60)
-        self.wait_for_steps(STEPS_BETWEEN)  # training goes on
 
     def free_disk(self) -> None:
+        self.wait_for_steps(STEPS_BETWEEN)  # training goes on without a save
         (self.disk / "filler").unlink()
         newest = self.step
         wait_for(lambda: self.newest_checkpoint() > newest, "a good save", 60)
 
-    def newest_checkpoint(self) -> int:
-        return max(int(path.name[5:]) for path in (self.run_dir / "checkpoints").glob("step-*"))
-
-    def corrupt(self) -> None:
-        self.cancel()
+    def damage(self) -> None:
+        """Overwrite some bytes of a shard of the newest checkpoint."""
         newest = self.run_dir / "checkpoints" / f"step-{self.newest_checkpoint():08d}"
-        shard = max(newest.rglob("*.distcp"), key=lambda path: path.stat().st_size)
+        shard = self.random.choice(sorted(newest.rglob("*.distcp")))
         with shard.open("r+b") as file:
             file.seek(shard.stat().st_size // 2)
             file.write(b"damage")
-        self.submit(self.run_dir, 100000, partition=self.partition)
+        self.fault_time = time.time()
+        self.resubmit()
 
 
-FAULTS: dict[str, tuple[Callable[[Campaign], None], Callable[[Campaign], None] | None, str, str]] = {
-    # name: (what is done, what is done afterwards, how it shows in the log, final state of the start it happened in)
-    "generator killed": (lambda c: c.kill("generator-0.log"), None, "reports of generator", ""),
-    "generator stuck": (lambda c: c.kill("generator-0.log", signal.SIGSTOP), None, "did not answer within", ""),
-    "trainer rank killed": (lambda c: c.kill("trainer-0.log"), None, "reports of trainer", ""),
-    "controller killed": (lambda c: c.kill("forge_hpc.recipes"), None, "-", "preempted"),
-    "worker loop killed": (lambda c: c.kill("--node 1"), None, "node 1: its Monarch worker", "preempted"),
-    "slurmd killed": (Campaign.slurmd, Campaign.mend_slurmd, "node 1|reports of", "preempted"),
-    "preempted, REQUEUE": (Campaign.preempt, None, "leaving after this step", "preempted"),
-    "preempted, CANCEL": (Campaign.preempt, None, "leaving after this step", "preempted"),
-    "preempted, no grace": (Campaign.preempt, None, "leaving after this step", "preempted"),
-    "walltime": (Campaign.walltime, None, "leaving after this step", "preempted"),
-    "scancel": (Campaign.scancel, None, "-", "cancelled"),
-    "checkpoint disk full": (Campaign.fill_disk, Campaign.free_disk, "the checkpoint of step", ""),
-    "newest damaged": (Campaign.corrupt, None, "passing over", "cancelled"),
-    "network cut": (Campaign.partition_network, Campaign.mend_network, "reports of|is lost", "preempted"),
+@dataclass(frozen=True)
+class Fault:
+    """What is done to the run, and what must come of it."""
+
+    inject: Callable[[Campaign], None]
+    detected: Callable[[Campaign], float | None] | None
+    """When the controller knew, a supervisor or, where these cannot, Slurm; None where there is nothing to know."""
+    within_s: float = math.inf
+    """So soon after the fault."""
+    ends: str = ""
+    """States in which starts of the run end by the fault, a regular expression; none by default."""
+    counted: str = ""
+    """The metric that counts it, where the start that it happens in goes on; else another start takes over."""
+    repeats: int = 0
+    """Optimizer steps that may be done again."""
+    partition: str = "low"
+    prepare: Callable[[Campaign], None] | None = None
+    mend: Callable[[Campaign], None] | None = None
+    """Done once the run trains again."""
+
+
+def said(pattern: str) -> Callable[[Campaign], float | None]:
+    """When a controller's log said so; {} is the victim."""
+    return lambda campaign: campaign.log_time(pattern.format(campaign.victim))
+
+
+def ended(cause: str) -> Callable[[Campaign], float | None]:
+    """When a supervisor recorded such an end."""
+    return lambda campaign: campaign.end_time(cause)
+
+
+LEAVING = said("leaving after this step")
+INTERVAL = 1
+FAULTS: dict[str, Fault] = {
+    "generator killed": Fault(
+        Campaign.kill_generator,
+        said("generator {} is lost"),
+        DEAD_S,
+        counted="recoveries/generators",
+        mend=Campaign.wait_for_replacement,
+    ),
+    "generator stuck": Fault(
+        Campaign.stop_generator,
+        said("generator {} is lost"),
+        STUCK_S,
+        counted="recoveries/generators",
+        mend=Campaign.wait_for_replacement,
+    ),
+    "trainer rank killed": Fault(
+        Campaign.kill_trainer,
+        said("Monarch reports of trainer"),
+        DEAD_S,
+        counted="recoveries/trainers",
+        repeats=INTERVAL,
+    ),
+    "controller killed": Fault(Campaign.kill_controller, ended("crash"), DEAD_S, ends="preempted", repeats=INTERVAL),
+    "worker loop killed": Fault(
+        Campaign.kill_worker_loop,
+        said("node {}: its Monarch worker|generator . is lost"),
+        DEAD_S,
+        ends="preempted",
+        repeats=INTERVAL,
+    ),
+    "slurmd killed": Fault(
+        Campaign.kill_slurmd,
+        lambda campaign: campaign.requeue_time,
+        SLURM_S,
+        ends="(preempted)?",  # a start that is shut out by the next one records no end
+        repeats=INTERVAL,
+        mend=Campaign.mend_slurmd,
+    ),
+    "preempted, REQUEUE": Fault(Campaign.preempt, LEAVING, SLURM_S, ends="preempted"),
+    "preempted, CANCEL": Fault(Campaign.preempt, LEAVING, SLURM_S, ends="preempted", partition="cancel"),
+    "preempted, no grace": Fault(
+        Campaign.preempt, LEAVING, SLURM_S, ends="preempted", repeats=INTERVAL, partition="now"
+    ),
+    "walltime": Fault(
+        Campaign.walltime, None, ends="preempted", prepare=Campaign.limit_walltime, mend=Campaign.unlimit_walltime
+    ),
+    "scancel": Fault(Campaign.scancel, ended("cancelled"), CANCEL_S, ends="cancelled", repeats=INTERVAL),
+    "checkpoint disk full": Fault(
+        Campaign.fill_disk,
+        said("the checkpoint of step .* failed"),
+        counted="checkpoint/failed",
+        mend=Campaign.free_disk,
+    ),
+    "newest damaged": Fault(
+        Campaign.damage,
+        said("passing over"),
+        repeats=2 * INTERVAL,  # also what the cancelled start had not saved
+        prepare=Campaign.cancel,
+    ),
+    "network cut": Fault(
+        Campaign.cut_network,
+        said("is lost|leaving after this step"),
+        SLURM_S,
+        ends="preempted",
+        repeats=INTERVAL,
+        mend=Campaign.mend_network,
+    ),
 }
 
 
-def written(run_dir: Path) -> dict[int, float]:
-    """By step: when its record was written (unix s)."""
-    return {record["step"]: record["wall_time"] for record in read(run_dir)}
-
-
 def inject(campaign: Campaign, name: str, row: Row) -> None:
-    """One fault, from a run that trains to a run that trains again."""
-    fault, mend, sign, state = FAULTS[name]
-    campaign.move_to(PARTITION.get(name, "low"))
+    """One fault, from a run that trains to a run that trains again. Raises AssertionError where it does not."""
+    fault, run_dir = FAULTS[name], campaign.run_dir
+    campaign.move_to(fault.partition)
     campaign.wait_for_steps(STEPS_BETWEEN)
-    ends, begins = len(campaign.ends()), len(campaign.starts("begin"))
-    campaign.fault_time, seen_before = time.time(), written(campaign.run_dir)
-    fault(campaign)
-    since = back = campaign.fault_time
-    if state:  # another start takes over
-        back = wait_for(
-            lambda: [s["time"] for s in campaign.starts("begin")[begins:] if s["time"] > since],
-            f"another start after {name}",
+    if fault.prepare is not None:
+        fault.prepare(campaign)
+    before, num_ends = read(run_dir), len(campaign.starts("end"))
+    seen = {record["step"]: record["wall_time"] for record in before}
+    repeated: set[int] = set()
+
+    def new_records(since: float) -> list[dict[str, Any]]:
+        """Of steps that were done for the first time, after ``since``."""
+        records = read(run_dir)
+        repeated.update(r["step"] for r in records if seen.setdefault(r["step"], r["wall_time"]) != r["wall_time"])
+        return [r for r in records if r["wall_time"] > since and r["step"] not in repeated]
+
+    row.times += 1
+    campaign.fault_time = time.time()
+    fault.inject(campaign)
+    since = campaign.fault_time
+    if fault.counted:
+        num = before[-1][fault.counted]
+        new = wait_for(
+            lambda: [r for r in new_records(since) if r[fault.counted] > num],
+            f"a step that counts {fault.counted}",
             RECOVERY_S,
-        )[0]
-        seen_before = {**seen_before, **{s: t for s, t in written(campaign.run_dir).items() if t < back}}
-    # A step that is done again has its record written anew.
-    new = wait_for(
-        lambda: sorted(t for s, t in written(campaign.run_dir).items() if t > back and s not in seen_before),
-        f"a step after {name}",
-        RECOVERY_S,
-    )
-    row.recovered_s.append(new[0] - since)
-    now = written(campaign.run_dir)
-    row.steps_repeated = max(row.steps_repeated, sum(now[step] != moment for step, moment in seen_before.items()))
-    if (seen := campaign.log_time(since, sign)) is not None:
-        row.detected_s.append(max(0.0, seen - since))
-    if mend is not None:
-        mend(campaign)
-    ended = campaign.ends()[ends:]
-    if state and name != "slurmd killed" and state not in [end["state"] for end in ended]:
-        row.problem = f"the start ended as {[end['state'] for end in ended]}, not {state}"
-    if not state and ended:
-        row.problem = f"the start ended: {ended[-1]['message']}"
+        )
+    else:
+        [begin, *_] = wait_for(
+            lambda: [start for start in campaign.starts("begin") if start["time"] > since], "another start", RECOVERY_S
+        )
+        new = wait_for(lambda: new_records(begin["time"]), "a new step", RECOVERY_S)
+    row.recovered_s.append(new[0]["wall_time"] - since)
+    detected = None if fault.detected is None else fault.detected(campaign)
+    states = " ".join(end["state"] for end in campaign.starts("end")[num_ends:])
+    if fault.mend is not None:
+        fault.mend(campaign)
+    campaign.wait_for_steps(1)
+
+    if detected is not None:
+        row.detected_s.append(detected - since)
+        if detected - since > fault.within_s:
+            row.problems.append(f"detected after {detected - since:.1f} s, more than {fault.within_s:g} s")
+    elif fault.detected is not None:
+        row.problems.append("not detected")
+    if not re.fullmatch(fault.ends, states):
+        row.problems.append(f"starts ended as '{states}', not as '{fault.ends}'")
+    if (state := status(run_dir)["state"]) != "running":
+        row.problems.append(f"the run is {state}")
+    row.steps_repeated = max(row.steps_repeated, len(repeated))
+    if len(repeated) > fault.repeats:
+        row.problems.append(f"{len(repeated)} steps were done again, more than {fault.repeats}")
+    # The last step's rollouts may be under way.
+    steps = range(max(1, before[-1]["step"] - fault.repeats), campaign.step)
+    lost = lost_prompts(run_dir, steps, PROMPTS_PER_STEP)
+    row.prompts_lost += lost
+    if lost:
+        row.problems.append(f"{lost} prompts were skipped or used twice")
 
 
-def compare(run: Path, plain: Path) -> str:
+def compare(run: Path, plain: Path, steps: int) -> str:
     """What differs between the run that suffered and the one that did not; empty if nothing."""
     one, other = read(run), read(plain)
     if [r["step"] for r in one] != [r["step"] for r in other]:
@@ -291,25 +490,50 @@ def compare(run: Path, plain: Path) -> str:
     different = [r["step"] for r, o in zip(one, other, strict=True) if any(r[key] != o[key] for key in SAME)]
     if different:
         return f"metrics differ from step {different[0]}"
+    if lost := lost_prompts(run, range(1, steps + 1), PROMPTS_PER_STEP):
+        return f"{lost} prompts were skipped or used twice"
     weights = [(path / "export/model.safetensors").read_bytes() for path in (run, plain)]
     return "" if weights[0] == weights[1] else "the final weights differ"
 
 
-def show(rows: list[Row]) -> None:
-    """The table."""
+def show(rows: Iterable[Row]) -> None:
+    """The table: the longest of the times, the most of the steps."""
 
     def seconds(values: list[float]) -> str:
         return f"{max(values):.1f} s" if values else "-"
 
-    print(f"\n{'fault':<22}{'times':>6}{'detected':>11}{'recovered':>11}{'steps repeated':>16}  result")
+    line = "{:<22}{:>6}{:>10}{:>11}{:>16}{:>14}  {}"
+    print("\n" + line.format("fault", "times", "detected", "recovered", "steps repeated", "prompts lost", "result"))
     for row in rows:
-        cells = (len(row.recovered_s), seconds(row.detected_s), seconds(row.recovered_s), row.steps_repeated)
-        print(f"{row.fault:<22}{cells[0]:>6}{cells[1]:>11}{cells[2]:>11}{cells[3]:>16}  {row.problem or 'ok'}")
+        times = (row.times, seconds(row.detected_s), seconds(row.recovered_s))
+        print(line.format(row.fault, *times, row.steps_repeated, row.prompts_lost, row.result), flush=True)
+
+
+def suffer(campaign: Campaign, names: Sequence[str], rows: dict[str, Row]) -> str:
+    """All faults, then the comparison; what is wrong with the run at the end, empty if nothing."""
+    begin = time.monotonic()
+    for name in names:
+        row, elapsed = rows[name], time.monotonic() - begin
+        if elapsed > CAMPAIGN_S:
+            row.problems.append(f"not injected: {CAMPAIGN_S:.0f} s are over")
+            continue
+        try:
+            inject(campaign, name, row)
+        except Exception as error:  # whatever it is: the row has failed, and the others are still to be seen
+            row.problems.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
+            try:
+                campaign.revive()
+            except Exception as further:
+                return f"the run does not come back after {name}: {further}"
+        print(f"{time.monotonic() - begin:6.0f} s  {name}: {row.result}", flush=True)
+    return campaign.finish()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("faults", nargs="*", help="names of faults; all by default")
+    parser.add_argument(
+        "faults", nargs="*", help="names of faults, one of them as often as it is given; all by default"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--list", action="store_true", help="list the faults")
     arguments = parser.parse_args()
@@ -322,42 +546,36 @@ def main() -> int:
     names = arguments.faults or list(FAULTS)
     random.Random(arguments.seed).shuffle(names)
     directory = Path(tempfile.mkdtemp(prefix="forge-hpc-chaos-"))
-    rows, difference = [Row(name) for name in names], "not compared"
+    rows, difference = {name: Row(name) for name in names}, "the campaign was broken off"
     disk = directory / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(disk)], check=True)
-    begin = time.monotonic()
     try:
         with SlurmCluster(nodes=4, partitions=PARTITIONS, options=OPTIONS) as cluster:
             campaign = Campaign(cluster, directory, arguments.seed)
             campaign.run_dir.mkdir(mode=0o700)
             (disk / "checkpoints").mkdir()
             (campaign.run_dir / "checkpoints").symlink_to(disk / "checkpoints")
-            campaign.submit(campaign.run_dir, 100000)
-            for name, row in zip(names, rows, strict=True):
-                try:
-                    inject(campaign, name, row)
-                except AssertionError as error:
-                    row.problem = " ".join(str(error).split())
-                    break
-                print(f"{time.monotonic() - begin:6.0f} s  {name}: {row.problem or 'ok'}", flush=True)
-            else:
-                campaign.cancel()
-                steps = campaign.step + STEPS_BETWEEN
-                job = campaign.submit(campaign.run_dir, steps)
-                plain = campaign.submit(directory / "plain", steps)
-                for last in (job, plain):
-                    cluster.wait_for_job(last, timeout_s=1200)
-                difference = compare(campaign.run_dir, directory / "plain")
+            campaign.resubmit()
+            campaign.wait_for_steps(1)
+            difference = suffer(campaign, names, rows)
+    except Exception as error:
+        difference = f"{type(error).__name__}: {error}"
     finally:
         subprocess.run(["umount", str(disk)], check=False)
-        show(rows)
+        show(rows.values())
+    num_failed = sum(row.result != "ok" for row in rows.values())
     if not difference:
-        shutil.rmtree(directory)
         print(f"\nNothing lost: the run equals one without faults, to the last bit. Seed {arguments.seed}.")
     else:
-        print(f"\nerror: {difference}; everything is in {directory}", file=sys.stderr)
-    return int(bool(difference) or any(row.problem for row in rows))
+        print(f"\nerror: {difference}", file=sys.stderr)
+    if num_failed:
+        print(f"error: {num_failed} of {len(rows)} rows broke a promise", file=sys.stderr)
+    if difference or num_failed:
+        print(f"hint: everything but the checkpoints is in {directory}", file=sys.stderr)
+        return 1
+    shutil.rmtree(directory)
+    return 0
 
 
 if __name__ == "__main__":

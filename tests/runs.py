@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,20 @@ def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 300) ->
         assert time.monotonic() < deadline, f"{what} did not happen within {timeout_s:.0f} s"
         time.sleep(0.1)
     return value
+
+
+def lost_prompts(run_dir: Path, steps: Iterable[int], prompts_per_step: int) -> int:
+    """How many prompts of ``steps`` were skipped, and how many were used twice or by another step than theirs.
+
+    All groups must have an episode, and ``logging.num_rollouts_per_step`` be at least ``prompts_per_step``.
+    """
+    wanted = Counter(
+        (step, (step - 1) * prompts_per_step + index) for step in steps for index in range(prompts_per_step)
+    )
+    chosen = {step for step, _ in wanted}
+    records = read(run_dir, "rollouts.jsonl")
+    found = Counter((record["step"], record["position"]) for record in records if record["step"] in chosen)
+    return ((wanted - found) + (found - wanted)).total()
 
 
 def check_contract(run_dir: Path, steps: int) -> None:
