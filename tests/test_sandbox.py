@@ -17,18 +17,20 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import pytest
 from hostile_programs import PRELUDE, PROGRAMS, Program
-from sandboxes import as_nobody, needs_bubblewrap, nothing_is_left, processes_in_sandboxes, tree_of
+from sandboxes import as_nobody, needs_bubblewrap, nothing_is_left, processes_in_sandboxes
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import SandboxConfig
 from forge_hpc.sandbox import Limits, Result, Sandbox, runtimes
 from forge_hpc.sandbox.interpreter import Interpreter, find_interpreter
+from forge_hpc.sandbox.slots import Slots
 
 LIMITS = Limits(wall_s=3, cpu_s=1, memory_mb=128, processes=16, output_kb=16, disk_mb=8)
 CANARY = "FORGE_HPC_CANARY"
@@ -221,21 +223,36 @@ def test_a_killed_process_1_is_said(sandbox):
 
 
 def test_no_more_run_at_once_than_asked_for():
+    """Over all sandboxes, threads and event loops of a process; programs tell when they ran."""
     needs_bubblewrap()
-    sandbox = Sandbox(SandboxConfig(parallel=2))
-    most = 0
+    code = "import time\nprint(time.time())\ntime.sleep(0.4)\nprint(time.time())"
+    with ThreadPoolExecutor(8) as threads:
+        results = threads.map(lambda _: Sandbox(SandboxConfig(parallel=2)).run_sync(code), range(8))
+        times = [tuple(map(float, result.stdout.split())) for result in results]
+    assert max(sum(start <= begun < end for start, end in times) for begun, _ in times) == 2
 
-    async def main():
-        nonlocal most
-        tasks = [asyncio.create_task(sandbox.run("import time\ntime.sleep(0.2)")) for _ in range(6)]
-        while not all(task.done() for task in tasks):
-            trees = {tree_of(p.pid) for p in processes_in_sandboxes() if p.is_running()}
-            most = max(most, len(trees))
-            await asyncio.sleep(0.02)
-        assert all(task.result().exit_code == 0 for task in tasks)
 
-    asyncio.run(main())
-    assert 1 <= most <= 2
+def test_one_that_is_cancelled_while_it_waits_takes_no_turn():
+    slots = Slots()
+
+    async def main() -> None:
+        async def wait() -> None:
+            async with slots.taken(1):
+                raise AssertionError("it had a turn")
+
+        async with slots.taken(1):
+            waiting = [asyncio.create_task(wait()) for _ in range(3)]
+            await asyncio.sleep(0)
+            waiting[0].cancel()
+            await asyncio.wait(waiting[:1])
+        for task in waiting[1:]:  # the first of them has just been given its turn
+            task.cancel()
+        await asyncio.wait(waiting)
+        assert all(task.cancelled() for task in waiting)
+        async with slots.taken(1):
+            pass
+
+    asyncio.run(asyncio.wait_for(main(), 30))
 
 
 # --- who runs it, and on which Python
