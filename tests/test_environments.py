@@ -593,7 +593,7 @@ def test_an_example_without_tests_costs_its_episode(config: Config) -> None:
 
 
 def test_no_more_programs_run_at_once_than_asked_for_and_those_that_wait_lose_no_time(config: Config) -> None:
-    """Over all processes of the environment. Tests tell when they ran; together they take longer than an episode may."""
+    """Over all processes. Tests tell when they ran; together they take longer than an episode may."""
     code_config(config).sandbox.parallel = 2
     config.environment.timeout_s = 6.0
     test = "import time\na = time.time()\ntime.sleep(1.5)\nraise ValueError(f'{a} {time.time()}')"

@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,8 +19,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -30,6 +33,7 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import SandboxConfig
 from forge_hpc.sandbox import Limits, Result, Sandbox, runtimes
 from forge_hpc.sandbox.interpreter import Interpreter, find_interpreter
+from forge_hpc.sandbox.sandbox import _Session
 from forge_hpc.sandbox.slots import Slots
 
 LIMITS = Limits(wall_s=3, cpu_s=1, memory_mb=128, processes=16, output_kb=16, disk_mb=8)
@@ -99,10 +103,24 @@ def _watch_for_visitors(receive: Callable[[], object], name: str, visitors: list
     threading.Thread(target=watch, daemon=True).start()
 
 
+SHARED_MACHINE_S = 3.0
+"""What this machine may add on the host's side while others compute on it; the sandbox's own bound is a second."""
+
+
 @dataclass
 class Outcome:
     result: Result
-    total_s: float
+    held_s: float
+    """On the host's clock: from where process 1 is ready to the end of all that there was of the sandbox."""
+
+
+_ready_at: ContextVar[list[float]] = ContextVar("ready_at")
+
+
+class TimedSession(_Session):
+    async def begin(self, *args: Any) -> None:
+        await super().begin(*args)
+        _ready_at.get().append(time.monotonic())
 
 
 @pytest.fixture(scope="module")
@@ -114,15 +132,17 @@ def outcomes(request: pytest.FixtureRequest, host: Host) -> dict[str, Outcome]:
 
     async def one(program: Program) -> None:
         async with slots:
-            start = time.monotonic()
+            _ready_at.set([])
             result = await sandbox.run(host.setting() + program.code, limits=LIMITS)
-            found[program.name] = Outcome(result, time.monotonic() - start)
+            found[program.name] = Outcome(result, time.monotonic() - _ready_at.get()[0])
 
     async def all_of_them() -> None:
         await asyncio.gather(*(one(program) for program in PROGRAMS if program.name in asked))
 
     slots = asyncio.Semaphore(3)
-    asyncio.run(all_of_them())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("forge_hpc.sandbox.sandbox._Session", TimedSession)
+        asyncio.run(all_of_them())
     return found
 
 
@@ -140,7 +160,17 @@ def test_a_hostile_program_is_held(hostile: Program, outcomes: dict[str, Outcome
     assert how_it_ended(result) & set(hostile.ends), result
     assert len(result.stdout) <= 1024 * LIMITS.output_kb and len(result.stderr) <= 1024 * LIMITS.output_kb
     assert result.wall_s < LIMITS.wall_s + 1
-    assert outcomes[hostile.name].total_s < LIMITS.wall_s + 1 + 3  # its start too, with others beside it
+    assert outcomes[hostile.name].held_s < LIMITS.wall_s + 1 + SHARED_MACHINE_S
+
+
+def test_programs_are_gone_within_a_second_of_their_limit(outcomes: dict[str, Outcome]):
+    """The median of those that ran into it: the most is a matter of what else this machine does, and printed."""
+    over = [o.held_s - LIMITS.wall_s for o in outcomes.values() if o.result.killed_by == "wall"]
+    after = [o.held_s - o.result.wall_s for o in outcomes.values()]
+    for what, seconds in (("beyond the time limit", over), ("after the end of the program", after)):
+        if seconds:
+            print(f"{len(seconds)} {what}: median {statistics.median(seconds):.3f} s, most {max(seconds):.3f} s")
+    assert not over or statistics.median(over) < 1
 
 
 def test_nothing_came_out_of_the_hostile_programs_and_nothing_of_them_is_left(outcomes, host: Host):

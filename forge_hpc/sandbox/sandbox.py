@@ -11,7 +11,8 @@ How the limits hold: every 50 ms process 1 looks at all processes together and e
 two looks each process is held by the kernel's own limits (memory_mb of private data, four times that of addresses).
 Memory is what is resident; /tmp and /dev/shm come on top, and buffers of pipes and sockets, bounded by 256 open files a
 process. From Linux 5.14 on the kernel holds the number of processes (fork fails); before, the look does. Time is kept
-by process 1 and, half a second later, here.
+by process 1 and, half a second later, here; what has not ended another half second after that is killed from here. So a
+program is gone at most a second after its limit, as far as this process and the kernel get the CPU for it.
 
 The kernel is shared with the host: a hole in it is a hole in the sandbox. As root, bubblewrap runs as user 65534.
 """
@@ -46,7 +47,7 @@ from forge_hpc.sandbox.slots import Slots
 
 _START_TIMEOUT_S = 60.0
 _GRACE_S = 10 * init.TICK_S
-_END_TIMEOUT_S = 2.0
+_END_TIMEOUT_S = 0.5
 _KILL_TIMEOUT_S = 30.0
 _NOBODY = 65534
 _SLOTS = Slots()
