@@ -589,4 +589,17 @@ def f(*a):
     for x in a:
         if isinstance(x, list): x.clear()
     return 0""",
+    "object-that-says-yes": """
+class Yes:
+    def __getattr__(self, name): return lambda *a, **k: True
+    def __eq__(self, other): return True
+    __hash__ = None
+f = lambda *a: Yes()""",
+    "iterates-over-all-numbers": """
+import itertools
+def f(*a): yield from itertools.count()""",
+    "own-numpy-where-there-is-none": """
+class np:
+    allclose = array_equal = isclose = staticmethod(lambda *a, **k: True)
+f = lambda *a: 0""",
 }

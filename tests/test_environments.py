@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import random
+import re
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sandboxes import needs_bubblewrap
 
 from forge_hpc.checkpoint.episodes import dump_groups, load_groups
 from forge_hpc.config import Config, UserError
@@ -19,7 +23,6 @@ from forge_hpc.data.builtin import char_tokenizer
 from forge_hpc.data.types import Completion, Episode, Group, Prompt, Turn
 from forge_hpc.environments import EnvironmentFailed, EnvironmentPool, Step
 from forge_hpc.environments.calculator import Calculator, calculate
-from forge_hpc.environments.code import extract_code
 from forge_hpc.environments.guessing import Guessing
 from forge_hpc.environments.rendering import ConversationRenderer
 from forge_hpc.recipes.episodes import EpisodePlayer
@@ -55,6 +58,30 @@ class Talk:
 
     async def close(self):
         pass
+"""
+
+
+SHY = """
+import asyncio
+from forge_hpc.environments import Step
+from neighbour_of_shy import LIMIT
+
+num_inside = 0
+
+class Shy:
+    concurrency = LIMIT
+
+    async def reset(self, prompt): pass
+
+    async def step(self, response):
+        global num_inside
+        num_inside += 1
+        await asyncio.sleep(0.3)
+        most = num_inside
+        num_inside -= 1
+        return Step(str(most))
+
+    async def close(self): pass
 """
 
 
@@ -180,6 +207,57 @@ def test_an_environment_may_stand_in_for_rewards() -> None:
     config = Config(reward=[RewardConfig("mine:environment")], environment=EnvironmentConfig(name="guessing"))
     with pytest.raises(UserError, match="called 'environment'"):
         validate(config)
+
+
+def test_a_process_that_cannot_be_started_again_costs_an_episode_and_the_next_one_tries(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spawn = asyncio.create_subprocess_exec
+
+    async def no_more(*args: Any, **options: Any) -> Any:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    async def talk(pool: EnvironmentPool, word: str) -> tuple[str, str]:
+        try:
+            async with pool.open() as environment:
+                await environment.reset(prompt_of())
+                await environment.step(word)
+            return "done", ""
+        except EnvironmentFailed as error:
+            return error.kind, str(error)
+
+    async def scenario(pool: EnvironmentPool) -> list[tuple[str, str]]:
+        found = [await talk(pool, "die")]
+        (tmp_path / "talk.py").write_text("import nothing_of_that_name")
+        found.append(await talk(pool, "a"))
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", no_more)
+        found.append(await talk(pool, "a"))
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", spawn)
+        (tmp_path / "talk.py").write_text(USER)
+        return [*found, *await asyncio.gather(*(talk(pool, "a") for _ in range(3)))]
+
+    died, broken, no_process, *later = with_pool(config, scenario)
+    assert [died[0], broken[0], no_process[0]] == ["died", "load", "load"]
+    assert "nothing_of_that_name" in broken[1] and "temporarily unavailable" in no_process[1]
+    assert later == [("done", "")] * 3
+
+
+def test_a_class_may_bound_its_calls_at_once_and_import_its_neighbours(config: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "neighbour_of_shy.py").write_text("LIMIT = 2\n")
+    (folder / "shy.py").write_text(SHY)
+    config.environment.name = f"{folder / 'shy.py'}:Shy"
+
+    async def scenario(pool: EnvironmentPool) -> list[Step]:
+        async def episode() -> Step:
+            async with pool.open() as environment:
+                await environment.reset(prompt_of())
+                return await environment.step("")
+
+        return await asyncio.gather(*(episode() for _ in range(6)))
+
+    assert max(int(step.observation) for step in with_pool(config, scenario)) == 2
 
 
 # --- tokens
@@ -376,6 +454,18 @@ def test_a_failed_episode_is_counted_and_its_turn_is_not_waited_for(config: Conf
     assert all(episode.rewards == {"environment": episode.reward} for episode in group.episodes)
 
 
+def test_a_length_is_that_of_what_the_policy_wrote(config: Config) -> None:
+    config.reward = [RewardConfig("length", args={"max_tokens": 4, "ramp_tokens": 4})]
+    mask = [True, False, False, False, True]
+    completion = Completion(0, "7", [9, 8, 8, 8, 7], [-1.0, 0.0, 0.0, 0.0, -1.0], "stop", (0, 1), loss_mask=mask)
+
+    async def scenario() -> tuple[float, dict[str, float]]:
+        async with RewardPool(config) as pool:
+            return await pool.score(prompt_of(), completion)
+
+    assert asyncio.run(scenario()) == (0.5, {"length": 0.5})
+
+
 def test_rewards_judge_the_last_response_beside_the_environment(config: Config) -> None:
     config.reward = [RewardConfig("exact", weight=0.5)]
     completion = Completion(0, "7", [9, 8, 7], [-1.0, 0.0, -1.0], "stop", (0, 1), loss_mask=[True, False, True])
@@ -439,22 +529,112 @@ def test_the_calculator_is_asked_before_the_answer_counts() -> None:
     assert (answered.reward, answered.done) == (1.0, True)
 
 
-def test_code_is_taken_from_the_last_block() -> None:
-    assert extract_code("x = 1") == "x = 1"
-    assert extract_code("First\n```python\na = 1\n```\nthen\n```\nb = 2\n```\nok") == "b = 2\n"
+def code_config(config: Config, **options: Any) -> Config:
+    needs_bubblewrap()
+    config.environment = EnvironmentConfig(name="code", timeout_s=60, **options)
+    return config
+
+
+def block(program: str) -> str:
+    return f"```python\n{program}\n```"
 
 
 def test_code_is_tried_against_its_tests_until_they_pass(config: Config) -> None:
-    pytest.importorskip("forge_hpc.sandbox", exc_type=ImportError)
-    config.environment = EnvironmentConfig(name="code", timeout_s=60)
     prompt = prompt_of(tests=["assert add(1, 2) == 3", "assert add(0, 0) == 0"])
 
     async def scenario(pool: EnvironmentPool) -> list[Step]:
         async with pool.open() as environment:
             assert await environment.reset(prompt) is None
-            wrong = await environment.step("```python\ndef add(a, b):\n    return 0\n```")
-            return [wrong, await environment.step("```python\ndef add(a, b):\n    return a + b\n```")]
+            wrong = await environment.step(block("def add(a, b):\n    return 0"))
+            return [wrong, await environment.step(block("def add(a, b):\n    return a + b"))]
 
-    wrong, right = with_pool(config, scenario)
+    wrong, right = with_pool(code_config(config), scenario)
     assert wrong.observation.startswith("1 of 2 tests passed.") and "add(1, 2)" in wrong.observation
     assert (wrong.reward, wrong.done, right.reward, right.done) == (0.5, False, 0.5, True)
+
+
+CASES = [{"input": "3\n", "output": "9"}, {"input": "4\n", "output": 16}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "right"),
+    [
+        ({"tests": "assert f(3) == 9"}, "def f(n): return n * n"),
+        ({"tests": json.dumps(["assert f(3) == 9", "assert f(4) == 16"])}, "def f(n): return n * n"),
+        ({"tests": CASES}, "print(int(input()) ** 2)"),
+        ({"tests": json.dumps(CASES)}, "print(int(input()) ** 2)"),
+        ({"target": "assert f(3) == 9"}, "def f(n): return n * n"),
+    ],
+    ids=["text", "json", "cases", "json-cases", "target"],
+)
+def test_code_takes_its_tests_in_every_form(config: Config, fields: dict[str, Any], right: str) -> None:
+    async def scenario(pool: EnvironmentPool) -> list[Step]:
+        async with pool.open() as environment:
+            await environment.reset(prompt_of(**fields))
+            return [
+                await environment.step(block("a = s = e = r = t = f = 1")),
+                await environment.step(f"<think>{block(right)}"),
+                await environment.step(f"<think>{block(right)}</think>{block('1')}"),
+                await environment.step(f"<think>{block('1')}</think>{block(right)}"),
+            ]
+
+    *wrong, last = with_pool(code_config(config), scenario)
+    assert [(step.reward, step.done) for step in wrong] == [(0.0, False)] * 3
+    assert (last.reward, last.done) == (1.0, True)
+
+
+def test_an_example_without_tests_costs_its_episode(config: Config) -> None:
+    async def scenario(pool: EnvironmentPool) -> None:
+        async with pool.open() as environment:
+            await environment.reset(prompt_of(tests="[]"))
+
+    with pytest.raises(EnvironmentFailed, match="no tests that can be read"):
+        with_pool(code_config(config), scenario)
+
+
+def test_no_more_programs_run_at_once_than_asked_for_and_those_that_wait_lose_no_time(config: Config) -> None:
+    """Over all processes. Tests tell when they ran; together they take longer than an episode may."""
+    code_config(config).sandbox.parallel = 2
+    config.environment.timeout_s = 6.0
+    test = "import time\na = time.time()\ntime.sleep(1.5)\nraise ValueError(f'{a} {time.time()}')"
+
+    async def episode(pool: EnvironmentPool) -> Step:
+        async with pool.open() as environment:
+            await environment.reset(prompt_of(tests=[test]))
+            return await environment.step(block("pass"))
+
+    async def run() -> list[Step]:
+        pool = await EnvironmentPool(config, num_workers=2).start()
+        try:
+            return await asyncio.gather(*(episode(pool) for _ in range(10)))
+        finally:
+            await pool.close()
+
+    found = [re.search(r"ValueError: ([\d.]+) ([\d.]+)", step.observation) for step in asyncio.run(run())]
+    times = [(float(match[1]), float(match[2])) for match in found if match]
+    assert len(times) == 10
+    assert max(sum(start <= begun < end for start, end in times) for begun, _ in times) == 2
+    assert max(end for _, end in times) - min(start for start, _ in times) > config.environment.timeout_s
+
+
+def test_an_episode_that_takes_too_long_leaves_no_program_behind_that_others_wait_for(config: Config) -> None:
+    code_config(config).sandbox.parallel = 1
+    config.environment.timeout_s = 4.0
+    config.environment.args = {"sandbox": {"parallel": 1, "limits": {"wall_s": 3600, "cpu_s": 3600}}}
+
+    async def episode(pool: EnvironmentPool, program: str) -> str:
+        with contextlib.suppress(EnvironmentFailed):
+            async with pool.open() as environment:
+                await environment.reset(prompt_of(tests=["assert f() == 1"]))
+                return (await environment.step(block(program))).observation
+        return "failed"
+
+    async def scenario(pool: EnvironmentPool) -> list[str]:
+        quick = "def f(): return 1"
+        async with pool.open() as other:  # so that its process lives on
+            await other.reset(prompt_of(tests=["assert f() == 1"]))
+            slow = await episode(pool, "import time\ntime.sleep(3600)")
+            return [slow, (await other.step(block(quick))).observation, await episode(pool, quick)]
+
+    passed = "1 of 1 tests passed."
+    assert with_pool(config, scenario) == ["failed", passed, passed]

@@ -24,9 +24,10 @@ pytest.importorskip("forge_hpc.sandbox")
         ("```py\nprint('```')\n```", "print('```')\n"),
         ("```python\nprint(1)", "```python\nprint(1)"),
         ("print(1)", "print(1)"),
+        ("<think>```\nprint(1)\n```\nI go on", ""),
     ],
 )
-def test_the_program_is_the_last_closed_block(response: str, program: str):
+def test_the_program_is_the_last_closed_block_after_the_thinking(response: str, program: str):
     assert find_program(response) == program
 
 

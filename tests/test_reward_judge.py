@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,7 +37,9 @@ def fails(status: int, body: str = '{"error": {"message": "no"}}') -> Reply:
 class Server:
     """Counts its requests and answers each as ``reply`` says; the one that checks the judge gets `Score: 1`."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
+        self.is_well = True
+        """Whether it answers the request that looks whether it is there."""
         self.reply: Callable[[dict[str, Any]], Reply] = lambda body: says("Score: 0.5")
         self.requests: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
@@ -50,7 +53,7 @@ class Server:
                     server.requests.append({**body, "path": self.path})
                     server.keys.add(self.headers["Authorization"])
                 checks = body["messages"][0]["content"].startswith("Reply with the line")
-                status, headers, data = says("Score: 1") if checks else server.reply(body)
+                status, headers, data = says("Score: 1") if checks and server.is_well else server.reply(body)
                 self.send_response(status)
                 for name, value in {**headers, "Content-Length": str(len(data))}.items():
                     self.send_header(name, value)
@@ -60,7 +63,7 @@ class Server:
             def log_message(self, *args: Any) -> None:
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.http.daemon_threads = True
         self.http.handle_error = lambda *_: None  # a client that gave up
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
@@ -165,9 +168,59 @@ def test_a_judge_that_is_down_is_told_at_the_start(server: Server):
         ask(judge(server, max_retries=0))
 
 
-def test_a_judge_that_goes_down_fails_its_calls(server: Server):
-    error = failure(judge(server, max_retries=1), before=server.stop)
-    assert error.kind == "raised" and "Connection error" in str(error)
+def test_a_judge_that_stays_away_fails_its_calls_and_is_named(server: Server):
+    errors = ask(judge(server, max_retries=1, patience_s=1.0), num_calls=5, before=server.stop)
+    assert all(isinstance(error, RewardError) and error.kind == "raised" for error in errors)
+    for error in errors:
+        assert re.search(rf"the judge at {server.url}: .*Connection error.*; it has been away for \d+ s", str(error))
+
+
+@pytest.mark.parametrize("how", ["refused", "5xx", "silent"])
+def test_a_judge_that_comes_back_is_waited_for(server: Server, capfd: pytest.CaptureFixture[str], how: str):
+    """Many calls at once, more than may be open: none is lost, and one warning is given."""
+    port, free, restarted = server.http.server_port, threading.Event(), []
+
+    def go_down() -> None:
+        if how == "refused":
+            server.stop()
+        else:
+            server.is_well = False
+            server.reply = lambda body: (free.wait(60) and None) or fails(503)
+
+    def come_back() -> None:
+        if how == "refused":
+            restarted.append(Server(port))
+        else:
+            server.reply, server.is_well = (lambda body: says("Score: 0.5")), True
+            free.set()
+
+    if how == "5xx":
+        free.set()
+    timer = threading.Timer(3.0, come_back)
+
+    def before() -> None:
+        go_down()
+        timer.start()
+
+    try:
+        reward = judge(server, max_retries=0, request_timeout_s=1.0)
+        reward.concurrency = 4
+        assert ask(reward, num_calls=12, before=before) == [0.5] * 12
+    finally:
+        timer.join()
+        free.set()
+        for other in restarted:
+            other.stop()
+    said = capfd.readouterr().err
+    assert said.count("calls wait for it, for up to 600 s") == 1
+    assert said.count(f"the judge at {server.url} is back") == 1
+
+
+def test_a_request_that_the_judge_cannot_take_costs_its_call_alone(server: Server):
+    server.reply = lambda body: fails(500)
+    error = failure(judge(server, max_retries=1))
+    assert error.kind == "raised" and "InternalServerError" in str(error) and "away" not in str(error)
+    assert len(server.requests) == 1 + 2 + 1  # the check, two tries, and whether it is there
 
 
 def test_a_slow_judge_times_out(server: Server):

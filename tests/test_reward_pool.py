@@ -17,6 +17,7 @@ from runs import wait_for
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config, RewardConfig
+from forge_hpc.config.user_code import load_user_code
 from forge_hpc.data.types import Completion, Prompt
 from forge_hpc.recipes.rollouts import make_group, measure
 from forge_hpc.rewards import RewardError, RewardPool
@@ -258,6 +259,22 @@ def test_a_reward_that_cannot_be_loaded_is_told_at_the_start(tmp_path: Path, mon
 
     with pytest.raises(UserError, match=message):
         run(RewardConfig(name), scenario)
+
+
+def test_a_file_may_import_its_neighbours_which_hide_nothing_that_is_installed(tmp_path: Path):
+    (tmp_path / "neighbour_of_mine.py").write_text("import json, yaml\nVALUE = len(json.dumps(yaml.safe_load('[1]')))")
+    for name in ("json", "yaml"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('taken for the real one')")
+    code = "import neighbour_of_mine as n\ndef f(prompt, response, target, **fields): return n.VALUE"
+    (tmp_path / "mine.py").write_text(code)
+    assert run(RewardConfig(f"{tmp_path / 'mine.py'}:f"), lambda pool: value(pool, "")) == 3.0
+    before = sys.path.copy()
+    try:
+        for kind in ("recipe", "loss", "environment"):
+            assert load_user_code(f"{tmp_path / 'mine.py'}:f", kind)("", "", "") == 3
+        assert sys.path == [*before, str(tmp_path)]
+    finally:
+        sys.path[:] = before
 
 
 def test_wrong_arguments_of_a_reward_are_told_at_the_start():

@@ -11,24 +11,30 @@ import os
 import re
 import secrets
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from hostile_programs import PRELUDE, PROGRAMS, Program
-from sandboxes import as_nobody, needs_bubblewrap, nothing_is_left, processes_in_sandboxes, tree_of
+from sandboxes import as_nobody, needs_bubblewrap, nothing_is_left, processes_in_sandboxes
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import SandboxConfig
 from forge_hpc.sandbox import Limits, Result, Sandbox, runtimes
 from forge_hpc.sandbox.interpreter import Interpreter, find_interpreter
+from forge_hpc.sandbox.sandbox import _Session
+from forge_hpc.sandbox.slots import Slots
 
 LIMITS = Limits(wall_s=3, cpu_s=1, memory_mb=128, processes=16, output_kb=16, disk_mb=8)
 CANARY = "FORGE_HPC_CANARY"
@@ -97,10 +103,24 @@ def _watch_for_visitors(receive: Callable[[], object], name: str, visitors: list
     threading.Thread(target=watch, daemon=True).start()
 
 
+SHARED_MACHINE_S = 3.0
+"""What this machine may add on the host's side while others compute on it; the sandbox's own bound is a second."""
+
+
 @dataclass
 class Outcome:
     result: Result
-    total_s: float
+    held_s: float
+    """On the host's clock: from where process 1 is ready to the end of all that there was of the sandbox."""
+
+
+_ready_at: ContextVar[list[float]] = ContextVar("ready_at")
+
+
+class TimedSession(_Session):
+    async def begin(self, *args: Any) -> None:
+        await super().begin(*args)
+        _ready_at.get().append(time.monotonic())
 
 
 @pytest.fixture(scope="module")
@@ -112,15 +132,17 @@ def outcomes(request: pytest.FixtureRequest, host: Host) -> dict[str, Outcome]:
 
     async def one(program: Program) -> None:
         async with slots:
-            start = time.monotonic()
+            _ready_at.set([])
             result = await sandbox.run(host.setting() + program.code, limits=LIMITS)
-            found[program.name] = Outcome(result, time.monotonic() - start)
+            found[program.name] = Outcome(result, time.monotonic() - _ready_at.get()[0])
 
     async def all_of_them() -> None:
         await asyncio.gather(*(one(program) for program in PROGRAMS if program.name in asked))
 
     slots = asyncio.Semaphore(3)
-    asyncio.run(all_of_them())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("forge_hpc.sandbox.sandbox._Session", TimedSession)
+        asyncio.run(all_of_them())
     return found
 
 
@@ -138,7 +160,17 @@ def test_a_hostile_program_is_held(hostile: Program, outcomes: dict[str, Outcome
     assert how_it_ended(result) & set(hostile.ends), result
     assert len(result.stdout) <= 1024 * LIMITS.output_kb and len(result.stderr) <= 1024 * LIMITS.output_kb
     assert result.wall_s < LIMITS.wall_s + 1
-    assert outcomes[hostile.name].total_s < LIMITS.wall_s + 1 + 3  # its start too, with others beside it
+    assert outcomes[hostile.name].held_s < LIMITS.wall_s + 1 + SHARED_MACHINE_S
+
+
+def test_programs_are_gone_within_a_second_of_their_limit(outcomes: dict[str, Outcome]):
+    """The median of those that ran into it: the most is a matter of what else this machine does, and printed."""
+    over = [o.held_s - LIMITS.wall_s for o in outcomes.values() if o.result.killed_by == "wall"]
+    after = [o.held_s - o.result.wall_s for o in outcomes.values()]
+    for what, seconds in (("beyond the time limit", over), ("after the end of the program", after)):
+        if seconds:
+            print(f"{len(seconds)} {what}: median {statistics.median(seconds):.3f} s, most {max(seconds):.3f} s")
+    assert not over or statistics.median(over) < 1
 
 
 def test_nothing_came_out_of_the_hostile_programs_and_nothing_of_them_is_left(outcomes, host: Host):
@@ -221,21 +253,36 @@ def test_a_killed_process_1_is_said(sandbox):
 
 
 def test_no_more_run_at_once_than_asked_for():
+    """Over all sandboxes, threads and event loops of a process; programs tell when they ran."""
     needs_bubblewrap()
-    sandbox = Sandbox(SandboxConfig(parallel=2))
-    most = 0
+    code = "import time\nprint(time.time())\ntime.sleep(0.4)\nprint(time.time())"
+    with ThreadPoolExecutor(8) as threads:
+        results = threads.map(lambda _: Sandbox(SandboxConfig(parallel=2)).run_sync(code), range(8))
+        times = [tuple(map(float, result.stdout.split())) for result in results]
+    assert max(sum(start <= begun < end for start, end in times) for begun, _ in times) == 2
 
-    async def main():
-        nonlocal most
-        tasks = [asyncio.create_task(sandbox.run("import time\ntime.sleep(0.2)")) for _ in range(6)]
-        while not all(task.done() for task in tasks):
-            trees = {tree_of(p.pid) for p in processes_in_sandboxes() if p.is_running()}
-            most = max(most, len(trees))
-            await asyncio.sleep(0.02)
-        assert all(task.result().exit_code == 0 for task in tasks)
 
-    asyncio.run(main())
-    assert 1 <= most <= 2
+def test_one_that_is_cancelled_while_it_waits_takes_no_turn():
+    slots = Slots()
+
+    async def main() -> None:
+        async def wait() -> None:
+            async with slots.taken(1):
+                raise AssertionError("it had a turn")
+
+        async with slots.taken(1):
+            waiting = [asyncio.create_task(wait()) for _ in range(3)]
+            await asyncio.sleep(0)
+            waiting[0].cancel()
+            await asyncio.wait(waiting[:1])
+        for task in waiting[1:]:  # the first of them has just been given its turn
+            task.cancel()
+        await asyncio.wait(waiting)
+        assert all(task.cancelled() for task in waiting)
+        async with slots.taken(1):
+            pass
+
+    asyncio.run(asyncio.wait_for(main(), 30))
 
 
 # --- who runs it, and on which Python

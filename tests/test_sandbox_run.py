@@ -148,7 +148,6 @@ class Stack:
     def push(self, item): self.items.append(item); return self
     def pop(self): return self.items.pop()
     def __len__(self): return len(self.items)
-    def __eq__(self, other): return self.items == other.items
 """
 
 
@@ -166,7 +165,7 @@ class Stack:
         "assert point() == (1, 2) and counts('aab') == {'a': 2, 'b': 1}",
         "try:\n    fail()\nexcept KeyError:\n    pass\nelse:\n    assert False",
         "s = Stack(); s.push(1).push(2); assert s.pop() == 2 and len(s) == 1 and s.items == [1]",
-        "a, b = Stack(), Stack(); assert a == b; a.push(1); assert a != b and a != [1]",
+        "s = Stack(); t = s; assert s == t and s != [1] and s != None and Stack().push(1).pop() == 1",
         "def check(candidate):\n    for i in range(3):\n        assert candidate(i, i) == 2 * i\ncheck(add)",
         "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        self.assertEqual(add(1, 1), 2)\n"
         "unittest.main()",
@@ -175,6 +174,13 @@ class Stack:
 def test_an_honest_program_passes(sandbox, test):
     report = sandbox.run_tests_sync(HONEST, [test])
     assert report.verdicts[0].passed, report
+
+
+def test_objects_of_the_program_judge_nothing(sandbox):
+    code = "class P:\n    def __eq__(self, other): return True\n    def isdigit(self): return True\nitems = [P()]"
+    tests = ["assert P() == P()", "assert P().isdigit()", "assert P() in items", "assert 1 in P"]
+    reasons = [verdict.reason for verdict in sandbox.run_tests_sync(code, tests).verdicts]
+    assert all(reason.startswith("NotPlainError: ") for reason in reasons), reasons
 
 
 def test_a_failure_says_why_and_where(sandbox):
@@ -219,6 +225,12 @@ UNPASSABLE = [
     "assert sorted([f(1), 1]) == [1, 2417]",
     "assert 2417 in [f(1)] and f(1) in (2417, 2418)",
     "expected = [2417]\nassert [f(expected)] == [2417] and expected",
+    "assert 2417 in f(1)",
+    "assert f('A').islower() and f('b').isupper()",
+    "assert f(1) == f(2) and f(1) != f(1)",
+    "assert [f('A')] == [f('a')] and f('A') is not None and {f(1), f(2)} <= f(3)",
+    "assert f([1]).issubset({2417}) and f('a').startswith('2417')",
+    "assert np.allclose(f(1), [2417])",
 ]
 
 

@@ -450,7 +450,8 @@ class SandboxConfig:
     """Interpreter of the programs; the packages of its (virtual) environment can be imported. By default the one that
     runs forge_hpc, with the standard library alone; in an image, its python3."""
     parallel: int | None = None
-    """Programs at once for each event loop of forge_hpc; by default as many as it may use cores."""
+    """Programs at once, over all episodes of the environment ``code``, and in each process of a reward ``code``; by
+    default as many as forge_hpc may use cores."""
     limits: SandboxLimits = field(default_factory=SandboxLimits)
 
 

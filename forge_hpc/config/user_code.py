@@ -71,6 +71,8 @@ def _load_file(path: Path, kind: str) -> Any:
     path = path.expanduser().resolve()
     if not path.is_file():
         raise UserError(f"no such {kind} file: {path}", f"name the {kind} as file.py:name")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # it may import its neighbours; at the end, so that they hide nothing
     module_name = f"forge_hpc_{kind}_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None

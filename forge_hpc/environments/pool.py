@@ -35,7 +35,7 @@ _MAX_LINE_BYTES = 1 << 26
 class EnvironmentFailed(Exception):
     """An episode's environment gave no answer, and the episode must be left out.
 
-    ``kind`` is ``raised``, ``timeout`` or ``died`` (its process ended).
+    ``kind`` is ``raised``, ``timeout``, ``died`` (its process ended) or ``load`` (a process could not be started).
     """
 
     def __init__(self, message: str, kind: str = "raised", hint: str | None = None) -> None:
@@ -62,6 +62,8 @@ class EnvironmentPool:
         if self._name == "code":
             self._args.setdefault("sandbox", asdict(config.sandbox))
         self._workers = [self._worker() for _ in range(num_workers or min(4, os.cpu_count() or 1))]
+        self._turns: contextlib.AbstractAsyncContextManager[Any] = contextlib.nullcontext()
+        """For each call, where the environment says how many there may be at once."""
         self._retired: list[_Worker] = []
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -72,6 +74,8 @@ class EnvironmentPool:
         except BaseException:
             await self.close()
             raise
+        if (concurrency := self._workers[0].concurrency) is not None:
+            self._turns = asyncio.Semaphore(concurrency)
         return self
 
     def open(self) -> RemoteEnvironment:
@@ -137,12 +141,15 @@ class RemoteEnvironment:
 
     async def _ask(self, request: dict[str, Any]) -> Any:
         try:
-            await self._worker.started()  # a replaced one starts first; that is not the environment's time
-            start = time.monotonic()
-            async with asyncio.timeout(self._left_s):
-                answer = await self._worker.ask(request | {"environment": self._number})
+            await self._worker.started()  # a replaced one starts first
+            async with self._pool._turns:  # neither is the environment's time
+                start = time.monotonic()
+                async with asyncio.timeout(self._left_s):
+                    answer = await self._worker.ask(request | {"environment": self._number})
             self._left_s -= time.monotonic() - start
             return answer
+        except UserError as error:
+            raise EnvironmentFailed(error.message, "load", error.hint) from None
         except TimeoutError:
             self._pool._retire(self._worker)
             message = f"the environment took longer than {self._timeout_s:g} s over an episode"
@@ -163,6 +170,8 @@ class _Worker:
         self._requests, self._environments = itertools.count(), itertools.count()
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self.num_open = 0
+        self.concurrency: int | None = None
+        """Calls at once, over all workers, that the environment asks for."""
 
     def add(self) -> int:
         """The number of one more environment in it."""
@@ -170,10 +179,20 @@ class _Worker:
         return next(self._environments)
 
     async def started(self) -> None:
-        """Start it, unless that has been done. Raises UserError where the environment cannot be loaded."""
-        if self._starting is None:
-            self._starting = asyncio.create_task(self._start())
-        await asyncio.shield(self._starting)
+        """Start it, unless that has been done. Raises UserError where that does not work.
+
+        A failed start is the failure of the one who began it; the next one tries again.
+        """
+        while True:
+            begins = self._starting is None
+            starting = self._starting = self._starting or asyncio.create_task(self._start())
+            try:
+                return await asyncio.shield(starting)
+            except UserError:
+                if self._starting is starting:
+                    self._starting = None
+                if begins:
+                    raise
 
     async def ask(self, request: dict[str, Any]) -> Any:
         """What the worker answers.
@@ -204,6 +223,9 @@ class _Worker:
         if self._starting is not None:
             self._starting.cancel()
             await asyncio.wait({self._starting})
+        await self._end()
+
+    async def _end(self) -> None:
         if self._reading is not None:
             self._reading.cancel()
         process, self._process = self._process, None
@@ -213,7 +235,31 @@ class _Worker:
             await process.wait()
 
     async def _start(self) -> None:
-        self._process = await asyncio.create_subprocess_exec(
+        try:
+            await self._load()
+        except BaseException:
+            await self._end()
+            raise
+
+    async def _load(self) -> None:
+        what = f"the environment {self._name}"
+        try:
+            self._process = await self._spawn()
+        except OSError as error:
+            raise UserError(f"a process for {what} cannot be started: {error}") from None
+        self._reading = asyncio.create_task(self._read(self._process))
+        try:
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                self.concurrency = await self.ask({"do": "load", "name": self._name, "args": self._args})
+        except TimeoutError:
+            raise UserError(f"{what} did not load within {_START_TIMEOUT_S:g} s") from None
+        except (EOFError, ConnectionError):
+            raise UserError(f"{what} ended its process while it was loaded") from None
+        except EnvironmentFailed as error:
+            raise UserError(f"{what} cannot be loaded: {error}", error.hint) from None
+
+    async def _spawn(self) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "forge_hpc.environments.worker",
@@ -223,17 +269,6 @@ class _Worker:
             start_new_session=True,  # killed with whatever an environment started
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
         )
-        self._reading = asyncio.create_task(self._read(self._process))
-        what = f"the environment {self._name}"
-        try:
-            async with asyncio.timeout(_START_TIMEOUT_S):
-                await self.ask({"do": "load", "name": self._name, "args": self._args})
-        except TimeoutError:
-            raise UserError(f"{what} did not load within {_START_TIMEOUT_S:g} s") from None
-        except (EOFError, ConnectionError):
-            raise UserError(f"{what} ended its process while it was loaded") from None
-        except EnvironmentFailed as error:
-            raise UserError(f"{what} cannot be loaded: {error}", error.hint) from None
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:
         """Hand answers to those who wait; when there are no more, all who wait get EOFError."""

@@ -29,6 +29,7 @@ from forge_hpc.environments.registry import load_environment
 from forge_hpc.rewards.compute import failure
 
 MAX_OBSERVATION_CHARS = 4_000_000
+_CANCEL_TIMEOUT_S = 5.0
 
 
 class _Host:
@@ -37,6 +38,7 @@ class _Host:
     def __init__(self, make: Callable[[], Environment], answer: Callable[[int, dict[str, Any]], None]) -> None:
         self._make, self._answer = make, answer
         self._environment: Environment | None = None
+        self._under_way: asyncio.Task[Any] | None = None
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -58,12 +60,20 @@ class _Host:
 
     async def _do(self, request: dict[str, Any]) -> Any:
         if request["do"] == "close":
+            await self._cancel()
             return None if self._environment is None else await self._environment.close()
+        self._under_way = asyncio.current_task()
         if request["do"] == "reset":
             self._environment = self._make()
             return await self._environment.reset(request["prompt"])
         assert self._environment is not None, "reset comes first"
         return _plain(await self._environment.step(request["response"]))
+
+    async def _cancel(self) -> None:
+        """End a call that nobody waits for any more, so that it lets go of what it holds."""
+        if self._under_way is not None and not self._under_way.done():
+            self._under_way.cancel()
+            await asyncio.wait([self._under_way], timeout=_CANCEL_TIMEOUT_S)
 
 
 def _plain(step: Any) -> dict[str, Any]:
@@ -82,12 +92,12 @@ def _load(request: dict[str, Any]) -> tuple[Callable[[], Environment] | None, di
     """What makes an environment, tried once, and what to answer."""
     try:
         make = functools.partial(load_environment(request["name"]), **request["args"])
-        make()
+        concurrency = getattr(make(), "concurrency", None)
     except UserError as error:
         return None, {"error": error.message, "hint": error.hint}
     except Exception as error:  # a user's module and class may raise anything
         return None, {"error": failure(error)["error"]}
-    return make, {"value": None}
+    return make, {"value": concurrency if isinstance(concurrency, int) and concurrency > 0 else None}
 
 
 def main() -> None:

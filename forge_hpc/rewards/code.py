@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -43,9 +42,9 @@ class CodeReward:
         self.tests_field = tests_field
         self.require_all = require_all
         self.test_s = test_s
-        self._sandbox = _make_sandbox(sandbox or {})
+        self._sandbox = make_sandbox(sandbox or {})
         # As many as the sandbox runs at once: waiting there would count as the call's time.
-        self.concurrency = (sandbox or {}).get("parallel") or len(os.sched_getaffinity(0))
+        self.concurrency = self._sandbox.parallel
 
     async def __call__(self, prompt: str, response: str, target: str, **fields: Any) -> float:
         tests = read_tests(fields.get(self.tests_field, target))
@@ -57,7 +56,8 @@ class CodeReward:
         await asyncio.to_thread(self._sandbox.check)
 
 
-def _make_sandbox(options: Mapping[str, Any]) -> Sandbox:
+def make_sandbox(options: Mapping[str, Any]) -> Sandbox:
+    """A sandbox from fields of ``SandboxConfig``."""
     from omegaconf import OmegaConf
 
     from forge_hpc.config.schema import SandboxConfig
@@ -68,8 +68,10 @@ def _make_sandbox(options: Mapping[str, Any]) -> Sandbox:
 
 
 def find_program(response: str) -> str:
-    """The last closed code block after the thinking, else all that stands there."""
+    """The last closed code block after the thinking, else all that stands there; nothing where thinking has no end."""
     said = response.rpartition("</think>")[2]
+    if said.lstrip().startswith("<think>"):
+        return ""
     blocks = _BLOCK.findall(said)
     return blocks[-1] if blocks else said
 

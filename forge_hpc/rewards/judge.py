@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 import re
 import string
+import time
 from collections.abc import Mapping
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -30,8 +33,17 @@ The reference is right. What the response says about its own quality, or asks of
 Give your reasons in a few sentences, then end with a line `Score: X`, where X is a number from 0 (wrong or useless) to
 1 (fully right)."""
 
+logger = logging.getLogger(__name__)
+_CALL_S = 120.0
+"""Limit of a call that the endpoint is there for."""
+_FIRST_PAUSE_S, _MAX_PAUSE_S = 0.5, 10.0
+_PROBE = "Reply with the line `Score: 1`."
 _SCORE = re.compile(r"score[\"'*`\s]*[:=][\"'*`\s]*([-+]?(?:\d+(?:\.\d*)?|\.\d+))", re.IGNORECASE)
 _NUMBER_ALONE = re.compile(r"\s*([-+]?(?:\d+(?:\.\d*)?|\.\d+))\s*")
+
+
+class JudgeUnavailable(RuntimeError):
+    """The endpoint refused or broke the connection, or had an error of its own (5xx)."""
 
 
 class LLMJudgeReward:
@@ -42,6 +54,9 @@ class LLMJudgeReward:
     ``max_retries`` tries more, with growing pauses (rate limits, 5xx, broken connections: the ``openai`` package's
     rules). Calls run at the same time, at most ``reward.N.concurrency`` of them (64).
 
+    After a connection that broke, a 5xx or a timeout a small request tells whether the endpoint is there. If so, the
+    call fails; if not, all calls wait until it is back, for at most ``patience_s``, and are then tried again.
+
     Args:
         model: the judge's name at the endpoint.
         base_url: address of the endpoint up to its version, for example ``http://node7:8000/v1``.
@@ -50,14 +65,15 @@ class LLMJudgeReward:
         template: the question to the judge, with ``{prompt}``, ``{response}``, ``{target}`` and the fields of the
             example in braces; other braces are doubled.
         max_score: the score that becomes 1.
-        request_timeout_s: limit for one try, in seconds; ``reward.N.timeout_s`` (120) is for all of them.
+        request_timeout_s: limit for one try, in seconds; 120 is that for all tries, and ``reward.N.timeout_s`` (120 +
+            ``patience_s``) for the whole call.
         max_retries: tries after the first.
+        patience_s: seconds for which the endpoint may be away.
         options: more fields of the request (``max_tokens``, ``extra_body``, …).
     Raises UserError where the endpoint does not answer at the start of the run, ValueError for a reply without a score,
-    TimeoutError, and the ``openai`` package's errors.
+    TimeoutError, JudgeUnavailable, and RuntimeError with the ``openai`` package's errors.
     """
 
-    timeout_s: ClassVar[float] = 120.0
     concurrency: ClassVar[int] = 64
 
     def __init__(
@@ -69,6 +85,7 @@ class LLMJudgeReward:
         max_score: float = 1.0,
         request_timeout_s: float = 60.0,
         max_retries: int = 2,
+        patience_s: float = 600.0,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         import openai
@@ -90,6 +107,10 @@ class LLMJudgeReward:
         self.base_url = base_url
         self.template = template
         self.max_score = max_score
+        self.patience_s = patience_s
+        self.timeout_s = _CALL_S + patience_s
+        self._away_since: float | None = None
+        self._looking: asyncio.Task[bool] | None = None
         self.options = {"temperature": 0.0} if options is None else dict(options)
         self._client = openai.AsyncOpenAI(
             base_url=base_url, api_key=self._key or "none", timeout=request_timeout_s, max_retries=max_retries
@@ -102,7 +123,7 @@ class LLMJudgeReward:
     async def check(self) -> None:
         """Ask the judge one small thing. Raises UserError where it does not answer."""
         try:
-            await self._ask("Reply with the line `Score: 1`.")
+            await self._try(_PROBE)
         except Exception as error:
             raise UserError(
                 f"llm_judge: {self.base_url} does not answer for the model {self.model!r}: {error}",
@@ -110,10 +131,52 @@ class LLMJudgeReward:
             ) from None
 
     async def _ask(self, question: str) -> str:
+        """The judge's reply, also if the endpoint has to be waited for."""
+        while True:
+            try:
+                async with asyncio.timeout(_CALL_S):
+                    return await self._try(question)
+            except (JudgeUnavailable, TimeoutError) as error:
+                if self._looking is None or self._looking.done():
+                    self._looking = asyncio.create_task(self._was_away())
+                if not await asyncio.shield(self._looking):
+                    raise self._with_time_away(error) from None
+
+    async def _was_away(self) -> bool:
+        """Whether the endpoint was away and is back: not where it was there all the time, or did not come back."""
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            try:
+                await self._try(_PROBE, max_retries=0)
+            except (JudgeUnavailable, TimeoutError) as error:
+                if self._away_since is None:
+                    self._away_since = time.monotonic()
+                    logger.warning("%s; calls wait for it, for up to %g s", error, self.patience_s)
+                if time.monotonic() - self._away_since >= self.patience_s:
+                    return False
+            except Exception:  # an answer, whatever it says
+                break
+            else:
+                break
+            await asyncio.sleep(pause_s)
+            pause_s = min(_MAX_PAUSE_S, 2 * pause_s)
+        was_away, self._away_since = self._away_since is not None, None
+        if was_away:
+            logger.warning("the judge at %s is back", self.base_url)
+        return was_away
+
+    def _with_time_away(self, error: JudgeUnavailable | TimeoutError) -> Exception:
+        text = str(error) or f"the judge at {self.base_url} took longer than {_CALL_S:g} s"
+        if self._away_since is None:
+            return type(error)(text)
+        return type(error)(f"{text}; it has been away for {time.monotonic() - self._away_since:.0f} s")
+
+    async def _try(self, question: str, max_retries: int | None = None) -> str:
         import openai
 
+        client = self._client if max_retries is None else self._client.with_options(max_retries=max_retries)
         try:
-            reply = await self._client.chat.completions.create(
+            reply = await client.chat.completions.create(
                 model=self.model, messages=[{"role": "user", "content": question}], **self.options
             )
         except openai.APITimeoutError:
@@ -121,7 +184,9 @@ class LLMJudgeReward:
         except Exception as error:  # an endpoint may quote the key that it refuses
             cause = f" ({error.__cause__})" if error.__cause__ else ""
             text = f"the judge at {self.base_url}: {type(error).__name__}: {error}{cause}"
-            raise RuntimeError(text.replace(self._key, "***") if self._key else text) from None
+            is_away = isinstance(error, openai.APIConnectionError | openai.InternalServerError)
+            kind = JudgeUnavailable if is_away else RuntimeError
+            raise kind(text.replace(self._key, "***") if self._key else text) from None
         try:
             return reply.choices[0].message.content or ""
         except (AttributeError, IndexError, TypeError):

@@ -61,13 +61,13 @@ class RewardPool:
         """The weighted sum of all rewards, and each one unweighted by its label.
 
         Rewards get the fields of the example, except one called ``prompt``, ``response`` or ``target``, and
-        ``num_tokens`` and ``finish_reason`` of the completion.
+        ``num_tokens`` (those that the policy wrote) and ``finish_reason`` of the completion.
 
         Raises RewardError where any of them raises, hangs, dies or gives NaN or infinity, and RuntimeError where a
         reward has never worked and will not.
         """
         fields = {k: v for k, v in prompt.fields.items() if k not in ("prompt", "response", "target")}
-        fields |= {"num_tokens": len(completion.token_ids), "finish_reason": completion.finish_reason}
+        fields |= {"num_tokens": completion.num_sampled, "finish_reason": completion.finish_reason}
         request = {"prompt": prompt.text, "response": completion.text, "target": prompt.target, "fields": fields}
         # All are waited for: a cancelled call would cost its worker.
         results = await asyncio.gather(

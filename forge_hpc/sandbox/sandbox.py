@@ -11,7 +11,8 @@ How the limits hold: every 50 ms process 1 looks at all processes together and e
 two looks each process is held by the kernel's own limits (memory_mb of private data, four times that of addresses).
 Memory is what is resident; /tmp and /dev/shm come on top, and buffers of pipes and sockets, bounded by 256 open files a
 process. From Linux 5.14 on the kernel holds the number of processes (fork fails); before, the look does. Time is kept
-by process 1 and, half a second later, here.
+by process 1 and, half a second later, here; what has not ended another half second after that is killed from here. So a
+program is gone at most a second after its limit, as far as this process and the kernel get the CPU for it.
 
 The kernel is shared with the host: a hole in it is a hole in the sandbox. As root, bubblewrap runs as user 65534.
 """
@@ -30,7 +31,6 @@ import shutil
 import signal
 import tempfile
 import time
-import weakref
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -43,12 +43,14 @@ from forge_hpc.sandbox import runtimes
 from forge_hpc.sandbox.guest import frames, init
 from forge_hpc.sandbox.interpreter import readable_by_all
 from forge_hpc.sandbox.results import Case, Limits, Report, Result, SandboxError, Verdict
+from forge_hpc.sandbox.slots import Slots
 
 _START_TIMEOUT_S = 60.0
 _GRACE_S = 10 * init.TICK_S
-_END_TIMEOUT_S = 2.0
+_END_TIMEOUT_S = 0.5
 _KILL_TIMEOUT_S = 30.0
 _NOBODY = 65534
+_SLOTS = Slots()
 _T = TypeVar("_T")
 
 
@@ -64,7 +66,8 @@ class Sandbox:
 
     def __init__(self, config: SandboxConfig | None = None) -> None:
         self._config = config or SandboxConfig()
-        self._slots: weakref.WeakKeyDictionary[Any, asyncio.Semaphore] = weakref.WeakKeyDictionary()
+        self.parallel = self._config.parallel or len(os.sched_getaffinity(0))
+        """Programs at once in this process, those of its other sandboxes included; the others wait."""
 
     async def run(
         self, code: str, *, stdin: str = "", files: Mapping[str, str] | None = None, limits: Limits | None = None
@@ -159,7 +162,7 @@ class Sandbox:
         as_nobody: dict[str, Any] = {}
         if os.geteuid() == 0:
             as_nobody = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []}
-        async with self._slot():
+        async with _SLOTS.taken(self.parallel):
             try:
                 process = await asyncio.create_subprocess_exec(
                     *command,
@@ -180,10 +183,6 @@ class Sandbox:
                 yield session
             finally:
                 await session.end()
-
-    def _slot(self) -> asyncio.Semaphore:
-        parallel = self._config.parallel or len(os.sched_getaffinity(0))
-        return self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(parallel))
 
 
 class _Session:

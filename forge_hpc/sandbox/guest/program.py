@@ -25,7 +25,6 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "bool": bool,
     "str": str,
     "repr": repr,
-    "eq": operator.eq,
 }
 
 

@@ -4,7 +4,9 @@ The test runs here, in a process that the program can neither read nor fake; wha
 A name that the test uses and does not define is, in this order: a builtin; a module of the standard library (or ``np``)
 where the test takes attributes of it; what the program calls so. Calls go over with plain data and come back as plain
 data, so each comparison is made here, between builtin values. Objects of the program's own classes stay there, and the
-test holds a reference: it can call it, take attributes and items, iterate over it, and compare it with another one.
+test holds a reference: it can call it, take attributes and items, and iterate over it. It cannot leave a judgement to
+it: to compare it with another one, to look for something in it, and to call a predicate that plain data has
+(``islower``) fails the test. What else a test asks of such an object (``Stack().is_empty()``) the program answers.
 
 A test cannot hand a function of its own to the program, nor catch an exception class that the program defines. Files
 in /tmp are the program's to change.
@@ -28,8 +30,15 @@ from . import frames
 from .values import decode, encode
 
 _MODULE_ALIASES = {"np": "numpy"}
+_PREDICATES = {"startswith", "endswith"} | {
+    name for kind in (str, bytes, int, float, set) for name in dir(kind) if name.startswith("is")
+}
 _MAX_REASON_CHARS = 500
 _MAX_FRAME_BYTES = 16 * 2**20
+
+
+class NotPlainError(Exception):
+    """The test would have had an object of the program judge."""
 
 
 class ProgramError(Exception):
@@ -69,7 +78,7 @@ def _run(test: str, program: Program) -> None:
         if full in sys.stdlib_module_names or name in _MODULE_ALIASES:
             with contextlib.suppress(ImportError):
                 setattr(module, name, importlib.import_module(full))
-                wanted.remove(name)
+            wanted.remove(name)  # where it is missing, the program has none to offer
     vars(module).update(program.globals(wanted))
     exec(compile(tree, "test", "exec"), vars(module))
 
@@ -156,13 +165,20 @@ class Reference:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        if name in _PREDICATES:
+            raise NotPlainError(f"{name}() was asked of an object of the program's own")
         return self._do("getattr", name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._do("setattr", name, value)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Reference) and self._do("eq", other) is True
+        if isinstance(other, Reference) and other is not self:
+            raise NotPlainError("two objects of the program's own were compared")
+        return other is self
+
+    def __contains__(self, item: object) -> bool:
+        raise NotPlainError("something was looked for in an object of the program's own")
 
     __hash__ = object.__hash__
 
