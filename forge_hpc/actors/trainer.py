@@ -121,8 +121,16 @@ class Trainer(Actor):
 
     @endpoint
     async def export(self, directory: Path) -> None:
-        """Write the weights in Hugging Face format."""
-        await self._in_thread(self._engine.export, directory)
+        """Write the weights in Hugging Face format, and where generators are to stop."""
+        await self._in_thread(self._export, directory)
+
+    def _export(self, directory: Path) -> None:
+        from forge_hpc.data.hub import load_tokenizer
+        from forge_hpc.data.render import learned_ends
+
+        is_sft = self._config.recipe == "sft"
+        ends = learned_ends(load_tokenizer(self._engine.model_dir), self._config) if is_sft else []
+        self._engine.export(directory, ends)
 
     @endpoint
     async def leave(self) -> None:

@@ -64,7 +64,8 @@ def _zone_to_json(zone: tzinfo | None, moment: Any) -> str | float | None:
     if zone is None:
         return None
     name = getattr(zone, "key", None) or getattr(zone, "zone", None)  # of zoneinfo, of pytz
-    return name or zone.utcoffset(moment).total_seconds()
+    offset = zone.utcoffset(moment)
+    return name or (None if offset is None else offset.total_seconds())
 
 
 def _zone(saved: str | float | None) -> tzinfo | None:

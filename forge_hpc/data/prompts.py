@@ -168,7 +168,9 @@ class DocumentStream(_Stream[Document]):
         return document if len(document.token_ids) <= self._seq_len else None
 
 
-def evaluation_prompts(examples: Iterable[Example], tokenizer: Any, config: Config, num_prompts: int) -> list[Prompt]:
+def evaluation_prompts(
+    examples: Iterable[Example | BadExample], tokenizer: Any, config: Config, num_prompts: int
+) -> list[Prompt]:
     """The first ``num_prompts`` examples as prompts, in the order of the data; too long and bad ones are left out.
 
     Raises UserError where none is left, or most are bad.
@@ -182,7 +184,7 @@ def evaluation_prompts(examples: Iterable[Example], tokenizer: Any, config: Conf
 
 
 def evaluation_documents(
-    examples: Iterable[Example], tokenizer: Any, config: Config, num_documents: int
+    examples: Iterable[Example | BadExample], tokenizer: Any, config: Config, num_documents: int
 ) -> list[Document]:
     """The first ``num_documents`` examples as SFT documents, in the order of the data; too long and bad ones are left
     out.
@@ -194,7 +196,11 @@ def evaluation_documents(
 
 
 def _fitting(
-    examples: Iterable[Example], make: Callable[[Example, str], T], max_tokens: int, limit: str, wanted: int
+    examples: Iterable[Example | BadExample],
+    make: Callable[[Example | BadExample, str], T],
+    max_tokens: int,
+    limit: str,
+    wanted: int,
 ) -> list[T]:
     found: list[T] = []
     bad = BadExamples()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
 import numpy as np
 
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.schema import DataConfig
+from forge_hpc.config.schema import Config, DataConfig
+from forge_hpc.config.sources import data_sources
 from forge_hpc.data.bad import BadExample
 from forge_hpc.data.source import Example, check_example
 from forge_hpc.data.types import Document, Prompt
@@ -16,6 +18,12 @@ from forge_hpc.data.types import Document, Prompt
 Messages = list[dict[str, str]]
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARK = "\ue000{}\ue001"  # private-use characters, which no text holds and no template strips
+_PLAIN_CHAT = [
+    {"role": "user", "content": "1 + 1?"},
+    {"role": "assistant", "content": "2."},
+    {"role": "user", "content": "1 + 2?"},
+    {"role": "assistant", "content": "3."},
+]
 _MARKS = re.compile("\ue000\\d+\ue001")
 
 
@@ -36,7 +44,7 @@ class PromptRenderer:
     def __call__(self, example: Example | BadExample, position: int, where: str = "data") -> Prompt:
         """The prompt at ``position`` of the run. Raises BadExample for a bad example, which ``where`` names."""
         data = self.data
-        check_example(example, data, where)
+        example = check_example(example, data, where)
         text = example[data.prompt_field]
         if data.chat_template:
             messages = self.messages(example)
@@ -103,7 +111,7 @@ class DocumentRenderer:
                     "leave the example out",
                 )
             return sft_document(prompt, self._tokenizer)
-        check_example(example, self._data, where)
+        example = check_example(example, self._data, where)
         if not self._data.chat_template or isinstance(example[self._data.prompt_field], str):
             raise BadExample(
                 f"{where}: without a target_field, {self._data.prompt_field!r} must hold messages, rendered through a "
@@ -122,6 +130,25 @@ class DocumentRenderer:
                 f"{where}: the chat template marks no token of the assistant's", "check its {% generation %} blocks"
             )
         return Document(np.asarray(token_ids, dtype=np.int32), np.asarray(mask, dtype=bool))
+
+    def turn_ends(self) -> list[int]:
+        """The special tokens that documents of this source teach as the end of a turn: what a generator must stop at.
+
+        Empty where the chat template renders no plain chat.
+        """
+        if self._data.target_field is not None:
+            return [self._tokenizer.eos_token_id]
+        try:
+            document = self({self._data.prompt_field: _PLAIN_CHAT})
+        except BadExample:
+            return []
+        ends, token_ids, mask = [], document.token_ids.tolist(), document.loss_mask.tolist()
+        for i, token in enumerate(token_ids):
+            if mask[i] and token in self._special:
+                rest = itertools.takewhile(lambda k: mask[k], range(i + 1, len(mask)))  # of the turn
+                if not self._tokenizer.decode([token_ids[k] for k in rest]).strip():
+                    ends.append(token)
+        return list(dict.fromkeys(ends))
 
     def _by_blocks(self, messages: Messages, where: str) -> tuple[list[int], list[bool]]:
         """The mask that the template gives by its ``{% generation %}`` blocks."""
@@ -185,3 +212,9 @@ def sft_document(prompt: Prompt, tokenizer: Any) -> Document:
     loss_mask = np.zeros(len(token_ids), dtype=bool)
     loss_mask[len(prompt.token_ids) :] = True
     return Document(token_ids, loss_mask)
+
+
+def learned_ends(tokenizer: Any, config: Config) -> list[int]:
+    """The tokens that SFT on the sources of ``config.data`` teaches as the end of an answer."""
+    ends = (DocumentRenderer(tokenizer, data).turn_ends() for _, data, _ in data_sources(config.data))
+    return list(dict.fromkeys(itertools.chain.from_iterable(ends)))

@@ -68,7 +68,7 @@ def _check_first(dataset: Any, data: DataConfig) -> None:
         raise UserError(f"{len(bad)} of the first {num} examples are bad: {bad[0].message}", bad[0].hint)
 
 
-def load_eval_examples(data: DataConfig, seed: int) -> Iterable[Example]:
+def load_eval_examples(data: DataConfig, seed: int) -> Iterable[Example | BadExample]:
     """The held-out examples: ``data.eval_split`` of ``data.eval_path``, which is ``data.path`` where it is null.
 
     With ``data.streaming`` they are read as they are iterated over. Raises UserError as ``load_examples``, and where
@@ -153,12 +153,11 @@ def _parse(line: bytes, data: DataConfig, where: str) -> Example:
         raise BadExample(f"{where}: not JSON: {error}", "each line must be one JSON object") from None
     if not isinstance(example, dict):
         raise BadExample(f"{where}: not a JSON object", "each line must be one JSON object")
-    check_example(example, data, where)
-    return example
+    return check_example(example, data, where)
 
 
-def check_example(example: Example | BadExample, data: DataConfig, where: str) -> None:
-    """Raise BadExample unless the example holds a prompt and, where ``data`` names its field, a target."""
+def check_example(example: Example | BadExample, data: DataConfig, where: str) -> Example:
+    """The example. Raises BadExample unless it holds a prompt and, where ``data`` names its field, a target."""
     if isinstance(example, BadExample):
         raise example
     _check_fields(example, data, where)
@@ -176,6 +175,7 @@ def check_example(example: Example | BadExample, data: DataConfig, where: str) -
         )
     if data.target_field is not None and not isinstance(example[data.target_field], str | int | float):
         raise BadExample(f"{where}: the field {data.target_field!r} is no string or number", _FIELDS)
+    return example
 
 
 def _check_fields(names: Iterable[str], data: DataConfig, where: str) -> None:
