@@ -89,9 +89,9 @@ ADVANTAGES = (*GROUP_ADVANTAGES, *STEP_ADVANTAGES)
 
 
 def advantage_function(name: str) -> StepAdvantage:
-    """The function named by ``algorithm.advantage``, from the rewards of all groups of a step to their advantages.
+    """The function of that name, from the rewards of all groups of a step to their advantages. No group may be empty.
 
-    No group may be empty.
+    Which one a run takes tells ``config.algorithm.resolve_advantage``.
 
     Raises:
         UserError: an unknown name.

@@ -6,11 +6,15 @@ import io
 import json
 import math
 import pickle
-import time
 from dataclasses import fields
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from time import process_time
+from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import numpy as np
+import pandas
 import pytest
 
 from forge_hpc.checkpoint.episodes import FORMAT, dump_groups, load_groups
@@ -88,20 +92,72 @@ def test_rewards_computed_with_numpy_come_back_as_numbers() -> None:
     assert (loaded.episodes[0].reward, loaded.episodes[0].rewards["exact"]) == (0.5, 1)
 
 
-def test_what_json_has_no_word_for_is_named() -> None:
+FIELDS = {
+    "bytes": b"\x00\xff",
+    "decimal": Decimal("1.10"),
+    "id": UUID(int=7),
+    "day": date(2026, 1, 1),
+    "moment": datetime(2026, 1, 1, 12, 30, 0, 5),
+    "utc": datetime(2026, 1, 1, tzinfo=UTC),
+    "offset": datetime(2026, 1, 1, tzinfo=timezone(timedelta(hours=5, minutes=30))),
+    "zone": datetime(2026, 10, 25, 2, 30, fold=1, tzinfo=ZoneInfo("Europe/Berlin")),
+    "time": time(1, 2, 3, 4),
+    "duration": timedelta(days=-1, microseconds=5),
+    "nanoseconds": pandas.Timestamp(1, unit="ns"),
+    "zoned nanoseconds": pandas.Timestamp(1, unit="ns", tz="Europe/Berlin"),
+    "duration in nanoseconds": pandas.Timedelta(5, unit="ns"),
+    "array": np.arange(6, dtype=np.int16).reshape(2, 3),
+    "empty array": np.zeros((0, 2), np.float32),
+    "array of texts": np.array(["a", None, b"c"], object),
+    "moments": np.array(["2026-01-01T00:00:00.000000001"], "datetime64[ns]"),
+    "scalar": np.float32(0.1),
+    "pair": (1, b"x"),
+    "nested": [{"bytes": b"x", "deeper": [Decimal(2)]}],
+    "mistaken": {"$": "bytes", "value": "no bytes"},
+    "a lone surrogate": "\ud800",
+    "nan": math.nan,
+}
+
+
+def test_fields_that_json_has_no_word_for_come_back_as_they_were() -> None:
     group = make_group(3)
-    group.prompt.fields["when"] = datetime(2026, 1, 1, tzinfo=UTC)
-    with pytest.raises(ValueError, match=r"the episodes of prompt 3 cannot be saved: datetime .* is no JSON value"):
-        dump_groups([make_group(2), group])
+    group.prompt.fields.update(FIELDS)
+    [loaded] = load_groups(dump_groups([group]))
+    for name, expected in FIELDS.items():
+        actual = loaded.prompt.fields[name]
+        assert type(actual) is type(expected)
+        if isinstance(expected, np.ndarray):
+            assert actual.dtype == expected.dtype and actual.shape == expected.shape
+            assert actual.tolist() == expected.tolist()
+        else:
+            assert str(actual) == str(expected)
+            assert actual == expected or name == "nan"
+    assert loaded.prompt.fields["zone"].fold == 1 and loaded.prompt.fields["zone"].tzinfo.key == "Europe/Berlin"
+
+
+def test_what_has_no_known_kind_is_named() -> None:
+    for odd, message in ((object(), "object <object"), ({1: 2}, "keys that are no text"), (np.zeros(1, "i4,i4"), "i4")):
+        group = make_group(3)
+        group.prompt.fields["odd"] = [odd]
+        with pytest.raises(ValueError, match=f"the episodes of prompt 3 cannot be saved: .*{message}"):
+            dump_groups([make_group(2), group])
+
+
+def test_episodes_of_an_older_format_are_read_as_they_were_written() -> None:
+    group = make_group(1)
+    group.prompt.fields["price"] = {"#": 3}
+    head, older = json.dumps({"format": FORMAT}).encode(), json.dumps({"format": 2}).encode()
+    data = repacked(repacked(dump_groups([group]), head, older), b'"#"', b'"$"')  # as format 2 wrote any JSON
+    assert load_groups(data)[0].prompt.fields["price"] == {"$": 3}
 
 
 def test_a_thousand_long_episodes_are_quick_and_compact() -> None:
     groups = [make_group(position, num_episodes=8, num_tokens=4096) for position in range(128)]
-    started = time.process_time()
+    started = process_time()
     data = dump_groups(groups)
-    dumped = time.process_time()
+    dumped = process_time()
     loaded = load_groups(data)
-    loaded_at = time.process_time()
+    loaded_at = process_time()
     assert dumped - started < 1 and loaded_at - dumped < 1
     assert len(data) < 1.02 * 8 * sum(len(e.completion.token_ids) for g in groups for e in g.episodes)
     assert_same(loaded[::40], groups[::40])

@@ -84,7 +84,8 @@ def test_the_configurations_that_the_readme_names_are_there():
         (["reward=[]"], "no reward"),
         (["reward=[{name: exact}, {name: exact}]"], "given twice"),
         (["rollout.group_size=1"], "rollout.group_size is 1"),
-        (["algorithm.kl_coef=0.1"], "needs the reference model"),
+        (["algorithm.kl_coef=0.1"], "algorithm.kl_coef=0.1 needs the reference model"),
+        (["algorithm.loss=simple_grpo"], "algorithm.kl_coef=0.1, the default of algorithm.loss=simple_grpo, needs"),
         (["reference.enable=true", "reference.device=cuda", "cluster.gpus_per_node=0"], "reference.device=cuda"),
         (["rollout.sampling.temperature=0"], "greedy"),
         (["rollout.sampling.top_p=0"], "rollout.sampling.top_p must be greater than 0"),
@@ -147,7 +148,7 @@ def test_every_name_of_a_loss_and_of_an_advantage_is_one_that_exists():
     from forge_hpc.losses.registry import build_loss
 
     for name in LOSSES:
-        validate(load_config(None, [f"algorithm.loss={name}"]))
+        validate(load_config(None, [f"algorithm.loss={name}", "reference.enable=true"]))
         build_loss(name, load_config(None).algorithm)
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from forge_hpc.checkpoint.episodes import dump_groups, load_groups
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config, DataConfig
 from forge_hpc.data.builtin import addition_examples, char_tokenizer
@@ -20,6 +23,7 @@ from forge_hpc.data.order import LoadedSource
 from forge_hpc.data.prompts import DocumentStream, PromptStream, evaluation_documents, evaluation_prompts
 from forge_hpc.data.render import PromptRenderer, sft_document
 from forge_hpc.data.source import load_eval_examples, load_examples
+from forge_hpc.data.types import Group
 
 
 @pytest.fixture(scope="module")
@@ -346,6 +350,178 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(tokenizer: Any):
     with pytest.raises(UserError, match=r"every example is longer than rollout\.max_prompt_tokens=0"):
         stream = prompt_stream(examples(20), tokenizer, cfg, seed=1)
         next(stream)
+
+
+# --- bad examples
+
+
+def table(path: Path, rows: list[dict[str, Any]]) -> str:
+    import datasets
+
+    datasets.Dataset.from_list(rows).to_parquet(str(path))
+    return str(path)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_bad_examples_are_left_out_counted_and_the_first_is_named(
+    streaming: bool, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    rows = [*examples(20), {"question": None, "answer": "x"}, {"question": "x", "answer": None}, *examples(20)]
+    rows[5] = {"question": " ", "answer": "5"}
+    path = table(tmp_path / "a.parquet", rows)
+    cfg = config(path=path, streaming=streaming, shuffle=False)
+
+    def stream() -> PromptStream:
+        return PromptStream(open_sources(cfg), tokenizer, cfg)
+
+    prompts = stream()
+    assert targets(prompts.take(24)) == [*range(5), *range(6, 20), *range(5)]
+    assert prompts.num_bad == 3
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}, example 5: the prompt is empty: the example is left out; further ones are only counted"
+    ]
+    caplog.clear()
+    resumed = stream().load_state_dict(json.loads(json.dumps(prompts.state_dict())))
+    assert prompts.take(60) == resumed.take(60)
+    assert prompts.num_bad == resumed.num_bad == 7
+    assert not caplog.records
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_that_are_mostly_bad_end_the_run_with_what_is_bad(streaming: bool, tokenizer: Any, tmp_path: Path):
+    rows = [{"question": "x", "answer": None if i % 5 else "y"} for i in range(300)]
+    cfg = config(path=table(tmp_path / "a.parquet", rows), streaming=streaming)
+    message = r"of the first \d+ examples are bad: .*a\.parquet, example \d+: the field 'answer' is no string or number"
+    with pytest.raises(UserError, match=message) as error:
+        PromptStream(open_sources(cfg), tokenizer, cfg).take(60)
+    assert error.value.hint
+
+
+def test_what_only_rendering_shows_to_be_bad_is_left_out_too():
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}" + (
+        "{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+    asked, said = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}
+    odd = [[asked], [asked, said | {"tool_calls": [{"name": "f"}]}], [asked, {"role": "tool", "content": "x"}, said]]
+    chats = [{"messages": messages} for messages in ([asked, said], *odd, [asked, said], [asked, said])]
+    cfg = config(prompt_field="messages", target_field=None, shuffle=False, chat_template=True)
+
+    def documents(given: list[dict[str, Any]]) -> DocumentStream:
+        return DocumentStream([(LoadedSource(given, cfg.data, [1, 0]), 1.0)], tokenizer, cfg)
+
+    stream = documents(chats)
+    assert len(stream.take(6)) == 6
+    assert stream.num_bad == 6 and stream.state_dict()["bad"] == [[12, 6]]
+    for example, reason in zip(chats[1:4], ("no turn of the assistant", "holds tool_calls", "no tools"), strict=True):
+        with pytest.raises(UserError, match=f"every example is bad, or longer .*data, example 0: .*{reason}"):
+            cfg.data.path = "data"
+            documents([example]).take(1)
+    held_out = evaluation_documents(chats, tokenizer, cfg, 5)
+    assert len(held_out) == 3
+    with pytest.raises(UserError, match=r"every held-out example is bad, or .*held-out example 0: .*no turn"):
+        evaluation_documents(chats[1:2], tokenizer, cfg, 5)
+
+
+def test_an_empty_answer_is_nothing_to_learn(tokenizer: Any):
+    cfg = config()
+    rows = [{"question": "x", "answer": ""}, *examples(3)]
+    stream = DocumentStream([(LoadedSource(rows, cfg.data, [1, 0]), 1.0)], tokenizer, cfg)
+    stream.take(6)
+    assert stream.num_bad == 2
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_field_of_a_parquet_file_is_carried_and_comes_back_from_a_checkpoint(
+    streaming: bool, tokenizer: Any, tmp_path: Path
+):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    columns = {
+        "seconds": pa.array([1], pa.timestamp("s")),
+        "nanoseconds": pa.array([1], pa.timestamp("ns", "Europe/Berlin")),
+        "offset": pa.array([1], pa.timestamp("us", "+05:30")),
+        "duration": pa.array([1], pa.duration("ns")),
+        "day": pa.array([1], pa.date32()),
+        "time": pa.array([1], pa.time64("us")),
+        "price": pa.array([Decimal("1.10")]),
+        "bytes": pa.array([b"\xff"]),
+        "nested": pa.array([[{"when": datetime(2026, 1, 1)}]]),
+        "null": pa.array([None], pa.timestamp("s")),
+    }
+    parquet.write_table(pa.table({"question": ["x"], "answer": ["y"], **columns}), tmp_path / "a.parquet")
+    cfg = config(path=str(tmp_path / "a.parquet"), streaming=streaming)
+    prompt = next(PromptStream(open_sources(cfg), tokenizer, cfg))
+    assert prompt.fields.keys() == columns.keys()
+    [loaded] = load_groups(dump_groups([Group(prompt, [])]))
+    assert loaded.prompt == prompt
+    assert [type(value) for value in loaded.prompt.fields.values()] == [type(v) for v in prompt.fields.values()]
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_stay_as_they_are_stored(streaming: bool, tokenizer: Any, tmp_path: Path):
+    import datasets
+
+    features = datasets.Features(
+        {"question": datasets.Value("string"), "answer": datasets.Value("string"), "image": datasets.Image()}
+    )
+    row = {"question": "x", "answer": "y", "image": {"bytes": b"no image", "path": None}}
+    datasets.Dataset.from_list([row], features=features).to_parquet(str(tmp_path / "a.parquet"))
+    cfg = config(path=str(tmp_path / "a.parquet"), streaming=streaming)
+    assert next(PromptStream(open_sources(cfg), tokenizer, cfg)).fields["image"]["bytes"] == b"no image"
+
+
+def test_a_field_that_no_checkpoint_can_hold_is_named(tokenizer: Any):
+    cfg = config()
+    stream = prompt_stream([{"question": "x", "answer": "y", "odd": object()}], tokenizer, cfg, seed=1)
+    with pytest.raises(UserError, match="a field holds object"):
+        next(stream)
+
+
+DAMAGES = {
+    "cut.parquet": lambda whole: whole[: len(whole) // 2],
+    "torn.parquet": lambda whole: whole[: len(whole) // 2] + b"\x55" * 999 + whole[len(whole) // 2 + 999 :],
+    "nothing.parquet": lambda whole: b"",
+    "nothing.csv": lambda whole: b"",
+    "wide.csv": lambda whole: b"question,answer\n" + b"a,b\n" * 20_000 + b"a,b,c,d\n",
+    "latin.csv": lambda whole: b"question,answer\n" + b"a,b\n" * 20_000 + b"\xff,b\n",
+    "parquet.csv": lambda whole: whole,
+}
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_files_are_named(name: str, streaming: bool, tokenizer: Any, tmp_path: Path):
+    rng = np.random.default_rng(0)
+    rows = [{"question": rng.bytes(20).hex(), "answer": str(i)} for i in range(2000)]
+    whole = Path(table(tmp_path / "whole.parquet", rows)).read_bytes()
+    (tmp_path / name).write_bytes(DAMAGES[name](whole))
+    cfg = config(path=str(tmp_path / name), streaming=streaming)
+    with pytest.raises(UserError) as error:
+        PromptStream(open_sources(cfg), tokenizer, cfg).take(30_000)
+    assert f"cannot read {tmp_path / name}: " in error.value.message and "\n" not in error.value.message
+    assert "download it again" in (error.value.hint or "")
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_damaged_file_of_held_out_examples_is_named_while_it_is_streamed(tokenizer: Any, tmp_path: Path):
+    (tmp_path / "a.csv").write_bytes(DAMAGES["wide.csv"](b""))
+    cfg = config(eval_path=str(tmp_path / "a.csv"), streaming=True)
+    with pytest.raises(UserError, match=r"cannot read .*a\.csv"):
+        evaluation_prompts(load_eval_examples(cfg.data, 0), tokenizer, cfg, 30_000)
 
 
 def test_evaluation_takes_the_first_prompts_that_fit(tokenizer: Any):

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.schema import Config, DataConfig
+from forge_hpc.config.schema import Config, DataConfig, SourceConfig
 from forge_hpc.data.builtin import char_tokenizer
 from forge_hpc.data.mixture import open_sources
 from forge_hpc.data.prompts import DocumentStream, PromptStream
-from forge_hpc.data.render import DocumentRenderer, PromptRenderer
+from forge_hpc.data.render import DocumentRenderer, PromptRenderer, learned_ends
 from forge_hpc.data.source import load_examples
 from forge_hpc.data.types import Document
 
@@ -79,6 +79,26 @@ def test_the_assistants_turns_and_their_ends_are_learned(template: str, learned:
     system = {"role": "system", "content": "Be brief."}
     assert text.removesuffix("<eos>") == tok.apply_chat_template([system, *CHAT], tokenize=False)
     assert ours == learned
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [
+        (BLOCKS, ["<|end|>"]),
+        (BLOCKS.replace("{% endgeneration %}", "<|end|>\n{% endgeneration %}", 1), ["<|end|>"]),
+        (TURN_END, ["<|end|>"]),
+        (THINKING, ["<|end|>"]),
+        (PLAIN, ["<eos>"]),
+        ("{{ raise_exception('never') }}", []),
+    ],
+    ids=["generation blocks", "white space after it", "turn ends", "thinking", "no turn ends", "refused"],
+)
+def test_the_ends_that_are_learned_are_known(template: str, ends: list[str]) -> None:
+    tok = tokenizer(template)
+    config = Config(data=chats(path="chats.jsonl"))
+    assert tok.convert_ids_to_tokens(learned_ends(tok, config)) == ends
+    config.data.sources = [SourceConfig(path="a.jsonl"), SourceConfig(path="b.jsonl", target_field="answer")]
+    assert set(tok.convert_ids_to_tokens(learned_ends(tok, config))) == {*ends, "<eos>"}
 
 
 def test_a_systems_message_of_the_chat_itself_is_kept() -> None:

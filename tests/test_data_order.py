@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -216,12 +217,21 @@ def test_a_position_in_another_stream_is_refused(tmp_path: Path):
         stream(streamed(write(tmp_path / "b.jsonl", 30))).load_state_dict(state)
 
 
-def test_a_broken_or_empty_stream_says_where(tmp_path: Path):
+def test_broken_lines_of_a_stream_are_left_out_and_the_first_is_named(tmp_path: Path, caplog: Any):
     path = write(tmp_path / "a.jsonl", 20)
     with (tmp_path / "a.jsonl").open("a") as file:
-        file.write('{"question": "x"}\n')
-    with pytest.raises(UserError, match=r"a\.jsonl, line 21: no field 'answer' \(there is: question\)"):
-        stream(streamed(path)).take(21)
+        file.write('{"question": "x"}\n{"question"\n')
+    prompts = stream(streamed(path))
+    assert len(set(targets(prompts.take(20)))) == 20
+    prompts.take(10)
+    assert prompts.num_bad == 2
+    [record] = caplog.records
+    assert re.search(r"a\.jsonl, line 2[12]: (no field 'answer' \(there is: question\)|not JSON)", record.getMessage())
+    assert_goes_on_exactly(streamed(path), (0, 5, 21, 30))
+
+
+def test_an_empty_stream_says_so(tmp_path: Path):
+    path = str(tmp_path / "a.jsonl")
     (tmp_path / "a.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"a\.jsonl has no examples"):
         stream(streamed(path)).take(1)

@@ -11,10 +11,15 @@ from pathlib import Path
 
 import pytest
 from runs import PROJECT, left_over, read, small_run, status
+from sandboxes import needs_bubblewrap
+
+from forge_hpc.config import load_config, validate
+from forge_hpc.data.builtin import char_tokenizer
 
 DOCS = PROJECT / "docs"
 FILE = re.compile(r'^```\w+ title="([^"]+)"\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 COMMANDS = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = {kind: re.compile(rf"^```{kind}\n(.*?)^```$", re.MULTILINE | re.DOTALL) for kind in ("jsonl", "yaml", "python")}
 PAGES = sorted(page for page in DOCS.glob("*.md") if FILE.search(page.read_text(encoding="utf-8")))
 STEPS = 3
 
@@ -46,6 +51,53 @@ def test_what_a_page_shows_runs(page: Path, tmp_path: Path):
         assert status(run_dir)["state"] == "completed"
         assert [record["step"] for record in read(run_dir)] == [1, 2, 3]
         assert (run_dir / "export/model.safetensors").exists()
+
+
+def write_blocks(page: str, directory: Path) -> str:
+    """Write the page's JSON lines and YAML to the files that it speaks of; returns its Python."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    blocks = {kind: BLOCK[kind].findall(text) for kind in BLOCK}
+    for name, lines in zip(("problems", "chats"), blocks["jsonl"], strict=False):
+        (directory / f"{name}.jsonl").write_text(lines)
+    if blocks["jsonl"]:
+        (directory / "held-out.jsonl").write_text(blocks["jsonl"][0])
+    for number, content in enumerate(blocks["yaml"]):
+        (directory / f"{number}.yaml").write_text(content)
+    [code] = blocks["python"]
+    return code
+
+
+@pytest.mark.parametrize("page", ["data.md", "sandbox.md"])
+def test_the_configurations_of_a_page_are_valid(page: str, tmp_path: Path):
+    write_blocks(page, tmp_path)
+    files = sorted(tmp_path.glob("*.yaml"))
+    assert files
+    for file in files:
+        validate(load_config(file))
+
+
+def test_the_page_on_data_shows_what_is_learned_of_a_chat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    code = write_blocks("data.md", tmp_path)
+    (tmp_path / "2.yaml").rename(tmp_path / "chats.yaml")
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<eos>{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "MODEL_DIR")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert capsys.readouterr().out == "u:1+1=<eos>a:2<eos>\n2<eos>\n"
+
+
+def test_the_page_on_the_sandbox_runs_what_it_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    needs_bubblewrap()
+    exec(write_blocks("sandbox.md", tmp_path), {})
+    assert re.fullmatch(r"0 egrof\n None\n0\.5 AssertionError.*\n1\.0\n", capsys.readouterr().out)
+
+
+def test_what_flows_through_a_run_is_imported_from_the_package_without_torch():
+    code = "import sys; from forge_hpc.data import Completion, Episode, Group; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(PROJECT)}, timeout=60)
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)

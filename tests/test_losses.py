@@ -15,7 +15,7 @@ from forge_hpc.config.algorithm import KL_ESTIMATORS as KL_NAMES
 from forge_hpc.config.algorithm import LOSSES as LOSS_NAMES
 from forge_hpc.config.algorithm import NORMALIZATIONS as NORMALIZATION_NAMES
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.schema import AlgorithmConfig, MismatchConfig
+from forge_hpc.config.schema import AlgorithmConfig, Config, MismatchConfig
 from forge_hpc.losses import (
     CISPOLoss,
     DAPOLoss,
@@ -37,7 +37,7 @@ from forge_hpc.losses import (
 )
 from forge_hpc.losses.kl import KL_ESTIMATORS
 from forge_hpc.losses.reduction import NORMALIZATIONS, Sequences
-from forge_hpc.losses.registry import _LOSSES
+from forge_hpc.losses.registry import _LOSSES, check_loss_fits
 
 # ---- sequences, and three ways to lay them out
 
@@ -360,7 +360,7 @@ def test_on_policy_all_losses_have_the_gradient_of_reinforce() -> None:
         s.old = s.logprobs.detach().clone()
     expected = gradients(group, ReinforceLoss()(**packed(group)).loss)
     for name in LOSS_NAMES:
-        loss = build_loss(name, AlgorithmConfig(normalization="token"))
+        loss = build_loss(name, AlgorithmConfig(normalization="token", kl_coef=0.0))
         torch.testing.assert_close(gradients(group, loss(**packed(group)).loss), expected, msg=name)
 
 
@@ -494,13 +494,13 @@ def test_the_names_in_the_configuration_are_those_of_the_code() -> None:
     assert tuple(KL_ESTIMATORS) == KL_NAMES and NORMALIZATIONS == NORMALIZATION_NAMES
     shared = {field.name for field in dataclasses.fields(PolicyLoss)}
     for name, kind in _LOSSES.items():
-        assert set(LOSS_NAMES[name]) == {field.name for field in dataclasses.fields(kind)} - shared, name
+        facts, own = LOSS_NAMES[name], {field.name for field in dataclasses.fields(kind)} - shared
+        assert (set(facts.options), facts.advantage, facts.kl_coef) == (own, kind.advantage, kind().kl_coef), name
 
 
 def test_losses_are_found_by_name_with_their_own_defaults_and_what_the_configuration_says() -> None:
     for name, kind in _LOSSES.items():
-        expected = {"simple_grpo": {"beta": 0.0}}.get(name, {})
-        assert build_loss(name, AlgorithmConfig(), max_tokens=7) == kind(**expected, max_tokens=7)
+        assert build_loss(name, AlgorithmConfig(), max_tokens=7) == kind(max_tokens=7)
     a = AlgorithmConfig(clip_high=0.3, kl_coef=0.1, kl_estimator="k2", entropy_coef=0.5, normalization="sequence")
     options = {"kl_coef": 0.1, "kl_estimator": "k2", "entropy_coef": 0.5, "normalization": "sequence"}
     assert build_loss("grpo", a) == GRPOLoss(0.2, 0.3, **options)
@@ -536,7 +536,7 @@ def test_what_cannot_be_built_is_a_user_error(name: str, options: dict[str, Any]
 OWN = """
 from dataclasses import dataclass
 import torch
-from forge_hpc.losses import LossOutput, PolicyLoss
+from forge_hpc.losses import LossOutput, PolicyLoss, RLOOLoss
 
 @dataclass(frozen=True)
 class Scaled(PolicyLoss):
@@ -552,6 +552,22 @@ class Bare:
 
 def function(*, logprobs, mask, normalizer=None, scale=1.0, **rest):
     return LossOutput(-scale * torch.where(mask, logprobs, 0).sum())
+
+function.advantage = "batch_mean_std"
+
+@dataclass(frozen=True)
+class Leashed(Scaled):
+    kl_coef: float = 0.05
+    kl_estimator: str = "k2"
+    entropy_coef: float = 0.01
+
+def leashed(*, logprobs, ref_logprobs, kl_coef=0.05, **rest):
+    return LossOutput((kl_coef * (logprobs - ref_logprobs)).sum())
+
+class OneAction(RLOOLoss): ...
+
+class Confused(Scaled):
+    advantage = "mean"
 """
 
 
@@ -573,7 +589,48 @@ def test_a_loss_of_ones_own_is_a_class_or_a_function_in_a_file(own: Path) -> Non
     torch.testing.assert_close(function(**x).loss, -2 * x["logprobs"][x["mask"]].sum())
     assert step_normalizer(function, 10, 3) == 10  # what says nothing is a mean over tokens
     bare = build_loss(f"{own}:Bare", AlgorithmConfig(clip_low=0.1), max_tokens=5)
-    assert bare.options["clip_low"] == 0.1 and bare.options["max_tokens"] == 5
+    assert bare.options == {"clip_low": 0.1, "max_tokens": 5}
+
+
+def test_the_defaults_of_a_loss_stand_where_the_configuration_says_nothing(own: Path) -> None:
+    assert build_loss("simple_grpo", AlgorithmConfig()).kl_coef == 0.1
+    mine = build_loss(f"{own}:Leashed", AlgorithmConfig())
+    assert (mine.kl_coef, mine.kl_estimator, mine.entropy_coef) == (0.05, "k2", 0.01)
+    mine = build_loss(f"{own}:Leashed", AlgorithmConfig(kl_coef=0.0, kl_estimator="k3", entropy_coef=0.0))
+    assert (mine.kl_coef, mine.kl_estimator, mine.entropy_coef) == (0.0, "k3", 0.0)
+
+
+def test_no_penalty_is_no_demand_on_a_loss_that_knows_none(own: Path) -> None:
+    build_loss(f"{own}:function", AlgorithmConfig(kl_coef=0.0, kl_estimator="k3", entropy_coef=0.0))
+    for options in ({"kl_coef": 0.1}, {"entropy_coef": 0.1}, {"kl_estimator": "k2"}):
+        with pytest.raises(UserError, match="is not used by"):
+            build_loss(f"{own}:function", AlgorithmConfig(**options))
+
+
+def test_a_loss_brings_its_advantage_with_it(own: Path) -> None:
+    def advantage(loss: str, **options: Any) -> str:
+        return check_loss_fits(Config(algorithm=AlgorithmConfig(loss=loss, **options)))
+
+    assert advantage("grpo") == advantage("cispo") == advantage(f"{own}:Scaled") == "group_mean_std"
+    assert advantage("dr_grpo") == "group_mean"
+    assert advantage("rloo") == advantage(f"{own}:OneAction") == "leave_one_out"
+    assert advantage("rloo", advantage="group_mean") == "group_mean"
+    assert advantage(f"{own}:function") == "batch_mean_std"
+    with pytest.raises(UserError, match="has the advantage 'mean'"):
+        advantage(f"{own}:Confused")
+    with pytest.raises(UserError, match="from which the advantage batch_mean_std learns"):
+        advantage(f"{own}:function", dynamic_sampling=True)
+
+
+@pytest.mark.parametrize("name", ["Leashed", "leashed"])
+def test_a_kl_penalty_by_default_needs_the_reference_model(own: Path, name: str) -> None:
+    cfg = Config(algorithm=AlgorithmConfig(loss=f"{own}:{name}"))
+    with pytest.raises(UserError, match=r"kl_coef=0\.05, the default of algorithm\.loss=.*needs the reference model"):
+        check_loss_fits(cfg)
+    cfg.algorithm.kl_coef = 0.0
+    check_loss_fits(cfg)
+    cfg.algorithm.kl_coef, cfg.reference.enable = None, True
+    check_loss_fits(cfg)
 
 
 def test_an_installed_loss_is_found_by_its_module() -> None:

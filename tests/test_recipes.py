@@ -97,6 +97,17 @@ def test_advantages_of_a_whole_step_give_unanimous_groups_a_signal_too(config: C
     assert [document.advantage for document in documents] == pytest.approx([2**0.5, -(2**0.5)], abs=1e-4)
 
 
+def test_the_advantage_is_the_one_of_the_loss_unless_it_is_named(config: Config) -> None:
+    def advantages(loss: str, advantage: str | None = None) -> list[float]:
+        config.algorithm.loss, config.algorithm.advantage = loss, advantage
+        return [document.advantage for document in to_documents([group_of(config, "2", "3", "3", "3")], config)]
+
+    assert advantages("grpo") == pytest.approx([3**0.5, *[-(3**-0.5)] * 3], abs=1e-4)
+    assert advantages("dr_grpo") == pytest.approx([0.75, -0.25, -0.25, -0.25])
+    assert advantages("rloo") == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3])
+    assert advantages("rloo", "group_mean") == pytest.approx([0.75, -0.25, -0.25, -0.25])
+
+
 def test_figures_cover_all_completions_before_any_filtering(config: Config) -> None:
     figures = measure([group_of(config, "2", "3"), group_of(config, "3", "3")], step=3)
     assert figures["reward/mean"] == 0.25 and figures["reward/exact"] == 0.25

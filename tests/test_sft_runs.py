@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from runs import read, run_local, start_local, status, wait_for
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from forge_hpc.config import read_config
 from forge_hpc.data.builtin import char_tokenizer, write_tiny_qwen3
@@ -48,13 +49,31 @@ def sft_run(directory: Path) -> list[str]:
     ]
 
 
-def chat_model(directory: Path) -> Path:
-    """The embedded model with a chat template."""
+def chat_model(directory: Path, end: str = "<eos>") -> Path:
+    """The embedded model with a chat template, in which ``end`` ends each turn."""
     path = write_tiny_qwen3(directory / "model", seed=1)
     tokenizer = char_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<eos>{% endfor %}"
+    if end != "<eos>":
+        tokenizer.add_special_tokens({"additional_special_tokens": [end]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}" + end + "{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}a:{% endif %}"
     tokenizer.save_pretrained(path)
     return path
+
+
+def test_what_has_learned_chats_stops_at_the_end_of_its_turn(tmp_path: Path) -> None:
+    run_dir, overrides = tmp_path / "run", sft_run(tmp_path)
+    chat_model(tmp_path, end="<|im_end|>")
+    again = run_local(run_dir, [*overrides, "evaluation.num_prompts=0", "trainer.training.steps=60"])
+    assert again.returncode == 0, again.stdout + again.stderr
+    tokenizer = load_tokenizer(run_dir / "export")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "export")
+    assert model.generation_config.eos_token_id == [end, tokenizer.eos_token_id]
+    chat = [{"role": "user", "content": "1+123="}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    [tokens] = model.generate(**prompt, max_new_tokens=50, do_sample=False)
+    assert len(tokens) < len(prompt["input_ids"][0]) + 10 and tokens[-1] == end
 
 
 def test_an_interrupted_run_validates_goes_on_exactly_and_exports(tmp_path: Path) -> None:

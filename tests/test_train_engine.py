@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -388,6 +389,28 @@ def test_a_failed_save_is_told_once_and_the_next_one_works(model_dir: Path, tmp_
     engine.save(tmp_path / "trainer")
     engine.wait_for_save()
     TrainEngine(cfg, model_dir).load(tmp_path / "trainer")
+
+
+@pytest.mark.parametrize(
+    ("had", "ends", "expected"),
+    [
+        (None, [5], 5),
+        (3, [5], [5, 3]),
+        ([3, 5], [5], [3, 5]),
+        (3, [], 3),
+        (3, [5, 3], [5, 3]),
+    ],
+)
+def test_the_export_stops_at_what_was_learned_and_at_what_it_had(
+    model_dir: Path, tmp_path: Path, had: Any, ends: list[int], expected: Any
+) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(model_dir, source)
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": had, "top_k": 7}))
+    engine = TrainEngine(config(), source)
+    engine.export(tmp_path / "export", ends)
+    written = json.loads((tmp_path / "export/generation_config.json").read_text())
+    assert written == {"eos_token_id": expected, "top_k": 7}
 
 
 @pytest.mark.parametrize("max_shard_bytes", [5 * 10**9, 60_000])

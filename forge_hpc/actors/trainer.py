@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from forge_hpc.checkpoint import FileRecord
     from forge_hpc.weights import StoreSpec
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -47,9 +49,12 @@ class Trainer(Actor):
         await self._in_thread(self._start, model_dir, file_store, checkpoint)
 
     def _start(self, model_dir: Path, file_store: Path, checkpoint: Path | None) -> None:
+        from forge_hpc.losses.registry import check_loss_fits
         from forge_hpc.training.distributed import init_distributed
         from forge_hpc.training.engine import TrainEngine
 
+        if self._config.recipe != "sft":
+            logger.info("loss %s, advantage %s", self._config.algorithm.loss, check_loss_fits(self._config))
         init_distributed(file_store, self._rank, self._world_size, self._local_rank)
         self._engine = TrainEngine(self._config, model_dir)
         self._reference = TrainEngine(self._config, model_dir) if self._config.reference.enable else None
@@ -116,8 +121,16 @@ class Trainer(Actor):
 
     @endpoint
     async def export(self, directory: Path) -> None:
-        """Write the weights in Hugging Face format."""
-        await self._in_thread(self._engine.export, directory)
+        """Write the weights in Hugging Face format, and where generators are to stop."""
+        await self._in_thread(self._export, directory)
+
+    def _export(self, directory: Path) -> None:
+        from forge_hpc.data.hub import load_tokenizer
+        from forge_hpc.data.render import learned_ends
+
+        is_sft = self._config.recipe == "sft"
+        ends = learned_ends(load_tokenizer(self._engine.model_dir), self._config) if is_sft else []
+        self._engine.export(directory, ends)
 
     @endpoint
     async def leave(self) -> None:

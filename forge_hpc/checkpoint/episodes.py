@@ -17,13 +17,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from forge_hpc.data.fields import from_json, to_json
 from forge_hpc.data.types import Completion, Episode, Group, Prompt
 from forge_hpc.files import refuse_newer
 
 EPISODES = "episodes.npz"
 """The name that recipes give to it among a checkpoint's files."""
-FORMAT = 2
-"""1: no environments, so no masks."""
+FORMAT = 3
+"""1: no environments, so no masks. 2: fields of prompts as they are, JSON alone."""
 T = TypeVar("T")
 
 
@@ -31,7 +32,7 @@ def dump_groups(groups: Sequence[Group]) -> bytes:
     """The groups as bytes; ``load_groups`` makes equal ones of them, to the last bit of every float.
 
     Raises:
-        ValueError: a prompt's ``fields`` or a reward hold what JSON has no word for.
+        ValueError: a prompt's ``fields`` hold what ``data.fields`` does not know, or a reward what is no number.
     """
     packer = _Packer()
     lines = [json.dumps({"format": FORMAT})]
@@ -60,8 +61,9 @@ def load_groups(data: bytes) -> list[Group]:
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             head, *lines = arrays["groups"].tobytes().decode("utf-8", "surrogatepass").split("\n")
-            refuse_newer("the checkpoint's buffer of episodes", json.loads(head)["format"], FORMAT)
-            unpacker = _Unpacker(arrays["ints"], arrays["floats"])
+            version = json.loads(head)["format"]
+            refuse_newer("the checkpoint's buffer of episodes", version, FORMAT)
+            unpacker = _Unpacker(arrays["ints"], arrays["floats"], version)
             return [unpacker.unpack(Group, json.loads(line)) for line in lines]
     except (zipfile.BadZipFile, KeyError, TypeError) as error:
         raise ValueError(f"these are no saved episodes: {error}") from None
@@ -97,13 +99,16 @@ class _Packer:
                 return self.pack(value)
             case "list[Episode]":
                 return [self.pack(episode) for episode in value]
+            case "dict[str, Any]":
+                return to_json(value)
         return value
 
 
 class _Unpacker:
     """The inverse of ``_Packer``, in the same order."""
 
-    def __init__(self, ints: np.ndarray, floats: np.ndarray) -> None:
+    def __init__(self, ints: np.ndarray, floats: np.ndarray, version: int) -> None:
+        self._from_json = from_json if version > 2 else lambda value: value
         self._columns = {"list[int]": ints, "list[float]": floats}
         self._taken = {"list[int]": 0, "list[float]": 0}
         self._prompt: Prompt | None = None
@@ -128,6 +133,8 @@ class _Unpacker:
                 return self.unpack(Completion, value)
             case "list[Episode]":
                 return [self.unpack(Episode, episode) for episode in value]
+            case "dict[str, Any]":
+                return self._from_json(value)
         return tuple(value) if isinstance(kind, str) and kind.startswith("tuple") else value
 
 

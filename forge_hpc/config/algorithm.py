@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from typing import Any
 
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.schema import AlgorithmConfig, MismatchConfig
+from forge_hpc.config.schema import AlgorithmConfig, Config, MismatchConfig
+from forge_hpc.config.user_code import load_user_code
 
 _CLIPS = ("clip_low", "clip_high")
-LOSSES: dict[str, tuple[str, ...]] = {
-    "grpo": _CLIPS,
-    "dr_grpo": _CLIPS,
-    "dapo": _CLIPS,
-    "ppo": _CLIPS,
-    "cispo": _CLIPS,
-    "gspo": _CLIPS,
-    "sapo": ("tau_pos", "tau_neg"),
-    "rloo": (),
-    "reinforce": _CLIPS,
-    "simple_grpo": (),
+
+
+@dataclass(frozen=True)
+class LossFacts:
+    """What is to be known of a built-in loss without torch; its class says the same."""
+
+    options: tuple[str, ...] = ()
+    """Options that not every loss has: clips are keys of ``algorithm``, others of its ``loss_args``."""
+    advantage: str = "group_mean_std"
+    """The advantage that belongs to it."""
+    kl_coef: float = 0.0
+    """Its default."""
+
+
+LOSSES: dict[str, LossFacts] = {
+    "grpo": LossFacts(_CLIPS),
+    "dr_grpo": LossFacts(_CLIPS, "group_mean"),
+    "dapo": LossFacts(_CLIPS),
+    "ppo": LossFacts(_CLIPS),
+    "cispo": LossFacts(_CLIPS),
+    "gspo": LossFacts(_CLIPS),
+    "sapo": LossFacts(("tau_pos", "tau_neg")),
+    "rloo": LossFacts((), "leave_one_out"),
+    "reinforce": LossFacts(_CLIPS, "group_mean_batch_std"),
+    "simple_grpo": LossFacts(kl_coef=0.1),
 }
-"""Losses by name, with the options that not every loss has: clips are keys of ``algorithm``, others of its
-``loss_args``."""
 ADVANTAGES = ("group_mean_std", "group_mean", "leave_one_out", "group_mean_batch_std", "batch_mean_std")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 NORMALIZATIONS = ("token", "sequence", "constant")
@@ -41,9 +56,28 @@ def loss_options(a: AlgorithmConfig) -> dict[str, Any]:
 
 
 def options_set(a: AlgorithmConfig) -> list[str]:
-    """Those of them that differ from the schema's default: the loss must know them."""
-    default = loss_options(AlgorithmConfig())
-    return [name for name, value in loss_options(a).items() if value != default[name]]
+    """Those of them that ask something of the loss: it must know them. A coefficient of 0 asks for nothing."""
+    coefs = {"kl_coef": a.kl_coef, "kl_estimator": a.kl_coef, "entropy_coef": a.entropy_coef}
+    return [name for name, value in loss_options(a).items() if value is not None and coefs.get(name) != 0]
+
+
+def resolve_advantage(a: AlgorithmConfig) -> str:
+    """The advantage that a run trains with: ``algorithm.advantage``, or where that is null the one of the loss.
+
+    The first call for a loss of the user's own runs its module: that is for the nodes, not for a login node.
+    """
+    return a.advantage or _own_advantage(a.loss)
+
+
+@functools.cache
+def _own_advantage(loss: str) -> str:
+    """A built-in loss's, or what a user's own says as ``advantage``."""
+    if loss in LOSSES:
+        return LOSSES[loss].advantage
+    name = getattr(load_user_code(loss, "loss"), "advantage", LossFacts.advantage)
+    if name not in ADVANTAGES:
+        raise UserError(f"algorithm.loss={loss} has the advantage {name!r}", f"known: {', '.join(ADVANTAGES)}")
+    return str(name)
 
 
 def check_loss(a: AlgorithmConfig) -> None:
@@ -60,12 +94,34 @@ def check_loss(a: AlgorithmConfig) -> None:
     _check_mismatch(a)
 
 
+def check_fit(cfg: Config, advantage: str | None, kl_coef: float) -> None:
+    """Raise a UserError where what a loss brings with it does not fit the rest of the configuration.
+
+    Args:
+        advantage: what the run trains with; None: not known yet.
+        kl_coef: likewise.
+    """
+    a = cfg.algorithm
+    if kl_coef > 0 and not cfg.reference.enable:
+        raise UserError(
+            f"algorithm.kl_coef={kl_coef:g}{'' if a.kl_coef else f', the default of algorithm.loss={a.loss},'} needs "
+            "the reference model",
+            "set reference.enable=true, or algorithm.kl_coef=0",
+        )
+    if a.dynamic_sampling and advantage == "batch_mean_std":
+        raise UserError(
+            "algorithm.dynamic_sampling leaves groups with equal rewards out, from which the advantage batch_mean_std "
+            "learns",
+            "set algorithm.dynamic_sampling=false, or algorithm.advantage to one that compares within groups",
+        )
+
+
 def _check_builtin_options(a: AlgorithmConfig) -> None:
-    own = LOSSES[a.loss]
+    own = LOSSES[a.loss].options
     for name in (*options_set(a), *a.loss_args):
         key = f"algorithm.loss_args.{name}" if name in a.loss_args else f"algorithm.{name}"
         if name not in own and (name in _CLIPS or name in a.loss_args):
-            users = [loss for loss, options in LOSSES.items() if name in options]
+            users = [loss for loss, facts in LOSSES.items() if name in facts.options]
             hint = f"losses that do: {', '.join(users)}" if users else f"it has: {', '.join(own) or 'no arguments'}"
             raise UserError(f"{key} is not used by algorithm.loss={a.loss}", hint)
     for name, value in a.loss_args.items():

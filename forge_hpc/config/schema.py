@@ -144,19 +144,22 @@ class AlgorithmConfig:
     your own: ``file.py:name`` / ``package.module:name``."""
     loss_args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the loss that have no key here: sapo's ``tau_pos`` and ``tau_neg``, those of your own."""
-    advantage: str = "group_mean_std"
+    advantage: str | None = None
     """How rewards become advantages (group_mean_std, group_mean, leave_one_out, group_mean_batch_std,
-    batch_mean_std)."""
+    batch_mean_std); null is the one that belongs to the loss (dr_grpo: group_mean, rloo: leave_one_out, reinforce:
+    group_mean_batch_std, others: group_mean_std)."""
     clip_low: float | None = None
     """The ratio is clipped from below at 1 - clip_low; null is the loss's own default."""
     clip_high: float | None = None
     """The ratio is clipped from above at 1 + clip_high; null is the loss's own default."""
-    kl_coef: float = 0.0
-    """Weight of the KL penalty against the reference model (needs ``reference.enable``)."""
-    kl_estimator: str = "k3"
-    """Estimator of the KL (k1, k2, k3); without a reference model nothing is estimated."""
-    entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
+    kl_coef: float | None = None
+    """Weight of the KL penalty against the reference model (above 0 needs ``reference.enable``); null is the loss's own
+    default (simple_grpo: 0.1, other built-in ones: 0)."""
+    kl_estimator: str | None = None
+    """Estimator of the KL (k1, k2, k3); without a reference model nothing is estimated. null is the loss's own default
+    (k3)."""
+    entropy_coef: float | None = None
+    """Weight of the entropy bonus; null is the loss's own default (0)."""
     normalization: str | None = None
     """What the loss is a mean over: token, sequence, or constant (sums of sequences over rollout.max_response_tokens);
     null is the loss's own default."""

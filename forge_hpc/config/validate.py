@@ -14,7 +14,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from forge_hpc.config.algorithm import ADVANTAGES, KL_ESTIMATORS, LOSSES, NORMALIZATIONS, check_loss
+from forge_hpc.config.algorithm import (
+    ADVANTAGES,
+    KL_ESTIMATORS,
+    LOSSES,
+    NORMALIZATIONS,
+    LossFacts,
+    check_fit,
+    check_loss,
+    resolve_advantage,
+)
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.models import KNOWN_MODEL_TYPES, check_tokenizer, check_weights, looks_local, read_model_config
 from forge_hpc.config.rewards import BUILTIN_REWARDS, check_reward
@@ -244,13 +253,8 @@ def _check_algorithm(cfg: Config) -> None:
     a, r = cfg.algorithm, cfg.rollout
     if cfg.recipe == "grpo" and r.group_size < 2:
         raise UserError(
-            f"algorithm.advantage={a.advantage} compares completions of a group, rollout.group_size is {r.group_size}",
+            f"the advantage compares completions of a group, and rollout.group_size is {r.group_size}",
             "set rollout.group_size to 2 or more, as a rule 8",
-        )
-    if a.kl_coef > 0 and not cfg.reference.enable:
-        raise UserError(
-            f"algorithm.kl_coef={a.kl_coef} needs the reference model",
-            "set reference.enable=true, or algorithm.kl_coef=0",
         )
     gpus = cfg.cluster.gpus_per_node
     if cfg.reference.enable and gpus is not None and cfg.reference.device not in ("auto", "cuda" if gpus else "cpu"):
@@ -261,6 +265,10 @@ def _check_algorithm(cfg: Config) -> None:
     if ":" not in a.loss:
         _check_name("algorithm.loss", a.loss, tuple(LOSSES))
     check_loss(a)
+    # What a loss of the user's own brings with it is known when it is loaded, at the start of the run.
+    own_kl_coef = LOSSES.get(a.loss, LossFacts()).kl_coef
+    advantage = resolve_advantage(a) if a.loss in LOSSES else a.advantage
+    check_fit(cfg, advantage, own_kl_coef if a.kl_coef is None else a.kl_coef)
     _check_dynamic_sampling(cfg)
     if r.sampling.temperature == 0:
         raise UserError(
@@ -284,12 +292,6 @@ def _check_dynamic_sampling(cfg: Config) -> None:
             "algorithm.dynamic_sampling draws prompts in place of groups that algorithm.drop_zero_signal_groups=false "
             "keeps",
             "set one of them to its default",
-        )
-    if a.advantage == "batch_mean_std":
-        raise UserError(
-            "algorithm.dynamic_sampling leaves groups with equal rewards out, from which "
-            "algorithm.advantage=batch_mean_std learns",
-            "set algorithm.dynamic_sampling=false, or an advantage that compares within groups",
         )
     if cfg.data.curriculum.enable:
         raise UserError(

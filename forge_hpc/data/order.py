@@ -10,6 +10,7 @@ import numpy as np
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import DataConfig
+from forge_hpc.data.bad import BadExample
 from forge_hpc.data.readers import Reader
 from forge_hpc.data.source import Example
 
@@ -18,7 +19,8 @@ from forge_hpc.data.source import Example
 class Drawn:
     """An example, and where it came from."""
 
-    example: Example
+    example: Example | BadExample
+    """Or what is bad about it."""
     index: int
     """Place of the example in its source."""
     epoch: int
@@ -93,7 +95,7 @@ class StreamedSource:
         self.epoch = 0
         self._reader = reader
         self._seed, self._number = seed
-        self._block: list[Example] = []
+        self._block: list[Example | BadExample] = []
         self._block_start = reader.tell()
         self._first = 0  # index of the block's first example
         self._place = 0

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config
+from forge_hpc.data.bad import BadExample, BadExamples
 from forge_hpc.data.curriculum import Curriculum
+from forge_hpc.data.fields import to_json
 from forge_hpc.data.mixture import Mixture
 from forge_hpc.data.order import Drawn, Source
 from forge_hpc.data.render import DocumentRenderer, PromptRenderer
@@ -22,8 +23,8 @@ T = TypeVar("T", Prompt, Document)
 
 
 class _Stream(ABC, Generic[T]):
-    """An endless stream over a mixture of sources. Items that are too long are left out and counted; the next one is
-    taken from the same source, so that the weights are the shares of what the stream yields."""
+    """An endless stream over a mixture of sources. Items that are too long or bad are left out and counted; the next
+    one is taken from the same source, so that the weights are the shares of what the stream yields."""
 
     limit: str
     """The key that says what is too long, and its value."""
@@ -34,11 +35,21 @@ class _Stream(ABC, Generic[T]):
         self.position = 0
         """Items yielded so far."""
         self.num_too_long = 0
-        """Items left out so far."""
+        """Items left out so far because they were too long."""
+        self._bad = [BadExamples() for _ in sources]
 
     @abstractmethod
     def _make(self, number: int, drawn: Drawn, where: str) -> T | None:
-        """What the stream yields for an example of source ``number``; None where it is too long."""
+        """What the stream yields for an example of source ``number``; None where it is too long.
+
+        Raises:
+            BadExample: nothing can be made of it.
+        """
+
+    @property
+    def num_bad(self) -> int:
+        """Items left out so far because they were bad."""
+        return sum(bad.num_bad for bad in self._bad)
 
     @property
     def epoch(self) -> int:
@@ -54,17 +65,24 @@ class _Stream(ABC, Generic[T]):
         self._curriculum.count_rewards(self.position)
         # A whole epoch lies in here, wherever it begins, in which no prompt rests.
         last_epoch = source.epoch + 1 + self._curriculum.config.rest_epochs * self._curriculum.config.enable
+        bad: BadExample | None = None
         while source.epoch <= last_epoch:
             drawn = next(source)
             if self._curriculum.is_resting(number, drawn.index, drawn.epoch):
                 continue
-            item = self._make(number, drawn, f"{source.data.path}, example {drawn.index}")
+            try:
+                item = self._make(number, drawn, f"{source.data.path}, example {drawn.index}")
+            except BadExample as error:
+                bad = error
+                self._bad[number].see(bad)
+                continue
+            self._bad[number].see()
             if item is not None:
                 self._curriculum.drawn(self.position, number, drawn.index, drawn.epoch)
                 self.position += 1
                 return item
             self.num_too_long += 1
-        raise UserError(f"{source.data.path}: every example is longer than {self.limit}", "raise it")
+        raise _nothing_left(f"{source.data.path}: every example", self.limit, bad)
 
     def take(self, count: int) -> list[T]:
         """The next ``count`` items."""
@@ -75,6 +93,7 @@ class _Stream(ABC, Generic[T]):
         return {
             "position": self.position,
             "num_too_long": self.num_too_long,
+            "bad": [bad.state_dict() for bad in self._bad],
             "mixture": self._mixture.state_dict(),
             "curriculum": self._curriculum.state_dict(),
         }
@@ -85,6 +104,8 @@ class _Stream(ABC, Generic[T]):
         self._curriculum.load_state_dict(state["curriculum"])
         self.position = state["position"]
         self.num_too_long = state["num_too_long"]
+        for bad, saved in zip(self._bad, state.get("bad", []), strict=False):
+            bad.load_state_dict(saved)
         return self
 
 
@@ -102,6 +123,7 @@ class PromptStream(_Stream[Prompt]):
     def __init__(self, sources: Sequence[tuple[Source, float]], tokenizer: Any, config: Config) -> None:
         super().__init__(sources, config)
         self._renderers = [PromptRenderer(tokenizer, source.data) for source, _ in sources]
+        self._may_be_empty = config.environment.name is not None  # which opens the episode itself
         self._max_tokens = config.rollout.max_prompt_tokens
         self.limit = f"rollout.max_prompt_tokens={self._max_tokens}"
 
@@ -112,6 +134,12 @@ class PromptStream(_Stream[Prompt]):
 
     def _make(self, number: int, drawn: Drawn, where: str) -> Prompt | None:
         prompt = self._renderers[number](drawn.example, self.position, where)
+        if not prompt.question.strip() and not self._may_be_empty:
+            raise BadExample(f"{where}: the prompt is empty", "leave the example out")
+        try:
+            to_json(prompt.fields)  # a checkpoint holds rollouts that are finished ahead, with the fields
+        except TypeError as error:
+            raise BadExample(f"{where}: a field holds {error}", "leave the field out of the data") from None
         return prompt if len(prompt.token_ids) <= self._max_tokens else None
 
     def report(self, groups: Iterable[Group]) -> None:
@@ -140,34 +168,59 @@ class DocumentStream(_Stream[Document]):
         return document if len(document.token_ids) <= self._seq_len else None
 
 
-def evaluation_prompts(examples: Iterable[Example], tokenizer: Any, config: Config, num_prompts: int) -> list[Prompt]:
-    """The first ``num_prompts`` examples as prompts, in the order of the data; too long ones are left out.
+def evaluation_prompts(
+    examples: Iterable[Example | BadExample], tokenizer: Any, config: Config, num_prompts: int
+) -> list[Prompt]:
+    """The first ``num_prompts`` examples as prompts, in the order of the data; too long and bad ones are left out.
 
-    Raises UserError where none is left.
+    Raises UserError where none is left, or most are bad.
     """
     render, max_tokens = PromptRenderer(tokenizer, config.data), config.rollout.max_prompt_tokens
-    prompts = (render(example, 0, f"held-out example {i}") for i, example in enumerate(examples))
-    fitting = (prompt for prompt in prompts if len(prompt.token_ids) <= max_tokens)
-    taken = list(itertools.islice(fitting, num_prompts))
-    for position, prompt in enumerate(taken):
+    limit = f"rollout.max_prompt_tokens={max_tokens}"
+    prompts = _fitting(examples, lambda example, where: render(example, 0, where), max_tokens, limit, num_prompts)
+    for position, prompt in enumerate(prompts):
         prompt.position = position
-    return _some(taken, num_prompts, f"rollout.max_prompt_tokens={max_tokens}")
+    return prompts
 
 
 def evaluation_documents(
-    examples: Iterable[Example], tokenizer: Any, config: Config, num_documents: int
+    examples: Iterable[Example | BadExample], tokenizer: Any, config: Config, num_documents: int
 ) -> list[Document]:
-    """The first ``num_documents`` examples as SFT documents, in the order of the data; too long ones are left out.
+    """The first ``num_documents`` examples as SFT documents, in the order of the data; too long and bad ones are left
+    out.
 
-    Raises UserError where none is left.
+    Raises UserError where none is left, or most are bad.
     """
     render, seq_len = DocumentRenderer(tokenizer, config.data), config.trainer.training.seq_len
-    documents = (render(example, f"held-out example {i}") for i, example in enumerate(examples))
-    fitting = (document for document in documents if len(document.token_ids) <= seq_len)
-    return _some(list(itertools.islice(fitting, num_documents)), num_documents, f"trainer.training.seq_len={seq_len}")
+    return _fitting(examples, render, seq_len, f"trainer.training.seq_len={seq_len}", num_documents)
 
 
-def _some(found: list[T], wanted: int, limit: str) -> list[T]:
+def _fitting(
+    examples: Iterable[Example | BadExample],
+    make: Callable[[Example | BadExample, str], T],
+    max_tokens: int,
+    limit: str,
+    wanted: int,
+) -> list[T]:
+    found: list[T] = []
+    bad = BadExamples()
+    for index, example in enumerate(examples):
+        if len(found) == wanted:
+            break
+        try:
+            item = make(example, f"held-out example {index}")
+        except BadExample as error:
+            bad.see(error)
+            continue
+        bad.see()
+        if len(item.token_ids) <= max_tokens:
+            found.append(item)
     if wanted and not found:
-        raise UserError(f"every held-out example is longer than {limit}", "raise it")
+        raise _nothing_left("every held-out example", limit, bad.last)
     return found
+
+
+def _nothing_left(what: str, limit: str, bad: BadExample | None) -> UserError:
+    if bad is None:
+        return UserError(f"{what} is longer than {limit}", "raise it")
+    return UserError(f"{what} is bad, or longer than {limit}; the last bad one: {bad.message}", bad.hint)

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from forge_hpc.config.schema import DataConfig
-from forge_hpc.data.source import Example, Place, jsonl_file, load_dataset, read_jsonl
+from forge_hpc.data.bad import BadExample
+from forge_hpc.data.source import Example, Place, jsonl_file, load_dataset, naming_damage, read_jsonl
 
 
 class Reader(Protocol):
     """Reads examples one after the other; places in it can be saved."""
 
-    def read(self, count: int) -> list[Example]:
-        """The next ``count`` examples, fewer where the data end."""
+    def read(self, count: int) -> list[Example | BadExample]:
+        """The next ``count`` examples, fewer where the data end. Raises UserError where the data are damaged."""
         ...
 
     def rewind(self) -> None:
@@ -45,7 +46,7 @@ class JsonlReader:
         self._data = data
         self._place = Place()
 
-    def read(self, count: int) -> list[Example]:
+    def read(self, count: int) -> list[Example | BadExample]:
         found = list(itertools.islice(read_jsonl(self._file, self._data, self._place), count))
         if found:
             self._place = found[-1][1]
@@ -65,12 +66,14 @@ class DatasetReader:
     """Reads anything that ``datasets`` streams; a place is reached by reading its file up to there."""
 
     def __init__(self, data: DataConfig) -> None:
+        self._path = data.path
         self._dataset = load_dataset(data, data.split, streaming=True)
         self._beginning = self._place = self._dataset.state_dict()
         self._iterator = iter(self._dataset)
 
-    def read(self, count: int) -> list[Example]:
-        examples = list(itertools.islice(self._iterator, count))
+    def read(self, count: int) -> list[Example | BadExample]:
+        with naming_damage(self._path):
+            examples = list(itertools.islice(self._iterator, count))
         self._place = self._dataset.state_dict()
         return examples
 

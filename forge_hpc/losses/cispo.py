@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from forge_hpc.losses.reinforce import ReinforceLoss
 
@@ -17,5 +18,6 @@ class CISPOLoss(ReinforceLoss):
     at most 5 is from the middle of what https://arxiv.org/abs/2510.13786 found to work.
     """
 
+    advantage: ClassVar[str] = "group_mean_std"
     clip_low: float | None = 1.0
     clip_high: float | None = 4.0

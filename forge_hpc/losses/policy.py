@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -39,6 +39,8 @@ class PolicyLoss(ABC):
                 return -self.scale * x.advantages * x.logprobs, {}
     """
 
+    advantage: ClassVar[str] = "group_mean_std"
+    """The advantage that belongs to the loss, where ``algorithm.advantage`` is null."""
     kl_coef: float = 0.0
     """Weight of the KL penalty against the reference model; its gradient goes through the estimator."""
     kl_estimator: str = "k3"

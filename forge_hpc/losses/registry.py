@@ -7,9 +7,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from forge_hpc.config.algorithm import loss_options, options_set
+from forge_hpc.config.algorithm import check_fit, loss_options, options_set, resolve_advantage
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.schema import AlgorithmConfig
+from forge_hpc.config.schema import AlgorithmConfig, Config
 from forge_hpc.config.user_code import load_user_code
 from forge_hpc.losses.base import LossOutput
 from forge_hpc.losses.cispo import CISPOLoss
@@ -78,6 +78,32 @@ def build_loss(name: str, cfg: AlgorithmConfig, max_tokens: int = 1) -> LossFn:
     if not callable(loss):
         raise UserError(f"algorithm.loss={name}: its instances cannot be called", "give the class a __call__")
     return loss
+
+
+def check_loss_fits(cfg: Config) -> str:
+    """At the start of a run: check what is known of a loss of the user's own only when it is loaded.
+
+    Returns:
+        The advantage that the run trains with.
+
+    Raises:
+        UserError: the loss cannot be built; its KL penalty has no reference model; its advantage is not known, or does
+            not fit.
+    """
+    a = cfg.algorithm
+    advantage = resolve_advantage(a)
+    check_fit(cfg, advantage, _kl_coef(build_loss(a.loss, a, cfg.rollout.max_response_tokens)))
+    return advantage
+
+
+def _kl_coef(loss: LossFn) -> float:
+    """The weight of its KL penalty, 0 where it has none under that name: an attribute, or a function's argument."""
+    if isinstance(loss, functools.partial):
+        parameter = inspect.signature(loss).parameters.get("kl_coef")
+        value = None if parameter is None else parameter.default
+    else:
+        value = getattr(loss, "kl_coef", None)
+    return value if isinstance(value, int | float) else 0.0
 
 
 def _takes(factory: Callable[..., Any], name: str) -> bool:

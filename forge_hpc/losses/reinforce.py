@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -23,6 +24,7 @@ class ReinforceLoss(PolicyLoss):
     Unlike PPO's clip, which takes the gradient away from tokens outside, this one only limits their weight.
     """
 
+    advantage: ClassVar[str] = "group_mean_batch_std"
     clip_low: float | None = None
     """The ratio is at least 1 - clip_low; None: no lower bound where clip_high is given."""
     clip_high: float | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -15,10 +16,11 @@ class RLOOLoss(PolicyLoss):
 
         loss = 1/N sum_i 1/max_tokens sum_t -A_i log pi(o_it)
 
-    The other half is the advantage: use ``leave_one_out``. There is no 1/max_tokens in the paper (here: 1); it scales
+    The other half is the advantage: ``leave_one_out``. There is no 1/max_tokens in the paper (here: 1); it scales
     the loss and nothing else. The paper puts the KL into the reward; here it is a penalty in the loss.
     """
 
+    advantage: ClassVar[str] = "leave_one_out"
     normalization: str = "constant"
 
     def term(self, x: Tokens) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -92,6 +92,7 @@ async def grpo(session: Session) -> None:
                 "time/wait_trainer_s": clock.wait_trainer_s,
                 "time/weight_sync_s": weights.seconds,
                 "prompts/too_long": prompts.num_too_long,
+                "prompts/bad": prompts.num_bad,
             }
             session.record(step, metrics, groups)
             after = [drawn.pop(group.prompt.position, {}) for group in groups][-1]

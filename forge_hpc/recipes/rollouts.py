@@ -12,6 +12,7 @@ import numpy as np
 from forge_hpc.actors.buffer import EpisodeBuffer
 from forge_hpc.advantages import advantage_function
 from forge_hpc.config import Config
+from forge_hpc.config.algorithm import resolve_advantage
 from forge_hpc.data.types import Completion, Document, Episode, Group, Prompt
 from forge_hpc.rewards import RewardError, RewardPool
 
@@ -76,7 +77,7 @@ def to_documents(groups: Sequence[Group], config: Config) -> list[Document]:
     carries a signal all are kept: every step is an optimizer step.
     """
     groups = [group for group in groups if group.episodes]
-    _set_advantages(groups, config.algorithm.advantage)
+    _set_advantages(groups, resolve_advantage(config.algorithm))
     kept = [group for group in groups if any(episode.advantage != 0 for episode in group.episodes)]
     if not kept or not config.algorithm.drop_zero_signal_groups:
         kept = groups

@@ -34,7 +34,8 @@ async def sft(session: Session) -> None:
     await validate(session.step)
     for step in session.remaining_steps():
         metrics = await session.train_step(step, documents.take(config.trainer.training.global_batch_size))
-        session.record(step, metrics | {"examples/too_long": documents.num_too_long})
+        left_out = {"examples/too_long": documents.num_too_long, "examples/bad": documents.num_bad}
+        session.record(step, metrics | left_out)
         await session.save_if_due(step, {"documents": documents.state_dict()})
         await validate(step)
     await session.finish()

@@ -262,9 +262,12 @@ class TrainEngine(Stateful):
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         return state
 
-    def export(self, directory: Path) -> None:
-        """Write the model in Hugging Face format in ``model.dtype``, atomically, with the tokenizer it came with."""
-        export_hf(self._to_hf(), self.model_dir, directory, TORCH_DTYPE_MAP[self.cfg.model.dtype])
+    def export(self, directory: Path, ends: Sequence[int] = ()) -> None:
+        """Write the model in Hugging Face format in ``model.dtype``, atomically, with the tokenizer it came with.
+
+        ``ends`` are tokens that it has learned to end an answer with.
+        """
+        export_hf(self._to_hf(), self.model_dir, directory, TORCH_DTYPE_MAP[self.cfg.model.dtype], ends)
 
     def save(self, directory: Path) -> None:
         """Save weights, optimizer, schedule and step into a directory that does not exist yet.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,13 @@ _MAX_SHARD_BYTES = 5 * 10**9
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json", "*.gguf")
 
 
-def export_hf(state: Mapping[str, torch.Tensor], source_dir: Path, directory: Path, dtype: torch.dtype) -> None:
+def export_hf(
+    state: Mapping[str, torch.Tensor],
+    source_dir: Path,
+    directory: Path,
+    dtype: torch.dtype,
+    ends: Sequence[int] = (),
+) -> None:
     """Write weights, ``config.json`` and the tokenizer's files to a directory that transformers and vLLM load.
 
     A collective call: every rank takes part in gathering, one tensor at a time; rank 0 writes. The directory appears
@@ -27,6 +33,8 @@ def export_hf(state: Mapping[str, torch.Tensor], source_dir: Path, directory: Pa
         state: weights by Hugging Face name, tensors or DTensors, without a tied ``lm_head.weight``.
         source_dir: the model that training started from; all its small files are copied.
         dtype: of the weights written.
+        ends: tokens that the model has learned to end an answer with. Generators stop at them, and at those that the
+            model had: all stand in ``generation_config.json``.
     """
     is_writer = dist.get_rank() == 0
     tmp = directory.with_name(f".{directory.name}.tmp")
@@ -34,6 +42,7 @@ def export_hf(state: Mapping[str, torch.Tensor], source_dir: Path, directory: Pa
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
         _copy_small_files(source_dir, tmp, dtype)
+        _add_ends(tmp, ends)
     shards = _plan_shards(state, dtype)
     for index, names in enumerate(shards):
         tensors = {}
@@ -78,6 +87,19 @@ def _copy_small_files(source_dir: Path, target: Path, dtype: torch.dtype) -> Non
     config.pop("torch_dtype", None)  # the name before transformers 5
     config["dtype"] = str(dtype).removeprefix("torch.")
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _add_ends(target: Path, ends: Sequence[int]) -> None:
+    path = target / "generation_config.json"
+    model = json.loads((target / "config.json").read_text())
+    options = json.loads(path.read_text()) if path.exists() else {}
+    known = options.get("eos_token_id", model.get("eos_token_id"))
+    known = [] if known is None else known if isinstance(known, list) else [known]
+    if set(ends) <= set(known):
+        return
+    stops = list(dict.fromkeys([*ends, *known]))
+    options["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+    path.write_text(json.dumps(options, indent=2) + "\n")
 
 
 def _write_index(shards: list[list[str]], state: Mapping[str, torch.Tensor], dtype: torch.dtype, target: Path) -> None:
