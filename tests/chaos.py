@@ -122,7 +122,8 @@ class Campaign:
         command += ["trainer.processes_per_node=2", "generator.replicas=2", f"generator.timeout_s={CALL_S}"]
         command += [f"rollout.prompts_per_step={PROMPTS_PER_STEP}", f"logging.num_rollouts_per_step={PROMPTS_PER_STEP}"]
         command += ["algorithm.max_steps_without_signal=100000"]
-        command += ["trainer.lr_scheduler.decay_ratio=null"]  # the rate must not depend on how long the campaign takes
+        # However long the campaign takes: the same rate, and so small that every step still has something to learn.
+        command += ["trainer.lr_scheduler.decay_ratio=null", "trainer.optimizer.lr=1e-6"]
         done = self.cluster.run(*command, env=self.env, cwd=PROJECT, timeout_s=900)
         return done.stdout.split()[0]
 
