@@ -131,6 +131,22 @@ def test_an_engine_that_does_not_start_is_tried_again_and_not_for_ever() -> None
     assert isinstance(error, ActorLost) and "no free memory (lost 4 times without a completed step" in str(error)
 
 
+def test_a_start_outlives_the_attempt_that_began_it_and_one_that_failed_is_begun_anew() -> None:
+    async def scenario() -> None:
+        pool = Pool(spares=0)
+        pool.cluster.broken_starts = 1
+        with pytest.raises(ValueError, match="no free memory"):
+            await pool.start()
+        attempt = asyncio.create_task(pool.pool.start(Path()))
+        await asyncio.sleep(0)
+        attempt.cancel()
+        num_spawned = len(pool.cluster.spawned)
+        assert (await pool.pool.start(Path())).serving == list(range(16))
+        assert len(pool.cluster.spawned) - num_spawned == 16
+
+    asyncio.run(scenario())
+
+
 def test_many_generators_may_die_between_two_steps_but_not_one_again_and_again() -> None:
     async def scenario() -> None:
         pool = Pool(spares=0)

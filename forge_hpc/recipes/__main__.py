@@ -168,7 +168,7 @@ def on_ended_node(
     if node in placement.trainer_nodes:
         session.lose(f"node {node}: {reason}")
         node_lost(node, reason)
-    if node in placement.rollout_nodes and pool.started:
+    if node in placement.rollout_nodes:
         pool.lose_node(node, reason)
 
 

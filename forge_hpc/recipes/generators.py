@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 
 from forge_hpc.actors.buffer import EpisodeBuffer
 from forge_hpc.actors.generator import Generator
-from forge_hpc.actors.service import ActorLost, Service, answer, reason_of
+from forge_hpc.actors.service import ActorLost, Service, answer, cause_of, reason_of
 from forge_hpc.cluster.meshes import Cluster
 from forge_hpc.config import Config
 from forge_hpc.recipes.recovery import Recoveries
@@ -69,7 +70,6 @@ class GeneratorPool:
         self._log_dir = log_dir
         self._recoveries = recoveries
         self._on_node_lost = on_node_lost
-        self._seats: dict[int, _Seat] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._spares = list(cluster.placement.spare_nodes)
         self._replaced: dict[int, int] = {}  # lost nodes, each with the one that has taken its place
@@ -77,22 +77,39 @@ class GeneratorPool:
         """Where replacements get the weights that the others hold."""
         self.failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         """Resolved when a replica cannot be replaced."""
+        placement = cluster.placement
+        self.service = Service(
+            "generator", placement.replicas, config.generator.timeout_s, self._on_loss, recoveries.call_retried
+        )
+        self._seats = {index: _Seat() for index in range(placement.replicas)}
+        self._starting: asyncio.Task[None] | None = None
 
-    @property
-    def started(self) -> bool:
-        return bool(self._seats)
+    def begin(self, model_dir: Path) -> None:
+        """Begin to start all replicas on the weights of ``model_dir``, where that has not been begun. The start goes on
+        when the attempt that began it is over, and serves the next one."""
+        if self._starting is None:
+            self._model_dir = model_dir
+            self._starting = asyncio.create_task(self._start())
 
     async def start(self, model_dir: Path) -> Service:
-        """Spawn all replicas on the weights of ``model_dir``; raises what kept one from starting."""
-        placement, config = self._cluster.placement, self._config
-        self._model_dir = model_dir
-        timeout_s, retried = config.generator.timeout_s, self._recoveries.call_retried
-        self.service = Service("generator", placement.replicas, timeout_s, self._on_loss, retried)
-        self._seats = {index: _Seat() for index in range(placement.replicas)}
-        actors = await asyncio.gather(*(self._spawn(index) for index in self._seats))
-        for index, actor in enumerate(actors):
-            await self.service.admit(index, actor)
+        """Wait until all replicas serve. Raises what kept one from starting; then the next call begins anew."""
+        self.begin(model_dir)
+        assert self._starting is not None
+        await asyncio.shield(self._starting)
         return self.service
+
+    async def _start(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                spawning = [tasks.create_task(self._spawn(index)) for index in self._seats]
+        except ExceptionGroup as errors:
+            for index in self._seats:
+                with contextlib.suppress(NodeLost):
+                    await self._end(index)
+            self._starting = None
+            raise cause_of(errors) from None
+        for index, actor in enumerate(spawning):
+            await self.service.admit(index, actor.result())
 
     def lose_node(self, node: int, reason: str) -> None:
         """The node's worker has ended: what ran there is gone, and nothing can be started there."""
@@ -101,10 +118,10 @@ class GeneratorPool:
                 self.service.lose(index, reason)
 
     async def close(self) -> None:
-        """End replacements under way, and the engines."""
-        for task in self._tasks:
+        """End starts and replacements under way, and the engines."""
+        for task in (*self._tasks, *([self._starting] if self._starting is not None else [])):
             task.cancel()
-        if self.started:
+        if self.service.serving:
             await asyncio.wait_for(self.service.leave.fanout(), 10)
 
     def _home(self, index: int, seat: _Seat) -> int:

@@ -92,7 +92,6 @@ class Session:
         self._train_s: deque[float] = deque(maxlen=20)
         self._save_s: deque[float] = deque(maxlen=5)
         self._meshes: dict[str, Any] = {}
-        self._early_start: asyncio.Task[None] | None = None
         self._closing: list[Callable[[], Awaitable[Any]]] = []
         self._step_ended = time.perf_counter()
         self._checkpoint_s = 0.0
@@ -112,20 +111,15 @@ class Session:
             )
         self.tokenizer = await asyncio.to_thread(load_tokenizer, self.model_dir)
         if config.recipe == "grpo":  # its engines take as long to start as a large checkpoint takes to verify
-            self._early_start = asyncio.create_task(self._start_pool(self.model_dir))
-        try:
-            found = await asyncio.to_thread(self.checkpoints.newest)
-            if found is None and self.checkpoints.steps():
-                raise UserError(
-                    f"none of the checkpoints in {self.run_dir.checkpoints} can be used; controller.log says why",
-                    "mend or restore one, or move them away to begin again from step 0",
-                )
-            if found is not None:
-                await asyncio.to_thread(self._restore, *found)
-        except BaseException:
-            if self._early_start is not None:
-                self._early_start.cancel()
-            raise
+            self._pool.begin(self.model_dir)
+        found = await asyncio.to_thread(self.checkpoints.newest)
+        if found is None and self.checkpoints.steps():
+            raise UserError(
+                f"none of the checkpoints in {self.run_dir.checkpoints} can be used; controller.log says why",
+                "mend or restore one, or move them away to begin again from step 0",
+            )
+        if found is not None:
+            await asyncio.to_thread(self._restore, *found)
 
     def _restore(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint. Raises UserError where it is of a configuration that this run cannot have."""
@@ -216,18 +210,9 @@ class Session:
 
         Those of an earlier attempt stay, rid of their requests; ``connect`` gives them this attempt's weights.
         """
-        if self._early_start is not None:
-            await self._early_start
-        else:
-            await self._start_pool(model_dir or self.model_dir)
-        self.generators = self._pool.service
+        self.generators = await self._pool.start(model_dir or self.model_dir)
+        await self.generators.abort.fanout()
         return self.generators
-
-    async def _start_pool(self, model_dir: Path) -> None:
-        if self._pool.started:
-            await self._pool.service.abort.fanout()
-        else:
-            await self._pool.start(model_dir)
 
     async def start_trainers_and_generators(self) -> tuple[Trainers, Service]:
         """Both at once: their start-up is most of the time before the first step."""
