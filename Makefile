@@ -67,7 +67,8 @@ setup:
 	else
 	  torch=(--torch-backend $(if $(filter cuda,$(EXTRA)),auto,cpu))
 	fi
-	$(BIN)/uv pip install --quiet --python $(BIN)/python "$${torch[@]}" -e '.[$(EXTRA),test,dev]'
+	# Compiled once: where Python may not write bytecode, each of a run's many processes would compile torch and vLLM.
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python "$${torch[@]}" -e '.[$(EXTRA),test,dev]'
 	echo "$$want" > $(VENV)/.installed
 
 debian:

@@ -27,6 +27,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -203,7 +204,8 @@ class Supervisor:
         # Where the host's name resolves to loopback, gloo would listen where no other host reaches it.
         interface = {"GLOO_SOCKET_IFNAME": interface_of(address)} if self.allocation.num_nodes > 1 else {}
         supervision = {"HYPERACTOR_MESH_SUPERVISION_POLL_FREQUENCY": "1s"}  # how soon a dead process is noticed
-        return {**interface, **os.environ, **supervision, **tls_environment(tls)}
+        scratch = {"TMPDIR": str(self._scratch)}  # what dead processes leave there goes with us
+        return {**interface, **os.environ, **supervision, **scratch, **tls_environment(tls)}
 
     # ---- both kinds of node
 
@@ -211,6 +213,7 @@ class Supervisor:
         """Exit code of this node."""
         become_subreaper()
         try:
+            self._scratch = Path(tempfile.mkdtemp(prefix="forge-hpc-"))
             return self._first_node() if self.allocation.node_id == 0 else self._other_node()
         except UserError as error:
             print_error(error)
@@ -224,6 +227,8 @@ class Supervisor:
             return 1
         finally:
             end_descendants(grace_s=0)
+            if self._scratch is not None:
+                shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _rendezvous(self, key: str) -> Rendezvous:
         return Rendezvous(self.run_dir.rendezvous / key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,11 @@ EXACT = ("step", "reward/mean", "loss", "grad_norm", "policy_version", "tokens/g
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a synchronous run that ended well."""
     directory = tmp_path_factory.mktemp("finished")
-    result = run_local(directory / "run", small_run(directory, STEPS))
+    # Not in pytest's directory: there may be 107 bytes in the path of a Unix socket.
+    with tempfile.TemporaryDirectory() as scratch, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", scratch)
+        result = run_local(directory / "run", small_run(directory, STEPS))
+        assert not list(Path(scratch).iterdir()), "left behind"
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"completed after {STEPS} steps" in result.stdout
     return directory / "run"
