@@ -31,6 +31,15 @@ def do_hang(fields):
     time.sleep(3600)
 
 
+def do_pid(fields):
+    return os.getpid()
+
+
+def do_slow(fields):
+    time.sleep(2)
+    return 2.0
+
+
 def do_ignore_sigterm(fields):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -144,6 +153,8 @@ async def misbehave_async(prompt, response, target, **fields):
                 await asyncio.sleep(3600)
     if response == "wait":
         await asyncio.sleep(0.2)
+    if response == "slow":
+        await asyncio.sleep(2)
     return os.getpid()
 
 

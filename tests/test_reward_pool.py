@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from forge_hpc.config.user_code import load_user_code
 from forge_hpc.data.types import Completion, Prompt
 from forge_hpc.recipes.rollouts import make_group, measure
 from forge_hpc.rewards import RewardError, RewardPool
+from forge_hpc.rewards.limit import CEILING_S, FACTOR, FLOOR_S, CallLimit
 
 BAD = Path(__file__).parent / "bad_rewards.py"
 FAR = 60.0
@@ -194,6 +196,66 @@ def test_where_all_workers_hang_the_others_wait_for_the_limit_and_no_longer():
         assert results[4:] == [1.0] * 8
 
     run(bad(timeout_s=0.5), scenario, num_workers=2)
+
+
+def test_the_limit_of_a_call_is_learned_from_those_that_gave_a_value():
+    limit = CallLimit()
+    assert limit.seconds(False) == limit.seconds(True) == CEILING_S
+    limit.learn(0.001, is_first=True)
+    for _ in range(16):
+        limit.learn(0.001, is_first=False)
+    assert (limit.seconds(False), limit.seconds(True)) == (FLOOR_S, CEILING_S)
+    limit.learn(0.5, is_first=False)
+    assert (limit.seconds(False), limit.seconds(True)) == (0.5 * FACTOR, CEILING_S)
+    limit.learn(7, is_first=False)
+    assert limit.seconds(False) == CEILING_S
+    for _ in range(1000):  # one that was slow is forgotten after so many
+        limit.learn(0.001, is_first=False)
+    assert limit.seconds(False) == FLOOR_S
+    limit.learn(0.4, is_first=True)
+    assert (limit.seconds(False), limit.seconds(True)) == (FLOOR_S, 0.4 * FACTOR)
+    early = CallLimit()
+    for _ in range(2):
+        early.learn(0.3, is_first=True)
+    assert early.seconds(False) == early.seconds(True) == 0.3 * FACTOR
+    fixed = CallLimit(30.0)
+    for _ in range(20):
+        fixed.learn(0.001, is_first=False)
+    assert fixed.seconds(False) == fixed.seconds(True) == 30.0
+
+
+@pytest.mark.parametrize(("name", "num_workers"), [("misbehave", 2), ("misbehave_async", 1)])
+def test_a_hanging_call_of_a_quick_reward_is_given_up_long_before_the_ceiling(name: str, num_workers: int):
+    """By the limit that its error names. Of several at most one is watched, beside the crew."""
+
+    async def scenario(pool: RewardPool) -> None:
+        workers: set[float] = set()
+        while len(workers) < num_workers:  # the second one takes calls when it is up
+            workers.add(await value(pool, "pid"))
+        await asyncio.gather(*(value(pool, "1") for _ in range(40)))
+        num_processes = len(psutil.Process().children(recursive=True))
+        results = await asyncio.gather(*(value(pool, text) for text in ["hang"] * 4), return_exceptions=True)
+        for error in results:
+            assert isinstance(error, RewardError) and error.kind == "timeout", error
+            given = re.search(r"longer than (\S+) s, a limit learned", str(error))
+            assert given and FLOOR_S <= float(given[1]) < CEILING_S, error
+        await asyncio.gather(*(value(pool, "1") for _ in range(8)))
+        assert len(psutil.Process().children(recursive=True)) <= num_processes + 2  # a keeper and its worker
+
+    run(bad(name, timeout_s=None), scenario, num_workers)
+
+
+@pytest.mark.parametrize("name", ["misbehave", "misbehave_async"])
+def test_a_reward_that_becomes_slow_gets_the_time_it_needs(caplog: pytest.LogCaptureFixture, name: str):
+    async def scenario(pool: RewardPool) -> None:
+        for _ in range(20):
+            await value(pool, "1")
+        assert (await failure(pool, "slow")).kind == "timeout"
+        told = "that was given up took 2"
+        await asyncio.to_thread(wait_for, lambda: told in caplog.text, "the end of the call that was given up", 30)
+        assert await value(pool, "slow") > 0
+
+    run(bad(name, timeout_s=None), scenario)
 
 
 def test_the_calls_of_an_async_reward_run_at_the_same_time():

@@ -9,12 +9,18 @@ share h of calls that hang, t seconds for the others, a limit of T and a start o
 and W / (T + S) where all of them hang. The calls of an async reward run in one worker at the same time: one that
 exceeds the limit is cancelled and harms none. When such a worker is lost (a call that blocks the event loop, or ends
 the process) nobody can tell which call it was, so each one that ran in it is tried once more, alone in a worker.
+
+Where nobody says how long a call may take, the limit is learned (``limit``), and one late call at a time is watched:
+its caller gives it up, but it runs on, beside the crew. If it gives a value after all, the reward is slow and does not
+hang, and its limit is raised.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import time
 from collections.abc import Coroutine
 from typing import Any
 
@@ -22,11 +28,12 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import RewardConfig
 from forge_hpc.rewards.compute import Answer
 from forge_hpc.rewards.errors import RewardError
-from forge_hpc.rewards.process import WorkerLost, WorkerProcess
+from forge_hpc.rewards.limit import CallLimit
+from forge_hpc.rewards.process import Call, WorkerLost, WorkerProcess
+
+logger = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 120.0
-_TIMEOUT_S = 10.0
-"""Default limit of a call."""
 _CONCURRENCY = 64
 """Default number of calls in a worker of an async reward."""
 _CANCEL_GRACE_S = 2.0
@@ -44,13 +51,18 @@ class Crew:
         await crew.close()
     """
 
-    def __init__(self, reward: RewardConfig, num_workers: int | None = None, alone: bool = False) -> None:
-        """``num_workers`` overrides what the reward's configuration says; `alone` means one call in a worker."""
+    def __init__(
+        self, reward: RewardConfig, num_workers: int | None = None, alone_within: CallLimit | None = None
+    ) -> None:
+        """``num_workers`` overrides what the reward's configuration says. ``alone_within`` means one call in a worker,
+        even of an async reward, and is their limit."""
         self._reward = reward
         self._num_workers = num_workers or reward.workers or 0
+        self._is_alone = alone_within is not None
+        self._limit = alone_within or CallLimit(reward.timeout_s)
+        self._is_async = False
         self._concurrency = 1
-        self._timeout_s = self._deadline_s = 0.0
-        self._is_alone = alone
+        self._is_watching = False
         self._starting: asyncio.Task[None] | None = None
         self._closed = False
         self._workers: set[WorkerProcess] = set()
@@ -75,27 +87,35 @@ class Crew:
         """
         await self.start(check=False)
         worker = await self._next_free()
+        is_first, started = worker.num_answered == 1, time.monotonic()
+        limit_s = self._limit.seconds(is_first)
+        is_watched = False
+        call = worker.send(request)
         try:
-            return await worker.ask({**request, "timeout_s": self._timeout_s}, self._deadline_s)
-        except TimeoutError:
-            num_calls = worker.num_calls
-            worker.kill()
-            if num_calls == 1:
-                raise RewardError(
-                    f"reward {self._reward.name} took longer than {self._timeout_s:g} s", "timeout"
-                ) from None
+            if await _is_answered(call, limit_s):
+                return self._learn(call, started, is_first)
+            is_learned = limit_s < self._limit.ceiling_s
+            is_watched = is_learned and not self._is_watching
+            if is_watched:
+                self._watch(worker, call, started, is_first)
+            if is_watched or await self._end(worker, call):
+                why = ", a limit learned from its other calls (timeout_s sets one)" if is_learned else ""
+                raise RewardError(f"reward {self._reward.name} took longer than {limit_s:.3g} s{why}", "timeout")
         except WorkerLost as lost:
             if lost.num_calls == 1:
                 raise RewardError(f"reward {self._reward.name}: its process {lost}", "died") from None
         except asyncio.CancelledError:
+            call.answer.cancel()
             if self._concurrency == 1:
-                worker.kill()  # it is still busy with the call
+                worker.kill()
+            else:
+                worker.cancel(call)
             raise
         finally:
-            if not worker.ended:
-                self._free.put_nowait(worker)
+            if not is_watched:
+                self._release(worker)
         if self._lone_crew is None:
-            self._lone_crew = Crew(self._reward, _LONE_WORKERS, alone=True)
+            self._lone_crew = Crew(self._reward, _LONE_WORKERS, alone_within=self._limit)
         return await self._lone_crew.call(request)
 
     async def close(self) -> None:
@@ -115,14 +135,69 @@ class Crew:
     async def _start(self, check: bool) -> None:
         worker, traits = await self._launch(check)
         reward, is_async = self._reward, traits["is_async"]
-        self._timeout_s = reward.timeout_s or traits["timeout_s"] or _TIMEOUT_S
-        self._deadline_s = self._timeout_s + (_CANCEL_GRACE_S if is_async else 0)
-        if is_async and not self._is_alone:
-            self._concurrency = reward.concurrency or traits["concurrency"] or _CONCURRENCY
+        self._is_async = is_async
+        if not self._is_alone:
+            self._limit = CallLimit(reward.timeout_s or traits["timeout_s"])
+            if is_async:
+                self._concurrency = reward.concurrency or traits["concurrency"] or _CONCURRENCY
         self._offer(worker)
         num_workers = self._num_workers or (1 if is_async else max(4, min(8, os.cpu_count() or 1)))
         for _ in range(num_workers - 1):
             self._add()
+
+    def _learn(self, call: Call, started: float, is_first: bool) -> Answer:
+        """The answer to a call, whose time counts if it gave a value. Raises WorkerLost."""
+        answer = call.answer.result()
+        if "value" in answer:
+            self._limit.learn(time.monotonic() - started, is_first)
+        return answer
+
+    async def _end(self, worker: WorkerProcess, call: Call) -> bool:
+        """End a late call, with its worker where there is no other way. False where other calls ran there, so that
+        nobody knows whose fault it was. Raises WorkerLost."""
+        if self._is_async:
+            worker.cancel(call)
+            if await _is_answered(call, _CANCEL_GRACE_S):
+                call.answer.result()
+                return True
+        num_calls = worker.num_calls
+        call.answer.cancel()
+        worker.kill()
+        return num_calls == 1
+
+    def _watch(self, worker: WorkerProcess, call: Call, started: float, is_first: bool) -> None:
+        """Let a late call run on, for the limit to learn from it. A worker that is busy with it alone is replaced."""
+        self._is_watching = True
+        if self._concurrency == 1:
+            worker.on_end = lambda: None
+            self._add()
+
+        async def watch() -> None:
+            try:
+                if not await _is_answered(call, started + self._limit.ceiling_s - time.monotonic()):
+                    await self._end(worker, call)
+                elif "value" in self._learn(call, started, is_first):
+                    took_s, limit_s = time.monotonic() - started, self._limit.seconds(is_first)
+                    logger.warning(
+                        "a call of the reward %s that was given up took %.2g s; from now on they have %.2g s "
+                        "(timeout_s sets a limit)",
+                        *(self._reward.name, took_s, limit_s),
+                    )
+            except WorkerLost:
+                pass
+            finally:
+                self._is_watching = False
+                call.answer.cancel()  # nobody waits for it any more
+                if self._concurrency == 1:
+                    worker.kill()
+                self._release(worker)
+
+        self._follow(watch())
+
+    def _release(self, worker: WorkerProcess) -> None:
+        """A call has ended in the worker, which can take another unless it has ended too."""
+        if not worker.ended:
+            self._free.put_nowait(worker)
 
     async def _launch(self, check: bool) -> tuple[WorkerProcess, dict[str, Any]]:
         """A worker that has loaded the reward, and the reward's traits. Raises UserError."""
@@ -188,3 +263,9 @@ class Crew:
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def _is_answered(call: Call, within_s: float) -> bool:
+    """Wait for the answer to a call, which may be an exception."""
+    await asyncio.wait({call.answer}, timeout=max(0.0, within_s))
+    return call.answer.done()

@@ -21,7 +21,7 @@ class MathReward:
         partial_credit: for a wrong answer in a response that has the target's number elsewhere.
         limit_s: whole seconds that reading an answer and comparing it may take, each; beyond that it is wrong.
             ``math-verify`` counts them by signals, so this reward runs in the main thread of a process only, and what
-            no signal interrupts is ended by the reward's ``timeout_s``.
+            no signal interrupts is ended by the reward's ``timeout_s``, by default a second more than all of it.
     Raises ValueError where the target itself cannot be read.
     """
 
@@ -29,6 +29,7 @@ class MathReward:
         self.tolerance = tolerance
         self.partial_credit = partial_credit
         self.limit_s = limit_s
+        self.timeout_s = 1.0 + 3 * limit_s  # the target is read, the answer is read, they are compared
         # It warns of each answer that it gives up on, with all of its text.
         logging.getLogger("math_verify").setLevel(logging.ERROR)
         self._equal(r"\frac{1}{2}", "0.5x", marked=True)  # the first time takes seconds, which are no call's

@@ -11,6 +11,7 @@ import signal
 import struct
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Self
 
 from forge_hpc.rewards.compute import Answer
@@ -26,6 +27,15 @@ class WorkerLost(Exception):
         self.num_calls = num_calls
 
 
+@dataclass(frozen=True)
+class Call:
+    """A request on its way."""
+
+    number: int
+    answer: asyncio.Future[Answer]
+    """Its answer; WorkerLost where the worker ends before."""
+
+
 class WorkerProcess:
     """A process of ``forge_hpc.rewards.worker``. Calls may run in it at the same time; each answer comes when ready."""
 
@@ -37,8 +47,8 @@ class WorkerProcess:
         """Called once, when ``ended`` becomes true."""
         self._process = process
         self._calls: dict[int, asyncio.Future[Answer]] = {}
-        self.num_asked = 0
-        """Requests so far, the one to load the reward included."""
+        self.num_asked = self.num_answered = 0
+        """Requests so far, the one to load the reward included, and answers."""
         self._reading = asyncio.create_task(self._read())
 
     @classmethod
@@ -61,17 +71,30 @@ class WorkerProcess:
         """Requests that have no answer yet, given up or not."""
         return len(self._calls)
 
-    async def ask(self, request: dict[str, Any], timeout_s: float) -> Answer:
-        """Send a request and wait for its answer. Raises WorkerLost, or TimeoutError: the call then still runs."""
+    def send(self, request: dict[str, Any]) -> Call:
+        """Send a request, whose answer follows. Raises WorkerLost."""
         if self.ended:
             raise WorkerLost("had ended", 0)
         self.num_asked += 1
-        payload = pickle.dumps({**request, "id": self.num_asked})
-        call = self._calls[self.num_asked] = asyncio.get_running_loop().create_future()
+        call = Call(self.num_asked, asyncio.get_running_loop().create_future())
+        self._calls[call.number] = call.answer
+        self._write({**request, "id": call.number})
+        return call
+
+    def cancel(self, call: Call) -> None:
+        """Have the worker of an async reward cancel a call, which then has an answer, whatever it is."""
+        if not self.ended:
+            self._write({"cancel": call.number})
+
+    async def ask(self, request: dict[str, Any], timeout_s: float) -> Answer:
+        """Send a request and wait for its answer. Raises WorkerLost, or TimeoutError: the call then still runs."""
+        async with asyncio.timeout(timeout_s):
+            return await self.send(request).answer
+
+    def _write(self, message: dict[str, Any]) -> None:
+        payload = pickle.dumps(message)
         assert self._process.stdin is not None
         self._process.stdin.write(struct.pack("<Q", len(payload)) + payload)
-        async with asyncio.timeout(timeout_s):
-            return await call
 
     def kill(self) -> None:
         """End the process and all that it started, at once; ``wait`` waits for it."""
@@ -94,6 +117,7 @@ class WorkerProcess:
             while line := await self._process.stdout.readline():
                 answer = json.loads(line)
                 call = self._calls.pop(answer["id"])
+                self.num_answered += 1
                 if not call.done():  # given up
                     call.set_result(answer)
             cause = "ended"

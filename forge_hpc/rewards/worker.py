@@ -1,8 +1,8 @@
 """A process that computes one reward: ``python -m forge_hpc.rewards.worker``, started by the pool.
 
 Messages come on the standard input, each a length (8 bytes, little endian) and a pickle: first the reward to load, then
-requests. Answers go to what was the standard output, one JSON object a line with the request's ``id``. What rewards
-print goes to the standard error. It ends with its input.
+requests, or the ``id`` of one to ``cancel``. Answers go to what was the standard output, one JSON object a line with
+the request's ``id``. What rewards print goes to the standard error. It ends with its input.
 
 A sync reward runs in the main thread, one call at a time; an async one on one event loop, all calls at once.
 """
@@ -75,14 +75,21 @@ async def _serve_async(reward: Reward, first: dict[str, Any], requests: BinaryIO
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), requests)
 
+    running: dict[int, asyncio.Task[None]] = {}
+
     async def answer(request: dict[str, Any]) -> None:
         send(request, await compute_async(reward, request))
+        del running[request["id"]]
 
     with contextlib.suppress(asyncio.IncompleteReadError):
         async with asyncio.TaskGroup() as tasks:
             while True:
                 length = _HEADER.unpack(await reader.readexactly(_HEADER.size))[0]
-                tasks.create_task(answer(pickle.loads(await reader.readexactly(length))))
+                request = pickle.loads(await reader.readexactly(length))
+                if "cancel" not in request:
+                    running[request["id"]] = tasks.create_task(answer(request))
+                elif request["cancel"] in running:
+                    running[request["cancel"]].cancel()
 
 
 async def _check(reward: Reward, first: dict[str, Any]) -> None:
