@@ -42,7 +42,7 @@ def test_a_run_goes_on_with_rewards_that_hang_raise_give_nan_and_die(tmp_path: P
     for name, share in (("good", 0.0), ("bad", 0.06)):
         directory = tmp_path / name
         directory.mkdir()
-        reward = f"reward=[{{name: {directory}/reward.py:length, timeout_s: 5, workers: 4, args: {{share: {share}}}}}]"
+        reward = f"reward=[{{name: {directory}/reward.py:length, args: {{share: {share}}}}}]"
         options = small_run(directory, STEPS, BAD_REWARD, reward, "evaluation.num_prompts=0")
         result = run_local(directory / "run", options)
         assert result.returncode == 0, result.stdout + result.stderr

@@ -218,10 +218,12 @@ def test_the_limit_of_a_call_is_learned_from_those_that_gave_a_value():
     for _ in range(2):
         early.learn(0.3, is_first=True)
     assert early.seconds(False) == early.seconds(True) == 0.3 * FACTOR
+    assert limit.describe(FLOOR_S) == "1 s, a limit learned from its other calls (timeout_s sets one)"
+    assert limit.describe(CEILING_S) == "10 s, the default (timeout_s sets one)"
     fixed = CallLimit(30.0)
     for _ in range(20):
         fixed.learn(0.001, is_first=False)
-    assert fixed.seconds(False) == fixed.seconds(True) == 30.0
+    assert fixed.seconds(False) == fixed.seconds(True) == 30.0 and fixed.describe(30.0) == "30 s"
 
 
 @pytest.mark.parametrize(("name", "num_workers"), [("misbehave", 2), ("misbehave_async", 1)])

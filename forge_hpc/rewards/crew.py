@@ -94,13 +94,12 @@ class Crew:
         try:
             if await _is_answered(call, limit_s):
                 return self._learn(call, started, is_first)
-            is_learned = limit_s < self._limit.ceiling_s
-            is_watched = is_learned and not self._is_watching
+            is_watched = limit_s < self._limit.ceiling_s and not self._is_watching
             if is_watched:
                 self._watch(worker, call, started, is_first)
             if is_watched or await self._end(worker, call):
-                why = ", a limit learned from its other calls (timeout_s sets one)" if is_learned else ""
-                raise RewardError(f"reward {self._reward.name} took longer than {limit_s:.3g} s{why}", "timeout")
+                limit = self._limit.describe(limit_s)
+                raise RewardError(f"reward {self._reward.name} took longer than {limit}", "timeout")
         except WorkerLost as lost:
             if lost.num_calls == 1:
                 raise RewardError(f"reward {self._reward.name}: its process {lost}", "died") from None
@@ -177,12 +176,9 @@ class Crew:
                 if not await _is_answered(call, started + self._limit.ceiling_s - time.monotonic()):
                     await self._end(worker, call)
                 elif "value" in self._learn(call, started, is_first):
-                    took_s, limit_s = time.monotonic() - started, self._limit.seconds(is_first)
-                    logger.warning(
-                        "a call of the reward %s that was given up took %.2g s; from now on they have %.2g s "
-                        "(timeout_s sets a limit)",
-                        *(self._reward.name, took_s, limit_s),
-                    )
+                    took_s, limit = time.monotonic() - started, self._limit.describe(self._limit.seconds(is_first))
+                    text = "a call of the reward %s that was given up took %.3g s; from now on they have %s"
+                    logger.warning(text, self._reward.name, took_s, limit)
             except WorkerLost:
                 pass
             finally:

@@ -20,17 +20,24 @@ class CallLimit:
     def __init__(self, timeout_s: float | None = None) -> None:
         self.ceiling_s = timeout_s or CEILING_S
         """No call takes longer."""
-        self._is_learned = timeout_s is None
+        self.is_fixed = timeout_s is not None
         self._later: deque[float] = deque(maxlen=_REMEMBERED)
         self._first: deque[float] = deque(maxlen=_REMEMBERED)
 
     def seconds(self, is_first: bool) -> float:
         """The limit of a call; ``is_first``: its process has finished none yet."""
         known = self._later if len(self._later) >= _ENOUGH and not is_first else self._first
-        if not self._is_learned or len(known) < _ENOUGH_FIRST:
+        if self.is_fixed or len(known) < _ENOUGH_FIRST:
             return self.ceiling_s
         return min(max(FACTOR * max(known), FLOOR_S), self.ceiling_s)
 
     def learn(self, seconds: float, is_first: bool) -> None:
         """A call gave a value after so many seconds, given up by then or not."""
         (self._first if is_first else self._later).append(seconds)
+
+    def describe(self, seconds: float) -> str:
+        """``seconds``, a limit that ``seconds()`` gave, with where it comes from."""
+        if self.is_fixed:
+            return f"{seconds:.3g} s"
+        source = "the default" if seconds == self.ceiling_s else "a limit learned from its other calls"
+        return f"{seconds:.3g} s, {source} (timeout_s sets one)"
