@@ -3,9 +3,9 @@
     python benchmarks/bad_rewards.py [--steps 40] [--share 0.06] [key=value ...]
 
 Four runs of a small model that writes some 100 tokens a completion, synchronous and two steps ahead, each with and
-without misbehaviour; a quarter of the ``--share`` of all completions meets each kind. Prints the mean and the median of
-the steps and of the completions trained on in a second, and their ratios. The first steps are left out: the limit of a
-call is learned in them. Processes that end are replaced, which takes cores from generation where there are few.
+without misbehaviour; a quarter of the ``--share`` of all completions meets each kind. Prints the mean and the median
+step, and their ratios. The first steps are left out: the limit of a call is learned in them. Processes that end are
+replaced, which takes cores from generation where there are few.
 """
 
 from __future__ import annotations
