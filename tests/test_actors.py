@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from forge_hpc.actors.buffer import EpisodeBuffer
-from forge_hpc.actors.service import Service
+from forge_hpc.actors.service import ActorLost, Service
 from forge_hpc.data.types import Completion, Episode, Group, Prompt
 
 
@@ -197,6 +197,33 @@ class FakeReplica:
         return self.name, args
 
 
+class SendingReplica(FakeReplica):
+    """Sends the pairs that it is told to, and returns or raises what it is told last."""
+
+    def __init__(self, name: str = "a") -> None:
+        super().__init__(name)
+        self.told: asyncio.Queue[Any] = asyncio.Queue()
+        self.was_cancelled = asyncio.Event()
+        self.port: Any = None
+
+    def tell(self, *words: Any) -> None:
+        for word in words:
+            self.told.put_nowait(word)
+
+    async def call_one(self, *args: Any) -> int:
+        self.num_calls += 1
+        *_, self.port = args
+        try:
+            while isinstance(pair := await self.told.get(), tuple):
+                self.port.send(pair)
+        except asyncio.CancelledError:
+            self.was_cancelled.set()
+            raise
+        if isinstance(pair, Exception):
+            raise pair
+        return pair
+
+
 class Losses(list):
     """Collects what a service reports as lost."""
 
@@ -266,3 +293,98 @@ def test_a_replica_that_does_not_answer_is_lost_and_its_call_waits_for_the_next(
         assert await call == ("b", (7,))
 
     asyncio.run(scenario())
+
+
+def test_a_stream_hands_over_each_result_before_the_call_ends() -> None:
+    async def scenario() -> None:
+        replica = SendingReplica()
+        service, _ = await service_of([replica])
+        stream = service.generate.stream("prompts", key=0)
+        replica.tell((1, "one"))
+        assert await anext(stream) == (1, "one")
+        replica.tell((0, "zero"))
+        assert await anext(stream) == (0, "zero")
+        replica.tell((2, "two"), 3)
+        assert [pair async for pair in stream] == [(2, "two")]
+        assert replica.num_calls == 1
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_a_stream_waits_for_what_the_reply_has_overtaken_but_not_for_ever() -> None:
+    async def scenario() -> None:
+        replica = SendingReplica()
+        service, _ = await service_of([replica])
+        stream = service.generate.stream()
+        replica.tell((0, "zero"), 2)
+        assert await anext(stream) == (0, "zero")
+        rest = asyncio.ensure_future(anext(stream))
+        await until(lambda: service._replicas[0].in_flight == 0)  # the reply is there
+        replica.port.send((1, "one"))
+        assert await rest == (1, "one")
+        assert [pair async for pair in stream] == []
+        service.timeout_s = 0.05
+        replica.tell((0, "zero"), 2)
+        with pytest.raises(ActorLost, match=r"generator, generate\(\): 1 results are missing"):
+            [pair async for pair in service.generate.stream()]
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_a_stream_goes_on_at_another_replica_and_hands_over_nothing_twice() -> None:
+    async def scenario() -> None:
+        first, second = SendingReplica("a"), SendingReplica("b")
+        service, losses = await service_of([first, second])
+        stream = service.generate.stream(key=0)
+        first.tell((2, "a"))
+        second.tell((0, "b"), (1, "b"), (2, "b"), 3)
+        received = [await anext(stream)]
+        service.lose(0, "killed")
+        received += [pair async for pair in stream]
+        assert received == [(2, "a"), (0, "b"), (1, "b")]
+        assert losses == [(0, "killed")] and second.num_calls == 1
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_what_the_call_of_a_stream_raises_is_raised() -> None:
+    async def scenario() -> None:
+        replica = SendingReplica()
+        service, losses = await service_of([replica])
+        stream = service.generate.stream()
+        replica.tell((0, "zero"))
+        assert await anext(stream) == (0, "zero")
+        replica.tell(KeyError("no such thing"))
+        with pytest.raises(KeyError, match="no such thing"):
+            await anext(stream)
+        assert not losses
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_a_stream_that_is_left_early_leaves_nothing() -> None:
+    async def leave_by_closing(stream: Any) -> None:
+        await stream.aclose()
+
+    async def leave_by_cancelling(stream: Any) -> None:
+        waiting = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+
+    async def scenario(leave: Any) -> None:
+        replica = SendingReplica()
+        service, losses = await service_of([replica])
+        stream = service.generate.stream(key=0)
+        replica.tell((0, "zero"))
+        assert await anext(stream) == (0, "zero")
+        await leave(stream)
+        await until(replica.was_cancelled.is_set)
+        replica.port.send((1, "one"))  # nobody listens, and nothing comes of it
+        await until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
+        replica.tell(0)
+        assert [pair async for pair in service.generate.stream(key=0)] == []  # the replica is free again
+        assert not losses
+
+    for leave in (leave_by_closing, leave_by_cancelling):
+        asyncio.run(scenario(leave))

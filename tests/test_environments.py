@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from sandboxes import needs_bubblewrap
 
+from forge_hpc.actors.service import cause_of
 from forge_hpc.checkpoint.episodes import dump_groups, load_groups
 from forge_hpc.config import Config, UserError
 from forge_hpc.config.schema import EnvironmentConfig, RewardConfig
@@ -360,6 +361,12 @@ class _Opened:
         pass
 
 
+async def played(player: EpisodePlayer, prompts: list[Prompt], key: int | None) -> list[Any]:
+    """All episodes, by prompt."""
+    groups = {index: episodes async for index, episodes in player.stream(prompts, key=key)}
+    return [groups[index] for index in range(len(prompts))]
+
+
 class Chatter:
     """Says random things, at random length, and ends when it likes."""
 
@@ -390,7 +397,7 @@ def test_the_tokens_that_are_trained_are_the_tokens_that_were_generated(config: 
         pool = RewardPool(config)
         return [
             await make_group(prompt, episodes, pool, config)
-            for prompt, episodes in zip(prompts, await player(prompts, key=key), strict=True)
+            for prompt, episodes in zip(prompts, await played(player, prompts, key), strict=True)
         ]
 
     groups = asyncio.run(scenario())
@@ -424,12 +431,55 @@ def test_lockstep_asks_for_all_turns_at_once_in_order(config: Config) -> None:
     tokenizer = chat_tokenizer()
     generator = ScriptedGenerator(tokenizer, seed=2)
     player = EpisodePlayer(config, tokenizer, generator, InProcess(Chatter))  # type: ignore[arg-type]
-    asyncio.run(player([prompt_of(7), prompt_of(3)], key=1))
+    asyncio.run(played(player, [prompt_of(7), prompt_of(3)], key=1))
     assert generator.calls[0] == [(position, sample, 0) for position in (7, 3) for sample in range(3)]
     order = generator.calls[0]
     for turn, call in enumerate(generator.calls):
         assert {number for _, _, number in call} == {turn}
         assert [place[:2] for place in order if (*place[:2], turn) in call] == [place[:2] for place in call]
+
+
+@pytest.mark.parametrize("key", [0, None], ids=["lockstep", "free"])
+def test_episodes_of_a_prompt_are_handed_over_while_others_are_played(config: Config, key: int | None) -> None:
+    class Patient(Chatter):
+        async def reset(self, prompt: Prompt) -> str:
+            self.is_last = prompt.position == 2
+            return await super().reset(prompt)
+
+        async def step(self, response: str) -> Step:
+            if self.is_last:
+                await handed_over.wait()
+            return Step("", reward=1.0, done=True)
+
+    tokenizer, handed_over = chat_tokenizer(), asyncio.Event()
+    player = EpisodePlayer(config, tokenizer, ScriptedGenerator(tokenizer, 5), InProcess(Patient))  # type: ignore[arg-type]
+
+    async def scenario() -> list[int]:
+        indices: list[int] = []
+        async for index, episodes in player.stream([prompt_of(2), prompt_of(7), prompt_of(3)], key=key):
+            assert len(episodes) == 3
+            indices.append(index)
+            if len(indices) == 2:
+                handed_over.set()
+        return indices
+
+    assert asyncio.run(asyncio.wait_for(scenario(), 30)) == [1, 2, 0]
+
+
+@pytest.mark.parametrize("key", [0, None], ids=["lockstep", "free"])
+def test_what_keeps_episodes_from_being_played_is_raised_and_ends_the_others(config: Config, key: int | None) -> None:
+    async def fail(*_: Any, key: int | None) -> list[Completion]:
+        raise RuntimeError("the generators are gone")
+
+    player = EpisodePlayer(config, chat_tokenizer(), fail, InProcess(Chatter))  # type: ignore[arg-type]
+
+    async def scenario() -> None:
+        with pytest.raises(BaseExceptionGroup) as raised:
+            await played(player, [prompt_of(0), prompt_of(1)], key)
+        assert str(cause_of(raised.value)) == "the generators are gone"
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(scenario())
 
 
 def test_a_failed_episode_is_counted_and_its_turn_is_not_waited_for(config: Config) -> None:
@@ -446,7 +496,7 @@ def test_a_failed_episode_is_counted_and_its_turn_is_not_waited_for(config: Conf
     player = EpisodePlayer(config, tokenizer, ScriptedGenerator(tokenizer, 3), InProcess(Picky))  # type: ignore[arg-type]
 
     async def scenario() -> Group:
-        [samples] = await player([prompt_of()], key=0)
+        [samples] = await played(player, [prompt_of()], key=0)
         return await make_group(prompt_of(), samples, RewardPool(config), config)
 
     group = asyncio.run(asyncio.wait_for(scenario(), 30))

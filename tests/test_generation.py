@@ -7,9 +7,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -245,6 +247,39 @@ def test_bad_prompts_fail_alone(engine: GenerationEngine) -> None:
     assert all(isinstance(result, ValueError) for result in results[1:])
     with pytest.raises(ValueError, match="empty"):
         asyncio.run(engine.generate(empty, 1, seed=0))
+
+
+def test_results_are_handed_over_while_the_rest_of_the_batch_is_generated(
+    engine: GenerationEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = [*prompts(6), Prompt(6, "", [], ""), *prompts(13)[7:]]  # 48 requests, of which 16 run at once
+
+    def sample(**options: Any) -> list[Any]:
+        return asyncio.run(engine.generate_batch(batch, 4, seed=3, max_tokens=30, **options))
+
+    expected = sample()
+    handed: list[tuple[int, Any]] = []
+    one_is_handed_over, was_in_time = threading.Event(), []
+    step, num_before = engine._engine.step, engine.stats().num_finished
+
+    def watched_step() -> list[Any]:
+        if engine.stats().num_finished - num_before > 36:  # one of the 12 groups is complete, and one is not
+            was_in_time.append(one_is_handed_over.wait(60))
+        return step()
+
+    def hand_over(pair: tuple[int, Any]) -> None:
+        handed.append(pair)
+        if pair[0] != 6:
+            one_is_handed_over.set()
+
+    monkeypatch.setattr(engine._engine, "step", watched_step)
+    results = sample(hand_over=hand_over)
+    assert was_in_time and all(was_in_time)
+    assert handed[0][0] == 6 and isinstance(results[6], ValueError)
+    assert len(handed) == 13 and dict(handed) == dict(enumerate(results))
+    assert [result for result in results if result != results[6]] == [
+        result for result in expected if result != expected[6]
+    ]
 
 
 def test_a_cancelled_call_leaves_the_engine_to_others(engine: GenerationEngine) -> None:

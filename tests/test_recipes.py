@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from forge_hpc.actors.service import cause_of
 from forge_hpc.config import Config
 from forge_hpc.config.schema import RewardConfig
-from forge_hpc.data.types import Completion, Document, Prompt
+from forge_hpc.data.builtin import char_tokenizer
+from forge_hpc.data.types import Completion, Document, Group, Prompt
 from forge_hpc.recipes.checks import SignalWatch, check_mismatch
+from forge_hpc.recipes.grpo import grpo
 from forge_hpc.recipes.rollouts import RolloutClock, has_signal, make_group, measure, to_documents
 from forge_hpc.rewards import RewardPool
 
@@ -21,6 +26,113 @@ PROMPT = Prompt(0, "1+1=", [1, 2, 1, 3], "2")
 @pytest.fixture
 def config() -> Config:
     return Config(reward=[RewardConfig(name="exact")])
+
+
+class OneStep:
+    """A session whose trainers train nothing, for one step. Whole runs are tested end to end."""
+
+    def __init__(self, config: Config, generators: Any) -> None:
+        self.config, self.tokenizer, self.state = config, char_tokenizer(), {}
+        self.step, self.finished_groups, self.seconds = 0, [], 0.0
+        self.generators, self.groups, self.closing = generators, [], []
+
+    def on_close(self, close: Any) -> None:
+        self.closing.append(close)
+
+    async def start_trainers_and_generators(self) -> tuple[None, Any]:
+        return None, self.generators
+
+    async def connect(self, trainers: None, generators: Any, buffer: Any) -> OneStep:
+        return self
+
+    def evaluation_is_due(self, step: int) -> bool:
+        return False
+
+    def remaining_steps(self) -> list[int]:
+        return [1]
+
+    async def train_step(self, step: int, documents: list[Document]) -> dict[str, float]:
+        return {"mismatch/logprob_abs_mean": 0.0}
+
+    async def publish(self, step: int) -> None:
+        pass
+
+    async def delivered(self) -> None:
+        pass
+
+    def record(self, step: int, metrics: dict[str, float], groups: list[Group]) -> None:
+        self.groups = groups
+
+    async def save_if_due(self, step: int, state: dict[str, Any]) -> None:
+        pass
+
+    async def finish(self) -> None:
+        pass
+
+
+class SlowestLast:
+    """The one generator of a run: it is done with the last prompt of a call when the others are rewarded."""
+
+    def __init__(self, rewarded: Path) -> None:
+        self.rewarded, self.generate = rewarded, self
+
+    def __len__(self) -> int:
+        return 1
+
+    async def stream(self, prompts: list[Prompt], *, key: int | None) -> AsyncIterator[tuple[int, list[Completion]]]:
+        assert key == 0
+        *first, last = range(len(prompts))
+        for index in reversed(first):
+            yield index, [completion(0, prompts[index].target), completion(1, "no")]
+        while len(list(self.rewarded.iterdir())) < len(first):
+            await asyncio.sleep(0.01)
+        yield last, [completion(0, prompts[last].target), completion(1, "no")]
+
+
+def one_step(config: Config, directory: Path, reward: str) -> OneStep:
+    config.rollout.prompts_per_step, config.rollout.group_size, config.evaluation.num_prompts = 4, 2, 0
+    config.data.path, config.data.chat_template = "builtin:addition", False
+    (directory / "rewarded").mkdir()
+    (directory / "reward.py").write_text(reward)
+    config.reward = [RewardConfig(name=f"{directory}/reward.py:touch", args={"directory": f"{directory}/rewarded"})]
+    session = OneStep(config, SlowestLast(directory / "rewarded"))
+
+    async def scenario() -> None:
+        try:
+            await grpo(session)  # type: ignore[arg-type]
+        finally:
+            for close in session.closing:
+                await close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+    return session
+
+
+def test_in_a_synchronous_run_completions_are_rewarded_while_others_are_generated(
+    config: Config, tmp_path: Path
+) -> None:
+    reward = """
+from pathlib import Path
+
+def touch(prompt, response, target, directory, **fields):
+    Path(directory, str(target)).touch()
+    return float(response == target)
+"""
+    session = one_step(config, tmp_path, reward)
+    assert [group.prompt.position for group in session.groups] == [0, 1, 2, 3]
+    assert [[episode.reward for episode in group.episodes] for group in session.groups] == [[1, 0]] * 4
+
+
+def test_an_error_in_a_reward_loop_ends_the_run_with_its_cause(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("forge_hpc.recipes.grpo.make_group", fail)
+    with pytest.raises(BaseExceptionGroup) as raised:
+        one_step(config, tmp_path, "def touch(prompt, response, target, directory, **fields): return 0.0")
+    assert isinstance(cause_of(raised.value), OSError)
 
 
 def completion(index: int, text: str, num_tokens: int = 2) -> Completion:

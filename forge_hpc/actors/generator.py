@@ -6,9 +6,9 @@ import asyncio
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from monarch.actor import Actor, endpoint
+from monarch.actor import Actor, Port, endpoint
 from monarch.actor.concurrent import concurrent_endpoint
 
 from forge_hpc.config import Config
@@ -36,19 +36,35 @@ class Generator(Actor):
         self._engine = await asyncio.to_thread(GenerationEngine, model_dir, self._config, device=device_type())
 
     @concurrent_endpoint
-    async def generate(self, prompts: Sequence[Prompt]) -> list[list[Completion] | ValueError]:
+    async def generate(
+        self, prompts: Sequence[Prompt], port: Port[Any] | None = None
+    ) -> list[list[Completion] | ValueError] | int:
         """``rollout.group_size`` completions of each prompt.
 
-        All requests of a call are admitted together, in order; a bad prompt has its error in its place.
+        All requests of a call are admitted together, in order; a bad prompt has its error in its place. With a port
+        (``ServiceEndpoint.stream``) the completions of each prompt go there, once they are complete.
         """
-        return await self._engine.generate_batch(prompts, self._config.rollout.group_size, seed=self._config.seed)
+        rollout = self._config.rollout
+        return await self._sample(prompts, rollout.group_size, rollout.sampling, self._config.seed, port)
 
     @concurrent_endpoint
     async def sample(
-        self, prompts: Sequence[Prompt], num: int, sampling: SamplingConfig, seed: int
-    ) -> list[list[Completion] | ValueError]:
+        self,
+        prompts: Sequence[Prompt],
+        num: int,
+        sampling: SamplingConfig,
+        seed: int,
+        port: Port[Any] | None = None,
+    ) -> list[list[Completion] | ValueError] | int:
         """As ``generate``, with ``num`` completions of each prompt, other parameters and another seed."""
-        return await self._engine.generate_batch(prompts, num, seed=seed, sampling=sampling)
+        return await self._sample(prompts, num, sampling, seed, port)
+
+    async def _sample(
+        self, prompts: Sequence[Prompt], num: int, sampling: SamplingConfig, seed: int, port: Port[Any] | None
+    ) -> list[list[Completion] | ValueError] | int:
+        hand_over = None if port is None else port.send
+        results = await self._engine.generate_batch(prompts, num, seed=seed, sampling=sampling, hand_over=hand_over)
+        return results if port is None else len(results)
 
     @concurrent_endpoint
     async def generate_turns(

@@ -2,6 +2,7 @@
 
 completions = await generator.generate.route(prompts)          # the replica with the fewest calls in flight
 completions = await generator.generate.route(prompts, key=17)  # replica 17 modulo their number, while it serves
+async for index, completions in generator.generate.stream(prompts): ...  # each prompt's as soon as they are complete
 await generator.load.fanout(spec, version)                     # all replicas that serve
 
 A replica that dies or does not answer in time leaves the service, and ``on_loss`` is told; calls that were routed to it
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 
@@ -176,6 +177,38 @@ class ServiceEndpoint:
                 self._service._on_retry()
             finally:
                 replica.in_flight -= 1
+
+    async def stream(self, *args: Any, key: int | None = None) -> AsyncIterator[tuple[int, Any]]:
+        """``(index, result)`` as the actor has them, each index once. The call is made, and repeated, as by ``route``.
+
+        The endpoint takes a port as its last argument, sends the pairs there, and returns their number. Of a pair that
+        comes again, because its replica was lost before all were there, the first stands. Closing the generator early
+        cancels the call.
+
+        Raises as ``route``, and ActorLost where the call has returned and a pair is still missing after the deadline.
+        """
+        from monarch.actor import Channel
+
+        port, receiver = Channel[Any].open()
+        port.return_undeliverable = False  # what comes when nobody listens any more is no failure of its sender
+        call = asyncio.ensure_future(self.route(*args, port, key=key))
+        call.add_done_callback(lambda _: port.send(None))  # wakes the loop
+        received: set[int] = set()
+        try:
+            while not (call.done() and len(received) == call.result()):
+                # The reply may overtake what was sent before it; until it is there, the call's own deadline holds.
+                try:
+                    async with asyncio.timeout(self._service.timeout_s if call.done() else None):
+                        pair = await receiver.recv()
+                except TimeoutError as error:
+                    num = call.result() - len(received)
+                    raise ActorLost(f"{self._service.name}, {self._endpoint}(): {num} results are missing") from error
+                if pair is not None and pair[0] not in received:
+                    received.add(pair[0])
+                    yield pair
+        finally:
+            call.cancel()
+            port.send(None)  # Monarch receives until something comes, whoever waits for it
 
     async def fanout(self, *args: Any) -> list[Any]:
         """Call all replicas that serve at once; results by index, without those that are lost on the way."""

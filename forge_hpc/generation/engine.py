@@ -19,11 +19,11 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 
@@ -36,6 +36,10 @@ from forge_hpc.generation.staging import staged_checkpoint
 
 logger = logging.getLogger(__name__)
 P = TypeVar("P", Prompt, Turn)
+Result: TypeAlias = list[Completion] | ValueError
+"""The completions of a prompt, or why the engine cannot take it."""
+HandOver: TypeAlias = Callable[[tuple[int, Result]], None]
+"""Gets the index of a prompt in its batch with its result, as soon as that is complete; called in the event loop."""
 
 
 class GenerationError(RuntimeError):
@@ -151,7 +155,7 @@ class GenerationEngine:
             GenerationError: the engine failed or was closed.
         """
         group = self._group(prompt, n, seed, sampling, max_tokens, share="")
-        [result] = await self._complete([group])
+        [result] = (await self._complete({0: group})).values()
         if isinstance(result, ValueError):
             raise result
         return result
@@ -164,17 +168,20 @@ class GenerationEngine:
         seed: int,
         sampling: SamplingConfig | None = None,
         max_tokens: int | None = None,
-    ) -> list[list[Completion] | ValueError]:
+        hand_over: HandOver | None = None,
+    ) -> list[Result]:
         """Sample ``n`` completions of each prompt; all requests are admitted, in order, before the first step.
 
         In an engine that is idle the result is bitwise a function of weights, prompts and seed alone (on the CPU in
         float32): it depends on what is in a batch together, and nothing computed earlier is reused.
 
         A bad prompt has its ValueError in the place of its completions; the others are not touched by it. Raises as
-        ``generate`` otherwise.
+        ``generate`` otherwise. ``hand_over`` gets each prompt's result while the others are still being generated.
         """
         share = f"batch-{next(self._batch_ids)}"
-        return await self._batch(prompts, lambda prompt: self._group(prompt, n, seed, sampling, max_tokens, share))
+        return await self._batch(
+            prompts, lambda prompt: self._group(prompt, n, seed, sampling, max_tokens, share), hand_over
+        )
 
     async def generate_turns(
         self, turns: Sequence[Turn], *, seed: int, sampling: SamplingConfig | None = None, share: str | None = None
@@ -191,16 +198,21 @@ class GenerationEngine:
         answers = await self._batch(turns, lambda turn: self._group(turn, 1, seed, sampling, turn.max_tokens, name))
         return [answer if isinstance(answer, ValueError) else answer[0] for answer in answers]
 
-    async def _batch(self, prompts: Sequence[P], group: Callable[[P], _Group]) -> list[list[Completion] | ValueError]:
+    async def _batch(
+        self, prompts: Sequence[P], group: Callable[[P], _Group], hand_over: HandOver | None = None
+    ) -> list[Result]:
         """Send a group for each prompt through the engine; the error of one that cannot be made is its result."""
-        results: list[_Group | ValueError] = []
-        for prompt in prompts:
+        groups: dict[int, _Group] = {}
+        results: dict[int, Result] = {}
+        for index, prompt in enumerate(prompts):
             try:
-                results.append(group(prompt))
+                groups[index] = group(prompt)
             except ValueError as error:
-                results.append(error)
-        completed = iter(await self._complete([result for result in results if isinstance(result, _Group)]))
-        return [next(completed) if isinstance(result, _Group) else result for result in results]
+                results[index] = error
+                if hand_over is not None:
+                    hand_over((index, error))
+        results |= await self._complete(groups, hand_over)
+        return [results[index] for index in range(len(prompts))]
 
     async def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Put new weights in place between two steps and make ``version`` the policy version.
@@ -302,24 +314,35 @@ class GenerationEngine:
         ]
         return _Group(prompt, sampling_params, share)
 
-    async def _complete(self, groups: list[_Group]) -> list[list[Completion] | ValueError]:
+    async def _complete(self, groups: dict[int, _Group], hand_over: HandOver | None = None) -> dict[int, Result]:
         """Send groups through the engine. They enter between the same two steps, in order."""
 
         def admit() -> None:
-            for group in groups:
+            for group in groups.values():
                 self._pending.extend((group, index) for index in range(len(group.sampling_params)))
 
-        self._post(admit, [group.future for group in groups])
+        async def wait(index: int, group: _Group) -> Result:
+            result: Result
+            try:
+                result = await asyncio.wrap_future(group.future)
+            except ValueError as error:
+                result = error
+            if hand_over is not None:
+                hand_over((index, result))
+            return result
+
+        self._post(admit, [group.future for group in groups.values()])
         try:
-            return await self._answers([group.future for group in groups])
+            results = await self._answers(wait(index, group) for index, group in groups.items())
         except (TimeoutError, asyncio.CancelledError):
-            self._inbox.put(lambda: self._abort(set(groups)))
+            self._inbox.put(lambda: self._abort(set(groups.values())))
             raise
+        return dict(zip(groups, results, strict=True))
 
     async def _reload(self, version: int, arguments: dict[str, Any]) -> None:
         done = _future()
         self._post(lambda: self._load(version, arguments, done), [done])
-        await self._answers([done])
+        await self._answers([asyncio.wrap_future(done)])
 
     def _post(self, command: Callable[[], None], futures: list[Future[Any]]) -> None:
         """Give the thread a command that will resolve these futures, or raise if it takes none any more."""
@@ -331,16 +354,16 @@ class GenerationEngine:
                 future.add_done_callback(self._unanswered.discard)
             self._inbox.put(command)
 
-    async def _answers(self, futures: list[Future[Any]]) -> list[Any]:
-        """Results of the futures, ValueErrors among them; raises any other error, and TimeoutError."""
+    async def _answers(self, waiting: Iterable[Awaitable[Any]]) -> list[Any]:
+        """Results of what waits for the thread; raises the first error among them, and TimeoutError."""
         timeout_s = self._config.generator.timeout_s
         try:
             async with asyncio.timeout(timeout_s):
-                answers = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
+                answers = await asyncio.gather(*waiting, return_exceptions=True)
         except TimeoutError:
             raise TimeoutError(f"the generation engine did not answer within {timeout_s:.0f} s") from None
         for answer in answers:
-            if isinstance(answer, BaseException) and not isinstance(answer, ValueError):
+            if isinstance(answer, BaseException):
                 raise answer
         return answers
 

@@ -17,8 +17,8 @@ import asyncio
 import logging
 import secrets
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, TypeAlias
 
 from forge_hpc.actors.service import Service
 from forge_hpc.config import Config
@@ -30,7 +30,8 @@ from forge_hpc.recipes.session import Session
 
 logger = logging.getLogger(__name__)
 Respond = Callable[[Turn], Awaitable[Completion | ValueError]]
-
+Played: TypeAlias = tuple[int, list[Episode | EnvironmentFailed]]
+"""The index of a prompt, and its episodes; one that failed has its error in its place."""
 
 GenerateTurns = Callable[..., Awaitable[list[Completion | ValueError]]]
 """The generators' ``generate_turns``: (turns, sampling, seed, share, key=...)."""
@@ -67,7 +68,7 @@ class EpisodePlayer:
         self.num_failed: Counter[str] = Counter()
         """Episodes given up so far, by ``EnvironmentFailed.kind``."""
 
-    async def __call__(
+    async def stream(
         self,
         prompts: Sequence[Prompt],
         num: int | None = None,
@@ -75,13 +76,33 @@ class EpisodePlayer:
         seed: int | None = None,
         *,
         key: int | None = None,
-    ) -> list[list[Episode | EnvironmentFailed]]:
-        """``num`` episodes of each prompt, by default ``rollout.group_size``; one that failed has its error in its
-        place. ``sampling`` and ``seed`` are those of training unless they are given.
+    ) -> AsyncIterator[Played]:
+        """``num`` episodes of each prompt, by default ``rollout.group_size``, as soon as all of this prompt's have
+        ended. ``sampling`` and ``seed`` are those of training unless they are given.
 
         With a key they are played in lockstep. Rewards are those of the environment, without ``config.reward``.
         """
         num = self._config.rollout.group_size if num is None else num
+        ended: asyncio.Queue[Played | None] = asyncio.Queue()
+        playing = asyncio.create_task(self._play_all(prompts, num, sampling, seed, key, ended))
+        playing.add_done_callback(lambda _: ended.put_nowait(None))
+        try:
+            while (group := await ended.get()) is not None:
+                yield group
+            playing.result()
+        finally:
+            playing.cancel()
+            await asyncio.wait({playing})
+
+    async def _play_all(
+        self,
+        prompts: Sequence[Prompt],
+        num: int,
+        sampling: SamplingConfig | None,
+        seed: int | None,
+        key: int | None,
+        ended: asyncio.Queue[Played | None],
+    ) -> None:
         async with asyncio.TaskGroup() as tasks:
             if key is None:
                 lockstep = None
@@ -99,8 +120,12 @@ class EpisodePlayer:
 
                 return tasks.create_task(self._try(prompt, sample_index, respond))
 
+            async def hand_over(index: int, episodes: list[asyncio.Task[Episode | EnvironmentFailed]]) -> None:
+                ended.put_nowait((index, [await episode for episode in episodes]))
+
             groups = [[start(prompt, index) for index in range(num)] for prompt in prompts]
-        return [[task.result() for task in group] for group in groups]
+            for index, episodes in enumerate(groups):
+                tasks.create_task(hand_over(index, episodes))
 
     async def _try(self, prompt: Prompt, sample_index: int, respond: Respond) -> Episode | EnvironmentFailed:
         try:

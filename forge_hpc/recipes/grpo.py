@@ -35,7 +35,7 @@ async def grpo(session: Session) -> None:
     environments = await start_environments(session)
     trainers, generators = await session.start_trainers_and_generators()
     player = episode_player(session, generators, environments)
-    sample = player or generators.generate.route
+    sample = generators.generate.stream if player is None else player.stream
     buffer = episode_buffer(config, session.step, prompts.position)
     buffer.restore(session.finished_groups)
     buffer.num_stale = session.state.get("stale_episodes", 0)
@@ -64,8 +64,9 @@ async def grpo(session: Session) -> None:
         async def reward(prompt: Prompt, completions: Any) -> None:
             await buffer.put(await make_group(prompt, completions, rewards, config))
 
-        answers = await sample(share, key=key)
-        await asyncio.gather(*(reward(*pair) for pair in zip(share, answers, strict=True)))
+        async with asyncio.TaskGroup() as rewarding:  # a prompt's while others are still being generated
+            async for index, completions in sample(share, key=key):
+                rewarding.create_task(reward(share[index], completions))
         clock.end(started)
 
     signal = SignalWatch(config, session.state.get("steps_without_signal", 0))

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from forge_hpc.actors.buffer import EpisodeBuffer
 from forge_hpc.actors.service import ActorLost, Service, reason_of
@@ -37,6 +37,9 @@ from forge_hpc.recipes.recovery import Leave, Recoveries
 from forge_hpc.recipes.trainers import Trainers
 from forge_hpc.run_dir import RunDir
 from forge_hpc.weights import WeightStore
+
+if TYPE_CHECKING:
+    from forge_hpc.recipes.episodes import EpisodePlayer
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -431,7 +434,7 @@ class Session:
         step: int,
         prompts: Sequence[Prompt],
         rewards: Any,
-        player: Callable[..., Awaitable[Any]] | None = None,
+        player: EpisodePlayer | None = None,
         more: Mapping[str, float] | None = None,
     ) -> None:
         """Accuracy of the policy after ``step`` on held-out prompts, over all generators: greedy, and pass@k of
@@ -441,12 +444,12 @@ class Session:
         (``rollout.max_staleness`` 0) learns the same, to the last bit, however often it evaluates. A resumed run
         evaluates what it was interrupted in, and nothing twice. ``more`` is logged with it: a step has one evaluation.
 
-        With an environment ``player`` (``recipes.episodes.EpisodePlayer``) plays an episode for each answer.
+        With an environment ``player`` plays an episode for each answer.
         """
         if not prompts or self.metrics.is_evaluated(step):
             return
         start, config = time.perf_counter(), self.config.evaluation
-        ask = self.generators.sample.route if player is None else player
+        ask = self.generators.sample.stream if player is None else player.stream
         greedy = await self._answer(ask, prompts, 1, SamplingConfig(temperature=0.0), 0, rewards)
         values = greedy_figures([answer for [answer] in greedy])
         if config.samples:
@@ -461,7 +464,7 @@ class Session:
 
     async def _answer(
         self,
-        ask: Callable[..., Awaitable[Any]],
+        ask: Callable[..., AsyncIterator[tuple[int, Any]]],
         prompts: Sequence[Prompt],
         num: int,
         sampling: SamplingConfig,
@@ -486,12 +489,14 @@ class Session:
                 return Graded(rewards.is_right(terms), total)
             return Graded(episode.reward >= 1 - 1e-6, episode.reward + total)
 
+        async def grade_all(place: int, answers: Sequence[Completion | Episode | Exception] | ValueError) -> None:
+            if not isinstance(answers, ValueError):
+                results[place] = await asyncio.gather(*(grade(prompts[place], answer) for answer in answers))
+
         async def share(replica: int, places: Sequence[int]) -> None:
             mine = [prompts[place] for place in places]
-            answers = await ask(mine, num, sampling, seed, key=replica)
-            for place, prompt, group in zip(places, mine, answers, strict=True):
-                if not isinstance(group, ValueError):
-                    results[place] = await asyncio.gather(*(grade(prompt, answer) for answer in group))
+            async for index, answers in ask(mine, num, sampling, seed, key=replica):
+                tasks.create_task(grade_all(places[index], answers))
 
         results = [[Graded()] * num for _ in prompts]
         # A call has a deadline (generator.timeout_s): it holds some fillings of an engine, not a whole test set.
