@@ -363,8 +363,9 @@ class _Opened:
 
 async def played(player: EpisodePlayer, prompts: list[Prompt], key: int | None) -> list[Any]:
     """All episodes, by prompt."""
-    groups = {index: episodes async for index, episodes in player.stream(prompts, key=key)}
-    return [groups[index] for index in range(len(prompts))]
+    episodes = {place: episode async for place, episode in player.stream(prompts, key=key)}
+    num = len(episodes) // len(prompts)
+    return [[episodes[index, sample] for sample in range(num)] for index in range(len(prompts))]
 
 
 class Chatter:
@@ -440,7 +441,7 @@ def test_lockstep_asks_for_all_turns_at_once_in_order(config: Config) -> None:
 
 
 @pytest.mark.parametrize("key", [0, None], ids=["lockstep", "free"])
-def test_episodes_of_a_prompt_are_handed_over_while_others_are_played(config: Config, key: int | None) -> None:
+def test_episodes_are_handed_over_while_others_are_played(config: Config, key: int | None) -> None:
     class Patient(Chatter):
         async def reset(self, prompt: Prompt) -> str:
             self.is_last = prompt.position == 2
@@ -454,16 +455,18 @@ def test_episodes_of_a_prompt_are_handed_over_while_others_are_played(config: Co
     tokenizer, handed_over = chat_tokenizer(), asyncio.Event()
     player = EpisodePlayer(config, tokenizer, ScriptedGenerator(tokenizer, 5), InProcess(Patient))  # type: ignore[arg-type]
 
-    async def scenario() -> list[int]:
-        indices: list[int] = []
-        async for index, episodes in player.stream([prompt_of(2), prompt_of(7), prompt_of(3)], key=key):
-            assert len(episodes) == 3
-            indices.append(index)
-            if len(indices) == 2:
+    async def scenario() -> list[tuple[int, int]]:
+        places: list[tuple[int, int]] = []
+        async for place, episode in player.stream([prompt_of(2), prompt_of(7), prompt_of(3)], key=key):
+            assert isinstance(episode, Episode) and episode.completion.sample_index == place[1]
+            places.append(place)
+            if len(places) == 6:
                 handed_over.set()
-        return indices
+        return places
 
-    assert asyncio.run(asyncio.wait_for(scenario(), 30)) == [1, 2, 0]
+    places = asyncio.run(asyncio.wait_for(scenario(), 30))
+    assert sorted(places) == [(index, sample) for index in range(3) for sample in range(3)]
+    assert {index for index, _ in places[:6]} == {1, 2}
 
 
 @pytest.mark.parametrize("key", [0, None], ids=["lockstep", "free"])

@@ -71,7 +71,7 @@ class OneStep:
 
 
 class SlowestLast:
-    """The one generator of a run: it is done with the last prompt of a call when the others are rewarded."""
+    """The one generator of a run: it is done with the last completion of a call when all others are rewarded."""
 
     def __init__(self, rewarded: Path) -> None:
         self.rewarded, self.generate = rewarded, self
@@ -79,14 +79,16 @@ class SlowestLast:
     def __len__(self) -> int:
         return 1
 
-    async def stream(self, prompts: list[Prompt], *, key: int | None) -> AsyncIterator[tuple[int, list[Completion]]]:
+    async def stream(
+        self, prompts: list[Prompt], *, key: int | None
+    ) -> AsyncIterator[tuple[tuple[int, int], Completion]]:
         assert key == 0
-        *first, last = range(len(prompts))
-        for index in reversed(first):
-            yield index, [completion(0, prompts[index].target), completion(1, "no")]
+        *first, last = ((index, sample) for index in range(len(prompts)) for sample in range(2))
+        for index, sample in reversed(first):
+            yield (index, sample), completion(sample, ("no", prompts[index].target)[sample])
         while len(list(self.rewarded.iterdir())) < len(first):
             await asyncio.sleep(0.01)
-        yield last, [completion(0, prompts[last].target), completion(1, "no")]
+        yield last, completion(1, prompts[last[0]].target)
 
 
 def one_step(config: Config, directory: Path, reward: str) -> OneStep:
@@ -115,12 +117,12 @@ def test_in_a_synchronous_run_completions_are_rewarded_while_others_are_generate
 from pathlib import Path
 
 def touch(prompt, response, target, directory, **fields):
-    Path(directory, str(target)).touch()
+    Path(directory, f"{target} {response}").touch()
     return float(response == target)
 """
     session = one_step(config, tmp_path, reward)
     assert [group.prompt.position for group in session.groups] == [0, 1, 2, 3]
-    assert [[episode.reward for episode in group.episodes] for group in session.groups] == [[1, 0]] * 4
+    assert [[episode.reward for episode in group.episodes] for group in session.groups] == [[0, 1]] * 4
 
 
 def test_an_error_in_a_reward_loop_ends_the_run_with_its_cause(
@@ -129,7 +131,7 @@ def test_an_error_in_a_reward_loop_ends_the_run_with_its_cause(
     async def fail(*_: object) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr("forge_hpc.recipes.grpo.make_group", fail)
+    monkeypatch.setattr(RewardPool, "score", fail)
     with pytest.raises(BaseExceptionGroup) as raised:
         one_step(config, tmp_path, "def touch(prompt, response, target, directory, **fields): return 0.0")
     assert isinstance(cause_of(raised.value), OSError)

@@ -42,7 +42,8 @@ class Generator(Actor):
         """``rollout.group_size`` completions of each prompt.
 
         All requests of a call are admitted together, in order; a bad prompt has its error in its place. With a port
-        (``ServiceEndpoint.stream``) the completions of each prompt go there, once they are complete.
+        (``ServiceEndpoint.stream``) each completion goes there once it is complete, with its place: the indices of the
+        prompt and of the sample. A bad prompt's error takes the place of each of its completions.
         """
         rollout = self._config.rollout
         return await self._sample(prompts, rollout.group_size, rollout.sampling, self._config.seed, port)
@@ -64,7 +65,12 @@ class Generator(Actor):
     ) -> list[list[Completion] | ValueError] | int:
         hand_over = None if port is None else port.send
         results = await self._engine.generate_batch(prompts, num, seed=seed, sampling=sampling, hand_over=hand_over)
-        return results if port is None else len(results)
+        if port is None:
+            return results
+        for index, result in enumerate(results):
+            for sample in range(num) if isinstance(result, ValueError) else ():
+                port.send(((index, sample), result))
+        return num * len(results)
 
     @concurrent_endpoint
     async def generate_turns(

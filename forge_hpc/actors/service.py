@@ -2,7 +2,7 @@
 
 completions = await generator.generate.route(prompts)          # the replica with the fewest calls in flight
 completions = await generator.generate.route(prompts, key=17)  # replica 17 modulo their number, while it serves
-async for index, completions in generator.generate.stream(prompts): ...  # each prompt's as soon as they are complete
+async for place, completion in generator.generate.stream(prompts): ...  # each as soon as it is complete
 await generator.load.fanout(spec, version)                     # all replicas that serve
 
 A replica that dies or does not answer in time leaves the service, and ``on_loss`` is told; calls that were routed to it
@@ -178,8 +178,8 @@ class ServiceEndpoint:
             finally:
                 replica.in_flight -= 1
 
-    async def stream(self, *args: Any, key: int | None = None) -> AsyncIterator[tuple[int, Any]]:
-        """``(index, result)`` as the actor has them, each index once. The call is made, and repeated, as by ``route``.
+    async def stream(self, *args: Any, key: int | None = None) -> AsyncIterator[tuple[Any, Any]]:
+        """``(place, result)`` as the actor has them, each place once. The call is made, and repeated, as by ``route``.
 
         The endpoint takes a port as its last argument, sends the pairs there, and returns their number. Of a pair that
         comes again, because its replica was lost before all were there, the first stands. Closing the generator early
@@ -193,7 +193,7 @@ class ServiceEndpoint:
         port.return_undeliverable = False  # what comes when nobody listens any more is no failure of its sender
         call = asyncio.ensure_future(self.route(*args, port, key=key))
         call.add_done_callback(lambda _: port.send(None))  # wakes the loop
-        received: set[int] = set()
+        received: set[Any] = set()
         try:
             while not (call.done() and len(received) == call.result()):
                 # The reply may overtake what was sent before it; until it is there, the call's own deadline holds.

@@ -19,9 +19,10 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
 
@@ -36,10 +37,8 @@ from forge_hpc.generation.staging import staged_checkpoint
 
 logger = logging.getLogger(__name__)
 P = TypeVar("P", Prompt, Turn)
-Result: TypeAlias = list[Completion] | ValueError
-"""The completions of a prompt, or why the engine cannot take it."""
-HandOver: TypeAlias = Callable[[tuple[int, Result]], None]
-"""Gets the index of a prompt in its batch with its result, as soon as that is complete; called in the event loop."""
+HandOver: TypeAlias = Callable[[tuple[tuple[int, int], Completion]], None]
+"""Gets a completion with its place: the prompt's index in its batch, and the sample's among the prompt's."""
 
 
 class GenerationError(RuntimeError):
@@ -76,6 +75,8 @@ class _Group:
     """Groups with the same share may reuse each other's prefixes."""
     future: Future[list[Completion]] = field(default_factory=lambda: _future())
     completions: dict[int, Completion] = field(default_factory=dict)
+    hand_over: Callable[[int, Completion], Any] | None = None
+    """Gets each completion with its sample's index; called in the thread."""
 
 
 class GenerationEngine:
@@ -155,7 +156,7 @@ class GenerationEngine:
             GenerationError: the engine failed or was closed.
         """
         group = self._group(prompt, n, seed, sampling, max_tokens, share="")
-        [result] = (await self._complete({0: group})).values()
+        [result] = await self._complete([group])
         if isinstance(result, ValueError):
             raise result
         return result
@@ -169,14 +170,15 @@ class GenerationEngine:
         sampling: SamplingConfig | None = None,
         max_tokens: int | None = None,
         hand_over: HandOver | None = None,
-    ) -> list[Result]:
+    ) -> list[list[Completion] | ValueError]:
         """Sample ``n`` completions of each prompt; all requests are admitted, in order, before the first step.
 
         In an engine that is idle the result is bitwise a function of weights, prompts and seed alone (on the CPU in
         float32): it depends on what is in a batch together, and nothing computed earlier is reused.
 
         A bad prompt has its ValueError in the place of its completions; the others are not touched by it. Raises as
-        ``generate`` otherwise. ``hand_over`` gets each prompt's result while the others are still being generated.
+        ``generate`` otherwise. ``hand_over`` gets each completion while others are still being generated; it is called
+        in the event loop, for all of them before this returns.
         """
         share = f"batch-{next(self._batch_ids)}"
         return await self._batch(
@@ -200,19 +202,24 @@ class GenerationEngine:
 
     async def _batch(
         self, prompts: Sequence[P], group: Callable[[P], _Group], hand_over: HandOver | None = None
-    ) -> list[Result]:
+    ) -> list[list[Completion] | ValueError]:
         """Send a group for each prompt through the engine; the error of one that cannot be made is its result."""
-        groups: dict[int, _Group] = {}
-        results: dict[int, Result] = {}
-        for index, prompt in enumerate(prompts):
+        loop = asyncio.get_running_loop()
+
+        def tell(place: int, index: int, completion: Completion) -> None:
+            assert hand_over is not None
+            loop.call_soon_threadsafe(hand_over, ((place, index), completion))
+
+        results: list[_Group | ValueError] = []
+        for place, prompt in enumerate(prompts):
             try:
-                groups[index] = group(prompt)
+                results.append(made := group(prompt))
             except ValueError as error:
-                results[index] = error
-                if hand_over is not None:
-                    hand_over((index, error))
-        results |= await self._complete(groups, hand_over)
-        return [results[index] for index in range(len(prompts))]
+                results.append(error)
+            else:
+                made.hand_over = partial(tell, place) if hand_over is not None else None
+        completed = iter(await self._complete([result for result in results if isinstance(result, _Group)]))
+        return [next(completed) if isinstance(result, _Group) else result for result in results]
 
     async def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Put new weights in place between two steps and make ``version`` the policy version.
@@ -314,35 +321,24 @@ class GenerationEngine:
         ]
         return _Group(prompt, sampling_params, share)
 
-    async def _complete(self, groups: dict[int, _Group], hand_over: HandOver | None = None) -> dict[int, Result]:
+    async def _complete(self, groups: list[_Group]) -> list[list[Completion] | ValueError]:
         """Send groups through the engine. They enter between the same two steps, in order."""
 
         def admit() -> None:
-            for group in groups.values():
+            for group in groups:
                 self._pending.extend((group, index) for index in range(len(group.sampling_params)))
 
-        async def wait(index: int, group: _Group) -> Result:
-            result: Result
-            try:
-                result = await asyncio.wrap_future(group.future)
-            except ValueError as error:
-                result = error
-            if hand_over is not None:
-                hand_over((index, result))
-            return result
-
-        self._post(admit, [group.future for group in groups.values()])
+        self._post(admit, [group.future for group in groups])
         try:
-            results = await self._answers(wait(index, group) for index, group in groups.items())
+            return await self._answers([group.future for group in groups])
         except (TimeoutError, asyncio.CancelledError):
-            self._inbox.put(lambda: self._abort(set(groups.values())))
+            self._inbox.put(lambda: self._abort(set(groups)))
             raise
-        return dict(zip(groups, results, strict=True))
 
     async def _reload(self, version: int, arguments: dict[str, Any]) -> None:
         done = _future()
         self._post(lambda: self._load(version, arguments, done), [done])
-        await self._answers([asyncio.wrap_future(done)])
+        await self._answers([done])
 
     def _post(self, command: Callable[[], None], futures: list[Future[Any]]) -> None:
         """Give the thread a command that will resolve these futures, or raise if it takes none any more."""
@@ -354,16 +350,16 @@ class GenerationEngine:
                 future.add_done_callback(self._unanswered.discard)
             self._inbox.put(command)
 
-    async def _answers(self, waiting: Iterable[Awaitable[Any]]) -> list[Any]:
-        """Results of what waits for the thread; raises the first error among them, and TimeoutError."""
+    async def _answers(self, futures: list[Future[Any]]) -> list[Any]:
+        """Results of the futures, ValueErrors among them; raises any other error, and TimeoutError."""
         timeout_s = self._config.generator.timeout_s
         try:
             async with asyncio.timeout(timeout_s):
-                answers = await asyncio.gather(*waiting, return_exceptions=True)
+                answers = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
         except TimeoutError:
             raise TimeoutError(f"the generation engine did not answer within {timeout_s:.0f} s") from None
         for answer in answers:
-            if isinstance(answer, BaseException):
+            if isinstance(answer, BaseException) and not isinstance(answer, ValueError):
                 raise answer
         return answers
 
@@ -471,6 +467,8 @@ class GenerationEngine:
             finish_reason=sample.finish_reason,
             policy_versions=(int(versions[0].version), int(versions[-1].version)),
         )
+        if group.hand_over is not None:
+            group.hand_over(index, group.completions[index])
         self._num_finished += 1
         self._num_generated_tokens += len(token_ids)
         self._num_prompt_tokens += len(group.prompt.token_ids)

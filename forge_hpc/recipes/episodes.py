@@ -17,7 +17,8 @@ import asyncio
 import logging
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 from forge_hpc.actors.service import Service
@@ -27,11 +28,12 @@ from forge_hpc.data.types import Completion, Episode, Prompt, Turn
 from forge_hpc.environments import EnvironmentFailed, EnvironmentPool
 from forge_hpc.environments.rendering import ConversationRenderer
 from forge_hpc.recipes.session import Session
+from forge_hpc.recipes.streaming import stream
 
 logger = logging.getLogger(__name__)
 Respond = Callable[[Turn], Awaitable[Completion | ValueError]]
-Played: TypeAlias = tuple[int, list[Episode | EnvironmentFailed]]
-"""The index of a prompt, and its episodes; one that failed has its error in its place."""
+Played: TypeAlias = tuple[tuple[int, int], Episode | EnvironmentFailed]
+"""The indices of a prompt and of a sample, and the episode, or why it failed."""
 
 GenerateTurns = Callable[..., Awaitable[list[Completion | ValueError]]]
 """The generators' ``generate_turns``: (turns, sampling, seed, share, key=...)."""
@@ -68,7 +70,7 @@ class EpisodePlayer:
         self.num_failed: Counter[str] = Counter()
         """Episodes given up so far, by ``EnvironmentFailed.kind``."""
 
-    async def stream(
+    def stream(
         self,
         prompts: Sequence[Prompt],
         num: int | None = None,
@@ -77,55 +79,40 @@ class EpisodePlayer:
         *,
         key: int | None = None,
     ) -> AsyncIterator[Played]:
-        """``num`` episodes of each prompt, by default ``rollout.group_size``, as soon as all of this prompt's have
-        ended. ``sampling`` and ``seed`` are those of training unless they are given.
+        """``num`` episodes of each prompt, by default ``rollout.group_size``, each as soon as it has ended.
+        ``sampling`` and ``seed`` are those of training unless they are given.
 
         With a key they are played in lockstep. Rewards are those of the environment, without ``config.reward``.
         """
         num = self._config.rollout.group_size if num is None else num
-        ended: asyncio.Queue[Played | None] = asyncio.Queue()
-        playing = asyncio.create_task(self._play_all(prompts, num, sampling, seed, key, ended))
-        playing.add_done_callback(lambda _: ended.put_nowait(None))
-        try:
-            while (group := await ended.get()) is not None:
-                yield group
-            playing.result()
-        finally:
-            playing.cancel()
-            await asyncio.wait({playing})
 
-    async def _play_all(
-        self,
-        prompts: Sequence[Prompt],
-        num: int,
-        sampling: SamplingConfig | None,
-        seed: int | None,
-        key: int | None,
-        ended: asyncio.Queue[Played | None],
-    ) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            if key is None:
-                lockstep = None
-            else:
-                lockstep = Lockstep(lambda turns: self._generate(turns, sampling, seed, None, key=key), tasks)
+        async def play_all(hand_over: Callable[[Played], None]) -> None:
+            def end(place: tuple[int, int], task: asyncio.Task[Episode | EnvironmentFailed]) -> None:
+                if not task.cancelled() and task.exception() is None:
+                    hand_over((place, task.result()))
 
-            def start(prompt: Prompt, sample_index: int) -> asyncio.Task[Episode | EnvironmentFailed]:
+            def start(prompt: Prompt, sample_index: int) -> Coroutine[Any, Any, Episode | EnvironmentFailed]:
                 if lockstep is not None:
-                    return tasks.create_task(lockstep.join(lambda respond: self._try(prompt, sample_index, respond)))
+                    return lockstep.join(lambda respond: self._try(prompt, sample_index, respond))
 
                 async def respond(turn: Turn) -> Completion | ValueError:
                     cache = f"{self._cache}-{prompt.position}"
                     [response] = await self._generate([turn], sampling, seed, cache, key=None)
                     return response
 
-                return tasks.create_task(self._try(prompt, sample_index, respond))
+                return self._try(prompt, sample_index, respond)
 
-            async def hand_over(index: int, episodes: list[asyncio.Task[Episode | EnvironmentFailed]]) -> None:
-                ended.put_nowait((index, [await episode for episode in episodes]))
+            async with asyncio.TaskGroup() as tasks:
+                if key is None:
+                    lockstep = None
+                else:
+                    lockstep = Lockstep(lambda turns: self._generate(turns, sampling, seed, None, key=key), tasks)
+                for index, prompt in enumerate(prompts):  # all have joined before the first one plays
+                    for sample_index in range(num):
+                        task = tasks.create_task(start(prompt, sample_index))
+                        task.add_done_callback(partial(end, (index, sample_index)))
 
-            groups = [[start(prompt, index) for index in range(num)] for prompt in prompts]
-            for index, episodes in enumerate(groups):
-                tasks.create_task(hand_over(index, episodes))
+        return stream(play_all)
 
     async def _try(self, prompt: Prompt, sample_index: int, respond: Respond) -> Episode | EnvironmentFailed:
         try:

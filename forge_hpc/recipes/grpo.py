@@ -12,14 +12,13 @@ With ``rollout.max_staleness`` 0 the two take turns; above it, generation runs a
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import Any
 
 from forge_hpc.data.types import Prompt
 from forge_hpc.recipes.checks import SignalWatch, check_mismatch
 from forge_hpc.recipes.episodes import episode_player, start_environments
-from forge_hpc.recipes.rollouts import RolloutClock, episode_buffer, make_group, measure, to_documents
+from forge_hpc.recipes.rollouts import RolloutClock, episode_buffer, make_groups, measure, to_documents
 from forge_hpc.recipes.session import Session, background, load_held_out, load_prompts
 from forge_hpc.rewards import RewardPool
 
@@ -61,12 +60,8 @@ async def grpo(session: Session) -> None:
         return prompt
 
     async def roll_out(share: list[Prompt], key: int | None, started: float) -> None:
-        async def reward(prompt: Prompt, completions: Any) -> None:
-            await buffer.put(await make_group(prompt, completions, rewards, config))
-
-        async with asyncio.TaskGroup() as rewarding:  # a prompt's while others are still being generated
-            async for index, completions in sample(share, key=key):
-                rewarding.create_task(reward(share[index], completions))
+        async for group in make_groups(share, sample(share, key=key), rewards, config):
+            await buffer.put(group)
         clock.end(started)
 
     signal = SignalWatch(config, session.state.get("steps_without_signal", 0))

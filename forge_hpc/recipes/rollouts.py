@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from forge_hpc.advantages import advantage_function
 from forge_hpc.config import Config
 from forge_hpc.config.algorithm import resolve_advantage
 from forge_hpc.data.types import Completion, Document, Episode, Group, Prompt
+from forge_hpc.recipes.streaming import stream
 from forge_hpc.rewards import RewardError, RewardPool
 
 
@@ -27,30 +29,57 @@ def episode_buffer(config: Config, steps_done: int, position: int) -> EpisodeBuf
     return EpisodeBuffer(size, rollout.max_staleness, steps_done, position, last_step, has_signal, limit)
 
 
-async def make_group(
-    prompt: Prompt,
-    completions: Sequence[Completion | Episode | Exception] | ValueError,
+Sample: TypeAlias = Completion | Episode | Exception
+"""What a generator or an environment gave: an EnvironmentFailed in the place of an episode, a ValueError in that of
+each completion of a prompt that the generator refused."""
+
+
+def make_groups(
+    prompts: Sequence[Prompt],
+    samples: AsyncIterator[tuple[tuple[int, int], Sample]],
     rewards: RewardPool,
     config: Config,
+) -> AsyncIterator[Group]:
+    """Reward each sample as it comes, while others are generated: one that hangs holds up none of them. Each prompt's
+    group, as ``make_group`` makes it, comes when all of its ``rollout.group_size`` samples have their rewards.
+
+    ``samples`` have the indices of their prompt and of themselves: ``generators.generate.stream(prompts)``.
+    """
+
+    async def reward_all(hand_over: Callable[[Group], None]) -> None:
+        async def complete(prompt: Prompt, scores: Mapping[int, asyncio.Task[_Scored]]) -> None:
+            hand_over(_group(prompt, [await scores[index] for index in sorted(scores)]))
+
+        scores: list[dict[int, asyncio.Task[_Scored]]] = [{} for _ in prompts]
+        async with asyncio.TaskGroup() as tasks:
+            async for (place, index), sample in samples:
+                scores[place][index] = tasks.create_task(_score(prompts[place], sample, rewards))
+                if len(scores[place]) == config.rollout.group_size:
+                    tasks.create_task(complete(prompts[place], scores[place]))
+
+    return stream(reward_all)
+
+
+async def make_group(
+    prompt: Prompt, samples: Sequence[Sample] | ValueError, rewards: RewardPool, config: Config
 ) -> Group:
-    """Reward a prompt's completions. They are compared when all groups of the step are there: ``to_documents``.
+    """Reward a prompt's samples. They are compared when all groups of the step are there: ``to_documents``.
 
     Episodes come with what their environment gave, to which the rewards of their last response are added. A prompt that
     the generator refused, an empty completion, and one whose environment (an error in its place) or reward failed are
     counted and left out.
     """
-    if isinstance(completions, ValueError):
-        return Group(prompt, [], num_failed=config.rollout.group_size)
-    calls = (_score(prompt, sample, rewards) for sample in completions)
-    results = await asyncio.gather(*calls)  # at the same time: one that hangs holds up none of the others
-    episodes = [result for result in results if isinstance(result, Episode)]
-    failures = [(result.kind, str(result)) for result in results if isinstance(result, RewardError)]
-    return Group(prompt, episodes, len(failures), failures)
+    if isinstance(samples, ValueError):
+        samples = [samples] * config.rollout.group_size
+    return _group(prompt, await asyncio.gather(*(_score(prompt, sample, rewards) for sample in samples)))
 
 
-async def _score(
-    prompt: Prompt, sample: Completion | Episode | Exception, rewards: RewardPool
-) -> Episode | RewardError:
+_Scored: TypeAlias = Episode | RewardError | ValueError
+
+
+async def _score(prompt: Prompt, sample: Sample, rewards: RewardPool) -> _Scored:
+    if isinstance(sample, ValueError):
+        return sample
     if isinstance(sample, Exception):
         return RewardError(str(sample), "environment")
     episode = sample if isinstance(sample, Episode) else Episode(prompt, sample, 0.0)
@@ -63,6 +92,14 @@ async def _score(
     episode.reward += total
     episode.rewards |= terms
     return episode
+
+
+def _group(prompt: Prompt, scored: Sequence[_Scored]) -> Group:
+    if any(isinstance(result, ValueError) for result in scored):
+        return Group(prompt, [], num_failed=len(scored))
+    episodes = [result for result in scored if isinstance(result, Episode)]
+    failures = [(result.kind, str(result)) for result in scored if isinstance(result, RewardError)]
+    return Group(prompt, episodes, len(failures), failures)
 
 
 def has_signal(group: Group) -> bool:

@@ -464,7 +464,7 @@ class Session:
 
     async def _answer(
         self,
-        ask: Callable[..., AsyncIterator[tuple[int, Any]]],
+        ask: Callable[..., AsyncIterator[tuple[tuple[int, int], Any]]],
         prompts: Sequence[Prompt],
         num: int,
         sampling: SamplingConfig,
@@ -475,28 +475,21 @@ class Session:
         (``RewardPool.is_right``), an episode if its environment gave 1 or more."""
         from forge_hpc.rewards import RewardError
 
-        async def grade(prompt: Prompt, answer: Completion | Episode | Exception) -> Graded:
+        async def grade(place: int, number: int, answer: Completion | Episode | Exception) -> None:
             if isinstance(answer, Exception):
-                return Graded()
-            episode = answer if isinstance(answer, Episode) else None
+                return
+            episode = answer if isinstance(answer, Episode) else Episode(prompts[place], answer, 0.0)
             try:
-                total, terms = await rewards.score(
-                    *((prompt, answer) if episode is None else (episode.prompt, episode.completion))
-                )
+                total, terms = await rewards.score(episode.prompt, episode.completion)
             except RewardError:
-                return Graded()
-            if episode is None:
-                return Graded(rewards.is_right(terms), total)
-            return Graded(episode.reward >= 1 - 1e-6, episode.reward + total)
-
-        async def grade_all(place: int, answers: Sequence[Completion | Episode | Exception] | ValueError) -> None:
-            if not isinstance(answers, ValueError):
-                results[place] = await asyncio.gather(*(grade(prompts[place], answer) for answer in answers))
+                return
+            right = episode.reward >= 1 - 1e-6 if episode is answer else rewards.is_right(terms)
+            results[place][number] = Graded(right, episode.reward + total)
 
         async def share(replica: int, places: Sequence[int]) -> None:
             mine = [prompts[place] for place in places]
-            async for index, answers in ask(mine, num, sampling, seed, key=replica):
-                tasks.create_task(grade_all(places[index], answers))
+            async for (index, number), answer in ask(mine, num, sampling, seed, key=replica):
+                tasks.create_task(grade(places[index], number, answer))
 
         results = [[Graded()] * num for _ in prompts]
         # A call has a deadline (generator.timeout_s): it holds some fillings of an engine, not a whole test set.
