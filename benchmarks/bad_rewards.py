@@ -1,10 +1,10 @@
 """What a reward costs that hangs, raises, gives NaN and kills its process, against the same reward that does not.
 
-    python benchmarks/bad_rewards.py [--steps 40] [--share 0.06] [key=value ...]
+    python benchmarks/bad_rewards.py [--steps 40] [--share 0.06] [--ahead 2] [key=value ...]
 
-Four runs of a small model that writes some 100 tokens a completion, synchronous and two steps ahead, each with and
-without misbehaviour; a quarter of the ``--share`` of all completions meets each kind. Prints the mean and the median
-step, and their ratios. The first steps are left out: the limit of a call is learned in them. Processes that end are
+Runs of a small model that writes some 100 tokens a completion, synchronous and two steps ahead, each with and without
+misbehaviour; a quarter of the ``--share`` of all completions meets each kind. Prints the mean and the median step, and
+their ratios. The first steps are left out: the limit of a call is learned in them. Processes that end are
 replaced, which takes cores from generation where there are few.
 """
 
@@ -63,9 +63,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--share", type=float, default=0.06)
+    parser.add_argument(
+        "--ahead", type=int, default=2, metavar="STEPS", help="rollout.max_staleness; 0: synchronous alone"
+    )
     parser.add_argument("overrides", nargs="*", help="of the configuration, such as reward.0.workers=16")
     args = parser.parse_args()
-    for staleness in (0, 2):
+    for staleness in sorted({0, args.ahead}):
         with tempfile.TemporaryDirectory(prefix="forge-hpc-benchmark-") as directory:
             good, bad = (
                 run(Path(directory), args.steps, share, staleness, args.overrides) for share in (0.0, args.share)

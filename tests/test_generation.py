@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 import torch
 
+from forge_hpc.actors.generator import Generator
 from forge_hpc.config.schema import Config, SamplingConfig
 from forge_hpc.data.builtin import write_tiny_qwen3
 from forge_hpc.data.types import Completion, Prompt
 from forge_hpc.generation import GenerationEngine, GenerationError, sample_seed
 from forge_hpc.generation.checkpoint import checkpoint_shapes, complete_weights
+from forge_hpc.generation.options import engine_arguments
 
 GREEDY = SamplingConfig(temperature=0.0)
 
@@ -279,6 +281,31 @@ def test_completions_are_handed_over_while_the_rest_of_the_batch_is_generated(
     assert len(handed) == 48
     assert dict(handed) == {(index, number): results[index][number] for index in good for number in range(4)}
     assert [results[index] for index in good] == [expected[index] for index in good]
+
+
+def test_a_generator_sends_each_completion_and_the_error_of_a_prompt_to_a_port(
+    engine: GenerationEngine,
+) -> None:
+    class Port:
+        def __init__(self) -> None:
+            self.sent: list[tuple[tuple[int, int], Any]] = []
+            self.send = self.sent.append
+
+    generator, port = object.__new__(Generator), Port()
+    generator._engine, batch = engine, [*prompts(1), Prompt(1, "", [], "")]
+    num = asyncio.run(generator._sample(batch, 2, GREEDY, 0, port))  # type: ignore[arg-type]
+    assert num == len(port.sent) == len(dict(port.sent)) == 4
+    assert {place: type(result) for place, result in port.sent} == {
+        (index, sample): [Completion, ValueError][index] for index in range(2) for sample in range(2)
+    }
+
+
+def test_cuda_has_flash_attention_where_it_takes_the_dtype() -> None:
+    config = tiny_config()
+    config.model.dtype = "bfloat16"
+    assert engine_arguments("model", config, "cuda")["attention_backend"] == "FLASH_ATTN"
+    config.model.dtype = "float32"
+    assert "attention_backend" not in engine_arguments("model", config, "cuda")
 
 
 def test_a_cancelled_call_leaves_the_engine_to_others(engine: GenerationEngine) -> None:

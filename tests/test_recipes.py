@@ -17,7 +17,7 @@ from forge_hpc.data.builtin import char_tokenizer
 from forge_hpc.data.types import Completion, Document, Group, Prompt
 from forge_hpc.recipes.checks import SignalWatch, check_mismatch
 from forge_hpc.recipes.grpo import grpo
-from forge_hpc.recipes.rollouts import RolloutClock, has_signal, make_group, measure, to_documents
+from forge_hpc.recipes.rollouts import RolloutClock, has_signal, make_group, make_groups, measure, to_documents
 from forge_hpc.rewards import RewardPool
 
 PROMPT = Prompt(0, "1+1=", [1, 2, 1, 3], "2")
@@ -167,8 +167,22 @@ def test_an_empty_completion_is_counted_and_left_out(config: Config) -> None:
 
 
 def test_a_prompt_that_the_generator_refuses_is_counted(config: Config) -> None:
-    group = asyncio.run(make_group(PROMPT, ValueError("too long"), RewardPool(config), config))
-    assert (group.episodes, group.num_failed) == ([], config.rollout.group_size)
+    config.rollout.group_size = 2
+
+    async def samples() -> AsyncIterator[tuple[tuple[int, int], Completion | ValueError]]:
+        yield (1, 0), ValueError("too long")
+        yield (0, 1), completion(1, "2")
+        yield (1, 1), ValueError("too long")
+        yield (0, 0), completion(0, "3")
+
+    async def scenario() -> list[Group]:
+        pool = RewardPool(config)
+        groups = [group async for group in make_groups([PROMPT, PROMPT], samples(), pool, config)]
+        return [*groups, await make_group(PROMPT, ValueError("too long"), pool, config)]
+
+    refused, good, alone = asyncio.run(scenario())
+    assert (refused.episodes, refused.num_failed) == (alone.episodes, alone.num_failed) == ([], 2)
+    assert [episode.completion.sample_index for episode in good.episodes] == [0, 1]
 
 
 def test_a_reward_that_fails_costs_its_episode_alone(config: Config, tmp_path: Path) -> None:
