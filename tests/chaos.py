@@ -305,6 +305,8 @@ class Campaign:
     def mend_network(self) -> None:
         for host in self.cluster.hosts:
             subprocess.run(["ip", "link", "set", host.link, "up"], check=True)
+        # Until it has heard of a node again, Slurm gives no job that needs it to it: the next fault may be such a job.
+        self.cluster.wait_for(lambda: "*" not in self.cluster.run("sinfo", "--noheader", "--format=%T").stdout, 180)
 
     def fill_disk(self) -> None:
         with (self.disk / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):

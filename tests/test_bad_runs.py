@@ -50,7 +50,9 @@ def test_a_run_goes_on_with_rewards_that_hang_raise_give_nan_and_die(tmp_path: P
         seconds[name] = statistics.median(record["time/step_s"] for record in read(directory / "run"))
     metrics = read(tmp_path / "bad/run")
     failed = {kind: sum(record[f"rewards/failed_{kind}"] for record in metrics) for kind in RewardError.KINDS}
-    assert {kind: num for kind, num in failed.items() if num} == Counter((tmp_path / "bad/book").read_text().split())
+    done = Counter((tmp_path / "bad/book").read_text().split())
+    assert failed["timeout"] >= done.pop("timeout")  # on a busy machine a quick call may be late too
+    assert {kind: num for kind, num in failed.items() if num and kind != "timeout"} == done
     assert len([kind for kind, num in failed.items() if num]) == 4
     assert sum(record["episodes/failed"] for record in metrics) == sum(failed.values())
     assert not (tmp_path / "good/book").exists()

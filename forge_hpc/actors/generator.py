@@ -63,13 +63,16 @@ class Generator(Actor):
     async def _sample(
         self, prompts: Sequence[Prompt], num: int, sampling: SamplingConfig, seed: int, port: Port[Any] | None
     ) -> list[list[Completion] | ValueError] | int:
+        if port is not None:
+            port.return_undeliverable = False  # or this actor would fail where nobody listens any more
         hand_over = None if port is None else port.send
         results = await self._engine.generate_batch(prompts, num, seed=seed, sampling=sampling, hand_over=hand_over)
         if port is None:
             return results
         for index, result in enumerate(results):
-            for sample in range(num) if isinstance(result, ValueError) else ():
-                port.send(((index, sample), result))
+            if isinstance(result, ValueError):
+                for sample in range(num):
+                    port.send(((index, sample), result))
         return num * len(results)
 
     @concurrent_endpoint

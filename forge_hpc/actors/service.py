@@ -190,7 +190,6 @@ class ServiceEndpoint:
         from monarch.actor import Channel
 
         port, receiver = Channel[Any].open()
-        port.return_undeliverable = False  # what comes when nobody listens any more is no failure of its sender
         call = asyncio.ensure_future(self.route(*args, port, key=key))
         call.add_done_callback(lambda _: port.send(None))  # wakes the loop
         received: set[Any] = set()

@@ -98,8 +98,8 @@ class RewardConfig:
     """Keyword arguments of the reward: of each call of a function, of a class's ``__init__``."""
     timeout_s: float | None = None
     """A call that takes longer is given up; its episode is counted and left out. By default what the reward's class
-    says (``math``: 10, ``code``: 120, ``llm_judge``: 720), else learned: 5 times the slowest of the last 1000 calls,
-    from 1 to 10."""
+    says (``math``: 10, ``code``: 120, ``llm_judge``: 720), else learned: 5 times (async: ``concurrency`` times) the
+    slowest of the last 1000 calls, from 1 to 10."""
     workers: int | None = None
     """Processes that compute this reward. By default 1 for an async reward, else as many as cores, from 4 to 8."""
     concurrency: int | None = None

@@ -13,6 +13,7 @@ If the thread fails, every caller that waits, and every later one, gets a Genera
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import queue
@@ -208,7 +209,8 @@ class GenerationEngine:
 
         def tell(place: int, index: int, completion: Completion) -> None:
             assert hand_over is not None
-            loop.call_soon_threadsafe(hand_over, ((place, index), completion))
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(hand_over, ((place, index), completion))
 
         results: list[_Group | ValueError] = []
         for place, prompt in enumerate(prompts):

@@ -13,6 +13,7 @@ With ``rollout.max_staleness`` 0 the two take turns; above it, generation runs a
 from __future__ import annotations
 
 import time
+from contextlib import aclosing
 from typing import Any
 
 from forge_hpc.data.types import Prompt
@@ -60,8 +61,9 @@ async def grpo(session: Session) -> None:
         return prompt
 
     async def roll_out(share: list[Prompt], key: int | None, started: float) -> None:
-        async for group in make_groups(share, sample(share, key=key), rewards, config):
-            await buffer.put(group)
+        async with aclosing(make_groups(share, sample(share, key=key), rewards, config)) as groups:
+            async for group in groups:
+                await buffer.put(group)
         clock.end(started)
 
     signal = SignalWatch(config, session.state.get("steps_without_signal", 0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -39,7 +39,7 @@ def make_groups(
     samples: AsyncIterator[tuple[tuple[int, int], Sample]],
     rewards: RewardPool,
     config: Config,
-) -> AsyncIterator[Group]:
+) -> AsyncGenerator[Group, None]:
     """Reward each sample as it comes, while others are generated: one that hangs holds up none of them. Each prompt's
     group, as ``make_group`` makes it, comes when all of its ``rollout.group_size`` samples have their rewards.
 
@@ -56,6 +56,8 @@ def make_groups(
                 scores[place][index] = tasks.create_task(_score(prompts[place], sample, rewards))
                 if len(scores[place]) == config.rollout.group_size:
                     tasks.create_task(complete(prompts[place], scores[place]))
+            if any(len(own) != config.rollout.group_size for own in scores):
+                raise ValueError(f"not every prompt has rollout.group_size={config.rollout.group_size} samples")
 
     return stream(reward_all)
 

@@ -483,7 +483,7 @@ class Session:
                 total, terms = await rewards.score(episode.prompt, episode.completion)
             except RewardError:
                 return
-            right = episode.reward >= 1 - 1e-6 if episode is answer else rewards.is_right(terms)
+            right = episode.reward >= 1 - 1e-6 if isinstance(answer, Episode) else rewards.is_right(terms)
             results[place][number] = Graded(right, episode.reward + total)
 
         async def share(replica: int, places: Sequence[int]) -> None:

@@ -8,7 +8,7 @@ share h of calls that hang, t seconds for the others, a limit of T and a start o
 
 and W / (T + S) where all of them hang. The calls of an async reward run in one worker at the same time: one that
 exceeds the limit is cancelled and harms none. When such a worker is lost (a call that blocks the event loop, or ends
-the process) nobody can tell which call it was, so each one that ran in it is tried once more, alone in a worker.
+the process) nobody can tell which call it was, so each one that was waited for is tried once more, alone in a worker.
 
 Where nobody says how long a call may take, the limit is learned (``limit``), and one late call at a time is watched:
 its caller gives it up, but it runs on, beside the crew. If it gives a value after all, the reward is slow and does not
@@ -89,12 +89,12 @@ class Crew:
         worker = await self._next_free()
         is_first, started = worker.num_answered == 1, time.monotonic()
         limit_s = self._limit.seconds(is_first)
-        is_watched = False
-        call = worker.send(request)
+        is_watched, call = False, None
         try:
+            call = worker.send(request)
             if await _is_answered(call, limit_s):
                 return self._learn(call, started, is_first)
-            is_watched = limit_s < self._limit.ceiling_s and not self._is_watching
+            is_watched = limit_s < self._limit.ceiling_s and not self._is_watching and not worker.ended
             if is_watched:
                 self._watch(worker, call, started, is_first)
             if is_watched or await self._end(worker, call):
@@ -104,15 +104,18 @@ class Crew:
             if lost.num_calls == 1:
                 raise RewardError(f"reward {self._reward.name}: its process {lost}", "died") from None
         except asyncio.CancelledError:
-            call.answer.cancel()
-            if self._concurrency == 1:
-                worker.kill()
-            else:
-                worker.cancel(call)
+            if call is not None:
+                call.answer.cancel()
+                if self._concurrency == 1:
+                    worker.kill()
+                else:
+                    worker.cancel(call)
             raise
         finally:
             if not is_watched:
                 self._release(worker)
+        if self._closed:
+            raise RewardError(f"reward {self._reward.name}: its process was ended", "died")
         if self._lone_crew is None:
             self._lone_crew = Crew(self._reward, _LONE_WORKERS, alone_within=self._limit)
         return await self._lone_crew.call(request)
@@ -136,9 +139,9 @@ class Crew:
         reward, is_async = self._reward, traits["is_async"]
         self._is_async = is_async
         if not self._is_alone:
-            self._limit = CallLimit(reward.timeout_s or traits["timeout_s"])
             if is_async:
                 self._concurrency = reward.concurrency or traits["concurrency"] or _CONCURRENCY
+            self._limit = CallLimit(reward.timeout_s or traits["timeout_s"], self._concurrency)
         self._offer(worker)
         num_workers = self._num_workers or (1 if is_async else max(4, min(8, os.cpu_count() or 1)))
         for _ in range(num_workers - 1):

@@ -75,10 +75,10 @@ class WorkerProcess:
         """Send a request, whose answer follows. Raises WorkerLost."""
         if self.ended:
             raise WorkerLost("had ended", 0)
-        self.num_asked += 1
-        call = Call(self.num_asked, asyncio.get_running_loop().create_future())
-        self._calls[call.number] = call.answer
+        call = Call(self.num_asked + 1, asyncio.get_running_loop().create_future())
         self._write({**request, "id": call.number})
+        self.num_asked = call.number
+        self._calls[call.number] = call.answer
         return call
 
     def cancel(self, call: Call) -> None:
