@@ -282,7 +282,8 @@ def test_commands_find_the_newest_run_and_say_where_there_is_none(tmp_path):
 
 def test_cancel_ends_a_local_run(tmp_path):
     code = (
-        "import sys, time; from forge_hpc.run_dir import RunDir; d = RunDir(sys.argv[1]).create()\n"
+        "import signal, sys, time; from forge_hpc.run_dir import RunDir; d = RunDir(sys.argv[1]).create()\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it\n"
         "with d.lock():\n"
         "    d.write_status(state='running'); print('ready', flush=True)\n"
         "    try: time.sleep(600)\n"
