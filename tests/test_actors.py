@@ -215,7 +215,7 @@ class SendingReplica(FakeReplica):
         *_, self.port = args
         try:
             while isinstance(pair := await self.told.get(), tuple):
-                self.port.send(pair)
+                self.port.send([pair])
         except asyncio.CancelledError:
             self.was_cancelled.set()
             raise
@@ -320,7 +320,7 @@ def test_a_stream_waits_for_what_the_reply_has_overtaken_but_not_for_ever() -> N
         assert await anext(stream) == (0, "zero")
         rest = asyncio.ensure_future(anext(stream))
         await until(lambda: service._replicas[0].in_flight == 0)  # the reply is there
-        replica.port.send((1, "one"))
+        replica.port.send([(1, "one")])
         assert await rest == (1, "one")
         assert [pair async for pair in stream] == []
         service.timeout_s = 0.05
@@ -380,7 +380,7 @@ def test_a_stream_that_is_left_early_leaves_nothing() -> None:
         assert await anext(stream) == (0, "zero")
         await leave(stream)
         await until(replica.was_cancelled.is_set)
-        replica.port.send((1, "one"))  # nobody listens, and nothing comes of it
+        replica.port.send([(1, "one")])  # nobody listens, and nothing comes of it
         await until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
         replica.tell(0)
         assert [pair async for pair in service.generate.stream(key=0)] == []  # the replica is free again

@@ -289,7 +289,7 @@ def test_a_generator_sends_each_completion_and_the_error_of_a_prompt_to_a_port(
     class Port:
         def __init__(self) -> None:
             self.sent: list[tuple[tuple[int, int], Any]] = []
-            self.send = self.sent.append
+            self.send = self.sent.extend
 
     generator, port = object.__new__(Generator), Port()
     generator._engine, batch = engine, [*prompts(1), Prompt(1, "", [], "")]

@@ -63,16 +63,25 @@ class Generator(Actor):
     async def _sample(
         self, prompts: Sequence[Prompt], num: int, sampling: SamplingConfig, seed: int, port: Port[Any] | None
     ) -> list[list[Completion] | ValueError] | int:
-        if port is not None:
-            port.return_undeliverable = False  # or this actor would fail where nobody listens any more
-        hand_over = None if port is None else port.send
-        results = await self._engine.generate_batch(prompts, num, seed=seed, sampling=sampling, hand_over=hand_over)
         if port is None:
-            return results
+            return await self._engine.generate_batch(prompts, num, seed=seed, sampling=sampling)
+        port.return_undeliverable = False  # or this actor would fail where nobody listens any more
+        loop, ready = asyncio.get_running_loop(), []
+
+        def hand_over(pair: tuple[tuple[int, int], Completion | ValueError]) -> None:
+            ready.append(pair)
+            if len(ready) == 1:  # what is complete at the same time goes in one message
+                loop.call_soon(send)
+
+        def send() -> None:
+            port.send(ready.copy())
+            ready.clear()
+
+        results = await self._engine.generate_batch(prompts, num, seed=seed, sampling=sampling, hand_over=hand_over)
         for index, result in enumerate(results):
             if isinstance(result, ValueError):
                 for sample in range(num):
-                    port.send(((index, sample), result))
+                    hand_over(((index, sample), result))
         return num * len(results)
 
     @concurrent_endpoint

@@ -181,9 +181,9 @@ class ServiceEndpoint:
     async def stream(self, *args: Any, key: int | None = None) -> AsyncIterator[tuple[Any, Any]]:
         """``(place, result)`` as the actor has them, each place once. The call is made, and repeated, as by ``route``.
 
-        The endpoint takes a port as its last argument, sends the pairs there, and returns their number. Of a pair that
-        comes again, because its replica was lost before all were there, the first stands. Closing the generator early
-        cancels the call.
+        The endpoint takes a port as its last argument, sends lists of pairs there, and returns the number of pairs. Of
+        a pair that comes again, because its replica was lost before all were there, the first stands. Closing the
+        generator early cancels the call.
 
         Raises as ``route``, and ActorLost where the call has returned and a pair is still missing after the deadline.
         """
@@ -198,13 +198,14 @@ class ServiceEndpoint:
                 # The reply may overtake what was sent before it; until it is there, the call's own deadline holds.
                 try:
                     async with asyncio.timeout(self._service.timeout_s if call.done() else None):
-                        pair = await receiver.recv()
+                        pairs = await receiver.recv()
                 except TimeoutError as error:
                     num = call.result() - len(received)
                     raise ActorLost(f"{self._service.name}, {self._endpoint}(): {num} results are missing") from error
-                if pair is not None and pair[0] not in received:
-                    received.add(pair[0])
-                    yield pair
+                for place, result in pairs or ():
+                    if place not in received:
+                        received.add(place)
+                        yield place, result
         finally:
             call.cancel()
             port.send(None)  # Monarch receives until something comes, whoever waits for it
