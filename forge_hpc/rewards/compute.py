@@ -26,12 +26,10 @@ def compute(reward: Reward, request: dict[str, Any]) -> Answer:
 
 
 async def compute_async(reward: Reward, request: dict[str, Any]) -> Answer:
-    """The same for an async reward, beside others. A call that is cancelled has an answer too."""
+    """The same for an async reward, beside others."""
     try:
         value: Any = reward(request["prompt"], request["response"], request["target"], request["fields"])
         return {"value": float(await value)}
-    except asyncio.CancelledError:
-        return {"error": "was cancelled", "kind": "raised"}
     except Exception as error:
         return failure(error)
 

@@ -75,11 +75,15 @@ async def _serve_async(reward: Reward, first: dict[str, Any], requests: BinaryIO
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), requests)
 
-    running: dict[int, asyncio.Task[None]] = {}
+    running: dict[int, asyncio.Task[Answer]] = {}
 
-    async def answer(request: dict[str, Any]) -> None:
-        send(request, await compute_async(reward, request))
-        del running[request["id"]]
+    def begin(request: dict[str, Any]) -> None:
+        def end(task: asyncio.Task[Answer]) -> None:  # also of a call that was cancelled before its first step
+            del running[request["id"]]
+            send(request, {"error": "was cancelled", "kind": "raised"} if task.cancelled() else task.result())
+
+        task = running[request["id"]] = tasks.create_task(compute_async(reward, request))
+        task.add_done_callback(end)
 
     with contextlib.suppress(asyncio.IncompleteReadError):
         async with asyncio.TaskGroup() as tasks:
@@ -87,7 +91,7 @@ async def _serve_async(reward: Reward, first: dict[str, Any], requests: BinaryIO
                 length = _HEADER.unpack(await reader.readexactly(_HEADER.size))[0]
                 request = pickle.loads(await reader.readexactly(length))
                 if "cancel" not in request:
-                    running[request["id"]] = tasks.create_task(answer(request))
+                    begin(request)
                 elif request["cancel"] in running:
                     running[request["cancel"]].cancel()
 
