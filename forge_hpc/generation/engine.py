@@ -245,6 +245,12 @@ class GenerationEngine:
         finally:
             await asyncio.to_thread(staging.__exit__, None, None, None)
 
+    async def relabel(self, version: int) -> None:
+        """Make ``version`` the policy version of the weights that are in place. Raises as ``load_weights``."""
+        done = _future()
+        self._post(lambda: self._label(version, done), [done])
+        await self._answers([done])
+
     def abort(self) -> None:
         """End all requests; their callers get GenerationError."""
         self._post(lambda: self._abort(set(self._unfinished())), [])
@@ -481,10 +487,13 @@ class GenerationEngine:
         start = time.perf_counter()
         self._settle()
         self._engine.collective_rpc("reload_weights", kwargs=arguments)
-        self._engine.set_weight_version(str(version))
-        self._policy_version = version
         self._num_weight_loads += 1
         self._weight_load_s += time.perf_counter() - start
+        self._label(version, done)
+
+    def _label(self, version: int, done: Future[Any]) -> None:
+        self._engine.set_weight_version(str(version))
+        self._policy_version = version
         done.set_result(None)
 
     def _settle(self) -> None:

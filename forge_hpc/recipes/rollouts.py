@@ -113,7 +113,7 @@ def to_documents(groups: Sequence[Group], config: Config) -> list[Document]:
     """Compare the episodes of a step, and make documents of those that it trains on.
 
     Groups whose advantages are all zero are dropped where ``algorithm.drop_zero_signal_groups`` says so. Where no group
-    carries a signal all are kept: every step is an optimizer step.
+    carries a signal all are kept: the step measures them and trains on none.
     """
     groups = [group for group in groups if group.episodes]
     _set_advantages(groups, resolve_advantage(config.algorithm))
@@ -142,6 +142,7 @@ def _to_document(episode: Episode) -> Document:
         loss_mask=loss_mask,
         generator_logprobs=logprobs,
         advantage=episode.advantage,
+        policy_version=episode.policy_version,
     )
 
 
