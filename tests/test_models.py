@@ -16,7 +16,7 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.data.packing import pack
 from forge_hpc.models.attention import attention_inputs, document_batches, inner_attention_config
 from forge_hpc.models.spec import ModelSpec, load_hf_weights, load_spec
-from forge_hpc.training.logprobs import token_logprobs
+from forge_hpc.training.logprobs import Truncation, token_logprobs
 
 CPU = torch.device("cpu")
 
@@ -107,9 +107,34 @@ def test_a_document_sees_neither_its_neighbours_nor_its_future(tmp_path: Path) -
     assert differs == [False] * 7 + [True] * 3
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def kept(z: torch.Tensor, truncation: Truncation) -> torch.Tensor:
+    """One token after the other, as the options are defined."""
+    result = torch.zeros_like(z, dtype=torch.bool)
+    for row, flags in zip(z.flatten(0, 1), result.flatten(0, 1), strict=True):
+        p = row.softmax(-1)
+        order = [i for i in p.argsort(descending=True).tolist() if p[i] >= truncation.min_p * p.max()]
+        order = order[: truncation.top_k] if truncation.top_k > 0 else order
+        mass, total = 0.0, sum(float(p[i]) for i in order)
+        for i in order:
+            flags[i] = mass < truncation.top_p * total
+            mass += float(p[i])
+    return result
+
+
+@pytest.mark.parametrize(
+    ("temperature", "truncation"),
+    [
+        (1.0, Truncation()),
+        (0.7, Truncation()),
+        (0.7, Truncation(min_p=0.1)),
+        (0.7, Truncation(top_k=4)),
+        (1.3, Truncation(top_p=0.8)),
+        (1.3, Truncation(0.05, 6, 0.9)),
+        (1.0, Truncation(top_k=50, top_p=1e-9)),
+    ],
+)
 def test_token_logprobs_and_entropies_have_the_values_and_gradients_of_log_softmax(
-    temperature: float, monkeypatch: pytest.MonkeyPatch
+    temperature: float, truncation: Truncation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("forge_hpc.training.logprobs._CHUNK_ELEMENTS", 40)  # several chunks
     torch.manual_seed(0)
@@ -119,9 +144,11 @@ def test_token_logprobs_and_entropies_have_the_values_and_gradients_of_log_softm
     for is_ours in (True, False):
         x = logits.clone().requires_grad_()
         if is_ours:
-            logprobs, entropy = token_logprobs(x, labels, temperature)
+            logprobs, entropy = token_logprobs(x, labels, temperature, truncation)
         else:
-            p = (x / temperature).log_softmax(-1)
+            z = x / temperature
+            is_kept = kept(z.detach(), truncation).scatter(-1, labels[..., None], True)
+            p = torch.where(is_kept, z, -1e9).log_softmax(-1)
             logprobs, entropy = p.gather(-1, labels[..., None]).squeeze(-1), -(p.exp() * p).sum(-1)
         (weights[0] * logprobs + weights[1] * entropy).sum().backward()
         gradients.append(x.grad)

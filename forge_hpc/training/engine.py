@@ -28,7 +28,7 @@ from torchtitan.tools.utils import set_default_dtype
 
 from forge_hpc.checkpoint import FileRecord
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.schema import Config
+from forge_hpc.config.schema import Config, SamplingConfig
 from forge_hpc.data.packing import PackedBatch, pack, unpack
 from forge_hpc.data.types import Document
 from forge_hpc.losses import SFTLoss, add_effective_sample_size, build_loss, step_normalizer
@@ -38,7 +38,7 @@ from forge_hpc.models.device import device_type, local_device
 from forge_hpc.models.spec import load_hf_weights, load_spec
 from forge_hpc.training.checkpointer import TrainerCheckpointer
 from forge_hpc.training.export import export_hf
-from forge_hpc.training.logprobs import token_logprobs
+from forge_hpc.training.logprobs import Truncation, token_logprobs
 from forge_hpc.training.lora import add_adapters, init_adapters, merge_adapters
 
 
@@ -81,7 +81,9 @@ class TrainEngine(Stateful):
         self.loss_fn: LossFn = (
             SFTLoss() if is_sft else build_loss(cfg.algorithm.loss, cfg.algorithm, cfg.rollout.max_response_tokens)
         )
-        self.temperature = 1.0 if is_sft else cfg.rollout.sampling.temperature
+        sampling = SamplingConfig() if is_sft else cfg.rollout.sampling
+        self.temperature = sampling.temperature
+        self.truncation = Truncation(sampling.min_p, sampling.top_k, sampling.top_p)
         if self.temperature <= 0:
             raise UserError(
                 "rollout.sampling.temperature is 0: greedy samples carry no gradient", "set it above 0, usually to 1"
@@ -152,8 +154,8 @@ class TrainEngine(Stateful):
             raise RuntimeError(
                 f"step {self.step + 1}: generator and trainer differ by {mismatch:.2g} nats in the mean "
                 f"log-probability of the sampled tokens, and rounding and staleness explain at most {largest:.2g}: the "
-                "generators' weights are stale or wrong, or their engine computes another model (see "
-                "generator.engine). The step was not taken"
+                "generators' weights are stale or wrong, their engine computes another model (generator.engine), or "
+                "the policy moves too far in a step (trainer.optimizer.lr). The step was not taken"
             )
 
     def _clip_gradients(self) -> float:
@@ -237,7 +239,7 @@ class TrainEngine(Stateful):
         logits = self.model(
             microbatch["input_ids"], positions=microbatch["positions"], attention_masks=microbatch["attention"]
         )
-        return token_logprobs(logits, microbatch["labels"], self.temperature)
+        return token_logprobs(logits, microbatch["labels"], self.temperature, self.truncation)
 
     def _forward_backward(
         self, microbatch: dict[str, Any], num_trained: int, normalizer: int
