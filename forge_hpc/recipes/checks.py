@@ -65,7 +65,7 @@ class MismatchWatch:
         """Those of a step on documents. One whose policy version is not known is taken to be as old as may be."""
         versions = [document.policy_version for document in documents]
         ages = [self._max_staleness if version is None else step - 1 - version for version in versions]
-        moved = MOVEMENT * math.sqrt(max(0, *ages, 0))
+        moved = MOVEMENT * math.sqrt(max([0, *ages]))
         return MismatchBounds(self._rounding + moved, BEYOND * self._rounding + 2 * moved)
 
     def check(self, step: int, metrics: Mapping[str, float], bounds: MismatchBounds) -> None:
