@@ -53,8 +53,8 @@ class Completion:
     logprobs: list[float]
     """[L]: log-probability of each sampled token in the distribution that it was drawn from; 0 at others."""
     finish_reason: str
-    """``stop`` (end of sequence; with an environment: it ended the episode), ``length`` (no room for more tokens) or
-    ``turns`` (no more turns)."""
+    """``stop`` (end of sequence, or a stop string or token; with an environment: it ended the episode), ``length`` (no
+    room for more tokens) or ``turns`` (no more turns)."""
     policy_versions: tuple[int, int]
     """Policy versions that sampled the first and the last token."""
     loss_mask: list[bool] | None = None
