@@ -1,4 +1,4 @@
-"""A config that says tied beside a file with a head of its own: the file is right, as it is for transformers and vLLM."""
+"""A config that says tied beside a file with a head of its own: the file is right, as for transformers and vLLM."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +319,13 @@ def _check_data_values(cfg: Config) -> None:
             "every prompt would be left out",
             "low is where prompts are too hard, high where they are too easy",
         )
+    if data.template_date is not None:
+        try:
+            date.fromisoformat(data.template_date)
+        except ValueError:
+            raise UserError(
+                f"data.template_date is {data.template_date!r}, which is no day", "write YYYY-MM-DD"
+            ) from None
     for key, own, _ in data_sources(data):
         if cfg.recipe == "sft" and own.target_field is None and not own.chat_template:
             raise UserError(
