@@ -36,9 +36,9 @@ def load_examples(data: DataConfig, split: str, seed: int) -> Sequence[Example |
         examples: Sequence[Example | BadExample] = addition_examples(split, seed)
         check_example(examples[0], data, data.path)
         return examples
-    files = text_files(data, split, streaming=False)
-    if files is not None:
-        examples = [example for example, _ in read_text_files(files, data)]
+    texts = _read_texts(data, split)
+    if texts is not None:
+        examples = texts
         if bad := next((e for e in examples if isinstance(e, BadExample)), None) if is_jsonl(data, split) else None:
             raise bad
     else:
@@ -46,6 +46,25 @@ def load_examples(data: DataConfig, split: str, seed: int) -> Sequence[Example |
     if len(examples) == 0:
         raise UserError(f"no examples in {data.path}, split {split}", "check data.path and data.split")
     _check_first(examples, data)
+    return examples
+
+
+def _read_texts(data: DataConfig, split: str) -> list[Example | BadExample] | None:
+    """The examples in text files of a split, or of parts of splits as ``datasets`` names them (``train[:10%]+test``);
+    None where they are in other files."""
+    examples: list[Example | BadExample] = []
+    for part in [split] if is_one_split(data.path) else split.split("+"):
+        name, is_part, _ = part.strip().partition("[")
+        files = text_files(data, name, streaming=False)
+        if files is None:
+            return None
+        found = [example for example, _ in read_text_files(files, data)]
+        if is_part:
+            from datasets import ReadInstruction
+
+            [places] = ReadInstruction.from_spec(part.strip()).to_absolute({name: len(found)})
+            found = found[places.from_ : places.to]
+        examples += found
     return examples
 
 
