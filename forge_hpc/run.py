@@ -595,6 +595,7 @@ class Supervisor:
             return None
         if not run_dir.config.exists():
             warm = load_config(config.warmstart.config, config.warmstart.overrides)
+            warm.data.template_date = warm.data.template_date or config.data.template_date
             save_config(warm, run_dir.create().config)
         print(f"warm start in {run_dir}", flush=True)
         environ = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}

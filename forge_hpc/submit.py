@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 
 from forge_hpc.config import Config, UserError, load_config, plan, read_config, safe_changes, save_config, validate
@@ -96,6 +96,7 @@ def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, foll
         cfg.cluster.gpus_per_node = min(gpus, default=0) or None  # unknown where Slurm does not count GPUs
     run_dir = RunDir(request.run_dir or _default_run_dir(cfg.name))
     warm = _check(cfg, run_dir)
+    _fix_date(cfg, run_dir)
     changes = _changes(cfg, run_dir)
     if on_slurm or request.cluster != "local":
         _warn_of_shared_nodes(cfg)
@@ -179,6 +180,7 @@ def prepare_in_allocation(request: Request) -> str:
         _adopt_job(cfg, job_id)
         run_dir = run_dir or RunDir(Path("runs") / f"{cfg.name}-{job_id}")
         warm = _check(cfg, run_dir)
+        _fix_date(cfg, run_dir)
         changes = _changes(cfg, run_dir)
         _warn_of_shared_nodes(cfg)
         _refuse_busy(run_dir, job_id)
@@ -226,6 +228,7 @@ def prepare(cfg: Config, run_dir: RunDir, job_id: str | None, warm: Config | Non
     run_dir.create()
     save_config(cfg, run_dir.config)
     if warm is not None:
+        warm.data.template_date = warm.data.template_date or cfg.data.template_date
         save_config(warm, RunDir(run_dir.warmstart).create().config)
     # An earlier job is no longer this run's: who watches must not take its end for ours.
     run_dir.write_status(state="pending", job_id=job_id or "", message="")
@@ -289,6 +292,13 @@ def _set_nodes(cfg: Config, nodes: int, overrides: Sequence[str]) -> None:
         f"do not fit {working} nodes: splitting by rollout_ratio={cluster.rollout_ratio:g}"
     )
     cluster.trainer_nodes = cluster.rollout_nodes = None
+
+
+def _fix_date(cfg: Config, run_dir: RunDir) -> None:
+    """A chat template that writes today's date writes one and the same in all starts of the run: that of the first."""
+    if cfg.data.template_date is None:
+        saved = read_config(run_dir.config).data.template_date if run_dir.has_config else None
+        cfg.data.template_date = saved or date.today().isoformat()
 
 
 def _changes(cfg: Config, run_dir: RunDir) -> list[str]:

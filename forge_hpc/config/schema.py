@@ -78,6 +78,9 @@ class DataConfig:
     """Render prompts through the tokenizer's chat template; false feeds the raw text."""
     chat_template_args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the chat template (Qwen3: ``enable_thinking: false``)."""
+    template_date: str | None = None
+    """The day, YYYY-MM-DD, that a chat template is told which writes today's date (Llama 3.2). null: the day on which
+    the run is submitted first; ``config.yaml`` keeps it for all its nodes and starts."""
     shuffle: bool = True
     """Draw examples in a seeded order, a new one every epoch."""
     streaming: bool = False

@@ -41,7 +41,7 @@ def export_hf(
     if is_writer:
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
-        _copy_small_files(source_dir, tmp, dtype)
+        _copy_small_files(source_dir, tmp, dtype, is_tied="lm_head.weight" not in state)
         _add_ends(tmp, ends)
     shards = _plan_shards(state, dtype)
     for index, names in enumerate(shards):
@@ -79,13 +79,15 @@ def _shard_name(index: int, num_shards: int) -> str:
     return "model.safetensors" if num_shards == 1 else f"model-{index + 1:05d}-of-{num_shards:05d}.safetensors"
 
 
-def _copy_small_files(source_dir: Path, target: Path, dtype: torch.dtype) -> None:
+def _copy_small_files(source_dir: Path, target: Path, dtype: torch.dtype, is_tied: bool) -> None:
     for path in sorted(source_dir.iterdir()):
         if path.is_file() and not any(path.match(pattern) for pattern in _WEIGHT_FILES):
             shutil.copyfile(path, target / path.name)
     config = json.loads((target / "config.json").read_text())
     config.pop("torch_dtype", None)  # the name before transformers 5
     config["dtype"] = str(dtype).removeprefix("torch.")
+    if not is_tied and config.get("tie_word_embeddings"):
+        config["tie_word_embeddings"] = False  # the model's file had a head of its own, which its config denied
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
