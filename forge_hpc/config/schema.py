@@ -136,6 +136,9 @@ class EnvironmentConfig:
     timeout_s: float = 60.0
     """Seconds that the environment may take over an episode, all its calls together, generation not counted; an episode
     that takes longer is given up, counted and left out."""
+    max_open_episodes: int | None = None
+    """So many episodes are open at once, those of evaluation included; the others wait. By default as many as the class
+    or its server says it has room for, else all that are due."""
 
 
 @dataclass

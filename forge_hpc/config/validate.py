@@ -59,6 +59,7 @@ _POSITIVE = [
     "environment.max_turns",
     "environment.max_turn_tokens",
     "environment.timeout_s",
+    "environment.max_open_episodes",
     "rollout.group_size",
     "rollout.prompts_per_step",
     "rollout.max_prompt_tokens",
