@@ -488,6 +488,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     reward: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
+    """Rewards, each added with its weight; with an environment to what that gives, and none unless it is named here."""
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

@@ -17,7 +17,7 @@ import signal
 import struct
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Self
@@ -56,9 +56,12 @@ class EnvironmentPool:
         await pool.close()
     """
 
-    def __init__(self, config: Config, num_workers: int | None = None) -> None:
-        """``num_workers`` processes; by default as many as cores, 4 at most."""
+    def __init__(
+        self, config: Config, num_workers: int | None = None, warn: Callable[[str], None] = logger.warning
+    ) -> None:
+        """``num_workers`` processes; by default as many as cores, 4 at most. ``warn`` tells the user."""
         assert config.environment.name is not None
+        self._warn = warn
         self._name, self._args = config.environment.name, dict(config.environment.args)
         self._timeout_s = config.environment.timeout_s
         if self._name == "code":
@@ -69,8 +72,7 @@ class EnvironmentPool:
         self._retired: list[_Worker] = []
         self._closing: set[asyncio.Task[None]] = set()
         self.max_open_episodes = config.environment.max_open_episodes
-        """Not more may be open at once; None is no bound. It may become lower: see ``has_room_for``."""
-        self.timeout_s = self._timeout_s
+        """Not more may be open at once; None is no bound. It becomes lower where the environment says so."""
         self.num_open = 0
         """Episodes that were let in and have not been closed."""
 
@@ -85,17 +87,23 @@ class EnvironmentPool:
         if (concurrency := bounds["concurrency"]) is not None:
             self._turns = asyncio.Semaphore(concurrency)
         if (most := bounds["max_open_episodes"]) is not None:
-            self.has_room_for(most)
+            self._has_room_for(most)
         return self
 
-    def has_room_for(self, num_episodes: int) -> None:
-        """The environment takes so many episodes at once: no more are to be opened."""
-        if self.max_open_episodes is None or num_episodes < self.max_open_episodes:
-            self.max_open_episodes = num_episodes
-            logger.warning(
-                "environment %s takes %d episode%s at once: the others wait (environment.max_open_episodes)",
-                self._name, num_episodes, "s" * (num_episodes != 1),
-            )  # fmt: skip
+    def _has_room_for(self, num_episodes: int) -> bool:
+        """No more than so many are to be opened at once. Returns whether more would have been."""
+        if self.max_open_episodes is not None and self.max_open_episodes <= num_episodes:
+            return False
+        self.max_open_episodes = num_episodes
+        return True
+
+    def _is_full(self, limit: int) -> None:
+        """The environment says that it takes so many episodes at once."""
+        if self._has_room_for(limit):
+            self._warn(
+                f"environment {self._name} takes {limit} episode{'s' * (limit != 1)} at once, and the others wait: let "
+                f"its server take more, or set environment.max_open_episodes={limit} for a run that repeats exactly"
+            )
 
     def open(self) -> RemoteEnvironment:
         """A new environment, to be used as an asynchronous context manager."""
@@ -179,7 +187,7 @@ class RemoteEnvironment:
             return answer
         except EnvironmentFailed as error:
             if error.kind == "full" and error.limit is not None:
-                self._pool.has_room_for(error.limit)
+                self._pool._is_full(error.limit)
             raise
         except UserError as error:
             raise EnvironmentFailed(error.message, "load", error.hint) from None

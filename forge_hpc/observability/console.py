@@ -70,6 +70,13 @@ class ConsoleProgress:
         elif self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
 
+    def warn(self, message: str) -> None:
+        """Show a line that stays, above the bar."""
+        if self._lines:
+            print(f"warning: {message}", file=self._stream, flush=True)
+        elif self._bar is not None:
+            self._bar.console.print(f"warning: {message}", markup=False, highlight=False)
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()

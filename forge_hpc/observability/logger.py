@@ -130,6 +130,11 @@ class MetricLogger:
         self._evaluations.write({"step": step, "wall_time": time.time()} | dict(values))
         self._write_curves(step, {f"eval/{key}": value for key, value in values.items()})
 
+    def warn(self, message: str) -> None:
+        """Say something that the user should know now, in one line."""
+        logger.warning("%s", message)
+        self._console.warn(" ".join(message.split()))
+
     def close(self) -> None:
         """Close all files; the progress bar stays as it is. W&B may still be sending: ``wandb.finish_runs`` waits."""
         self._console.close()
