@@ -84,12 +84,13 @@ def test_an_asynchronous_run_with_environments_keeps_the_staleness_bound(tmp_pat
 def test_the_page_about_your_own_environment_shows_one_that_works(tmp_path: Path) -> None:
     page = (PROJECT / "docs/environments.md").read_text()
     [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    settings, openenv = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL))
+    settings, *servers = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL))
     (tmp_path / "capitals.py").write_text(code)
     settings["environment"]["name"] = f"{tmp_path}/{settings['environment']['name']}"
     config = Config(reward=settings["reward"], environment=EnvironmentConfig(**settings["environment"]))
     validate(config)
-    validate(Config(environment=EnvironmentConfig(**openenv["environment"])))
+    for server in servers:
+        validate(Config(environment=EnvironmentConfig(**server["environment"])))
 
     async def talk() -> tuple[object, list[Step]]:
         pool = await EnvironmentPool(config, num_workers=1).start()

@@ -61,7 +61,8 @@ class Environment(Protocol):
     ``environment.timeout_s``. What it raises costs its episode, which is counted and left out.
 
     Two attributes may bound it, of the class or set by ``__init__``: ``concurrency``, calls at once, and
-    ``max_open_episodes``, as in ``environment.max_open_episodes``.
+    ``max_open_episodes``, as in ``environment.max_open_episodes``. A method ``async def check(self)`` may raise what is
+    wrong with its arguments, or with a server: it is called before the run begins.
     """
 
     async def reset(self, prompt: Prompt) -> Opening:

@@ -71,8 +71,8 @@ class EnvironmentPool:
         """For each call, where the environment says how many there may be at once."""
         self._retired: list[_Worker] = []
         self._closing: set[asyncio.Task[None]] = set()
-        self.max_open_episodes = config.environment.max_open_episodes
-        """Not more may be open at once; None is no bound. It becomes lower where the environment says so."""
+        self._bounds = [bound for bound in [config.environment.max_open_episodes] if bound is not None]
+        self._learned: int | None = None
         self.num_open = 0
         """Episodes that were let in and have not been closed."""
 
@@ -87,19 +87,23 @@ class EnvironmentPool:
         if (concurrency := bounds["concurrency"]) is not None:
             self._turns = asyncio.Semaphore(concurrency)
         if (most := bounds["max_open_episodes"]) is not None:
-            self._has_room_for(most)
+            self._bounds.append(most)
         return self
 
-    def _has_room_for(self, num_episodes: int) -> bool:
-        """No more than so many are to be opened at once. Returns whether more would have been."""
-        if self.max_open_episodes is not None and self.max_open_episodes <= num_episodes:
-            return False
-        self.max_open_episodes = num_episodes
-        return True
+    @property
+    def max_open_episodes(self) -> int | None:
+        """Not more may be open at once; None is no bound. A server may say so on the way."""
+        return min([*self._bounds, *([] if self._learned is None else [self._learned])], default=None)
+
+    def _opened(self) -> None:
+        self.num_open += 1
+        if self._learned is not None:  # what refused one may be one of several servers behind an address
+            self._learned = max(self._learned, self.num_open)
 
     def _is_full(self, limit: int) -> None:
         """The environment says that it takes so many episodes at once."""
-        if self._has_room_for(limit):
+        if self._learned is None and (self.max_open_episodes or limit + 1) > limit:
+            self._learned = max(limit, self.num_open)
             self._warn(
                 f"environment {self._name} takes {limit} episode{'s' * (limit != 1)} at once, and the others wait: let "
                 f"its server take more, or set environment.max_open_episodes={limit} for a run that repeats exactly"
@@ -159,7 +163,7 @@ class RemoteEnvironment:
     async def reset(self, prompt: Prompt) -> Opening:
         opening = await self._ask({"do": "reset", "prompt": prompt})
         self._is_open = True
-        self._pool.num_open += 1
+        self._pool._opened()
         return opening
 
     async def step(self, response: str) -> Step:

@@ -98,6 +98,8 @@ def _load(request: dict[str, Any]) -> tuple[Callable[[], Environment] | None, di
     try:
         make = functools.partial(load_environment(request["name"]), **request["args"])
         environment = make()
+        if (check := getattr(environment, "check", None)) is not None:
+            asyncio.run(check())
     except UserError as error:
         return None, {"error": error.message, "hint": error.hint}
     except Exception as error:  # a user's module and class may raise anything
