@@ -133,8 +133,8 @@ class OpenEnv:
 
     async def _has_sessions(self, http: aiohttp.ClientSession) -> bool:
         try:
-            async with http.ws_connect(f"{self._url}/ws"):
-                return True
+            await _end_session(await http.ws_connect(f"{self._url}/ws"))
+            return True
         except aiohttp.WSServerHandshakeError:
             return False
 
@@ -165,11 +165,7 @@ class OpenEnv:
 
     async def close(self) -> None:
         if self._socket is not None and not self._socket.closed:
-            await self._socket.send_json({"type": "close"})
-            with contextlib.suppress(TimeoutError):  # it closes when the session is over: there is room for another
-                while (await self._socket.receive(_CLOSE_TIMEOUT_S)).type is aiohttp.WSMsgType.TEXT:
-                    pass
-            await self._socket.close()
+            await _end_session(self._socket)
         if self._http is not None:
             await self._http.close()
 
@@ -284,6 +280,15 @@ class OpenEnvTools(OpenEnv):
         info = {"tool": action["tool_name"], **(answer.get("metadata") or {})}
         observed = self.observe(answer["observation"])
         return Step(observed, self.reward(answer), bool(answer.get("done")), info, self._role)
+
+
+async def _end_session(socket: aiohttp.ClientWebSocketResponse) -> None:
+    """Say so, and wait until the server closes: then there is room for another session."""
+    with contextlib.suppress(TimeoutError, ConnectionError):
+        await socket.send_json({"type": "close"})
+        while (await socket.receive(_CLOSE_TIMEOUT_S)).type is aiohttp.WSMsgType.TEXT:
+            pass
+    await socket.close()
 
 
 def _describe(tool: dict[str, Any]) -> str:
