@@ -1,6 +1,7 @@
 # make demo   set up, then the main job on this machine: a small model learns to add (RUN_DIR=runs/demo)
 # make test   set up (as root with Slurm's Debian packages), then all tests (ARGS="-k name")
 # make chaos  faults against a run on a real Slurm cluster on this machine (root; SEED=n, ARGS='"fault"')
+# make openenv  the environments of the docs against published OpenEnv servers, installed in a temporary folder
 # make lint   ruff and mypy
 # make clean  remove the environment and caches; runs/ stays
 
@@ -8,7 +9,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos lint clean setup debian
+.PHONY: help demo test chaos openenv lint clean setup debian
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 DEBIAN_PACKAGES := slurm-wlm munge iproute2 bubblewrap
 
 help:
-	@sed -n 's/^# //p' Makefile | head -5
+	@sed -n 's/^# //p' Makefile | head -6
 
 demo: setup
 	@exec $(BIN)/python -m forge_hpc.submit --cluster local --config configs/grpo/demo.yaml --run-dir "$(RUN_DIR)" --fresh
@@ -35,6 +36,9 @@ lint: setup
 
 chaos: setup debian
 	@exec $(BIN)/python tests/chaos.py --seed $(SEED) $(ARGS)
+
+openenv: setup
+	@exec $(BIN)/python -m pytest -m openenv tests/test_openenv_servers.py $(ARGS)
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -149,6 +149,26 @@ def _report(argv: list[str]) -> int:
     return 0
 
 
+def _env(argv: list[str]) -> int:
+    """play an environment by hand: you write the responses"""
+    from forge_hpc.config import check_environment, load_config
+    from forge_hpc.environments.play import play
+
+    parser = _parser("env", _env)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="configuration of a run with an environment")
+    parser.add_argument("--prompt", type=int, default=0, metavar="N", help="the run's Nth prompt, from 0; default 0")
+    parser.add_argument("--held-out", action="store_true", help="of those of evaluation")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as environment.name=guessing")
+    args = parser.parse_intermixed_args(argv)
+    if args.prompt < 0:
+        raise UserError(f"--prompt is {args.prompt}", "count from 0")
+    config = load_config(args.config, args.overrides)
+    if config.environment.name is None:
+        raise UserError("there is no environment", "name one: forge-hpc env environment.name=guessing")
+    check_environment(config)
+    return play(config, args.prompt, args.held_out)
+
+
 def _doctor(argv: list[str]) -> int:
     """whether this machine has what a run needs"""
     from forge_hpc.doctor import doctor
@@ -185,6 +205,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "cancel": _cancel,
     "resume": _resume,
     "report": _report,
+    "env": _env,
     "doctor": _doctor,
     "prepare": _prepare,
 }

@@ -29,12 +29,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.schema import Config
+from forge_hpc.config.schema import Config, RewardConfig
 
 _PATH_KEYS = re.compile(
     r"model\.path|data\.path|data\.eval_path|data\.sources\.\d+\.path|environment\.name|warmstart\.config"
     r"|reward\.\d+\.name"
 )
+_UNASKED = "(the default reward)"
 _NULL = "tag:yaml.org,2002:null"
 
 
@@ -104,11 +105,22 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         UserError: a missing or broken file, an unknown key, a wrong type; with the place and what to write instead.
     """
     cfg = OmegaConf.structured(Config)
+    cfg.reward = [RewardConfig(_UNASKED)]
     if path is not None:
         _merge_file(cfg, Path(path).expanduser(), seen=(), keep_paths=False)
     for override in overrides:
         _merge_override(cfg, override)
-    return _to_dataclasses(cfg)
+    return _with_default_reward(_to_dataclasses(cfg))
+
+
+def _with_default_reward(cfg: Config) -> Config:
+    """Nobody may have asked for a reward: an environment gives its own, and without one it is the default."""
+    if cfg.environment.name is not None and cfg.reward == [RewardConfig(_UNASKED)]:
+        cfg.reward = []
+    for reward in cfg.reward:
+        if reward.name == _UNASKED:
+            reward.name = RewardConfig().name
+    return cfg
 
 
 def read_config(path: str | Path) -> Config:

@@ -139,6 +139,9 @@ class EnvironmentConfig:
     timeout_s: float = 60.0
     """Seconds that the environment may take over an episode, all its calls together, generation not counted; an episode
     that takes longer is given up, counted and left out."""
+    max_open_episodes: int | None = None
+    """So many episodes are open at once, those of evaluation included; the others wait. By default as many as the class
+    or its server says it has room for, else all that are due."""
 
 
 @dataclass
@@ -501,6 +504,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     reward: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
+    """Rewards, each added with its weight; with an environment to what that gives, and none unless it is named here."""
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

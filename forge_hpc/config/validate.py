@@ -60,6 +60,7 @@ _POSITIVE = [
     "environment.max_turns",
     "environment.max_turn_tokens",
     "environment.timeout_s",
+    "environment.max_open_episodes",
     "rollout.group_size",
     "rollout.prompts_per_step",
     "rollout.max_prompt_tokens",
@@ -147,13 +148,12 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
     _check_slurm(cfg)
     _check_sandbox(cfg)
     _check_reward_names(cfg)
-    _check_environment(cfg)
+    check_environment(cfg, check_paths=check_paths)
     plan(cfg, cfg.cluster.gpus_per_node)
     if check_paths:
         _check_model(cfg)
         _check_data(cfg)
         _check_files(cfg)
-        _check_environment_file(cfg)
 
 
 def walltime_s(text: str) -> float:
@@ -458,7 +458,8 @@ def _check_reward_names(cfg: Config) -> None:
                 raise UserError(f"reward.{i}.{key} must be greater than 0, it is {value:g}")
 
 
-def _check_environment(cfg: Config) -> None:
+def check_environment(cfg: Config, *, check_paths: bool = True) -> None:
+    """Raise a UserError where ``cfg.environment`` cannot work. Also looks at its file, unless told not to."""
     name = cfg.environment.name
     if name is None:
         return
@@ -471,11 +472,7 @@ def _check_environment(cfg: Config) -> None:
         raise UserError(f"environment.name is {name!r}", "write package.module:Class or file.py:Class")
     if any(reward.name.rpartition(":")[2] == "environment" for reward in cfg.reward):
         raise UserError("a reward is called 'environment', as what the environment gives is", "rename its function")
-
-
-def _check_environment_file(cfg: Config) -> None:
-    place, _, cls = (cfg.environment.name or "").rpartition(":")
-    if place.endswith(".py"):
+    if check_paths and place.endswith(".py"):
         find_user_code("environment.name", Path(place).expanduser(), cls)
 
 

@@ -17,7 +17,7 @@ from forge_hpc.data.fields import to_json
 from forge_hpc.data.mixture import Mixture
 from forge_hpc.data.order import Drawn, Source
 from forge_hpc.data.render import DocumentRenderer, PromptRenderer
-from forge_hpc.data.types import Document, Group, Prompt
+from forge_hpc.data.types import HELD_OUT, Document, Group, Prompt
 
 T = TypeVar("T", Prompt, Document)
 
@@ -153,6 +153,7 @@ class PromptStream(_Stream[Prompt]):
         return len(item.token_ids) <= self._max_tokens
 
     def _make(self, number: int, drawn: Drawn, where: str) -> list[Prompt]:
+        assert self.position < HELD_OUT, "the positions from here on are those of held-out prompts"
         prompt = self._renderers[number](drawn.example, self.position, where)
         if not prompt.question.strip() and not self._may_be_empty:
             raise BadExample(f"{where}: the prompt is empty", "leave the example out")
@@ -195,12 +196,14 @@ def evaluation_prompts(
 ) -> list[Prompt]:
     """The first ``num_prompts`` examples as prompts, in the order of the data; too long and bad ones are left out.
 
+    Positions count from ``HELD_OUT``: they are the same in every start, and no prompt of training has them.
+
     Raises UserError where none is left, or most are bad.
     """
     render, max_tokens = PromptRenderer(tokenizer, config.data), config.rollout.max_prompt_tokens
     limit = f"rollout.max_prompt_tokens={max_tokens}"
     prompts = _fitting(examples, lambda example, where: [render(example, 0, where)], max_tokens, limit, num_prompts)
-    for position, prompt in enumerate(prompts):
+    for position, prompt in enumerate(prompts, HELD_OUT):
         prompt.position = position
     return prompts
 

@@ -7,13 +7,20 @@ from typing import Any
 
 import numpy as np
 
+HELD_OUT = 1 << 30
+"""Positions of held-out prompts begin here; those of training, however long the run is, lie below it."""
+_SPREAD = 0x278D_DE6D
+"""Odd, so that the product with it modulo 2^30 gives each position a number of its own; and near the golden ratio of
+2^30, so that any first n positions are spread evenly (Knuth, The Art of Computer Programming 3, 6.4)."""
+
 
 @dataclass(slots=True)
 class Prompt:
     """One example of the data, rendered for the model."""
 
     position: int
-    """Place in the run's stream of prompts, from 0; unique in a run, it seeds sampling and routes at staleness 0."""
+    """Place in the run's stream of prompts, from 0; unique in a run, it seeds sampling and routes at staleness 0. Those
+    of held-out prompts begin at ``HELD_OUT``: what is drawn by position is never drawn in training and evaluation."""
     text: str
     token_ids: list[int]
     target: str
@@ -21,6 +28,15 @@ class Prompt:
     """Every other field of the example, handed to rewards."""
     question: str = ""
     """The example's prompt before it was rendered; environments make their own opening of it."""
+
+    @property
+    def seed(self) -> int:
+        """What an environment draws its task from, in [0, 2^31): one for each position, held-out prompts from 2^30 on.
+
+        Seeds of a run's positions are far from each other: there are generators whose task of seed s + 1 is the second
+        one of seed s.
+        """
+        return (self.position & HELD_OUT) | (self.position * _SPREAD) % HELD_OUT
 
 
 @dataclass(slots=True)

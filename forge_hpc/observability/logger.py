@@ -90,10 +90,6 @@ class MetricLogger:
         self._write_curves(step, values)
         self._console.update(step, record)
 
-    def warn(self, text: str) -> None:
-        """Show the user a line among the progress."""
-        self._console.warn(text)
-
     def log_rollouts(self, step: int, groups: Iterable[Group]) -> None:
         """Write ``num_rollouts_per_step`` rollouts of ``step``: of the first groups, the first episode each."""
         records: list[dict[str, object]] = []
@@ -133,6 +129,11 @@ class MetricLogger:
             return
         self._evaluations.write({"step": step, "wall_time": time.time()} | dict(values))
         self._write_curves(step, {f"eval/{key}": value for key, value in values.items()})
+
+    def warn(self, message: str) -> None:
+        """Say something that the user should know now, in one line."""
+        logger.warning("%s", message)
+        self._console.warn(" ".join(message.split()))
 
     def close(self) -> None:
         """Close all files; the progress bar stays as it is. W&B may still be sending: ``wandb.finish_runs`` waits."""

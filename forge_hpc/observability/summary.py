@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from forge_hpc.config import read_config
 from forge_hpc.observability.console import format_duration
 from forge_hpc.observability.jsonl import read_jsonl
 from forge_hpc.observability.tables import evaluation_table
@@ -88,6 +89,8 @@ def final_summary(run_dir: RunDir, wall_s: float | None = None) -> str:
         lines.append(("reward", _change(figures.reward_first, figures.reward_last, "first 5 steps", "last 5 steps")))
     elif figures.loss_first is not None:
         lines.append(("loss", _change(figures.loss_first, figures.loss_last, "first 5 steps", "last 5 steps")))
+    if (lost := _lost_episodes(run_dir)) is not None:
+        lines.append(("episodes", lost))
     if evaluations and not figures.num_steps:
         lines += [("evaluation" if index == 0 else "", row) for index, row in enumerate(evaluation_table(evaluations))]
     elif figures.accuracy_before is not None or figures.accuracy_after is not None:
@@ -102,6 +105,20 @@ def final_summary(run_dir: RunDir, wall_s: float | None = None) -> str:
     lines.append(("directory", str(run_dir)))
     lines += [("next" if index == 0 else "", command) for index, command in enumerate(next_commands(run_dir))]
     return "\n".join(f"{name:<10} {text}" for name, text in lines)
+
+
+def _lost_episodes(run_dir: RunDir) -> str | None:
+    """How many episodes were left out, where those were most of them."""
+    records = [record for record in read_jsonl(run_dir.metrics) if record.get("episodes/failed")]
+    if not records:
+        return None
+    num_failed = sum(series(records, "episodes/failed"))
+    num = (
+        sum(series(list(read_jsonl(run_dir.metrics)), "groups/drawn")) * read_config(run_dir.config).rollout.group_size
+    )
+    if 2 * num_failed <= num:
+        return None
+    return f"{num_failed:,.0f} of {num:,.0f} were left out: their environment or reward failed (controller.log)"
 
 
 def next_commands(run_dir: RunDir) -> list[str]:

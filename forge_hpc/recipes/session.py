@@ -475,7 +475,14 @@ class Session:
                 sampling = replace(sampling, temperature=config.temperature)
             sampled = await self._answer(ask, prompts, config.samples, sampling, seed, rewards)
             values |= sampled_figures(sampled, config.k, seed)
-        values |= {"num_prompts": len(prompts), "time_s": time.perf_counter() - start}
+        lost = [answer for answers in (*greedy, *(sampled if config.samples else ())) for answer in answers]
+        num_failed, num = sum(answer.reward is None for answer in lost), len(lost)
+        if 2 * num_failed > num:
+            self.metrics.warn(
+                f"evaluation after step {step}: {num_failed} of {num} answers failed or have no reward, and count as "
+                "wrong: controller.log says why"
+            )
+        values |= {"num_prompts": len(prompts), "num_failed": num_failed, "time_s": time.perf_counter() - start}
         self.metrics.log_evaluation(step, {**(more or {}), **values})
         self._step_ended = time.perf_counter()
 
@@ -500,7 +507,8 @@ class Session:
                 total, terms = await rewards.score(episode.prompt, episode.completion)
             except RewardError:
                 return
-            right = episode.reward >= 1 - 1e-6 if isinstance(answer, Episode) else rewards.is_right(terms)
+            is_played = "environment" in episode.rewards
+            right = episode.reward >= 1 - 1e-6 if is_played else rewards.is_right(terms)
             results[place][number] = Graded(right, episode.reward + total)
 
         async def share(replica: int, places: Sequence[int]) -> None:
