@@ -1,5 +1,7 @@
 # make demo   set up, then the main job on this machine: a small model learns to add (RUN_DIR=runs/demo)
-# make test   set up (as root with Slurm's Debian packages), then all tests (ARGS="-k name")
+# make test   set up (as root with Slurm's Debian packages), then all tests (ARGS="-k name"); with SLURM=24.11 or 26.05
+#             the tests marked slurm, beside that release of Slurm (root; its Debian release is put into a folder once)
+# make endings  what Slurm (SLURM=24.11) does with preempted jobs however they end: the tables of docs/slurm.md
 # make chaos  faults against a run on a real Slurm cluster on this machine (root; SEED=n, ARGS='"fault"')
 # make lint   ruff and mypy
 # make clean  remove the environment and caches; runs/ stays
@@ -8,7 +10,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos lint clean setup debian
+.PHONY: help demo test endings chaos lint clean setup debian
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,17 +18,25 @@ EXTRA ?= $(or $(firstword $(shell cat $(VENV)/.installed 2>/dev/null)),cpu)# cpu
 RUN_DIR ?= runs/demo
 ARGS ?=
 SEED ?= 0
+SLURM ?=
 BIN := $(VENV)/bin
 DEBIAN_PACKAGES := slurm-wlm munge iproute2 bubblewrap
 
 help:
-	@sed -n 's/^# //p' Makefile | head -5
+	@sed -n 's/^# //p' Makefile | head -7
 
 demo: setup
 	@exec $(BIN)/python -m forge_hpc.submit --cluster local --config configs/grpo/demo.yaml --run-dir "$(RUN_DIR)" --fresh
 
+# Another release of Slurm comes in a root folder of its own; without one this machine's own is used.
+BESIDE = $(if $(SLURM),tests/slurm_release.sh $(SLURM))
+
 test: setup debian
-	@exec $(BIN)/python -m pytest $(ARGS)
+	@$(if $(SLURM),export FORGE_HPC_REQUIRE_SLURM=1)
+	exec $(BESIDE) $(BIN)/python -m pytest $(if $(SLURM),-m "slurm and not training") $(ARGS)
+
+endings: setup debian
+	@exec $(BESIDE) $(BIN)/python tests/slurm_endings.py $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .
