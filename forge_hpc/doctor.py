@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from forge_hpc.cluster import slurm
 from forge_hpc.config import UserError, load_config
 from forge_hpc.sandbox import Sandbox
 from launchers import checks
@@ -108,6 +109,7 @@ def _slurm() -> Iterator[Finding]:
         if not checks.slurm_is_here():
             yield "note", "Slurm", "no cluster here: runs use this machine alone"
             return
+        yield _slurm_release()
         for partition in checks.partitions():
             limit = (
                 "no time limit"
@@ -120,6 +122,15 @@ def _slurm() -> Iterator[Finding]:
             yield "ok", "Slurm", f"partition {partition.name}: {partition.nodes} nodes{gpus}, {limit}{default}{state}"
     except UserError as error:
         yield "bad", "Slurm", error.message
+
+
+def _slurm_release() -> Finding:
+    try:
+        release = slurm.controller_release()
+    except slurm.SlurmRefused as refused:
+        return "bad", "Slurm", f"slurmctld does not say which release it is: {refused}"
+    known = slurm.known_of(release)
+    return "ok" if known.startswith("tested") else "note", "Slurm", f"{'.'.join(map(str, release))}: {known}"
 
 
 def _own_address() -> str:

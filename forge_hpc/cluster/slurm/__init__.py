@@ -11,7 +11,13 @@ from forge_hpc.cluster.slurm.job import (
     job_facts,
     requeue,
 )
-from forge_hpc.cluster.slurm.preemption import Preemption, known_of, parse_release, preemption
+from forge_hpc.cluster.slurm.preemption import (
+    Preemption,
+    controller_release,
+    known_of,
+    parse_release,
+    preemption,
+)
 from forge_hpc.cluster.slurm.successor import CONTINUE, submit_successor
 
 __all__ = [
@@ -22,6 +28,7 @@ __all__ = [
     "SlurmRefused",
     "SlurmSilent",
     "cause_of",
+    "controller_release",
     "controller_time",
     "forbid_requeue",
     "job_facts",

@@ -101,6 +101,11 @@ def _seconds(time: str) -> float | None:
     )
 
 
+def controller_release(timeout_s: float = ANSWER_S) -> Release:
+    """The release of slurmctld. Raises SlurmRefused where it does not answer."""
+    return parse_release(_word(ask("scontrol", "show", "config", timeout_s=timeout_s), "SLURM_VERSION"))
+
+
 def parse_release(version: str) -> Release:
     """The numbers of ``slurm-wlm 24.11.5`` or ``23.02.0-rc1``."""
     found = re.search(r"\d+(?:\.\d+)+", version)
