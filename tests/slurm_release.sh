@@ -44,9 +44,10 @@ make_root() { # DEBIAN-RELEASE FOLDER
   mv "$half" "$root"
 }
 
-# What the command is to find at its place: the project, and the Python behind its environment.
+# What the command is to find at its place: the project, the Python behind its environment, and what $BIND names.
 places() {
   pwd
+  [[ -z ${BIND:-} ]] || echo "$BIND"
   [[ ! -x .venv/bin/python ]] || .venv/bin/python -c '
 import sys, sysconfig
 from pathlib import Path
@@ -83,36 +84,41 @@ inside() { # ROOT TOP COMMAND...: in the namespaces; this shell is their init, w
   PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$@" || exit
 }
 
+main() { # a function: bash reads a script while it runs, and this one may be edited meanwhile
+  local debian roots root version top
+  case ${1:-} in # Slurm's release, and Debian's that carries it
+  22.05) debian=bookworm ;;
+  24.11) debian=trixie ;;
+  26.05) debian=forky ;;
+  *) fail "no Slurm ${1:-}: there are 22.05, 24.11 and 26.05" "make test SLURM=24.11" ;;
+  esac
+  [[ $(id -u) == 0 ]] || fail "a root folder and its namespaces need root" "run it as root, in a container or a virtual machine"
+  roots=${SLURM_ROOTS:-${XDG_CACHE_HOME:-$HOME/.cache}/forge-hpc/slurm}
+  mkdir -p "$roots"
+  root=$(realpath "$roots")/$debian
+  exec 9>"$root.lock"
+  flock 9 # another may be making it
+  if [[ ! -d $root ]]; then
+    rm -rf --one-file-system "$root".?????? # what was cut off
+    make_root "$debian" "$root"
+  fi
+  exec 9>&-
+  version=$(dpkg-query --admindir="$root/var/lib/dpkg" -W -f='${Version}' slurm-wlm)
+  [[ $version == "$1"* ]] || fail "Debian $debian carries Slurm $version, not $1" "remove $root if it is old"
+  shift
+  (($#)) || return 0
+
+  top=$(mktemp -d)
+  trap "rmdir '$top'" EXIT
+  PROJECT=$PWD PLACES=$(places) \
+    unshare --net --uts --ipc --mount --pid --fork --kill-child "tests/$(basename "$0")" --inside "$root" "$top" "$@"
+}
+
 if [[ ${1:-} == --inside ]]; then
   shift
   inside "$@"
-  exit
+else
+  cd "$(dirname "$0")/.."
+  main "$@"
 fi
-
-cd "$(dirname "$0")/.."
-case ${1:-} in # Slurm's release, and Debian's that carries it
-22.05) debian=bookworm ;;
-24.11) debian=trixie ;;
-26.05) debian=forky ;;
-*) fail "no Slurm ${1:-}: there are 22.05, 24.11 and 26.05" "make test SLURM=24.11" ;;
-esac
-[[ $(id -u) == 0 ]] || fail "a root folder and its namespaces need root" "run it as root, in a container or a virtual machine"
-roots=${SLURM_ROOTS:-${XDG_CACHE_HOME:-$HOME/.cache}/forge-hpc/slurm}
-mkdir -p "$roots"
-root=$(realpath "$roots")/$debian
-exec 9>"$root.lock"
-flock 9 # another may be making it
-if [[ ! -d $root ]]; then
-  rm -rf --one-file-system "$root".?????? # what was cut off
-  make_root "$debian" "$root"
-fi
-exec 9>&-
-version=$(dpkg-query --admindir="$root/var/lib/dpkg" -W -f='${Version}' slurm-wlm)
-[[ $version == "$1"* ]] || fail "Debian $debian carries Slurm $version, not $1" "remove $root where it is old"
-shift
-(($#)) || exit 0
-
-top=$(mktemp -d) # not below what is seen inside
-trap 'rmdir "$top"' EXIT
-PROJECT=$PWD PLACES=$(places) \
-  unshare --net --uts --ipc --mount --pid --fork --kill-child "$(realpath "$0")" --inside "$root" "$top" "$@"
+exit
