@@ -3,6 +3,7 @@
 #             the tests marked slurm, beside that release of Slurm (root; its Debian release is put into a folder once)
 # make endings  what Slurm (SLURM=24.11) does with preempted jobs however they end: the tables of docs/slurm.md
 # make chaos  faults against a run on a real Slurm cluster on this machine (root; SEED=n, ARGS='"fault"')
+# make light  the tests that need no torch, with another Python: PYTHON=python3.12, or SLURM=24.11 with its 3.13
 # make lint   ruff and mypy
 # make clean  remove the environment and caches; runs/ stays
 
@@ -10,7 +11,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test endings chaos lint clean setup debian
+.PHONY: help demo test endings light chaos lint clean setup debian
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,10 +21,13 @@ ARGS ?=
 SEED ?= 0
 SLURM ?=
 BIN := $(VENV)/bin
+LIGHT_TESTS := cli cluster config config_validate data data_order launchers packing preemption rewards run_dir split
+LIGHT_PACKAGES := import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+  all = p["dependencies"] + p["optional-dependencies"]["test"]; print(*(d for d in all if d[:5] != "torch"), sep="\n")
 DEBIAN_PACKAGES := slurm-wlm munge iproute2 bubblewrap
 
 help:
-	@sed -n 's/^# //p' Makefile | head -7
+	@sed -n 's/^# //p' Makefile | head -8
 
 demo: setup
 	@exec $(BIN)/python -m forge_hpc.submit --cluster local --config configs/grpo/demo.yaml --run-dir "$(RUN_DIR)" --fresh
@@ -37,6 +41,22 @@ test: setup debian
 
 endings: setup debian
 	@exec $(BESIDE) $(BIN)/python tests/slurm_endings.py $(ARGS)
+
+# Packages are fetched here, where the network is, for a Python that need not run here.
+light: setup
+	@python=$(if $(SLURM),/usr/bin/python3,$(PYTHON))
+	version=$$($(BESIDE) $$python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+	export BIND=$${XDG_CACHE_HOME:-$$HOME/.cache}/forge-hpc/light-$$version-$$(sha256sum < pyproject.toml | cut -c1-8)
+	if [[ ! -e $$BIND/.installed ]]; then
+	  echo "Setting up $$BIND (once; about 0.5 GB) ..."
+	  mkdir -p "$$BIND"
+	  $(BESIDE) $$python -m venv --without-pip "$$BIND"
+	  $(BIN)/python -c '$(LIGHT_PACKAGES)' | $(BIN)/uv pip install --quiet --only-binary :all: -r - \
+	    --target "$$BIND/lib/python$$version/site-packages" --python-version $$version
+	  touch "$$BIND/.installed"
+	fi
+	exec $(BESIDE) env PYTHONDONTWRITEBYTECODE=1 "$$BIND/bin/python" -m pytest -p no:cacheprovider \
+	  -m "not slurm and not training" $(LIGHT_TESTS:%=tests/test_%.py) $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -80,7 +80,7 @@ inside() { # ROOT TOP COMMAND...: in the namespaces; this shell is their init, w
   pivot_root . .old # not chroot: what is chrooted may make no user namespaces
   umount -l /.old
   cd "$PROJECT"
-  trap : INT TERM # the command has them too, and ends in good order
+  trap : INT TERM
   PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$@" || exit
 }
 
@@ -110,6 +110,7 @@ main() { # a function: bash reads a script while it runs, and this one may be ed
 
   top=$(mktemp -d)
   trap "rmdir '$top'" EXIT
+  trap : INT TERM # as inside: the command ends in good order
   PROJECT=$PWD PLACES=$(places) \
     unshare --net --uts --ipc --mount --pid --fork --kill-child "tests/$(basename "$0")" --inside "$root" "$top" "$@"
 }

@@ -201,7 +201,7 @@ def test_a_requeue_in_the_grace_time_saves_a_job_that_preemption_would_cancel_an
     again = life.wait_for("started", 2)
     assert again["restarts"] == 1 and again["host"] != life.host()
     assert job_facts(life.job).excluded == life.host()
-    # Slurm 24.11 calls PREEMPTED what its owner has requeued, whatever it ends with: forge_hpc.run does not do so there.
+    # 24.11 shows what its owner has requeued as PREEMPTED, whatever it ended with (test_slurm_endings.py).
     life.cluster.wait_for_job(life.job, ["COMPLETED", "PREEMPTED"])
 
 
