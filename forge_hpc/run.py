@@ -429,7 +429,7 @@ class Supervisor:
             return "Slurm starts it again", None
         if not comes_back(config):
             return f"slurm.requeue={config.slurm.requeue}: {by_hand}", None
-        facts, requeues = self._ask(), config.slurm.requeue == "auto"
+        facts, requeues = self._facts, config.slurm.requeue == "auto"
         if facts is not None and facts.preempted and (how := self._how_preempted(facts)) is not None:
             if how.starts_again(facts) and not ended.lost_nodes:
                 return "Slurm starts it again", None

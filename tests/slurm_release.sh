@@ -25,10 +25,15 @@ mirror() {
 
 make_root() { # DEBIAN-RELEASE FOLDER
   local root=$2 from script=() half
-  from=$(mirror)
+  from=$(mirror) || true
+  if [[ -z $from ]]; then # apt's lists are not here
+    apt-get update -qq || true
+    from=$(mirror) || true
+  fi
   [[ -n $from ]] || fail "this machine's apt knows no mirror of Debian" "SLURM_MIRROR=URL of one"
   if ! command -v debootstrap >/dev/null; then
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends debootstrap >/dev/null ||
+    export DEBIAN_FRONTEND=noninteractive
+    { apt-get update -qq; apt-get install -y -qq --no-install-recommends debootstrap >/dev/null; } ||
       fail "debootstrap is needed to make $root" "apt-get install debootstrap"
   fi
   # An older debootstrap does not know the names of later releases; all of them are made like sid.
@@ -36,7 +41,9 @@ make_root() { # DEBIAN-RELEASE FOLDER
   echo "Making $root: Debian $1 with its Slurm (once) ..." >&2
   half=$(mktemp -d "$root.XXXXXX") # beside it, then renamed: a root that is there is whole
   chmod 755 "$half"
-  if ! debootstrap --variant=minbase --include="$packages" "$1" "$half" "$from" "${script[@]}" >"$root.log" 2>&1; then
+  # What it mounts ends with it, also where it is killed.
+  if ! unshare --mount debootstrap --variant=minbase --include="$packages" \
+    "$1" "$half" "$from" "${script[@]}" >"$root.log" 2>&1; then
     rm -rf --one-file-system "$half"
     fail "debootstrap failed: $(tail -n 1 "$root.log")" "see $root.log"
   fi

@@ -144,7 +144,9 @@ def test_a_preempted_run_comes_back_in_the_way_that_its_slurm_does_not_spoil(
     monkeypatch.setattr(slurm, "preemption", lambda facts, **_: Preemption(release, mode, 40))
     monkeypatch.setattr(slurm, "requeue", lambda *_: asked.append("requeue"))
     monkeypatch.setattr(slurm, "submit_successor", submit)
-    assert supervise()._come_back(Config(), Ended("preempted"))[0] == how
+    supervisor = supervise()
+    supervisor._ask()  # at the signal
+    assert supervisor._come_back(Config(), Ended("preempted"))[0] == how
     assert asked == said
 
 
