@@ -53,9 +53,9 @@ light: setup
 	  $(BESIDE) $$python -m venv --without-pip "$$BIND"
 	  $(BIN)/python -c '$(LIGHT_PACKAGES)' | $(BIN)/uv pip install --quiet --only-binary :all: -r - \
 	    --target "$$BIND/lib/python$$version/site-packages" --python-version $$version
-	  $(BESIDE) "$$BIND/bin/python" -m compileall -q -j 0 "$$BIND/lib" || true  # some packages hold files of other Pythons
 	  touch "$$BIND/.installed"
 	fi
+	unset PYTHONDONTWRITEBYTECODE  # each of the tests' many processes would compile anew
 	exec $(BESIDE) "$$BIND/bin/python" -m pytest -m "not slurm and not training" $(LIGHT_TESTS:%=tests/test_%.py) $(ARGS)
 
 lint: setup
