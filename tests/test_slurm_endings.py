@@ -250,4 +250,4 @@ def test_a_run_that_is_cancelled_in_the_grace_time_is_not_started_again(runs) ->
 @pytest.mark.parametrize("mode", ["requeue", "cancel"])
 def test_a_job_without_a_time_limit_has_the_whole_grace_time(runs, mode) -> None:
     [wish] = runs[f"leaves, {mode}, no limit"].said("wish")
-    assert wish["cause"] == "preempted" and GRACE_S - 12 < wish["within_s"] <= GRACE_S
+    assert wish["cause"] == "preempted" and GRACE_S - 12 < wish["within_s"] <= GRACE_S + 1  # whole seconds of Slurm
