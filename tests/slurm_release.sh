@@ -73,7 +73,8 @@ inside() { # ROOT TOP COMMAND...: in the namespaces; this shell is their init, w
   hostname slurm-test
   mount -t tmpfs -o mode=755 tmpfs "$top"
   mkdir "$top"/{upper,work,root}
-  mount -t overlay -o "lowerdir=$root,upperdir=$top/upper,workdir=$top/work" overlay "$top/root"
+  mount -t overlay -o "lowerdir=$root,upperdir=$top/upper,workdir=$top/work" overlay "$top/root" ||
+    fail "$root cannot be mounted with writes to memory over it" "a kernel with overlayfs, and SLURM_ROOTS on a disk of this host"
   for place in /dev /sys /tmp $PLACES; do
     if [[ -d $place ]]; then mkdir -p "$top/root$place"; else touch "$top/root$place"; fi
     case $place in /dev | /sys) how=--rbind ;; *) how=--bind ;; esac
@@ -115,6 +116,8 @@ main() { # a function: bash reads a script while it runs, and this one may be ed
   shift
   (($#)) || return 0
 
+  unshare --net --uts --ipc --mount --pid --fork true ||
+    fail "root may make no namespaces here" "a virtual machine, or a privileged container"
   top=$(mktemp -d)
   trap "rmdir '$top'" EXIT
   trap : INT TERM # as inside: the command ends in good order
