@@ -132,6 +132,7 @@ class Supervisor:
         self._clock = SlurmClock()
         self._walltime: Walltime | None = None
         self._facts: slurm.JobFacts | None = None
+        self._preemption: slurm.Preemption | None = None
         self._kill_at: float | None = None
         self._hung = ""
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
@@ -179,10 +180,12 @@ class Supervisor:
         facts = self._ask()
         cause = slurm.cause_of(facts, signum, self.allocation.requeues)
         within_s: float | None = None
-        if facts is not None and facts.state == "RUNNING" and facts.end_time is not None:
+        if facts is not None and facts.state == "RUNNING" and cause in (slurm.Cause.PREEMPTED, slurm.Cause.WALLTIME):
             self._clock.has_seen(facts.start_time)
-            left_s = facts.end_time - self._clock.now()
-            if left_s > 0 and cause in (slurm.Cause.PREEMPTED, slurm.Cause.WALLTIME):
+            end_time = facts.end_time
+            if cause is slurm.Cause.PREEMPTED and (how := self._how_preempted(facts)) is not None:
+                end_time = how.end_of_grace(facts)
+            if end_time is not None and (left_s := end_time - self._clock.now()) > 0:
                 within_s = self._until(left_s)
         if within_s is None:  # the kill follows SIGTERM, and nothing follows SIGUSR2
             within_s = SILENT_S if signum == signal.SIGUSR2 else KILL_WAIT_S - (time.monotonic() - came)
@@ -406,6 +409,8 @@ class Supervisor:
                 state, code, message = stopped.wish.cause, 130, f"{message}; then {stopped.wish.message}"
                 with unhindered():
                     run_dir.write_status(state=state, message=message)
+        if state != "preempted":
+            self._stay_ended()
         print(f"logs: {log_dir}", file=sys.stderr)
         print(f"{state if state != 'failed' else 'error'}: {message}", file=sys.stderr)
         if ended.hint:
@@ -424,6 +429,11 @@ class Supervisor:
             return "Slurm starts it again", None
         if not comes_back(config):
             return f"slurm.requeue={config.slurm.requeue}: {by_hand}", None
+        facts, requeues = self._facts, config.slurm.requeue == "auto"
+        if facts is not None and facts.preempted and (how := self._how_preempted(facts)) is not None:
+            if how.starts_again(facts) and not ended.lost_nodes:
+                return "Slurm starts it again", None
+            requeues = requeues and not how.marks(facts)
         now = time.monotonic()
         until = (
             now + COME_BACK_S
@@ -432,7 +442,7 @@ class Supervisor:
         )
         while True:
             try:
-                if config.slurm.requeue == "auto":
+                if requeues:
                     try:
                         slurm.requeue(self.allocation.job_id, ended.lost_nodes)
                         return "requeued", None
@@ -447,10 +457,31 @@ class Supervisor:
                     return f"Slurm has not been reached ({silence}): {by_hand}", None
                 print(f"asking again: {silence}", file=sys.stderr, flush=True)
             except slurm.SlurmRefused as refusal:
-                return f"Slurm takes no successor ({refusal}): {by_hand}", None
+                if config.slurm.requeue != "auto" or requeues:
+                    return f"Slurm takes no successor ({refusal}): {by_hand}", None
+                print(f"no successor: {refusal}", file=sys.stderr)
+                requeues = True  # better a job that ends as PREEMPTED than none
+                continue
             if (wish := self._wish()) is not None and wish.cancels:
                 raise Stopped(wish)
             time.sleep(RETRY_S)
+
+    def _how_preempted(self, facts: slurm.JobFacts) -> slurm.Preemption | None:
+        """How the job is, or was, preempted: asked once, since there is little time later."""
+        if self._preemption is None:
+            self._preemption = slurm.preemption(facts, timeout_s=ANSWER_S)
+        return self._preemption
+
+    def _stay_ended(self) -> None:
+        """Keep Slurm from starting a run again that has failed, or was stopped: it may still act on a preemption."""
+        facts = self._ask() if self.allocation.in_slurm else None
+        if facts is None or not (facts.preempted or facts.restarts):
+            return
+        if (how := self._how_preempted(facts)) is not None and how.may_start_again(facts):
+            try:
+                slurm.forbid_requeue(self.allocation.job_id)
+            except slurm.SlurmRefused as refusal:
+                print(f"Slurm may start the job again: {refusal}", file=sys.stderr)
 
     def _submit_successor(self, config: Config, ended: Ended) -> str:
         facts = self._facts or self._ask()

@@ -382,7 +382,6 @@ class Session:
 
     def _show_warning(self, text: str) -> None:
         """On the terminal, in ``status.json`` and in the log."""
-        logger.warning(text)
         self.metrics.warn(text)
         self._tell(message=text)
 

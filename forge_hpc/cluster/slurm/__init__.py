@@ -1,4 +1,4 @@
-"""The job as Slurm sees it: why it is signalled (`job`), and how it comes back (`job`, `successor`)."""
+"""The job as Slurm sees it: why it is signalled (`job`), and how it comes back (`job`, `preemption`, `successor`)."""
 
 from forge_hpc.cluster.slurm.job import (
     Cause,
@@ -11,18 +11,30 @@ from forge_hpc.cluster.slurm.job import (
     job_facts,
     requeue,
 )
+from forge_hpc.cluster.slurm.preemption import (
+    Preemption,
+    controller_release,
+    known_of,
+    parse_release,
+    preemption,
+)
 from forge_hpc.cluster.slurm.successor import CONTINUE, submit_successor
 
 __all__ = [
     "CONTINUE",
     "Cause",
     "JobFacts",
+    "Preemption",
     "SlurmRefused",
     "SlurmSilent",
     "cause_of",
+    "controller_release",
     "controller_time",
     "forbid_requeue",
     "job_facts",
+    "known_of",
+    "parse_release",
+    "preemption",
     "requeue",
     "submit_successor",
 ]

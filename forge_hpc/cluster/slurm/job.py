@@ -1,7 +1,8 @@
 """Why Slurm signals this job, and how the job comes back.
 
-What `scontrol show job` says at the signal, measured on Slurm 22.05. It is the same on the node and elsewhere, and true
-from the first signal on: slurmctld changes the job before it signals. "Tasks" are srun's, "batch" is the job script.
+What `scontrol show job` says at the signal, measured on Slurm 22.05, 24.11 and 26.05, which agree in it. It is the same
+on the node and elsewhere, and true from the first signal on: slurmctld changes the job before it signals. "Tasks" are
+srun's, "batch" is the job script.
 
     event                       who is signalled                      state       reason     PreemptTime  restarts
     preemption, GraceTime > 0   tasks TERM at once (1)                RUNNING     None       set          same
@@ -18,8 +19,9 @@ from the first signal on: slurmctld changes the job before it signals. "Tasks" a
     lost node, --no-kill (4)    nobody                                RUNNING     None       None         same
 
 CONT comes with TERM, and KILL follows TERM after KillWait (30 s unless the site says otherwise).
-(1) EndTime moves to the end of the grace time; the kill came up to 5 s after it. Where the site has set
-    preempt_send_user_signal the first signal is that of --signal.
+(1) EndTime moves to the end of the grace time, but is Unknown where the job has no time limit: PreemptTime and the
+    partition's GraceTime tell. The kill came up to 22 s after it. Where the site has set preempt_send_user_signal the
+    first signal is that of --signal.
 (2) In the grace time PreemptTime stays and EndTime is the moment of the scancel: in the same second as the preemption
     the two look alike.
 (3) SlurmdTimeout after the host fell silent, or somewhat later. Processes on a host whose slurmd alone has died get no
@@ -27,11 +29,22 @@ CONT comes with TERM, and KILL follows TERM after KillWait (30 s unless the site
 (4) On sbatch and on srun: NumNodes is one less after SlurmdTimeout, srun says "Node failure on X" and waits for the
     other tasks, and a requeue starts the job on as many nodes as it asked for.
 
-A job whose tasks end in the grace time has FAILED, and does not come back by itself, also where PreemptMode=REQUEUE.
-`scontrol requeue` by its owner saves it: in the grace time, after it (while KillWait lasts), with PreemptMode=CANCEL
-too. It ends the job at once, only KillWait remains: requeue last, when everything is saved. Slurm starts the job again
-when cred_expire (two minutes unless the site says otherwise) has passed since its last process ended. With Requeue=0 it
-is refused; a job's Requeue is 1 where --requeue was given, whatever the site's JobRequeue.
+What becomes of a job whose tasks end in the grace time, or that its owner requeues there, depends on the release
+(`preemption`, and the tables in docs/slurm.md):
+
+    in the grace time, and then       before 24.05           24.11                           26.05.5
+    it ends, REQUEUE                  as it ended            requeued, whatever it ended with    as 24.11
+    it ends, CANCEL                   as it ended            PREEMPTED                           as 24.11
+    own requeue, ends later           as it ended            requeued again; CANCEL: PREEMPTED   as it ended
+    stays, REQUEUE, ends later        as it ended            requeued again                      as it ended
+    Requeue=0, then it ends           as it ended            PREEMPTED, not started again        as 24.11
+    own requeue, Requeue=0, ends      as it ended            PREEMPTED, not started again        as it ended
+
+`scontrol requeue` by its owner saves a job that Slurm does not requeue: in the grace time, after it (while KillWait
+lasts), with PreemptMode=CANCEL too. It ends the job at once, only KillWait remains, and in 22.05 not even that for the
+batch shell: requeue last, when everything is saved. Slurm starts the job again when cred_expire (two minutes unless the
+site says otherwise) has passed since its last process ended. With Requeue=0 it is refused; a job's Requeue is 1 where
+--requeue was given, whatever the site's JobRequeue.
 """
 
 from __future__ import annotations
