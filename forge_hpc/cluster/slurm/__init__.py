@@ -1,5 +1,6 @@
 """The job as Slurm sees it: why it is signalled (`job`), and how it comes back (`job`, `successor`)."""
 
+from forge_hpc.cluster.slurm.environment import corrections, own_job_id
 from forge_hpc.cluster.slurm.job import (
     Cause,
     JobFacts,
@@ -21,8 +22,10 @@ __all__ = [
     "SlurmSilent",
     "cause_of",
     "controller_time",
+    "corrections",
     "forbid_requeue",
     "job_facts",
+    "own_job_id",
     "requeue",
     "submit_successor",
 ]
