@@ -98,11 +98,12 @@ def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, foll
     if on_slurm and (ignored := slurm.adopt_shell(cfg)):
         _say(f"not passed on to sbatch: {', '.join(ignored)} (see slurm.extra)")
     if on_slurm and cfg.cluster.gpus_per_node is None:
-        gpus = [partition.gpus_per_node for partition in checks.candidates(cfg, known)]
-        cfg.cluster.gpus_per_node = min(gpus, default=0) or None  # unknown where Slurm does not count GPUs
+        cfg.cluster.gpus_per_node = checks.gpus_per_node(cfg, known)
     run_dir = RunDir(request.run_dir or _default_run_dir(cfg.name))
     warm = _check(cfg, run_dir)
     changes = _changes(cfg, run_dir)
+    if on_slurm or (dry_run and request.cluster != "local"):
+        slurm.check_share(cfg)
     if on_slurm or request.cluster != "local":
         _warn_of_shared_nodes(cfg)
 

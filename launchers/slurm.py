@@ -67,7 +67,7 @@ def job_parameters(cfg: Config, run_dir: Path, lead_s: float = 0.0) -> dict[str,
     ``lead_s`` is what an earlier start of the run has measured that it needs to save and leave, 0 where there was none.
     """
     slurm = cfg.slurm
-    options = {name.lstrip("-").replace("_", "-"): value for name, value in slurm.extra.items()}
+    options = _extra(cfg)
     log = run_dir / "logs" / f"slurm-{'%A_%a' if options.get('array') else '%j'}.out"
     parameters: dict[str, Any] = {
         "job_name": cfg.name,
@@ -80,7 +80,7 @@ def job_parameters(cfg: Config, run_dir: Path, lead_s: float = 0.0) -> dict[str,
         "constraint": slurm.constraint,
         "exclusive": slurm.exclusive or None,
         "cpus_per_task": slurm.cpus_per_task,
-        "mem": "0" if slurm.mem is None and slurm.exclusive else slurm.mem,  # whole nodes, whole memory
+        "mem": "0" if slurm.exclusive and not _sizes_memory(cfg) else slurm.mem,  # whole nodes, whole memory
         "gpus_per_node": cfg.cluster.gpus_per_node or None,
         "signal_delay_s": signal_lead_s(
             cfg, lead_s
@@ -96,6 +96,30 @@ def job_parameters(cfg: Config, run_dir: Path, lead_s: float = 0.0) -> dict[str,
     extra |= options
     parameters["additional_parameters"] = {k: v for k, v in extra.items() if v is not None and v is not False}
     return {key: value for key, value in parameters.items() if value is not None or key == "wckey"}
+
+
+def check_share(cfg: Config) -> None:
+    """Raise a UserError if the job asks for part of each node without saying how much: Slurm would give it one core,
+    with the site's default memory a core."""
+    options = _extra(cfg)
+    if cfg.slurm.exclusive or options.get("exclusive"):
+        return
+    cores = {"cpus-per-task", "cpus-per-gpu", "mincpus", "tres-per-task"} & options.keys()
+    missing = [] if cfg.slurm.cpus_per_task is not None or cores else ["slurm.cpus_per_task=16"]
+    missing += [] if _sizes_memory(cfg) else ["slurm.mem=128G"]
+    if missing:
+        raise UserError(
+            "slurm.exclusive=false asks for part of each node, and does not say how much of it",
+            f"say how much, such as {' '.join(missing)}, or take whole nodes: slurm.exclusive=true",
+        )
+
+
+def _extra(cfg: Config) -> dict[str, Any]:
+    return {name.lstrip("-").replace("_", "-"): value for name, value in cfg.slurm.extra.items()}
+
+
+def _sizes_memory(cfg: Config) -> bool:
+    return cfg.slurm.mem is not None or not {"mem", "mem-per-cpu", "mem-per-gpu"}.isdisjoint(_extra(cfg))
 
 
 def adopt_shell(cfg: Config, environ: Mapping[str, str] = os.environ) -> list[str]:

@@ -177,11 +177,11 @@ def test_each_run_of_a_sweep_that_does_not_fit_at_once_completes(slurm_cluster: 
     script.write_text(
         f"#!/bin/bash\n#SBATCH --nodes=1 --exclusive --mem=0 --output={tmp_path}/slurm-%A_%a.out\n"
         f"project={PROJECT}; source {sft.with_name('common.sh')}\n"
-        f'run_recipe sft --run-dir {tmp_path}/run-$SLURM_ARRAY_TASK_ID "$@" trainer.optimizer.lr=1e-${{SLURM_ARRAY_TASK_ID}}\n'
+        f"run_recipe sft --run-dir {tmp_path}/run-$SLURM_ARRAY_TASK_ID trainer.optimizer.lr=1e-$SLURM_ARRAY_TASK_ID "
+        "trainer.training.steps=2 trainer.lr_scheduler.warmup_steps=0 evaluation.num_prompts=0\n"
     )
     env = {**slurm_cluster.env, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
-    steps = ["trainer.training.steps=2", "trainer.lr_scheduler.warmup_steps=0", "evaluation.num_prompts=0"]
-    command = ["sbatch", "--parsable", "--array=1-2%1", str(script), *steps]
+    command = ["sbatch", "--parsable", "--array=1-2%1", str(script)]
     array = slurm_cluster.run(*command, env=env, cwd=PROJECT).stdout.strip()
     runs = {task: tmp_path / f"run-{task}" for task in (1, 2)}
     for task, run_dir in runs.items():

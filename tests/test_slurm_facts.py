@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slurm_cluster import DEFAULT_PARTITIONS, SlurmCluster, missing_requirement
+from slurm_cluster import SlurmCluster
 
 from forge_hpc.cluster.slurm import Cause, JobFacts, SlurmRefused, cause_of, job_facts, submit_successor
 from forge_hpc.cluster.slurm.successor import _arguments, successor_options
@@ -133,32 +131,13 @@ NOT_ASKED_FOR = re.compile(
 )
 
 
-class GpuCluster(SlurmCluster):
-    """Four nodes of four GPUs, of which each may be shared."""
-
-    def _write_conf(self, munge_socket: Path, port: int) -> None:
-        super()._write_conf(munge_socket, port)
-        more = " Gres=gpu:h100:4,shard:16 TmpDisk=100 State=UNKNOWN"
-        self.conf.write_text(self.conf.read_text().replace(" State=UNKNOWN", more))
-        for number in range(4):
-            if not (device := self.state / f"gpu{number}").exists():
-                os.mknod(device, 0o600 | 0o020000, os.makedev(1, 3))
-        gpus = f"Name=gpu Type=h100 File={self.state}/gpu[0-3]\nName=shard Count=16\n"
-        (self.state / "gres.conf").write_text(gpus)
-
-
-@pytest.fixture(scope="module")
-def gpu_cluster() -> Iterator[SlurmCluster]:
-    if reason := missing_requirement():
-        pytest.skip(reason)
-    options = {"GresTypes": "gpu,shard", "MCSPlugin": "mcs/user"}
-    up = GpuCluster(nodes=4, partitions=DEFAULT_PARTITIONS, options=options)
-    with up as cluster, pytest.MonkeyPatch.context() as patch:
-        for key in [key for key in os.environ if key.startswith(("SLURM_", "SBATCH_"))]:
-            patch.delenv(key)
-        patch.setenv("SLURM_CONF", str(cluster.conf))
-        patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-        yield cluster
+@pytest.fixture(autouse=True)
+def outside_jobs(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Slurm's commands, in this process too, belong to the cluster of the test."""
+    for key in [key for key in os.environ if key.startswith(("SLURM_", "SBATCH_"))]:
+        monkeypatch.delenv(key)
+    if "gpu_cluster" in request.fixturenames:
+        monkeypatch.setenv("SLURM_CONF", str(request.getfixturevalue("gpu_cluster").conf))
 
 
 @pytest.mark.slurm
