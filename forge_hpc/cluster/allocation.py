@@ -55,8 +55,8 @@ def host_address(num_nodes: int, environ: Mapping[str, str] = os.environ) -> str
         if not (address := socket.gethostbyname(socket.gethostname())).startswith("127."):
             return address
     for peer in (environ.get("SLURM_LAUNCH_NODE_IPADDR"), "192.0.2.1"):  # TEST-NET-1
-        if peer and (address := _source_address(peer)) is not None:
-            return address
+        if peer and (source := _source_address(peer)) is not None:
+            return source
     import psutil
 
     up = {name for name, state in psutil.net_if_stats().items() if state.isup}

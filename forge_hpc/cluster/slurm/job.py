@@ -159,7 +159,7 @@ def _record(text: str, job_id: str | None) -> tuple[dict[str, str], dict[str, st
     ids, _, own = own.partition("JobName=")
     name, _, own = own.partition("\n   UserId=")
     head, command, rest = own.partition("\n   Command=")
-    said, users = {"JobName": name}, {}
+    said, users = {"JobName": name}, dict[str, str]()
     for line in [ids, *head.splitlines()]:
         line, _, network = line.partition(" Network=")  # free text as well, and the last of its line
         said.update(re.findall(r"(\S+?)=(\S*)", line))
