@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import wait_for
+from runs import PROJECT, wait_for
 from slurm_cluster import SlurmCluster
 
 from forge_hpc.cluster.allocation import Allocation
@@ -71,6 +71,21 @@ def test_a_step_has_all_that_its_job_has_inside_another_job_too(gpu_cluster: Slu
             seen = line.partition("gpus=")[2].partition(" ")[0]
             assert len([gpu for gpu in seen.split(",") if gpu]) == gpus, (name, line)
             assert cores_and_memory(line) == has, (name, line)
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("how", ["option", "variable"])
+def test_tasks_have_the_batch_shell_s_environment_where_sbatch_exports_none(
+    slurm_cluster: SlurmCluster, tmp_path: Path, how: str
+) -> None:
+    option, shell = (["--export=NONE"], {}) if how == "option" else ([], {"SBATCH_EXPORT": "NONE"})
+    command = ["sbatch", "--parsable", "--nodes=2", *option, f"--output={tmp_path}/out", "sbatch/grpo.sh"]
+    command += ["--run-dir", str(tmp_path / "run"), f"slurm.setup=[env > {tmp_path}/task-$SLURM_PROCID, exit 3]"]
+    job = slurm_cluster.run(*command, env={**slurm_cluster.env, **shell}, cwd=PROJECT).stdout.strip()
+    slurm_cluster.wait_for_job(job, ["FAILED"])
+    for task in range(2):
+        text = (tmp_path / f"task-{task}").read_text()
+        assert "\nPATH=/" in f"\n{text}" and f"PYTHONPATH={PROJECT}" in text, (tmp_path / "out").read_text()
 
 
 @pytest.mark.slurm
