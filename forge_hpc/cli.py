@@ -87,14 +87,13 @@ def _status(argv: list[str]) -> int:
     """state, step and heartbeat of a run"""
     from forge_hpc.control import find_run
     from forge_hpc.observability.report import render_status
+    from launchers.jobs import is_job_id, job_state
 
     args = _run_parser("status", _status).parse_args(argv)
     run_dir = find_run(args.run_dir)
     print(render_status(run_dir))
     status = run_dir.read_status()
-    if status and status.job_id and status.job_id.isdigit() and not status.is_terminal:
-        from launchers.jobs import job_state
-
+    if status and is_job_id(status.job_id) and not status.is_terminal:
         state = job_state(status.job_id)
         print(f"{'Slurm':<10} {' '.join(state) if state else 'does not know the job any more'}")
     return 0

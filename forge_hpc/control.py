@@ -14,7 +14,7 @@ from typing import TextIO
 
 from forge_hpc.config import UserError
 from forge_hpc.run_dir import RunDir, Status
-from launchers.jobs import ACTIVE, cancel_job, is_active, job_state
+from launchers.jobs import ACTIVE, cancel_job, is_active, is_job_id, job_state
 
 _POLL_S = 0.5
 _ASK_SLURM_S = 10.0
@@ -53,7 +53,7 @@ class Pulse:
         if status is None or status.is_terminal:
             return None
         now, job_id = time.monotonic(), status.job_id
-        if job_id and job_id.isdigit() and shutil.which("scontrol"):
+        if is_job_id(job_id) and shutil.which("scontrol"):
             if now - self._asked < _ASK_SLURM_S:
                 return None
             self._asked = now
@@ -85,7 +85,7 @@ def follow_run(run_dir: RunDir, job_id: str | None = None) -> int:
     """
     status = run_dir.read_status()
     job_id = job_id or (status.job_id if status else None)
-    on_slurm = job_id is not None and job_id.isdigit()
+    on_slurm = is_job_id(job_id)
     output = run_dir.logs / f"slurm-{job_id}.out"
     asked, shown, file = time.monotonic(), "", None
     try:
@@ -163,7 +163,7 @@ def cancel_run(run_dir: RunDir) -> int:
         print(f"{run_dir} is {status.state} already")
         return 0
     job_id = (holder or {}).get("job_id") or (status.job_id if status else None)
-    if job_id and str(job_id).isdigit() and is_active(job_id):
+    if is_job_id(job_id) and is_active(job_id):
         cancel_job(job_id)
         _wait(lambda: not is_active(job_id), f"job {job_id} is still in the queue")
         _mark_cancelled(run_dir, f"job {job_id} was cancelled")

@@ -262,6 +262,10 @@ def _set(target: DictConfig, key: str, hint: Any, node: yaml.Node, full: str, so
         is_code = full in ("algorithm.loss", "recipe") and ":" in value
         if not source.keep_paths and (is_code or _PATH_KEYS.fullmatch(full)):
             value = _local_path(value, source.folder)
+    if full == "slurm.extra" and isinstance(value, dict):
+        value = {k: _as_written(v, value[k]) for k, v in _items(node, f"{full}.", source)}
+    if typing.get_args(kind) == (str,) and isinstance(node, yaml.SequenceNode):
+        value = [_as_written(item, old) for item, old in zip(node.value, value, strict=True)]
     wrong = UserError(f"{source.at(node)}: {full} must be {_describe(hint)}, not {_shown(node, value)}", None)
     if kind is bool and isinstance(value, str):
         value = {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value)
@@ -277,6 +281,11 @@ def _set(target: DictConfig, key: str, hint: Any, node: yaml.Node, full: str, so
         target[key] = value
     except OmegaConfBaseException:
         raise wrong from None
+
+
+def _as_written(node: yaml.Node, value: Any) -> Any:
+    """What is a number to YAML, and text to whom it is for: 0123 stays 0123, and 1.10 does not become 1.1."""
+    return node.value if isinstance(node, yaml.ScalarNode) and type(value) in (int, float) else value
 
 
 def _items(node: yaml.Node, prefix: str, source: _Source) -> Iterator[tuple[str, yaml.Node]]:

@@ -415,21 +415,22 @@ class ClusterConfig:
 @dataclass
 class SlurmConfig:
     partition: str | None = None
-    """Partition; the cluster's default where it is null."""
+    """Partition, or several by commas; where it is null $SBATCH_PARTITION, or the cluster's default."""
     account: str | None = None
-    """Account to charge."""
+    """Account to charge; where it is null $SBATCH_ACCOUNT."""
     qos: str | None = None
-    """Quality of service."""
+    """Quality of service; where it is null $SBATCH_QOS."""
     time: str = "24:00:00"
     """Walltime limit, in Slurm's notation."""
     constraint: str | None = None
     """Node features asked for."""
     exclusive: bool = True
-    """Whole nodes. Sharing a node with other users opens ports that TLS cannot cover: see the README."""
+    """Whole nodes. Sharing a node with other users opens ports that TLS cannot cover (see the README); then
+    ``cpus_per_task`` and ``mem`` say how much of it."""
     cpus_per_task: int | None = None
     """CPU cores on each node; with exclusive, all of them."""
     mem: str | None = None
-    """Memory on each node; 0 is all of it."""
+    """Memory on each node; 0 is all of it, as is null with exclusive."""
     signal_lead_s: int | None = None
     """Seconds before the walltime at which the run saves and leaves. By default it follows from the step and save times
     that the run has measured: 300 before that, and never more than half of ``time``."""
@@ -440,7 +441,7 @@ class SlurmConfig:
     setup: list[str] = field(default_factory=list)
     """Shell lines run on each node first (module load …)."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Further sbatch options, name: value."""
+    """Further sbatch options, name: value. Numbers keep their text; true gives an option without a value."""
 
 
 @dataclass

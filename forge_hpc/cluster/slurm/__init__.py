@@ -1,5 +1,6 @@
 """The job as Slurm sees it: why it is signalled (`job`), and how it comes back (`job`, `preemption`, `successor`)."""
 
+from forge_hpc.cluster.slurm.environment import corrections, own_job_id
 from forge_hpc.cluster.slurm.job import (
     Cause,
     JobFacts,
@@ -30,9 +31,11 @@ __all__ = [
     "cause_of",
     "controller_release",
     "controller_time",
+    "corrections",
     "forbid_requeue",
     "job_facts",
     "known_of",
+    "own_job_id",
     "parse_release",
     "preemption",
     "requeue",
