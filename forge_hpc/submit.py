@@ -17,6 +17,7 @@ from datetime import datetime
 from pathlib import Path
 
 from forge_hpc.config import Config, UserError, load_config, plan, read_config, safe_changes, save_config, validate
+from forge_hpc.files import is_there
 from forge_hpc.run_dir import RunDir, Status
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -368,7 +369,7 @@ def _default_run_dir(name: str) -> Path:
 
 def _unused(path: Path) -> Path:
     candidate, number = path, 2
-    while candidate.exists():
+    while is_there(candidate):
         candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
     return candidate
 
