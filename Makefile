@@ -1,6 +1,7 @@
 # make demo   set up, then the main job on this machine: a small model learns to add (RUN_DIR=runs/demo)
 # make test   set up (as root with Slurm's Debian packages), then all tests (ARGS="-k name")
 # make chaos  faults against a run on a real Slurm cluster on this machine (root; SEED=n, ARGS='"fault"')
+# make nfs    the run directory on real NFS, in virtual machines (root once; 15 minutes; ARGS="-k name")
 # make lint   ruff and mypy
 # make clean  remove the environment and caches; runs/ stays
 
@@ -8,7 +9,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos lint clean setup debian
+.PHONY: help demo test chaos nfs lint clean setup debian
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,9 +19,10 @@ ARGS ?=
 SEED ?= 0
 BIN := $(VENV)/bin
 DEBIAN_PACKAGES := slurm-wlm munge iproute2 bubblewrap
+NFS_PACKAGES := qemu-system-x86 debootstrap e2fsprogs
 
 help:
-	@sed -n 's/^# //p' Makefile | head -5
+	@sed -n 's/^# //p' Makefile | head -6
 
 demo: setup
 	@exec $(BIN)/python -m forge_hpc.submit --cluster local --config configs/grpo/demo.yaml --run-dir "$(RUN_DIR)" --fresh
@@ -35,6 +37,10 @@ lint: setup
 
 chaos: setup debian
 	@exec $(BIN)/python tests/chaos.py --seed $(SEED) $(ARGS)
+
+nfs: DEBIAN_PACKAGES = $(NFS_PACKAGES)
+nfs: setup debian
+	@exec $(BIN)/python -m pytest -m nfs -s tests/test_nfs.py $(ARGS)
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

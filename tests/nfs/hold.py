@@ -7,7 +7,6 @@ import os
 import sys
 import threading
 import time
-from pathlib import Path
 
 sys.path.insert(0, "/src")
 from forge_hpc.config.errors import UserError
