@@ -150,6 +150,15 @@ class Machine:
                 f"{self.name} did not boot: {console.read_text(errors='replace')[-2000:]}"
             )
             time.sleep(0.5)
+        while self._does_not_answer():
+            assert time.monotonic() < deadline, f"{self.name} takes no orders"
+            time.sleep(0.5)
+
+    def _does_not_answer(self) -> bool:
+        try:
+            return self.order("true").wait(30) != 0
+        except (OSError, AssertionError):
+            return True
 
     def order(self, command: str) -> Order:
         """Begin a shell command there."""

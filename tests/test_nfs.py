@@ -108,7 +108,7 @@ def test_a_dead_holders_directory_is_taken_within_120_seconds(machines: Machines
             assert took_s < 120
         for kind in MOUNTS:  # its lock may still stand, and is nobody's
             order = hold(machines.two, kind, name, 9, seconds=2)
-            assert order.wait(STARTS_S) == 0 and seconds_at(order, "TAKEN") < 30
+            assert order.wait(STARTS_S) == 0 and seconds_at(order, "TAKEN") < 40
     finally:
         machines.revive(machines.one)
 
