@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -414,3 +415,20 @@ def test_work_in_a_thread_gives_its_result_its_error_or_is_left_behind() -> None
     with pytest.raises(TimeoutError):
         in_thread(lambda: leave.wait(60), within_s=0.1)
     leave.set()
+
+
+def test_the_controllers_loop_turns_while_its_status_cannot_be_written(
+    run_dir: RunDir, stalled: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from forge_hpc.recipes import __main__ as controller
+
+    monkeypatch.setattr(controller, "HEARTBEAT_S", 0.01)
+
+    async def turn() -> None:
+        beating = asyncio.create_task(controller.heartbeat(StatusWriter(run_dir)))
+        for _ in range(100):
+            await asyncio.sleep(0.01)
+        assert not beating.done() and not stalled.is_set()
+        beating.cancel()
+
+    asyncio.run(asyncio.wait_for(turn(), 30))

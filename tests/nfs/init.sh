@@ -1,7 +1,7 @@
 #!/bin/bash
 # PID 1 of the test machines: the network, then an NFS server on `server`, what a client needs elsewhere, then agent.py.
 # Kernel command line: vm.name=server|one|two vm.ip=10.9.0.N
-export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root PYTHONDONTWRITEBYTECODE=1
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev 2>/dev/null
