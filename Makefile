@@ -5,6 +5,7 @@
 # make chaos  faults against a run on a real Slurm cluster on this machine (root; SEED=n, ARGS='"fault"')
 # make openenv  the environments of the docs against published OpenEnv servers, installed in a temporary folder
 # make light  the tests that need no torch, with another Python: PYTHON=python3.12, or SLURM=24.11 with its 3.13
+# make nfs    the run directory on real NFS, in virtual machines (root once; 15 minutes; ARGS="-k name")
 # make lint   ruff and mypy
 # make clean  remove the environment and caches; runs/ stays
 
@@ -12,7 +13,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test endings light chaos openenv lint clean setup debian
+.PHONY: help demo test endings light chaos nfs openenv lint clean setup debian
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,6 +27,7 @@ LIGHT_TESTS := cli cluster config config_validate data data_order launchers pack
 LIGHT_PACKAGES := import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
   all = p["dependencies"] + p["optional-dependencies"]["test"]; print(*(d for d in all if d[:5] != "torch"), sep="\n")
 DEBIAN_PACKAGES := slurm-wlm munge iproute2 bubblewrap
+NFS_PACKAGES := qemu-system-x86 debootstrap e2fsprogs
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
@@ -69,6 +71,10 @@ chaos: setup debian
 
 openenv: setup
 	@exec $(BIN)/python -m pytest -m openenv tests/test_openenv_servers.py $(ARGS)
+
+nfs: DEBIAN_PACKAGES = $(NFS_PACKAGES)
+nfs: setup debian
+	@exec $(BIN)/python -m pytest -m nfs -s tests/test_nfs.py $(ARGS)
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -113,15 +113,16 @@ def _logs(argv: list[str]) -> int:
 
 def _watch(argv: list[str]) -> int:
     """status, curve and last steps, drawn again until the run ends"""
-    from forge_hpc.control import Pulse, find_run
+    from forge_hpc.control import Pulse, Seen, find_run
     from forge_hpc.observability.report import render_watch
 
     run_dir = find_run(_run_parser("watch", _watch).parse_args(argv).run_dir)
-    pulse = Pulse(run_dir)
+    pulse, seen = Pulse(run_dir), Seen(run_dir)
     clear = "\033[H\033[2J" if sys.stdout.isatty() else ""
     while True:
-        status = run_dir.read_status()
-        print(f"{clear}{render_watch(run_dir)}", flush=True)
+        has_moved, status = seen.moved(), seen.status()
+        if has_moved:
+            print(f"{clear}{render_watch(run_dir)}", flush=True)
         if status is None or status.is_terminal:
             return 0 if status and status.state == "completed" else 1
         if lost := pulse.lost(status):

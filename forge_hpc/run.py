@@ -45,8 +45,10 @@ from forge_hpc.cluster.silence import LOOK_S, Silence
 from forge_hpc.cluster.starts import FAILURES, StartLog
 from forge_hpc.cluster.walltime import SlurmClock, Walltime
 from forge_hpc.config import Config, UserError, load_config, print_error, read_config, save_config, signal_lead_s
+from forge_hpc.files import in_thread
 from forge_hpc.observability.summary import final_summary
 from forge_hpc.run_dir import RunDir
+from forge_hpc.status_writer import StatusWriter
 
 STOP_S = 9.0
 """Seconds that the controller gets to end in good order when the run is cancelled; with the rest it stays below 15."""
@@ -67,6 +69,10 @@ SILENT_S = 300.0
 """A controller without a sign of life for so long hangs; for ``cluster.start_timeout_s`` where that is more."""
 OTHERS_S = 60.0
 """So much longer the other nodes wait: the first one is to end it, and to say why."""
+WRITE_S = 3.0
+"""How long what matters more, such as the requeue, waits for the file system."""
+LEASE_S = 120.0
+"""How long the last write may take: longer than a file server waits for a reader that has died."""
 LEFT_CODE = 75
 """Exit code of a run that has saved and left (EX_TEMPFAIL): neither done nor failed."""
 
@@ -135,6 +141,7 @@ class Supervisor:
         self._preemption: slurm.Preemption | None = None
         self._kill_at: float | None = None
         self._hung = ""
+        self._status = StatusWriter(run_dir)
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
             signal.signal(signum, self._on_signal)
 
@@ -326,9 +333,11 @@ class Supervisor:
         try:
             restart = run_dir.next_restart(job_id)
             log_dir = run_dir.create_log_dir(job_id, restart)
-            run_dir.write_status(state="starting", restarts=restart, job_id=job_id, message="")
+            self._status.tell(state="starting", restarts=restart, job_id=job_id, message="")
+            in_thread(partial(self._status.flush, SILENT_S), self._check_wish)
             nodes, requeues = self.allocation.num_nodes, self.allocation.requeues
-            starts.begin(job_id=job_id, restart=restart, nodes=nodes, requeues=requeues)
+            begin = partial(starts.begin, job_id=job_id, restart=restart, nodes=nodes, requeues=requeues)
+            in_thread(begin, self._check_wish)
             began = True
             rendezvous = self._rendezvous(self._key() if job_id else f"local.{restart}.{os.getpid()}")
             self._clean(keep=rendezvous.directory.name)
@@ -365,14 +374,15 @@ class Supervisor:
         ``began`` says that the log of starts has the beginning of this one.
         """
         run_dir, message = self.run_dir, ended.message
-        if self._lock.lost.is_set():  # the run, its status and its log of starts are another's now
+        if not self._lock.confirm(WRITE_S):  # the run, its status and its log of starts are another's now
             print(f"error: {message}", file=sys.stderr)
             return 1
         if ended.cause == "completed":
+            self._status.tell(state="completed")
             with unhindered():
-                run_dir.write_status(state="completed")
+                self._status.flush(LEASE_S)
             with unhindered():
-                starts.end(state="completed", cause=ended.cause, message="")
+                in_thread(partial(starts.end, state="completed", cause=ended.cause, message=""), within_s=LEASE_S)
             if self._summary:
                 with unhindered():
                     print("\n" + final_summary(run_dir, time.monotonic() - self._started), flush=True)
@@ -393,24 +403,25 @@ class Supervisor:
             state, code, message = "cancelled", 130, f"{message}; then cancelled"
         recorded = False
         with unhindered():
-            starts.end(state=state, cause=ended.cause, message=message)
+            in_thread(partial(starts.end, state=state, cause=ended.cause, message=message), within_s=WRITE_S)
             recorded = True
         if state == "preempted" and is_failure and not (began or recorded):  # nothing would end such a row of starts
             state, code, message = "failed", 1, f"{message}; not started again, since starts cannot be counted"
-        with unhindered():
-            run_dir.write_status(state=state, message=message)
+        self._status.tell(state=state, message=message)
         if state == "preempted" and self.allocation.in_slurm:
+            with contextlib.suppress(OSError, UserError):  # the requeue does not wait for the file server
+                self._status.flush(WRITE_S)
             try:
                 how, successor = self._come_back(config, ended)
                 message = f"{message}; {how}"
-                with unhindered():
-                    run_dir.write_status(message=message, job_id=successor)
+                self._status.tell(message=message, job_id=successor)
             except Stopped as stopped:
                 state, code, message = stopped.wish.cause, 130, f"{message}; then {stopped.wish.message}"
-                with unhindered():
-                    run_dir.write_status(state=state, message=message)
+                self._status.tell(state=state, message=message)
         if state != "preempted":
             self._stay_ended()
+        with unhindered():
+            self._status.flush(LEASE_S)
         print(f"logs: {log_dir}", file=sys.stderr)
         print(f"{state if state != 'failed' else 'error'}: {message}", file=sys.stderr)
         if ended.hint:
@@ -613,7 +624,7 @@ class Supervisor:
     def _can_write(self) -> bool:
         """Whether it is not the file system that keeps signs of life from being written."""
         try:
-            os.utime(self.run_dir.path / ".lock")
+            in_thread(lambda: os.utime(self.run_dir.path / ".lock"), within_s=WRITE_S)
         except OSError:
             return False
         return True
@@ -640,8 +651,7 @@ class Supervisor:
                 wait_or_kill(process, STOP_S + 2 if wish.cancels else (wish.within_s or SILENT_S) - REQUEUE_S)
                 return Ended(wish.cause, f"{wish.message}, in the warm start")
             if time.monotonic() - beat > BEAT_S:
-                with contextlib.suppress(OSError):
-                    self.run_dir.write_status()
+                self._status.tell()
                 beat = time.monotonic()
             time.sleep(POLL_S)
         if process.returncode == 0:

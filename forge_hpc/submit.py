@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forge_hpc.config import Config, UserError, load_config, plan, read_config, safe_changes, save_config, validate
+from forge_hpc.files import is_there
 from forge_hpc.run_dir import RunDir, Status
 
 if TYPE_CHECKING:
@@ -387,7 +388,7 @@ def _default_run_dir(name: str) -> Path:
 
 def _unused(path: Path) -> Path:
     candidate, number = path, 2
-    while candidate.exists():
+    while is_there(candidate):
         candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
     return candidate
 

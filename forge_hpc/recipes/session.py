@@ -37,6 +37,7 @@ from forge_hpc.recipes.generators import SPAWN_S, STOP_S, GeneratorPool, NodeLos
 from forge_hpc.recipes.recovery import Leave, Recoveries
 from forge_hpc.recipes.trainers import Trainers
 from forge_hpc.run_dir import RunDir
+from forge_hpc.status_writer import StatusWriter
 from forge_hpc.weights import WeightStore
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Session:
         recoveries: Recoveries,
         leave: Leave,
         attempt: int = 0,
+        status: StatusWriter | None = None,
     ) -> None:
         self.config = config
         self.run_dir = run_dir
@@ -82,6 +84,7 @@ class Session:
         self._pool = pool
         self._recoveries = recoveries
         self._leave = leave
+        self._status = status or StatusWriter(run_dir)
         self._suffix = f"r{attempt}" if attempt else ""
         self._between_steps = asyncio.Event()
         self._between_steps.set()
@@ -299,7 +302,7 @@ class Session:
         self._recoveries.step_done()
         counts = {"checkpoint/failed": float(self._num_failed_saves)} | self._recoveries.metrics()
         self.metrics.log(step, {"policy_version": step, **metrics, **timing, **counts})
-        self._tell(step=step, policy_version=step)
+        self._status.tell(step=step, policy_version=step)
         if groups:
             self.metrics.log_rollouts(step, groups)
 
@@ -358,7 +361,7 @@ class Session:
             self._saved_step = step
             self._save_s.append(time.perf_counter() - start)
             lead_s = MIN_LEAD_S + 2 * (max(self._save_s) + max(self._train_s, default=0.0))
-            self._tell(lead_s=round(lead_s, 1))
+            self._status.tell(lead_s=round(lead_s, 1))
 
     def _commit(
         self, step: int, record: Mapping[str, Any], files: Mapping[str, FileRecord], groups: Sequence[Group]
@@ -371,14 +374,7 @@ class Session:
         self._num_failed_saves += 1
         reason = " ".join(str(error).split()) or type(error).__name__
         logger.error("the checkpoint of step %d failed, the one before it stands: %s", step, reason)
-        self._tell(message=f"the checkpoint of step {step} failed: {reason}")
-
-    def _tell(self, **status: Any) -> None:
-        """Write to ``status.json``. Where that cannot be written the training goes on."""
-        try:
-            self.run_dir.write_status(**status)
-        except OSError as error:
-            logger.warning("%s: %s", self.run_dir.status, error)
+        self._status.tell(message=f"the checkpoint of step {step} failed: {reason}")
 
     def _show_warning(self, text: str) -> None:
         """On the terminal, in ``status.json`` and in the log."""
