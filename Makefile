@@ -1,5 +1,6 @@
 # make demo   set up, then the main job on this machine: a small model learns to add (RUN_DIR=runs/demo)
 # make test   set up (as root with Slurm's Debian packages), then all tests (ARGS="-k name")
+# make test-apptainer  the sandbox under a real Apptainer (root; a folder of Debian sid is made once)
 # make chaos  faults against a run on a real Slurm cluster on this machine (root; SEED=n, ARGS='"fault"')
 # make lint   ruff and mypy
 # make clean  remove the environment and caches; runs/ stays
@@ -8,7 +9,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos lint clean setup debian
+.PHONY: help demo test test-apptainer chaos lint clean setup debian
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,13 +21,16 @@ BIN := $(VENV)/bin
 DEBIAN_PACKAGES := slurm-wlm munge iproute2 bubblewrap
 
 help:
-	@sed -n 's/^# //p' Makefile | head -5
+	@sed -n 's/^# //p' Makefile | head -6
 
 demo: setup
 	@exec $(BIN)/python -m forge_hpc.submit --cluster local --config configs/grpo/demo.yaml --run-dir "$(RUN_DIR)" --fresh
 
 test: setup debian
 	@exec $(BIN)/python -m pytest $(ARGS)
+
+test-apptainer: setup
+	@exec tests/apptainer.sh $(BIN)/python -m pytest tests/test_sandbox_apptainer.py $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -100,6 +100,15 @@ def not_isolated() -> str | None:
     return None
 
 
+def too_small(disk_mb: float) -> str | None:
+    """What is wrong with a /tmp that cannot hold what a program may write; None where it can."""
+    info = os.statvfs("/tmp")
+    num_mb = info.f_blocks * info.f_frsize / 2**20
+    if num_mb < disk_mb:
+        return f"its /tmp has {num_mb:.0f} MiB, sandbox.limits.disk_mb is {disk_mb:g}"
+    return None
+
+
 def enter(limits: dict[str, float], streams: tuple[int, int, int], keep: int | None, hidden: bool) -> None:
     """Take `streams` for 0, 1 and 2 and `keep` for 3, close all others, and put on limits and system call filter.
 
