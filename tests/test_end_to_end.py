@@ -21,6 +21,7 @@ from runs import (
     small_run,
     start_local,
     status,
+    unexplained_metrics,
     wait_for,
 )
 
@@ -125,6 +126,7 @@ def test_an_export_evaluated_by_itself_is_as_good_as_it_was_at_the_end(finished:
     result = run_local(tmp_path / "run", options)
     assert result.returncode == 0, result.stderr
     assert "run: completed\n" in result.stdout and "| pass@1 " in result.stdout
+    assert not unexplained_metrics(tmp_path / "run")
     [alone], at_the_end = read(tmp_path / "run", "evaluations.jsonl"), read(finished, "evaluations.jsonl")[-1]
     assert alone["num_prompts"] == 20 and alone["step"] == 0
     assert (alone["accuracy"], alone["reward"]) == (at_the_end["accuracy"], pytest.approx(at_the_end["reward"]))
