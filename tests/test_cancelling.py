@@ -14,6 +14,7 @@ import pytest
 from forge_hpc.cluster.allocation import Allocation
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import load_config
+from forge_hpc.observability.summary import next_commands
 from forge_hpc.run import STOP_S, Supervisor, Wish
 from forge_hpc.run_dir import RunDir
 
@@ -92,3 +93,10 @@ def test_what_stops_a_run_that_stops_already_is_patient_but_for_ctrl_c(superviso
     supervisor._leaving = Wish("cancelled", "stopped by SIGHUP", 60.0)
     assert supervisor._patience_s(signal.SIGHUP) == 60  # a terminal that closes may send two
     assert supervisor._patience_s(signal.SIGINT) == 0
+
+
+def test_a_cancelled_run_with_a_checkpoint_is_told_how_to_get_its_model(supervisor: Supervisor) -> None:
+    supervisor.run_dir.write_status(state="cancelled")
+    assert not any("export" in command for command in next_commands(supervisor.run_dir))
+    supervisor.run_dir.checkpoint(10).mkdir(parents=True)
+    assert any(f"export {supervisor.run_dir}" in command for command in next_commands(supervisor.run_dir))

@@ -50,18 +50,25 @@ def helpers() -> list[str]:
     return [p.name() for p in psutil.process_iter() if p.name() in names and p.status() != psutil.STATUS_ZOMBIE]
 
 
+OWN = ("files-etc", "files-system-folders", "writes-dev")
+"""They ask for what an image has of its own (/etc, /var), and for a read-only /dev: here it lies in the file system of
+/tmp, and counts with it."""
+HOSTILE = [program for program in PROGRAMS if program.name not in OWN]
+
+
 def test_hostile_programs_are_held(sandbox: Sandbox, host: Host) -> None:  # noqa: F811
     async def one(program: Program) -> Result:
         return await sandbox.run(host.setting() + program.code, limits=LIMITS)
 
     async def all_of_them() -> list[Result]:
-        return await asyncio.gather(*map(one, PROGRAMS))
+        return await asyncio.gather(*map(one, HOSTILE))
 
     bad = []
-    for program, result in zip(PROGRAMS, asyncio.run(all_of_them()), strict=True):
+    for program, result in zip(HOSTILE, asyncio.run(all_of_them()), strict=True):
         output = result.stdout + result.stderr
         if "ESCAPED" in output or host.secret in output or not how_it_ended(result) & set(program.ends):
-            bad.append((program.name, result))
+            bad.append(program.name)
+            print(program.name, program.ends, result)
     assert not bad
     assert host.visitors == []
 
@@ -134,6 +141,17 @@ def is_first(pid: int) -> bool:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     [ids] = [line.split()[1:] for line in lines if line.startswith("NSpid:")]
     return len(ids) > 1 and ids[-1] == "1"
+
+
+def test_what_is_written_anywhere_counts(sandbox: Sandbox) -> None:
+    for folder in ("/tmp", "/var/tmp", "/dev", "/dev/shm"):
+        code = f"import time\nopen('{folder}/x', 'wb').write(bytes(2**24))\ntime.sleep(600)"
+        assert sandbox.run_sync(code, limits=Limits(disk_mb=8, wall_s=30)).killed_by == "disk", folder
+
+
+def test_a_program_may_have_as_many_processes_as_its_limit_says(sandbox: Sandbox) -> None:
+    code = "import os, time\nfor _ in range(30):\n    if os.fork() == 0: time.sleep(600)\nprint('all')\nos.kill(-1, 9)"
+    assert sandbox.run_sync(code, limits=Limits(processes=32, wall_s=30)).stdout == "all\n"
 
 
 def test_a_disk_that_is_smaller_than_its_limit_is_refused(sandbox: Sandbox, image: str) -> None:

@@ -82,7 +82,7 @@ def test_an_interrupted_run_validates_goes_on_exactly_and_exports(tmp_path: Path
     try:
         wait_for(lambda: len(read(run_dir)) >= 6 or run.poll() is not None, "six steps")
         run.send_signal(signal.SIGINT)
-        run.communicate(timeout=30)
+        run.communicate(timeout=120)
     finally:
         run.kill()
     assert status(run_dir)["state"] == "cancelled"

@@ -74,6 +74,12 @@ def environment(config: SandboxConfig) -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key in known or key.startswith(("ENROOT_", "XDG_"))}
 
 
+def num_helpers(config: SandboxConfig) -> int:
+    """Threads that the runtime may have in the user namespace of its programs, where the kernel counts them with the
+    programs' (seen: a dozen of squashfuse, which serves a SIF file)."""
+    return 64 if _BINARIES[config.runtime] == "apptainer" else 0
+
+
 def bubblewrap_options(limits: SandboxLimits, python: Interpreter, guest: Path, known: str) -> list[str]:
     """Bubblewrap's arguments, the command at their end.
 

@@ -184,7 +184,7 @@ class Sandbox:
                 raise SandboxError(f"{command[0]} cannot be started{who}: {error.strerror}") from error
             session = _Session(process)
             try:
-                await session.begin(code, files, limits)
+                await session.begin(code, files, asdict(limits) | {"helpers": runtimes.num_helpers(self._config)})
                 yield session
             finally:
                 await session.end()
@@ -199,11 +199,11 @@ class _Session:
         self.is_over = False
         """No more can be run in it."""
 
-    async def begin(self, code: str, files: Mapping[str, str], limits: Limits) -> None:
+    async def begin(self, code: str, files: Mapping[str, str], limits: Mapping[str, float]) -> None:
         """Wait until process 1 is ready. Raises SandboxError."""
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
-                answer = await self._ask({"code": code, "files": dict(files), "limits": asdict(limits)})
+                answer = await self._ask({"code": code, "files": dict(files), "limits": limits})
                 if answer is None:
                     said = (await self._errors.read(4000)).decode(errors="replace").strip()
                     raise SandboxError(said or "it ended at its start without a word")

@@ -113,7 +113,7 @@ def enter(limits: dict[str, float], streams: tuple[int, int, int], keep: int | N
     """Take `streams` for 0, 1 and 2 and `keep` for 3, close all others, and put on limits and system call filter.
 
     Args:
-        limits: the fields of ``Limits``.
+        limits: the fields of ``Limits``, and ``helpers``: threads of the runtime that the kernel counts with them.
         hidden: stay out of reach of the other processes of this user.
 
     Raises OSError where the kernel refuses any of it: then nothing foreign may run.
@@ -131,7 +131,8 @@ def enter(limits: dict[str, float], streams: tuple[int, int, int], keep: int | N
     _limit(resource.RLIMIT_NOFILE, _MAX_FDS)
     _limit(resource.RLIMIT_CORE, 0)
     if _counts_by_namespace():
-        _limit(resource.RLIMIT_NPROC, int(limits["processes"]) + 2)  # process 1 and a tester are not the program's
+        # Process 1 and a tester are not the program's, nor what its runtime has in the same namespace; the watch is exact.
+        _limit(resource.RLIMIT_NPROC, int(limits["processes"] + 2 + limits["helpers"]))
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     _filter_system_calls()
     if not hidden:
