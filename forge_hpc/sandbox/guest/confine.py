@@ -131,7 +131,7 @@ def enter(limits: dict[str, float], streams: tuple[int, int, int], keep: int | N
     _limit(resource.RLIMIT_NOFILE, _MAX_FDS)
     _limit(resource.RLIMIT_CORE, 0)
     if _counts_by_namespace():
-        # Process 1 and a tester are not the program's, nor what its runtime has in the same namespace; the watch is exact.
+        # Process 1 and a tester are not the program's, nor what its runtime has in the namespace; the watch is exact.
         _limit(resource.RLIMIT_NPROC, int(limits["processes"] + 2 + limits["helpers"]))
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     _filter_system_calls()
