@@ -2,6 +2,7 @@
 # make test   set up (as root with Slurm's Debian packages), then all tests (ARGS="-k name"); with SLURM=24.11 or 26.05
 #             the tests marked slurm, beside that release of Slurm (root; its Debian release is put into a folder once)
 # make endings  what Slurm (SLURM=24.11) does with preempted jobs however they end: the tables of docs/slurm.md
+# make test-apptainer  the sandbox under a real Apptainer (root; a folder of Debian sid is made once)
 # make chaos  faults against a run on a real Slurm cluster on this machine (root; SEED=n, ARGS='"fault"')
 # make openenv  the environments of the docs against published OpenEnv servers, installed in a temporary folder
 # make light  the tests that need no torch, with another Python: PYTHON=python3.12, or SLURM=24.11 with its 3.13
@@ -13,7 +14,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test endings light chaos nfs openenv lint clean setup debian
+.PHONY: help demo test test-apptainer endings light chaos nfs openenv lint clean setup debian
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -60,6 +61,9 @@ light: setup
 	fi
 	unset PYTHONDONTWRITEBYTECODE  # each of the tests' many processes would compile anew
 	exec $(BESIDE) "$$BIND/bin/python" -m pytest -m "not slurm and not training" $(LIGHT_TESTS:%=tests/test_%.py) $(ARGS)
+
+test-apptainer: setup
+	@exec tests/apptainer.sh $(BIN)/python -m pytest tests/test_sandbox_apptainer.py $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .

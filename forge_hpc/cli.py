@@ -169,6 +169,19 @@ def _env(argv: list[str]) -> int:
     return play(config, args.prompt, args.held_out)
 
 
+def _export(argv: list[str]) -> int:
+    """write the model of a checkpoint for transformers and vLLM, also while the run goes on"""
+    from forge_hpc.control import find_run
+    from forge_hpc.export import export
+
+    parser = _run_parser("export", _export)
+    parser.add_argument("--step", type=int, metavar="N", help="of this step; default the newest complete checkpoint")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default RUN_DIR/exports/step-N")
+    args = parser.parse_args(argv)
+    print(export(find_run(args.run_dir), args.step, args.output))
+    return 0
+
+
 def _doctor(argv: list[str]) -> int:
     """whether this machine has what a run needs"""
     from forge_hpc.doctor import doctor
@@ -206,6 +219,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "resume": _resume,
     "report": _report,
     "env": _env,
+    "export": _export,
     "doctor": _doctor,
     "prepare": _prepare,
 }

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -20,6 +21,8 @@ from launchers.jobs import ACTIVE, cancel_job, is_active, is_job_id, job_state
 _POLL_S = 0.5
 _ASK_SLURM_S = 10.0
 _CANCEL_TIMEOUT_S = 60.0
+_SAVE_TIMEOUT_S = 330.0
+"""A run on this machine saves first: see ``forge_hpc.run.SILENT_S``."""
 _SILENT_S = 60.0
 
 
@@ -203,7 +206,9 @@ def cancel_run(run_dir: RunDir) -> int:
             pass
         except PermissionError:
             raise UserError(f"process {holder['pid']} of the run belongs to another user") from None
-        _wait(lambda: not Path(f"/proc/{holder['pid']}").exists(), f"process {holder['pid']} has not ended")
+        print(f"{run_dir} saves and ends; forge-hpc cancel again ends it at once", file=sys.stderr)
+        gone = partial(_is_gone, holder["pid"])
+        _wait(gone, f"process {holder['pid']} has not ended", _SAVE_TIMEOUT_S)
         _mark_cancelled(run_dir, "cancelled")
     else:
         _mark_cancelled(run_dir, "cancelled; nothing was running")
@@ -218,11 +223,15 @@ def _mark_cancelled(run_dir: RunDir, message: str) -> None:
         run_dir.write_status(state="cancelled", message=message)
 
 
-def _wait(over: Callable[[], bool], otherwise: str) -> None:
-    deadline = time.monotonic() + _CANCEL_TIMEOUT_S
+def _is_gone(pid: int) -> bool:
+    return not Path(f"/proc/{pid}").exists()
+
+
+def _wait(over: Callable[[], bool], otherwise: str, timeout_s: float = _CANCEL_TIMEOUT_S) -> None:
+    deadline = time.monotonic() + timeout_s
     while not over():
         if time.monotonic() > deadline:
-            raise UserError(f"{otherwise} after {_CANCEL_TIMEOUT_S:.0f} s", "look at the logs: forge-hpc logs")
+            raise UserError(f"{otherwise} after {timeout_s:.0f} s", "look at the logs: forge-hpc logs")
         time.sleep(_POLL_S)
 
 

@@ -11,8 +11,8 @@ and on the first node it leaves the true state in ``status.json``.
 It finds everything in the run directory, so the first start, a restart and a new job on the same directory are one.
 
 Signals only set a flag, and only the first node acts on it: it asks Slurm what the signal means. A ``scancel`` ends the
-run; preemption, the walltime and what nobody explains let it save and leave, and the job is requeued. The walltime is
-also seen coming by our own clock.
+run; Ctrl-C lets it finish its step and save, and a second one ends it at once; preemption, the walltime and what nobody
+explains let it save and leave, and the job is requeued. The walltime is also seen coming by our own clock.
 
 A file system that fails keeps nobody from coming back: what cannot be written on the way out is said on stderr.
 """
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -36,6 +37,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from forge_hpc.checkpoint.store import steps_in
 from forge_hpc.cluster import slurm
 from forge_hpc.cluster.allocation import Allocation, host_address, interface_of
 from forge_hpc.cluster.identity import make_job_identity, tls_environment
@@ -88,7 +90,8 @@ class Wish:
     """``cancelled``: end at once. Anything else: save, leave, and come back."""
     message: str
     within_s: float | None
-    """Then Slurm kills; None where nobody does."""
+    """Then Slurm kills; None where nobody does. Of a run that is cancelled: how long it may take to save; None where it
+    is not to save at all."""
 
     @property
     def cancels(self) -> bool:
@@ -139,6 +142,7 @@ class Supervisor:
         self._walltime: Walltime | None = None
         self._facts: slurm.JobFacts | None = None
         self._preemption: slurm.Preemption | None = None
+        self._config: Config | None = None
         self._kill_at: float | None = None
         self._hung = ""
         self._status = StatusWriter(run_dir)
@@ -181,7 +185,7 @@ class Supervisor:
     def _meaning(self, signum: int, came: float) -> Wish:
         name = signal.Signals(signum).name
         if signum in (signal.SIGINT, signal.SIGHUP):
-            return Wish("cancelled", f"stopped by {name}", None)
+            return Wish("cancelled", f"stopped by {name}", self._patience_s(signum))
         if not self.allocation.in_slurm:
             return Wish("asked", f"asked to leave by {name}", None)
         facts = self._ask()
@@ -197,6 +201,15 @@ class Supervisor:
         if within_s is None:  # the kill follows SIGTERM, and nothing follows SIGUSR2
             within_s = SILENT_S if signum == signal.SIGUSR2 else KILL_WAIT_S - (time.monotonic() - came)
         return Wish(cause.value, f"{MEANINGS[cause]} ({name})", within_s)
+
+    def _patience_s(self, signum: int) -> float:
+        """How long a run that somebody at its terminal stops may take to save: what step and save have taken before,
+        and nothing when it is asked for a second time (a terminal that is closed may send SIGHUP twice)."""
+        if signum == signal.SIGINT and self._leaving is not None and self._leaving.cancels:
+            return 0.0
+        if self._config is None:
+            return STOP_S
+        return max(STOP_S, min(SILENT_S, measured_lead_s(self.run_dir, self._config)))
 
     def _check_wish(self) -> None:
         """Raise Stopped where there is nothing to save yet, and somebody wants the run to end."""
@@ -316,7 +329,7 @@ class Supervisor:
     def _first_node(self) -> int:
         allocation, run_dir = self.allocation, self.run_dir
         job_id = allocation.job_id if allocation.in_slurm else None
-        config = read_config(run_dir.config)
+        config = self._config = read_config(run_dir.config)
         with run_dir.lock(job_id, requeues=allocation.requeues, stop=self._check_wish) as lock:
             self._lock = lock
             return self._locked(config, job_id)
@@ -564,8 +577,8 @@ class Supervisor:
         outcome = None
         with contextlib.suppress(OSError):
             outcome = patiently(lambda: rendezvous.look("outcome"), REQUEUE_S)
-        if wish is not None and wish.cancels and (outcome is None or outcome["code"] != 1):
-            return Ended("cancelled", wish.message)
+        if wish is not None and wish.cancels and (outcome is None or outcome["code"] not in (0, 1)):
+            return self._cancelled(config, wish)
         if outcome is None and controller.returncode in (0, 4):  # it could not be written
             outcome = {"code": controller.returncode, "cause": "node", "message": "a node is lost", "lost_nodes": []}
             if wish is not None:
@@ -596,12 +609,15 @@ class Supervisor:
         deadline, told, silence, looked = None, False, Silence(self.run_dir), time.monotonic()
         while controller.poll() is None:
             if (wish := self._wish()) is not None:
-                within_s = STOP_S if wish.cancels else wish.within_s
+                stops = wish.cancels and not wish.within_s
+                within_s = STOP_S if wish.cancels and wish.within_s is None else wish.within_s
                 if within_s is not None:
                     until = time.monotonic() + max(1.0, within_s - REQUEUE_S)
                     deadline = until if deadline is None else min(deadline, until)
+                if wish.cancels and not stops:
+                    self._promise(within_s)
                 if wish.cancels or self._leaving is None:
-                    tell(controller, "stop" if wish.cancels else f"leave {wish.message}")
+                    tell(controller, "stop" if stops else f"leave {wish.message}")
                 self._leaving = wish
             if deadline is not None and time.monotonic() > deadline:
                 controller.kill()
@@ -620,6 +636,37 @@ class Supervisor:
                 deadline = deadline or time.monotonic() + SILENT_S  # the controller saves what it can, and leaves
             time.sleep(POLL_S)
         return self._leaving
+
+    def _promise(self, within_s: float | None) -> None:
+        """Tell whoever pressed Ctrl-C what happens now, and what a second one costs."""
+        step, saved = self._steps()
+        what = f"stopping: what is under way is finished and saved, in at most {within_s or 0:.0f} s"
+        cost = f"Ctrl-C again ends at once, and {_steps_again(step - saved)}"
+        print(f"{what}; {cost}", file=sys.stderr, flush=True)
+
+    def _steps(self) -> tuple[int, int]:
+        """Optimizer steps done, and those that the newest checkpoint has."""
+        status, saved = None, 0
+        with contextlib.suppress(OSError, UserError):
+            status = self.run_dir.read_status()
+        with contextlib.suppress(OSError):
+            saved = max(steps_in(self.run_dir.checkpoints), default=0)
+        return max(saved, status.step if status is not None else 0), saved
+
+    def _cancelled(self, config: Config, wish: Wish) -> Ended:
+        """How a run has ended that was cancelled: what is lost, and how to go on."""
+        resume = f"forge-hpc resume {shlex.quote(str(self.run_dir))}"
+        if config.recipe == "eval":
+            return Ended("cancelled", wish.message, f"{resume} begins the evaluation again")
+        step, saved = self._steps()
+        if not step:
+            return Ended("cancelled", f"{wish.message}, before the first step", f"{resume} begins again")
+        export = f"; forge-hpc export {shlex.quote(str(self.run_dir))} writes its model" if saved else ""
+        if saved == step:
+            return Ended("cancelled", f"{wish.message} after step {step}, which is saved", f"{resume} goes on{export}")
+        stands = f"the newest checkpoint is of step {saved}" if saved else "there is no checkpoint"
+        message = f"{wish.message} after step {step}; {stands}: {_steps_again(step - saved)}"
+        return Ended("cancelled", message, f"{resume} goes on{export}")
 
     def _can_write(self) -> bool:
         """Whether it is not the file system that keeps signs of life from being written."""
@@ -648,7 +695,9 @@ class Supervisor:
         while process.poll() is None:
             if (wish := self._wish()) is not None:
                 process.send_signal(signal.SIGINT if wish.cancels else signal.SIGTERM)
-                wait_or_kill(process, STOP_S + 2 if wish.cancels else (wish.within_s or SILENT_S) - REQUEUE_S)
+                patience_s = max(STOP_S, wish.within_s or 0.0) + 2 if wish.cancels else wish.within_s or SILENT_S
+                self._leaving = wish
+                self._end_warm_start(process, patience_s if wish.cancels else patience_s - REQUEUE_S)
                 return Ended(wish.cause, f"{wish.message}, in the warm start")
             if time.monotonic() - beat > BEAT_S:
                 self._status.tell()
@@ -665,6 +714,24 @@ class Supervisor:
             return Ended("crash", f"the warm start in {run_dir} {how_it_ended(process.returncode)}")
         cause = "crash" if end["cause"] in FAILURES else "failed"
         return Ended(cause, f"the warm start in {run_dir} failed: {end['message']}")
+
+    def _end_warm_start(self, process: subprocess.Popen[bytes], timeout_s: float) -> None:
+        """Give it time to save and end; then none. A second Ctrl-C is handed on."""
+        deadline = time.monotonic() + timeout_s
+        while process.poll() is None:
+            if (wish := self._wish()) is not None and wish.cancels:
+                process.send_signal(signal.SIGINT)
+                deadline = min(deadline, time.monotonic() + max(STOP_S, wish.within_s or 0.0) + 2)
+            if time.monotonic() > deadline:
+                process.kill()
+            time.sleep(POLL_S)
+
+
+def _steps_again(num: int) -> str:
+    """What it costs that so many optimizer steps are not saved."""
+    if num <= 0:
+        return "no step is lost"
+    return f"{num} optimizer step{'s' * (num > 1)} will be done again"
 
 
 def patience_s(config: Config) -> float:
@@ -725,15 +792,6 @@ def undisturbed(command: Sequence[str]) -> list[str]:
     Slurm signals every process of a step, and a terminal all of its job; only the supervisor is to answer.
     """
     return ["sh", "-c", "trap '' TERM INT USR1 USR2; exec \"$@\"", "sh", *command]
-
-
-def wait_or_kill(process: subprocess.Popen[bytes], timeout_s: float) -> None:
-    """Give a process time to end; then none."""
-    try:
-        process.wait(max(0.0, timeout_s))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def main() -> int:

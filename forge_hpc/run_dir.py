@@ -95,6 +95,11 @@ class RunDir:
         return self.path / "evaluations.jsonl"
 
     @property
+    def answers(self) -> Path:
+        """``step-N.jsonl`` each: the answers of an evaluation."""
+        return self.path / "evaluations"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
@@ -105,6 +110,11 @@ class RunDir:
     @property
     def export(self) -> Path:
         return self.path / "export"
+
+    @property
+    def exports(self) -> Path:
+        """Models of steps on the way, by ``forge-hpc export`` and ``checkpoint.export_interval``."""
+        return self.path / "exports"
 
     @property
     def logs(self) -> Path:
@@ -124,6 +134,9 @@ class RunDir:
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
+
+    def export_of(self, step: int) -> Path:
+        return self.exports / f"step-{step:08d}"
 
     def log_dir(self, job_id: str | None, restart: int) -> Path:
         """``logs/JOB_ID.RESTART``; ``logs/local.RESTART`` outside Slurm (``job_id`` None)."""

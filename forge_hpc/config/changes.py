@@ -20,6 +20,7 @@ _FREE_KEYS = (
     "trainer.training.steps",
     "checkpoint.keep",
     "checkpoint.interval",
+    "checkpoint.export_interval",
     "evaluation.",
 )
 """How a run is queued and watched, where it runs (checkpoints fit any number of nodes), how often it saves and

@@ -366,6 +366,9 @@ class CheckpointConfig:
     """Newest checkpoints to keep; older ones are deleted."""
     async_save: bool = True
     """Write beside the training instead of blocking it."""
+    export_interval: int = 0
+    """Also write the weights in Hugging Face format every so many optimizer steps, to RUN_DIR/exports/step-N, which
+    nobody deletes; 0 writes those of the last step alone, to RUN_DIR/export. See also ``forge-hpc export``."""
 
 
 @dataclass
@@ -488,7 +491,11 @@ class LoggingConfig:
     wandb: bool = False
     """Send the metrics to Weights & Biases as well (offline where WANDB_MODE says so)."""
     num_rollouts_per_step: int = 2
-    """Rollouts of each step kept in rollouts.jsonl."""
+    """Rollouts of each step kept in rollouts.jsonl: the first one of each of the first groups."""
+    num_groups_per_step: int = 0
+    """So many of the first groups of each step are kept there whole: all samples that have a reward."""
+    num_answers_per_evaluation: int = 1000
+    """Answers of each evaluation kept in RUN_DIR/evaluations, all those to the first prompts; 0 keeps none."""
 
 
 @dataclass

@@ -103,6 +103,7 @@ _POSITIVE = [
 ]
 _NOT_NEGATIVE = [
     "checkpoint.interval",
+    "checkpoint.export_interval",
     "seed",
     "algorithm.clip_low",
     "algorithm.clip_high",
@@ -119,6 +120,8 @@ _NOT_NEGATIVE = [
     "cluster.gpus_per_node",
     "slurm.signal_lead_s",
     "logging.num_rollouts_per_step",
+    "logging.num_groups_per_step",
+    "logging.num_answers_per_evaluation",
 ]
 _UP_TO_ONE = ["rollout.sampling.top_p", "generator.engine.gpu_memory_utilization"]  # above 0, at most 1
 _SHARES = [  # 0 to 1

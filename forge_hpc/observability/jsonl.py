@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from forge_hpc.files import asking, is_there, replace, sync_dir, temporary_for
-from forge_hpc.run_dir import open_private
+from forge_hpc.files import asking, atomic_write_text, is_there, open_private, replace, sync_dir, temporary_for
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -61,8 +60,7 @@ class JsonlWriter:
         """
         if not records:
             return
-        text = "".join(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records)
-        data = text.encode("utf-8", errors="replace")
+        data = _lines(records)
         size = os.fstat(self._fd).st_size
         try:
             view = memoryview(data)
@@ -78,6 +76,17 @@ class JsonlWriter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def replace_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write a whole file at once: a reader, and a crash, see all of it or what was there before."""
+    atomic_write_text(path, _lines(records).decode())
+
+
+def _lines(records: Iterable[Mapping[str, Any]]) -> bytes:
+    """One line each. Numbers that JSON has not (NaN, infinities) become null."""
+    text = "".join(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+    return text.encode("utf-8", errors="replace")
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -134,6 +134,8 @@ def next_commands(run_dir: RunDir) -> list[str]:
     status = run_dir.read_status()
     if status is None or status.state in ("failed", "cancelled", "preempted"):
         commands.append(f"{_tool('forge-hpc')} resume {path}")
+        if any(run_dir.checkpoints.glob("step-*")):
+            commands.append(f"{_tool('forge-hpc')} export {path}")
     return commands
 
 

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -31,6 +32,7 @@ from forge_hpc.data.prompts import PromptStream, evaluation_prompts
 from forge_hpc.data.source import load_eval_examples
 from forge_hpc.data.types import Completion, Document, Episode, Group, Prompt
 from forge_hpc.observability.logger import MetricLogger
+from forge_hpc.recipes.answers import Answers
 from forge_hpc.recipes.checks import MismatchWatch
 from forge_hpc.recipes.evaluation import Graded, evaluation_seed, greedy_figures, sampled_figures
 from forge_hpc.recipes.generators import SPAWN_S, STOP_S, GeneratorPool, NodeLost, WeightSync
@@ -313,12 +315,29 @@ class Session:
         recipe needs to go on after the step; JSON.
         """
         self.state = dict(state)
+        start = time.perf_counter()
         if self._is_due(step):
-            start = time.perf_counter()
             await self.save()
-            self._checkpoint_s += time.perf_counter() - start
+        await self._export_if_due(step)
+        self._checkpoint_s += time.perf_counter() - start
         self._between_steps.set()
         await self._stay()
+
+    async def _export_if_due(self, step: int) -> None:
+        """Write the model every ``checkpoint.export_interval`` steps. One that fails is reported; the run goes on."""
+        interval = self.config.checkpoint.export_interval
+        if not interval or step % interval:
+            return
+        if self._leave.requested.is_set():
+            logger.warning("no time to export step %d: forge-hpc export writes it from its checkpoint", step)
+            return
+        try:
+            await self.trainers.call("export", self.run_dir.export_of(step))
+        except ActorLost:
+            raise
+        except Exception as error:
+            logger.error("the model of step %d is not exported: %s", step, reason_of(error))
+            self._tell(message=f"the model of step {step} is not exported: {reason_of(error)}")
 
     def _is_due(self, step: int) -> bool:
         interval = self.config.checkpoint.interval
@@ -461,16 +480,21 @@ class Session:
         if not prompts or self.metrics.is_evaluated(step):
             return
         start, config = time.perf_counter(), self.config.evaluation
+        limit = self.config.logging.num_answers_per_evaluation
+        show = partial(self.metrics.show_evaluation, step)
+        answers = Answers(step, len(prompts), config.samples, limit, show, lambda text: self._tell(message=text))
         ask = self.generators.sample.stream if player is None else player.stream
-        greedy = await self._answer(ask, prompts, 1, replace(self.config.rollout.sampling, temperature=0.0), 0, rewards)
+        greedy = await self._answer(
+            ask, prompts, 1, replace(self.config.rollout.sampling, temperature=0.0), 0, rewards, answers
+        )
         values = greedy_figures([answer for [answer] in greedy])
         if config.samples:
             sampling, seed = self.config.rollout.sampling, evaluation_seed(self.config.seed, step)
             if config.temperature is not None:
                 sampling = replace(sampling, temperature=config.temperature)
-            sampled = await self._answer(ask, prompts, config.samples, sampling, seed, rewards)
+            sampled = await self._answer(ask, prompts, config.samples, sampling, seed, rewards, answers)
             values |= sampled_figures(sampled, config.k, seed)
-        lost = [answer for answers in (*greedy, *(sampled if config.samples else ())) for answer in answers]
+        lost = [answer for group in (*greedy, *(sampled if config.samples else ())) for answer in group]
         num_failed, num = sum(answer.reward is None for answer in lost), len(lost)
         if 2 * num_failed > num:
             self.metrics.warn(
@@ -478,7 +502,9 @@ class Session:
                 "wrong: controller.log says why"
             )
         values |= {"num_prompts": len(prompts), "num_failed": num_failed, "time_s": time.perf_counter() - start}
-        self.metrics.log_evaluation(step, {**(more or {}), **values})
+        self.metrics.log_evaluation(step, {**(more or {}), **values}, answers.records())
+        if answers.has_told:
+            self._tell(message="")
         self._step_ended = time.perf_counter()
 
     async def _answer(
@@ -489,22 +515,27 @@ class Session:
         sampling: SamplingConfig,
         seed: int,
         rewards: Any,
+        answers: Answers,
     ) -> list[list[Graded]]:
         """``num`` answers to each prompt, or episodes of it. An answer is right if the first reward says so
         (``RewardPool.is_right``), an episode if its environment gave 1 or more."""
         from forge_hpc.rewards import RewardError
 
         async def grade(place: int, number: int, answer: Completion | Episode | Exception) -> None:
+            sample = number if sampling.temperature > 0 else None
             if isinstance(answer, Exception):
+                answers.add(place, sample, prompts[place], answer, Graded(), error=str(answer))
                 return
             episode = answer if isinstance(answer, Episode) else Episode(prompts[place], answer, 0.0)
             try:
                 total, terms = await rewards.score(episode.prompt, episode.completion)
-            except RewardError:
+            except RewardError as error:
+                answers.add(place, sample, episode.prompt, answer, Graded(), error=str(error))
                 return
             is_played = "environment" in episode.rewards
             right = episode.reward >= 1 - 1e-6 if is_played else rewards.is_right(terms)
-            results[place][number] = Graded(right, episode.reward + total)
+            graded = results[place][number] = Graded(right, episode.reward + total)
+            answers.add(place, sample, episode.prompt, answer, graded, episode.rewards | terms)
 
         async def share(replica: int, places: Sequence[int]) -> None:
             mine = [prompts[place] for place in places]
