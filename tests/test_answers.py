@@ -153,3 +153,27 @@ def test_marks_within_marks_are_read_to_the_end():
     assert marked_answer(r"<answer>So \boxed{\frac{1}{2}}</answer>") == r"\frac{1}{2}"
     assert marked_answer("no mark") is None
     assert marked_answer(r"\boxed{5} and \boxed{") == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "finish_reason", "stop_reason", "text"),
+    [
+        (["<think>", "72", "</think>", "72", "<eos>"], "stop", None, "<think>72</think>72"),
+        (["<think>", "72", "</think>", "72", "<end_of_turn>"], "stop", 3, "<think>72</think>72"),
+        (["<think>", "72"], "length", None, "<think>72"),
+        (["72", "</think>"], "length", None, "72</think>"),
+        (["72", "<think>"], "stop", "<think>", "72<think>"),
+        (["<eos>"], "stop", None, ""),
+    ],
+)
+def test_tags_that_are_special_tokens_stay_in_the_text_and_the_end_of_the_answer_does_not(
+    words: list[str], finish_reason: str, stop_reason: int | str | None, text: str
+):
+    from forge_hpc.data.builtin import char_tokenizer
+    from forge_hpc.generation.engine import said_text
+
+    tokenizer = char_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>", "<end_of_turn>"]})
+    ids = [i for word in words for i in tokenizer.encode(word, add_special_tokens=False)]
+    assert "<think>" not in tokenizer.decode(ids, skip_special_tokens=True)
+    assert said_text(tokenizer, ids, finish_reason, stop_reason) == text
