@@ -62,7 +62,7 @@ class Completion:
     sample_index: int
     """Place in its group, from 0."""
     text: str
-    """The response, decoded without special tokens; of several turns the last response."""
+    """The response without the token that ended it, other special tokens included; of several turns the last one."""
     token_ids: list[int]
     """[L]: the sampled tokens, end-of-sequence tokens included where they were sampled; between the turns those of
     the environment. Nothing was decoded and encoded again on the way: these are the tokens that the policy saw."""

@@ -70,7 +70,7 @@ class Environment(Protocol):
         ``seed``): the episodes of a group are compared with each other, so they must be the same task."""
 
     async def step(self, response: Response) -> Step:
-        """Answer the policy's ``response``."""
+        """Answer the policy's ``response``: its text without the token that ended it."""
 
     async def close(self) -> None:
         """Let go of what is held. Called once, also after an error."""
