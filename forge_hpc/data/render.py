@@ -137,13 +137,18 @@ class DocumentRenderer:
         except BadExample:
             return ends
         for document in documents:
-            token_ids, mask = document.token_ids.tolist(), document.loss_mask.tolist()
-            for i, token in enumerate(token_ids):
-                if mask[i] and token in self._special:
-                    rest = itertools.takewhile(lambda k, mask=mask: mask[k], range(i + 1, len(mask)))  # of the turn
-                    if not self._tokenizer.decode([token_ids[k] for k in rest]).strip():
-                        ends.append(token)
+            ends += self._ends(document.token_ids.tolist(), document.loss_mask.tolist())
         return list(dict.fromkeys(ends))
+
+    def _ends(self, token_ids: list[int], mask: list[bool]) -> list[int]:
+        """The learned special tokens behind which nothing but white space is learned of the turn."""
+        ends = []
+        for i, token in enumerate(token_ids):
+            if mask[i] and token in self._special:
+                rest = itertools.takewhile(lambda k: mask[k], range(i + 1, len(mask)))
+                if not self._tokenizer.decode([token_ids[k] for k in rest]).strip():
+                    ends.append(token)
+        return ends
 
     def _chat(self, messages: Messages, first: int, where: str) -> list[Document]:
         """The documents of a chat of which the assistant's turns from the message ``first`` on are learned."""
