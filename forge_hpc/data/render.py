@@ -13,7 +13,7 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config, DataConfig
 from forge_hpc.config.sources import data_sources
 from forge_hpc.data.bad import BadExample
-from forge_hpc.data.examples import Example, Messages, check_example, prompt_of, target_of
+from forge_hpc.data.examples import Example, Messages, prompt_of, target_of
 from forge_hpc.data.template import TemplateRefused, render_chat
 from forge_hpc.data.types import Document, Prompt
 
@@ -47,7 +47,8 @@ class PromptRenderer:
     def __call__(self, example: Example | BadExample, position: int, where: str = "data") -> Prompt:
         """The prompt at ``position`` of the run. Raises BadExample for a bad example, which ``where`` names."""
         data = self.data
-        example = check_example(example, data, where)
+        if isinstance(example, BadExample):
+            raise example
         question = prompt_of(example, data, where)
         if data.chat_template:
             messages = self.messages(question)
@@ -107,7 +108,8 @@ class DocumentRenderer:
     def __call__(self, example: Example | BadExample, where: str = "data") -> list[Document]:
         """The documents of an example. Raises BadExample for one with nothing to learn, which ``where`` names."""
         data = self._data
-        example = check_example(example, data, where)
+        if isinstance(example, BadExample):
+            raise example
         question, target = prompt_of(example, data, where), target_of(example, data, where)
         if data.target_field is not None and isinstance(target, str):
             if not target:
