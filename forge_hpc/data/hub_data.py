@@ -27,7 +27,7 @@ def find_text_files(data: DataConfig, split: str, *, streaming: bool) -> list[Te
     with naming_sources(data, split):
         builder = datasets.load_dataset_builder(_source(data), data.name)
         settings = builder.config
-        if not isinstance(builder, Csv | Json) or _is_special(settings) or split not in settings.data_files:
+        if not isinstance(builder, Csv | Json) or _is_special(builder) or split not in settings.data_files:
             return None
         access = datasets.DownloadConfig(
             token=builder.token,
@@ -46,12 +46,12 @@ def find_text_files(data: DataConfig, split: str, *, streaming: bool) -> list[Te
         return [TextFile(str(path), csv) for path in manager.iter_files(found)]
 
 
-def _is_special(settings: Any) -> bool:
-    """Whether the dataset's own card says more of its files than that they are text."""
-    import datasets
-
-    typed = settings.features and not all(isinstance(f, datasets.Value) for f in settings.features.values())
-    return bool(typed or getattr(settings, "field", None) or settings.__dict__.get("encoding") not in (None, "utf-8"))
+def _is_special(builder: Any) -> bool:
+    """Whether the dataset's own card says more of its files than that they are text: paths of images, for one."""
+    settings = builder.config
+    features = settings.features or builder.info.features or {}
+    has_media = any(_as_stored(feature) != feature for feature in features.values())
+    return has_media or bool(getattr(settings, "field", None)) or settings.encoding not in (None, "utf-8")
 
 
 def load_dataset(data: DataConfig, split: str, *, streaming: bool) -> Any:

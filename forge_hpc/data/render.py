@@ -13,7 +13,7 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config, DataConfig
 from forge_hpc.config.sources import data_sources
 from forge_hpc.data.bad import BadExample
-from forge_hpc.data.examples import Example, Messages, check_example, prompt_of, target_of
+from forge_hpc.data.examples import Example, Messages, prompt_of, target_of
 from forge_hpc.data.template import TemplateRefused, render_chat
 from forge_hpc.data.types import Document, Prompt
 
@@ -47,7 +47,8 @@ class PromptRenderer:
     def __call__(self, example: Example | BadExample, position: int, where: str = "data") -> Prompt:
         """The prompt at ``position`` of the run. Raises BadExample for a bad example, which ``where`` names."""
         data = self.data
-        example = check_example(example, data, where)
+        if isinstance(example, BadExample):
+            raise example
         question = prompt_of(example, data, where)
         if data.chat_template:
             messages = self.messages(question)
@@ -107,7 +108,8 @@ class DocumentRenderer:
     def __call__(self, example: Example | BadExample, where: str = "data") -> list[Document]:
         """The documents of an example. Raises BadExample for one with nothing to learn, which ``where`` names."""
         data = self._data
-        example = check_example(example, data, where)
+        if isinstance(example, BadExample):
+            raise example
         question, target = prompt_of(example, data, where), target_of(example, data, where)
         if data.target_field is not None and isinstance(target, str):
             if not target:
@@ -137,13 +139,18 @@ class DocumentRenderer:
         except BadExample:
             return ends
         for document in documents:
-            token_ids, mask = document.token_ids.tolist(), document.loss_mask.tolist()
-            for i, token in enumerate(token_ids):
-                if mask[i] and token in self._special:
-                    rest = itertools.takewhile(lambda k, mask=mask: mask[k], range(i + 1, len(mask)))  # of the turn
-                    if not self._tokenizer.decode([token_ids[k] for k in rest]).strip():
-                        ends.append(token)
+            ends += self._ends(document.token_ids.tolist(), document.loss_mask.tolist())
         return list(dict.fromkeys(ends))
+
+    def _ends(self, token_ids: list[int], mask: list[bool]) -> list[int]:
+        """The learned special tokens behind which nothing but white space is learned of the turn."""
+        ends = []
+        for i, token in enumerate(token_ids):
+            if mask[i] and token in self._special:
+                rest = itertools.takewhile(lambda k: mask[k], range(i + 1, len(mask)))
+                if not self._tokenizer.decode([token_ids[k] for k in rest]).strip():
+                    ends.append(token)
+        return ends
 
     def _chat(self, messages: Messages, first: int, where: str) -> list[Document]:
         """The documents of a chat of which the assistant's turns from the message ``first`` on are learned."""
