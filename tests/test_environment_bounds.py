@@ -413,3 +413,51 @@ def test_the_default_reward_is_not_added_to_an_environments_unless_it_is_named()
     assert names("environment.name=guessing", "reward.0.weight=2") == ["exact"]
     assert names("reward.0.weight=2") == ["exact"]
     assert names("environment.name=guessing", "reward=[{name: math}]") == ["math"]
+
+
+# --- evaluation
+
+
+class Records:
+    """What an evaluation writes, and what it says."""
+
+    def __init__(self) -> None:
+        self.written: dict[str, float] = {}
+        self.said: list[str] = []
+
+    def is_evaluated(self, step: int) -> bool:
+        return False
+
+    def log_evaluation(self, step: int, values: dict[str, float]) -> None:
+        self.written = values
+
+    def warn(self, message: str) -> None:
+        self.said.append(message)
+
+
+@pytest.mark.parametrize("num_failed", [1, 3])
+def test_an_evaluation_counts_what_failed_and_says_so_where_that_is_most_of_it(config: Config, num_failed: int) -> None:
+    from forge_hpc.recipes.session import Session
+
+    class Player:
+        async def stream(self, prompts: list[Prompt], *_: Any, key: int) -> Any:
+            for place, prompt in enumerate(prompts):
+                completion = Completion(0, "a", [1], [-1.0], "stop", (0, 0), [True])
+                failed = EnvironmentFailed("the server is gone")
+                yield (
+                    (place, 0),
+                    failed if place < num_failed else Episode(prompt, completion, 1.0, {"environment": 1.0}),
+                )
+
+    async def evaluate() -> Records:
+        session = Session.__new__(Session)
+        session.config, session.metrics, session.generators = config, Records(), [None]  # type: ignore[assignment]
+        async with RewardPool(config) as rewards:
+            await session.evaluate(0, [prompt_of(place) for place in range(4)], rewards, Player())  # type: ignore[arg-type]
+        return session.metrics  # type: ignore[return-value]
+
+    records = asyncio.run(evaluate())
+    assert records.written["num_failed"] == num_failed
+    assert records.written["accuracy"] == (4 - num_failed) / 4
+    assert len(records.said) == (num_failed == 3)
+    assert not records.said or "3 of 4 answers failed" in records.said[0]

@@ -219,7 +219,8 @@ class EpisodePlayer:
             "transcript": transcript,
             "info": step.info,
         }
-        return Episode(prompt, completion, sum(rewards), {"environment": sum(rewards)} if rewards else {})
+        reward = float(sum(rewards))
+        return Episode(prompt, completion, reward, {"environment": reward} if rewards else {})
 
 
 def _add_response(completion: Completion, response: Completion, is_first: bool) -> None:
