@@ -360,6 +360,10 @@ def test_an_answer_that_was_cut_off_counts_as_truncated_also_where_the_environme
     seen.clear()
     episode = asyncio.run(one_episode(config, Judge, ["length", "stop", "stop"]))
     assert episode.completion.finish_reason == "stop"
+    seen.clear()
+    config.environment.max_turns = 1
+    episode = asyncio.run(one_episode(config, Judge, ["length"]))
+    assert episode.completion.finish_reason == "length"
 
 
 def test_a_response_knows_in_its_process_whether_it_was_cut_off(config: Config, tmp_path: Path) -> None:
