@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from test_environments import Chatter, InProcess, ScriptedGenerator, chat_tokenizer, played, prompt_of, with_pool
 
-from forge_hpc.config import Config, load_config, save_config
+from forge_hpc.config import Config, load_config
 from forge_hpc.config.schema import EnvironmentConfig, LoggingConfig, RewardConfig
 from forge_hpc.data.builtin import char_tokenizer
 from forge_hpc.data.mixture import open_sources
@@ -313,9 +313,6 @@ def test_a_group_whose_openings_differ_is_counted_and_said_once_in_one_line() ->
 def test_a_run_that_loses_most_of_its_episodes_says_so_on_the_console_and_at_the_end(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path / "run")
     run_dir.create()
-    config = Config(environment=EnvironmentConfig(name="guessing"))
-    config.rollout.group_size = 8
-    save_config(config, run_dir.config)
     console = io.StringIO()
     with MetricLogger(run_dir, LoggingConfig(tensorboard=False), stream=console) as metrics:
         watch = EpisodeWatch(metrics.warn)
