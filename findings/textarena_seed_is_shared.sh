@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One would guess that textarena's env.reset(seed=...) ("for reproducibility") makes a game that repeats, whatever else
 # runs. It seeds Python's global random and draws from there in every step: two games with one seed that are played side
-# by side in a process draw from each other's, and neither is the game that the seed gives alone.
+# by side in a process open alike, then draw from each other's: the second is not what the seed gives alone.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from test_environments import Chatter, InProcess, ScriptedGenerator, chat_tokenizer, played, prompt_of, with_pool
 
-from forge_hpc.config import Config, load_config, save_config
+from forge_hpc.config import Config, load_config
 from forge_hpc.config.schema import EnvironmentConfig, LoggingConfig, RewardConfig
 from forge_hpc.data.builtin import char_tokenizer
 from forge_hpc.data.mixture import open_sources
@@ -313,9 +313,6 @@ def test_a_group_whose_openings_differ_is_counted_and_said_once_in_one_line() ->
 def test_a_run_that_loses_most_of_its_episodes_says_so_on_the_console_and_at_the_end(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path / "run")
     run_dir.create()
-    config = Config(environment=EnvironmentConfig(name="guessing"))
-    config.rollout.group_size = 8
-    save_config(config, run_dir.config)
     console = io.StringIO()
     with MetricLogger(run_dir, LoggingConfig(tensorboard=False), stream=console) as metrics:
         watch = EpisodeWatch(metrics.warn)
@@ -360,6 +357,10 @@ def test_an_answer_that_was_cut_off_counts_as_truncated_also_where_the_environme
     seen.clear()
     episode = asyncio.run(one_episode(config, Judge, ["length", "stop", "stop"]))
     assert episode.completion.finish_reason == "stop"
+    seen.clear()
+    config.environment.max_turns = 1
+    episode = asyncio.run(one_episode(config, Judge, ["length"]))
+    assert episode.completion.finish_reason == "length"
 
 
 def test_a_response_knows_in_its_process_whether_it_was_cut_off(config: Config, tmp_path: Path) -> None:
@@ -413,3 +414,51 @@ def test_the_default_reward_is_not_added_to_an_environments_unless_it_is_named()
     assert names("environment.name=guessing", "reward.0.weight=2") == ["exact"]
     assert names("reward.0.weight=2") == ["exact"]
     assert names("environment.name=guessing", "reward=[{name: math}]") == ["math"]
+
+
+# --- evaluation
+
+
+class Records:
+    """What an evaluation writes, and what it says."""
+
+    def __init__(self) -> None:
+        self.written: dict[str, float] = {}
+        self.said: list[str] = []
+
+    def is_evaluated(self, step: int) -> bool:
+        return False
+
+    def log_evaluation(self, step: int, values: dict[str, float]) -> None:
+        self.written = values
+
+    def warn(self, message: str) -> None:
+        self.said.append(message)
+
+
+@pytest.mark.parametrize("num_failed", [1, 3])
+def test_an_evaluation_counts_what_failed_and_says_so_where_that_is_most_of_it(config: Config, num_failed: int) -> None:
+    from forge_hpc.recipes.session import Session
+
+    class Player:
+        async def stream(self, prompts: list[Prompt], *_: Any, key: int) -> Any:
+            for place, prompt in enumerate(prompts):
+                completion = Completion(0, "a", [1], [-1.0], "stop", (0, 0), [True])
+                failed = EnvironmentFailed("the server is gone")
+                yield (
+                    (place, 0),
+                    failed if place < num_failed else Episode(prompt, completion, 1.0, {"environment": 1.0}),
+                )
+
+    async def evaluate() -> Records:
+        session = Session.__new__(Session)
+        session.config, session.metrics, session.generators = config, Records(), [None]  # type: ignore[assignment]
+        async with RewardPool(config) as rewards:
+            await session.evaluate(0, [prompt_of(place) for place in range(4)], rewards, Player())  # type: ignore[arg-type]
+        return session.metrics  # type: ignore[return-value]
+
+    records = asyncio.run(evaluate())
+    assert records.written["num_failed"] == num_failed
+    assert records.written["accuracy"] == (4 - num_failed) / 4
+    assert len(records.said) == (num_failed == 3)
+    assert not records.said or "3 of 4 answers failed" in records.said[0]

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import yaml
-from runs import PROJECT
+from runs import PROJECT, read, run_local, small_run
 from test_environments import ScriptedGenerator, chat_tokenizer, played, prompt_of
 
 from forge_hpc.config import Config, UserError
@@ -132,6 +132,32 @@ def test_sixteen_episodes_are_played_on_a_server_with_one_session_and_none_is_lo
     episodes, most = with_pool(config, scenario)
     assert [type(episode) for episode in episodes] == [Episode] * 16
     assert most == 1
+
+
+def test_a_run_trains_on_a_server_with_one_session_and_loses_no_episode(echo: str, tmp_path: Path) -> None:
+    options = [item for item in small_run(tmp_path, 2) if not item.startswith("reward=")]
+    args = f"{{url: '{echo}', action_field: message, observation_field: echoed_message}}"
+    result = run_local(
+        tmp_path / "run",
+        [
+            *options,
+            "environment.name=forge_hpc.environments.openenv:OpenEnv",
+            f"environment.args={args}",
+            "environment.max_turns=2",
+            "environment.max_turn_tokens=4",
+            "rollout.max_prompt_tokens=60",
+            "rollout.max_response_tokens=40",
+            "rollout.prompts_per_step=2",
+            "rollout.group_size=8",
+            "evaluation.num_prompts=4",
+        ],
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "takes 1 episode at once, and the others wait" in result.stdout
+    for record in read(tmp_path / "run"):
+        assert record["episodes/failed"] == record["groups/unequal_openings"] == 0
+        assert record["episode/turns_mean"] == 2 and record["reward/mean"] > 0
+    assert [record["num_failed"] for record in read(tmp_path / "run", "evaluations.jsonl")] == [0, 0]
 
 
 def test_http_is_refused_on_a_server_that_makes_an_environment_for_each_request(echo: str) -> None:

@@ -107,7 +107,7 @@ class OpenEnv:
         timeout = aiohttp.ClientTimeout(total=_CHECK_TIMEOUT_S)
         async with aiohttp.ClientSession(headers=self._headers, timeout=timeout) as http:
             try:
-                has_sessions = await self._has_sessions(http)
+                refusal = await self._refusal_of_sessions(http)
                 async with http.get(f"{self._url}/schema") as answer:
                     schema = await answer.json() if answer.status == 200 else {}
             except (aiohttp.ClientError, TimeoutError, ValueError) as error:
@@ -115,15 +115,15 @@ class OpenEnv:
                     f"the OpenEnv server at {self._url} does not answer: {error or type(error).__name__}",
                     "start it first, where the nodes of the run can reach it",
                 ) from None
-        if has_sessions and self._transport == "http":
+        if refusal is None and self._transport == "http":
             raise UserError(
                 f"transport: http, and the server at {self._url} makes a new environment for each HTTP request: a step "
                 "would answer one that was never reset",
                 "leave transport out of environment.args: this server has sessions",
             )
-        if not has_sessions and self._transport == "websocket":
+        if refusal is not None and self._transport == "websocket":
             raise UserError(
-                f"the server at {self._url} has no sessions at /ws",
+                f"the server at {self._url} has no sessions at /ws (status {refusal})",
                 "is it an OpenEnv server, and is the url without a path? One of the first versions: transport: http",
             )
         if type(self).action is OpenEnv.action:
@@ -131,12 +131,13 @@ class OpenEnv:
         if type(self).observe is OpenEnv.observe and self._observation_field is not None:
             _check_field("observation_field", self._observation_field, schema.get("observation"))
 
-    async def _has_sessions(self, http: aiohttp.ClientSession) -> bool:
+    async def _refusal_of_sessions(self, http: aiohttp.ClientSession) -> int | None:
+        """None where the server has sessions, else the HTTP status that it answers with."""
         try:
             await _end_session(await http.ws_connect(f"{self._url}/ws"))
-            return True
-        except aiohttp.WSServerHandshakeError:
-            return False
+        except aiohttp.WSServerHandshakeError as error:
+            return error.status
+        return None
 
     async def reset(self, prompt: Prompt) -> Opening:
         observed = self.observe((await self._begin(prompt))["observation"])

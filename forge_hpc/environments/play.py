@@ -30,6 +30,7 @@ def play(config: Config, number: int, held_out: bool) -> int:
     Raises UserError where there is no such prompt, or the environment cannot be loaded.
     """
     prompt = find_prompt(config, number, held_out)
+    config.environment.max_open_episodes = 1  # the second one begins when the first one's session is over
     try:
         return asyncio.run(_play(config, prompt))
     except EnvironmentFailed as error:

@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from forge_hpc.config import read_config
 from forge_hpc.observability.console import format_duration
 from forge_hpc.observability.jsonl import read_jsonl
 from forge_hpc.observability.tables import evaluation_table
@@ -89,7 +88,7 @@ def final_summary(run_dir: RunDir, wall_s: float | None = None) -> str:
         lines.append(("reward", _change(figures.reward_first, figures.reward_last, "first 5 steps", "last 5 steps")))
     elif figures.loss_first is not None:
         lines.append(("loss", _change(figures.loss_first, figures.loss_last, "first 5 steps", "last 5 steps")))
-    if (lost := _lost_episodes(run_dir)) is not None:
+    if (lost := _lost_episodes(list(read_jsonl(run_dir.metrics)))) is not None:
         lines.append(("episodes", lost))
     if evaluations and not figures.num_steps:
         lines += [("evaluation" if index == 0 else "", row) for index, row in enumerate(evaluation_table(evaluations))]
@@ -107,18 +106,17 @@ def final_summary(run_dir: RunDir, wall_s: float | None = None) -> str:
     return "\n".join(f"{name:<10} {text}" for name, text in lines)
 
 
-def _lost_episodes(run_dir: RunDir) -> str | None:
+def _lost_episodes(records: Sequence[dict[str, Any]]) -> str | None:
     """How many episodes were left out, where those were most of them."""
-    records = [record for record in read_jsonl(run_dir.metrics) if record.get("episodes/failed")]
-    if not records:
-        return None
+    records = [record for record in records if record.get("response/length_mean")]
     num_failed = sum(series(records, "episodes/failed"))
-    num = (
-        sum(series(list(read_jsonl(run_dir.metrics)), "groups/drawn")) * read_config(run_dir.config).rollout.group_size
-    )
-    if 2 * num_failed <= num:
+    num_kept = sum(record["tokens/generated"] / record["response/length_mean"] for record in records)
+    if num_failed <= num_kept:
         return None
-    return f"{num_failed:,.0f} of {num:,.0f} were left out: their environment or reward failed (controller.log)"
+    return (
+        f"{num_failed:,.0f} of {num_failed + num_kept:,.0f} were left out: their environment or reward failed "
+        "(controller.log)"
+    )
 
 
 def next_commands(run_dir: RunDir) -> list[str]:

@@ -126,7 +126,7 @@ class EpisodeWatch:
     """Says once each, where the user sees it, what makes the figures of a run mean little.
 
     Args:
-        warn: ``Session.warn``.
+        warn: shows a line (``MetricLogger.warn``).
     """
 
     def __init__(self, warn: Callable[[str], None]) -> None:

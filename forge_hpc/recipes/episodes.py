@@ -203,7 +203,7 @@ class EpisodePlayer:
                     {"role": step.role, "content": step.observation},
                 ]
                 if step.done:
-                    completion.finish_reason = "length" if truncated else "stop"
+                    completion.finish_reason = "stop"
                     break
                 is_last = turn + 1 == limits.max_turns  # what nobody answers is not in the episode
                 observation = [] if is_last else self._renderer.observation(step, response.token_ids[-1])
@@ -211,6 +211,8 @@ class EpisodePlayer:
                     completion.finish_reason = "length"
                     break
                 _add_observation(completion, observation)
+        if truncated:
+            completion.finish_reason = "length"
         if not rewards and not self._config.reward:
             raise EnvironmentFailed(f"the environment gave no reward in {turn + 1} turns", "reward")
         completion.metadata = {
@@ -219,7 +221,8 @@ class EpisodePlayer:
             "transcript": transcript,
             "info": step.info,
         }
-        return Episode(prompt, completion, sum(rewards), {"environment": sum(rewards)} if rewards else {})
+        reward = float(sum(rewards))
+        return Episode(prompt, completion, reward, {"environment": reward} if rewards else {})
 
 
 def _add_response(completion: Completion, response: Completion, is_first: bool) -> None:
