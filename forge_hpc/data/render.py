@@ -12,6 +12,7 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config, DataConfig
 from forge_hpc.config.sources import data_sources
 from forge_hpc.data.bad import BadExample
+from forge_hpc.data.fields import target_text
 from forge_hpc.data.source import Example, check_example
 from forge_hpc.data.types import Document, Prompt
 
@@ -59,7 +60,7 @@ class PromptRenderer:
         # A rendered template holds its special tokens already.
         token_ids = self.tokenizer.encode(text, add_special_tokens=not data.chat_template)
         fields = {k: v for k, v in example.items() if k not in (data.prompt_field, data.target_field)}
-        target = "" if data.target_field is None else str(example[data.target_field])
+        target = "" if data.target_field is None else target_text(example[data.target_field])
         question = example[data.prompt_field]
         return Prompt(position, text, token_ids, target, fields, question if isinstance(question, str) else text)
 

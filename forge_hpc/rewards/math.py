@@ -52,7 +52,7 @@ class MathReward:
 
     def __call__(self, prompt: str, response: str, target: str, **fields: Any) -> float:
         wanted = self._read_target(target)
-        answer = self.read(prompt, response)
+        answer = self.read_answer(prompt, response)
         if answer is not None and len(answer) <= _MAX_CHARS and self._answers(wanted, answer):
             return 1.0
         number = plain_number(wanted)
@@ -60,7 +60,7 @@ class MathReward:
             return self.partial_credit
         return 0.0
 
-    def read(self, prompt: str, response: str) -> str | None:
+    def read_answer(self, prompt: str, response: str) -> str | None:
         """The answer that a response is judged by."""
         return final_answer(after_thinking(prompt, response))
 
