@@ -85,8 +85,8 @@ class RewardPool:
         """
         fields = {k: v for k, v in prompt.fields.items() if k not in ("prompt", "response", "target")}
         fields |= {"num_tokens": completion.num_sampled, "finish_reason": completion.finish_reason}
-        request = {"prompt": prompt.text, "response": completion.text, "target": prompt.target, "fields": fields}
-        request["show"] = show
+        request: dict[str, Any] = {"prompt": prompt.text, "response": completion.text, "target": prompt.target}
+        request |= {"fields": fields, "show": show}
         # All are waited for: a cancelled call would cost its worker.
         results = await asyncio.gather(
             *(term.compute(request, prompt.position) for term in self._terms.values()), return_exceptions=True
