@@ -104,6 +104,7 @@ class MathReward:
         return gold == given or bool(simplify(gold - given) == 0)
 
 
+@functools.lru_cache(maxsize=1000)  # the items of a list are compared with one another
 def _parse(text: str) -> list[Any]:
     """The expression that all of a text is, and its normal form; nothing where it is none."""
     from math_verify import LatexExtractionConfig, parse
