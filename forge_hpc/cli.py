@@ -182,6 +182,26 @@ def _export(argv: list[str]) -> int:
     return 0
 
 
+def _reward(argv: list[str]) -> int:
+    """score a JSONL of prompts, responses and targets, without a run"""
+    from forge_hpc.config import load_config, validate
+    from forge_hpc.rewards.score_file import score_files
+
+    parser = _parser("reward", _reward)
+    parser.add_argument("files", nargs="+", metavar="FILE", help='lines of {"prompt", "response", "target", …}')
+    parser.add_argument("--config", type=Path, metavar="YAML", help="whose rewards; default: reward=[{name: math}]")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    args = parser.parse_intermixed_args(argv)
+    overrides = [word for word in args.files if "=" in word]
+    files = [Path(word) for word in args.files if "=" not in word]
+    if not files:
+        raise UserError("no file is named", "forge-hpc reward FILE… [--config YAML] [key=value …]")
+    default = [] if args.config else ["reward=[{name: math}]"]
+    config = load_config(args.config, [*default, *overrides])
+    validate(config)
+    return score_files(files, config, args.json)
+
+
 def _doctor(argv: list[str]) -> int:
     """whether this machine has what a run needs"""
     from forge_hpc.doctor import doctor
@@ -218,6 +238,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "cancel": _cancel,
     "resume": _resume,
     "report": _report,
+    "reward": _reward,
     "env": _env,
     "export": _export,
     "doctor": _doctor,

@@ -7,8 +7,9 @@ installed modules) is checked by the reward pool when the run starts.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import RewardConfig
@@ -77,8 +78,24 @@ def _check_class(key: str, found: ast.ClassDef, reward: RewardConfig) -> None:
         )
     if "__init__" in methods:
         _check_args(f"{key}.args", found.name, methods["__init__"].args, reward.args)
+        _check_types(f"{key}.args", methods["__init__"].args, reward.args)
     elif complete and reward.args:
         raise UserError(f"{key}.args: {found.name} takes no arguments", f"it is given {', '.join(reward.args)}")
+
+
+_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+
+
+def _check_types(key: str, arguments: ast.arguments, given: Mapping[str, Any]) -> None:
+    """`given` are of the plain types that the source says; of others nothing is known here."""
+    for argument in [*arguments.args, *arguments.kwonlyargs]:
+        kind = argument.annotation.id if isinstance(argument.annotation, ast.Name) else ""
+        if argument.arg not in given or kind not in _TYPES:
+            continue
+        value = given[argument.arg]
+        if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "bool"):
+            a = "an" if kind == "int" else "a"
+            raise UserError(f"{key}: {argument.arg} is {value!r}, which is no {kind}", f"write {a} {kind}")
 
 
 def _check_args(key: str, name: str, arguments: ast.arguments, given: Iterable[str]) -> None:

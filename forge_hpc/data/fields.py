@@ -6,6 +6,7 @@ What JSON has no word for becomes ``{"$": kind, "value": ...}``. No pickle: othe
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Callable
 from datetime import date, datetime, time, timedelta, timezone, tzinfo
 from decimal import Decimal
@@ -44,6 +45,13 @@ def to_json(value: Any) -> Any:
     if name not in _KINDS or kind.__module__.partition(".")[0] not in _MODULES:
         raise TypeError(f"{kind.__name__} {value!r:.60} cannot be saved")
     return {_KIND: name, "value": _KINDS[name].write(value)}
+
+
+def target_text(value: Any) -> str:
+    """The text of a reference answer: nothing for None, JSON for a list or a dict, else as Python writes it."""
+    if value is None:
+        return ""
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else str(value)
 
 
 def from_json(value: Any) -> Any:

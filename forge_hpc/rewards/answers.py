@@ -218,7 +218,7 @@ def _clause(text: str) -> str | None:
     """What is said to be the answer at the beginning of a text: a formula, or the words up to the end of the sentence,
     or the last number in them."""
     text = text.lstrip()[:1000]
-    parts = []
+    parts: list[str] = []
     position = 0
     while (match := _FORMULA.match(text, position)) and len(parts) < 20:
         parts.append(_inside(match))

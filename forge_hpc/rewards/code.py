@@ -51,7 +51,7 @@ class CodeReward:
         share = (await self._sandbox.run_tests(find_program(prompt, response), tests, test_s=self.test_s)).share
         return float(share == 1.0) if self.require_all else share
 
-    def read(self, prompt: str, response: str) -> str:
+    def read_answer(self, prompt: str, response: str) -> str:
         """The program that a response is judged by."""
         return find_program(prompt, response)
 

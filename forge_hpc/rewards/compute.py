@@ -11,16 +11,18 @@ from typing import Any
 from forge_hpc.rewards.registry import Reward
 
 Answer = dict[str, Any]
-"""``value`` (float); or ``error``, ``kind`` (of RewardError) and perhaps ``hint``."""
+"""``value`` (float), ``figures`` (floats by name) and, where it was asked for, ``read`` (what the reward took for the
+answer, None where it says nothing of it); or ``error``, ``kind`` (of RewardError) and perhaps ``hint``."""
 
 _MAX_ERROR_CHARS = 2000
 
 
 def compute(reward: Reward, request: dict[str, Any]) -> Answer:
-    """The reward's value for ``prompt``, ``response``, ``target`` and ``fields``; a coroutine is run to its end."""
+    """The reward's value for ``prompt``, ``response``, ``target`` and ``fields``; a coroutine is run to its end. With
+    ``show`` in the request also what it read, where it has a method ``read_answer(prompt, response)``."""
     try:
         value = reward(request["prompt"], request["response"], request["target"], request["fields"])
-        return {"value": float(asyncio.run(_wait(value)) if inspect.isawaitable(value) else value)}
+        return _answer(reward, request, asyncio.run(_wait(value)) if inspect.isawaitable(value) else value)
     except Exception as error:  # a user's reward may raise anything; the caller counts it
         return failure(error)
 
@@ -29,9 +31,19 @@ async def compute_async(reward: Reward, request: dict[str, Any]) -> Answer:
     """The same for an async reward, beside others."""
     try:
         value: Any = reward(request["prompt"], request["response"], request["target"], request["fields"])
-        return {"value": float(await value)}
+        return _answer(reward, request, await value)
     except Exception as error:
         return failure(error)
+
+
+def _answer(reward: Reward, request: dict[str, Any], value: Any) -> Answer:
+    """What a reward gave, a number or a number and figures by name, as an answer. Raises what is neither."""
+    value, figures = value if isinstance(value, tuple) else (value, {})
+    answer: Answer = {"value": float(value), "figures": {str(name): float(n) for name, n in dict(figures).items()}}
+    if request.get("show"):
+        read_answer = getattr(reward.function, "read_answer", None)
+        answer["read"] = None if read_answer is None else read_answer(request["prompt"], request["response"])
+    return answer
 
 
 def failure(error: BaseException) -> Answer:
@@ -42,5 +54,5 @@ def failure(error: BaseException) -> Answer:
     return {"error": f"{text[:_MAX_ERROR_CHARS]} ({frame.filename}:{frame.lineno})", "kind": kind}
 
 
-async def _wait(value: Awaitable[float]) -> float:
+async def _wait(value: Awaitable[Any]) -> Any:
     return await value

@@ -164,7 +164,7 @@ def _same_lists(wanted: str, given: str, tolerance: Fraction, compare: Compare, 
         if kind == r"\{" and len(items) == 1:  # {5} is the set of solutions 5
             one = items[0]
             return same_answer(one if a else wanted, one if b else given, tolerance, compare, depth + 1)
-        return None
+        return False if plain_number(given if a else wanted) else None
     return _same_items(*a, *b, lambda x, y: same_answer(x, y, tolerance, compare, depth + 1))
 
 

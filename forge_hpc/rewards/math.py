@@ -52,7 +52,7 @@ class MathReward:
 
     def __call__(self, prompt: str, response: str, target: str, **fields: Any) -> float:
         wanted = self._read_target(target)
-        answer = self.read(prompt, response)
+        answer = self.read_answer(prompt, response)
         if answer is not None and len(answer) <= _MAX_CHARS and self._answers(wanted, answer):
             return 1.0
         number = plain_number(wanted)
@@ -60,7 +60,7 @@ class MathReward:
             return self.partial_credit
         return 0.0
 
-    def read(self, prompt: str, response: str) -> str | None:
+    def read_answer(self, prompt: str, response: str) -> str | None:
         """The answer that a response is judged by."""
         return final_answer(after_thinking(prompt, response))
 
@@ -89,9 +89,10 @@ class MathReward:
             return self._same_values(gold[0], given[0], *values)
         if _same_curve(gold[0], given[0]):
             return True
-        if not verify(gold, given, allow_set_relation_comp=True, timeout_seconds=None):
+        # Quick where they differ, and it counts small differences too, which math-verify drops.
+        if not _agree_somewhere(gold[0], given[0]):
             return False
-        return _agree_somewhere(gold[0], given[0])
+        return bool(verify(gold, given, allow_set_relation_comp=True, timeout_seconds=None))
 
     def _same_values(self, gold: Any, given: Any, a: Any, b: Any) -> bool:
         from sympy import Float, simplify
@@ -104,6 +105,7 @@ class MathReward:
         return gold == given or bool(simplify(gold - given) == 0)
 
 
+@functools.lru_cache(maxsize=1000)  # the items of a list are compared with one another
 def _parse(text: str) -> list[Any]:
     """The expression that all of a text is, and its normal form; nothing where it is none."""
     from math_verify import LatexExtractionConfig, parse
@@ -170,10 +172,10 @@ def _same_curve(gold: Any, given: Any) -> bool:
 
 
 def _agree_somewhere(gold: Any, given: Any) -> bool:
-    """Whether two expressions that were found equal have the same value at a point: what is small counts too."""
-    from sympy import Expr, Rational
+    """Whether two expressions have the same value at a point, or none there."""
+    from sympy import Expr, Rational, Symbol
 
-    if not isinstance(gold, Expr) or not isinstance(given, Expr):
+    if not all(isinstance(expression, Expr) and not isinstance(expression, Symbol) for expression in (gold, given)):
         return True
     symbols = sorted(gold.free_symbols | given.free_symbols, key=str)
     point = {symbol: Rational(10 * i + 7, 10 * i + 4) for i, symbol in enumerate(symbols)}

@@ -28,7 +28,7 @@ class NumericReward:
             raise ValueError(f"the target holds no number: {target[:80]!r}")
         return float(given is not None and same_number(wanted, given, self.tolerance))
 
-    def read(self, prompt: str, response: str) -> str | None:
+    def read_answer(self, prompt: str, response: str) -> str | None:
         """The number that a response is judged by."""
         number = final_number(after_thinking(prompt, response))
         return None if number is None else number.text

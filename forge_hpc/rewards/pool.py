@@ -12,11 +12,11 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config, RewardConfig
-from forge_hpc.rewards.compute import compute
+from forge_hpc.rewards.compute import Answer, compute
 from forge_hpc.rewards.crew import Crew
 from forge_hpc.rewards.errors import RewardError
 from forge_hpc.rewards.registry import INLINE_REWARDS, Reward, load_reward
@@ -28,6 +28,17 @@ logger = logging.getLogger(__name__)
 
 _GIVE_UP_CALLS, _GIVE_UP_PROMPTS = 32, 3
 """A reward that has failed so often, for so many different prompts, and never worked, will not."""
+
+
+class Judgement(NamedTuple):
+    """What the rewards make of a completion."""
+
+    total: float
+    """The weighted sum."""
+    terms: dict[str, float]
+    """Each reward unweighted by its label, and its figures as ``label/name``."""
+    read: dict[str, str | None]
+    """What each took for the answer, by its label; None where it does not say."""
 
 
 class RewardPool:
@@ -58,7 +69,13 @@ class RewardPool:
         return self
 
     async def score(self, prompt: Prompt, completion: Completion) -> tuple[float, dict[str, float]]:
-        """The weighted sum of all rewards, and each one unweighted by its label.
+        """The weighted sum of all rewards; and each one unweighted by its label, with the figures that it gave beside
+        its value as ``label/name``. Raises what ``judge`` raises."""
+        judgement = await self.judge(prompt, completion)
+        return judgement.total, judgement.terms
+
+    async def judge(self, prompt: Prompt, completion: Completion, show: bool = False) -> Judgement:
+        """What ``score`` gives and, with `show`, what each reward took for the answer.
 
         Rewards get the fields of the example, except one called ``prompt``, ``response`` or ``target``, and
         ``num_tokens`` (those that the policy wrote) and ``finish_reason`` of the completion.
@@ -68,19 +85,24 @@ class RewardPool:
         """
         fields = {k: v for k, v in prompt.fields.items() if k not in ("prompt", "response", "target")}
         fields |= {"num_tokens": completion.num_sampled, "finish_reason": completion.finish_reason}
-        request = {"prompt": prompt.text, "response": completion.text, "target": prompt.target, "fields": fields}
+        request: dict[str, Any] = {"prompt": prompt.text, "response": completion.text, "target": prompt.target}
+        request |= {"fields": fields, "show": show}
         # All are waited for: a cancelled call would cost its worker.
         results = await asyncio.gather(
             *(term.compute(request, prompt.position) for term in self._terms.values()), return_exceptions=True
         )
         terms: dict[str, float] = {}
+        read: dict[str, str | None] = {}
         for label, result in zip(self._terms, results, strict=True):
             if isinstance(result, RewardError):
                 self.num_failed[result.kind] += 1
             if isinstance(result, BaseException):
                 raise result
-            terms[label] = result
-        return sum(term.config.weight * terms[label] for label, term in self._terms.items()), terms
+            terms[label] = result["value"]
+            terms |= {f"{label}/{name}": figure for name, figure in result["figures"].items()}
+            read[label] = result.get("read")
+        total = sum(term.config.weight * terms[label] for label, term in self._terms.items())
+        return Judgement(total, terms, read)
 
     def is_right(self, terms: Mapping[str, float]) -> bool:
         """Whether a completion counts as right in an evaluation: by the first reward, which must be 1 or more. Those
@@ -129,9 +151,9 @@ class _Term:
         """Failures until the first success, by the prompt's position."""
         self._told: set[str] = set()
 
-    async def compute(self, request: dict[str, Any], position: int) -> float:
+    async def compute(self, request: dict[str, Any], position: int) -> Answer:
         try:
-            value = await self._value(request)
+            answer = await self._answer(request)
         except RewardError as error:
             self._tell(error)
             if not self._worked:
@@ -140,9 +162,9 @@ class _Term:
                     raise RuntimeError(f"failed {self._failed.total()} times and never worked: {error}") from error
             raise
         self._worked = True
-        return value
+        return answer
 
-    async def _value(self, request: dict[str, Any]) -> float:
+    async def _answer(self, request: dict[str, Any]) -> Answer:
         name = self.config.name
         if self.crew is None:
             assert self._inline is not None
@@ -151,9 +173,10 @@ class _Term:
             answer = await self.crew.call(request)
         if "error" in answer:
             raise RewardError(f"reward {name}: {answer['error']}", answer["kind"])
-        if not math.isfinite(answer["value"]):
-            raise RewardError(f"reward {name} is {answer['value']}", "not_finite")
-        return answer["value"]
+        for what, value in {name: answer["value"], **answer["figures"]}.items():
+            if not math.isfinite(value):
+                raise RewardError(f"reward {name}{f': {what}' if what != name else ''} is {value}", "not_finite")
+        return answer
 
     def _tell(self, error: RewardError) -> None:
         if error.kind not in self._told:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +19,12 @@ INLINE_REWARDS = ("exact", "numeric", "gsm8k", "thinking", "length", "repetition
 class Reward:
     """A reward that is ready to be called."""
 
-    function: Callable[..., float | Awaitable[float]]
+    function: Callable[..., Any]
+    """Gives a number, or a number and a mapping of figures by name; or a coroutine that does."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of each call, over the fields of the example."""
 
-    def __call__(self, prompt: str, response: str, target: str, fields: Mapping[str, Any]) -> float | Awaitable[float]:
+    def __call__(self, prompt: str, response: str, target: str, fields: Mapping[str, Any]) -> Any:
         return self.function(prompt, response, target, **{**fields, **self.args})
 
     @property
