@@ -92,7 +92,7 @@ inside() { # ROOT TOP COMMAND...: in the namespaces; this shell is their init, w
   PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$@" || exit
 }
 
-main() { # a function: bash reads a script while it runs, and this one may be edited meanwhile
+main() {
   local debian roots root version top
   case ${1:-} in # Slurm's release, and Debian's that carries it
   22.05) debian=bookworm ;;
@@ -125,11 +125,13 @@ main() { # a function: bash reads a script while it runs, and this one may be ed
     unshare --net --uts --ipc --mount --pid --fork --kill-child "tests/$(basename "$0")" --inside "$root" "$top" "$@"
 }
 
-if [[ ${1:-} == --inside ]]; then
-  shift
-  inside "$@"
-else
-  cd "$(dirname "$0")/.."
-  main "$@"
-fi
-exit
+{ # bash reads a script while it runs, and this one may be edited meanwhile: functions and braces are read as a whole
+  if [[ ${1:-} == --inside ]]; then
+    shift
+    inside "$@"
+  else
+    cd "$(dirname "$0")/.."
+    main "$@"
+  fi
+  exit
+}
