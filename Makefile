@@ -21,7 +21,7 @@ ARGS ?=
 SEED ?= 0
 SLURM ?=
 BIN := $(VENV)/bin
-LIGHT_TESTS := cli cluster config config_validate data data_order launchers packing preemption rewards run_dir split
+LIGHT_TESTS := cli config config_validate data data_order launchers packing preemption rewards run_dir split
 LIGHT_PACKAGES := import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
   all = p["dependencies"] + p["optional-dependencies"]["test"]; print(*(d for d in all if d[:5] != "torch"), sep="\n")
 DEBIAN_PACKAGES := slurm-wlm munge iproute2 bubblewrap

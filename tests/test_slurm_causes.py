@@ -43,7 +43,8 @@ import json, os, signal, socket, sys, time
 from pathlib import Path
 from forge_hpc.cluster.slurm import SlurmRefused, cause_of, job_facts, requeue, submit_successor
 
-log, then, exclude = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+# A successor has no arguments where Slurm does not keep them (24.11).
+log, then, exclude = Path(sys.argv[1]), (sys.argv[2:] or ["stay"])[0], sys.argv[3:]
 job, restarts = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 host = socket.gethostname()
 
