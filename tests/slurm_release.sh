@@ -5,7 +5,7 @@
 #   tests/slurm_release.sh 26.05                                           (make the root folder, and no more)
 #
 # The root folder is made once, from the mirror that this machine's apt uses, in $SLURM_ROOTS (else ~/.cache/forge-hpc/slurm;
-# 2 to 3 minutes, 0.6 GB), and never changed by what runs in it: writes go to memory, over it, and end with the command. So do
+# 2 to 3 minutes, 0.5 GB), and never changed by what runs in it: writes go to memory, over it, and end with the command. So do
 # its processes, mounts, links and names: network, hostname, mounts and processes are the command's own. The project, its
 # environment with the Python behind it, and /tmp are seen at their places.
 set -euo pipefail
