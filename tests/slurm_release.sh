@@ -5,7 +5,7 @@
 #   tests/slurm_release.sh 26.05                                           (make the root folder, and no more)
 #
 # The root folder is made once, from the mirror that this machine's apt uses, in $SLURM_ROOTS (else ~/.cache/forge-hpc/slurm;
-# 2 to 3 minutes, 0.6 GB), and never changed by what runs in it: writes go to memory, over it, and end with the command. So do
+# 2 to 3 minutes, 0.5 GB), and never changed by what runs in it: writes go to memory, over it, and end with the command. So do
 # its processes, mounts, links and names: network, hostname, mounts and processes are the command's own. The project, its
 # environment with the Python behind it, and /tmp are seen at their places.
 set -euo pipefail
@@ -92,7 +92,7 @@ inside() { # ROOT TOP COMMAND...: in the namespaces; this shell is their init, w
   PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$@" || exit
 }
 
-main() { # a function: bash reads a script while it runs, and this one may be edited meanwhile
+main() {
   local debian roots root version top
   case ${1:-} in # Slurm's release, and Debian's that carries it
   22.05) debian=bookworm ;;
@@ -125,11 +125,13 @@ main() { # a function: bash reads a script while it runs, and this one may be ed
     unshare --net --uts --ipc --mount --pid --fork --kill-child "tests/$(basename "$0")" --inside "$root" "$top" "$@"
 }
 
-if [[ ${1:-} == --inside ]]; then
-  shift
-  inside "$@"
-else
-  cd "$(dirname "$0")/.."
-  main "$@"
-fi
-exit
+{ # bash reads a script while it runs, and this one may be edited meanwhile: functions and braces are read as a whole
+  if [[ ${1:-} == --inside ]]; then
+    shift
+    inside "$@"
+  else
+    cd "$(dirname "$0")/.."
+    main "$@"
+  fi
+  exit
+}
