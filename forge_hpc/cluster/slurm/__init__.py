@@ -12,7 +12,7 @@ from forge_hpc.cluster.slurm.job import (
     job_facts,
     requeue,
 )
-from forge_hpc.cluster.slurm.successor import CONTINUE, submit_successor
+from forge_hpc.cluster.slurm.successor import CONTINUE, script_arguments, submit_successor
 
 __all__ = [
     "CONTINUE",
@@ -27,5 +27,6 @@ __all__ = [
     "job_facts",
     "own_job_id",
     "requeue",
+    "script_arguments",
     "submit_successor",
 ]

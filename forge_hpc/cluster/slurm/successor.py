@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,12 @@ PROJECT = "FORGE_HPC_PROJECT"
 
 
 def submit_successor(
-    facts: JobFacts, run_dir: Path, exclude_nodes: Iterable[str] = (), *, no_kill: bool = False
+    facts: JobFacts,
+    run_dir: Path,
+    exclude_nodes: Iterable[str] = (),
+    *,
+    no_kill: bool = False,
+    arguments: Sequence[str] | None = None,
 ) -> str:
     """Queue a job that goes on with the run once this job has ended, for a job that may not be requeued; its id.
 
@@ -33,11 +38,14 @@ def submit_successor(
         run_dir: the run; the script is kept there, as ``logs/JOBID_successor.sh``, unless that cannot be written. The
             script that made the run directory is told to take this one (`CONTINUE`).
         no_kill: the job is to outlive its nodes (--no-kill), which Slurm does not say of a job.
+        arguments: of the script, by `script_arguments`; None where they are not known.
 
     Raises:
         SlurmRefused: no job was queued; SlurmSilent where Slurm does not answer.
     """
     run_dir = run_dir.absolute()
+    if arguments is None:
+        arguments = script_arguments(facts.said["JobId"])
     text = ask("scontrol", "write", "batch_script", facts.job_id, "-")
     options = successor_options(facts, text)
     if excluded := exclusion(facts, tuple(exclude_nodes)) or facts.excluded:
@@ -51,7 +59,7 @@ def submit_successor(
     with _written(text, run_dir / "logs" / f"{facts.job_id}_successor.sh") as script:
         answer = ask(
             *("sbatch", "--parsable", f"--dependency=afterany:{facts.job_id}", *options, str(script)),
-            *_arguments(facts),
+            *(_submit_line(facts.said)[1] if arguments is None else arguments),
             env=env,
             cwd=submit_dir if submit_dir and Path(submit_dir).is_dir() else facts.said["WorkDir"],
             timeout_s=2 * ANSWER_S,
@@ -219,13 +227,13 @@ def _submit_line(said: Mapping[str, str]) -> tuple[str, list[str]]:
     return "", words[next((n for n in counts if Path(" ".join(words[:n])).is_file()), 1) :]
 
 
-def _arguments(facts: JobFacts) -> list[str]:
-    """The words after the script, as its process has them where it still runs on this node."""
+def script_arguments(job_id: str) -> list[str] | None:
+    """The words after the script of the job with this SLURM_JOB_ID, as its process has them; None where it does not run
+    on this node. To be asked for early: a job that is preempted or cancelled loses its script first."""
+    own = f"SLURM_JOB_ID={job_id}".encode()
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            words = (process / "cmdline").read_bytes().split(b"\0")[:-1]
-            if len(words) > 1 and words[1].endswith(b"/slurm_script"):
-                own = f"SLURM_JOB_ID={facts.said['JobId']}".encode()
-                if own in (process / "environ").read_bytes().split(b"\0"):
-                    return [os.fsdecode(word) for word in words[2:]]
-    return _submit_line(facts.said)[1]
+        with contextlib.suppress(OSError, ValueError):
+            _, script, *words = (process / "cmdline").read_bytes().split(b"\0")
+            if script.endswith(b"/slurm_script") and own in (process / "environ").read_bytes().split(b"\0"):
+                return [os.fsdecode(word) for word in words[:-1]]
+    return None
