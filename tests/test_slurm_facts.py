@@ -74,8 +74,8 @@ def test_a_successor_of_each_release_asks_for_the_job_s_gpus_memory_cores_and_ta
 @pytest.mark.parametrize(
     ("command", "line", "arguments"),
     [
-        ("{script} a x=1", "", ["a", "x=1"]),  # until 23.02
-        ("{script}", "sbatch -N 2 --comment Restarts=3 {script} a x=1", ["a", "x=1"]),  # since 25
+        ("{script} a x=1", "", ["a", "x=1"]),  # as in 22.05
+        ("{script}", "sbatch -N 2 --comment Restarts=3 {script} a x=1", ["a", "x=1"]),  # as in 26.05
         ("{script}", "sbatch -N 2 my.sh a x=1", ["a", "x=1"]),
         ("{script}", "", []),
     ],

@@ -31,8 +31,8 @@ def submit_successor(
 
     It runs the same script with the same arguments in the same environment as a requeued job would. Options come from
     the script's #SBATCH lines, and over them, since the command line of sbatch is not kept, from what Slurm says of
-    the job. Not to be found there, and lost if they were on the command line only: --signal, and before Slurm 25
-    partitions other than the one that the job runs in. The successor of an array's task is an array of that one task.
+    the job. Not to be found there, and lost if they were on the command line only: --signal, and before Slurm
+    26.05 partitions other than the one that the job runs in. The successor of an array's task is an array of that task.
 
     Args:
         run_dir: the run; the script is kept there, as ``logs/JOBID_successor.sh``, unless that cannot be written. The
@@ -127,7 +127,7 @@ def successor_options(facts: JobFacts, script: str) -> list[str]:
         found["array"] = facts.job_id.partition("_")[2]
     found |= {"open-mode": "append", "export": "ALL"}
     flags = [f"--{k}={v}" for k, v in found.items()]
-    # Since Slurm 25 OverSubscribe=NO is also said of a job that shares its nodes.
+    # Slurm 26.05 has Exclusive= for it, and says OverSubscribe=NO of jobs that share their nodes, too.
     exclusive = said.get("Exclusive") or {"NO": "NODE", "YES": "NO", "OK": "NO"}.get(said.get("OverSubscribe", ""), "")
     exclusive = exclusive or said.get("OverSubscribe", "NO")
     if exclusive != "NO":
@@ -143,9 +143,7 @@ def _shape(facts: JobFacts) -> dict[str, str]:
     """Nodes, tasks and cores."""
     said = facts.said
     found = {"nodes": str(facts.num_nodes)}
-    tasks_per_node = next((value for key, value in said.items() if key.startswith("NtasksPerN:")), "0").partition(":")[
-        0
-    ]
+    tasks_per_node = said.get("NtasksPerN:B:S:C", "0").partition(":")[0]
     if tasks_per_node not in _NOT_ASKED:
         found["ntasks-per-node"] = tasks_per_node
     elif "NtasksPerTRES" not in said and (
@@ -173,7 +171,7 @@ def _memory(said: Mapping[str, str]) -> dict[str, str]:
 
 
 def _generic_resources(said: Mapping[str, str], directives: str) -> dict[str, str]:
-    """GPUs, their shards and the like: ``gres:gpu:h100:4``, since Slurm 23.02 ``gres/gpu:h100:4``, and by task
+    """GPUs, their shards and the like: ``gres:gpu:h100:4``, later ``gres/gpu:h100:4``, and by task
     ``cpu=2,gres/gpu=1``."""
     found = {option: re.sub(r"\bgres[:/]gpu[:=]", "", said[key]) for key, option in _GPUS.items() if key in said}
     if per_node := re.sub(r"\bgres[:/]", "", said.get("TresPerNode", "")):
@@ -214,8 +212,8 @@ def _asked(option: str, letter: str, options: str) -> str | None:
 def _submit_line(said: Mapping[str, str]) -> tuple[str, list[str]]:
     """What stood before the script in the command that submitted the job, and the words after it.
 
-    Slurm 25 and later tells the command, earlier ones the words after the script, until 23.02. No quotes are kept: an
-    argument with blanks comes back as several.
+    Slurm 26.05 tells the command, 22.05 the words after the script, 24.11 neither. No quotes are kept: an argument
+    with blanks comes back as several.
     """
     script = said.get("Command", "")
     words = said.get("SubmitLine", "").split(" ")
