@@ -143,6 +143,7 @@ class Supervisor:
         self._facts: slurm.JobFacts | None = None
         self._preemption: slurm.Preemption | None = None
         self._config: Config | None = None
+        self._arguments: list[str] | None = None
         self._kill_at: float | None = None
         self._hung = ""
         self._status = StatusWriter(run_dir)
@@ -332,6 +333,7 @@ class Supervisor:
         config = self._config = read_config(run_dir.config)
         with run_dir.lock(job_id, requeues=allocation.requeues, stop=self._check_wish) as lock:
             self._lock = lock
+            self._arguments = slurm.script_arguments(os.environ["SLURM_JOB_ID"]) if job_id else None
             return self._locked(config, job_id)
 
     def _locked(self, config: Config, job_id: str | None) -> int:
@@ -514,7 +516,9 @@ class Supervisor:
         # A job that outlives its nodes has fewer now than it began with.
         facts = replace(facts, num_nodes=self.allocation.num_nodes)
         no_kill = config.cluster.spare_nodes > 0
-        return slurm.submit_successor(facts, self.run_dir.path, ended.lost_nodes, no_kill=no_kill)
+        return slurm.submit_successor(
+            facts, self.run_dir.path, ended.lost_nodes, no_kill=no_kill, arguments=self._arguments
+        )
 
     # ---- the job script, when srun has ended
 

@@ -17,7 +17,7 @@
 # that takes the place of one that could not be requeued is told (forge_hpc/cluster/slurm/successor.py).
 project=${FORGE_HPC_PROJECT:-${SLURM_SUBMIT_DIR:-.}}
 if [[ ! -f $project/sbatch/common.sh ]]; then
-  script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
+  script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -n 1)
   project=$(dirname "$(dirname "$script")")
 fi
 source "$project/sbatch/common.sh" || exit 2

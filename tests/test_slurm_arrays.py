@@ -51,7 +51,9 @@ while True:
     elif what == "successor":
         say("successor", id=submit_successor(facts, directory))
     elif what == "requeue":
-        requeue(job)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        requeue(job, [os.environ["SLURMD_NODENAME"]])
+        sys.exit(0)
     elif what == "end":
         sys.exit(0)
 """
@@ -115,6 +117,7 @@ def test_the_last_task_of_an_array_reads_requeues_follows_and_cancels_itself_alo
     follower = array.wait("started", 3, number=3)  # the same task of an array of its own
     assert follower["job"] == successor
 
+    assert array.state(2)["ExcNodeList"] == "(null)" and array.state(3)["ExcNodeList"].startswith("fhpc")
     assert array.state(2)["JobState"] == "RUNNING"
     assert [array.state(task)["Restarts"] for task in (1, 2, 3)] == ["0", "0", "1"]
     jobs.cancel_job(array.wait("started", 2)["job"])
@@ -161,6 +164,21 @@ def test_a_job_inside_a_task_of_an_array_is_not_that_task(
     assert (allocation.job_id, allocation.requeues, int(environ["SLURM_RESTART_COUNT"])) == (job, 0, 1)
     assert own_job_id({k: v for k, v in (environ | corrections(None, environ)).items() if v is not None}) == job
     slurm_cluster.run("scancel", job)
+
+
+@pytest.mark.slurm
+def test_each_task_of_an_array_finds_the_project_where_its_script_lies(
+    slurm_cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    command = ["sbatch", "--parsable", "--nodes=1", "--array=1-2", f"--output={tmp_path}/out-%A_%a"]
+    command += [str(PROJECT / "sbatch/sft.sh"), "slurm.setup=[exit 3]", "slurm.requeue=never"]
+    env = {**slurm_cluster.env, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+    array = slurm_cluster.run(*command, env=env, cwd=tmp_path).stdout.strip()
+    for task in (1, 2):
+        slurm_cluster.wait_for_job(f"{array}_{task}", ["FAILED"])
+    found = sorted(path.name.partition("-")[2] for path in (tmp_path / "runs").iterdir())
+    logs = "".join(path.read_text() for path in tmp_path.glob("out-*"))
+    assert [name.rpartition("-")[2] for name in found] == [f"{array}_1", f"{array}_2"], logs
 
 
 def test_a_task_of_an_array_goes_by_the_array_and_its_number() -> None:

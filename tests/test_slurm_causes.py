@@ -41,7 +41,7 @@ OPTIONS = {
 PROBE = """
 import json, os, signal, socket, sys, time
 from pathlib import Path
-from forge_hpc.cluster.slurm import SlurmRefused, cause_of, job_facts, requeue, submit_successor
+from forge_hpc.cluster.slurm import SlurmRefused, cause_of, job_facts, requeue, script_arguments, submit_successor
 
 # A successor has no arguments where Slurm does not keep them (24.11).
 log, then, exclude = Path(sys.argv[1]), (sys.argv[2:] or ["stay"])[0], sys.argv[3:]
@@ -58,6 +58,7 @@ for signum in (signal.SIGTERM, signal.SIGUSR2):
     signal.signal(signum, lambda signum, frame: caught.append(signum))
 again = restarts > 0 or "FORGE_HPC_CONTINUE" in os.environ
 say("started", setup=os.environ.get("FROM_THE_SCRIPT"), again=again)
+arguments = script_arguments(job)
 if again:
     sys.exit(0)
 seen = 0
@@ -77,7 +78,7 @@ while True:
             say("requeued")
         except SlurmRefused as refused:
             say("refused", text=str(refused))
-            say("successor", id=submit_successor(facts, log.parent / "run"))
+            say("successor", id=submit_successor(facts, log.parent / "run", arguments=arguments))
 """
 
 

@@ -11,7 +11,7 @@ import pytest
 from slurm_cluster import SlurmCluster
 
 from forge_hpc.cluster.slurm import Cause, JobFacts, SlurmRefused, cause_of, job_facts, submit_successor
-from forge_hpc.cluster.slurm.successor import _arguments, successor_options
+from forge_hpc.cluster.slurm.successor import _submit_line, successor_options
 from launchers.jobs import job_state
 
 RELEASES = ("22.05", "24.11", "26.05")
@@ -74,8 +74,8 @@ def test_a_successor_of_each_release_asks_for_the_job_s_gpus_memory_cores_and_ta
 @pytest.mark.parametrize(
     ("command", "line", "arguments"),
     [
-        ("{script} a x=1", "", ["a", "x=1"]),  # until 23.02
-        ("{script}", "sbatch -N 2 --comment Restarts=3 {script} a x=1", ["a", "x=1"]),  # since 25
+        ("{script} a x=1", "", ["a", "x=1"]),  # as in 22.05
+        ("{script}", "sbatch -N 2 --comment Restarts=3 {script} a x=1", ["a", "x=1"]),  # as in 26.05
         ("{script}", "sbatch -N 2 my.sh a x=1", ["a", "x=1"]),
         ("{script}", "", []),
     ],
@@ -86,7 +86,7 @@ def test_arguments_are_found_where_each_release_keeps_them(
     (tmp_path / "my.sh").touch()
     text = captured("26.05").replace("Command=/tmp/job.sh\n", f"Command={command.format(script=tmp_path / 'my.sh')}\n")
     text = re.sub(r"SubmitLine=.*", f"SubmitLine={line.format(script=tmp_path / 'my.sh')}" if line else "Power=", text)
-    assert _arguments(JobFacts.parse(text, "105")) == arguments
+    assert _submit_line(JobFacts.parse(text, "105").said)[1] == arguments
 
 
 OPTIONS = """

@@ -19,7 +19,7 @@ from forge_hpc.cluster.slurm.preemption import (
     parse_release,
     preemption,
 )
-from forge_hpc.cluster.slurm.successor import CONTINUE, submit_successor
+from forge_hpc.cluster.slurm.successor import CONTINUE, script_arguments, submit_successor
 
 __all__ = [
     "CONTINUE",
@@ -39,5 +39,6 @@ __all__ = [
     "parse_release",
     "preemption",
     "requeue",
+    "script_arguments",
     "submit_successor",
 ]

@@ -170,7 +170,7 @@ def _record(text: str, job_id: str | None) -> tuple[dict[str, str], dict[str, st
     records = re.split(r"\n(?=JobId=\d+ )", text.strip())
     own = next((record for record in records if record.startswith(f"JobId={job_id} ")), records[0])
     ids, _, own = own.partition("JobName=")
-    name, _, own = own.partition("\n   UserId=")
+    name, _, own = own.partition("\n   UserId=" if "\n   UserId=" in own else "\n")
     head, command, rest = own.partition("\n   Command=")
     said, users = {"JobName": name}, dict[str, str]()
     for line in [ids, *head.splitlines()]:

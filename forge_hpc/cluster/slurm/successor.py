@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,24 +20,32 @@ PROJECT = "FORGE_HPC_PROJECT"
 
 
 def submit_successor(
-    facts: JobFacts, run_dir: Path, exclude_nodes: Iterable[str] = (), *, no_kill: bool = False
+    facts: JobFacts,
+    run_dir: Path,
+    exclude_nodes: Iterable[str] = (),
+    *,
+    no_kill: bool = False,
+    arguments: Sequence[str] | None = None,
 ) -> str:
     """Queue a job that goes on with the run once this job has ended, for a job that may not be requeued; its id.
 
     It runs the same script with the same arguments in the same environment as a requeued job would. Options come from
     the script's #SBATCH lines, and over them, since the command line of sbatch is not kept, from what Slurm says of
-    the job. Not to be found there, and lost if they were on the command line only: --signal, and before Slurm 25
-    partitions other than the one that the job runs in. The successor of an array's task is an array of that one task.
+    the job. Not to be found there, and lost if they were on the command line only: --signal, and before Slurm
+    26.05 partitions other than the one that the job runs in. The successor of an array's task is an array of that task.
 
     Args:
         run_dir: the run; the script is kept there, as ``logs/JOBID_successor.sh``, unless that cannot be written. The
             script that made the run directory is told to take this one (`CONTINUE`).
         no_kill: the job is to outlive its nodes (--no-kill), which Slurm does not say of a job.
+        arguments: of the script, by `script_arguments`; None where they are not known.
 
     Raises:
         SlurmRefused: no job was queued; SlurmSilent where Slurm does not answer.
     """
     run_dir = run_dir.absolute()
+    if arguments is None:
+        arguments = script_arguments(facts.said["JobId"])
     text = ask("scontrol", "write", "batch_script", facts.job_id, "-")
     options = successor_options(facts, text)
     if excluded := exclusion(facts, tuple(exclude_nodes)) or facts.excluded:
@@ -51,7 +59,7 @@ def submit_successor(
     with _written(text, run_dir / "logs" / f"{facts.job_id}_successor.sh") as script:
         answer = ask(
             *("sbatch", "--parsable", f"--dependency=afterany:{facts.job_id}", *options, str(script)),
-            *_arguments(facts),
+            *(_submit_line(facts.said)[1] if arguments is None else arguments),
             env=env,
             cwd=submit_dir if submit_dir and Path(submit_dir).is_dir() else facts.said["WorkDir"],
             timeout_s=2 * ANSWER_S,
@@ -119,7 +127,7 @@ def successor_options(facts: JobFacts, script: str) -> list[str]:
         found["array"] = facts.job_id.partition("_")[2]
     found |= {"open-mode": "append", "export": "ALL"}
     flags = [f"--{k}={v}" for k, v in found.items()]
-    # Since Slurm 25 OverSubscribe=NO is also said of a job that shares its nodes.
+    # Slurm 26.05 has Exclusive= for it, and says OverSubscribe=NO of jobs that share their nodes, too.
     exclusive = said.get("Exclusive") or {"NO": "NODE", "YES": "NO", "OK": "NO"}.get(said.get("OverSubscribe", ""), "")
     exclusive = exclusive or said.get("OverSubscribe", "NO")
     if exclusive != "NO":
@@ -135,9 +143,7 @@ def _shape(facts: JobFacts) -> dict[str, str]:
     """Nodes, tasks and cores."""
     said = facts.said
     found = {"nodes": str(facts.num_nodes)}
-    tasks_per_node = next((value for key, value in said.items() if key.startswith("NtasksPerN:")), "0").partition(":")[
-        0
-    ]
+    tasks_per_node = said.get("NtasksPerN:B:S:C", "0").partition(":")[0]
     if tasks_per_node not in _NOT_ASKED:
         found["ntasks-per-node"] = tasks_per_node
     elif "NtasksPerTRES" not in said and (
@@ -165,7 +171,7 @@ def _memory(said: Mapping[str, str]) -> dict[str, str]:
 
 
 def _generic_resources(said: Mapping[str, str], directives: str) -> dict[str, str]:
-    """GPUs, their shards and the like: ``gres:gpu:h100:4``, since Slurm 23.02 ``gres/gpu:h100:4``, and by task
+    """GPUs, their shards and the like: ``gres:gpu:h100:4``, later ``gres/gpu:h100:4``, and by task
     ``cpu=2,gres/gpu=1``."""
     found = {option: re.sub(r"\bgres[:/]gpu[:=]", "", said[key]) for key, option in _GPUS.items() if key in said}
     if per_node := re.sub(r"\bgres[:/]", "", said.get("TresPerNode", "")):
@@ -206,8 +212,8 @@ def _asked(option: str, letter: str, options: str) -> str | None:
 def _submit_line(said: Mapping[str, str]) -> tuple[str, list[str]]:
     """What stood before the script in the command that submitted the job, and the words after it.
 
-    Slurm 25 and later tells the command, earlier ones the words after the script, until 23.02. No quotes are kept: an
-    argument with blanks comes back as several.
+    Slurm 26.05 tells the command, 22.05 the words after the script, 24.11 neither. No quotes are kept: an argument
+    with blanks comes back as several.
     """
     script = said.get("Command", "")
     words = said.get("SubmitLine", "").split(" ")
@@ -219,13 +225,13 @@ def _submit_line(said: Mapping[str, str]) -> tuple[str, list[str]]:
     return "", words[next((n for n in counts if Path(" ".join(words[:n])).is_file()), 1) :]
 
 
-def _arguments(facts: JobFacts) -> list[str]:
-    """The words after the script, as its process has them where it still runs on this node."""
+def script_arguments(job_id: str) -> list[str] | None:
+    """The words after the script of the job with this SLURM_JOB_ID, as its process has them; None where it does not run
+    on this node. To be asked for early: a job that is preempted or cancelled loses its script first."""
+    own = f"SLURM_JOB_ID={job_id}".encode()
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            words = (process / "cmdline").read_bytes().split(b"\0")[:-1]
-            if len(words) > 1 and words[1].endswith(b"/slurm_script"):
-                own = f"SLURM_JOB_ID={facts.said['JobId']}".encode()
-                if own in (process / "environ").read_bytes().split(b"\0"):
-                    return [os.fsdecode(word) for word in words[2:]]
-    return _submit_line(facts.said)[1]
+        with contextlib.suppress(OSError, ValueError):
+            _, script, *words = (process / "cmdline").read_bytes().split(b"\0")
+            if script.endswith(b"/slurm_script") and own in (process / "environ").read_bytes().split(b"\0"):
+                return [os.fsdecode(word) for word in words[:-1]]
+    return None
