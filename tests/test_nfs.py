@@ -132,8 +132,8 @@ def test_a_reader_that_vanishes_holds_nothing_up(machines: Machines) -> None:
 
 
 def test_a_live_run_is_seen_at_once_where_nobody_looked_and_where_it_was_absent(machines: Machines) -> None:
-    looking = {kind: see(machines.two, "exists", kind, "absent", 200) for kind in MOUNTS}
-    locked = {kind: see(machines.two, "locked", kind, "absent", 200) for kind in MOUNTS}
+    looking = {kind: see(machines.two, "exists", kind, "absent", 600) for kind in MOUNTS}
+    locked = {kind: see(machines.two, "locked", kind, "absent", 600) for kind in MOUNTS}
     time.sleep(3)
     holding = {kind: hold(machines.one, kind, "absent", 7, seconds=150) for kind in MOUNTS}
     for kind, order in holding.items():
