@@ -139,11 +139,15 @@ def ask(path: Path) -> None:
     """
     for directory in path.absolute().parents:
         try:
-            os.close(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError):
             continue
         except PermissionError:
-            pass
+            return
+        try:
+            _look(fd)  # opening alone does not ask for the root of a mount
+        finally:
+            os.close(fd)
         return
 
 

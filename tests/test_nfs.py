@@ -128,12 +128,12 @@ def test_a_reader_that_vanishes_holds_nothing_up(machines: Machines) -> None:
         assert int(beats) >= 3
     finally:
         machines.revive(machines.two)
-    machines.one.run("pkill -f hold.py || true")
+    machines.one.run("pkill -f '[h]old.py' || true")
 
 
 def test_a_live_run_is_seen_at_once_where_nobody_looked_and_where_it_was_absent(machines: Machines) -> None:
-    looking = {kind: see(machines.two, "exists", kind, "absent", 200) for kind in MOUNTS}
-    locked = {kind: see(machines.two, "locked", kind, "absent", 200) for kind in MOUNTS}
+    looking = {kind: see(machines.two, "exists", kind, "absent", 600) for kind in MOUNTS}
+    locked = {kind: see(machines.two, "locked", kind, "absent", 600) for kind in MOUNTS}
     time.sleep(3)
     holding = {kind: hold(machines.one, kind, "absent", 7, seconds=150) for kind in MOUNTS}
     for kind, order in holding.items():
@@ -143,7 +143,7 @@ def test_a_live_run_is_seen_at_once_where_nobody_looked_and_where_it_was_absent(
     refused = {kind: hold(machines.two, kind, "absent", 8) for kind in MOUNTS}
     for order in refused.values():
         assert order.wait(STARTS_S) == 1 and "in use by job 7" in order.text(), order.text()
-    machines.one.run("pkill -f hold.py || true")
+    machines.one.run("pkill -f '[h]old.py' || true")
 
 
 def test_a_pause_of_the_server_takes_the_directory_from_nobody(machines: Machines) -> None:
@@ -159,4 +159,4 @@ def test_a_pause_of_the_server_takes_the_directory_from_nobody(machines: Machine
         assert order.wait(STARTS_S) == 1 and "in use by job 7" in order.text(), order.text()
     for kind, order in holding.items():
         assert order.code is None and "LOST" not in order.text(), f"{kind}: {order.text()}"
-    machines.one.run("pkill -f hold.py || true")
+    machines.one.run("pkill -f '[h]old.py' || true")
