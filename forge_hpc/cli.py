@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -178,6 +179,7 @@ def _export(argv: list[str]) -> int:
     parser.add_argument("--step", type=int, metavar="N", help="of this step; default the newest complete checkpoint")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default RUN_DIR/exports/step-N")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left of an export that is ended
     print(export(find_run(args.run_dir), args.step, args.output))
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 from forge_hpc.checkpoint.borrow import borrowed
@@ -41,6 +42,8 @@ def export(run_dir: RunDir, step: int | None = None, output: Path | None = None)
             raise UserError(str(error), f"is config.yaml that of the checkpoint? forge-hpc status {run_dir}") from error
         except OSError as error:
             raise UserError(f"cannot write {directory}: {error}", "choose another place with --output") from error
+        finally:
+            shutil.rmtree(directory.with_name(f".{directory.name}.tmp"), ignore_errors=True)
     return directory
 
 

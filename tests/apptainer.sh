@@ -30,7 +30,7 @@ make_root() { # FOLDER
   fi
   rm -rf "$half"/var/cache/apt/archives/*.deb "$half"/var/lib/apt/lists/*
   mkdir -p "$half"/opt/python/{dev,home,proc,root,run,sandbox,sys,tmp,var/tmp}
-  tar -C "$half" -c --exclude='./usr/*/apptainer' --exclude='./usr/share/[dlm]*' bin etc lib lib64 sbin usr |
+  tar -C "$half" -c --exclude='usr/*/apptainer' --exclude='usr/share/[dlm]*' bin etc lib lib64 sbin usr |
     tar -C "$half/opt/python" -x
   within "$half" apptainer build /opt/python.sif /opt/python >>"$root.log" 2>&1 ||
     fail "no image could be built" "see $root.log"
