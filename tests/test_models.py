@@ -15,8 +15,8 @@ from tiny_models import VOCAB_SIZE, random_documents, write_model
 from forge_hpc.config.errors import UserError
 from forge_hpc.data.packing import pack
 from forge_hpc.models.attention import attention_inputs, document_batches, inner_attention_config
+from forge_hpc.models.head import LogprobHead
 from forge_hpc.models.spec import ModelSpec, load_hf_weights, load_spec
-from forge_hpc.training.logprobs import token_logprobs
 
 CPU = torch.device("cpu")
 
@@ -107,27 +107,30 @@ def test_a_document_sees_neither_its_neighbours_nor_its_future(tmp_path: Path) -
     assert differs == [False] * 7 + [True] * 3
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["logits kept", "logits computed again"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_token_logprobs_and_entropies_have_the_values_and_gradients_of_log_softmax(
-    temperature: float, monkeypatch: pytest.MonkeyPatch
+def test_the_head_gives_values_and_gradients_of_log_softmax_at_the_slots_that_are_asked_for(
+    temperature: float, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("forge_hpc.training.logprobs._CHUNK_ELEMENTS", 40)  # several chunks
+    monkeypatch.setattr("forge_hpc.models.head.CHUNK_ELEMENTS", {"cpu": 40})  # several chunks
+    monkeypatch.setattr("forge_hpc.models.head.KEPT_BYTES", 2**20 if kept else 0)
     torch.manual_seed(0)
-    logits, labels = 3 * torch.randn(2, 7, 11), torch.randint(0, 11, (2, 7))
-    weights = torch.randn(2, 2, 7)
+    head = LogprobHead.Config(in_features=5, out_features=11).build()
+    hidden, slots, labels = 3 * torch.randn(2, 7, 5), torch.tensor([0, 3, 4, 8, 9, 13]), torch.randint(0, 11, (6,))
+    weights = torch.randn(2, 6)
     gradients, values = [], []
     for is_ours in (True, False):
-        x = logits.clone().requires_grad_()
+        head.weight.grad, x = None, hidden.clone().requires_grad_()
         if is_ours:
-            logprobs, entropy = token_logprobs(x, labels, temperature)
+            logprobs, entropy = head(x, labels, slots, temperature)
         else:
-            p = (x / temperature).log_softmax(-1)
-            logprobs, entropy = p.gather(-1, labels[..., None]).squeeze(-1), -(p.exp() * p).sum(-1)
+            p = (head(x).flatten(0, 1)[slots] / temperature).log_softmax(-1)
+            logprobs, entropy = p.gather(-1, labels[:, None]).squeeze(-1), -(p.exp() * p).sum(-1)
         (weights[0] * logprobs + weights[1] * entropy).sum().backward()
-        gradients.append(x.grad)
+        gradients.append([x.grad, head.weight.grad])
         values.append(torch.stack([logprobs, entropy]).detach())
     torch.testing.assert_close(values[0], values[1])
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
 
 
 def edit_config(model_dir: Path, **changes: Any) -> None:

@@ -299,8 +299,8 @@ class ActivationCheckpointConfig:
 
 @dataclass
 class CompileConfig:
-    enable: bool = False
-    """torch.compile each transformer block."""
+    enable: bool | None = None
+    """torch.compile each transformer block; by default on CUDA."""
 
 
 @dataclass

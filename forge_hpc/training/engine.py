@@ -38,7 +38,6 @@ from forge_hpc.models.device import device_type, local_device
 from forge_hpc.models.spec import load_hf_weights, load_spec
 from forge_hpc.training.checkpointer import TrainerCheckpointer
 from forge_hpc.training.export import export_hf
-from forge_hpc.training.logprobs import token_logprobs
 from forge_hpc.training.lora import add_adapters, init_adapters, merge_adapters
 
 
@@ -63,7 +62,8 @@ class TrainEngine(Stateful):
         training, parallelism = cfg.trainer.training, _parallelism_config(cfg)
         self.parallel_dims = _parallel_dims(parallelism)
         param_dtype = TORCH_DTYPE_MAP["float32" if device_type() == "cpu" else training.mixed_precision_param]
-        self._row_len_multiple = math.lcm(8, self.parallel_dims.tp)
+        # On a GPU few lengths of rows: each new one is another shape to compile, or to allocate, for.
+        self._row_len_multiple = math.lcm(128 if device_type() == "cuda" else 8, self.parallel_dims.tp)
         self.spec = load_spec(
             model_dir,
             max_positions=_round_up(training.seq_len, self._row_len_multiple),
@@ -199,16 +199,22 @@ class TrainEngine(Stateful):
             name: None if array is None else torch.from_numpy(array).to(self.device, non_blocking=True)
             for name, array in rows.items()
         }
-        assert rows["positions"] is not None
+        assert rows["positions"] is not None and rows["mask"] is not None
+        trained = np.flatnonzero(rows["mask"])  # all ranks compute something, also one that has nothing to train
+        microbatch["trained_slots"] = torch.from_numpy(trained if len(trained) else np.zeros(1, int)).to(self.device)
         microbatch["attention"] = attention_inputs(self.spec.inner_attention, rows["positions"], self.device)
         return microbatch
 
     def _forward(self, microbatch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities and entropies of the labels: [R, T] float32 each."""
-        logits = self.model(
+        """Log-probabilities and entropies of the labels: [R, T] float32 each, 0 where none is trained."""
+        hidden = self.model(
             microbatch["input_ids"], positions=microbatch["positions"], attention_masks=microbatch["attention"]
         )
-        return token_logprobs(logits, microbatch["labels"], self.temperature)
+        labels, slots = microbatch["labels"], microbatch["trained_slots"]
+        values = self.model.lm_head(hidden, labels.flatten()[slots], slots, self.temperature)
+        none = torch.zeros(labels.numel(), device=self.device)
+        logprobs, entropies = (none.index_copy(0, slots, value).view_as(labels) for value in values)
+        return logprobs, entropies
 
     def _forward_backward(
         self, microbatch: dict[str, Any], num_trained: int, normalizer: int
@@ -337,7 +343,8 @@ class TrainEngine(Stateful):
         ac_config = {"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}[
             cfg.activation_checkpoint.mode
         ]
-        compile_config = CompileConfig(enable=cfg.compile.enable, components=["model"])
+        compiles = device_type() == "cuda" if cfg.compile.enable is None else cfg.compile.enable
+        compile_config = CompileConfig(enable=compiles, components=["model"])
         if dims.world_size == 1 and param_dtype == master_dtype:
             # Nothing to shard and nothing to cast: FSDP would only cost time.
             if ac_config is not None:
@@ -361,6 +368,7 @@ class TrainEngine(Stateful):
         model.to_empty(device=self.device)
         with torch.no_grad():
             model.init_weights()
+        model._skip_lm_head = True  # the engine applies it, to what is trained
         model.train()
         return model
 
