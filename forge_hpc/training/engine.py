@@ -384,6 +384,8 @@ def _parallelism_config(cfg: Config) -> ParallelismConfig:
     degrees = cfg.trainer.parallelism
     return ParallelismConfig(
         spmd_backend="partial_dtensor",  # the one that works with gloo on torch 2.13
+        # One rank has nothing to gather: its parameters in the compute dtype stay until the backward pass.
+        fsdp_reshard_after_forward="never" if dist.get_world_size() == 1 else "default",
         data_parallel_replicate_degree=degrees.data_parallel_replicate_degree,
         data_parallel_shard_degree=degrees.data_parallel_shard_degree,
         tensor_parallel_degree=degrees.tensor_parallel_degree,
