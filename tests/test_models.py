@@ -15,7 +15,7 @@ from tiny_models import VOCAB_SIZE, random_documents, write_model
 from forge_hpc.config.errors import UserError
 from forge_hpc.data.packing import pack
 from forge_hpc.models.attention import attention_inputs, document_batches, inner_attention_config
-from forge_hpc.models.head import LogprobHead
+from forge_hpc.models.head import LogprobHead, Truncation
 from forge_hpc.models.spec import ModelSpec, load_hf_weights, load_spec
 
 CPU = torch.device("cpu")
@@ -107,13 +107,38 @@ def test_a_document_sees_neither_its_neighbours_nor_its_future(tmp_path: Path) -
     assert differs == [False] * 7 + [True] * 3
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["logits kept", "logits computed again"])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def kept(z: torch.Tensor, truncation: Truncation) -> torch.Tensor:
+    """One token after the other, as the options are defined."""
+    result = torch.zeros_like(z, dtype=torch.bool)
+    for row, flags in zip(z.flatten(0, 1), result.flatten(0, 1), strict=True):
+        p = row.softmax(-1)
+        order = [i for i in p.argsort(descending=True).tolist() if p[i] >= truncation.min_p * p.max()]
+        order = order[: truncation.top_k] if truncation.top_k > 0 else order
+        mass, total = 0.0, sum(float(p[i]) for i in order)
+        for i in order:
+            flags[i] = mass < truncation.top_p * total
+            mass += float(p[i])
+    return result
+
+
+@pytest.mark.parametrize("keeps", [True, False], ids=["logits kept", "logits computed again"])
+@pytest.mark.parametrize(
+    ("temperature", "truncation"),
+    [
+        (1.0, Truncation()),
+        (0.7, Truncation()),
+        (0.7, Truncation(min_p=0.1)),
+        (0.7, Truncation(top_k=4)),
+        (1.3, Truncation(top_p=0.8)),
+        (1.3, Truncation(0.05, 6, 0.9)),
+        (1.0, Truncation(top_k=50, top_p=1e-9)),
+    ],
+)
 def test_the_head_gives_values_and_gradients_of_log_softmax_at_the_slots_that_are_asked_for(
-    temperature: float, kept: bool, monkeypatch: pytest.MonkeyPatch
+    temperature: float, truncation: Truncation, keeps: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("forge_hpc.models.head.CHUNK_ELEMENTS", {"cpu": 40})  # several chunks
-    monkeypatch.setattr("forge_hpc.models.head.KEPT_BYTES", 2**20 if kept else 0)
+    monkeypatch.setattr("forge_hpc.models.head.KEPT_BYTES", 2**20 if keeps else 0)
     torch.manual_seed(0)
     head = LogprobHead.Config(in_features=5, out_features=11).build()
     hidden, slots, labels = 3 * torch.randn(2, 7, 5), torch.tensor([0, 3, 4, 8, 9, 13]), torch.randint(0, 11, (6,))
@@ -122,9 +147,11 @@ def test_the_head_gives_values_and_gradients_of_log_softmax_at_the_slots_that_ar
     for is_ours in (True, False):
         head.weight.grad, x = None, hidden.clone().requires_grad_()
         if is_ours:
-            logprobs, entropy = head(x, labels, slots, temperature)
+            logprobs, entropy = head(x, labels, slots, temperature, truncation)
         else:
-            p = (head(x).flatten(0, 1)[slots] / temperature).log_softmax(-1)
+            z = head(x).flatten(0, 1)[slots] / temperature
+            is_kept = kept(z.detach()[None], truncation)[0].scatter(-1, labels[:, None], True)
+            p = torch.where(is_kept, z, -1e9).log_softmax(-1)
             logprobs, entropy = p.gather(-1, labels[:, None]).squeeze(-1), -(p.exp() * p).sum(-1)
         (weights[0] * logprobs + weights[1] * entropy).sum().backward()
         gradients.append([x.grad, head.weight.grad])

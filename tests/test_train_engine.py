@@ -29,7 +29,8 @@ NUM_DOCUMENTS = 13
 
 
 def config(**training: Any) -> Config:
-    """A small step with every term in its loss; keys of ``algorithm`` go there, others to ``trainer.training``."""
+    """A small step with every term in its loss; keys of ``algorithm`` and of ``rollout.sampling`` go there, others to
+    ``trainer.training``."""
     cfg = Config()
     cfg.model.dtype = "float32"
     cfg.algorithm.kl_coef = 0.1
@@ -40,7 +41,8 @@ def config(**training: Any) -> Config:
     cfg.trainer.training.local_batch_size = 2
     cfg.checkpoint.async_save = False
     for name, value in training.items():
-        setattr(cfg.algorithm if hasattr(cfg.algorithm, name) else cfg.trainer.training, name, value)
+        owners = (cfg.algorithm, cfg.rollout.sampling, cfg.trainer.training)
+        setattr(next(owner for owner in owners if hasattr(owner, name)), name, value)
     return cfg
 
 
@@ -449,6 +451,7 @@ CASES: dict[str, tuple[str, bool, dict[str, int], dict[str, Any]]] = {
     "TP": ("qwen3", True, {"tensor_parallel_degree": 2}, {}),
     "TP untied": ("qwen3", False, {"tensor_parallel_degree": 2}, {}),
     "TP Qwen2": ("qwen2", True, {"tensor_parallel_degree": 2}, {}),
+    "TP truncated": ("qwen3", True, {"tensor_parallel_degree": 2}, {"min_p": 0.01, "top_k": 30, "top_p": 0.9}),
     "FSDP by sequence": ("qwen3", True, {"data_parallel_shard_degree": 2}, BY_SEQUENCE["corrected"]),
 }
 """Name: (family, tied embeddings, degrees, options of algorithm)."""

@@ -107,6 +107,11 @@ class Generator(Actor):
         await self._engine.load_weights(version, tensors.items())
         return time.perf_counter() - start
 
+    @concurrent_endpoint
+    async def relabel(self, version: int) -> None:
+        """The weights that are loaded are those of ``version`` too: no step has changed them since."""
+        await self._engine.relabel(version)
+
     @endpoint
     async def abort(self) -> None:
         """End all requests: those who asked for them are gone."""

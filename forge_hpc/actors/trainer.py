@@ -62,16 +62,17 @@ class Trainer(Actor):
             self._engine.load(checkpoint)
 
     @concurrent_endpoint
-    async def train_step(self, documents: Sequence[Document]) -> dict[str, float]:
-        """One optimizer step on the documents; metrics, equal on all ranks. Raises on a NaN."""
-        return await self._in_thread(self._train_step, documents)
+    async def train_step(self, documents: Sequence[Document], update: bool, max_mismatch: float) -> dict[str, float]:
+        """One optimizer step on the documents, as ``TrainEngine.train_step``; metrics, equal on all ranks. Raises on a
+        NaN, or a mismatch above the largest."""
+        return await self._in_thread(self._train_step, documents, update, max_mismatch)
 
-    def _train_step(self, documents: Sequence[Document]) -> dict[str, float]:
+    def _train_step(self, documents: Sequence[Document], update: bool, max_mismatch: float) -> dict[str, float]:
         start = time.perf_counter()
         if self._reference is not None:
             for document, logprobs in zip(documents, self._reference.logprobs(documents), strict=True):
                 document.ref_logprobs = logprobs
-        metrics = self._engine.train_step(documents)
+        metrics = self._engine.train_step(documents, update=update, max_mismatch=max_mismatch)
         return metrics | {"time/train_s": time.perf_counter() - start}
 
     @concurrent_endpoint

@@ -167,7 +167,8 @@ class AlgorithmConfig:
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     """Correction for the mismatch between generator and trainer."""
     drop_zero_signal_groups: bool = True
-    """Leave groups whose advantages are all zero (their rewards are equal) out of training."""
+    """Leave groups whose advantages are all zero (their rewards are equal) out of training. A step that has no others
+    counts and leaves weights and moments as they are."""
     dynamic_sampling: bool = False
     """Draw further prompts in their place, as DAPO does: every step trains on rollout.prompts_per_step groups whose
     rewards differ. Without it a step trains on the fewer that are left."""
@@ -178,12 +179,24 @@ class AlgorithmConfig:
 
 @dataclass
 class SamplingConfig:
+    """How tokens are drawn. What is left of the distribution by temperature, min_p, top_k and top_p (in this order) is
+    the policy: the trainer's log-probabilities are renormalised over the same tokens."""
+
     temperature: float = 1.0
-    """Sampling temperature; 0 is greedy."""
+    """Sampling temperature, from 0.01 to 2; 0 is greedy (not in training)."""
     top_p: float = 1.0
-    """Nucleus sampling; values below 1 make the generator's log-probabilities differ from the trainer's."""
+    """Nucleus sampling: the fewest tokens that have this probability together; 1 is all. The trainer sorts the
+    vocabulary for it; top_k as well makes that cheap."""
     top_k: int = -1
     """Sample among the k most likely tokens; -1 is all."""
+    min_p: float = 0.0
+    """Leave out tokens that are less likely than this share of the most likely one; 0 is all."""
+    repetition_penalty: float = 1.0
+    """Makes tokens that have been less likely (above 1). Not in training: the trainer knows no such policy."""
+    stop: list[str] = field(default_factory=list)
+    """A response ends with any of these strings, at the token that completes it; text and trained tokens hold both."""
+    stop_token_ids: list[int] = field(default_factory=list)
+    """A response ends with any of these tokens, as with the end of sequence, which always ends it."""
 
 
 @dataclass

@@ -64,6 +64,7 @@ _POSITIVE = [
     "rollout.max_prompt_tokens",
     "rollout.max_response_tokens",
     "rollout.sync_interval",
+    "rollout.sampling.repetition_penalty",
     "generator.timeout_s",
     "generator.replicas",
     "generator.engine.tensor_parallel_size",
@@ -105,14 +106,12 @@ _NOT_NEGATIVE = [
     "algorithm.clip_high",
     "algorithm.kl_coef",
     "algorithm.entropy_coef",
-    "rollout.sampling.temperature",
     "rollout.max_staleness",
     "trainer.optimizer.weight_decay",
     "trainer.lr_scheduler.warmup_steps",
     "evaluation.interval",
     "evaluation.num_prompts",
     "evaluation.samples",
-    "evaluation.temperature",
     "cluster.spare_nodes",
     "cluster.max_restarts",
     "cluster.gpus_per_node",
@@ -120,7 +119,12 @@ _NOT_NEGATIVE = [
     "logging.num_rollouts_per_step",
 ]
 _UP_TO_ONE = ["rollout.sampling.top_p", "generator.engine.gpu_memory_utilization"]  # above 0, at most 1
-_SHARES = ["trainer.lr_scheduler.decay_ratio", "trainer.lr_scheduler.min_lr_factor", "cluster.rollout_ratio"]  # 0 to 1
+_SHARES = [  # 0 to 1
+    "rollout.sampling.min_p",
+    "trainer.lr_scheduler.decay_ratio",
+    "trainer.lr_scheduler.min_lr_factor",
+    "cluster.rollout_ratio",
+]
 _BELOW_ONE = ["trainer.optimizer.beta1", "trainer.optimizer.beta2"]  # 0 to less than 1
 UNMEASURED_LEAD_S = 300.0
 _MAX_CHECKED_LINES = 10_000
@@ -220,11 +224,23 @@ def _check_values(cfg: Config) -> None:
         raise UserError("trainer.lora.target_modules is empty", f"known: {', '.join(LORA_TARGETS)}")
     shard = cfg.trainer.parallelism.data_parallel_shard_degree
     _require(shard == -1 or shard > 0, cfg, "trainer.parallelism.data_parallel_shard_degree", "-1 or greater than 0")
-    top_k = cfg.rollout.sampling.top_k
-    _require(top_k == -1 or top_k > 0, cfg, "rollout.sampling.top_k", "-1 (all) or greater than 0")
+    _check_sampling(cfg)
     _require(cfg.seed < 2**63, cfg, "seed", "less than 2**63")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", cfg.name):
         raise UserError(f"name is {cfg.name!r}", "it names a directory and a job: letters, digits, '.', '_' and '-'")
+
+
+def _check_sampling(cfg: Config) -> None:
+    s = cfg.rollout.sampling
+    for key in ("rollout.sampling.temperature", "evaluation.temperature"):
+        value = _get(cfg, key)
+        # vLLM takes what is below 0.01 for 0.01, and refuses what is above 2.
+        ok = value is None or value == 0 or 0.01 <= value <= 2
+        _require(ok, cfg, key, "from 0.01 to 2, or 0 (greedy)")
+    _require(s.top_k == -1 or s.top_k > 0, cfg, "rollout.sampling.top_k", "-1 (all) or greater than 0")
+    if not all(s.stop):
+        raise UserError("rollout.sampling.stop has an empty string", "it would end every response at once")
+    _require(min(s.stop_token_ids, default=0) >= 0, cfg, "rollout.sampling.stop_token_ids", "token ids, 0 or more")
 
 
 def _numbers(tree: Any, prefix: str = "") -> Iterable[tuple[str, float]]:
@@ -274,6 +290,12 @@ def _check_algorithm(cfg: Config) -> None:
         raise UserError(
             "rollout.sampling.temperature=0 is greedy: all completions of a group are equal, nothing is learned",
             "set rollout.sampling.temperature=1",
+        )
+    if r.sampling.repetition_penalty != 1:
+        raise UserError(
+            f"rollout.sampling.repetition_penalty={r.sampling.repetition_penalty:g} samples from another distribution "
+            "than the trainer computes: every ratio would be wrong",
+            "leave it out and take the reward `repetition`; recipe=eval may have it",
         )
     if r.sync_interval > r.max_staleness + 1:
         raise UserError(
@@ -490,6 +512,12 @@ def _check_dimensions(cfg: Config, directory: Path) -> None:
             f"sequences of {longest_used} tokens ({', '.join(used)}) are longer than the {longest} positions of "
             f"{where}",
             f"lower {' and '.join(used)} to {longest} or less, with the limits of rollout to match",
+        )
+    vocab_size, stop = config.get("vocab_size"), max(cfg.rollout.sampling.stop_token_ids, default=0)
+    if isinstance(vocab_size, int) and stop >= vocab_size:
+        raise UserError(
+            f"rollout.sampling.stop_token_ids has {stop}, and {where} has {vocab_size} tokens",
+            "take the ids of its own tokenizer",
         )
     heads = config.get("num_attention_heads")
     kv_heads = config.get("num_key_value_heads") or heads

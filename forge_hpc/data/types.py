@@ -116,3 +116,5 @@ class Document:
     advantage: float = 0.0
     ref_logprobs: np.ndarray | None = None
     """[L] float32: the reference model's log-probabilities at the masked tokens, 0 elsewhere."""
+    policy_version: int | None = None
+    """Of the policy that began to generate it; None: not known, or not generated."""

@@ -152,7 +152,8 @@ class GenerationEngine:
         those of the configuration's ``rollout``; temperature 0 is greedy. Cancelling the call aborts its requests.
 
         Raises:
-            ValueError: the prompt is empty, too long, or holds tokens that the model does not have.
+            ValueError: the prompt is empty, too long, or holds tokens that the model does not have; or vLLM refuses the
+                request.
             TimeoutError: not done after ``generator.timeout_s``; the engine is stuck.
             GenerationError: the engine failed or was closed.
         """
@@ -245,6 +246,12 @@ class GenerationEngine:
         finally:
             await asyncio.to_thread(staging.__exit__, None, None, None)
 
+    async def relabel(self, version: int) -> None:
+        """Make ``version`` the policy version of the weights that are in place. Raises as ``load_weights``."""
+        done = _future()
+        self._post(lambda: self._label(version, done), [done])
+        await self._answers([done])
+
     def abort(self) -> None:
         """End all requests; their callers get GenerationError."""
         self._post(lambda: self._abort(set(self._unfinished())), [])
@@ -306,21 +313,28 @@ class GenerationEngine:
             seeds = [sample_seed(seed, prompt.position, prompt.sample_index, prompt.turn)]
         else:
             seeds = [sample_seed(seed, prompt.position, index) for index in range(n)]
-        sampling_params = [
-            SamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                max_tokens=min(max_tokens, self._max_model_len - length),
-                seed=request_seed,
-                logprobs=0,  # of the sampled token alone
-                flat_logprobs=True,
-                detokenize=False,  # the finished completion is decoded once
-                output_kind=RequestOutputKind.FINAL_ONLY,
-                skip_clone=True,
-            )
-            for request_seed in seeds
-        ]
+        with _refusals(prompt):
+            sampling_params = [
+                SamplingParams(
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    top_k=sampling.top_k,
+                    min_p=sampling.min_p,
+                    repetition_penalty=sampling.repetition_penalty,
+                    stop=list(sampling.stop),
+                    stop_token_ids=list(sampling.stop_token_ids),
+                    max_tokens=min(max_tokens, self._max_model_len - length),
+                    seed=request_seed,
+                    logprobs=0,  # of the sampled token alone
+                    flat_logprobs=True,
+                    # The finished completion is decoded once; only stop strings are looked for at every token.
+                    detokenize=bool(sampling.stop),
+                    skip_special_tokens=False,  # they may be a part of what is looked for
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                    skip_clone=True,
+                )
+                for request_seed in seeds
+            ]
         return _Group(prompt, sampling_params, share)
 
     async def _complete(self, groups: list[_Group]) -> list[list[Completion] | ValueError]:
@@ -437,8 +451,9 @@ class GenerationEngine:
             request_id = str(next(self._request_ids))
             salt = f"weights-{self._num_weight_loads}/{group.share}"
             try:
-                prompt = tokens_input(group.prompt.token_ids, cache_salt=salt)
-                self._engine.add_request(request_id, prompt, group.sampling_params[index])
+                with _refusals(group.prompt):
+                    prompt = tokens_input(group.prompt.token_ids, cache_salt=salt)
+                    self._engine.add_request(request_id, prompt, group.sampling_params[index])
             except ValueError as error:
                 self._abort({group}, error)
                 continue
@@ -481,10 +496,13 @@ class GenerationEngine:
         start = time.perf_counter()
         self._settle()
         self._engine.collective_rpc("reload_weights", kwargs=arguments)
-        self._engine.set_weight_version(str(version))
-        self._policy_version = version
         self._num_weight_loads += 1
         self._weight_load_s += time.perf_counter() - start
+        self._label(version, done)
+
+    def _label(self, version: int, done: Future[Any]) -> None:
+        self._engine.set_weight_version(str(version))
+        self._policy_version = version
         done.set_result(None)
 
     def _settle(self) -> None:
@@ -511,6 +529,17 @@ class GenerationEngine:
         for group in groups:
             if not group.future.done():
                 group.future.set_exception(error or GenerationError(f"prompt {group.prompt.position} was aborted"))
+
+
+@contextlib.contextmanager
+def _refusals(prompt: Prompt | Turn) -> Iterator[None]:
+    """What vLLM does not take of a request is a ValueError here; vLLM 0.32's own is none."""
+    from vllm.exceptions import VLLMClientError
+
+    try:
+        yield
+    except (VLLMClientError, ValueError) as error:
+        raise ValueError(f"prompt {prompt.position}: vLLM refuses the request: {error}") from error
 
 
 def _future() -> Future[Any]:

@@ -9,9 +9,10 @@ the most part, have none at all.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,33 @@ CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**27}
 """Logits of a chunk, by device: on the CPU they are in float32 (128 MiB), on a GPU mostly in bfloat16 (256 MiB)."""
 KEPT_BYTES = 2**30
 """Logits of a microbatch up to this size are kept for the backward pass, larger ones are computed again."""
+
+
+class Truncation(NamedTuple):
+    """Which tokens of a distribution are sampled from, as ``rollout.sampling`` has it: what min_p leaves, of that the
+    top_k most likely, of those the fewest that have the probability top_p together."""
+
+    min_p: float = 0.0
+    top_k: int = -1
+    top_p: float = 1.0
+
+    def threshold(self, z: torch.Tensor) -> torch.Tensor:
+        """The smallest logit that is sampled from, of each token: [N, 1] for z [N, V]."""
+        least = z.amax(-1, keepdim=True) + (math.log(self.min_p) if self.min_p > 0 else -math.inf)
+        ordered = z[:, :0]
+        if 0 < self.top_k < z.shape[1]:
+            ordered = z.topk(self.top_k).values
+            least = torch.maximum(least, ordered[:, -1:])
+        elif self.top_p < 1:
+            ordered = z.sort(descending=True).values
+        if self.top_p < 1:
+            p = torch.where(ordered >= least, ordered, -math.inf).softmax(-1)
+            num_kept = (p.cumsum(-1) - p < self.top_p).sum(-1, keepdim=True)
+            least = torch.maximum(least, ordered.gather(1, num_kept - 1))
+        return least
+
+
+NOTHING_CUT = Truncation()
 
 
 class LogprobHead(Linear):
@@ -46,11 +74,15 @@ class LogprobHead(Linear):
         labels: torch.Tensor | None = None,
         slots: torch.Tensor | None = None,
         temperature: float = 1.0,
+        truncation: Truncation = NOTHING_CUT,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Logits of hidden states; with labels their log-probabilities and the entropies of their distributions.
 
         With z = logits / temperature and p = softmax(z): log p_label = z_label - logsumexp(z) and
         H = logsumexp(z) - sum p z, in float32. With a vocabulary split over ranks, four numbers a token travel.
+
+        With a truncation the sums are over the tokens that it leaves, and the label: a sampled token was among those of
+        the generator, and may have left them since. A vocabulary that is split is then put together first.
 
         Args:
             hidden: [R, T, D]; under tensor parallelism a replicated DTensor.
@@ -64,7 +96,10 @@ class LogprobHead(Linear):
         if labels is None:
             return F.linear(hidden, weight)
         group, offset = None, 0
-        if isinstance(weight, DTensor):
+        if isinstance(weight, DTensor) and truncation != NOTHING_CUT:
+            weight = weight.full_tensor()
+            hidden = hidden.full_tensor() if isinstance(hidden, DTensor) else hidden
+        elif isinstance(weight, DTensor):
             shape, mesh, placements = weight.shape, weight.device_mesh, weight.placements
             group, offset = mesh.get_group(), compute_local_shape_and_global_offset(shape, mesh, placements)[1][0]
             weight = weight.to_local()
@@ -72,7 +107,7 @@ class LogprobHead(Linear):
             hidden = hidden.to_local(grad_placements=[Partial()])
         assert slots is not None
         hidden = hidden.flatten(0, 1).index_select(0, slots)
-        return _HeadLogprobs.apply(hidden, weight, labels, temperature, group, offset)
+        return _HeadLogprobs.apply(hidden, weight, labels, temperature, truncation, group, offset)
 
 
 class _HeadLogprobs(torch.autograd.Function):
@@ -83,6 +118,7 @@ class _HeadLogprobs(torch.autograd.Function):
         weight: torch.Tensor,
         labels: torch.Tensor,
         temperature: float,
+        truncation: Truncation,
         group: dist.ProcessGroup | None,
         offset: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,11 +129,12 @@ class _HeadLogprobs(torch.autograd.Function):
         kept: list[torch.Tensor] | None = None
         if any(ctx.needs_input_grad) and hidden.shape[0] * vocab_size * weight.element_size() <= KEPT_BYTES:
             kept = []
-        parts = []
-        stats = _on(hidden.device, _stats)
+        stats, parts, thresholds = _on(hidden.device, _stats), [], []
         for chunk in _chunks(hidden, vocab_size):
             logits = hidden[chunk] @ weight.t()
-            parts.append(stats(logits, labels[chunk], temperature))
+            if truncation != NOTHING_CUT:
+                thresholds.append(truncation.threshold(logits.float() / temperature).squeeze(1))
+            parts.append(stats(logits, labels[chunk], temperature, thresholds[-1] if thresholds else None))
             if kept is not None:
                 kept.append(logits)
         largest, total, label_logit, weighted = (torch.cat(columns) for columns in zip(*parts, strict=True))
@@ -105,7 +142,8 @@ class _HeadLogprobs(torch.autograd.Function):
         if group is not None:
             largest, total, label_logit, weighted = _over_ranks(group, largest, total, label_logit, weighted)
         log_total, mean_logit = largest + total.log(), largest + weighted / total
-        ctx.save_for_backward(hidden, weight, labels, is_local, log_total, mean_logit, *(kept or ()))
+        threshold = torch.cat(thresholds) if thresholds else None
+        ctx.save_for_backward(hidden, weight, labels, is_local, log_total, mean_logit, threshold, *(kept or ()))
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
         return label_logit - log_total, log_total - mean_logit
@@ -113,34 +151,37 @@ class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, *grads: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None, None]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None, None, None]:
         """d log p_label / dz = onehot(label) - p and dH / dz = -p (z - sum p z), each over the temperature."""
-        hidden, weight, labels, is_local, log_total, mean_logit, *kept = ctx.saved_tensors
+        hidden, weight, labels, is_local, log_total, mean_logit, threshold, *kept = ctx.saved_tensors
         grad_logprobs, grad_entropies = grads
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(log_total)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        logits_grad = _on(hidden.device, _logits_grad if grad_entropies is None else _logits_grad_with_entropy)
+        tokens = (labels, is_local, log_total, grad_logprobs, mean_logit, grad_entropies, threshold)
+        logits_grad = _on(hidden.device, _logits_grad)
         for number, chunk in enumerate(_chunks(hidden, weight.shape[0])):
             logits = kept[number] if kept else hidden[chunk] @ weight.t()
-            tokens = (labels, is_local, log_total, grad_logprobs)
-            if grad_entropies is not None:
-                tokens += (mean_logit, grad_entropies)
-            grad = logits_grad(logits, ctx.temperature, *(values[chunk] for values in tokens))
+            grad = logits_grad(logits, ctx.temperature, *(None if x is None else x[chunk] for x in tokens))
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[chunk])
             if grad_weight is not None:
                 _add_product(grad_weight, grad.t(), hidden[chunk])
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
-def _stats(logits: torch.Tensor, labels: torch.Tensor, temperature: float) -> tuple[torch.Tensor, ...]:
+def _stats(
+    logits: torch.Tensor, labels: torch.Tensor, temperature: float, threshold: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
     """Of each token, with m = max z: m, sum e^(z - m), z_label - m, sum (z - m) e^(z - m)."""
     z = logits.float() / temperature
     largest = z.amax(-1, keepdim=True)
+    weights = (z - largest).exp()
+    if threshold is not None:
+        weights = weights.masked_fill(_is_cut(z, labels, threshold), 0)
     z = z - largest
-    weights = z.exp()
     label_logit = z.gather(1, labels[:, None])
     return largest.squeeze(1), weights.sum(-1), label_logit.squeeze(1), (weights * z).sum(-1)
 
@@ -152,27 +193,27 @@ def _logits_grad(
     is_local: torch.Tensor,
     log_total: torch.Tensor,
     grad_logprobs: torch.Tensor,
-) -> torch.Tensor:
-    p = (logits.float() / temperature - log_total[:, None]).exp()
-    hit = (torch.arange(logits.shape[1], device=logits.device) == labels[:, None]) & is_local[:, None]
-    return ((hit.float() - p) * (grad_logprobs[:, None] / temperature)).to(logits.dtype)
-
-
-def _logits_grad_with_entropy(
-    logits: torch.Tensor,
-    temperature: float,
-    labels: torch.Tensor,
-    is_local: torch.Tensor,
-    log_total: torch.Tensor,
-    grad_logprobs: torch.Tensor,
     mean_logit: torch.Tensor,
-    grad_entropies: torch.Tensor,
+    grad_entropies: torch.Tensor | None,
+    threshold: torch.Tensor | None,
 ) -> torch.Tensor:
     z = logits.float() / temperature
     p = (z - log_total[:, None]).exp()
-    hit = (torch.arange(logits.shape[1], device=logits.device) == labels[:, None]) & is_local[:, None]
-    grad = (hit.float() - p) * grad_logprobs[:, None] - p * (z - mean_logit[:, None]) * grad_entropies[:, None]
+    if threshold is not None:
+        p = p.masked_fill(_is_cut(z, labels, threshold), 0)
+    grad = (_is_label(z, labels) & is_local[:, None]).float().sub(p) * grad_logprobs[:, None]
+    if grad_entropies is not None:
+        grad = grad - p * (z - mean_logit[:, None]) * grad_entropies[:, None]
     return (grad / temperature).to(logits.dtype)
+
+
+def _is_label(z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return torch.arange(z.shape[1], device=z.device) == labels[:, None]
+
+
+def _is_cut(z: torch.Tensor, labels: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    """[N, V]: what is not sampled from."""
+    return (z < threshold[:, None]) & ~_is_label(z, labels)
 
 
 @functools.cache

@@ -70,6 +70,13 @@ class ConsoleProgress:
         elif self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
 
+    def warn(self, text: str) -> None:
+        """Show a warning: above the bar, or as a line of its own."""
+        if self._bar is not None:
+            self._bar.console.print(f"warning: {text}", markup=False, highlight=False)
+        elif self._lines:
+            print(f"warning: {text}", file=self._stream, flush=True)
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()

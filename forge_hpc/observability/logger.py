@@ -90,6 +90,10 @@ class MetricLogger:
         self._write_curves(step, values)
         self._console.update(step, record)
 
+    def warn(self, text: str) -> None:
+        """Show the user a line among the progress."""
+        self._console.warn(text)
+
     def log_rollouts(self, step: int, groups: Iterable[Group]) -> None:
         """Write ``num_rollouts_per_step`` rollouts of ``step``: of the first groups, the first episode each."""
         records: list[dict[str, object]] = []

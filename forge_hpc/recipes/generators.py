@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,15 +213,20 @@ class GeneratorPool:
     async def _bring_up_to_date(self, index: int, actor: Any) -> None:
         """Give a new replica the weights that the others hold; it returns in the same turn of the event loop in which
         that was found true, so that no delivery falls in between."""
-        held: tuple[WeightSync, int] | None = None
-        while (weights := self.weights) is not None and weights.version is not None:
+        held: tuple[WeightSync, int | None] | None = None
+        label: int | None = None
+        while (weights := self.weights) is not None:
             wanted = (weights, weights.version)
-            if held == wanted:
-                return
+            if weights.version is None or held == wanted:  # the weights are there; their newest name may not be
+                if weights.label == label:
+                    return
+                label = weights.label
+                await self._ask(index, actor.relabel.call_one(label), self._config.generator.timeout_s, "relabel()")
+                continue
             try:
                 load = actor.load.call_one(weights.spec, weights.version)
                 await self._ask(index, load, self._config.generator.timeout_s, "load()")
-                held = wanted
+                held, label = wanted, wanted[1]
             except ActorLost:
                 raise
             except Exception as error:  # dropped for a newer version meanwhile, or the trainers' store is gone
@@ -244,6 +249,10 @@ class WeightSync:
         self._delivery: asyncio.Task[None] | None = None
         self.version: int | None = None
         """The version in the store that generators are to hold; None before the first."""
+        self.label: int | None = None
+        """What the generators are to call it: higher where steps without a signal left the weights as they were."""
+        self.is_changed = False
+        """Whether a step has changed the trainers' weights since they were published last."""
         self.seconds = 0.0
         """Duration of the last delivery that has finished, from the snapshot to the last generator."""
 
@@ -253,11 +262,18 @@ class WeightSync:
         return self._store.spec
 
     async def publish(self, version: int) -> None:
-        """Snapshot the trainers' weights and begin to deliver them. Training may go on when this returns."""
+        """Snapshot the trainers' weights and begin to deliver them. Training may go on when this returns.
+
+        Where no step has changed them nothing is moved: the generators give the weights that they hold the new version.
+        """
         await self.delivered()
         start = time.perf_counter()
-        await self._trainers.call("publish", self._store.spec, version)
-        self._delivery = asyncio.create_task(self._deliver(version, start))
+        if self.is_changed:
+            await self._trainers.call("publish", self._store.spec, version)
+            self.is_changed = False
+            self._delivery = asyncio.create_task(self._deliver(version, start))
+        else:
+            self._delivery = asyncio.create_task(self._relabel(version, start))
 
     async def delivered(self) -> None:
         """Wait until all generators hold the version published last. Raises what went wrong on the way."""
@@ -270,12 +286,23 @@ class WeightSync:
             self._delivery.cancel()
 
     async def _deliver(self, version: int, start: float) -> None:
-        try:
+        async with self._arrival(version, start):
             await self._trainers.call("published")
             async with asyncio.timeout(self._trainers.timeout_s):
                 await self._store.commit(version)
-            self.version = version  # from here on a replacement takes this one; the others get it now
+            self.version = self.label = version  # from here on a replacement takes this one; the others get it now
             await self._generators.load.fanout(self._store.spec, version)
+
+    async def _relabel(self, version: int, start: float) -> None:
+        async with self._arrival(version, start):
+            self.label = version
+            await self._generators.relabel.fanout(version)
+
+    @contextlib.asynccontextmanager
+    async def _arrival(self, version: int, start: float) -> AsyncIterator[None]:
+        """The body brings ``version`` to all generators; the buffer is told, also of a failure."""
+        try:
+            yield
         except Exception as error:  # the loops may be waiting for these weights and for nothing else
             if self._buffer is not None:
                 await self._buffer.fail(error)

@@ -17,7 +17,7 @@ from contextlib import aclosing
 from typing import Any
 
 from forge_hpc.data.types import Prompt
-from forge_hpc.recipes.checks import SignalWatch, check_mismatch
+from forge_hpc.recipes.checks import SignalWatch
 from forge_hpc.recipes.episodes import episode_player, start_environments
 from forge_hpc.recipes.rollouts import RolloutClock, episode_buffer, make_groups, measure, to_documents
 from forge_hpc.recipes.session import Session, background, load_held_out, load_prompts
@@ -66,7 +66,9 @@ async def grpo(session: Session) -> None:
                 await buffer.put(group)
         clock.end(started)
 
-    signal = SignalWatch(config, session.state.get("steps_without_signal", 0))
+    signal = SignalWatch(
+        config, session.state.get("steps_without_signal", 0), session.state.get("all_steps_without_signal", 0)
+    )
     if session.evaluation_is_due(session.step):
         await session.evaluate(session.step, held_out, rewards, player)
     async with background(rollout_loop()) as tasks:
@@ -77,9 +79,9 @@ async def grpo(session: Session) -> None:
             waited = time.perf_counter() - waited
             metrics = measure(groups, step) | {"time/wait_generator_s": waited, "episodes/stale": buffer.num_stale}
             documents = to_documents(groups, config)
-            signal.check(step, documents, metrics)
-            metrics |= await session.train_step(step, documents)
-            check_mismatch(config, step, metrics)
+            is_signal = signal.check(step, documents, metrics)
+            learns = is_signal or not config.algorithm.drop_zero_signal_groups
+            metrics |= await session.train_step(step, documents, update=learns)
             evaluates = session.evaluation_is_due(step)
             if evaluates or step % rollout.sync_interval == 0:
                 await weights.publish(step)
@@ -91,10 +93,12 @@ async def grpo(session: Session) -> None:
                 "time/weight_sync_s": weights.seconds,
                 "prompts/too_long": prompts.num_too_long,
                 "prompts/bad": prompts.num_bad,
+                "steps/without_signal": signal.num_in_all,
             }
             session.record(step, metrics, groups)
             after = [drawn.pop(group.prompt.position, {}) for group in groups][-1]
-            counts = {"steps_without_signal": signal.num_steps, "stale_episodes": buffer.num_stale}
+            counts = {"steps_without_signal": signal.num_steps, "all_steps_without_signal": signal.num_in_all}
+            counts |= {"stale_episodes": buffer.num_stale}
             await session.save_if_due(step, {"prompts": prompts.with_rewards(after), **counts})
             if evaluates:
                 await session.evaluate(step, held_out, rewards, player)

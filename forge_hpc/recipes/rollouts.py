@@ -97,8 +97,8 @@ async def _score(prompt: Prompt, sample: Sample, rewards: RewardPool) -> _Scored
 
 
 def _group(prompt: Prompt, scored: Sequence[_Scored]) -> Group:
-    if any(isinstance(result, ValueError) for result in scored):
-        return Group(prompt, [], num_failed=len(scored))
+    if refusal := next((result for result in scored if isinstance(result, ValueError)), None):
+        return Group(prompt, [], len(scored), [("refused", str(refusal))] * len(scored))
     episodes = [result for result in scored if isinstance(result, Episode)]
     failures = [(result.kind, str(result)) for result in scored if isinstance(result, RewardError)]
     return Group(prompt, episodes, len(failures), failures)
@@ -113,7 +113,7 @@ def to_documents(groups: Sequence[Group], config: Config) -> list[Document]:
     """Compare the episodes of a step, and make documents of those that it trains on.
 
     Groups whose advantages are all zero are dropped where ``algorithm.drop_zero_signal_groups`` says so. Where no group
-    carries a signal all are kept: every step is an optimizer step.
+    carries a signal all are kept: the step measures them and trains on none.
     """
     groups = [group for group in groups if group.episodes]
     _set_advantages(groups, resolve_advantage(config.algorithm))
@@ -142,6 +142,7 @@ def _to_document(episode: Episode) -> Document:
         loss_mask=loss_mask,
         generator_logprobs=logprobs,
         advantage=episode.advantage,
+        policy_version=episode.policy_version,
     )
 
 
@@ -150,7 +151,7 @@ def measure(groups: Sequence[Group], step: int) -> dict[str, float]:
     episodes = [episode for group in groups for episode in group.episodes]
     failures = [failure for group in groups for failure in group.failures]
     if not episodes:
-        cause = failures[-1][1] if failures else "the generators refused every prompt"
+        cause = failures[-1][1] if failures else "older than rollout.max_staleness allows"
         raise RuntimeError(f"all completions of step {step} failed, at last with: {cause}")
     kinds = Counter(kind for kind, _ in failures)
     rewards = np.array([episode.reward for episode in episodes])

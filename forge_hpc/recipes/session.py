@@ -31,6 +31,7 @@ from forge_hpc.data.prompts import PromptStream, evaluation_prompts
 from forge_hpc.data.source import load_eval_examples
 from forge_hpc.data.types import Completion, Document, Episode, Group, Prompt
 from forge_hpc.observability.logger import MetricLogger
+from forge_hpc.recipes.checks import MismatchWatch
 from forge_hpc.recipes.evaluation import Graded, evaluation_seed, greedy_figures, sampled_figures
 from forge_hpc.recipes.generators import SPAWN_S, STOP_S, GeneratorPool, NodeLost, WeightSync
 from forge_hpc.recipes.recovery import Leave, Recoveries
@@ -189,6 +190,7 @@ class Session:
             raise await self._which_node_is_lost(error) from error
         mesh = procs.spawn(name, Trainer, config, self.log_dir)
         self._trainers = Trainers(mesh, config.trainer.timeout_s, self.lost)
+        self._mismatch = MismatchWatch(config, bool(self.cluster.placement.gpus_per_node), self._show_warning)
         file_store = self.log_dir / f"process-group{self._suffix}"
         checkpoint = self._resume_from / "trainer" if self._resume_from else None
         await self._trainers.call("start", self.model_dir, file_store, checkpoint, timeout_s=timeout_s)
@@ -238,6 +240,7 @@ class Session:
         is_first, self._buffer = self._pool.weights is None, buffer
         self._weights = self._pool.weights = WeightSync(trainers, store, generators, buffer)
         if self.step > 0 or not is_first:
+            self._weights.is_changed = True
             await self._weights.publish(self.step)
             await self._weights.delivered()
         return self._weights
@@ -260,8 +263,12 @@ class Session:
         self._step_ended = time.perf_counter()
         return iter(range(self.step + 1, self.config.trainer.training.steps + 1))
 
-    async def train_step(self, step: int, documents: Sequence[Document]) -> dict[str, float]:
-        """The optimizer step number ``step`` on the documents; its metrics.
+    async def train_step(self, step: int, documents: Sequence[Document], *, update: bool = True) -> dict[str, float]:
+        """The optimizer step number ``step`` on the documents; its metrics. Without ``update`` it only measures, and
+        weights and moments stay as they are.
+
+        What was generated is compared with the trainers' weights first: where the two are further apart than rounding
+        and staleness explain, RuntimeError ends the run before anything is changed, published or saved.
 
         From here to the end of ``save_if_due`` a request to leave waits, so that the step is not done twice; at any
         other place of the recipe it interrupts. A step that is to be saved begins once the save before is complete:
@@ -275,8 +282,12 @@ class Session:
             await self._stay()
         self._between_steps.clear()
         start = time.perf_counter()
-        metrics = await self.trainers.train_step(documents)
+        bounds = self._mismatch.bounds(step, documents)
+        metrics = await self.trainers.train_step(documents, update, bounds.largest)
         self._train_s.append(time.perf_counter() - start)
+        self._mismatch.check(step, metrics, bounds)
+        if self._weights is not None and metrics["tokens/trained"]:
+            self._weights.is_changed = True
         return metrics
 
     def record(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group] = ()) -> None:
@@ -369,6 +380,12 @@ class Session:
         except OSError as error:
             logger.warning("%s: %s", self.run_dir.status, error)
 
+    def _show_warning(self, text: str) -> None:
+        """On the terminal, in ``status.json`` and in the log."""
+        logger.warning(text)
+        self.metrics.warn(text)
+        self._tell(message=text)
+
     async def saved(self) -> None:
         """Wait until the save that runs beside the training is over."""
         if (saving := self._saving) is not None:
@@ -450,7 +467,7 @@ class Session:
             return
         start, config = time.perf_counter(), self.config.evaluation
         ask = self.generators.sample.stream if player is None else player.stream
-        greedy = await self._answer(ask, prompts, 1, SamplingConfig(temperature=0.0), 0, rewards)
+        greedy = await self._answer(ask, prompts, 1, replace(self.config.rollout.sampling, temperature=0.0), 0, rewards)
         values = greedy_figures([answer for [answer] in greedy])
         if config.samples:
             sampling, seed = self.config.rollout.sampling, evaluation_seed(self.config.seed, step)

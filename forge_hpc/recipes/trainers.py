@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,8 @@ class Trainers:
         results = await answer(call, self._lost, timeout_s or self.timeout_s, f"the trainers, {endpoint}()")
         return [value for _, value in results]
 
-    async def train_step(self, documents: Sequence[Document]) -> dict[str, float]:
-        """One optimizer step; its metrics."""
-        return await self.call("train_step", documents)
+    async def train_step(
+        self, documents: Sequence[Document], update: bool = True, max_mismatch: float = math.inf
+    ) -> dict[str, float]:
+        """One optimizer step, as ``TrainEngine.train_step``; its metrics."""
+        return await self.call("train_step", documents, update, max_mismatch)

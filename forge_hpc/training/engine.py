@@ -28,13 +28,14 @@ from torchtitan.tools.utils import set_default_dtype
 
 from forge_hpc.checkpoint import FileRecord
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.schema import Config
+from forge_hpc.config.schema import Config, SamplingConfig
 from forge_hpc.data.packing import PackedBatch, pack, unpack
 from forge_hpc.data.types import Document
 from forge_hpc.losses import SFTLoss, add_effective_sample_size, build_loss, step_normalizer
 from forge_hpc.losses.registry import LossFn
 from forge_hpc.models.attention import attention_inputs, inner_attention_config
 from forge_hpc.models.device import device_type, local_device
+from forge_hpc.models.head import Truncation
 from forge_hpc.models.spec import load_hf_weights, load_spec
 from forge_hpc.training.checkpointer import TrainerCheckpointer
 from forge_hpc.training.export import export_hf
@@ -81,7 +82,9 @@ class TrainEngine(Stateful):
         self.loss_fn: LossFn = (
             SFTLoss() if is_sft else build_loss(cfg.algorithm.loss, cfg.algorithm, cfg.rollout.max_response_tokens)
         )
-        self.temperature = 1.0 if is_sft else cfg.rollout.sampling.temperature
+        sampling = SamplingConfig() if is_sft else cfg.rollout.sampling
+        self.temperature = sampling.temperature
+        self.truncation = Truncation(sampling.min_p, sampling.top_k, sampling.top_p)
         if self.temperature <= 0:
             raise UserError(
                 "rollout.sampling.temperature is 0: greedy samples carry no gradient", "set it above 0, usually to 1"
@@ -96,18 +99,29 @@ class TrainEngine(Stateful):
 
     # ---- training
 
-    def train_step(self, documents: Sequence[Document]) -> dict[str, float]:
+    def train_step(
+        self, documents: Sequence[Document], *, update: bool = True, max_mismatch: float = math.inf
+    ) -> dict[str, float]:
         """One optimizer step on all documents.
+
+        Without ``update``, or where the gradient is exactly zero, the step counts and the schedule goes on, and weights
+        and moments stay as they are to the last bit: momentum and weight decay are no signal.
+
+        Args:
+            update: False only measures.
+            max_mismatch: largest ``mismatch/logprob_abs_mean``, nats, with which the step is taken.
 
         Returns:
             The step's metrics, the same on every rank: ``loss``, ``grad_norm`` (before clipping), ``lr``,
             ``entropy/mean`` (nats), ``kl/mean``, ``tokens/trained``, ``tokens/fill``, those of the loss, and with
             generator log-probabilities ``mismatch/logprob_abs_mean``: the mean absolute difference between them and
-            the log-probabilities under the weights that the step begins with.
+            the log-probabilities under the weights that the step begins with. Without an update ``grad_norm`` and
+            ``tokens/trained`` are 0.
 
         Raises:
             ValueError: documents that cannot be packed; an input of the loss that is not finite.
-            RuntimeError: a loss or gradient norm that is not finite; weights and optimizer are then untouched.
+            RuntimeError: a loss or gradient norm that is not finite, or a mismatch above the largest; weights and
+                optimizer are then untouched.
         """
         self._seed_step()
         batch = self._pack(documents)
@@ -117,27 +131,45 @@ class TrainEngine(Stateful):
         normalizer = step_normalizer(self.loss_fn, num_trained, batch.num_trained_sequences)
         self.optimizers.zero_grad()
         sums: dict[str, torch.Tensor] = {}
-        for microbatch in self._microbatches(batch):
-            for name, value in self._forward_backward(microbatch, num_trained, normalizer).items():
-                sums[name] = sums[name] + value if name in sums else value
+        with torch.set_grad_enabled(update):
+            for microbatch in self._microbatches(batch):
+                for name, value in self._forward_backward(microbatch, num_trained, normalizer).items():
+                    sums[name] = sums[name] + value if name in sums else value
         metrics = {"kl/mean": 0.0} | add_effective_sample_size(self._sum_over_ranks(sums))
         if not math.isfinite(metrics["loss"]):
             raise RuntimeError(f"the loss of step {self.step + 1} is {metrics['loss']}")
-        grad_norm = float(
-            dist_utils.clip_grad_norm_(
-                self.model.parameters(),
-                self.cfg.trainer.training.max_norm,
-                foreach=True,
-                ep_enabled=self.parallel_dims.ep_enabled,
-            )
-        )
-        if not math.isfinite(grad_norm):
-            raise RuntimeError(f"the gradient norm of step {self.step + 1} is {grad_norm}")
+        self._check_mismatch(metrics, max_mismatch)
+        grad_norm = self._clip_gradients() if update else 0.0
         lr = float(self.lr_schedulers.schedulers[0].get_last_lr()[0])
-        self.optimizers.step()
+        if grad_norm > 0:
+            self.optimizers.step()
+        else:
+            num_trained = 0
         self.lr_schedulers.step()
         self.step += 1
         return metrics | {"grad_norm": grad_norm, "lr": lr, "tokens/trained": num_trained, "tokens/fill": batch.fill}
+
+    def _check_mismatch(self, metrics: dict[str, float], largest: float) -> None:
+        mismatch = metrics.get("mismatch/logprob_abs_mean", 0.0)
+        if mismatch > largest:
+            raise RuntimeError(
+                f"step {self.step + 1}: generator and trainer differ by {mismatch:.2g} nats in the mean "
+                f"log-probability of the sampled tokens, and rounding and staleness explain at most {largest:.2g}: the "
+                "generators' weights are stale or wrong, their engine computes another model (generator.engine), or "
+                "the policy moves too far in a step (trainer.optimizer.lr). The step was not taken"
+            )
+
+    def _clip_gradients(self) -> float:
+        """Clip to ``max_norm``; the global norm before. Raises RuntimeError where it is not finite."""
+        norm = dist_utils.clip_grad_norm_(
+            self.model.parameters(),
+            self.cfg.trainer.training.max_norm,
+            foreach=True,
+            ep_enabled=self.parallel_dims.ep_enabled,
+        )
+        if not math.isfinite(grad_norm := float(norm)):
+            raise RuntimeError(f"the gradient norm of step {self.step + 1} is {grad_norm}")
+        return grad_norm
 
     def logprobs(self, documents: Sequence[Document]) -> list[np.ndarray]:
         """Log-probabilities of the documents' tokens under the current weights, at the training temperature.
@@ -211,7 +243,7 @@ class TrainEngine(Stateful):
             microbatch["input_ids"], positions=microbatch["positions"], attention_masks=microbatch["attention"]
         )
         labels, slots = microbatch["labels"], microbatch["trained_slots"]
-        values = self.model.lm_head(hidden, labels.flatten()[slots], slots, self.temperature)
+        values = self.model.lm_head(hidden, labels.flatten()[slots], slots, self.temperature, self.truncation)
         none = torch.zeros(labels.numel(), device=self.device)
         logprobs, entropies = (none.index_copy(0, slots, value).view_as(labels) for value in values)
         return logprobs, entropies
@@ -219,7 +251,7 @@ class TrainEngine(Stateful):
     def _forward_backward(
         self, microbatch: dict[str, Any], num_trained: int, normalizer: int
     ) -> dict[str, torch.Tensor]:
-        """Add the microbatch's gradients; return its share of the step's metrics."""
+        """Add the microbatch's gradients, where they are enabled; return its share of the step's metrics."""
         logprobs, entropy = self._forward(microbatch)
         mask, generator_logprobs = microbatch["mask"], microbatch["generator_logprobs"]
         # The policy that sampled the tokens is the one that clipping holds the new policy close to, unless the loss
@@ -236,7 +268,8 @@ class TrainEngine(Stateful):
             segment_ids=microbatch["segment_ids"],
             normalizer=normalizer,
         )
-        output.loss.backward()
+        if torch.is_grad_enabled():
+            output.loss.backward()
         shares = {
             "loss": output.loss.detach(),
             "entropy/mean": torch.where(mask, entropy.detach(), 0).sum() / num_trained,
