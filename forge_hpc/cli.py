@@ -87,14 +87,13 @@ def _status(argv: list[str]) -> int:
     """state, step and heartbeat of a run"""
     from forge_hpc.control import find_run
     from forge_hpc.observability.report import render_status
+    from launchers.jobs import is_job_id, job_state
 
     args = _run_parser("status", _status).parse_args(argv)
     run_dir = find_run(args.run_dir)
     print(render_status(run_dir))
     status = run_dir.read_status()
-    if status and status.job_id and status.job_id.isdigit() and not status.is_terminal:
-        from launchers.jobs import job_state
-
+    if status and is_job_id(status.job_id) and not status.is_terminal:
         state = job_state(status.job_id)
         print(f"{'Slurm':<10} {' '.join(state) if state else 'does not know the job any more'}")
     return 0
@@ -114,15 +113,16 @@ def _logs(argv: list[str]) -> int:
 
 def _watch(argv: list[str]) -> int:
     """status, curve and last steps, drawn again until the run ends"""
-    from forge_hpc.control import Pulse, find_run
+    from forge_hpc.control import Pulse, Seen, find_run
     from forge_hpc.observability.report import render_watch
 
     run_dir = find_run(_run_parser("watch", _watch).parse_args(argv).run_dir)
-    pulse = Pulse(run_dir)
+    pulse, seen = Pulse(run_dir), Seen(run_dir)
     clear = "\033[H\033[2J" if sys.stdout.isatty() else ""
     while True:
-        status = run_dir.read_status()
-        print(f"{clear}{render_watch(run_dir)}", flush=True)
+        has_moved, status = seen.moved(), seen.status()
+        if has_moved:
+            print(f"{clear}{render_watch(run_dir)}", flush=True)
         if status is None or status.is_terminal:
             return 0 if status and status.state == "completed" else 1
         if lost := pulse.lost(status):
@@ -146,6 +146,39 @@ def _report(argv: list[str]) -> int:
     from forge_hpc.observability.report import render_report
 
     print(render_report(find_run(_run_parser("report", _report).parse_args(argv).run_dir)))
+    return 0
+
+
+def _env(argv: list[str]) -> int:
+    """play an environment by hand: you write the responses"""
+    from forge_hpc.config import check_environment, load_config
+    from forge_hpc.environments.play import play
+
+    parser = _parser("env", _env)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="configuration of a run with an environment")
+    parser.add_argument("--prompt", type=int, default=0, metavar="N", help="the run's Nth prompt, from 0; default 0")
+    parser.add_argument("--held-out", action="store_true", help="of those of evaluation")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as environment.name=guessing")
+    args = parser.parse_intermixed_args(argv)
+    if args.prompt < 0:
+        raise UserError(f"--prompt is {args.prompt}", "count from 0")
+    config = load_config(args.config, args.overrides)
+    if config.environment.name is None:
+        raise UserError("there is no environment", "name one: forge-hpc env environment.name=guessing")
+    check_environment(config)
+    return play(config, args.prompt, args.held_out)
+
+
+def _export(argv: list[str]) -> int:
+    """write the model of a checkpoint for transformers and vLLM, also while the run goes on"""
+    from forge_hpc.control import find_run
+    from forge_hpc.export import export
+
+    parser = _run_parser("export", _export)
+    parser.add_argument("--step", type=int, metavar="N", help="of this step; default the newest complete checkpoint")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default RUN_DIR/exports/step-N")
+    args = parser.parse_args(argv)
+    print(export(find_run(args.run_dir), args.step, args.output))
     return 0
 
 
@@ -185,6 +218,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "cancel": _cancel,
     "resume": _resume,
     "report": _report,
+    "env": _env,
+    "export": _export,
     "doctor": _doctor,
     "prepare": _prepare,
 }

@@ -9,16 +9,20 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
 from forge_hpc.config import UserError
+from forge_hpc.files import Look, is_there, look
 from forge_hpc.run_dir import RunDir, Status
-from launchers.jobs import ACTIVE, cancel_job, is_active, job_state
+from launchers.jobs import ACTIVE, cancel_job, is_active, is_job_id, job_state
 
 _POLL_S = 0.5
 _ASK_SLURM_S = 10.0
 _CANCEL_TIMEOUT_S = 60.0
+_SAVE_TIMEOUT_S = 330.0
+"""A run on this machine saves first: see ``forge_hpc.run.SILENT_S``."""
 _SILENT_S = 60.0
 
 
@@ -29,14 +33,38 @@ def find_run(path: Path | None) -> RunDir:
         UserError: there is no run.
     """
     if path is None:
-        statuses = sorted(Path("runs").glob("*/status.json"), key=lambda p: p.stat().st_mtime)
-        if not statuses:
+        folders = Path("runs").iterdir() if is_there(Path("runs")) else ()
+        found = {folder: status.mtime_ns for folder in folders if (status := look(folder / "status.json"))}
+        if not found:
             raise UserError("no run directory given, and no run in runs/", "name one: forge-hpc status RUN_DIR")
-        path = statuses[-1].parent
+        path = max(found, key=lambda folder: found[folder])
     run_dir = RunDir(path)
     if not run_dir.has_config and run_dir.read_status() is None:
         raise UserError(f"no run in {run_dir}", "a run directory holds config.yaml and status.json")
     return run_dir
+
+
+class Seen:
+    """The status of a run for those who look again and again: ``status.json`` is opened only when it has moved.
+
+    Whoever has a file open over NFS can hold up its writer by dying (docs/nfs.md).
+    """
+
+    def __init__(self, run_dir: RunDir) -> None:
+        self._run_dir = run_dir
+        self._look: Look | None = None
+        self._status: Status | None = None
+
+    def moved(self) -> bool:
+        """Whether the status has been written since it was last read here; it always has at first."""
+        return self._look is None or self._run_dir.pulse() != self._look
+
+    def status(self) -> Status | None:
+        """The status as it is now."""
+        found = self._run_dir.pulse()
+        if found is None or found != self._look:
+            self._status, self._look = self._run_dir.read_status(), found
+        return self._status
 
 
 class Pulse:
@@ -53,7 +81,7 @@ class Pulse:
         if status is None or status.is_terminal:
             return None
         now, job_id = time.monotonic(), status.job_id
-        if job_id and job_id.isdigit() and shutil.which("scontrol"):
+        if is_job_id(job_id) and shutil.which("scontrol"):
             if now - self._asked < _ASK_SLURM_S:
                 return None
             self._asked = now
@@ -66,7 +94,7 @@ class Pulse:
             lost = f"job {job_id} is no longer active ({' '.join(state) if state else 'unknown to Slurm'})"
         else:
             # By our own clock, from when we first saw it: those of hosts differ. The lock beats where a step is long.
-            beat = (status.heartbeat, (self._run_dir.lock_holder() or {}).get("heartbeat"))
+            beat = (status.heartbeat, self._run_dir.lock_beat())
             if beat != self._beat:
                 self._beat, self._changed = beat, now
             if now - self._changed < _SILENT_S:
@@ -85,19 +113,19 @@ def follow_run(run_dir: RunDir, job_id: str | None = None) -> int:
     """
     status = run_dir.read_status()
     job_id = job_id or (status.job_id if status else None)
-    on_slurm = job_id is not None and job_id.isdigit()
+    on_slurm = is_job_id(job_id)
     output = run_dir.logs / f"slurm-{job_id}.out"
-    asked, shown, file = time.monotonic(), "", None
+    asked, shown, file, seen = time.monotonic(), "", None, Seen(run_dir)
     try:
         while True:
             # What was seen before the last lines are read decides: nothing printed before the end is missed.
-            status = run_dir.read_status()
+            status = seen.status()
             over = status is not None and status.is_terminal
             if on_slurm and status is not None and status.job_id not in (None, job_id):  # a successor goes on
                 job_id, output, file = status.job_id, run_dir.logs / f"slurm-{status.job_id}.out", None
             if on_slurm and not over and time.monotonic() - asked > _ASK_SLURM_S:
                 asked, over = time.monotonic(), not is_active(str(job_id))
-            if file is None and output.exists():
+            if file is None and is_there(output):
                 file = output.open(errors="replace")
             if file is not None:
                 _copy(file)
@@ -131,13 +159,13 @@ def show_log(run_dir: RunDir, role: str, num_lines: int, follow: bool) -> int:
 
     The exit code: 1 if it died without a final state, else 0.
     """
-    path, pulse = _log_file(run_dir, role), Pulse(run_dir)
+    path, pulse, seen = _log_file(run_dir, role), Pulse(run_dir), Seen(run_dir)
     print(f"==> {path} <==", file=sys.stderr)
     with path.open(errors="replace") as file:
         sys.stdout.writelines(deque(file, num_lines))
         sys.stdout.flush()
         while follow:
-            status = run_dir.read_status()
+            status = seen.status()
             over, lost = status is None or status.is_terminal, pulse.lost(status)
             _copy(file)
             if lost:
@@ -163,7 +191,7 @@ def cancel_run(run_dir: RunDir) -> int:
         print(f"{run_dir} is {status.state} already")
         return 0
     job_id = (holder or {}).get("job_id") or (status.job_id if status else None)
-    if job_id and str(job_id).isdigit() and is_active(job_id):
+    if is_job_id(job_id) and is_active(job_id):
         cancel_job(job_id)
         _wait(lambda: not is_active(job_id), f"job {job_id} is still in the queue")
         _mark_cancelled(run_dir, f"job {job_id} was cancelled")
@@ -178,7 +206,9 @@ def cancel_run(run_dir: RunDir) -> int:
             pass
         except PermissionError:
             raise UserError(f"process {holder['pid']} of the run belongs to another user") from None
-        _wait(lambda: not Path(f"/proc/{holder['pid']}").exists(), f"process {holder['pid']} has not ended")
+        print(f"{run_dir} saves and ends; forge-hpc cancel again ends it at once", file=sys.stderr)
+        gone = partial(_is_gone, holder["pid"])
+        _wait(gone, f"process {holder['pid']} has not ended", _SAVE_TIMEOUT_S)
         _mark_cancelled(run_dir, "cancelled")
     else:
         _mark_cancelled(run_dir, "cancelled; nothing was running")
@@ -193,11 +223,15 @@ def _mark_cancelled(run_dir: RunDir, message: str) -> None:
         run_dir.write_status(state="cancelled", message=message)
 
 
-def _wait(over: Callable[[], bool], otherwise: str) -> None:
-    deadline = time.monotonic() + _CANCEL_TIMEOUT_S
+def _is_gone(pid: int) -> bool:
+    return not Path(f"/proc/{pid}").exists()
+
+
+def _wait(over: Callable[[], bool], otherwise: str, timeout_s: float = _CANCEL_TIMEOUT_S) -> None:
+    deadline = time.monotonic() + timeout_s
     while not over():
         if time.monotonic() > deadline:
-            raise UserError(f"{otherwise} after {_CANCEL_TIMEOUT_S:.0f} s", "look at the logs: forge-hpc logs")
+            raise UserError(f"{otherwise} after {timeout_s:.0f} s", "look at the logs: forge-hpc logs")
         time.sleep(_POLL_S)
 
 
@@ -212,12 +246,14 @@ def _log_file(run_dir: RunDir, role: str) -> Path:
 
 
 def _log_files(run_dir: RunDir) -> Iterator[Path]:
-    yield from run_dir.logs.glob("slurm-*.out")
+    if is_there(run_dir.logs):
+        yield from run_dir.logs.glob("slurm-*.out")
     if newest := run_dir.latest_log_dir():
         yield from newest.glob("*.log")
 
 
 def _copy(file: TextIO) -> None:
+    look(file.fileno())  # NFS would believe for up to a minute that nothing was appended
     while chunk := file.read(1 << 16):
         sys.stdout.write(chunk)
     sys.stdout.flush()

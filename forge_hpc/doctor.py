@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import shutil
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from forge_hpc.cluster import slurm
 from forge_hpc.config import UserError, load_config
 from forge_hpc.sandbox import Sandbox
 from launchers import checks
@@ -108,6 +110,7 @@ def _slurm() -> Iterator[Finding]:
         if not checks.slurm_is_here():
             yield "note", "Slurm", "no cluster here: runs use this machine alone"
             return
+        yield from _slurm_release()
         for partition in checks.partitions():
             limit = (
                 "no time limit"
@@ -120,6 +123,13 @@ def _slurm() -> Iterator[Finding]:
             yield "ok", "Slurm", f"partition {partition.name}: {partition.nodes} nodes{gpus}, {limit}{default}{state}"
     except UserError as error:
         yield "bad", "Slurm", error.message
+
+
+def _slurm_release() -> Iterator[Finding]:
+    with contextlib.suppress(slurm.SlurmRefused):  # the partitions say so
+        known = slurm.known_of(release := slurm.controller_release())
+        level = "ok" if known.startswith("tested") else "note"
+        yield level, "Slurm", f"{'.'.join(map(str, release))}: {known}"
 
 
 def _own_address() -> str:

@@ -11,8 +11,8 @@ and on the first node it leaves the true state in ``status.json``.
 It finds everything in the run directory, so the first start, a restart and a new job on the same directory are one.
 
 Signals only set a flag, and only the first node acts on it: it asks Slurm what the signal means. A ``scancel`` ends the
-run; preemption, the walltime and what nobody explains let it save and leave, and the job is requeued. The walltime is
-also seen coming by our own clock.
+run; Ctrl-C lets it finish its step and save, and a second one ends it at once; preemption, the walltime and what nobody
+explains let it save and leave, and the job is requeued. The walltime is also seen coming by our own clock.
 
 A file system that fails keeps nobody from coming back: what cannot be written on the way out is said on stderr.
 """
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -36,6 +37,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from forge_hpc.checkpoint.store import steps_in
 from forge_hpc.cluster import slurm
 from forge_hpc.cluster.allocation import Allocation, host_address, interface_of
 from forge_hpc.cluster.identity import make_job_identity, tls_environment
@@ -45,8 +47,10 @@ from forge_hpc.cluster.silence import LOOK_S, Silence
 from forge_hpc.cluster.starts import FAILURES, StartLog
 from forge_hpc.cluster.walltime import SlurmClock, Walltime
 from forge_hpc.config import Config, UserError, load_config, print_error, read_config, save_config, signal_lead_s
+from forge_hpc.files import in_thread
 from forge_hpc.observability.summary import final_summary
 from forge_hpc.run_dir import RunDir
+from forge_hpc.status_writer import StatusWriter
 
 STOP_S = 9.0
 """Seconds that the controller gets to end in good order when the run is cancelled; with the rest it stays below 15."""
@@ -67,6 +71,10 @@ SILENT_S = 300.0
 """A controller without a sign of life for so long hangs; for ``cluster.start_timeout_s`` where that is more."""
 OTHERS_S = 60.0
 """So much longer the other nodes wait: the first one is to end it, and to say why."""
+WRITE_S = 3.0
+"""How long what matters more, such as the requeue, waits for the file system."""
+LEASE_S = 120.0
+"""How long the last write may take: longer than a file server waits for a reader that has died."""
 LEFT_CODE = 75
 """Exit code of a run that has saved and left (EX_TEMPFAIL): neither done nor failed."""
 
@@ -82,7 +90,8 @@ class Wish:
     """``cancelled``: end at once. Anything else: save, leave, and come back."""
     message: str
     within_s: float | None
-    """Then Slurm kills; None where nobody does."""
+    """Then Slurm kills; None where nobody does. Of a run that is cancelled: how long it may take to save; None where it
+    is not to save at all."""
 
     @property
     def cancels(self) -> bool:
@@ -132,8 +141,11 @@ class Supervisor:
         self._clock = SlurmClock()
         self._walltime: Walltime | None = None
         self._facts: slurm.JobFacts | None = None
+        self._preemption: slurm.Preemption | None = None
+        self._config: Config | None = None
         self._kill_at: float | None = None
         self._hung = ""
+        self._status = StatusWriter(run_dir)
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
             signal.signal(signum, self._on_signal)
 
@@ -173,20 +185,31 @@ class Supervisor:
     def _meaning(self, signum: int, came: float) -> Wish:
         name = signal.Signals(signum).name
         if signum in (signal.SIGINT, signal.SIGHUP):
-            return Wish("cancelled", f"stopped by {name}", None)
+            return Wish("cancelled", f"stopped by {name}", self._patience_s(signum))
         if not self.allocation.in_slurm:
             return Wish("asked", f"asked to leave by {name}", None)
         facts = self._ask()
         cause = slurm.cause_of(facts, signum, self.allocation.requeues)
         within_s: float | None = None
-        if facts is not None and facts.state == "RUNNING" and facts.end_time is not None:
+        if facts is not None and facts.state == "RUNNING" and cause in (slurm.Cause.PREEMPTED, slurm.Cause.WALLTIME):
             self._clock.has_seen(facts.start_time)
-            left_s = facts.end_time - self._clock.now()
-            if left_s > 0 and cause in (slurm.Cause.PREEMPTED, slurm.Cause.WALLTIME):
+            end_time = facts.end_time
+            if cause is slurm.Cause.PREEMPTED and (how := self._how_preempted(facts)) is not None:
+                end_time = how.end_of_grace(facts)
+            if end_time is not None and (left_s := end_time - self._clock.now()) > 0:
                 within_s = self._until(left_s)
         if within_s is None:  # the kill follows SIGTERM, and nothing follows SIGUSR2
             within_s = SILENT_S if signum == signal.SIGUSR2 else KILL_WAIT_S - (time.monotonic() - came)
         return Wish(cause.value, f"{MEANINGS[cause]} ({name})", within_s)
+
+    def _patience_s(self, signum: int) -> float:
+        """How long a run that somebody at its terminal stops may take to save: what step and save have taken before,
+        and nothing when it is asked for a second time (a terminal that is closed may send SIGHUP twice)."""
+        if signum == signal.SIGINT and self._leaving is not None and self._leaving.cancels:
+            return 0.0
+        if self._config is None:
+            return STOP_S
+        return max(STOP_S, min(SILENT_S, measured_lead_s(self.run_dir, self._config)))
 
     def _check_wish(self) -> None:
         """Raise Stopped where there is nothing to save yet, and somebody wants the run to end."""
@@ -306,7 +329,7 @@ class Supervisor:
     def _first_node(self) -> int:
         allocation, run_dir = self.allocation, self.run_dir
         job_id = allocation.job_id if allocation.in_slurm else None
-        config = read_config(run_dir.config)
+        config = self._config = read_config(run_dir.config)
         with run_dir.lock(job_id, requeues=allocation.requeues, stop=self._check_wish) as lock:
             self._lock = lock
             return self._locked(config, job_id)
@@ -323,9 +346,11 @@ class Supervisor:
         try:
             restart = run_dir.next_restart(job_id)
             log_dir = run_dir.create_log_dir(job_id, restart)
-            run_dir.write_status(state="starting", restarts=restart, job_id=job_id, message="")
+            self._status.tell(state="starting", restarts=restart, job_id=job_id, message="")
+            in_thread(partial(self._status.flush, SILENT_S), self._check_wish)
             nodes, requeues = self.allocation.num_nodes, self.allocation.requeues
-            starts.begin(job_id=job_id, restart=restart, nodes=nodes, requeues=requeues)
+            begin = partial(starts.begin, job_id=job_id, restart=restart, nodes=nodes, requeues=requeues)
+            in_thread(begin, self._check_wish)
             began = True
             rendezvous = self._rendezvous(self._key() if job_id else f"local.{restart}.{os.getpid()}")
             self._clean(keep=rendezvous.directory.name)
@@ -362,14 +387,15 @@ class Supervisor:
         ``began`` says that the log of starts has the beginning of this one.
         """
         run_dir, message = self.run_dir, ended.message
-        if self._lock.lost.is_set():  # the run, its status and its log of starts are another's now
+        if not self._lock.confirm(WRITE_S):  # the run, its status and its log of starts are another's now
             print(f"error: {message}", file=sys.stderr)
             return 1
         if ended.cause == "completed":
+            self._status.tell(state="completed")
             with unhindered():
-                run_dir.write_status(state="completed")
+                self._status.flush(LEASE_S)
             with unhindered():
-                starts.end(state="completed", cause=ended.cause, message="")
+                in_thread(partial(starts.end, state="completed", cause=ended.cause, message=""), within_s=LEASE_S)
             if self._summary:
                 with unhindered():
                     print("\n" + final_summary(run_dir, time.monotonic() - self._started), flush=True)
@@ -390,22 +416,25 @@ class Supervisor:
             state, code, message = "cancelled", 130, f"{message}; then cancelled"
         recorded = False
         with unhindered():
-            starts.end(state=state, cause=ended.cause, message=message)
+            in_thread(partial(starts.end, state=state, cause=ended.cause, message=message), within_s=WRITE_S)
             recorded = True
         if state == "preempted" and is_failure and not (began or recorded):  # nothing would end such a row of starts
             state, code, message = "failed", 1, f"{message}; not started again, since starts cannot be counted"
-        with unhindered():
-            run_dir.write_status(state=state, message=message)
+        self._status.tell(state=state, message=message)
         if state == "preempted" and self.allocation.in_slurm:
+            with contextlib.suppress(OSError, UserError):  # the requeue does not wait for the file server
+                self._status.flush(WRITE_S)
             try:
                 how, successor = self._come_back(config, ended)
                 message = f"{message}; {how}"
-                with unhindered():
-                    run_dir.write_status(message=message, job_id=successor)
+                self._status.tell(message=message, job_id=successor)
             except Stopped as stopped:
                 state, code, message = stopped.wish.cause, 130, f"{message}; then {stopped.wish.message}"
-                with unhindered():
-                    run_dir.write_status(state=state, message=message)
+                self._status.tell(state=state, message=message)
+        if state != "preempted":
+            self._stay_ended()
+        with unhindered():
+            self._status.flush(LEASE_S)
         print(f"logs: {log_dir}", file=sys.stderr)
         print(f"{state if state != 'failed' else 'error'}: {message}", file=sys.stderr)
         if ended.hint:
@@ -424,6 +453,11 @@ class Supervisor:
             return "Slurm starts it again", None
         if not comes_back(config):
             return f"slurm.requeue={config.slurm.requeue}: {by_hand}", None
+        facts, requeues = self._facts, config.slurm.requeue == "auto"
+        if facts is not None and facts.preempted and (how := self._how_preempted(facts)) is not None:
+            if how.starts_again(facts) and not ended.lost_nodes:
+                return "Slurm starts it again", None
+            requeues = requeues and not how.marks(facts)
         now = time.monotonic()
         until = (
             now + COME_BACK_S
@@ -432,7 +466,7 @@ class Supervisor:
         )
         while True:
             try:
-                if config.slurm.requeue == "auto":
+                if requeues:
                     try:
                         slurm.requeue(self.allocation.job_id, ended.lost_nodes)
                         return "requeued", None
@@ -447,10 +481,31 @@ class Supervisor:
                     return f"Slurm has not been reached ({silence}): {by_hand}", None
                 print(f"asking again: {silence}", file=sys.stderr, flush=True)
             except slurm.SlurmRefused as refusal:
-                return f"Slurm takes no successor ({refusal}): {by_hand}", None
+                if config.slurm.requeue != "auto" or requeues:
+                    return f"Slurm takes no successor ({refusal}): {by_hand}", None
+                print(f"no successor: {refusal}", file=sys.stderr)
+                requeues = True  # better a job that ends as PREEMPTED than none
+                continue
             if (wish := self._wish()) is not None and wish.cancels:
                 raise Stopped(wish)
             time.sleep(RETRY_S)
+
+    def _how_preempted(self, facts: slurm.JobFacts) -> slurm.Preemption | None:
+        """How the job is, or was, preempted: asked once, since there is little time later."""
+        if self._preemption is None:
+            self._preemption = slurm.preemption(facts, timeout_s=ANSWER_S)
+        return self._preemption
+
+    def _stay_ended(self) -> None:
+        """Keep Slurm from starting a run again that has failed, or was stopped: it may still act on a preemption."""
+        facts = self._ask() if self.allocation.in_slurm else None
+        if facts is None or not (facts.preempted or facts.restarts):
+            return
+        if (how := self._how_preempted(facts)) is not None and how.may_start_again(facts):
+            try:
+                slurm.forbid_requeue(self.allocation.job_id)
+            except slurm.SlurmRefused as refusal:
+                print(f"Slurm may start the job again: {refusal}", file=sys.stderr)
 
     def _submit_successor(self, config: Config, ended: Ended) -> str:
         facts = self._facts or self._ask()
@@ -522,8 +577,8 @@ class Supervisor:
         outcome = None
         with contextlib.suppress(OSError):
             outcome = patiently(lambda: rendezvous.look("outcome"), REQUEUE_S)
-        if wish is not None and wish.cancels and (outcome is None or outcome["code"] != 1):
-            return Ended("cancelled", wish.message)
+        if wish is not None and wish.cancels and (outcome is None or outcome["code"] not in (0, 1)):
+            return self._cancelled(config, wish)
         if outcome is None and controller.returncode in (0, 4):  # it could not be written
             outcome = {"code": controller.returncode, "cause": "node", "message": "a node is lost", "lost_nodes": []}
             if wish is not None:
@@ -554,12 +609,15 @@ class Supervisor:
         deadline, told, silence, looked = None, False, Silence(self.run_dir), time.monotonic()
         while controller.poll() is None:
             if (wish := self._wish()) is not None:
-                within_s = STOP_S if wish.cancels else wish.within_s
+                stops = wish.cancels and not wish.within_s
+                within_s = STOP_S if wish.cancels and wish.within_s is None else wish.within_s
                 if within_s is not None:
                     until = time.monotonic() + max(1.0, within_s - REQUEUE_S)
                     deadline = until if deadline is None else min(deadline, until)
+                if wish.cancels and not stops:
+                    self._promise(within_s)
                 if wish.cancels or self._leaving is None:
-                    tell(controller, "stop" if wish.cancels else f"leave {wish.message}")
+                    tell(controller, "stop" if stops else f"leave {wish.message}")
                 self._leaving = wish
             if deadline is not None and time.monotonic() > deadline:
                 controller.kill()
@@ -579,10 +637,41 @@ class Supervisor:
             time.sleep(POLL_S)
         return self._leaving
 
+    def _promise(self, within_s: float | None) -> None:
+        """Tell whoever pressed Ctrl-C what happens now, and what a second one costs."""
+        step, saved = self._steps()
+        what = f"stopping: what is under way is finished and saved, in at most {within_s or 0:.0f} s"
+        cost = f"Ctrl-C again ends at once, and {_steps_again(step - saved)}"
+        print(f"{what}; {cost}", file=sys.stderr, flush=True)
+
+    def _steps(self) -> tuple[int, int]:
+        """Optimizer steps done, and those that the newest checkpoint has."""
+        status, saved = None, 0
+        with contextlib.suppress(OSError, UserError):
+            status = self.run_dir.read_status()
+        with contextlib.suppress(OSError):
+            saved = max(steps_in(self.run_dir.checkpoints), default=0)
+        return max(saved, status.step if status is not None else 0), saved
+
+    def _cancelled(self, config: Config, wish: Wish) -> Ended:
+        """How a run has ended that was cancelled: what is lost, and how to go on."""
+        resume = f"forge-hpc resume {shlex.quote(str(self.run_dir))}"
+        if config.recipe == "eval":
+            return Ended("cancelled", wish.message, f"{resume} begins the evaluation again")
+        step, saved = self._steps()
+        if not step:
+            return Ended("cancelled", f"{wish.message}, before the first step", f"{resume} begins again")
+        export = f"; forge-hpc export {shlex.quote(str(self.run_dir))} writes its model" if saved else ""
+        if saved == step:
+            return Ended("cancelled", f"{wish.message} after step {step}, which is saved", f"{resume} goes on{export}")
+        stands = f"the newest checkpoint is of step {saved}" if saved else "there is no checkpoint"
+        message = f"{wish.message} after step {step}; {stands}: {_steps_again(step - saved)}"
+        return Ended("cancelled", message, f"{resume} goes on{export}")
+
     def _can_write(self) -> bool:
         """Whether it is not the file system that keeps signs of life from being written."""
         try:
-            os.utime(self.run_dir.path / ".lock")
+            in_thread(lambda: os.utime(self.run_dir.path / ".lock"), within_s=WRITE_S)
         except OSError:
             return False
         return True
@@ -595,6 +684,7 @@ class Supervisor:
             return None
         if not run_dir.config.exists():
             warm = load_config(config.warmstart.config, config.warmstart.overrides)
+            warm.data.template_date = warm.data.template_date or config.data.template_date
             save_config(warm, run_dir.create().config)
         print(f"warm start in {run_dir}", flush=True)
         environ = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
@@ -605,11 +695,12 @@ class Supervisor:
         while process.poll() is None:
             if (wish := self._wish()) is not None:
                 process.send_signal(signal.SIGINT if wish.cancels else signal.SIGTERM)
-                wait_or_kill(process, STOP_S + 2 if wish.cancels else (wish.within_s or SILENT_S) - REQUEUE_S)
+                patience_s = max(STOP_S, wish.within_s or 0.0) + 2 if wish.cancels else wish.within_s or SILENT_S
+                self._leaving = wish
+                self._end_warm_start(process, patience_s if wish.cancels else patience_s - REQUEUE_S)
                 return Ended(wish.cause, f"{wish.message}, in the warm start")
             if time.monotonic() - beat > BEAT_S:
-                with contextlib.suppress(OSError):
-                    self.run_dir.write_status()
+                self._status.tell()
                 beat = time.monotonic()
             time.sleep(POLL_S)
         if process.returncode == 0:
@@ -623,6 +714,24 @@ class Supervisor:
             return Ended("crash", f"the warm start in {run_dir} {how_it_ended(process.returncode)}")
         cause = "crash" if end["cause"] in FAILURES else "failed"
         return Ended(cause, f"the warm start in {run_dir} failed: {end['message']}")
+
+    def _end_warm_start(self, process: subprocess.Popen[bytes], timeout_s: float) -> None:
+        """Give it time to save and end; then none. A second Ctrl-C is handed on."""
+        deadline = time.monotonic() + timeout_s
+        while process.poll() is None:
+            if (wish := self._wish()) is not None and wish.cancels:
+                process.send_signal(signal.SIGINT)
+                deadline = min(deadline, time.monotonic() + max(STOP_S, wish.within_s or 0.0) + 2)
+            if time.monotonic() > deadline:
+                process.kill()
+            time.sleep(POLL_S)
+
+
+def _steps_again(num: int) -> str:
+    """What it costs that so many optimizer steps are not saved."""
+    if num <= 0:
+        return "no step is lost"
+    return f"{num} optimizer step{'s' * (num > 1)} will be done again"
 
 
 def patience_s(config: Config) -> float:
@@ -683,15 +792,6 @@ def undisturbed(command: Sequence[str]) -> list[str]:
     Slurm signals every process of a step, and a terminal all of its job; only the supervisor is to answer.
     """
     return ["sh", "-c", "trap '' TERM INT USR1 USR2; exec \"$@\"", "sh", *command]
-
-
-def wait_or_kill(process: subprocess.Popen[bytes], timeout_s: float) -> None:
-    """Give a process time to end; then none."""
-    try:
-        process.wait(max(0.0, timeout_s))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def main() -> int:

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from forge_hpc.config.errors import UserError
+from forge_hpc.files import Look, is_there, look, read_text, reading, refuse_newer, try_writing
 from forge_hpc.files import atomic_write_json as atomic_write_json  # known here to all who write into a run directory
 from forge_hpc.files import atomic_write_text as atomic_write_text
 from forge_hpc.files import make_private_dir as make_private_dir
 from forge_hpc.files import open_private as open_private
-from forge_hpc.files import reading, refuse_newer, try_writing
-from forge_hpc.run_lock import LOCK_STALE_S, Record, RunDirLock, is_locked, read_record
+from forge_hpc.run_lock import LOCK_STALE_S, Record, RunDirLock, Signs, is_locked, read_record
 
 STATES = ("pending", "starting", "running", "saving", "preempted", "completed", "failed", "cancelled")
 TERMINAL_STATES = ("completed", "failed", "cancelled")
@@ -95,6 +95,11 @@ class RunDir:
         return self.path / "evaluations.jsonl"
 
     @property
+    def answers(self) -> Path:
+        """``step-N.jsonl`` each: the answers of an evaluation."""
+        return self.path / "evaluations"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
@@ -105,6 +110,11 @@ class RunDir:
     @property
     def export(self) -> Path:
         return self.path / "export"
+
+    @property
+    def exports(self) -> Path:
+        """Models of steps on the way, by ``forge-hpc export`` and ``checkpoint.export_interval``."""
+        return self.path / "exports"
 
     @property
     def logs(self) -> Path:
@@ -125,6 +135,9 @@ class RunDir:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
 
+    def export_of(self, step: int) -> Path:
+        return self.exports / f"step-{step:08d}"
+
     def log_dir(self, job_id: str | None, restart: int) -> Path:
         """``logs/JOB_ID.RESTART``; ``logs/local.RESTART`` outside Slurm (``job_id`` None)."""
         return self.logs / f"{job_id or 'local'}.{restart}"
@@ -132,7 +145,7 @@ class RunDir:
     def latest_log_dir(self) -> Path | None:
         """The log directory of the newest start, by modification time."""
         with reading(self.path):
-            if not self.logs.is_dir():
+            if not is_there(self.logs):
                 return None
             starts = [path for path in self.logs.iterdir() if re.fullmatch(r".+\.\d+", path.name) and path.is_dir()]
             return max(starts, key=lambda path: (path.stat().st_mtime, path.name), default=None)
@@ -141,13 +154,13 @@ class RunDir:
     @property
     def exists(self) -> bool:
         with reading(self.path):
-            return self.path.is_dir()
+            return is_there(self.path) and self.path.is_dir()
 
     @property
     def has_config(self) -> bool:
         """Whether it is the directory of a run."""
         with reading(self.path):
-            return self.config.exists()
+            return is_there(self.config)
 
     def create(self) -> Self:
         """Create the directory (mode 0700) where it is missing, and see that it can be written.
@@ -174,7 +187,7 @@ class RunDir:
         Ask on one node only and hand the answer on: the log directory, once made, changes it.
         """
         prefix = f"{job_id or 'local'}."
-        names = [path.name for path in self.logs.iterdir()] if self.logs.is_dir() else []
+        names = [path.name for path in self.logs.iterdir()] if is_there(self.logs) else []
         numbers = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
         return 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
 
@@ -192,7 +205,7 @@ class RunDir:
         """
         try:
             with reading(self.path):
-                value = json.loads(self.status.read_text(encoding="utf-8"))
+                value = json.loads(read_text(self.status))
             refuse_newer(self.status, value.get("format"), STATUS_FORMAT)
             known = {field.name for field in fields(Status)}
             return Status(**{key: item for key, item in value.items() if key in known})
@@ -249,12 +262,12 @@ class RunDir:
             raise
         return new
 
-    def pulse(self) -> int | None:
-        """Changes whenever somebody writes the status, or tries to on a full disk; None before the first write."""
-        try:
-            return self.status.stat().st_mtime_ns
-        except FileNotFoundError:
-            return None
+    def pulse(self) -> Look | None:
+        """Changes whenever somebody writes the status, or tries to on a full disk; None before the first write.
+
+        Asked of the file server, without opening anything: those who watch read the status when this has moved.
+        """
+        return look(self.status)
 
     # ------------------------------------------------------------------------------------------------ lock
     def lock(
@@ -279,3 +292,7 @@ class RunDir:
     def is_locked(self) -> bool:
         """Whether a live process holds it: at once for one on this machine, within 11 s for one on another."""
         return is_locked(self.path)
+
+    def lock_beat(self) -> int | None:
+        """Moves every few seconds while a process holds it; None where none ever did."""
+        return Signs(self.path).beat()

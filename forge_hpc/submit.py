@@ -13,11 +13,16 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from forge_hpc.config import Config, UserError, load_config, plan, read_config, safe_changes, save_config, validate
+from forge_hpc.files import is_there
 from forge_hpc.run_dir import RunDir, Status
+
+if TYPE_CHECKING:
+    from forge_hpc.cluster.slurm import JobFacts
 
 PROJECT = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = PROJECT / "configs" / "grpo" / "demo.yaml"
@@ -91,12 +96,16 @@ def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, foll
             "submit from a login node of a cluster, or use --cluster local; --dry-run shows the job script anywhere",
         )
     known = checks.partitions() if on_slurm else []
+    if on_slurm and (ignored := slurm.adopt_shell(cfg)):
+        _say(f"not passed on to sbatch: {', '.join(ignored)} (see slurm.extra)")
     if on_slurm and cfg.cluster.gpus_per_node is None:
-        gpus = [partition.gpus_per_node for partition in checks.candidates(cfg, known)]
-        cfg.cluster.gpus_per_node = min(gpus, default=0) or None  # unknown where Slurm does not count GPUs
+        cfg.cluster.gpus_per_node = checks.gpus_per_node(cfg, known)
     run_dir = RunDir(request.run_dir or _default_run_dir(cfg.name))
     warm = _check(cfg, run_dir)
+    _fix_date(cfg, run_dir)
     changes = _changes(cfg, run_dir)
+    if on_slurm or (dry_run and request.cluster != "local"):
+        slurm.check_share(cfg)
     if on_slurm or request.cluster != "local":
         _warn_of_shared_nodes(cfg)
 
@@ -151,23 +160,26 @@ def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, foll
 
 
 def prepare_in_allocation(request: Request) -> str:
-    """Inside a job that sbatch started: make or find the run directory, and return the shell line that starts the run.
+    """Inside a job that sbatch started: make or find the run directory, and return the shell lines that start the run.
 
-    For a run that is complete the line does nothing, and succeeds. A requeued job, or its successor, takes the
+    For a run that is complete they do nothing, and succeed. A requeued job, or its successor, takes the
     configuration that was saved, whatever has become of the files that it came from.
 
     Raises:
         UserError: as `submit`, or outside a Slurm job.
     """
-    from forge_hpc.cluster.slurm import CONTINUE
-    from launchers.command import job_command
+    from forge_hpc.cluster.slurm import CONTINUE, corrections, job_facts, own_job_id
+    from launchers.command import job_command, with_variables
 
-    job_id = os.environ.get("SLURM_JOB_ID")
-    if job_id is None:
+    if "SLURM_JOB_ID" not in os.environ:
         raise UserError("this is not a Slurm job", "sbatch sbatch/grpo.sh, or forge-hpc submit --cluster local")
+    facts = job_facts(os.environ["SLURM_JOB_ID"])
+    variables = corrections(facts)
+    environ = {key: value for key, value in (os.environ | variables).items() if value is not None}
+    job_id = own_job_id(environ) or ""
     nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
     continued = os.environ.get(CONTINUE)  # the job follows one that could not be requeued
-    requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0 or continued is not None
+    requeued = int(environ.get("SLURM_RESTART_COUNT", "0")) > 0 or continued is not None
     given = Path(continued) if continued else request.run_dir
     run_dir = RunDir(given) if given else None
     if requeued and run_dir is None:
@@ -176,9 +188,10 @@ def prepare_in_allocation(request: Request) -> str:
         cfg = read_config(run_dir.config)
     else:
         cfg = resolve_config(replace(request, nodes=nodes))
-        _adopt_job(cfg, job_id)
+        _adopt_job(cfg, job_id, facts)
         run_dir = run_dir or RunDir(Path("runs") / f"{cfg.name}-{job_id}")
         warm = _check(cfg, run_dir)
+        _fix_date(cfg, run_dir)
         changes = _changes(cfg, run_dir)
         _warn_of_shared_nodes(cfg)
         _refuse_busy(run_dir, job_id)
@@ -190,17 +203,16 @@ def prepare_in_allocation(request: Request) -> str:
         _say(f"{run_dir} is complete: nothing to do")
         return "true"
     _say(f"run directory  {run_dir}\n{_split(cfg)}")
-    return job_command(cfg, run_dir.path)
+    return with_variables(variables, job_command(cfg, run_dir.path))
 
 
-def _adopt_job(cfg: Config, job_id: str) -> None:
+def _adopt_job(cfg: Config, job_id: str, facts: JobFacts | None) -> None:
     """Options of sbatch win over the configuration; kept in it, so that ``forge-hpc resume`` asks for the same.
 
     The job scripts ask for --requeue: that it is in the job does not mean that somebody wants it.
     """
-    from forge_hpc.cluster.slurm import SlurmRefused, forbid_requeue, job_facts
+    from forge_hpc.cluster.slurm import SlurmRefused, forbid_requeue
 
-    facts = job_facts(job_id)
     if facts is not None and facts.can_requeue and cfg.slurm.requeue != "auto":
         try:
             forbid_requeue(job_id)
@@ -226,6 +238,7 @@ def prepare(cfg: Config, run_dir: RunDir, job_id: str | None, warm: Config | Non
     run_dir.create()
     save_config(cfg, run_dir.config)
     if warm is not None:
+        warm.data.template_date = warm.data.template_date or cfg.data.template_date
         save_config(warm, RunDir(run_dir.warmstart).create().config)
     # An earlier job is no longer this run's: who watches must not take its end for ours.
     run_dir.write_status(state="pending", job_id=job_id or "", message="")
@@ -289,6 +302,13 @@ def _set_nodes(cfg: Config, nodes: int, overrides: Sequence[str]) -> None:
         f"do not fit {working} nodes: splitting by rollout_ratio={cluster.rollout_ratio:g}"
     )
     cluster.trainer_nodes = cluster.rollout_nodes = None
+
+
+def _fix_date(cfg: Config, run_dir: RunDir) -> None:
+    """A chat template that writes today's date writes one and the same in all starts of the run: that of the first."""
+    if cfg.data.template_date is None:
+        saved = read_config(run_dir.config).data.template_date if run_dir.has_config else None
+        cfg.data.template_date = saved or date.today().isoformat()
 
 
 def _changes(cfg: Config, run_dir: RunDir) -> list[str]:
@@ -368,7 +388,7 @@ def _default_run_dir(name: str) -> Path:
 
 def _unused(path: Path) -> Path:
     candidate, number = path, 2
-    while candidate.exists():
+    while is_there(candidate):
         candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
     return candidate
 

@@ -15,17 +15,50 @@ _NO_CLUSTER = "configuration source"  # Slurm's commands are installed, but belo
 
 
 @dataclass(frozen=True)
+class Kind:
+    """Nodes of a partition that are alike."""
+
+    nodes: int
+    gpus: int
+    """Of each node."""
+    features: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
 class Partition:
     """One partition, as `sinfo` lists it."""
 
     name: str
     is_default: bool
     is_up: bool
-    nodes: int
     time_limit_s: float
     """inf where there is none."""
-    gpus_per_node: int
-    """Of the node that has the fewest; 0 where one has none."""
+    kinds: tuple[Kind, ...]
+
+    @property
+    def nodes(self) -> int:
+        return sum(kind.nodes for kind in self.kinds)
+
+    @property
+    def gpus_per_node(self) -> int:
+        """Of the nodes that have the fewest; 0 where one has none."""
+        return min((kind.gpus for kind in self.kinds), default=0)
+
+    def gpus_on(self, nodes: int, constraint: str | None = None) -> int:
+        """The most GPUs that so many nodes have each, among those with the features that ``constraint`` names; 0 where
+        there are not so many nodes."""
+        kinds = self._kinds(constraint)
+        return max((kind.gpus for kind in kinds if self.nodes_with(kind.gpus, constraint) >= nodes), default=0)
+
+    def nodes_with(self, gpus: int, constraint: str | None = None) -> int:
+        """Nodes that have so many GPUs, or more."""
+        return sum(kind.nodes for kind in self._kinds(constraint) if kind.gpus >= gpus)
+
+    def _kinds(self, constraint: str | None) -> list[Kind]:
+        """Alternatives and counts (``a|b``, ``[rack1*2]``) are Slurm's to judge: then all may do."""
+        wanted = set((constraint or "").split("&"))
+        named = all(re.fullmatch(r"[\w.-]+", feature) for feature in wanted)
+        return [kind for kind in self.kinds if not named or wanted <= kind.features]
 
 
 def slurm_is_here() -> bool:
@@ -37,23 +70,17 @@ def slurm_is_here() -> bool:
 
 def partitions() -> list[Partition]:
     """All partitions of the cluster. Raises UserError where Slurm does not answer."""
-    answer = _ask("sinfo", "--noheader", "--all", "--format=%P|%a|%D|%l|%G")
+    answer = _ask("sinfo", "--noheader", "--all", "--format=%P|%a|%D|%l|%G|%f")
     if answer.returncode != 0:
         raise UserError(f"Slurm does not answer: {' '.join(answer.stderr.split())}", "try `sinfo`, or --cluster local")
     found: dict[str, Partition] = {}
     for line in answer.stdout.splitlines():
-        name, up, nodes, limit, gres = line.split("|")  # one line for each kind of node
+        name, up, nodes, limit, gres, features = line.split("|", 5)  # one line for each kind of node
         is_default, name = name.endswith("*"), name.removesuffix("*")
-        gpus = _gpus(gres) if int(nodes) else 0
-        before = found.get(name)
-        found[name] = Partition(
-            name,
-            is_default,
-            up == "up",
-            int(nodes) + (before.nodes if before else 0),
-            _limit_s(limit),
-            min(gpus, before.gpus_per_node) if before else gpus,
-        )
+        kind = Kind(int(nodes), _gpus(gres), frozenset(features.split(",")) - {"(null)"})
+        before = found[name].kinds if name in found else ()
+        kinds = (*before, kind) if kind.nodes else before
+        found[name] = Partition(name, is_default, up == "up", _limit_s(limit), kinds)
     return list(found.values())
 
 
@@ -74,6 +101,12 @@ def candidates(cfg: Config, known: list[Partition]) -> list[Partition]:
         if name not in by_name:
             raise UserError(f"slurm.partition: no partition {name}", f"there are: {', '.join(by_name) or 'none'}")
     return [by_name[name] for name in cfg.slurm.partition.split(",")]
+
+
+def gpus_per_node(cfg: Config, known: list[Partition]) -> int | None:
+    """GPUs on each of the nodes that the job asks for, wherever it may run; None where Slurm counts none."""
+    found = [partition.gpus_on(cfg.cluster.nodes, cfg.slurm.constraint) for partition in candidates(cfg, known)]
+    return min(found, default=0) or None
 
 
 def check_job(cfg: Config, known: list[Partition]) -> None:
@@ -97,11 +130,16 @@ def _misfit(cfg: Config, partition: Partition) -> UserError | None:
             f"slurm.time={cfg.slurm.time} is longer than partition {name} allows ({_clock(partition.time_limit_s)})",
             f"set slurm.time={_clock(partition.time_limit_s)} or less",
         )
-    gpus = cfg.cluster.gpus_per_node or 0
-    if gpus > partition.gpus_per_node:
+    gpus, constraint = cfg.cluster.gpus_per_node or 0, cfg.slurm.constraint
+    if (enough := partition.nodes_with(gpus, constraint)) < nodes:
+        of = f"{gpus} GPUs" if gpus else f"slurm.constraint={constraint}"
+        if gpus and constraint:
+            of += f" and {constraint}"
+        fitting = partition.gpus_on(nodes, constraint)
+        hints = [f"cluster.gpus_per_node={fitting}"] * (0 < fitting < gpus) + [f"--nodes {enough}"] * (enough > 0)
         return UserError(
-            f"{gpus} GPUs a node asked for, partition {name} has nodes with {partition.gpus_per_node}",
-            "set cluster.gpus_per_node, or slurm.partition and slurm.constraint",
+            f"{nodes} nodes with {of} asked for, partition {name} has {enough} of them",
+            " or ".join([*hints, "another slurm.partition"]),
         )
     return None
 

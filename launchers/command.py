@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from forge_hpc.config import Config
+
+_OPTIONS_OF_SRUN = (
+    *("SLURM_EXPORT_ENV", "SRUN_EXPORT_ENV"),  # of sbatch --export: the tasks have the batch shell's environment
+    *("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_OVERCOMMIT", "SLURM_DISTRIBUTION", "SLURM_HINT", "SLURM_THREADS_PER_CORE"),
+    *(f"SLURM_NTASKS_PER_{what}" for what in ("CORE", "GPU", "NODE", "SOCKET", "TRES")),
+    *("SLURM_CPUS_PER_TASK", "SRUN_CPUS_PER_TASK", "SLURM_CPUS_PER_GPU", "SLURM_TRES_PER_TASK", "SLURM_GRES"),
+    *("SLURM_GPUS", *(f"SLURM_GPUS_PER_{what}" for what in ("NODE", "SOCKET", "TASK")), "SLURM_TRES_BIND"),
+    *(f"SLURM_MEM_PER_{what}" for what in ("CPU", "GPU", "NODE")),
+    *("SLURM_EXACT", "SLURM_EXCLUSIVE", "SLURM_CORE_SPEC", "SLURM_THREAD_SPEC", "SLURM_TIMELIMIT"),
+)
+"""Variables that srun takes for options, and that may be another job's, which this one was submitted in, or a shell's.
+Without them a step has all that its job has (seen with Slurm 22.05, 24.11 and 26.05)."""
 
 
 def run_command(run_dir: Path, python: str = sys.executable) -> list[str]:
@@ -23,7 +35,7 @@ def with_setup(command: Sequence[str], setup: Sequence[str]) -> list[str]:
 
 
 def job_command(cfg: Config, run_dir: Path) -> str:
-    """The line of a job script that starts the run on every node of the allocation, once a node.
+    """The lines of a job script that start the run on every node of the allocation, once a node.
 
     One failed task ends the others (--kill-on-bad-exit); one that ends well does not (--wait=0: generators may leave
     before the controller has written the export). The run sizes its threads itself, so no task is bound to cores. Where
@@ -36,8 +48,13 @@ def job_command(cfg: Config, run_dir: Path) -> str:
     flags = ["--ntasks-per-node=1", "--kill-on-bad-exit=1", "--wait=0", "--cpu-bind=none"]
     if cfg.cluster.spare_nodes:
         flags.append("--no-kill")
-    if cfg.slurm.cpus_per_task is not None:  # srun does not take the job's own over (since Slurm 22.05)
-        flags.append(f"--cpus-per-task={cfg.slurm.cpus_per_task}")
     run, setup = run_command(run_dir), cfg.slurm.setup
     after = shlex.join(with_setup([*run, "--after"], setup))
-    return f"{shlex.join(['srun', *flags, *with_setup(run, setup)])} || {after} $?"
+    start = f"{shlex.join(['srun', *flags, *with_setup(run, setup)])} || {after} $?"
+    return f"unset {' '.join(_OPTIONS_OF_SRUN)}\n{start}"
+
+
+def with_variables(variables: Mapping[str, str | None], command: str) -> str:
+    """`command` after shell lines that set these variables; None unsets one."""
+    lines = [f"unset {name}" if value is None else f"export {name}={value}" for name, value in variables.items()]
+    return "\n".join([*lines, command])

@@ -1,15 +1,22 @@
-"""Queued and running Slurm jobs, by their id."""
+"""Queued and running Slurm jobs, by their id; ``ARRAY_TASK`` names a task of an array."""
 
 from __future__ import annotations
 
 import re
 import subprocess
+from typing import TypeGuard
 
+from forge_hpc.cluster.slurm import JobFacts
 from forge_hpc.config import UserError
 
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
           "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT", "RESV_DEL_HOLD")  # fmt: skip
 _TIMEOUT_S = 30
+
+
+def is_job_id(job_id: str | None) -> TypeGuard[str]:
+    """Whether a run's ``job_id`` is one of Slurm's, and not None or ``local``."""
+    return re.fullmatch(r"\d+(_\d+)?", job_id or "") is not None
 
 
 def job_state(job_id: str) -> tuple[str, str] | None:
@@ -19,16 +26,15 @@ def job_state(job_id: str) -> tuple[str, str] | None:
         UserError: Slurm does not answer.
     """
     try:
-        answer = _slurm("scontrol", "show", "job", "--oneliner", job_id)
+        answer = _slurm("scontrol", "show", "job", job_id)
     except FileNotFoundError:
         return None
     if answer.returncode != 0:
         if "Invalid job id" in answer.stderr:
             return None
         raise UserError(f"Slurm does not answer: {' '.join(answer.stderr.split())}", "try `sinfo`")
-    state = re.search(r"\bJobState=(\S+)", answer.stdout)
-    reason = re.search(r"\bReason=(\S+)", answer.stdout)
-    return (state[1] if state else "UNKNOWN", reason[1] if reason else "None")
+    facts = JobFacts.parse(answer.stdout, job_id)
+    return facts.state, facts.reason
 
 
 def is_active(job_id: str) -> bool:

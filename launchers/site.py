@@ -48,7 +48,7 @@ def site_overrides(name: str | None) -> list[str]:
     if path is None:
         return []
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # no scalar has a type
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: broken YAML: {' '.join(str(error).split())}") from None
     overrides = []
@@ -61,7 +61,7 @@ def site_overrides(name: str | None) -> list[str]:
 
 
 def _pairs(node: yaml.Node | None, path: Path) -> list[tuple[str, yaml.Node]]:
-    if node is None or node.tag == "tag:yaml.org,2002:null":
+    if node is None or (isinstance(node, yaml.ScalarNode) and node.value in ("", "~", "null")):
         return []
     if not isinstance(node, yaml.MappingNode):
         raise UserError(
@@ -71,4 +71,4 @@ def _pairs(node: yaml.Node | None, path: Path) -> list[tuple[str, yaml.Node]]:
 
 
 def _text(node: yaml.Node) -> str:
-    return yaml.serialize(node, Dumper=yaml.SafeDumper, allow_unicode=True).removesuffix("...\n").strip()
+    return yaml.serialize(node, Dumper=yaml.BaseDumper, allow_unicode=True).removesuffix("...\n").strip()

@@ -8,7 +8,7 @@ The job runs `forge_hpc.run --run-dir D`, which handles signals and finds its st
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,9 @@ def job_parameters(cfg: Config, run_dir: Path, lead_s: float = 0.0) -> dict[str,
 
     ``lead_s`` is what an earlier start of the run has measured that it needs to save and leave, 0 where there was none.
     """
-    slurm, log = cfg.slurm, run_dir / "logs" / "slurm-%j.out"
+    slurm = cfg.slurm
+    options = _extra(cfg)
+    log = run_dir / "logs" / f"slurm-{'%A_%a' if options.get('array') else '%j'}.out"
     parameters: dict[str, Any] = {
         "job_name": cfg.name,
         "nodes": cfg.cluster.nodes,
@@ -78,7 +80,7 @@ def job_parameters(cfg: Config, run_dir: Path, lead_s: float = 0.0) -> dict[str,
         "constraint": slurm.constraint,
         "exclusive": slurm.exclusive or None,
         "cpus_per_task": slurm.cpus_per_task,
-        "mem": "0" if slurm.mem is None and slurm.exclusive else slurm.mem,  # whole nodes, whole memory
+        "mem": "0" if slurm.exclusive and not _sizes_memory(cfg) else slurm.mem,  # whole nodes, whole memory
         "gpus_per_node": cfg.cluster.gpus_per_node or None,
         "signal_delay_s": signal_lead_s(
             cfg, lead_s
@@ -91,18 +93,54 @@ def job_parameters(cfg: Config, run_dir: Path, lead_s: float = 0.0) -> dict[str,
     extra: dict[str, Any] = {"output": str(log), "requeue" if slurm.requeue == "auto" else "no-requeue": True}
     if cfg.cluster.spare_nodes:
         extra["no-kill"] = True
-    for name, value in slurm.extra.items():
-        extra[name.lstrip("-").replace("_", "-")] = value
+    extra |= options
     parameters["additional_parameters"] = {k: v for k, v in extra.items() if v is not None and v is not False}
     return {key: value for key, value in parameters.items() if value is not None or key == "wckey"}
 
 
+def check_share(cfg: Config) -> None:
+    """Raise a UserError if the job asks for part of each node without saying how much: Slurm would give it one core,
+    with the site's default memory a core."""
+    options = _extra(cfg)
+    if cfg.slurm.exclusive or options.get("exclusive"):
+        return
+    cores = {"cpus-per-task", "cpus-per-gpu", "mincpus", "tres-per-task"} & options.keys()
+    missing = [] if cfg.slurm.cpus_per_task is not None or cores else ["slurm.cpus_per_task=16"]
+    missing += [] if _sizes_memory(cfg) else ["slurm.mem=128G"]
+    if missing:
+        raise UserError(
+            "slurm.exclusive=false asks for part of each node, and does not say how much of it",
+            f"say how much, such as {' '.join(missing)}, or take whole nodes: slurm.exclusive=true",
+        )
+
+
+def _extra(cfg: Config) -> dict[str, Any]:
+    return {name.lstrip("-").replace("_", "-"): value for name, value in cfg.slurm.extra.items()}
+
+
+def _sizes_memory(cfg: Config) -> bool:
+    return cfg.slurm.mem is not None or not {"mem", "mem-per-cpu", "mem-per-gpu"}.isdisjoint(_extra(cfg))
+
+
+def adopt_shell(cfg: Config, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Take over whom the user's shell charges for jobs, and where it runs them, where `cfg` says nothing of it.
+
+    Returns what of the shell is for sbatch and is not passed on, as SBATCH_TIMELIMIT would win over the job script.
+    """
+    for key in ("account", "partition", "qos"):
+        if getattr(cfg.slurm, key) is None and (value := environ.get(f"SBATCH_{key.upper()}")):
+            setattr(cfg.slurm, key, value)
+    taken = {f"SBATCH_{key.upper()}" for key in ("account", "partition", "qos")}
+    return sorted(name for name in environ if name.startswith("SBATCH_") and name not in taken)
+
+
 @contextmanager
 def _private_and_outside_jobs() -> Iterator[None]:
-    """A umask for the job's files, and no variables of a job that we may be in: sbatch would take them for options."""
+    """A umask for the job's files, and none of the variables that sbatch takes for options, or hands on to the job as
+    if they were its own: a job that we may be in has left them, or somebody's shell."""
     saved = dict(os.environ)
-    if "SLURM_JOB_ID" in os.environ:
-        for name in [n for n in os.environ if n.startswith(("SLURM_", "SBATCH_", "SRUN_")) and n != "SLURM_CONF"]:
+    for name in saved:
+        if name.startswith(("SLURM_", "SLURMD_", "SBATCH_", "SRUN_")) and name not in ("SLURM_CONF", "SLURM_CLUSTERS"):
             del os.environ[name]
     umask = os.umask(0o077)
     try:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from slurm_cluster import SlurmCluster, missing_requirement
+from slurm_gpus import GpuCluster
 
 # Where continuous integration runs, a Slurm test that cannot run is a failure.
 REQUIRE_SLURM = os.environ.get("CI") == "true" or os.environ.get("FORGE_HPC_REQUIRE_SLURM") == "1"
@@ -48,4 +49,13 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
         pytest.skip(reason)
     with SlurmCluster(nodes=4) as cluster:
         print(f"Slurm cluster of 4 hosts up in {cluster.startup_s:.1f} s")
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def gpu_cluster() -> Iterator[SlurmCluster]:
+    """The same with four GPUs on each of the hosts."""
+    if reason := missing_requirement():
+        pytest.skip(reason)
+    with GpuCluster() as cluster:
         yield cluster

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -129,6 +130,26 @@ def lost_prompts(run_dir: Path, steps: Iterable[int], prompts_per_step: int) -> 
     return ((wanted - found) + (found - wanted)).total()
 
 
+def explained_metrics() -> dict[str, tuple[str, str]]:
+    """The keys of docs/metrics.md, each with its unit and what it is."""
+    rows = re.findall(r"^\| `([^`]+)` \| (.*?) ?\| (.+) \|$", (PROJECT / "docs/metrics.md").read_text(), re.MULTILINE)
+    keys = [key for key, *_ in rows]
+    assert len(set(keys)) == len(keys), "a key stands twice in docs/metrics.md"
+    return {key: (unit, explanation) for key, unit, explanation in rows}
+
+
+def pattern_of(key: str) -> str:
+    """A regular expression for what a key of docs/metrics.md stands for: words in capitals for any one."""
+    return re.sub(r"[A-Z]+", "[^/]+", re.escape(key))
+
+
+def unexplained_metrics(run_dir: Path) -> set[str]:
+    """What a run has written, and docs/metrics.md does not explain."""
+    known = re.compile("|".join(map(pattern_of, explained_metrics())))
+    records = [*read(run_dir), *read(run_dir, "evaluations.jsonl")]
+    return {key for record in records for key in record if not known.fullmatch(key)}
+
+
 def check_contract(run_dir: Path, steps: int) -> None:
     """A completed run has left everything that the run directory promises."""
     from forge_hpc.checkpoint import verify
@@ -139,6 +160,7 @@ def check_contract(run_dir: Path, steps: int) -> None:
     metrics = read(run_dir)
     assert [record["step"] for record in metrics] == list(range(1, steps + 1))
     assert not any(missing_keys(record, "grpo") for record in metrics)
+    assert not unexplained_metrics(run_dir)
     assert {record["step"] for record in read(run_dir, "rollouts.jsonl")} == set(range(1, steps + 1))
     assert verify(run_dir / f"checkpoints/step-{steps:08d}") is None
     assert list((run_dir / "tensorboard").iterdir())

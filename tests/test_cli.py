@@ -402,6 +402,13 @@ def test_the_job_scripts_take_the_nodes_of_their_allocation(slurm_cluster, slurm
 
 
 @pytest.mark.slurm
+def test_doctor_says_the_release_of_slurm_and_what_is_known_of_it(slurm_cluster, slurm_env, tmp_path):
+    release = slurm_cluster.run("scontrol", "--version").stdout.split()[1]
+    done = cli("doctor", cwd=tmp_path, env=slurm_env)
+    assert f"{release}: tested with" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.slurm
 def test_a_requeued_job_script_finds_its_run_again(slurm_cluster, slurm_env, tmp_path):
     # Submitted from elsewhere, so that the project is found through Slurm; the default run directory lies there too.
     setup = "slurm.setup=['echo start $SLURM_RESTART_COUNT; sleep 60 & wait']"

@@ -31,10 +31,10 @@ BLOCKS = (
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}"
     "{% endif %}<|end|>{% endfor %}"
 )
-# As Qwen3 does: thought before the last answer alone, so that no shorter chat is a prefix of a longer one.
+# As Qwen3 does without thinking: a closed thought before the last answer alone, and where an answer is asked for.
 THINKING = (
-    "{% for m in messages %}<|{{ m.role }}|>{% if loop.last %}<think></think>{% endif %}{{ m.content }}<|end|>"
-    "{% endfor %}"
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|><think></think>{% endif %}"
 )
 SECRET = "{% for m in messages %}<|{{ m.role }}|>{{ m.content | lower }}<|end|>{% endfor %}"
@@ -51,8 +51,9 @@ def chats(**options: Any) -> DataConfig:
     return DataConfig(prompt_field="messages", target_field=None, **options)
 
 
-def split(document: Document, tokenizer: Any) -> tuple[str, list[str]]:
-    """The text, and the runs of it that are learned."""
+def split(documents: list[Document], tokenizer: Any) -> tuple[str, list[str]]:
+    """The text of an example's only document, and the runs of it that are learned."""
+    [document] = documents
     learned: list[list[int]] = [[]]
     for token, trained in zip(document.token_ids.tolist(), document.loss_mask, strict=True):
         if trained:
@@ -67,10 +68,9 @@ def split(document: Document, tokenizer: Any) -> tuple[str, list[str]]:
     [
         (BLOCKS, ["2<|end|>", "A 2.<|end|>"]),
         (TURN_END, ["2 \n<|end|>", "A 2. \n<|end|>"]),
-        (THINKING, ["2<|end|>", "A 2.<|end|>"]),
         (PLAIN, ["2", "A 2.<eos>"]),
     ],
-    ids=["generation blocks", "turn ends", "thinking", "no turn ends"],
+    ids=["generation blocks", "turn ends", "no turn ends"],
 )
 def test_the_assistants_turns_and_their_ends_are_learned(template: str, learned: list[str]) -> None:
     tok = tokenizer(template)
@@ -138,7 +138,7 @@ def test_a_chat_is_a_prompt_and_its_target_the_answer() -> None:
     data = DataConfig(prompt_field="messages")
     example = {"messages": CHAT[:3], "answer": "A 2.", "level": 3}
     prompt = PromptRenderer(tok, data)(example, 5)
-    assert prompt.text == "<|user|>1+1?<|end|><|assistant|>2<|end|><|user|><think></think>assistant?<|end|>" + (
+    assert prompt.text == "<|user|>1+1?<|end|><|assistant|>2<|end|><|user|>assistant?<|end|>" + (
         "<|assistant|><think></think>"
     )
     assert (prompt.position, prompt.target, prompt.fields) == (5, "A 2.", {"level": 3})
@@ -174,7 +174,7 @@ def test_chats_flow_from_a_file_to_documents_and_prompts(
     tok = tokenizer(TURN_END)
     cfg = Config(data=chats(path=str(file), streaming=streaming, shuffle=False))
     document = next(DocumentStream(open_sources(cfg), tok, cfg))
-    assert split(document, tok)[1] == ["2 \n<|end|>", "A 2. \n<|end|>"]
+    assert split([document], tok)[1] == ["2 \n<|end|>", "A 2. \n<|end|>"]
     cfg = Config(data=DataConfig(path=str(file), streaming=streaming, shuffle=False, system_prompt="Be brief."))
     prompts = PromptStream(open_sources(cfg), tok, cfg).take(3)
     assert [prompt.target for prompt in prompts] == ["", "x", "xx"]

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-from runs import REWARD, check_contract, left_over, processes, read, run_local, small_run, start_local, status, wait_for
+from runs import (
+    PROJECT,
+    REWARD,
+    check_contract,
+    left_over,
+    processes,
+    read,
+    run_local,
+    small_run,
+    start_local,
+    status,
+    unexplained_metrics,
+    wait_for,
+)
+
+from forge_hpc.checkpoint import verify
 
 pytestmark = pytest.mark.timeout(900)
 STEPS = 30
@@ -50,6 +68,30 @@ def test_the_export_loads_in_transformers_and_holds_the_trained_weights(finished
     assert change > 1e-4
 
 
+def test_the_model_of_a_checkpoint_is_the_export_to_the_last_bit(finished: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "forge_hpc.cli", "export", str(finished), "--output", str(tmp_path / "model")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'model'}\n"), done.stderr
+    assert contents(tmp_path / "model") == contents(finished / "export")
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_the_answers_of_an_evaluation_are_kept_with_their_verdicts(finished: Path) -> None:
+    for evaluation in read(finished, "evaluations.jsonl"):
+        answers = read(finished, f"evaluations/step-{evaluation['step']:08d}.jsonl")
+        assert len({answer["position"] for answer in answers}) == len(answers) == evaluation["num_prompts"] == 20
+        assert sum(answer["right"] for answer in answers) == pytest.approx(20 * evaluation["accuracy"])
+        assert sum(answer["reward"] for answer in answers) == pytest.approx(20 * evaluation["reward"])
+        for answer in answers:
+            assert answer["reward"] == answer["rewards"]["length"] == pytest.approx(len(answer["response"]) / 6)
+            assert answer["prompt"].endswith("=") and answer["target"].isdigit() and answer["sample"] is None
+            assert answer["finish_reason"] in ("stop", "length") and answer["step"] == evaluation["step"]
+
+
 def check_same(first: Path, second: Path) -> None:
     """Two runs took the same steps to the same weights."""
     one, other = ([[record[key] for key in EXACT] for record in read(run_dir)] for run_dir in (first, second))
@@ -72,6 +114,8 @@ def test_a_run_learns_the_same_however_often_it_evaluates(finished: Path, tmp_pa
     evaluations = read(tmp_path / "run", "evaluations.jsonl")
     assert [record["step"] for record in evaluations] == list(range(STEPS + 1))
     assert len({record["reward_sampled"] for record in evaluations[:5]}) > 1
+    answers = read(tmp_path / "run", "evaluations/step-00000003.jsonl")
+    assert [answer["sample"] for answer in answers] == [None, 0, 1] * 20
     for seldom in read(finished, "evaluations.jsonl"):
         often = evaluations[seldom["step"]]
         assert (often["accuracy"], often["reward"]) == (seldom["accuracy"], seldom["reward"])
@@ -82,6 +126,7 @@ def test_an_export_evaluated_by_itself_is_as_good_as_it_was_at_the_end(finished:
     result = run_local(tmp_path / "run", options)
     assert result.returncode == 0, result.stderr
     assert "run: completed\n" in result.stdout and "| pass@1 " in result.stdout
+    assert not unexplained_metrics(tmp_path / "run")
     [alone], at_the_end = read(tmp_path / "run", "evaluations.jsonl"), read(finished, "evaluations.jsonl")[-1]
     assert alone["num_prompts"] == 20 and alone["step"] == 0
     assert (alone["accuracy"], alone["reward"]) == (at_the_end["accuracy"], pytest.approx(at_the_end["reward"]))
@@ -96,20 +141,29 @@ def test_an_export_evaluated_by_itself_is_as_good_as_it_was_at_the_end(finished:
 
 
 def test_a_run_that_was_interrupted_goes_on_as_if_nothing_had_happened(finished: Path, tmp_path: Path) -> None:
-    run = start_local(tmp_path / "run", small_run(tmp_path, STEPS))
+    options = small_run(tmp_path, STEPS, REWARD, "checkpoint.export_interval=10", "logging.num_groups_per_step=1")
+    run = start_local(tmp_path / "run", options)
     try:
         wait_for(lambda: len(read(tmp_path / "run")) >= 3 or run.poll() is not None, "three steps")
         run.send_signal(signal.SIGINT)
-        run.communicate(timeout=30)
+        run.communicate(timeout=120)
     finally:
         run.kill()
     assert status(tmp_path / "run")["state"] == "cancelled"
     assert len(read(tmp_path / "run")) < STEPS
-    again = run_local(tmp_path / "run", small_run(tmp_path, STEPS))
+    again = run_local(tmp_path / "run", options)
     assert again.returncode == 0, again.stderr
     assert "resuming after step" in (tmp_path / "run/logs/local.1/controller.log").read_text()
     check_contract(tmp_path / "run", steps=STEPS)
     check_same(finished, tmp_path / "run")
+    for step, names in ((10, None), (20, None), (STEPS, contents(finished / "export"))):
+        found = contents(tmp_path / f"run/exports/step-{step:08d}")
+        assert found == names if names else "model.safetensors" in found
+    rollouts = read(tmp_path / "run", "rollouts.jsonl")
+    for step in range(1, STEPS + 1):
+        whole = [r for r in rollouts if r["step"] == step and r["position"] == 16 * (step - 1)]
+        assert [r["sample"] for r in whole] == list(range(len(whole))) and len(whole) > 1
+        assert sum(r["advantage"] for r in whole) == pytest.approx(0, abs=1e-4)
 
 
 def test_a_completed_directory_is_not_run_again(finished: Path, tmp_path: Path) -> None:
@@ -172,17 +226,21 @@ def test_a_run_without_a_learning_signal_says_so_and_fails(tmp_path: Path) -> No
     assert status(tmp_path / "run")["state"] == "failed"
 
 
-def test_ctrl_c_ends_everything_within_15_seconds(tmp_path: Path) -> None:
+def test_ctrl_c_saves_says_how_to_go_on_and_ends_everything(tmp_path: Path) -> None:
     run = start_local(tmp_path / "run", small_run(tmp_path, 2000))
     try:
         wait_for(lambda: len(read(tmp_path / "run")) >= 2 or run.poll() is not None, "two steps")
         run.send_signal(signal.SIGINT)
-        assert not left_over(tmp_path / "run", within_s=15)
-        run.communicate(timeout=5)
+        assert not left_over(tmp_path / "run", within_s=60)
+        _, errors = run.communicate(timeout=20)
     finally:
         run.kill()
     assert run.returncode == 130
-    assert status(tmp_path / "run")["state"] == "cancelled"
+    found = status(tmp_path / "run")
+    assert found["state"] == "cancelled" and len(read(tmp_path / "run")) == found["step"]
+    assert verify(tmp_path / f"run/checkpoints/step-{found['step']:08d}") is None
+    assert "Ctrl-C again ends at once" in errors and f"after step {found['step']}, which is saved" in errors
+    assert f"forge-hpc resume {tmp_path / 'run'}" in errors and "forge-hpc export" in errors
 
 
 def test_a_killed_supervisor_takes_its_processes_with_it(tmp_path: Path) -> None:

@@ -73,23 +73,26 @@ def test_a_run_with_an_environment_trains_on_what_was_generated_and_repeats_exac
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_an_asynchronous_run_with_environments_keeps_the_staleness_bound(tmp_path: Path) -> None:
-    result = run_local(tmp_path / "run", guessing_run(tmp_path, "rollout.max_staleness=2", "evaluation.interval=2"))
+def test_an_asynchronous_run_whose_episodes_wait_for_their_turn_keeps_the_staleness_bound(tmp_path: Path) -> None:
+    bounds = ["rollout.max_staleness=2", "environment.max_open_episodes=5"]
+    result = run_local(tmp_path / "run", guessing_run(tmp_path, *bounds, "evaluation.interval=2"))
     assert result.returncode == 0, result.stdout + result.stderr
     metrics = read(tmp_path / "run")
     assert [record["step"] for record in metrics] == list(range(1, STEPS + 1))
     assert all(record["staleness/max"] <= 2 and record["episode/turns_mean"] > 1 for record in metrics)
+    assert all(record["episodes/failed"] == record["groups/unequal_openings"] == 0 for record in metrics)
 
 
 def test_the_page_about_your_own_environment_shows_one_that_works(tmp_path: Path) -> None:
     page = (PROJECT / "docs/environments.md").read_text()
     [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    settings, openenv = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL))
+    settings, *servers = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL))
     (tmp_path / "capitals.py").write_text(code)
     settings["environment"]["name"] = f"{tmp_path}/{settings['environment']['name']}"
     config = Config(reward=settings["reward"], environment=EnvironmentConfig(**settings["environment"]))
     validate(config)
-    validate(Config(environment=EnvironmentConfig(**openenv["environment"])))
+    for server in servers:
+        validate(Config(environment=EnvironmentConfig(**server["environment"])))
 
     async def talk() -> tuple[object, list[Step]]:
         pool = await EnvironmentPool(config, num_workers=1).start()

@@ -343,8 +343,10 @@ class ScriptedGenerator:
 class InProcess:
     """Environments without processes of their own: thousands of short episodes."""
 
+    max_open_episodes: int | None = None
+
     def __init__(self, make: Callable[[], Any]) -> None:
-        self.make = make
+        self.make, self.num_open = make, 0
 
     def open(self) -> Any:
         return _Opened(self.make())

@@ -147,6 +147,31 @@ def test_a_start_outlives_the_attempt_that_began_it_and_one_that_failed_is_begun
     asyncio.run(scenario())
 
 
+def test_a_replacement_gets_the_weights_and_the_newest_name_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def note(name: str) -> Any:
+        async def call_one(*args: Any) -> None:
+            told.append((name, args[-1]))
+
+        return SimpleNamespace(call_one=call_one)
+
+    async def scenario(version: int | None, label: int | None) -> list[tuple[str, int]]:
+        pool = Pool(spares=0)
+        await pool.start()
+        pool.pool.weights = SimpleNamespace(spec=None, version=version, label=label)  # type: ignore[assignment]
+        told.clear()
+        await pool.lose(5)
+        assert 5 in pool.pool.service.serving
+        return told.copy()
+
+    told: list[tuple[str, int]] = []
+    for name in ("load", "relabel"):
+        monkeypatch.setattr(FakeActor, name, note(name), raising=False)
+    assert asyncio.run(scenario(2, 2)) == [("load", 2)]
+    assert asyncio.run(scenario(2, 4)) == [("load", 2), ("relabel", 4)]  # two steps without a signal
+    assert asyncio.run(scenario(None, 3)) == [("relabel", 3)]  # what the run began with
+    assert asyncio.run(scenario(None, None)) == []
+
+
 def test_many_generators_may_die_between_two_steps_but_not_one_again_and_again() -> None:
     async def scenario() -> None:
         pool = Pool(spares=0)

@@ -15,7 +15,7 @@ import pytest
 from forge_hpc.config import Config, UserError
 from forge_hpc.run_dir import RunDir
 from launchers import checks
-from launchers.checks import Partition
+from launchers.checks import Kind, Partition
 from launchers.command import job_command, run_command, with_setup
 from launchers.local import run_here
 from launchers.site import site_overrides
@@ -151,7 +151,7 @@ def test_a_site_profile_becomes_overrides_that_keep_their_text(tmp_path, monkeyp
     monkeypatch.setenv("FORGE_HPC_SITE", str(site))
     cfg = load_config(None, [*site_overrides(None), "slurm.partition=mine"])
     assert (cfg.slurm.partition, cfg.slurm.time, cfg.slurm.setup) == ("mine", "24:00:00", ["module load cuda"])
-    assert (cfg.slurm.extra, cfg.cluster.gpus_per_node) == ({"nice": 5}, 8)
+    assert (cfg.slurm.extra, cfg.cluster.gpus_per_node) == ({"nice": "5"}, 8)
     assert (cfg.sandbox.runtime, cfg.sandbox.image, cfg.sandbox.limits.wall_s) == ("apptainer", "x.sif", 5)
 
     folder = tmp_path / "xdg" / "forge_hpc" / "sites"
@@ -173,7 +173,10 @@ def test_a_broken_site_profile_is_a_user_error(tmp_path, text):
 
 
 def test_jobs_that_no_partition_can_run_are_refused():
-    known = [Partition("cpu", True, True, 8, 3600, 0), Partition("gpu", False, True, 4, float("inf"), 8)]
+    known = [
+        Partition("cpu", True, True, 3600, (Kind(8, 0),)),
+        Partition("gpu", False, True, float("inf"), (Kind(4, 8),)),
+    ]
     cfg = Config()
     cfg.slurm.time, cfg.cluster.nodes = "30", 8
     checks.check_job(cfg, known)
@@ -184,7 +187,7 @@ def test_jobs_that_no_partition_can_run_are_refused():
         ("time", "2:00:00", "longer than partition cpu allows \\(01:00:00\\)"),
         ("time", "0", "longer"),
         ("partition", "fast", "no partition fast"),
-        ("gpus", 2, "nodes with 0"),
+        ("gpus", 2, "8 nodes with 2 GPUs asked for, partition cpu has 0 of them"),
     ]:
         cfg = Config()
         cfg.slurm.time, cfg.cluster.nodes = "30", 8
@@ -275,10 +278,10 @@ def test_slurm_says_what_its_partitions_are(slurm_cluster, monkeypatch):
         monkeypatch.setenv(key, value)
     assert checks.slurm_is_here()
     assert checks.partitions() == [
-        Partition("main", True, True, 4, float("inf"), 0),
-        Partition("short", False, True, 4, 600, 0),
-        Partition("spot", False, True, 4, float("inf"), 0),
-        Partition("urgent", False, True, 4, float("inf"), 0),
+        Partition("main", True, True, float("inf"), (Kind(4, 0),)),
+        Partition("short", False, True, 600, (Kind(4, 0),)),
+        Partition("spot", False, True, float("inf"), (Kind(4, 0),)),
+        Partition("urgent", False, True, float("inf"), (Kind(4, 0),)),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from runs import read, run_local, small_run, status
+from test_resume import make_session
 
 from forge_hpc.config import Config
 from forge_hpc.data.builtin import char_tokenizer, write_tiny_qwen3
@@ -18,6 +20,7 @@ from forge_hpc.data.types import Document, Episode, Group, Prompt
 from forge_hpc.generation import GenerationEngine
 from forge_hpc.recipes.checks import MismatchWatch
 from forge_hpc.recipes.rollouts import to_documents
+from forge_hpc.run_dir import RunDir
 from forge_hpc.training.distributed import init_distributed
 from forge_hpc.training.engine import TrainEngine
 
@@ -139,6 +142,32 @@ def test_a_mismatch_that_is_not_explained_is_warned_of_now_and_then() -> None:
         watch.check(step, {}, watch.bounds(step, []))
     assert [int(line.partition(":")[0].removeprefix("step ")) for line in warnings] == [1, 2, 4, 8, 16, 32, 64]
     assert "differ by 0.1 nats" in warnings[0] and "(64 such steps)" in warnings[-1] and math.isfinite(watch.num_steps)
+
+
+def test_the_warning_is_seen_on_the_terminal_and_in_the_status_and_the_bound_is_the_trainers(
+    tmp_path: Path,
+) -> None:
+    asked: list[tuple[bool, float]] = []
+
+    class Trainers:
+        async def train_step(self, documents: list[Document], update: bool, max_mismatch: float) -> dict[str, float]:
+            asked.append((update, max_mismatch))
+            return {"mismatch/logprob_abs_mean": 0.2, "tokens/trained": 1}
+
+    async def scenario() -> None:
+        run_dir = RunDir(tmp_path / "run").create()
+        run_dir.write_status(state="running")
+        session = make_session(run_dir, configuration())
+        session._trainers = Trainers()  # type: ignore[assignment]
+        session._mismatch = MismatchWatch(configuration(), False, session._show_warning)
+        with session.open_records(stream):
+            await session.train_step(1, [], update=False)
+
+    stream = io.StringIO()
+    asyncio.run(scenario())
+    assert stream.getvalue().startswith("warning: step 1: generator and trainer differ by 0.2 nats")
+    assert status(tmp_path / "run")["message"].startswith("step 1: generator and trainer differ")
+    assert asked == [(False, pytest.approx(0.5))]
 
 
 @pytest.mark.timeout(900)

@@ -11,7 +11,8 @@ import pytest
 from forge_hpc.config.schema import Config, RewardConfig
 from forge_hpc.data.types import Completion, Prompt
 from forge_hpc.rewards import RewardError, RewardPool
-from forge_hpc.rewards.code import find_program, read_tests
+from forge_hpc.rewards.code import read_tests
+from forge_hpc.rewards.program import find_program
 
 pytest.importorskip("forge_hpc.sandbox")
 
@@ -28,7 +29,7 @@ pytest.importorskip("forge_hpc.sandbox")
     ],
 )
 def test_the_program_is_the_last_closed_block_after_the_thinking(response: str, program: str):
-    assert find_program(response) == program
+    assert find_program("", response) == program
 
 
 def test_tests_are_read_in_every_form():

@@ -221,10 +221,11 @@ def test_a_live_holder_excludes_others_and_is_named(tmp_path: Path) -> None:
         assert RunDir(tmp_path).is_locked()
 
 
-def test_a_released_lock_leaves_no_record(tmp_path: Path) -> None:
+def test_a_released_lock_leaves_a_tombstone_that_nobody_takes_for_a_holder(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path).create()
     with run_dir.lock("42"):
         assert run_dir.is_locked()
+    assert json.loads((tmp_path / "lock.json").read_text())["released"]
     assert run_dir.lock_holder() is None and not run_dir.is_locked()
     with run_dir.lock("43"):
         pass
@@ -247,9 +248,17 @@ def test_one_process_cannot_lock_twice(tmp_path: Path) -> None:
         pass
 
 
-def foreign_record(run_dir: RunDir, beats: int = 0, restart: int = 0) -> None:
+def foreign_record(run_dir: RunDir, beats: int = 0, restart: int = 0, term: int = 1) -> None:
     """The record of job 7 on another machine, whose clock stands still."""
-    record = {"job_id": "7", "restart": restart, "host": "far", "boot_id": "other", "pid": 1, "token": "t"}
+    record = {
+        "job_id": "7",
+        "restart": restart,
+        "host": "far",
+        "boot_id": "other",
+        "pid": 1,
+        "token": "t",
+        "term": term,
+    }
     atomic_write_text(run_dir.path / "lock.json", json.dumps(record | {"heartbeat": 0.0, "beats": beats}))
 
 
@@ -292,7 +301,6 @@ def test_what_the_clock_says_does_not_matter(tmp_path: Path, fast_beats: None, m
     with run_dir.lock("8", stale_s=0.3):  # its time is that of 1970, and it is dead; ours stands still, and we live
         first = record_of(run_dir)
         wait_until(lambda: run_dir.lock_holder() != first)
-        assert record_of(run_dir)["heartbeat"] == first["heartbeat"]
 
 
 def test_a_wait_ends_when_it_is_told_to_and_leaves_the_record(tmp_path: Path) -> None:
@@ -309,8 +317,8 @@ def test_a_wait_ends_when_it_is_told_to_and_leaves_the_record(tmp_path: Path) ->
         foreign_record(run_dir)
         with pytest.raises(KeyboardInterrupt):
             run_dir.lock("7", requeues=requeues, stop=stop, stale_s=1)
-        assert (run_dir.lock_holder() is None) == bool(requeues)  # our claim is withdrawn
-    with run_dir.lock("8"):
+        assert record_of(run_dir)["host"] == "far"  # our claim is withdrawn: later starts still know who holds it
+    with run_dir.lock("8", stale_s=0.3):
         pass
 
 
@@ -361,7 +369,7 @@ def test_a_late_beat_of_an_earlier_start_takes_nothing_back(tmp_path: Path, fast
         foreign_record(run_dir)
         wait_until(lambda: record_of(run_dir)["restart"] == 1)
         assert not lock.lost.is_set()
-        foreign_record(run_dir, restart=2)
+        foreign_record(run_dir, restart=2, term=3)
         assert lock.lost.wait(10)
     assert record_of(run_dir)["restart"] == 2  # it is not ours to remove
 

@@ -98,11 +98,12 @@ def test_a_response_ends_with_its_stop_string_or_token_in_the_text_and_in_the_tr
     ]
     num_stopped = 0
     for whole, completion in zip(free, stopped, strict=True):
-        ends = [whole.text.find(text) + len(text) for text in ("1", "b:", "7") if text in whole.text]
+        # Some of the model's tokens have no text.
+        texts = [TOKENIZER.decode(whole.token_ids[:length]) for length in range(len(whole.token_ids) + 1)]
+        ends = [length for length, text in enumerate(texts) if any(stop in text for stop in ("1", "b:", "7"))]
         length = min(ends, default=len(whole.token_ids))
         assert completion.token_ids == whole.token_ids[:length]
         assert completion.logprobs == pytest.approx(whole.logprobs[:length], abs=1e-4)
-        assert completion.text == TOKENIZER.decode(completion.token_ids, skip_special_tokens=True)
         if ends:
             num_stopped += 1
             assert completion.finish_reason == "stop" and completion.text.endswith(("1", "b:", "7"))

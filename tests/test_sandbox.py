@@ -423,12 +423,35 @@ def arguments(config: SandboxConfig, monkeypatch, tmp_path) -> list[str]:
 
 def test_the_command_line_for_apptainer(monkeypatch, tmp_path):
     line = arguments(SandboxConfig(runtime="apptainer", image="/apps/python.sif"), monkeypatch, tmp_path)
-    assert line[:2] == [str(tmp_path / "apptainer"), "exec"]
+    assert line[:3] == [str(tmp_path / "apptainer"), "--silent", "exec"]
     for option in ("--containall", "--cleanenv", "--no-home", "--no-init", "--userns", "--net", "--no-privs"):
         assert option in line
     assert line[line.index("--network") + 1] == "none"
     assert line[line.index("--bind") + 1] == "/guest:/sandbox/guest:ro"
-    assert line[line.index("/apps/python.sif") + 1] == "python3"
+    assert "sys" in line[line.index("--no-mount") + 1].split(",")
+    command = line[line.index("/apps/python.sif") + 1 :]
+    assert command[:2] == ["/usr/bin/env", "-i"] and "HOME=/tmp" in command and "--env" not in line
+    assert "python3" in command
+
+
+def test_an_image_that_would_be_unpacked_for_each_program_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "python.sif").write_text("")
+    config = SandboxConfig(runtime="apptainer", image=str(tmp_path / "python.sif"))
+    with pytest.raises(UserError, match=r"would be unpacked .* squashfuse is not installed") as error:
+        arguments(config, monkeypatch, tmp_path)
+    assert "apptainer build --sandbox" in error.value.hint
+    (tmp_path / "squashfuse_ll").write_text("#!/bin/sh\n")
+    (tmp_path / "squashfuse_ll").chmod(0o755)
+    runtimes._finds_squashfuse.cache_clear()
+    assert "--silent" in arguments(config, monkeypatch, tmp_path)
+    runtimes._finds_squashfuse.cache_clear()
+
+
+def test_nothing_that_is_set_for_apptainer_in_a_users_environment_reaches_it(monkeypatch):
+    for name in ("APPTAINER_BIND", "SINGULARITY_BINDPATH", "APPTAINERENV_SECRET", "TOKEN"):
+        monkeypatch.setenv(name, "/home")
+    found = runtimes.environment(SandboxConfig(runtime="apptainer", image="x"))
+    assert "PATH" in found and "/home" not in found.values()
 
 
 def test_the_command_line_for_enroot(monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from runs import read, run_local, start_local, status, wait_for
+from runs import read, run_local, start_local, status, unexplained_metrics, wait_for
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -82,7 +82,7 @@ def test_an_interrupted_run_validates_goes_on_exactly_and_exports(tmp_path: Path
     try:
         wait_for(lambda: len(read(run_dir)) >= 6 or run.poll() is not None, "six steps")
         run.send_signal(signal.SIGINT)
-        run.communicate(timeout=30)
+        run.communicate(timeout=120)
     finally:
         run.kill()
     assert status(run_dir)["state"] == "cancelled"
@@ -90,6 +90,7 @@ def test_an_interrupted_run_validates_goes_on_exactly_and_exports(tmp_path: Path
     assert again.returncode == 0, again.stdout + again.stderr
     assert "resuming after step" in (run_dir / "logs/local.1/controller.log").read_text()
 
+    assert not unexplained_metrics(run_dir)
     metrics, evaluations, weights = in_one_process(run_dir, tmp_path)
     assert [record["step"] for record in read(run_dir)] == list(range(1, STEPS + 1))
     for ours, theirs in zip(read(run_dir), metrics, strict=True):

@@ -7,7 +7,8 @@ checkpoints/step-00000010/
     manifest.json       size and SHA-256 of every other file; its presence and agreement make the checkpoint complete
 
 Names that begin with a dot are not checkpoints: ``.step-N.TOKEN`` is being written, ``.gone-N.TOKEN`` being deleted,
-``.old-N`` is a complete one whose successor of the same step is about to take its name.
+``.old-N`` is a complete one whose successor of the same step is about to take its name, ``.read-step-N.TOKEN`` holds
+second names of the files of one that is being read from outside (``borrow``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import logging
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -47,6 +49,9 @@ from forge_hpc.run_dir import RunDir
 
 CONTROLLER = "controller.json"
 logger = logging.getLogger(__name__)
+BORROWED = ".read-"
+_BORROWED_S = 86400.0
+"""What a reader has borrowed for longer belongs to one that was killed."""
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -88,13 +93,16 @@ class CheckpointStore:
         for pattern in (".step-*", ".gone-*", ".old-*"):
             for path in self._dir.glob(pattern):
                 _delete(path)
+        for path in self._dir.glob(f"{BORROWED}*"):
+            with suppress(FileNotFoundError):  # its reader has just removed it
+                if time.time() - path.stat().st_mtime > _BORROWED_S:
+                    _delete(path)
 
     # ---- reading
 
     def steps(self) -> list[int]:
         """Steps that have a directory under their final name, oldest first."""
-        names = (path.name for path in self._dir.iterdir())
-        return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
+        return steps_in(self._dir)
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint that verifies, with the controller's state. Says which ones it passes over, and why.
@@ -268,6 +276,12 @@ class CheckpointStore:
             else:
                 _delete(gone)
                 self._damaged.discard(other)
+
+
+def steps_in(directory: Path) -> list[int]:
+    """Steps that have a directory under their final name in ``checkpoints/``, oldest first."""
+    names = (path.name for path in directory.iterdir())
+    return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
 
 
 def load_extra(path: Path, name: str) -> bytes | None:

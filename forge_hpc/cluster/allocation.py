@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from forge_hpc.cluster.slurm import own_job_id
 
 
 @dataclass(frozen=True)
@@ -13,7 +16,7 @@ class Allocation:
     """This process's place among the nodes of a job."""
 
     job_id: str
-    """Slurm's job id, or ``local``."""
+    """What names the job to Slurm, ``ARRAY_TASK`` for a task of an array; or ``local``."""
     node_id: int
     """0 is the first node: it holds the controller."""
     num_nodes: int
@@ -26,13 +29,13 @@ class Allocation:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Allocation:
-        """One task a node is assumed, as the job scripts ask for it."""
+        """One task a node is assumed, as the job scripts ask for it; they unset SLURM_NTASKS in the batch shell."""
         if "SLURM_PROCID" not in environ or "SLURM_JOB_ID" not in environ:
             return cls(job_id="local", node_id=0, num_nodes=1, requeues=0)
         return cls(
-            job_id=environ["SLURM_JOB_ID"],
+            job_id=own_job_id(environ) or "",
             node_id=int(environ["SLURM_PROCID"]),
-            num_nodes=int(environ.get("SLURM_NTASKS", "1")),
+            num_nodes=int(environ.get("SLURM_NTASKS") or environ.get("SLURM_JOB_NUM_NODES", "1")),
             requeues=int(environ.get("SLURM_RESTART_COUNT", "0")),
         )
 
@@ -41,20 +44,39 @@ def host_address(num_nodes: int, environ: Mapping[str, str] = os.environ) -> str
     """The address by which the other nodes reach this one: loopback where there are none.
 
     A host name that resolves to loopback on its own host (Debian's habit) is no use to others; then the interface
-    that routes to the node that launched the job is taken.
+    that routes to the node that launched the job is taken, else the one with the default route, else any.
+
+    Raises:
+        OSError: the host has no address but loopback.
     """
     if num_nodes == 1:
         return "127.0.0.1"
-    try:
-        address = socket.gethostbyname(socket.gethostname())
-    except OSError:
-        address = "127.0.0.1"
-    if not address.startswith("127."):
-        return address
-    peer = environ.get("SLURM_LAUNCH_NODE_IPADDR", "192.0.2.1")  # TEST-NET-1: no packet is sent, only a route looked up
+    with contextlib.suppress(OSError):
+        if not (address := socket.gethostbyname(socket.gethostname())).startswith("127."):
+            return address
+    for peer in (environ.get("SLURM_LAUNCH_NODE_IPADDR"), "192.0.2.1"):  # TEST-NET-1
+        if peer and (source := _source_address(peer)) is not None:
+            return source
+    import psutil
+
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    addresses = [e.address for name, entries in psutil.net_if_addrs().items() if name in up for e in entries
+                 if e.family == socket.AF_INET]  # fmt: skip
+    for address in addresses:
+        if not address.startswith(("127.", "169.254.")):
+            return address
+    raise OSError(f"{socket.gethostname()} has no address by which other nodes reach it: only loopback")
+
+
+def _source_address(peer: str) -> str | None:
+    """The address from which this host would send to ``peer``; None where it has no route, or only loopback."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((peer, 9))
-        return probe.getsockname()[0]
+        try:
+            probe.connect((peer, 9))  # no packet is sent, only a route looked up
+        except OSError:
+            return None
+        address: str = probe.getsockname()[0]
+    return None if address.startswith("127.") else address
 
 
 def interface_of(address: str) -> str:

@@ -77,7 +77,9 @@ class Faults:
             try:
                 for name in await asyncio.to_thread(self._rendezvous.names, "ended-"):
                     node = int(name.removeprefix("ended-"))
-                    if node not in self.ended_nodes and (record := self._rendezvous.look(name)) is not None:
+                    if node in self.ended_nodes:
+                        continue
+                    if (record := await asyncio.to_thread(self._rendezvous.look, name)) is not None:
                         self.ended_nodes.add(node)
                         logger.error("node %d: %s", node, record["message"])
                         if self._on_node is not None:

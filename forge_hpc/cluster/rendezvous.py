@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from forge_hpc.files import read_text
 from forge_hpc.run_dir import atomic_write_json
 
 
@@ -33,10 +34,10 @@ class Rendezvous:
 
     def look(self, name: str) -> Any | None:
         """The record, or None where nobody has published it yet."""
-        # NFS remembers for up to a minute that a name was absent; opening the directory makes it look again.
-        os.close(os.open(self.directory, os.O_RDONLY))
+        file = self.directory / f"{name}.json"
+        os.close(os.open(self.directory, os.O_RDONLY))  # NFS would remember that the name was absent; see files.ask
         try:
-            return json.loads((self.directory / f"{name}.json").read_text())
+            return json.loads(read_text(file))
         except FileNotFoundError:
             return None
 

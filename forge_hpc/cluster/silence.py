@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from forge_hpc.files import Look
 from forge_hpc.run_dir import RunDir
 
 LOOK_S = 2.0
@@ -32,7 +33,7 @@ class Silence:
             self._pulse, self._silent_s = pulse, 0.0
         return self._silent_s
 
-    def _look(self) -> int | None:
+    def _look(self) -> Look | None:
         try:
             return self._run_dir.pulse()
         except OSError:  # a pause of the file server

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from forge_hpc.files import asking, atomic_write_text, is_there
 from forge_hpc.run_dir import RunDir, open_private
 
 FAILURES = ("crash", "node", "node_fail", "unknown", "walltime")
@@ -43,9 +44,14 @@ class StartLog:
         self._path = run_dir.path / "starts.jsonl"
 
     def begin(self, *, job_id: str | None, restart: int, nodes: int, requeues: int = 0) -> None:
-        """A start begins from the newest checkpoint; ``requeues`` is how often Slurm has started the job again."""
+        """A start begins from the newest checkpoint; ``requeues`` is how often Slurm has started the job again.
+
+        It goes on in a new file: what an earlier start that was cut off still has under way goes nowhere.
+        """
         record = {"event": "begin", "job_id": job_id, "requeues": requeues, "restart": restart, "nodes": nodes}
-        self._append(record | {"step": newest_step(self._run_dir)})
+        line = _line(record | {"step": newest_step(self._run_dir)})
+        earlier = self._text()
+        atomic_write_text(self._path, earlier + ("\n" if earlier and not earlier.endswith("\n") else "") + line)
 
     def end(self, *, state: str, cause: str, message: str) -> None:
         """The start that began last has ended."""
@@ -84,17 +90,22 @@ class StartLog:
 
     def read(self) -> list[dict[str, Any]]:
         """All records, oldest first; a torn line is left out."""
-        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
         records = []
-        for line in lines:
+        for line in self._text().splitlines():
             try:
                 records.append(json.loads(line))
             except ValueError:
                 continue
         return [record for record in records if isinstance(record, dict) and "event" in record]
 
+    def _text(self) -> str:
+        try:
+            return asking(self._path, lambda: self._path.read_text(encoding="utf-8", errors="replace"))
+        except FileNotFoundError:
+            return ""
+
     def _append(self, record: dict[str, Any]) -> None:
-        data = json.dumps({"time": time.time(), **record}) + "\n"
+        data = _line(record)
         fd = open_private(self._path, os.O_RDWR | os.O_APPEND)
         try:
             size = os.fstat(fd).st_size
@@ -106,6 +117,10 @@ class StartLog:
             os.close(fd)
 
 
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps({"time": time.time(), **record}) + "\n"
+
+
 def progress(run_dir: RunDir) -> int:
     """Step of the newest checkpoint, and that of the warm start's newest: both are work that a start goes on with."""
     return newest_step(run_dir) + newest_step(RunDir(run_dir.warmstart))
@@ -113,5 +128,5 @@ def progress(run_dir: RunDir) -> int:
 
 def newest_step(run_dir: RunDir) -> int:
     """Step of the newest checkpoint by name, verified or not; 0 where there is none."""
-    names = [path.name for path in run_dir.checkpoints.glob("step-*")] if run_dir.checkpoints.is_dir() else []
+    names = [path.name for path in run_dir.checkpoints.glob("step-*")] if is_there(run_dir.checkpoints) else []
     return max((int(name.removeprefix("step-")) for name in names if name[5:].isdigit()), default=0)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from forge_hpc.config.errors import EXIT_USAGE, UserError, print_error
 from forge_hpc.config.schema import Config
 from forge_hpc.config.split import Placement, plan
-from forge_hpc.config.validate import signal_lead_s, validate, walltime_s
+from forge_hpc.config.validate import check_environment, signal_lead_s, validate, walltime_s
 
 if TYPE_CHECKING:
     from forge_hpc.config.changes import safe_changes
@@ -17,6 +17,7 @@ __all__ = [
     "Placement",
     "UserError",
     "all_keys",
+    "check_environment",
     "config_text",
     "diff_config",
     "load_config",

@@ -20,6 +20,7 @@ _FREE_KEYS = (
     "trainer.training.steps",
     "checkpoint.keep",
     "checkpoint.interval",
+    "checkpoint.export_interval",
     "evaluation.",
 )
 """How a run is queued and watched, where it runs (checkpoints fit any number of nodes), how often it saves and
@@ -38,6 +39,8 @@ def safe_changes(old: Config, new: Config, steps_done: int, refusal: str, hint: 
         UserError: something differs that may not, or the run has done more steps than are asked for now.
     """
     found = diff_config(old, new)
+    if old.data.template_date is None:  # begun before runs kept it
+        found = [change for change in found if change[0] != "data.template_date"]
     # To a run that evaluates, and does nothing else, its evaluation is what it computes.
     free = tuple(key for key in _FREE_KEYS if new.recipe != "eval" or key != "evaluation.")
     differing = [change for change in found if not change[0].startswith(free)]

@@ -29,12 +29,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.schema import Config
+from forge_hpc.config.schema import Config, RewardConfig
 
 _PATH_KEYS = re.compile(
     r"model\.path|data\.path|data\.eval_path|data\.sources\.\d+\.path|environment\.name|warmstart\.config"
     r"|reward\.\d+\.name"
 )
+_UNASKED = "(the default reward)"
 _NULL = "tag:yaml.org,2002:null"
 
 
@@ -104,11 +105,22 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         UserError: a missing or broken file, an unknown key, a wrong type; with the place and what to write instead.
     """
     cfg = OmegaConf.structured(Config)
+    cfg.reward = [RewardConfig(_UNASKED)]
     if path is not None:
         _merge_file(cfg, Path(path).expanduser(), seen=(), keep_paths=False)
     for override in overrides:
         _merge_override(cfg, override)
-    return _to_dataclasses(cfg)
+    return _with_default_reward(_to_dataclasses(cfg))
+
+
+def _with_default_reward(cfg: Config) -> Config:
+    """Nobody may have asked for a reward: an environment gives its own, and without one it is the default."""
+    if cfg.environment.name is not None and cfg.reward == [RewardConfig(_UNASKED)]:
+        cfg.reward = []
+    for reward in cfg.reward:
+        if reward.name == _UNASKED:
+            reward.name = RewardConfig().name
+    return cfg
 
 
 def read_config(path: str | Path) -> Config:
@@ -250,6 +262,10 @@ def _set(target: DictConfig, key: str, hint: Any, node: yaml.Node, full: str, so
         is_code = full in ("algorithm.loss", "recipe") and ":" in value
         if not source.keep_paths and (is_code or _PATH_KEYS.fullmatch(full)):
             value = _local_path(value, source.folder)
+    if full == "slurm.extra" and isinstance(value, dict):
+        value = {k: _as_written(v, value[k]) for k, v in _items(node, f"{full}.", source)}
+    if typing.get_args(kind) == (str,) and isinstance(node, yaml.SequenceNode):
+        value = [_as_written(item, old) for item, old in zip(node.value, value, strict=True)]
     wrong = UserError(f"{source.at(node)}: {full} must be {_describe(hint)}, not {_shown(node, value)}", None)
     if kind is bool and isinstance(value, str):
         value = {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value)
@@ -265,6 +281,11 @@ def _set(target: DictConfig, key: str, hint: Any, node: yaml.Node, full: str, so
         target[key] = value
     except OmegaConfBaseException:
         raise wrong from None
+
+
+def _as_written(node: yaml.Node, value: Any) -> Any:
+    """What is a number to YAML, and text to whom it is for: 0123 stays 0123, and 1.10 does not become 1.1."""
+    return node.value if isinstance(node, yaml.ScalarNode) and type(value) in (int, float) else value
 
 
 def _items(node: yaml.Node, prefix: str, source: _Source) -> Iterator[tuple[str, yaml.Node]]:

@@ -78,6 +78,9 @@ class DataConfig:
     """Render prompts through the tokenizer's chat template; false feeds the raw text."""
     chat_template_args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the chat template (Qwen3: ``enable_thinking: false``)."""
+    template_date: str | None = None
+    """The day, YYYY-MM-DD, that a chat template is told which writes today's date (Llama 3.2). null: the day on which
+    the run is submitted first; ``config.yaml`` keeps it for all its nodes and starts."""
     shuffle: bool = True
     """Draw examples in a seeded order, a new one every epoch."""
     streaming: bool = False
@@ -136,6 +139,9 @@ class EnvironmentConfig:
     timeout_s: float = 60.0
     """Seconds that the environment may take over an episode, all its calls together, generation not counted; an episode
     that takes longer is given up, counted and left out."""
+    max_open_episodes: int | None = None
+    """So many episodes are open at once, those of evaluation included; the others wait. By default as many as the class
+    or its server says it has room for, else all that are due."""
 
 
 @dataclass
@@ -360,6 +366,9 @@ class CheckpointConfig:
     """Newest checkpoints to keep; older ones are deleted."""
     async_save: bool = True
     """Write beside the training instead of blocking it."""
+    export_interval: int = 0
+    """Also write the weights in Hugging Face format every so many optimizer steps, to RUN_DIR/exports/step-N, which
+    nobody deletes; 0 writes those of the last step alone, to RUN_DIR/export. See also ``forge-hpc export``."""
 
 
 @dataclass
@@ -409,21 +418,22 @@ class ClusterConfig:
 @dataclass
 class SlurmConfig:
     partition: str | None = None
-    """Partition; the cluster's default where it is null."""
+    """Partition, or several by commas; where it is null $SBATCH_PARTITION, or the cluster's default."""
     account: str | None = None
-    """Account to charge."""
+    """Account to charge; where it is null $SBATCH_ACCOUNT."""
     qos: str | None = None
-    """Quality of service."""
+    """Quality of service; where it is null $SBATCH_QOS."""
     time: str = "24:00:00"
     """Walltime limit, in Slurm's notation."""
     constraint: str | None = None
     """Node features asked for."""
     exclusive: bool = True
-    """Whole nodes. Sharing a node with other users opens ports that TLS cannot cover: see the README."""
+    """Whole nodes. Sharing a node with other users opens ports that TLS cannot cover (see the README); then
+    ``cpus_per_task`` and ``mem`` say how much of it."""
     cpus_per_task: int | None = None
     """CPU cores on each node; with exclusive, all of them."""
     mem: str | None = None
-    """Memory on each node; 0 is all of it."""
+    """Memory on each node; 0 is all of it, as is null with exclusive."""
     signal_lead_s: int | None = None
     """Seconds before the walltime at which the run saves and leaves. By default it follows from the step and save times
     that the run has measured: 300 before that, and never more than half of ``time``."""
@@ -434,7 +444,7 @@ class SlurmConfig:
     setup: list[str] = field(default_factory=list)
     """Shell lines run on each node first (module load …)."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Further sbatch options, name: value."""
+    """Further sbatch options, name: value. Numbers keep their text; true gives an option without a value."""
 
 
 @dataclass
@@ -481,7 +491,11 @@ class LoggingConfig:
     wandb: bool = False
     """Send the metrics to Weights & Biases as well (offline where WANDB_MODE says so)."""
     num_rollouts_per_step: int = 2
-    """Rollouts of each step kept in rollouts.jsonl."""
+    """Rollouts of each step kept in rollouts.jsonl: the first one of each of the first groups."""
+    num_groups_per_step: int = 0
+    """So many of the first groups of each step are kept there whole: all samples that have a reward."""
+    num_answers_per_evaluation: int = 1000
+    """Answers of each evaluation kept in RUN_DIR/evaluations, all those to the first prompts; 0 keeps none."""
 
 
 @dataclass
@@ -498,6 +512,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     reward: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
+    """Rewards, each added with its weight; with an environment to what that gives, and none unless it is named here."""
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

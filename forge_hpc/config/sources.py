@@ -1,8 +1,10 @@
-"""The sources of a mixture, each as a configuration of its own."""
+"""The sources of a mixture, each as a configuration of its own, and the names of their fields."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from forge_hpc.config.schema import DataConfig
 
@@ -21,3 +23,19 @@ def data_sources(data: DataConfig) -> list[tuple[str, DataConfig, float]]:
         own = dataclasses.replace(data, **{"name": None, **given, "sources": [], "eval_path": None})
         sources.append((f"data.sources.{i}", own, weight))
     return sources
+
+
+def find_field(example: Mapping[str, Any], name: str) -> Any:
+    """The value of a field; ``reward_model.ground_truth`` is one within another, unless it is itself a field's name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    if name in example:
+        return example[name]
+    value: Any = example
+    for part in name.split("."):
+        if not isinstance(value, Mapping):
+            raise KeyError(name)
+        value = value[part]
+    return value

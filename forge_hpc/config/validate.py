@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.config.models import KNOWN_MODEL_TYPES, check_tokenizer, check_weights, looks_local, read_model_config
 from forge_hpc.config.rewards import BUILTIN_REWARDS, check_reward
 from forge_hpc.config.schema import Config, DataConfig
-from forge_hpc.config.sources import data_sources
+from forge_hpc.config.sources import data_sources, find_field
 from forge_hpc.config.split import evaluates_by_generation, plan
 from forge_hpc.config.user_code import find_user_code
 
@@ -59,6 +60,7 @@ _POSITIVE = [
     "environment.max_turns",
     "environment.max_turn_tokens",
     "environment.timeout_s",
+    "environment.max_open_episodes",
     "rollout.group_size",
     "rollout.prompts_per_step",
     "rollout.max_prompt_tokens",
@@ -101,6 +103,7 @@ _POSITIVE = [
 ]
 _NOT_NEGATIVE = [
     "checkpoint.interval",
+    "checkpoint.export_interval",
     "seed",
     "algorithm.clip_low",
     "algorithm.clip_high",
@@ -117,6 +120,8 @@ _NOT_NEGATIVE = [
     "cluster.gpus_per_node",
     "slurm.signal_lead_s",
     "logging.num_rollouts_per_step",
+    "logging.num_groups_per_step",
+    "logging.num_answers_per_evaluation",
 ]
 _UP_TO_ONE = ["rollout.sampling.top_p", "generator.engine.gpu_memory_utilization"]  # above 0, at most 1
 _SHARES = [  # 0 to 1
@@ -146,13 +151,12 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
     _check_slurm(cfg)
     _check_sandbox(cfg)
     _check_reward_names(cfg)
-    _check_environment(cfg)
+    check_environment(cfg, check_paths=check_paths)
     plan(cfg, cfg.cluster.gpus_per_node)
     if check_paths:
         _check_model(cfg)
         _check_data(cfg)
         _check_files(cfg)
-        _check_environment_file(cfg)
 
 
 def walltime_s(text: str) -> float:
@@ -340,6 +344,13 @@ def _check_data_values(cfg: Config) -> None:
             "every prompt would be left out",
             "low is where prompts are too hard, high where they are too easy",
         )
+    if data.template_date is not None:
+        try:
+            date.fromisoformat(data.template_date)
+        except ValueError:
+            raise UserError(
+                f"data.template_date is {data.template_date!r}, which is no day", "write YYYY-MM-DD"
+            ) from None
     for key, own, _ in data_sources(data):
         if cfg.recipe == "sft" and own.target_field is None and not own.chat_template:
             raise UserError(
@@ -450,7 +461,8 @@ def _check_reward_names(cfg: Config) -> None:
                 raise UserError(f"reward.{i}.{key} must be greater than 0, it is {value:g}")
 
 
-def _check_environment(cfg: Config) -> None:
+def check_environment(cfg: Config, *, check_paths: bool = True) -> None:
+    """Raise a UserError where ``cfg.environment`` cannot work. Also looks at its file, unless told not to."""
     name = cfg.environment.name
     if name is None:
         return
@@ -463,11 +475,7 @@ def _check_environment(cfg: Config) -> None:
         raise UserError(f"environment.name is {name!r}", "write package.module:Class or file.py:Class")
     if any(reward.name.rpartition(":")[2] == "environment" for reward in cfg.reward):
         raise UserError("a reward is called 'environment', as what the environment gives is", "rename its function")
-
-
-def _check_environment_file(cfg: Config) -> None:
-    place, _, cls = (cfg.environment.name or "").rpartition(":")
-    if place.endswith(".py"):
+    if check_paths and place.endswith(".py"):
         find_user_code("environment.name", Path(place).expanduser(), cls)
 
 
@@ -575,6 +583,8 @@ def _check_jsonl(key: str, file: Path, fields: tuple[str, str | None]) -> None:
     try:
         with file.open("rb") as lines:
             for number, line in zip(range(1, _MAX_CHECKED_LINES + 1), lines, strict=False):
+                if examples == 0 and line.startswith(b"["):
+                    return  # an array of objects, which is read as a whole
                 if line.strip():
                     _check_example(f"{file}:{number}", line, fields)
                     examples += 1
@@ -592,13 +602,15 @@ def _check_example(where: str, line: bytes, fields: tuple[str, str | None]) -> N
         raise UserError(f"{where}: not valid JSON: {reason}", "mend or remove the line") from None
     if not isinstance(example, dict):
         raise UserError(f"{where}: not a JSON object", 'each line reads {"question": …, "answer": …}')
-    for name in fields:
-        if name is not None and name not in example:
+    for name in filter(None, fields):
+        try:
+            find_field(example, name)
+        except KeyError:
             raise UserError(
                 f"{where}: no field {name!r}, it has {', '.join(map(repr, example)) or 'none'}",
                 "name the fields with data.prompt_field and data.target_field",
-            )
-    if not isinstance(example[fields[0]], str | list):
+            ) from None
+    if not isinstance(find_field(example, fields[0]), str | list):
         raise UserError(
             f"{where}: the field {fields[0]!r} is neither text nor a list of messages",
             "name the field with data.prompt_field",

@@ -11,8 +11,8 @@ import numpy as np
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import DataConfig
 from forge_hpc.data.bad import BadExample
+from forge_hpc.data.examples import Example
 from forge_hpc.data.readers import Reader
-from forge_hpc.data.source import Example
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,10 @@ class Source(Protocol):
 
     def __next__(self) -> Drawn: ...
 
+    def again(self) -> Drawn:
+        """What was drawn last."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """Where it stands, and what it must find again. JSON can hold it."""
         ...
@@ -55,7 +59,7 @@ class LoadedSource:
     The example at ``cursor`` is a function of the seed alone, so the cursor is all there is to save.
     """
 
-    def __init__(self, examples: Sequence[Example], data: DataConfig, seed: Sequence[int]) -> None:
+    def __init__(self, examples: Sequence[Example | BadExample], data: DataConfig, seed: Sequence[int]) -> None:
         self.data = data
         self._examples = examples
         self._seed, self._number = seed
@@ -76,6 +80,10 @@ class LoadedSource:
                 self._permutation, self._permuted_epoch = rng.permutation(len(self._examples)), epoch
             index = int(self._permutation[index])
         return Drawn(self._examples[index], index, epoch)
+
+    def again(self) -> Drawn:
+        self._cursor -= 1
+        return next(self)
 
     def state_dict(self) -> dict[str, Any]:
         return {"num_examples": len(self._examples), "cursor": self._cursor}
@@ -107,6 +115,10 @@ class StreamedSource:
         place = int(self._permutation[self._place])
         self._place += 1
         return Drawn(self._block[place], self._first + place, self.epoch)
+
+    def again(self) -> Drawn:
+        self._place -= 1
+        return next(self)
 
     def _next_block(self) -> None:
         self._first += len(self._block)

@@ -12,12 +12,12 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config
 from forge_hpc.data.bad import BadExample, BadExamples
 from forge_hpc.data.curriculum import Curriculum
+from forge_hpc.data.examples import Example
 from forge_hpc.data.fields import to_json
 from forge_hpc.data.mixture import Mixture
 from forge_hpc.data.order import Drawn, Source
 from forge_hpc.data.render import DocumentRenderer, PromptRenderer
-from forge_hpc.data.source import Example
-from forge_hpc.data.types import Document, Group, Prompt
+from forge_hpc.data.types import HELD_OUT, Document, Group, Prompt
 
 T = TypeVar("T", Prompt, Document)
 
@@ -37,14 +37,20 @@ class _Stream(ABC, Generic[T]):
         self.num_too_long = 0
         """Items left out so far because they were too long."""
         self._bad = [BadExamples() for _ in sources]
+        self._last = 0  # number of the source that the last example came from
+        self._waiting: list[T] = []  # what else was made of it
 
     @abstractmethod
-    def _make(self, number: int, drawn: Drawn, where: str) -> T | None:
-        """What the stream yields for an example of source ``number``; None where it is too long.
+    def _make(self, number: int, drawn: Drawn, where: str) -> list[T]:
+        """What the stream yields for an example of source ``number``, at least one item.
 
         Raises:
             BadExample: nothing can be made of it.
         """
+
+    @abstractmethod
+    def _fits(self, item: T) -> bool:
+        """Whether it is not too long."""
 
     @property
     def num_bad(self) -> int:
@@ -60,6 +66,9 @@ class _Stream(ABC, Generic[T]):
         return self
 
     def __next__(self) -> T:
+        if self._waiting:
+            self.position += 1
+            return self._waiting.pop(0)
         number = next(self._mixture)
         source = self._mixture.sources[number]
         self._curriculum.count_rewards(self.position)
@@ -71,17 +80,19 @@ class _Stream(ABC, Generic[T]):
             if self._curriculum.is_resting(number, drawn.index, drawn.epoch):
                 continue
             try:
-                item = self._make(number, drawn, f"{source.data.path}, example {drawn.index}")
+                made = self._make(number, drawn, f"{source.data.path}, example {drawn.index}")
             except BadExample as error:
                 bad = error
                 self._bad[number].see(bad)
                 continue
             self._bad[number].see()
-            if item is not None:
+            fitting = [item for item in made if self._fits(item)]
+            self.num_too_long += len(made) - len(fitting)
+            if fitting:
                 self._curriculum.drawn(self.position, number, drawn.index, drawn.epoch)
                 self.position += 1
-                return item
-            self.num_too_long += 1
+                self._last, self._waiting = number, fitting[1:]
+                return fitting[0]
         raise _nothing_left(f"{source.data.path}: every example", self.limit, bad)
 
     def take(self, count: int) -> list[T]:
@@ -94,6 +105,8 @@ class _Stream(ABC, Generic[T]):
             "position": self.position,
             "num_too_long": self.num_too_long,
             "bad": [bad.state_dict() for bad in self._bad],
+            "last": self._last,
+            "waiting": len(self._waiting),
             "mixture": self._mixture.state_dict(),
             "curriculum": self._curriculum.state_dict(),
         }
@@ -106,6 +119,10 @@ class _Stream(ABC, Generic[T]):
         self.num_too_long = state["num_too_long"]
         for bad, saved in zip(self._bad, state.get("bad", []), strict=False):
             bad.load_state_dict(saved)
+        self._last = state.get("last", 0)
+        if waiting := state.get("waiting", 0):
+            made = self._make(self._last, self._mixture.sources[self._last].again(), "data")
+            self._waiting = [item for item in made if self._fits(item)][-waiting:]
         return self
 
 
@@ -132,7 +149,11 @@ class PromptStream(_Stream[Prompt]):
         """Prompts that the curriculum leaves out for the time being."""
         return self._curriculum.num_resting
 
-    def _make(self, number: int, drawn: Drawn, where: str) -> Prompt | None:
+    def _fits(self, item: Prompt) -> bool:
+        return len(item.token_ids) <= self._max_tokens
+
+    def _make(self, number: int, drawn: Drawn, where: str) -> list[Prompt]:
+        assert self.position < HELD_OUT, "the positions from here on are those of held-out prompts"
         prompt = self._renderers[number](drawn.example, self.position, where)
         if not prompt.question.strip() and not self._may_be_empty:
             raise BadExample(f"{where}: the prompt is empty", "leave the example out")
@@ -140,7 +161,7 @@ class PromptStream(_Stream[Prompt]):
             to_json(prompt.fields)  # a checkpoint holds rollouts that are finished ahead, with the fields
         except TypeError as error:
             raise BadExample(f"{where}: a field holds {error}", "leave the field out of the data") from None
-        return prompt if len(prompt.token_ids) <= self._max_tokens else None
+        return [prompt]
 
     def report(self, groups: Iterable[Group]) -> None:
         """The rewards of prompts that were drawn. Report those of a step before its weights are published."""
@@ -163,9 +184,11 @@ class DocumentStream(_Stream[Document]):
         self._seq_len = config.trainer.training.seq_len
         self.limit = f"trainer.training.seq_len={self._seq_len}"
 
-    def _make(self, number: int, drawn: Drawn, where: str) -> Document | None:
-        document = self._renderers[number](drawn.example, where)
-        return document if len(document.token_ids) <= self._seq_len else None
+    def _fits(self, item: Document) -> bool:
+        return len(item.token_ids) <= self._seq_len
+
+    def _make(self, number: int, drawn: Drawn, where: str) -> list[Document]:
+        return self._renderers[number](drawn.example, where)
 
 
 def evaluation_prompts(
@@ -173,12 +196,14 @@ def evaluation_prompts(
 ) -> list[Prompt]:
     """The first ``num_prompts`` examples as prompts, in the order of the data; too long and bad ones are left out.
 
+    Positions count from ``HELD_OUT``: they are the same in every start, and no prompt of training has them.
+
     Raises UserError where none is left, or most are bad.
     """
     render, max_tokens = PromptRenderer(tokenizer, config.data), config.rollout.max_prompt_tokens
     limit = f"rollout.max_prompt_tokens={max_tokens}"
-    prompts = _fitting(examples, lambda example, where: render(example, 0, where), max_tokens, limit, num_prompts)
-    for position, prompt in enumerate(prompts):
+    prompts = _fitting(examples, lambda example, where: [render(example, 0, where)], max_tokens, limit, num_prompts)
+    for position, prompt in enumerate(prompts, HELD_OUT):
         prompt.position = position
     return prompts
 
@@ -197,7 +222,7 @@ def evaluation_documents(
 
 def _fitting(
     examples: Iterable[Example | BadExample],
-    make: Callable[[Example | BadExample, str], T],
+    make: Callable[[Example | BadExample, str], list[T]],
     max_tokens: int,
     limit: str,
     wanted: int,
@@ -205,19 +230,18 @@ def _fitting(
     found: list[T] = []
     bad = BadExamples()
     for index, example in enumerate(examples):
-        if len(found) == wanted:
+        if len(found) >= wanted:
             break
         try:
-            item = make(example, f"held-out example {index}")
+            made = make(example, f"held-out example {index}")
         except BadExample as error:
             bad.see(error)
             continue
         bad.see()
-        if len(item.token_ids) <= max_tokens:
-            found.append(item)
+        found += [item for item in made if len(item.token_ids) <= max_tokens]
     if wanted and not found:
         raise _nothing_left("every held-out example", limit, bad.last)
-    return found
+    return found[:wanted]
 
 
 def _nothing_left(what: str, limit: str, bad: BadExample | None) -> UserError:

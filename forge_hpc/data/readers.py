@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from forge_hpc.config.schema import DataConfig
 from forge_hpc.data.bad import BadExample
-from forge_hpc.data.source import Example, Place, jsonl_file, load_dataset, naming_damage, read_jsonl
+from forge_hpc.data.damage import naming_damage
+from forge_hpc.data.examples import Example
+from forge_hpc.data.hub_data import load_dataset
+from forge_hpc.data.source import text_files
+from forge_hpc.data.text_files import Place, TextFile, read_text_files
 
 
 class Reader(Protocol):
@@ -34,20 +37,20 @@ class Reader(Protocol):
 
 def open_reader(data: DataConfig) -> Reader:
     """What reads ``data.split`` of ``data.path`` as it is needed. Raises UserError."""
-    file = jsonl_file(data, data.split)
-    return DatasetReader(data) if file is None else JsonlReader(file, data)
+    files = text_files(data, data.split, streaming=True)
+    return DatasetReader(data) if files is None else TextReader(files, data)
 
 
-class JsonlReader:
-    """Reads a JSONL file; any place in it is reached at once."""
+class TextReader:
+    """Reads JSON or CSV files; a place in a JSONL file is reached at once, another by reading its file up to there."""
 
-    def __init__(self, file: Path, data: DataConfig) -> None:
-        self._file = file
+    def __init__(self, files: Sequence[TextFile], data: DataConfig) -> None:
+        self._files = files
         self._data = data
         self._place = Place()
 
     def read(self, count: int) -> list[Example | BadExample]:
-        found = list(itertools.islice(read_jsonl(self._file, self._data, self._place), count))
+        found = list(itertools.islice(read_text_files(self._files, self._data, self._place), count))
         if found:
             self._place = found[-1][1]
         return [example for example, _ in found]

@@ -7,13 +7,20 @@ from typing import Any
 
 import numpy as np
 
+HELD_OUT = 1 << 30
+"""Positions of held-out prompts begin here; those of training, however long the run is, lie below it."""
+_SPREAD = 0x278D_DE6D
+"""Odd, so that the product with it modulo 2^30 gives each position a number of its own; and near the golden ratio of
+2^30, so that any first n positions are spread evenly (Knuth, The Art of Computer Programming 3, 6.4)."""
+
 
 @dataclass(slots=True)
 class Prompt:
     """One example of the data, rendered for the model."""
 
     position: int
-    """Place in the run's stream of prompts, from 0; unique in a run, it seeds sampling and routes at staleness 0."""
+    """Place in the run's stream of prompts, from 0; unique in a run, it seeds sampling and routes at staleness 0. Those
+    of held-out prompts begin at ``HELD_OUT``: what is drawn by position is never drawn in training and evaluation."""
     text: str
     token_ids: list[int]
     target: str
@@ -21,6 +28,15 @@ class Prompt:
     """Every other field of the example, handed to rewards."""
     question: str = ""
     """The example's prompt before it was rendered; environments make their own opening of it."""
+
+    @property
+    def seed(self) -> int:
+        """What an environment draws its task from, in [0, 2^31): one for each position, held-out prompts from 2^30 on.
+
+        Seeds of a run's positions are far from each other: there are generators whose task of seed s + 1 is the second
+        one of seed s.
+        """
+        return (self.position & HELD_OUT) | (self.position * _SPREAD) % HELD_OUT
 
 
 @dataclass(slots=True)
@@ -46,15 +62,15 @@ class Completion:
     sample_index: int
     """Place in its group, from 0."""
     text: str
-    """The response, decoded without special tokens; of several turns the last response."""
+    """The response without the token that ended it, other special tokens included; of several turns the last one."""
     token_ids: list[int]
     """[L]: the sampled tokens, end-of-sequence tokens included where they were sampled; between the turns those of
     the environment. Nothing was decoded and encoded again on the way: these are the tokens that the policy saw."""
     logprobs: list[float]
     """[L]: log-probability of each sampled token in the distribution that it was drawn from; 0 at others."""
     finish_reason: str
-    """``stop`` (end of sequence; with an environment: it ended the episode), ``length`` (no room for more tokens) or
-    ``turns`` (no more turns)."""
+    """``stop`` (end of sequence, or a stop string or token; with an environment: it ended the episode), ``length`` (no
+    room for more tokens) or ``turns`` (no more turns)."""
     policy_versions: tuple[int, int]
     """Policy versions that sampled the first and the last token."""
     loss_mask: list[bool] | None = None

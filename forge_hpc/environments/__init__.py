@@ -1,6 +1,6 @@
 """What the policy talks with over several turns: tools, games, tests. Text in, text and a reward out."""
 
-from forge_hpc.environments.base import Environment, Opening, Step
+from forge_hpc.environments.base import Environment, EnvironmentFull, Opening, Response, Step
 from forge_hpc.environments.pool import EnvironmentFailed, EnvironmentPool
 from forge_hpc.environments.registry import BUILTIN_ENVIRONMENTS, load_environment
 
@@ -8,8 +8,10 @@ __all__ = [
     "BUILTIN_ENVIRONMENTS",
     "Environment",
     "EnvironmentFailed",
+    "EnvironmentFull",
     "EnvironmentPool",
     "Opening",
+    "Response",
     "Step",
     "load_environment",
 ]

@@ -18,8 +18,9 @@ class Step:
 
     observation: str = ""
     """What the policy reads next; nobody reads it where ``done`` is true, beside people in rollouts.jsonl."""
-    reward: float = 0.0
-    """Added to the episode's. By convention a solved episode earns 1 in all: evaluation counts those as right."""
+    reward: float | None = 0.0
+    """Added to the episode's. By convention a solved episode earns 1 in all: evaluation counts those as right. None is
+    no reward yet: an episode without any is left out, unless ``reward`` names others."""
     done: bool = False
     """The episode is over."""
     info: dict[str, Any] = field(default_factory=dict)
@@ -28,19 +29,48 @@ class Step:
     """The observation's role in the chat template: ``user``, or ``tool`` where the template has it."""
 
 
+class Response(str):
+    """What the policy wrote: its text without special tokens."""
+
+    truncated: bool
+    """A limit cut it off: it has no end, and perhaps no answer."""
+
+    def __new__(cls, text: str, truncated: bool = False) -> Response:
+        response = super().__new__(cls, text)
+        response.truncated = truncated
+        return response
+
+
+class EnvironmentFull(Exception):
+    """Raised by ``reset`` where there is no room for another episode at the moment: it is tried again later.
+
+    Args:
+        limit: episodes that there is room for at once, where that is known: no more are opened from now on.
+    """
+
+    def __init__(self, message: str, limit: int | None = None) -> None:
+        super().__init__(message)
+        self.limit = limit
+
+
 class Environment(Protocol):
     """One episode's counterpart. Made anew for every episode, as ``Class(**environment.args)``.
 
-    It runs in a process of its own kind, on a thread of its own: it may block, but all its calls together have
+    It runs in a process of its own kind, on a thread of its own, where the global generators of ``random`` and
+    ``numpy.random`` are its own too: it may block and may seed them, but all its calls together have
     ``environment.timeout_s``. What it raises costs its episode, which is counted and left out.
+
+    Two attributes may bound it, of the class or set by ``__init__``: ``concurrency``, calls at once, and
+    ``max_open_episodes``, as in ``environment.max_open_episodes``. A method ``async def check(self)`` may raise what is
+    wrong with its arguments, or with a server: it is called before the run begins.
     """
 
     async def reset(self, prompt: Prompt) -> Opening:
         """Begin. What differs between episodes has to follow from ``prompt`` (``question``, ``target``, ``fields``,
-        ``position``): the episodes of a group are compared with each other, so they must be the same task."""
+        ``seed``): the episodes of a group are compared with each other, so they must be the same task."""
 
-    async def step(self, response: str) -> Step:
-        """Answer the policy's ``response``: its text without special tokens."""
+    async def step(self, response: Response) -> Step:
+        """Answer the policy's ``response``: its text without the token that ended it."""
 
     async def close(self) -> None:
         """Let go of what is held. Called once, also after an error."""

@@ -6,7 +6,8 @@ from typing import Any
 
 from forge_hpc.data.types import Prompt
 from forge_hpc.environments.base import Step
-from forge_hpc.rewards.code import find_program, make_sandbox, read_tests
+from forge_hpc.rewards.code import make_sandbox, read_tests
+from forge_hpc.rewards.program import find_program
 
 _MAX_REASON_CHARS = 300
 
@@ -33,10 +34,11 @@ class Code:
 
     async def reset(self, prompt: Prompt) -> None:
         """The prompt stays as it is. Raises ValueError where it has no tests that can be read."""
+        self._prompt = prompt.text
         self._tests = read_tests(prompt.fields.get(self._tests_field, prompt.target))
 
     async def step(self, response: str) -> Step:
-        report = await self._sandbox.run_tests(find_program(response), self._tests)
+        report = await self._sandbox.run_tests(find_program(self._prompt, response), self._tests)
         gain, self._best = max(0.0, report.share - self._best), max(report.share, self._best)
         failures = [
             f"{test if isinstance(test, str) else test.stdin}\n{verdict.reason[:_MAX_REASON_CHARS]}"

@@ -10,7 +10,7 @@ from forge_hpc.environments.base import Step
 
 
 class Guessing:
-    """The number follows from the prompt's position, so that all episodes of a group look for the same one.
+    """The number follows from the prompt's seed, so that all episodes of a group look for the same one.
 
     Args:
         low, high: the number lies between them, both included.
@@ -24,7 +24,7 @@ class Guessing:
         self._low, self._high = low, high
 
     async def reset(self, prompt: Prompt) -> str:
-        self._number = random.Random(f"guessing/{prompt.position}").randint(self._low, self._high)
+        self._number = random.Random(prompt.seed).randint(self._low, self._high)
         return f"Guess my number from {self._low} to {self._high}."
 
     async def step(self, response: str) -> Step:

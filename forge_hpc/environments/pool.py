@@ -17,6 +17,7 @@ import signal
 import struct
 import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Self
@@ -35,12 +36,13 @@ _MAX_LINE_BYTES = 1 << 26
 class EnvironmentFailed(Exception):
     """An episode's environment gave no answer, and the episode must be left out.
 
-    ``kind`` is ``raised``, ``timeout``, ``died`` (its process ended) or ``load`` (a process could not be started).
+    ``kind`` is ``raised``, ``timeout``, ``died`` (its process ended), ``load`` (a process could not be started),
+    ``full`` (no room for another episode: EnvironmentFull) or ``reward`` (it never gave one).
     """
 
-    def __init__(self, message: str, kind: str = "raised", hint: str | None = None) -> None:
+    def __init__(self, message: str, kind: str = "raised", hint: str | None = None, limit: int | None = None) -> None:
         super().__init__(message)
-        self.kind, self.hint = kind, hint
+        self.kind, self.hint, self.limit = kind, hint, limit
 
 
 class EnvironmentPool:
@@ -54,9 +56,12 @@ class EnvironmentPool:
         await pool.close()
     """
 
-    def __init__(self, config: Config, num_workers: int | None = None) -> None:
-        """``num_workers`` processes; by default as many as cores, 4 at most."""
+    def __init__(
+        self, config: Config, num_workers: int | None = None, warn: Callable[[str], None] = logger.warning
+    ) -> None:
+        """``num_workers`` processes; by default as many as cores, 4 at most. ``warn`` tells the user."""
         assert config.environment.name is not None
+        self._warn = warn
         self._name, self._args = config.environment.name, dict(config.environment.args)
         self._timeout_s = config.environment.timeout_s
         if self._name == "code":
@@ -66,6 +71,10 @@ class EnvironmentPool:
         """For each call, where the environment says how many there may be at once."""
         self._retired: list[_Worker] = []
         self._closing: set[asyncio.Task[None]] = set()
+        self._bounds = [bound for bound in [config.environment.max_open_episodes] if bound is not None]
+        self._learned: int | None = None
+        self.num_open = 0
+        """Episodes that were let in and have not been closed."""
 
     async def start(self) -> Self:
         """Start the workers. Raises UserError where the class cannot be loaded, or does not take its arguments."""
@@ -74,9 +83,31 @@ class EnvironmentPool:
         except BaseException:
             await self.close()
             raise
-        if (concurrency := self._workers[0].concurrency) is not None:
+        bounds = self._workers[0].bounds
+        if (concurrency := bounds["concurrency"]) is not None:
             self._turns = asyncio.Semaphore(concurrency)
+        if (most := bounds["max_open_episodes"]) is not None:
+            self._bounds.append(most)
         return self
+
+    @property
+    def max_open_episodes(self) -> int | None:
+        """Not more may be open at once; None is no bound. A server may say so on the way."""
+        return min([*self._bounds, *([] if self._learned is None else [self._learned])], default=None)
+
+    def _opened(self) -> None:
+        self.num_open += 1
+        if self._learned is not None:  # what refused one may be one of several servers behind an address
+            self._learned = max(self._learned, self.num_open)
+
+    def _is_full(self, limit: int) -> None:
+        """The environment says that it takes so many episodes at once."""
+        if self._learned is None and (self.max_open_episodes or limit + 1) > limit:
+            self._learned = max(limit, self.num_open)
+            self._warn(
+                f"environment {self._name} takes {limit} episode{'s' * (limit != 1)} at once, and the others wait: let "
+                f"its server take more, or set environment.max_open_episodes={limit} for a run that repeats exactly"
+            )
 
     def open(self) -> RemoteEnvironment:
         """A new environment, to be used as an asynchronous context manager."""
@@ -99,11 +130,12 @@ class EnvironmentPool:
             self._workers[self._workers.index(worker)] = self._worker()
             self._retired.append(worker)
 
-    def _end(self, worker: _Worker, number: int) -> None:
-        """Close an environment, without anyone waiting for it."""
+    def _end(self, worker: _Worker, number: int) -> asyncio.Task[None]:
+        """Close an environment. Nobody has to wait for it, but where there is a bound the next one needs its place."""
         task = asyncio.create_task(self._close_one(worker, number))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
+        return task
 
     async def _close_one(self, worker: _Worker, number: int) -> None:
         try:
@@ -126,9 +158,13 @@ class RemoteEnvironment:
         self._pool, self._worker, self._timeout_s = pool, worker, timeout_s
         self._left_s = timeout_s
         self._number = worker.add()
+        self._is_open = False
 
     async def reset(self, prompt: Prompt) -> Opening:
-        return await self._ask({"do": "reset", "prompt": prompt})
+        opening = await self._ask({"do": "reset", "prompt": prompt})
+        self._is_open = True
+        self._pool._opened()
+        return opening
 
     async def step(self, response: str) -> Step:
         return Step(**await self._ask({"do": "step", "response": response}))
@@ -137,7 +173,12 @@ class RemoteEnvironment:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType) -> None:
-        self._pool._end(self._worker, self._number)
+        closing = self._pool._end(self._worker, self._number)
+        try:
+            if self._pool.max_open_episodes is not None:
+                await asyncio.wait({closing})
+        finally:
+            self._pool.num_open -= self._is_open
 
     async def _ask(self, request: dict[str, Any]) -> Any:
         try:
@@ -148,6 +189,10 @@ class RemoteEnvironment:
                     answer = await self._worker.ask(request | {"environment": self._number})
             self._left_s -= time.monotonic() - start
             return answer
+        except EnvironmentFailed as error:
+            if error.kind == "full" and error.limit is not None:
+                self._pool._is_full(error.limit)
+            raise
         except UserError as error:
             raise EnvironmentFailed(error.message, "load", error.hint) from None
         except TimeoutError:
@@ -170,8 +215,8 @@ class _Worker:
         self._requests, self._environments = itertools.count(), itertools.count()
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self.num_open = 0
-        self.concurrency: int | None = None
-        """Calls at once, over all workers, that the environment asks for."""
+        self.bounds: Mapping[str, int | None] = {}
+        """What the environment asks for, over all workers: ``concurrency`` and ``max_open_episodes``."""
 
     def add(self) -> int:
         """The number of one more environment in it."""
@@ -215,7 +260,8 @@ class _Worker:
         finally:
             del self._waiting[number]
         if "error" in answer:
-            raise EnvironmentFailed(answer["error"], hint=answer.get("hint"))
+            kind = "full" if "limit" in answer else "raised"
+            raise EnvironmentFailed(answer["error"], kind, answer.get("hint"), answer.get("limit"))
         return answer["value"]
 
     async def kill(self) -> None:
@@ -250,7 +296,7 @@ class _Worker:
         self._reading = asyncio.create_task(self._read(self._process))
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
-                self.concurrency = await self.ask({"do": "load", "name": self._name, "args": self._args})
+                self.bounds = await self.ask({"do": "load", "name": self._name, "args": self._args})
         except TimeoutError:
             raise UserError(f"{what} did not load within {_START_TIMEOUT_S:g} s") from None
         except (EOFError, ConnectionError):

@@ -21,6 +21,7 @@ from typing import Any
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import DataConfig
+from forge_hpc.data.template import TemplateRefused, render_chat
 from forge_hpc.data.types import Prompt
 from forge_hpc.environments.base import Opening, Step
 
@@ -86,17 +87,11 @@ class ConversationRenderer:
         return self._frames[role]
 
     def _render(self, messages: list[dict[str, str]]) -> str:
-        from jinja2 import TemplateError
-
         try:
-            return self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self._data.chat_template_args
-            )
-        except TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages)
+            return render_chat(self._tokenizer, self._data, messages, add_generation_prompt=True)
+        except TemplateRefused as error:
             raise UserError(
-                f"the chat template does not render the roles {roles}: {error}",
-                "an environment may say Step(role='user') where the template has no 'tool'",
+                str(error), "an environment may say Step(role='user') where the template has no 'tool'"
             ) from None
 
     def _encode(self, text: str, **options: Any) -> list[int]:

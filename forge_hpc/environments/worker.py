@@ -2,7 +2,7 @@
 
 Requests come on the standard input, each a length (8 bytes, little endian) and a pickle; answers go to what was the
 standard output, one JSON object a line, in any order. Each environment has a thread and an event loop of its own: one
-that blocks holds up no other. It ends with its input.
+that blocks holds up no other. So it has the global generators of random numbers. It ends with its input.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from typing import Any
 
 from forge_hpc.cluster.processes import die_with_parent
 from forge_hpc.config.errors import UserError
-from forge_hpc.environments.base import Environment, Step
+from forge_hpc.environments.base import Environment, EnvironmentFull, Step
+from forge_hpc.environments.isolation import Generators, isolate
 from forge_hpc.environments.registry import load_environment
 from forge_hpc.rewards.compute import failure
 
@@ -39,6 +40,7 @@ class _Host:
         self._make, self._answer = make, answer
         self._environment: Environment | None = None
         self._under_way: asyncio.Task[Any] | None = None
+        self._generators = Generators()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -51,8 +53,11 @@ class _Host:
         self._loop.close()
 
     async def _serve(self, request: dict[str, Any]) -> None:
+        self._generators.use()
         try:
             self._answer(request["id"], {"value": await self._do(request)})
+        except EnvironmentFull as error:
+            self._answer(request["id"], {"error": str(error), "limit": error.limit})
         except (Exception, SystemExit) as error:  # a user's environment may raise anything; the pool counts it
             self._answer(request["id"], {"error": failure(error)["error"]})
         if request["do"] == "close":
@@ -82,8 +87,8 @@ def _plain(step: Any) -> dict[str, Any]:
         raise TypeError(f"step() must return a Step, not a {type(step).__name__}")
     if not isinstance(step.observation, str) or len(step.observation) > MAX_OBSERVATION_CHARS:
         raise TypeError(f"an observation is a text of at most {MAX_OBSERVATION_CHARS} characters")
-    reward = float(step.reward)
-    if not math.isfinite(reward):
+    reward = None if step.reward is None else float(step.reward)
+    if reward is not None and not math.isfinite(reward):
         raise ValueError(f"the reward is {reward}")
     return dataclasses.asdict(step) | {"reward": reward, "done": bool(step.done)}
 
@@ -92,16 +97,20 @@ def _load(request: dict[str, Any]) -> tuple[Callable[[], Environment] | None, di
     """What makes an environment, tried once, and what to answer."""
     try:
         make = functools.partial(load_environment(request["name"]), **request["args"])
-        concurrency = getattr(make(), "concurrency", None)
+        environment = make()
+        if (check := getattr(environment, "check", None)) is not None:
+            asyncio.run(check())
     except UserError as error:
         return None, {"error": error.message, "hint": error.hint}
     except Exception as error:  # a user's module and class may raise anything
         return None, {"error": failure(error)["error"]}
-    return make, {"value": concurrency if isinstance(concurrency, int) and concurrency > 0 else None}
+    bounds = {name: getattr(environment, name, None) for name in ("concurrency", "max_open_episodes")}
+    return make, {"value": {k: v if isinstance(v, int) and v > 0 else None for k, v in bounds.items()}}
 
 
 def main() -> None:
     die_with_parent()
+    isolate()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # every event loop holds three files
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w")

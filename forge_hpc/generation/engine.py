@@ -478,7 +478,7 @@ class GenerationEngine:
         versions = sample.weight_versions
         group.completions[index] = Completion(
             sample_index=group.prompt.sample_index if isinstance(group.prompt, Turn) else index,
-            text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
+            text=said_text(self._tokenizer, token_ids, sample.finish_reason, sample.stop_reason),
             token_ids=token_ids,
             logprobs=logprobs,
             finish_reason=sample.finish_reason,
@@ -540,6 +540,17 @@ def _refusals(prompt: Prompt | Turn) -> Iterator[None]:
         yield
     except (VLLMClientError, ValueError) as error:
         raise ValueError(f"prompt {prompt.position}: vLLM refuses the request: {error}") from error
+
+
+def said_text(tokenizer: Any, token_ids: Sequence[int], finish_reason: str, stop_reason: int | str | None) -> str:
+    """The text of a response without the token that ended it. Other special tokens stay: ``<think>`` is one in many
+    tokenizers, and rewards look for it.
+
+    Args:
+        stop_reason: vLLM's: a stop string, the id of a stop token, or None where the end of sequence ended it.
+    """
+    is_ended = finish_reason == "stop" and not isinstance(stop_reason, str)
+    return tokenizer.decode(token_ids[:-1] if is_ended else token_ids, skip_special_tokens=False)
 
 
 def _future() -> Future[Any]:

@@ -45,6 +45,8 @@ from torchtitan.protocols.module import Module
 from forge_hpc.config.errors import UserError
 from forge_hpc.models.head import LogprobHead
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+"""Hugging Face's names of the first and the last layer, which may be one tensor."""
 _NORMAL = {"weight": partial(nn.init.normal_, std=0.02)}
 _NORMAL_WITH_BIAS = {**_NORMAL, "bias": nn.init.zeros_}
 _ONES = {"weight": nn.init.ones_}
@@ -142,7 +144,7 @@ def load_spec(
             f"set trainer.training.seq_len to at most {hf['max_position_embeddings']}",
         )
     block = _block_config(hf, block_cls, inner_attention, max_positions)
-    dim, vocab_size, is_tied = hf["hidden_size"], hf["vocab_size"], bool(hf.get("tie_word_embeddings", False))
+    dim, vocab_size, is_tied = hf["hidden_size"], hf["vocab_size"], shares_head(model_dir, hf)
     config = model_cls.Config(
         dim=dim,
         vocab_size=vocab_size,
@@ -176,6 +178,26 @@ def read_hf_config(model_dir: Path) -> dict[str, Any]:
         raise UserError(f"{path} does not exist", "model.path must be a model in Hugging Face format") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: {error}", "copy the model again") from error
+
+
+def shares_head(model_dir: Path, hf: dict[str, Any]) -> bool:
+    """Whether the output layer is the embedding: ``config.json`` says so, and the file has no head of its own.
+
+    A head in the file that differs from the embedding wins over the config, as in transformers 5 and vLLM 0.32; one
+    that is a copy of it is no other head.
+    """
+    if not hf.get("tie_word_embeddings", False):
+        return False
+    files = {name: path for path in sorted(model_dir.glob("*.safetensors")) for name in _tensor_names(path)}
+    if not {HEAD, EMBEDDING} <= files.keys():
+        return True
+    with safe_open(files[HEAD], framework="pt") as one, safe_open(files[EMBEDDING], framework="pt") as other:
+        return torch.equal(one.get_tensor(HEAD), other.get_tensor(EMBEDDING))
+
+
+def _tensor_names(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
 
 
 def load_hf_weights(model: nn.Module, spec: ModelSpec, model_dir: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
+import time
 from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
 
 _WINDOW = 20
 """Steps that the estimate of the time left looks back on."""
+_EVALUATION_LINE_S = 10.0
+"""An evaluation that takes longer says how far it is, as often."""
 
 
 def format_duration(seconds: float) -> str:
@@ -50,6 +54,8 @@ class ConsoleProgress:
         self._total = total_steps
         self._label = label
         self._step_s: deque[float] = deque(maxlen=_WINDOW)
+        self._evaluation: tuple[int, float] | None = None  # its step, and when its first answer came
+        self._shown = 0.0
         self._lines = mode == "lines" or (mode == "auto" and not self._stream.isatty())
         self._bar: Progress | None = None
         if mode == "auto" and not self._lines:
@@ -76,6 +82,34 @@ class ConsoleProgress:
             self._bar.console.print(f"warning: {text}", markup=False, highlight=False)
         elif self._lines:
             print(f"warning: {text}", file=self._stream, flush=True)
+
+    def show_evaluation(self, step: int, num_done: int, num: int, num_right: int) -> None:
+        """Show how many answers of an evaluation are there: on the bar, or as a line every 10 seconds."""
+        now = time.monotonic()
+        if self._evaluation is None or self._evaluation[0] != step:
+            self._evaluation, self._shown = (step, now), now
+        if num_done == num or (self._lines and now - self._shown < _EVALUATION_LINE_S):
+            return
+        left_s = (now - self._evaluation[1]) / num_done * (num - num_done)
+        text = f"{num_done}/{num} answers  {num_right / num_done:.3f} right  {format_duration(left_s)} left"
+        if self._lines:
+            self._shown = now
+            print(f"{self._evaluation_of(step)}  {text}", file=self._stream, flush=True)
+        elif self._bar is not None:
+            self._bar.update(self._task, text=f"evaluation  {text}")
+
+    def evaluated(self, step: int, values: Mapping[str, float]) -> None:
+        """Show the figures of an evaluation that is done, without their intervals."""
+        self._evaluation = None
+        shown = [key for key in values if key in ("loss", "accuracy", "reward") or re.fullmatch(r"pass@\d+", key)]
+        text = "  ".join([self._evaluation_of(step), *(f"{key} {values[key]:.3f}" for key in shown)])
+        if self._lines:
+            print(text, file=self._stream, flush=True)
+        elif self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+
+    def _evaluation_of(self, step: int) -> str:
+        return f"{self._label} evaluation of step {step}" if self._total else "evaluation"
 
     def close(self) -> None:
         if self._bar is not None:

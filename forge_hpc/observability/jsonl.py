@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from forge_hpc.run_dir import open_private
+from forge_hpc.files import asking, atomic_write_text, is_there, open_private, replace, sync_dir, temporary_for
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of ``path`` in order; nothing where it is missing. A last line still being written is left out."""
-    if not path.exists():
+    try:
+        file = asking(path, lambda: path.open("rb"))
+    except (FileNotFoundError, NotADirectoryError):
         return
-    with path.open("rb") as file:
+    with file:
         for line in file:
             record = _parse(line)
             if record is not None:
@@ -27,15 +29,28 @@ class JsonlWriter:
     """Appends objects with a ``step``; on opening, forgets all after ``resume_step``.
 
     A torn last line (the process or its host died while writing) and the lines of steps after ``resume_step`` (the run
-    goes back to a checkpoint and will do them again) are dropped, by an atomic rewrite. Each append is one write and
+    goes back to a checkpoint and will do them again) are dropped. The rest is copied to a new file, which takes the
+    name of the old: an earlier start that was cut off, and comes back, writes into a file without a name. Over NFS its
+    late append is a whole page, and would put zeros over the lines of its successor. Each append is one write and
     reaches the disk before it returns, so a step whose checkpoint is committed afterwards is never missing.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self.path = path
-        self.last_step = _rewind(path, resume_step) if path.exists() else None
+        self.last_step: int | None = None
         """Step of the last line, None where there is none."""
-        self._fd = open_private(path, os.O_WRONLY | os.O_APPEND)
+        temporary = temporary_for(path)
+        self._fd = open_private(temporary, os.O_WRONLY | os.O_APPEND | os.O_EXCL)
+        try:
+            if is_there(path):
+                self.last_step = _copy(path, self._fd, resume_step)
+            os.fsync(self._fd)
+            replace(temporary, path)
+            sync_dir(path.parent)
+        except BaseException:
+            self.close()
+            temporary.unlink(missing_ok=True)
+            raise
 
     def write(self, *records: Mapping[str, Any]) -> None:
         """Append ``records``, all of one step, as one write. Numbers that JSON has not (NaN, infinities) become null.
@@ -45,8 +60,7 @@ class JsonlWriter:
         """
         if not records:
             return
-        text = "".join(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records)
-        data = text.encode("utf-8", errors="replace")
+        data = _lines(records)
         size = os.fstat(self._fd).st_size
         try:
             view = memoryview(data)
@@ -64,6 +78,17 @@ class JsonlWriter:
             self._fd = -1
 
 
+def replace_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write a whole file at once: a reader, and a crash, see all of it or what was there before."""
+    atomic_write_text(path, _lines(records).decode())
+
+
+def _lines(records: Iterable[Mapping[str, Any]]) -> bytes:
+    """One line each. Numbers that JSON has not (NaN, infinities) become null."""
+    text = "".join(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+    return text.encode("utf-8", errors="replace")
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
     """The object on a whole line that has a step; None for anything else."""
     if not line.endswith(b"\n"):
@@ -75,27 +100,15 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
-def _rewind(path: Path, resume_step: int) -> int | None:
-    """Drop torn lines and lines after ``resume_step``; returns the last step kept."""
-    last_step, dirty = None, False
-    with path.open("rb") as file:
-        for line in file:
+def _copy(path: Path, fd: int, resume_step: int) -> int | None:
+    """Copy all but torn lines and lines after ``resume_step``; returns the last step kept."""
+    last_step = None
+    with path.open("rb") as old, os.fdopen(os.dup(fd), "wb") as new:
+        for line in old:
             record = _parse(line)
-            if record is None or record["step"] > resume_step:
-                dirty = True
-            else:
+            if record is not None and record["step"] <= resume_step:
+                new.write(line)
                 last_step = record["step"]
-    if dirty:
-        temporary = path.with_name(f".{path.name}.tmp")
-        fd = open_private(temporary, os.O_WRONLY | os.O_TRUNC)
-        with path.open("rb") as old, os.fdopen(fd, "wb") as new:
-            for line in old:
-                record = _parse(line)
-                if record is not None and record["step"] <= resume_step:
-                    new.write(line)
-            new.flush()
-            os.fsync(new.fileno())
-        temporary.replace(path)
     return last_step
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Protocol, Self, TextIO
 
 from forge_hpc.config.schema import LoggingConfig
-from forge_hpc.data.types import Group
+from forge_hpc.data.types import Episode, Group
 from forge_hpc.observability.console import ConsoleProgress
-from forge_hpc.observability.jsonl import JsonlWriter
-from forge_hpc.run_dir import RunDir
+from forge_hpc.observability.jsonl import JsonlWriter, replace_jsonl
+from forge_hpc.run_dir import RunDir, make_private_dir
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,10 @@ class MetricLogger:
         self._metrics = JsonlWriter(run_dir.metrics, resume_step)
         self._rollouts = JsonlWriter(run_dir.rollouts, resume_step)
         self._evaluations = JsonlWriter(run_dir.evaluations, resume_step)
+        self._answers = run_dir.answers
+        for path in self._answers.glob("step-*.jsonl"):
+            if (number := path.stem.removeprefix("step-")).isdigit() and int(number) > resume_step:
+                path.unlink()
         if (self._metrics.last_step or 0) < resume_step:
             logger.warning("%s ends at step %s, the checkpoint at %d", run_dir.metrics, self.last_step, resume_step)
         self._curves: list[CurveWriter] = []
@@ -90,49 +95,45 @@ class MetricLogger:
         self._write_curves(step, values)
         self._console.update(step, record)
 
-    def warn(self, text: str) -> None:
-        """Show the user a line among the progress."""
-        self._console.warn(text)
-
     def log_rollouts(self, step: int, groups: Iterable[Group]) -> None:
-        """Write ``num_rollouts_per_step`` rollouts of ``step``: of the first groups, the first episode each."""
+        """Write rollouts of ``step``: of the first ``num_groups_per_step`` groups all episodes, of those after them, up
+        to ``num_rollouts_per_step`` groups in all, the first episode each. Groups without an episode do not count."""
+        whole, single = self._config.num_groups_per_step, self._config.num_rollouts_per_step
         records: list[dict[str, object]] = []
-        for group in groups:
-            if len(records) >= self._config.num_rollouts_per_step:
-                break
-            for episode in group.episodes[:1]:
-                completion = episode.completion
-                records.append(
-                    {
-                        "step": step,
-                        "position": episode.prompt.position,
-                        "prompt": episode.prompt.text,
-                        "target": episode.prompt.target,
-                        "completion": completion.text,
-                        "num_tokens": len(completion.token_ids),
-                        "finish_reason": completion.finish_reason,
-                        "reward": episode.reward,
-                        "rewards": episode.rewards,
-                        "advantage": episode.advantage,
-                        "policy_versions": list(completion.policy_versions),
-                        **completion.metadata,
-                    }
-                )
+        for index, group in enumerate(islice((group for group in groups if group.episodes), max(whole, single))):
+            for episode in group.episodes if index < whole else group.episodes[:1]:
+                records.append({"step": step, **_rollout(episode), "num_failed": group.num_failed})
         self._rollouts.write(*records)
 
     def is_evaluated(self, step: int) -> bool:
         """Whether the evaluation of ``step`` has been written."""
         return self._evaluations.last_step is not None and step <= self._evaluations.last_step
 
-    def log_evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """Write an evaluation of the policy after ``step`` (0: before training), such as ``{"accuracy": 0.93}``.
+    def show_evaluation(self, step: int, num_done: int, num: int, num_right: int) -> None:
+        """Show how far the evaluation of ``step`` is, in answers."""
+        self._console.show_evaluation(step, num_done, num, num_right)
+
+    def log_evaluation(
+        self, step: int, values: Mapping[str, float], answers: Sequence[Mapping[str, object]] = ()
+    ) -> None:
+        """Write an evaluation of the policy after ``step`` (0: before training), such as ``{"accuracy": 0.93}``, and
+        the answers that it graded.
 
         The first evaluation of a step counts: a restart that repeats it writes nothing.
         """
         if self.is_evaluated(step):
             return
+        if answers:  # before the figures: where these are, so are the answers
+            make_private_dir(self._answers)
+            replace_jsonl(self._answers / f"step-{step:08d}.jsonl", answers)
         self._evaluations.write({"step": step, "wall_time": time.time()} | dict(values))
         self._write_curves(step, {f"eval/{key}": value for key, value in values.items()})
+        self._console.evaluated(step, values)
+
+    def warn(self, message: str) -> None:
+        """Say something that the user should know now, in one line."""
+        logger.warning("%s", message)
+        self._console.warn(" ".join(message.split()))
 
     def close(self) -> None:
         """Close all files; the progress bar stays as it is. W&B may still be sending: ``wandb.finish_runs`` waits."""
@@ -152,3 +153,21 @@ class MetricLogger:
         finite = {key: float(value) for key, value in values.items() if math.isfinite(value)}
         for curve in self._curves:
             curve.write(step, finite)
+
+
+def _rollout(episode: Episode) -> dict[str, object]:
+    completion = episode.completion
+    return {
+        "position": episode.prompt.position,
+        "sample": completion.sample_index,
+        "prompt": episode.prompt.text,
+        "target": episode.prompt.target,
+        "completion": completion.text,
+        "num_tokens": len(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+        "reward": episode.reward,
+        "rewards": episode.rewards,
+        "advantage": episode.advantage,
+        "policy_versions": list(completion.policy_versions),
+        **completion.metadata,
+    }

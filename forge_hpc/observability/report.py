@@ -128,7 +128,7 @@ def _status_of(run_dir: RunDir) -> Status:
 def _total_steps(run_dir: RunDir) -> int | None:
     """``trainer.training.steps`` of the run's configuration, 0 for a run that only evaluates, None before it is
     written."""
-    if not run_dir.config.exists():
+    if not run_dir.has_config:
         return None
     config = yaml.safe_load(run_dir.config.read_text(encoding="utf-8")) or {}
     return 0 if config.get("recipe") == "eval" else config.get("trainer", {}).get("training", {}).get("steps")

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from forge_hpc.config import read_config
 from forge_hpc.observability.console import format_duration
 from forge_hpc.observability.jsonl import read_jsonl
 from forge_hpc.observability.tables import evaluation_table
@@ -88,6 +89,8 @@ def final_summary(run_dir: RunDir, wall_s: float | None = None) -> str:
         lines.append(("reward", _change(figures.reward_first, figures.reward_last, "first 5 steps", "last 5 steps")))
     elif figures.loss_first is not None:
         lines.append(("loss", _change(figures.loss_first, figures.loss_last, "first 5 steps", "last 5 steps")))
+    if (lost := _lost_episodes(run_dir)) is not None:
+        lines.append(("episodes", lost))
     if evaluations and not figures.num_steps:
         lines += [("evaluation" if index == 0 else "", row) for index, row in enumerate(evaluation_table(evaluations))]
     elif figures.accuracy_before is not None or figures.accuracy_after is not None:
@@ -104,6 +107,20 @@ def final_summary(run_dir: RunDir, wall_s: float | None = None) -> str:
     return "\n".join(f"{name:<10} {text}" for name, text in lines)
 
 
+def _lost_episodes(run_dir: RunDir) -> str | None:
+    """How many episodes were left out, where those were most of them."""
+    records = [record for record in read_jsonl(run_dir.metrics) if record.get("episodes/failed")]
+    if not records:
+        return None
+    num_failed = sum(series(records, "episodes/failed"))
+    num = (
+        sum(series(list(read_jsonl(run_dir.metrics)), "groups/drawn")) * read_config(run_dir.config).rollout.group_size
+    )
+    if 2 * num_failed <= num:
+        return None
+    return f"{num_failed:,.0f} of {num:,.0f} were left out: their environment or reward failed (controller.log)"
+
+
 def next_commands(run_dir: RunDir) -> list[str]:
     """Shell commands that make sense now."""
     path, export = shlex.quote(str(run_dir)), shlex.quote(str(run_dir.export))
@@ -117,6 +134,8 @@ def next_commands(run_dir: RunDir) -> list[str]:
     status = run_dir.read_status()
     if status is None or status.state in ("failed", "cancelled", "preempted"):
         commands.append(f"{_tool('forge-hpc')} resume {path}")
+        if any(run_dir.checkpoints.glob("step-*")):
+            commands.append(f"{_tool('forge-hpc')} export {path}")
     return commands
 
 

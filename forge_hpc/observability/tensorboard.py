@@ -1,8 +1,10 @@
 """TensorBoard event files without torch or TensorFlow: one continuous curve across restarts.
 
 On opening, events after ``resume_step`` are removed from the files of earlier starts, and the new file begins with a
-session start, which tells a TensorBoard that has read them already to forget them too. Each step reaches the disk
-before ``write`` returns, as in ``metrics.jsonl``: no step of a checkpoint is missing, even where a node is lost.
+session start, which tells a TensorBoard that has read them already to forget them too. The newest of those files is
+copied in any case: an earlier start that was cut off, and comes back, writes into one without a name. Each step reaches
+the disk before ``write`` returns, as in ``metrics.jsonl``: no step of a checkpoint is missing, even where a node is
+lost.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import os
 import re
 import struct
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from forge_hpc.files import replace
 from forge_hpc.run_dir import make_private_dir, open_private
 
 
@@ -28,8 +32,9 @@ class TensorBoardWriter:
     def __init__(self, directory: Path, resume_step: int) -> None:
         make_private_dir(directory)
         newest = 0
-        for path in sorted(directory.glob("events.out.tfevents.*")):
-            _rewind(path, resume_step)
+        earlier = sorted(directory.glob("events.out.tfevents.*"))
+        for path in earlier:
+            _rewind(path, resume_step, renew=path == earlier[-1])
             if match := re.match(r"events\.out\.tfevents\.(\d+)", path.name):
                 newest = max(newest, int(match[1]))
         # Readers take files in order of their names, so the number grows even if the hosts' clocks disagree.
@@ -71,18 +76,19 @@ def _records(data: bytes) -> Iterator[bytes]:
         start = end
 
 
-def _rewind(path: Path, resume_step: int) -> None:
-    """Remove a torn last record and all events after ``resume_step``; an untouched file is not rewritten."""
+def _rewind(path: Path, resume_step: int, renew: bool) -> None:
+    """Remove a torn last record and all events after ``resume_step``. Where there is nothing to remove the file is
+    only rewritten to ``renew`` it."""
     data = path.read_bytes()
     kept = b"".join(record for record in _records(data) if _keep(Event.FromString(record[12:-4]), resume_step))
-    if kept == data:
+    if kept == data and not renew:
         return
-    temporary = path.with_name(".rewind.tmp")  # readers take any name with "tfevents"
-    with os.fdopen(open_private(temporary, os.O_WRONLY | os.O_TRUNC), "wb") as file:
+    temporary = path.with_name(f".rewind.{uuid.uuid4().hex[:12]}.tmp")  # readers take any name with "tfevents"
+    with os.fdopen(open_private(temporary, os.O_WRONLY | os.O_EXCL), "wb") as file:
         file.write(kept)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
+    replace(temporary, path)
 
 
 def _keep(event: Event, resume_step: int) -> bool:

@@ -11,7 +11,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from forge_hpc.config.errors import UserError
-from forge_hpc.files import atomic_write_text, sync_dir
+from forge_hpc.files import atomic_write_text, is_there, sync_dir
 from forge_hpc.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def _threads() -> list[threading.Thread]:
 
 def _run_id(run_dir: RunDir) -> str:
     path = run_dir.path / "wandb-id"
-    if not path.exists():
+    if not is_there(path):
         atomic_write_text(path, uuid.uuid4().hex + "\n")
         sync_dir(run_dir.path)
     return path.read_text(encoding="utf-8").strip()

@@ -35,6 +35,7 @@ from forge_hpc.observability.logs import Terminal, setup_logging
 from forge_hpc.observability.wandb import finish_runs
 from forge_hpc.recipes.recovery import Departure, Leave, Recoveries
 from forge_hpc.run_dir import RunDir
+from forge_hpc.status_writer import StatusWriter
 
 if TYPE_CHECKING:  # they load torch: only once the nodes have been joined
     from forge_hpc.recipes.generators import GeneratorPool
@@ -42,6 +43,7 @@ if TYPE_CHECKING:  # they load torch: only once the nodes have been joined
 
 logger = logging.getLogger("forge_hpc.controller")
 HEARTBEAT_S = 5.0
+FLUSH_S = 2.0
 CLOSE_S = 8.0
 REPORT_S = 3.0
 """An error may be the echo of a dead process: its report comes within this time."""
@@ -56,8 +58,8 @@ async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, termin
     from forge_hpc.recipes.session import Session, background
 
     config = read_config(run_dir.config)
-    faults = Faults(rendezvous)
-    async with background(heartbeat(run_dir), faults.look_for_ended_nodes()):
+    faults, status = Faults(rendezvous), StatusWriter(run_dir)
+    async with background(heartbeat(status), faults.look_for_ended_nodes()):
         cluster = await join_nodes(config, rendezvous, log_dir, faults)
         recoveries = Recoveries(config.cluster.max_restarts)
 
@@ -68,11 +70,11 @@ async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, termin
         pool = GeneratorPool(config, cluster, log_dir, recoveries, node_lost)
         done, number = False, 0
         while not done and not leave.requested.is_set():
-            session = Session(config, run_dir, log_dir, cluster, pool, recoveries, leave, number)
+            session = Session(config, run_dir, log_dir, cluster, pool, recoveries, leave, number, status)
             faults.begin()
             faults.watch_nodes(partial(on_ended_node, session, pool, node_lost))
             try:
-                done = await attempt(session, pool, terminal, leave)
+                done = await attempt(session, pool, terminal, leave, status)
             except NodeLost as error:
                 node_lost(error.node, str(error))
             except ActorLost as error:
@@ -80,7 +82,7 @@ async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, termin
                 await session.abandon()
                 if not leave.requested.is_set():
                     recoveries.spend("trainers", "trainers", str(error))
-                    tell(run_dir, message=f"recovering: {error}")
+                    status.tell(message=f"recovering: {error}")
             number += 1
     # In good order only where all went well: after a failure the supervisors end what is left, and faster.
     if done:
@@ -91,10 +93,14 @@ async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, termin
                 await cluster.hosts.shutdown()
         except Exception as error:  # of a node that was lost on the way, say: the run is done
             logger.warning("ending the nodes: %s", reason_of(error))
+    with contextlib.suppress(OSError, UserError):  # the supervisor writes the last one
+        await asyncio.to_thread(status.flush, FLUSH_S)
     return done
 
 
-async def attempt(session: Session, pool: GeneratorPool, terminal: Terminal, leave: Leave) -> bool:
+async def attempt(
+    session: Session, pool: GeneratorPool, terminal: Terminal, leave: Leave, status: StatusWriter
+) -> bool:
     """Run the recipe from the newest checkpoint: True when it is done, False when the run has saved to leave.
 
     Raises:
@@ -104,14 +110,14 @@ async def attempt(session: Session, pool: GeneratorPool, terminal: Terminal, lea
     from forge_hpc.recipes.generators import NodeLost
 
     leave.is_attended = True
-    work = asyncio.create_task(run_recipe(session, terminal))
+    work = asyncio.create_task(run_recipe(session, terminal, status))
     asked = asyncio.create_task(leave.requested.wait())
     trainer_losses: tuple[asyncio.Future[Any], ...] = (session.lost, session.cluster.faults.unexpected)
     losses = (*trainer_losses, pool.failed)
     try:
         await asyncio.wait({asked, work, *losses}, return_when=asyncio.FIRST_COMPLETED)
         if leave.departure is not None:
-            tell(session.run_dir, state="saving", message=leave.departure.message)
+            status.tell(state="saving", message=leave.departure.message)
         if leave.departure is not None or pool.failed.done():
             boundary = asyncio.create_task(session.between_steps())
             await asyncio.wait({boundary, work, *trainer_losses}, return_when=asyncio.FIRST_COMPLETED)
@@ -141,22 +147,14 @@ async def attempt(session: Session, pool: GeneratorPool, terminal: Terminal, lea
     return False
 
 
-def tell(run_dir: RunDir, **status: Any) -> None:
-    """Write to ``status.json``; a full disk, or a pause of the file server, keeps nobody from what matters more."""
-    try:
-        run_dir.write_status(**status)
-    except OSError as error:
-        logger.warning("%s: %s", run_dir.status, error)
-
-
-async def run_recipe(session: Session, terminal: Terminal) -> None:
+async def run_recipe(session: Session, terminal: Terminal, status: StatusWriter) -> None:
     """The recipe, on the state that the session finds."""
     from forge_hpc.recipes.registry import load_recipe
 
     recipe = load_recipe(session.config.recipe)
     await session.prepare()
-    with session.open_records(terminal.stdout):
-        session.run_dir.write_status(state="running", step=session.step, policy_version=session.step, message="")
+    with await asyncio.to_thread(session.open_records, terminal.stdout):
+        status.tell(state="running", step=session.step, policy_version=session.step, message="")
         await recipe(session)
 
 
@@ -175,7 +173,7 @@ def on_ended_node(
 async def join_nodes(config: Config, rendezvous: Rendezvous, log_dir: Path, faults: Faults) -> Cluster:
     """Wait for the workers of all nodes, attach to them, and decide what runs where."""
     timeout_s = config.cluster.start_timeout_s
-    [start] = rendezvous.wait(["start"], timeout_s)  # the supervisor has published it before it started us
+    [start] = await asyncio.to_thread(rendezvous.wait, ["start"], timeout_s)  # published before it started us
     names = [f"worker-{node}" for node in range(start["num_nodes"])]
     workers = await asyncio.to_thread(rendezvous.wait, names, timeout_s)
     hosts = await attach([worker["address"] for worker in workers], start["address"], timeout_s)
@@ -189,10 +187,10 @@ async def join_nodes(config: Config, rendezvous: Rendezvous, log_dir: Path, faul
     return Cluster(hosts, placement, cpus, [worker["gpus"] for worker in workers], log_dir, faults)
 
 
-async def heartbeat(run_dir: RunDir) -> None:
-    """Show in status.json that the controller lives."""
+async def heartbeat(status: StatusWriter) -> None:
+    """Show in status.json that the controller's loop lives."""
     while True:
-        tell(run_dir)
+        status.tell()
         await asyncio.sleep(HEARTBEAT_S)
 
 

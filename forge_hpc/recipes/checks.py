@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from forge_hpc.config import Config
-from forge_hpc.data.types import Document
+from forge_hpc.data.types import Document, Group
+from forge_hpc.recipes.rollouts import unequal_openings
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class MismatchWatch:
         """Those of a step on documents. One whose policy version is not known is taken to be as old as may be."""
         versions = [document.policy_version for document in documents]
         ages = [self._max_staleness if version is None else step - 1 - version for version in versions]
-        moved = MOVEMENT * math.sqrt(max(0, *ages, 0))
+        moved = MOVEMENT * math.sqrt(max([0, *ages]))
         return MismatchBounds(self._rounding + moved, BEYOND * self._rounding + 2 * moved)
 
     def check(self, step: int, metrics: Mapping[str, float], bounds: MismatchBounds) -> None:
@@ -116,3 +117,48 @@ class SignalWatch:
                 "or the reward blind to what differs?"
             )
         return False
+
+
+_MAX_QUOTED_CHARS = 100
+
+
+class EpisodeWatch:
+    """Says once each, where the user sees it, what makes the figures of a run mean little.
+
+    Args:
+        warn: ``Session.warn``.
+    """
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self._said: set[str] = set()
+
+    def check(self, step: int, groups: Sequence[Group]) -> None:
+        """Look at the groups of a step: whether most episodes were lost, and whether each group is one task."""
+        num_failed = sum(group.num_failed for group in groups)
+        num = num_failed + sum(len(group.episodes) for group in groups)
+        if 2 * num_failed > num:
+            causes = [message for group in groups for _, message in group.failures]
+            cause = f", the last one because of: {causes[-1]}" if causes else ""
+            self._say("lost", f"step {step}: {num_failed} of {num} episodes were left out{cause}")
+        for group in groups:
+            if (openings := unequal_openings(group)) is not None:
+                first, second = (_quote(text, openings) for text in openings)
+                self._say(
+                    "openings",
+                    f"step {step}: the episodes of prompt {group.prompt.position} are compared with each other and do "
+                    f"not open alike ({first}, {second}): is the task drawn from prompt.seed, and are the "
+                    "environment's episodes apart from each other (environment.max_open_episodes=1)?",
+                )
+
+    def _say(self, kind: str, message: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            self._warn(message)
+
+
+def _quote(text: str, texts: Sequence[str]) -> str:
+    """A text from a little before the place where the two differ."""
+    same = next((i for i, pair in enumerate(zip(*texts, strict=False)) if len(set(pair)) > 1), min(map(len, texts)))
+    start = max(0, same - _MAX_QUOTED_CHARS // 2)
+    return ("…" if start else "") + repr(text[start : start + _MAX_QUOTED_CHARS])

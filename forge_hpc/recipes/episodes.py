@@ -9,6 +9,10 @@ Synchronous runs play a generator's episodes in lockstep: the next responses of 
 for in one call, in the order of prompts and samples, and nothing computed for an earlier turn is reused. A run repeats
 exactly if its environments do: the same answers to the same responses, and none that exceeds its time limit in one run
 and not in the other. Else every episode goes on by itself, and its generator reuses the KV cache of its earlier turns.
+
+Where no more than so many episodes may be open (``environment.max_open_episodes``, or what a server has room for) the
+others wait in order, and take the place of one that has ended: also in the midst of a lockstep, which waits for none
+that is not open.
 """
 
 from __future__ import annotations
@@ -16,21 +20,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from forge_hpc.actors.service import Service
 from forge_hpc.config import Config
 from forge_hpc.config.schema import SamplingConfig
 from forge_hpc.data.types import Completion, Episode, Prompt, Turn
-from forge_hpc.environments import EnvironmentFailed, EnvironmentPool
+from forge_hpc.environments import EnvironmentFailed, EnvironmentPool, Response
 from forge_hpc.environments.rendering import ConversationRenderer
+from forge_hpc.environments.slots import Slots
 from forge_hpc.recipes.session import Session
 from forge_hpc.recipes.streaming import stream
 
 logger = logging.getLogger(__name__)
+_RETRY_S = 0.1, 5.0
+"""An episode that there was no room for tries again after this long, then after twice as long, up to the second."""
+T = TypeVar("T")
 Respond = Callable[[Turn], Awaitable[Completion | ValueError]]
 Played: TypeAlias = tuple[tuple[int, int], Episode | EnvironmentFailed]
 """The indices of a prompt and of a sample, and the episode, or why it failed."""
@@ -43,7 +52,7 @@ async def start_environments(session: Session) -> EnvironmentPool | None:
     """The pool of ``environment``, None where there is none. Raises UserError where it cannot be loaded."""
     if session.config.environment.name is None:
         return None
-    pool = await EnvironmentPool(session.config).start()
+    pool = await EnvironmentPool(session.config, warn=session.metrics.warn).start()
     session.on_close(pool.close)
     return pool
 
@@ -52,20 +61,35 @@ def episode_player(session: Session, generators: Service, environments: Environm
     """What plays the episodes of prompts; None where there is no environment."""
     if environments is None:
         return None
-    return EpisodePlayer(session.config, session.tokenizer, generators.generate_turns.route, environments)
+    generate = generators.generate_turns.route
+    return EpisodePlayer(session.config, session.tokenizer, generate, environments, len(generators))
 
 
 class EpisodePlayer:
     """Plays episodes of prompts.
 
+    Args:
+        num_generators: those that play in lockstep share the open episodes evenly, so that none waits for another.
+
     Raises UserError where the tokenizer's chat template cannot render several turns.
     """
 
-    def __init__(self, config: Config, tokenizer: Any, generate: GenerateTurns, environments: EnvironmentPool) -> None:
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Any,
+        generate: GenerateTurns,
+        environments: EnvironmentPool,
+        num_generators: int = 1,
+    ) -> None:
         self._config = config
         self._renderer = ConversationRenderer(tokenizer, config.data)
         self._generate = generate
         self._environments = environments
+        self._num_generators = num_generators
+        self._slots = Slots(lambda: environments.max_open_episodes)
+        self._shares: dict[int, Slots] = {}
+        self._full_since: float | None = None
         self._cache = secrets.token_hex(8)
         self.num_failed: Counter[str] = Counter()
         """Episodes given up so far, by ``EnvironmentFailed.kind``."""
@@ -93,20 +117,21 @@ class EpisodePlayer:
 
             def start(prompt: Prompt, sample_index: int) -> Coroutine[Any, Any, Episode | EnvironmentFailed]:
                 if lockstep is not None:
-                    return lockstep.join(lambda respond: self._try(prompt, sample_index, respond))
+                    return lockstep.join(slots, lambda seat, turn: self._try(prompt, sample_index, seat, turn))
 
                 async def respond(turn: Turn) -> Completion | ValueError:
                     cache = f"{self._cache}-{prompt.position}"
                     [response] = await self._generate([turn], sampling, seed, cache, key=None)
                     return response
 
-                return self._try(prompt, sample_index, respond)
+                return self._try(prompt, sample_index, Seat(slots), respond)
 
             async with asyncio.TaskGroup() as tasks:
                 if key is None:
-                    lockstep = None
+                    lockstep, slots = None, self._slots
                 else:
                     lockstep = Lockstep(lambda turns: self._generate(turns, sampling, seed, None, key=key), tasks)
+                    slots = self._shares.setdefault(key, Slots(self._share, self._slots))
                 for index, prompt in enumerate(prompts):  # all have joined before the first one plays
                     for sample_index in range(num):
                         task = tasks.create_task(start(prompt, sample_index))
@@ -114,22 +139,48 @@ class EpisodePlayer:
 
         return stream(play_all)
 
-    async def _try(self, prompt: Prompt, sample_index: int, respond: Respond) -> Episode | EnvironmentFailed:
-        try:
-            return await self.play(prompt, sample_index, respond)
-        except EnvironmentFailed as error:
-            self.num_failed[error.kind] += 1
-            if self.num_failed[error.kind] == 1:  # the rest is in metrics.jsonl
-                logger.warning("an episode of prompt %d is left out: %s", prompt.position, error)
-            return error
+    def _share(self) -> int | None:
+        most = self._environments.max_open_episodes
+        return None if most is None else max(1, most // self._num_generators)
+
+    async def _try(
+        self, prompt: Prompt, sample_index: int, seat: Seat, respond: Respond
+    ) -> Episode | EnvironmentFailed:
+        """An episode, or why there is none. One that the environment has no room for waits and tries again."""
+        delay_s, longest_s = _RETRY_S
+        while True:
+            await seat.taken()
+            try:
+                return await self.play(prompt, sample_index, respond)
+            except EnvironmentFailed as error:
+                if error.kind != "full" or self._is_hopeless():
+                    self.num_failed[error.kind] += 1
+                    if self.num_failed[error.kind] == 1:  # the rest is in metrics.jsonl
+                        logger.warning("an episode of prompt %d is left out: %s", prompt.position, error)
+                    return error
+            finally:
+                seat.leave()
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, longest_s)
+            seat.ask()
+
+    def _is_hopeless(self) -> bool:
+        """Whether there has been no room for ``environment.timeout_s``, though no episode of this run takes it."""
+        now = time.monotonic()
+        if self._environments.num_open or self._full_since is None:
+            self._full_since = now
+        return now - self._full_since > self._config.environment.timeout_s
 
     async def play(self, prompt: Prompt, sample_index: int, respond: Respond) -> Episode:
         """One episode. Raises EnvironmentFailed."""
         limits, rollout = self._config.environment, self._config.rollout
         completion = Completion(sample_index, "", [], [], "turns", (0, 0), loss_mask=[])
-        tokens, reward, transcript = completion.token_ids, 0.0, []
+        tokens, transcript, num_truncated = completion.token_ids, [], 0
+        rewards: list[float] = []
         async with self._environments.open() as environment:
-            prompt = self._renderer.opening(prompt, await environment.reset(prompt))
+            opening = await environment.reset(prompt)
+            self._full_since = None
+            prompt = self._renderer.opening(prompt, opening)
             if len(prompt.token_ids) > rollout.max_prompt_tokens:
                 raise EnvironmentFailed(
                     f"its opening has {len(prompt.token_ids)} tokens, more than rollout.max_prompt_tokens"
@@ -142,14 +193,17 @@ class EpisodePlayer:
                 if isinstance(response, ValueError):
                     raise EnvironmentFailed(f"the generator refused turn {turn}: {response}")
                 _add_response(completion, response, is_first=turn == 0)
-                step = await environment.step(response.text)
-                reward += step.reward
+                truncated = response.finish_reason == "length"
+                num_truncated += truncated
+                step = await environment.step(Response(response.text, truncated))
+                if step.reward is not None:
+                    rewards.append(step.reward)
                 transcript += [
                     {"role": "assistant", "content": response.text},
                     {"role": step.role, "content": step.observation},
                 ]
                 if step.done:
-                    completion.finish_reason = "stop"
+                    completion.finish_reason = "length" if truncated else "stop"
                     break
                 is_last = turn + 1 == limits.max_turns  # what nobody answers is not in the episode
                 observation = [] if is_last else self._renderer.observation(step, response.token_ids[-1])
@@ -157,8 +211,15 @@ class EpisodePlayer:
                     completion.finish_reason = "length"
                     break
                 _add_observation(completion, observation)
-        completion.metadata = {"turns": turn + 1, "transcript": transcript, "info": step.info}
-        return Episode(prompt, completion, reward, {"environment": reward})
+        if not rewards and not self._config.reward:
+            raise EnvironmentFailed(f"the environment gave no reward in {turn + 1} turns", "reward")
+        completion.metadata = {
+            "turns": turn + 1,
+            "truncated_turns": num_truncated,
+            "transcript": transcript,
+            "info": step.info,
+        }
+        return Episode(prompt, completion, sum(rewards), {"environment": sum(rewards)} if rewards else {})
 
 
 def _add_response(completion: Completion, response: Completion, is_first: bool) -> None:
@@ -180,8 +241,48 @@ def _add_observation(completion: Completion, token_ids: list[int]) -> None:
     completion.loss_mask += [False] * len(token_ids)
 
 
+class Seat:
+    """An episode's place among those that are open; asked for when it is made.
+
+    Args:
+        lockstep: counts those that have one.
+    """
+
+    def __init__(self, slots: Slots, lockstep: Lockstep | None = None) -> None:
+        self._slots, self._lockstep = slots, lockstep
+        self.ask()
+
+    def ask(self) -> None:
+        """Stand in line."""
+        self._entered = asyncio.get_running_loop().create_future()
+        self._slots.request(self._enter)
+
+    async def taken(self) -> None:
+        """Wait until it is this episode's turn; then ``leave`` is due."""
+        try:
+            await self._entered
+        except asyncio.CancelledError:
+            if not self._entered.cancelled():
+                self.leave()
+            raise
+
+    def leave(self) -> None:
+        """Give the place to the next in line, before the lockstep looks whether it is complete."""
+        self._slots.release()
+        if self._lockstep is not None:
+            self._lockstep.left()
+
+    def _enter(self) -> None:
+        if self._entered.cancelled():
+            self._slots.release()
+            return
+        self._entered.set_result(None)
+        if self._lockstep is not None:
+            self._lockstep.num_live += 1
+
+
 class Lockstep:
-    """Gathers one request of every episode that still goes on, then sends all at once, in the order of joining."""
+    """Gathers one request of every episode that is open, then sends all at once, in the order of joining."""
 
     def __init__(
         self,
@@ -189,14 +290,16 @@ class Lockstep:
         tasks: asyncio.TaskGroup,
     ) -> None:
         self._generate, self._tasks = generate, tasks
-        self._num_joined = self._num_live = 0
+        self._num_joined = 0
+        self.num_live = 0
+        """Episodes that have their seat."""
         self._waiting: dict[int, tuple[Turn, asyncio.Future[Completion | ValueError]]] = {}
 
-    def join(self, play: Callable[[Respond], Awaitable[Any]]) -> Any:
-        """A coroutine that runs an episode, handing it what answers its turns. The episode counts from this call."""
+    def join(self, slots: Slots, play: Callable[[Seat, Respond], T]) -> T:
+        """What ``play`` makes of a seat in ``slots`` and of what answers an episode's turns. One that is let in at once
+        counts from this call."""
         number = self._num_joined
         self._num_joined += 1
-        self._num_live += 1
 
         async def respond(turn: Turn) -> Completion | ValueError:
             answer = asyncio.get_running_loop().create_future()
@@ -204,17 +307,15 @@ class Lockstep:
             self._send_when_complete()
             return await answer
 
-        async def run() -> Any:
-            try:
-                return await play(respond)
-            finally:
-                self._num_live -= 1
-                self._send_when_complete()
+        return play(Seat(slots, self), respond)
 
-        return run()
+    def left(self) -> None:
+        """An episode has given its seat back."""
+        self.num_live -= 1
+        self._send_when_complete()
 
     def _send_when_complete(self) -> None:
-        if self._waiting and len(self._waiting) == self._num_live:
+        if self._waiting and len(self._waiting) == self.num_live:
             requests = [request for _, request in sorted(self._waiting.items(), key=lambda item: item[0])]
             self._waiting = {}
             self._tasks.create_task(self._send(requests))

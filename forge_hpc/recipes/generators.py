@@ -218,7 +218,7 @@ class GeneratorPool:
         while (weights := self.weights) is not None:
             wanted = (weights, weights.version)
             if weights.version is None or held == wanted:  # the weights are there; their newest name may not be
-                if weights.label == label:
+                if weights.label in (None, label):
                     return
                 label = weights.label
                 await self._ask(index, actor.relabel.call_one(label), self._config.generator.timeout_s, "relabel()")

@@ -17,7 +17,7 @@ from contextlib import aclosing
 from typing import Any
 
 from forge_hpc.data.types import Prompt
-from forge_hpc.recipes.checks import SignalWatch
+from forge_hpc.recipes.checks import EpisodeWatch, SignalWatch
 from forge_hpc.recipes.episodes import episode_player, start_environments
 from forge_hpc.recipes.rollouts import RolloutClock, episode_buffer, make_groups, measure, to_documents
 from forge_hpc.recipes.session import Session, background, load_held_out, load_prompts
@@ -66,6 +66,7 @@ async def grpo(session: Session) -> None:
                 await buffer.put(group)
         clock.end(started)
 
+    episodes = EpisodeWatch(session.metrics.warn)
     signal = SignalWatch(
         config, session.state.get("steps_without_signal", 0), session.state.get("all_steps_without_signal", 0)
     )
@@ -77,6 +78,7 @@ async def grpo(session: Session) -> None:
             groups = await buffer.take()
             prompts.report(groups)
             waited = time.perf_counter() - waited
+            episodes.check(step, groups)
             metrics = measure(groups, step) | {"time/wait_generator_s": waited, "episodes/stale": buffer.num_stale}
             documents = to_documents(groups, config)
             is_signal = signal.check(step, documents, metrics)

@@ -165,10 +165,10 @@ def measure(groups: Sequence[Group], step: int) -> dict[str, float]:
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
         **{f"reward/{name}": float(np.mean(values)) for name, values in terms.items()},
-        **_measure_turns([episode.completion for episode in episodes]),
+        **_measure_turns(groups),
         "response/length_mean": float(lengths.mean()),
         "response/length_max": float(lengths.max()),
-        "response/truncated_fraction": float(np.mean([e.completion.finish_reason == "length" for e in episodes])),
+        "response/truncated_fraction": _truncated_fraction([episode.completion for episode in episodes]),
         "groups/drawn": float(len(groups)),
         "groups/zero_signal": float(sum(not has_signal(group) for group in groups)),
         "episodes/failed": float(sum(group.num_failed for group in groups)),
@@ -179,15 +179,30 @@ def measure(groups: Sequence[Group], step: int) -> dict[str, float]:
     }
 
 
-def _measure_turns(completions: Sequence[Completion]) -> dict[str, float]:
-    """Of episodes with an environment: responses of one, and the share that a limit ended and not the environment."""
+def _truncated_fraction(completions: Sequence[Completion]) -> float:
+    """The share of responses that a limit cut off; an episode has one a turn."""
+    cut_off = sum(c.metadata.get("truncated_turns", c.finish_reason == "length") for c in completions)
+    return cut_off / sum(c.metadata.get("turns", 1) for c in completions)
+
+
+def _measure_turns(groups: Sequence[Group]) -> dict[str, float]:
+    """Of episodes with an environment: responses of one, the share that a limit ended and not the environment (or after
+    a last response that a limit cut off), and the groups that were not one task."""
+    completions = [episode.completion for group in groups for episode in group.episodes]
     turns = [completion.metadata["turns"] for completion in completions if "turns" in completion.metadata]
     if not turns:
         return {}
     return {
         "episode/turns_mean": float(np.mean(turns)),
         "episode/truncated_fraction": float(np.mean([c.finish_reason != "stop" for c in completions])),
+        "groups/unequal_openings": float(sum(unequal_openings(group) is not None for group in groups)),
     }
+
+
+def unequal_openings(group: Group) -> tuple[str, str] | None:
+    """Two openings of the group's episodes that differ: they are compared with each other, and are not one task."""
+    texts = list(dict.fromkeys(episode.prompt.text for episode in group.episodes))
+    return (texts[0], texts[1]) if len(texts) > 1 else None
 
 
 class RolloutClock:

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -31,12 +32,14 @@ from forge_hpc.data.prompts import PromptStream, evaluation_prompts
 from forge_hpc.data.source import load_eval_examples
 from forge_hpc.data.types import Completion, Document, Episode, Group, Prompt
 from forge_hpc.observability.logger import MetricLogger
+from forge_hpc.recipes.answers import Answers
 from forge_hpc.recipes.checks import MismatchWatch
 from forge_hpc.recipes.evaluation import Graded, evaluation_seed, greedy_figures, sampled_figures
 from forge_hpc.recipes.generators import SPAWN_S, STOP_S, GeneratorPool, NodeLost, WeightSync
 from forge_hpc.recipes.recovery import Leave, Recoveries
 from forge_hpc.recipes.trainers import Trainers
 from forge_hpc.run_dir import RunDir
+from forge_hpc.status_writer import StatusWriter
 from forge_hpc.weights import WeightStore
 
 if TYPE_CHECKING:
@@ -65,6 +68,7 @@ class Session:
         recoveries: Recoveries,
         leave: Leave,
         attempt: int = 0,
+        status: StatusWriter | None = None,
     ) -> None:
         self.config = config
         self.run_dir = run_dir
@@ -82,6 +86,7 @@ class Session:
         self._pool = pool
         self._recoveries = recoveries
         self._leave = leave
+        self._status = status or StatusWriter(run_dir)
         self._suffix = f"r{attempt}" if attempt else ""
         self._between_steps = asyncio.Event()
         self._between_steps.set()
@@ -299,7 +304,7 @@ class Session:
         self._recoveries.step_done()
         counts = {"checkpoint/failed": float(self._num_failed_saves)} | self._recoveries.metrics()
         self.metrics.log(step, {"policy_version": step, **metrics, **timing, **counts})
-        self._tell(step=step, policy_version=step)
+        self._status.tell(step=step, policy_version=step)
         if groups:
             self.metrics.log_rollouts(step, groups)
 
@@ -310,12 +315,29 @@ class Session:
         recipe needs to go on after the step; JSON.
         """
         self.state = dict(state)
+        start = time.perf_counter()
         if self._is_due(step):
-            start = time.perf_counter()
             await self.save()
-            self._checkpoint_s += time.perf_counter() - start
+        await self._export_if_due(step)
+        self._checkpoint_s += time.perf_counter() - start
         self._between_steps.set()
         await self._stay()
+
+    async def _export_if_due(self, step: int) -> None:
+        """Write the model every ``checkpoint.export_interval`` steps. One that fails is reported; the run goes on."""
+        interval = self.config.checkpoint.export_interval
+        if not interval or step % interval:
+            return
+        if self._leave.requested.is_set():
+            logger.warning("no time to export step %d: forge-hpc export writes it from its checkpoint", step)
+            return
+        try:
+            await self.trainers.call("export", self.run_dir.export_of(step))
+        except ActorLost:
+            raise
+        except Exception as error:
+            logger.error("the model of step %d is not exported: %s", step, reason_of(error))
+            self._tell(message=f"the model of step {step} is not exported: {reason_of(error)}")
 
     def _is_due(self, step: int) -> bool:
         interval = self.config.checkpoint.interval
@@ -358,7 +380,7 @@ class Session:
             self._saved_step = step
             self._save_s.append(time.perf_counter() - start)
             lead_s = MIN_LEAD_S + 2 * (max(self._save_s) + max(self._train_s, default=0.0))
-            self._tell(lead_s=round(lead_s, 1))
+            self._status.tell(lead_s=round(lead_s, 1))
 
     def _commit(
         self, step: int, record: Mapping[str, Any], files: Mapping[str, FileRecord], groups: Sequence[Group]
@@ -371,18 +393,10 @@ class Session:
         self._num_failed_saves += 1
         reason = " ".join(str(error).split()) or type(error).__name__
         logger.error("the checkpoint of step %d failed, the one before it stands: %s", step, reason)
-        self._tell(message=f"the checkpoint of step {step} failed: {reason}")
-
-    def _tell(self, **status: Any) -> None:
-        """Write to ``status.json``. Where that cannot be written the training goes on."""
-        try:
-            self.run_dir.write_status(**status)
-        except OSError as error:
-            logger.warning("%s: %s", self.run_dir.status, error)
+        self._status.tell(message=f"the checkpoint of step {step} failed: {reason}")
 
     def _show_warning(self, text: str) -> None:
         """On the terminal, in ``status.json`` and in the log."""
-        logger.warning(text)
         self.metrics.warn(text)
         self._tell(message=text)
 
@@ -466,17 +480,31 @@ class Session:
         if not prompts or self.metrics.is_evaluated(step):
             return
         start, config = time.perf_counter(), self.config.evaluation
+        limit = self.config.logging.num_answers_per_evaluation
+        show = partial(self.metrics.show_evaluation, step)
+        answers = Answers(step, len(prompts), config.samples, limit, show, lambda text: self._tell(message=text))
         ask = self.generators.sample.stream if player is None else player.stream
-        greedy = await self._answer(ask, prompts, 1, replace(self.config.rollout.sampling, temperature=0.0), 0, rewards)
+        greedy = await self._answer(
+            ask, prompts, 1, replace(self.config.rollout.sampling, temperature=0.0), 0, rewards, answers
+        )
         values = greedy_figures([answer for [answer] in greedy])
         if config.samples:
             sampling, seed = self.config.rollout.sampling, evaluation_seed(self.config.seed, step)
             if config.temperature is not None:
                 sampling = replace(sampling, temperature=config.temperature)
-            sampled = await self._answer(ask, prompts, config.samples, sampling, seed, rewards)
+            sampled = await self._answer(ask, prompts, config.samples, sampling, seed, rewards, answers)
             values |= sampled_figures(sampled, config.k, seed)
-        values |= {"num_prompts": len(prompts), "time_s": time.perf_counter() - start}
-        self.metrics.log_evaluation(step, {**(more or {}), **values})
+        lost = [answer for group in (*greedy, *(sampled if config.samples else ())) for answer in group]
+        num_failed, num = sum(answer.reward is None for answer in lost), len(lost)
+        if 2 * num_failed > num:
+            self.metrics.warn(
+                f"evaluation after step {step}: {num_failed} of {num} answers failed or have no reward, and count as "
+                "wrong: controller.log says why"
+            )
+        values |= {"num_prompts": len(prompts), "num_failed": num_failed, "time_s": time.perf_counter() - start}
+        self.metrics.log_evaluation(step, {**(more or {}), **values}, answers.records())
+        if answers.has_told:
+            self._tell(message="")
         self._step_ended = time.perf_counter()
 
     async def _answer(
@@ -487,21 +515,27 @@ class Session:
         sampling: SamplingConfig,
         seed: int,
         rewards: Any,
+        answers: Answers,
     ) -> list[list[Graded]]:
         """``num`` answers to each prompt, or episodes of it. An answer is right if the first reward says so
         (``RewardPool.is_right``), an episode if its environment gave 1 or more."""
         from forge_hpc.rewards import RewardError
 
         async def grade(place: int, number: int, answer: Completion | Episode | Exception) -> None:
+            sample = number if sampling.temperature > 0 else None
             if isinstance(answer, Exception):
+                answers.add(place, sample, prompts[place], answer, Graded(), error=str(answer))
                 return
             episode = answer if isinstance(answer, Episode) else Episode(prompts[place], answer, 0.0)
             try:
                 total, terms = await rewards.score(episode.prompt, episode.completion)
-            except RewardError:
+            except RewardError as error:
+                answers.add(place, sample, episode.prompt, answer, Graded(), error=str(error))
                 return
-            right = episode.reward >= 1 - 1e-6 if isinstance(answer, Episode) else rewards.is_right(terms)
-            results[place][number] = Graded(right, episode.reward + total)
+            is_played = "environment" in episode.rewards
+            right = episode.reward >= 1 - 1e-6 if is_played else rewards.is_right(terms)
+            graded = results[place][number] = Graded(right, episode.reward + total)
+            answers.add(place, sample, episode.prompt, answer, graded, episode.rewards | terms)
 
         async def share(replica: int, places: Sequence[int]) -> None:
             mine = [prompts[place] for place in places]

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from forge_hpc.rewards.program import find_program
+
 if TYPE_CHECKING:
     from forge_hpc.sandbox import Case, Sandbox
-
-_BLOCK = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 
 
 class CodeReward:
     """The share of the example's tests that the program in the response passes, from 0.0 to 1.0.
 
-    The program is Python: the last closed code block after the thinking, else all of it. It runs in
+    The program is Python: the last closed code block after the thinking that can be one, else all of it
+    (``forge_hpc.rewards.program``). It runs in
     ``forge_hpc.sandbox`` and nowhere else. The tests are the field ``tests`` of the example, or the target where there
     is no such field, as data or as JSON: a list of ``{"input": …, "output": …}`` (what the program reads and must
     print) or of Python texts (``assert add(1, 2) == 3``), one such text, or ``{"inputs": […], "outputs": […]}``.
@@ -48,8 +48,12 @@ class CodeReward:
 
     async def __call__(self, prompt: str, response: str, target: str, **fields: Any) -> float:
         tests = read_tests(fields.get(self.tests_field, target))
-        share = (await self._sandbox.run_tests(find_program(response), tests, test_s=self.test_s)).share
+        share = (await self._sandbox.run_tests(find_program(prompt, response), tests, test_s=self.test_s)).share
         return float(share == 1.0) if self.require_all else share
+
+    def read(self, prompt: str, response: str) -> str:
+        """The program that a response is judged by."""
+        return find_program(prompt, response)
 
     async def check(self) -> None:
         """Start a sandbox once. Raises UserError where that does not work."""
@@ -65,15 +69,6 @@ def make_sandbox(options: Mapping[str, Any]) -> Sandbox:
 
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SandboxConfig), dict(options)))
     return Sandbox(cast(SandboxConfig, config))
-
-
-def find_program(response: str) -> str:
-    """The last closed code block after the thinking, else all that stands there; nothing where thinking has no end."""
-    said = response.rpartition("</think>")[2]
-    if said.lstrip().startswith("<think>"):
-        return ""
-    blocks = _BLOCK.findall(said)
-    return blocks[-1] if blocks else said
 
 
 def read_tests(tests: Any) -> list[Case | str]:

@@ -1,9 +1,10 @@
 """The command lines that make a sandbox and start process 1 (``guest.init``) in it.
 
-Bubblewrap is what is tested. The lines for Apptainer (1.4) and enroot (later than 4.1.2: its ``start`` must know --pid,
---net and --ipc) follow their documentation and source, and have been run nowhere yet: only the arguments are tested.
-Whatever a runtime made of its line, process 1 refuses to run anything where it finds a network, foreign processes,
-capabilities or a writable root, and ``Sandbox.check`` looks for the user's files.
+Bubblewrap and Apptainer (1.4, folders and SIF files: ``make test-apptainer``) are tested. The lines for enroot (later
+than 4.1.2: its ``start`` must know --pid, --net and --ipc) follow its documentation and source, and have been run
+nowhere yet: only the arguments are tested. Whatever a runtime made of its line, process 1 refuses to run anything
+where it finds a network, foreign processes, capabilities, a writable root or too small a /tmp, and ``Sandbox.check``
+looks for the user's files.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
+_EMPTY = "empty.py"
+"""Of ``guest``: a file with nothing in it, to lay over others."""
 _BINARIES = {"auto": "bwrap", "bubblewrap": "bwrap", "apptainer": "apptainer", "enroot": "enroot"}
 _PACKAGES = {"bwrap": "bubblewrap"}
 
@@ -57,12 +60,24 @@ def command(config: SandboxConfig, limits: SandboxLimits, guest: Path) -> list[s
         )
     python = config.python or "python3"
     arguments = apptainer_arguments if binary == "apptainer" else enroot_arguments
+    if binary == "apptainer":
+        _refuse_unpacking(path, Path(config.image))
     return [path, *arguments(limits, config.image, guest), python, *_PYTHON_OPTIONS]
 
 
 def environment(config: SandboxConfig) -> dict[str, str]:
-    """What the runtime's own process gets. Bubblewrap's would stay readable inside; the others clean it themselves."""
-    return {} if _BINARIES[config.runtime] == "bwrap" else dict(os.environ)
+    """What the runtime's own process gets. Bubblewrap's would stay readable inside. Of the user's, the others get what
+    they need to find their own files, and nothing that adds to their arguments: APPTAINER_BIND shows folders inside."""
+    if _BINARIES[config.runtime] == "bwrap":
+        return {}
+    known = ("PATH", "HOME", "USER", "TMPDIR", "APPTAINER_TMPDIR", "APPTAINER_CACHEDIR")
+    return {key: value for key, value in os.environ.items() if key in known or key.startswith(("ENROOT_", "XDG_"))}
+
+
+def num_helpers(config: SandboxConfig) -> int:
+    """Threads that the runtime may have in the user namespace of its programs, where the kernel counts them with the
+    programs' (seen: a dozen of squashfuse, which serves a SIF file)."""
+    return 64 if _BINARIES[config.runtime] == "apptainer" else 0
 
 
 def bubblewrap_options(limits: SandboxLimits, python: Interpreter, guest: Path, known: str) -> list[str]:
@@ -108,13 +123,40 @@ def bubblewrap_options(limits: SandboxLimits, python: Interpreter, guest: Path, 
 
 
 def apptainer_arguments(limits: SandboxLimits, image: str, guest: Path) -> list[str]:
-    """Arguments before the command. The size of /tmp is the site's (sessiondir max size); process 1 watches it."""
-    options = ["exec", "--userns", "--containall", "--cleanenv", "--no-home", "--no-init", "--no-privs", "--no-eval"]
-    options += ["--net", "--network", "none", "--uts", "--hostname", "sandbox", "--no-mount", "bind-paths,hostfs,cwd"]
-    options += ["--bind", f"{guest}:/sandbox/guest:ro", "--pwd", "/tmp"]
-    for name, value in _ENVIRONMENT.items():
-        options += ["--env", f"{name}={value}"]
-    return [*options, image]
+    """Arguments before the command. The size of /tmp is the site's (sessiondir max size): process 1 refuses one that is
+    smaller than ``disk_mb``, and watches it.
+
+    Apptainer sets no HOME by --env (and --home shows the host's folder), names the image in the environment, and writes
+    the user into /etc/passwd: so ``env`` makes the environment, and empty files lie over what tells of the host.
+    """
+    options = ["--silent", "exec", "--userns", "--containall", "--cleanenv", "--no-home", "--no-init", "--no-privs"]
+    options += ["--no-eval", "--net", "--network", "none", "--uts", "--hostname", "sandbox"]
+    options += ["--no-mount", "sys,home,cwd,hostfs,bind-paths", "--bind", f"{guest}:/sandbox/guest:ro"]
+    for name in ("passwd", "group", "resolv.conf"):
+        options += ["--bind", f"{guest / _EMPTY}:/etc/{name}:ro"]
+    variables = [f"{name}={value}" for name, value in _ENVIRONMENT.items()]
+    return [*options, "--pwd", "/tmp", image, "/usr/bin/env", "-i", *variables]
+
+
+def _refuse_unpacking(apptainer: str, image: Path) -> None:
+    """Raise UserError where Apptainer would unpack the image, hundreds of MB, at the start of every program."""
+    if not image.is_file() or _finds_squashfuse(apptainer):
+        return
+    raise UserError(
+        f"sandbox.image={image} would be unpacked at the start of every program: squashfuse is not installed here",
+        f"install squashfuse, or unpack it once: apptainer build --sandbox DIR {image}, and set sandbox.image to DIR",
+    )
+
+
+@functools.cache
+def _finds_squashfuse(apptainer: str) -> bool:
+    """In the PATH, or beside Apptainer's own programs."""
+    asked = subprocess.run(
+        [apptainer, "buildcfg", "LIBEXECDIR"], capture_output=True, text=True, timeout=60, check=False
+    )
+    libexec = Path(asked.stdout.strip() or "/usr/libexec") / "apptainer/bin"
+    places = os.pathsep.join([os.environ.get("PATH", os.defpath), str(libexec)])
+    return any(shutil.which(name, path=places) for name in ("squashfuse_ll", "squashfuse"))
 
 
 def enroot_arguments(limits: SandboxLimits, image: str, guest: Path) -> list[str]:

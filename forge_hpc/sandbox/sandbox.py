@@ -35,7 +35,7 @@ from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import SandboxConfig
@@ -45,9 +45,14 @@ from forge_hpc.sandbox.interpreter import readable_by_all
 from forge_hpc.sandbox.results import Case, Limits, Report, Result, SandboxError, Verdict
 from forge_hpc.sandbox.slots import Slots
 
+if TYPE_CHECKING:
+    import psutil
+
 _START_TIMEOUT_S = 60.0
 _GRACE_S = 10 * init.TICK_S
 _END_TIMEOUT_S = 0.5
+_CLEAN_UP_S = 5.0
+"""What a runtime may take to clean up once process 1 is dead."""
 _KILL_TIMEOUT_S = 30.0
 _NOBODY = 65534
 _SLOTS = Slots()
@@ -179,7 +184,7 @@ class Sandbox:
                 raise SandboxError(f"{command[0]} cannot be started{who}: {error.strerror}") from error
             session = _Session(process)
             try:
-                await session.begin(code, files, limits)
+                await session.begin(code, files, asdict(limits) | {"helpers": runtimes.num_helpers(self._config)})
                 yield session
             finally:
                 await session.end()
@@ -194,11 +199,11 @@ class _Session:
         self.is_over = False
         """No more can be run in it."""
 
-    async def begin(self, code: str, files: Mapping[str, str], limits: Limits) -> None:
+    async def begin(self, code: str, files: Mapping[str, str], limits: Mapping[str, float]) -> None:
         """Wait until process 1 is ready. Raises SandboxError."""
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
-                answer = await self._ask({"code": code, "files": dict(files), "limits": asdict(limits)})
+                answer = await self._ask({"code": code, "files": dict(files), "limits": limits})
                 if answer is None:
                     said = (await self._errors.read(4000)).decode(errors="replace").strip()
                     raise SandboxError(said or "it ended at its start without a word")
@@ -221,16 +226,30 @@ class _Session:
             return Verdict(False, "the tester was killed")
 
     async def end(self) -> None:
-        """Hang up and wait until all is gone. Raises TimeoutError where a killed process does not end."""
+        """Hang up and wait until all is gone. Raises TimeoutError where a killed process does not end.
+
+        Where process 1 does not go by itself it is killed first: its runtime then ends in good order, with what it has
+        started and mounted beside it (Apptainer: squashfuse).
+        """
         self._to.close()
         try:
             async with asyncio.timeout(_END_TIMEOUT_S):
                 await self._gone()
+            return
         except TimeoutError:
+            family = _descendants(self._process.pid)
+        _kill([process for process in family if _is_first(process.pid)])
+        try:
+            async with asyncio.timeout(_CLEAN_UP_S):
+                await self._gone()
+        except TimeoutError:
+            family += _descendants(self._process.pid)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             async with asyncio.timeout(_KILL_TIMEOUT_S):
                 await self._gone()
+        finally:
+            _kill(family)
 
     async def _gone(self) -> None:
         # Its pipes are read to their ends: asyncio waits for those too.
@@ -258,6 +277,34 @@ class _Session:
             return ast.literal_eval((await self._from.readexactly(int.from_bytes(header, "big"))).decode("ascii"))
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    import psutil  # needed rarely, and this module is loaded at every start of a reward's process
+
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _is_first(pid: int) -> bool:
+    """Whether it is process 1 of a process tree of its own."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return False
+    ids = next((line.split()[1:] for line in lines if line.startswith("NSpid:")), [])
+    return len(ids) > 1 and ids[-1] == "1"
+
+
+def _kill(processes: Sequence[psutil.Process]) -> None:
+    """Kill those that live. A number that is another process's by now is left alone."""
+    import psutil
+
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 def _judge(result: Result, case: Case) -> Verdict:
@@ -324,6 +371,10 @@ def _hint(error: str) -> str:
         with contextlib.suppress(OSError):
             if path.read_text().strip() == forbids:
                 return f"{path} forbids user namespaces ({forbids}): ask for `{remedy}`, or set sandbox.runtime"
+    if "/tmp has" in error:
+        return "lower it, or raise `sessiondir max size` in apptainer.conf"
+    if "/dev/fuse" in error:
+        return "a SIF file needs /dev/fuse (mode 0666); or unpack it once: apptainer build --sandbox DIR IMAGE"
     if "namespace" in error or "uid map" in error:
         return "this machine (or the container around it) forbids user namespaces; or set sandbox.runtime"
     return "set sandbox.runtime, sandbox.python or sandbox.image, best in the site profile"

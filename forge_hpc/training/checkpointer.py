@@ -31,7 +31,7 @@ from forge_hpc.training.staging import Staging
 
 
 @contextmanager
-def _ordinary_errors(what: str) -> Iterator[None]:
+def ordinary_errors(what: str) -> Iterator[None]:
     """torch 2.13's CheckpointException is no Exception, so that ``except Exception`` and futures' users miss it."""
     try:
         yield
@@ -77,7 +77,7 @@ class _Writer(dcp.FileSystemWriter):
             raise cause or error from None
 
 
-class _TrainedWeights(ModelWrapper):
+class TrainedWeights(ModelWrapper):
     """The model without its frozen weights, which are those of the model that training started from."""
 
     def _get_state_dict(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class TrainerCheckpointer(CheckpointManager):
             sd_adapter=None,
         )
         del self.states[DATALOADER]  # the controller draws the prompts
-        self.states[MODEL] = _TrainedWeights(model)
+        self.states[MODEL] = TrainedWeights(model)
         self.states[OPTIMIZER] = _OptimizerState(optimizers)
         self._staging = Staging() if async_save else None
         self._saving: Future[dict[str, FileRecord]] | None = None
@@ -160,7 +160,7 @@ class TrainerCheckpointer(CheckpointManager):
     def _write(self, state: dict[str, Any], directory: Path, failure: Exception | None = None) -> dict[str, FileRecord]:
         # A staged state is in host memory already: nothing to copy ahead, and no CUDA context of this thread's own.
         writer = _Writer(directory, failure, per_thread_copy_ahead=0 if self._staging is not None else 10_000_000)
-        with _ordinary_errors(f"cannot save {directory}"):
+        with ordinary_errors(f"cannot save {directory}"):
             dcp.save(state, storage_writer=writer, process_group=self.pg)
         rank = dist.get_rank(self.pg)
         paths = sorted(directory.glob(f"__{rank}_*.distcp")) + ([directory / ".metadata"] if rank == 0 else [])
@@ -177,7 +177,7 @@ class TrainerCheckpointer(CheckpointManager):
             CheckpointError: it cannot be read or belongs to another model.
         """
         self.folder = str(directory)
-        with _ordinary_errors(f"cannot load {directory}"):
+        with ordinary_errors(f"cannot load {directory}"):
             self.load(1)  # any step but 0, which means weights alone, and -1, which means the newest
 
     def _create_checkpoint_id(self, step: int, folder: str = "") -> str:

@@ -38,7 +38,7 @@ from forge_hpc.models.device import device_type, local_device
 from forge_hpc.models.head import Truncation
 from forge_hpc.models.spec import load_hf_weights, load_spec
 from forge_hpc.training.checkpointer import TrainerCheckpointer
-from forge_hpc.training.export import export_hf
+from forge_hpc.training.export import export_model
 from forge_hpc.training.lora import add_adapters, init_adapters, merge_adapters
 
 
@@ -306,7 +306,7 @@ class TrainEngine(Stateful):
 
         ``ends`` are tokens that it has learned to end an answer with.
         """
-        export_hf(self._to_hf(), self.model_dir, directory, TORCH_DTYPE_MAP[self.cfg.model.dtype], ends)
+        export_model(self.model.state_dict(), self.spec, self.cfg, self.model_dir, directory, ends)
 
     def save(self, directory: Path) -> None:
         """Save weights, optimizer, schedule and step into a directory that does not exist yet.

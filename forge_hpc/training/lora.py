@@ -47,30 +47,46 @@ def init_adapters(model: nn.Module, seed: int) -> None:
 
 
 @torch.no_grad()
-def merge_adapters(state: Mapping[str, torch.Tensor], lora: LoRAConfig) -> dict[str, torch.Tensor]:
+def merge_adapters(
+    state: Mapping[str, torch.Tensor], lora: LoRAConfig, *, in_place: bool = False
+) -> dict[str, torch.Tensor]:
     """A model's state dict as if it had been trained without adapters. A collective call; computed in float32.
+
+    Args:
+        in_place: overwrite the weights, which then need no second place in memory.
 
     Returns:
         Every weight W with an adapter replaced by W + (alpha / rank) B A, sharded as W; all others as they are.
     """
     merged = {name: tensor for name, tensor in state.items() if not name.endswith((_A, _B))}
-    for name, a in state.items():
-        if name.endswith(_A):
-            prefix = name.removesuffix(_A)
-            a, b, weight = _full(a), _full(state[prefix + _B]), merged[f"{prefix}.weight"]
-            rows, columns = _local_slices(weight)
-            local = weight.to_local() if isinstance(weight, DTensor) else weight
-            update = b[rows].float() @ a[:, columns].float()
-            result = (local.float() + lora.alpha / lora.rank * update).to(weight.dtype)
-            if isinstance(weight, DTensor):
-                result = DTensor.from_local(
-                    result, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()
-                )
-            merged[f"{prefix}.weight"] = result
+    for prefix, (a, b) in adapters_of(state).items():
+        a, b, weight = whole(a), whole(b), merged[f"{prefix}.weight"]
+        rows, columns = _local_slices(weight)
+        local = weight.to_local() if isinstance(weight, DTensor) else weight
+        update = b[rows].float() @ a[:, columns].float()
+        result = (local.float() + lora.alpha / lora.rank * update).to(weight.dtype)
+        if in_place:
+            local.copy_(result)
+            continue
+        if isinstance(weight, DTensor):
+            result = DTensor.from_local(
+                result, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()
+            )
+        merged[f"{prefix}.weight"] = result
     return merged
 
 
-def _full(tensor: torch.Tensor) -> torch.Tensor:
+def adapters_of(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A [rank, in] and B [out, rank] of each linear layer that has them, by the layer's name in TorchTitan."""
+    return {
+        prefix: (a, state[prefix + _B])
+        for name, a in state.items()
+        if name.endswith(_A) and (prefix := name.removesuffix(_A))
+    }
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of it, on every rank. A collective call where it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -1,5 +1,6 @@
-"""The job as Slurm sees it: why it is signalled (`job`), and how it comes back (`job`, `successor`)."""
+"""The job as Slurm sees it: why it is signalled (`job`), and how it comes back (`job`, `preemption`, `successor`)."""
 
+from forge_hpc.cluster.slurm.environment import corrections, own_job_id
 from forge_hpc.cluster.slurm.job import (
     Cause,
     JobFacts,
@@ -11,18 +12,32 @@ from forge_hpc.cluster.slurm.job import (
     job_facts,
     requeue,
 )
+from forge_hpc.cluster.slurm.preemption import (
+    Preemption,
+    controller_release,
+    known_of,
+    parse_release,
+    preemption,
+)
 from forge_hpc.cluster.slurm.successor import CONTINUE, submit_successor
 
 __all__ = [
     "CONTINUE",
     "Cause",
     "JobFacts",
+    "Preemption",
     "SlurmRefused",
     "SlurmSilent",
     "cause_of",
+    "controller_release",
     "controller_time",
+    "corrections",
     "forbid_requeue",
     "job_facts",
+    "known_of",
+    "own_job_id",
+    "parse_release",
+    "preemption",
     "requeue",
     "submit_successor",
 ]

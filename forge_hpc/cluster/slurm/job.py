@@ -1,7 +1,8 @@
 """Why Slurm signals this job, and how the job comes back.
 
-What `scontrol show job` says at the signal, measured on Slurm 22.05. It is the same on the node and elsewhere, and true
-from the first signal on: slurmctld changes the job before it signals. "Tasks" are srun's, "batch" is the job script.
+What `scontrol show job` says at the signal, measured on Slurm 22.05, 24.11 and 26.05, which agree in it. It is the same
+on the node and elsewhere, and true from the first signal on: slurmctld changes the job before it signals. "Tasks" are
+srun's, "batch" is the job script.
 
     event                       who is signalled                      state       reason     PreemptTime  restarts
     preemption, GraceTime > 0   tasks TERM at once (1)                RUNNING     None       set          same
@@ -18,8 +19,9 @@ from the first signal on: slurmctld changes the job before it signals. "Tasks" a
     lost node, --no-kill (4)    nobody                                RUNNING     None       None         same
 
 CONT comes with TERM, and KILL follows TERM after KillWait (30 s unless the site says otherwise).
-(1) EndTime moves to the end of the grace time; the kill came up to 5 s after it. Where the site has set
-    preempt_send_user_signal the first signal is that of --signal.
+(1) EndTime moves to the end of the grace time, but is Unknown where the job has no time limit: PreemptTime and the
+    partition's GraceTime tell. The kill came up to 22 s after it. Where the site has set preempt_send_user_signal the
+    first signal is that of --signal.
 (2) In the grace time PreemptTime stays and EndTime is the moment of the scancel: in the same second as the preemption
     the two look alike.
 (3) SlurmdTimeout after the host fell silent, or somewhat later. Processes on a host whose slurmd alone has died get no
@@ -27,11 +29,22 @@ CONT comes with TERM, and KILL follows TERM after KillWait (30 s unless the site
 (4) On sbatch and on srun: NumNodes is one less after SlurmdTimeout, srun says "Node failure on X" and waits for the
     other tasks, and a requeue starts the job on as many nodes as it asked for.
 
-A job whose tasks end in the grace time has FAILED, and does not come back by itself, also where PreemptMode=REQUEUE.
-`scontrol requeue` by its owner saves it: in the grace time, after it (while KillWait lasts), with PreemptMode=CANCEL
-too. It ends the job at once, only KillWait remains: requeue last, when everything is saved. Slurm starts the job again
-when cred_expire (two minutes unless the site says otherwise) has passed since its last process ended. With Requeue=0 it
-is refused; a job's Requeue is 1 where --requeue was given, whatever the site's JobRequeue.
+What becomes of a job whose tasks end in the grace time, or that its owner requeues there, depends on the release
+(`preemption`, and the tables in docs/slurm.md):
+
+    in the grace time, and then       before 24.05           24.11                           26.05.5
+    it ends, REQUEUE                  as it ended            requeued, whatever it ended with    as 24.11
+    it ends, CANCEL                   as it ended            PREEMPTED                           as 24.11
+    own requeue, ends later           as it ended            requeued again; CANCEL: PREEMPTED   as it ended
+    stays, REQUEUE, ends later        as it ended            requeued again                      as it ended
+    Requeue=0, then it ends           as it ended            PREEMPTED, not started again        as 24.11
+    own requeue, Requeue=0, ends      as it ended            PREEMPTED, not started again        as it ended
+
+`scontrol requeue` by its owner saves a job that Slurm does not requeue: in the grace time, after it (while KillWait
+lasts), with PreemptMode=CANCEL too. It ends the job at once, only KillWait remains, and in 22.05 not even that for the
+batch shell: requeue last, when everything is saved. Slurm starts the job again when cred_expire (two minutes unless the
+site says otherwise) has passed since its last process ended. With Requeue=0 it is refused; a job's Requeue is 1 where
+--requeue was given, whatever the site's JobRequeue.
 """
 
 from __future__ import annotations
@@ -51,7 +64,7 @@ _OURS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SI
 _SILENCE = re.compile(
     r"unable to contact|timed? ?out|zero bytes|communication|connection (refused|reset)|standby mode|temporarily", re.I
 )
-_FREE_TEXT = ("JobName", "Command", "WorkDir", "Comment", "AdminComment", "SystemComment", "StdErr", "StdIn", "StdOut")
+_ABSENT = ("", "(null)", "N/A")
 
 
 class Cause(StrEnum):
@@ -83,6 +96,7 @@ class JobFacts:
     """What Slurm says of a job at one moment."""
 
     job_id: str
+    """What names this job alone: ``ARRAY_TASK`` for the task of an array (see `environment`)."""
     state: str
     """Such as RUNNING; COMPLETING as long as processes end, whatever the final state will be."""
     reason: str
@@ -111,17 +125,14 @@ class JobFacts:
     """All of `scontrol show job`, by key."""
 
     @classmethod
-    def parse(cls, text: str) -> JobFacts:
-        """Read the output of `scontrol show job` with times as unix seconds (SLURM_TIME_FORMAT=%s)."""
-        said: dict[str, str] = {}
-        for line in text.splitlines():
-            # What a user wrote may hold blanks and "=", and stands last on its line.
-            free = re.search(rf"(?:^|\s)({'|'.join(_FREE_TEXT)})=(.*)", line)
-            if free:
-                said.setdefault(free[1], free[2].rstrip())
-                line = line[: free.start()]
-            said.update(re.findall(r"(\S+?)=(\S*)", line))
-        said = {key: value for key, value in said.items() if value not in ("", "(null)", "N/A")}
+    def parse(cls, text: str, job_id: str | None = None) -> JobFacts:
+        """Read the output of `scontrol show job` with times as unix seconds (SLURM_TIME_FORMAT=%s).
+
+        Args:
+            job_id: SLURM_JOB_ID of the job. That of an array's last task is the array's own, for which Slurm prints a
+                record for each of its tasks.
+        """
+        said, users = _record(text, job_id)
         state, end, preempt_time = said["JobState"], said.get("EndTime", ""), said.get("PreemptTime", "None")
         start = said.get("StartTime", "")
         if state == "SIGNALING":  # for the moment that it takes to send a signal
@@ -129,8 +140,9 @@ class JobFacts:
         # A scancel in the grace time leaves PreemptTime as it was and moves EndTime.
         cancelled = state == "CANCELLED" or (state == "COMPLETING" and preempt_time != end)
         preempted = preempt_time != "None" and not cancelled
+        task = said.get("ArrayTaskId", "")  # such as 2-7%1 while they wait together
         return cls(
-            job_id=said["JobId"],
+            job_id=f"{said['ArrayJobId']}_{task}" if task.isdigit() else said["JobId"],
             state=state,
             reason=said.get("Reason", "None"),
             preempted=preempted,
@@ -145,14 +157,40 @@ class JobFacts:
             num_nodes=int(said["NumNodes"].partition("-")[0]),
             nodes=said.get("NodeList", ""),
             excluded=said.get("ExcNodeList", ""),
-            said=said,
+            said=users | said,
         )
+
+
+def _record(text: str, job_id: str | None) -> tuple[dict[str, str], dict[str, str]]:
+    """Two parts of a job's record: what Slurm says, and what stands below that, where users' texts are.
+
+    The first part is lines of ``key=value``; below it each line is one key and its text, whatever that holds. Names and
+    comments may hold line breaks, too: a name goes on to the line of its UserId.
+    """
+    records = re.split(r"\n(?=JobId=\d+ )", text.strip())
+    own = next((record for record in records if record.startswith(f"JobId={job_id} ")), records[0])
+    ids, _, own = own.partition("JobName=")
+    name, _, own = own.partition("\n   UserId=")
+    head, command, rest = own.partition("\n   Command=")
+    said, users = {"JobName": name}, dict[str, str]()
+    for line in [ids, *head.splitlines()]:
+        line, _, network = line.partition(" Network=")  # free text as well, and the last of its line
+        said.update(re.findall(r"(\S+?)=(\S*)", line))
+        if network:
+            said["Network"] = network
+    for key, value in re.findall(r"^   (\w+)=(.*)", command + rest, re.MULTILINE):
+        users.setdefault(key, value.rstrip())
+    return _without_absent(said), _without_absent(users)
+
+
+def _without_absent(said: dict[str, str]) -> dict[str, str]:
+    return {key: value for key, value in said.items() if value not in _ABSENT}
 
 
 def job_facts(job_id: str, timeout_s: float = ANSWER_S) -> JobFacts | None:
     """What Slurm says of the job now; None where it does not answer in time, or does not know the job."""
     try:
-        return JobFacts.parse(ask("scontrol", "show", "job", job_id, timeout_s=timeout_s))
+        return JobFacts.parse(ask("scontrol", "show", "job", job_id, timeout_s=timeout_s), job_id)
     except SlurmRefused:
         return None
 
@@ -210,7 +248,7 @@ def requeue(job_id: str, exclude_nodes: Iterable[str] = ()) -> None:
             raise
     if nodes := tuple(exclude_nodes):
         try:
-            facts = JobFacts.parse(ask("scontrol", "show", "job", job_id))
+            facts = JobFacts.parse(ask("scontrol", "show", "job", job_id), job_id)
             if excluded := exclusion(facts, nodes):
                 ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={excluded}")
         except SlurmRefused as refused:

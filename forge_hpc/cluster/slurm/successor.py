@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,8 +26,8 @@ def submit_successor(
 
     It runs the same script with the same arguments in the same environment as a requeued job would. Options come from
     the script's #SBATCH lines, and over them, since the command line of sbatch is not kept, from what Slurm says of
-    the job. Not to be found there, and lost if they were on the command line only: --signal, and partitions other than
-    the one that the job runs in.
+    the job. Not to be found there, and lost if they were on the command line only: --signal, and before Slurm 25
+    partitions other than the one that the job runs in. The successor of an array's task is an array of that one task.
 
     Args:
         run_dir: the run; the script is kept there, as ``logs/JOBID_successor.sh``, unless that cannot be written. The
@@ -50,12 +51,14 @@ def submit_successor(
     with _written(text, run_dir / "logs" / f"{facts.job_id}_successor.sh") as script:
         answer = ask(
             *("sbatch", "--parsable", f"--dependency=afterany:{facts.job_id}", *options, str(script)),
-            *_arguments(facts.said.get("Command", "")),
+            *_arguments(facts),
             env=env,
             cwd=submit_dir if submit_dir and Path(submit_dir).is_dir() else facts.said["WorkDir"],
             timeout_s=2 * ANSWER_S,
         )
-    return answer.strip().partition(";")[0]
+    successor = answer.strip().partition(";")[0]
+    _, of_array, task = facts.job_id.partition("_")
+    return f"{successor}{of_array}{task}"
 
 
 @contextmanager
@@ -75,62 +78,154 @@ _OPTIONS = {
     "WorkDir": "chdir",
     "Account": "account",
     "QOS": "qos",
+    "WCKey": "wckey",
+    "Comment": "comment",
     "TimeLimit": "time",
+    "TimeMin": "time-min",
     "Features": "constraint",
     "Reservation": "reservation",
     "Licenses": "licenses",
+    "Network": "network",
     "Switches": "switches",
     "MailUser": "mail-user",
-    "MailType": "mail-type",
-    "MinMemoryNode": "mem",  # 0 is all of it, and also what a job without --mem gets where it is shown
-    "MinMemoryCPU": "mem-per-cpu",
+    "Nice": "nice",
     "ReqNodeList": "nodelist",
+    "MinTmpDiskNode": "tmp",
+    "NtasksPerTRES": "ntasks-per-gpu",
+    "Socks/Node": "sockets-per-node",
+    "CoreSpec": "core-spec",
+    "ThreadSpec": "thread-spec",
 }
-_GPUS = {
-    "TresPerNode": "gpus-per-node",
-    "TresPerJob": "gpus",
-    "TresPerTask": "gpus-per-task",
-    "TresPerSocket": "gpus-per-socket",
-}
+_NOT_ASKED = ("0", "*", "00:00:00")
+_GPUS = {"TresPerJob": "gpus", "TresPerSocket": "gpus-per-socket"}
 
 
 def successor_options(facts: JobFacts, script: str) -> list[str]:
     """Options of sbatch that give a job with this script what the job of ``facts`` has."""
-    said, job_id = facts.said, facts.job_id
+    said = facts.said
     directives = "\n".join(re.findall(r"^#SBATCH\s+(.*)", script, re.MULTILINE))
-    found = {option: said[key] for key, option in _OPTIONS.items() if key in said}
-    if "MemPerTres" in said:  # --mem-per-gpu, of which the others follow
-        found = {option: value for option, value in found.items() if option not in ("mem", "mem-per-cpu")}
-    for key, option in _GPUS.items():
-        if key in said:
-            tres = re.sub(r"\bgres[:/]", "", said[key])  # gres:gpu:4, since Slurm 23.02 gres/gpu:4
-            # sbatch adds --gres to --gpus-per-node: 4 and 4 are 8. Only the option that the script has replaces it.
-            if option == "gpus-per-node" and (re.search(r"--gres[= ]", directives) or "gpu" not in tres):
-                found["gres"] = tres
-            else:
-                found[option] = re.sub(r"\bgpu:", "", tres)
-    asked = re.search(r"(?:^|\s)(?:--partition[= ]|-p ?)(\S+)", directives)
-    if asked is None or facts.partition not in asked[1].split(","):  # else all that the script asks for
+    found = {option: said[key] for key, option in _OPTIONS.items() if said.get(key, "0") not in _NOT_ASKED}
+    user, both, kind = found.get("mail-user", "").rpartition(" MailType=")
+    if both:  # one line of two keys, below those on which Slurm alone speaks
+        found |= {"mail-user": user, "mail-type": kind}
+    submitted, _ = _submit_line(said)
+    asked = _asked("partition", "p", submitted) or _asked("partition", "p", directives)
+    if asked is None or facts.partition not in asked.split(","):
         found["partition"] = facts.partition
-    found["nodes"] = str(facts.num_nodes)
-    tasks_per_node = next((value for key, value in said.items() if key.startswith("NtasksPerN")), "0").partition(":")[0]
-    if tasks_per_node not in ("0", "*"):
+    elif submitted:
+        found["partition"] = asked  # else all that the script asks for
+    found |= _shape(facts) | _memory(said) | _generic_resources(said, directives) | _files(facts)
+    if "_" in facts.job_id:  # the same task: else each would be followed by a whole array
+        found["array"] = facts.job_id.partition("_")[2]
+    found |= {"open-mode": "append", "export": "ALL"}
+    flags = [f"--{k}={v}" for k, v in found.items()]
+    # Since Slurm 25 OverSubscribe=NO is also said of a job that shares its nodes.
+    exclusive = said.get("Exclusive") or {"NO": "NODE", "YES": "NO", "OK": "NO"}.get(said.get("OverSubscribe", ""), "")
+    exclusive = exclusive or said.get("OverSubscribe", "NO")
+    if exclusive != "NO":
+        flags.append("--exclusive" if exclusive == "NODE" else f"--exclusive={exclusive.lower()}")
+    elif said.get("OverSubscribe") == "YES":
+        flags.append("--oversubscribe")
+    if said.get("Contiguous") == "1":
+        flags.append("--contiguous")
+    return [*flags, "--requeue" if facts.can_requeue else "--no-requeue"]
+
+
+def _shape(facts: JobFacts) -> dict[str, str]:
+    """Nodes, tasks and cores."""
+    said = facts.said
+    found = {"nodes": str(facts.num_nodes)}
+    tasks_per_node = next((value for key, value in said.items() if key.startswith("NtasksPerN:")), "0").partition(":")[
+        0
+    ]
+    if tasks_per_node not in _NOT_ASKED:
         found["ntasks-per-node"] = tasks_per_node
-    if said.get("CPUs/Task", "1") != "1":
+    elif "NtasksPerTRES" not in said and (
+        int(said.get("NumTasks", "1")) > facts.num_nodes or "gpu" in said.get("TresPerTask", "")
+    ):
+        found["ntasks"] = said["NumTasks"]
+    if "CpusPerTres" in said:
+        found["cpus-per-gpu"] = said["CpusPerTres"].rpartition(":")[2]
+    elif said.get("CPUs/Task", "1") != "1":
         found["cpus-per-task"] = said["CPUs/Task"]
-    # The same files again: %j where the job's id was, and nothing of this job's output is lost.
+    elif int(said.get("MinCPUsNode", "1")) > 1 and tasks_per_node in _NOT_ASKED:
+        found["mincpus"] = said["MinCPUsNode"]
+    *_, cores, threads = said.get("ReqB:S:C:T", "*:*").split(":")
+    sizes = {"cores-per-socket": cores, "threads-per-core": threads}
+    return found | {option: size for option, size in sizes.items() if size not in _NOT_ASKED}
+
+
+def _memory(said: Mapping[str, str]) -> dict[str, str]:
+    if "MemPerTres" in said:  # Slurm 22.05 says MinMemoryNode=0 besides
+        return {"mem-per-gpu": f"{said['MemPerTres'].rpartition(':')[2]}M"}
+    if "MinMemoryCPU" in said:
+        return {"mem-per-cpu": said["MinMemoryCPU"]}
+    # 0 is all of it, and also what a job without --mem gets where it is shown.
+    return {"mem": said["MinMemoryNode"]} if "MinMemoryNode" in said else {}
+
+
+def _generic_resources(said: Mapping[str, str], directives: str) -> dict[str, str]:
+    """GPUs, their shards and the like: ``gres:gpu:h100:4``, since Slurm 23.02 ``gres/gpu:h100:4``, and by task
+    ``cpu=2,gres/gpu=1``."""
+    found = {option: re.sub(r"\bgres[:/]gpu[:=]", "", said[key]) for key, option in _GPUS.items() if key in said}
+    if per_node := re.sub(r"\bgres[:/]", "", said.get("TresPerNode", "")):
+        # sbatch adds --gres to --gpus-per-node: 4 and 4 are 8. Only the option that the script has replaces it.
+        only_gpus = all(item.startswith("gpu:") for item in per_node.split(","))
+        if only_gpus and not re.search(r"--gres[= ]", directives):
+            found["gpus-per-node"] = re.sub(r"\bgpu:", "", per_node)
+        else:
+            found["gres"] = per_node
+    # The cores stand in CPUs/Task as well.
+    per_task = [item for item in said.get("TresPerTask", "").split(",") if item and not item.startswith("cpu=")]
+    gpus = [re.fullmatch(r"gres[:/]gpu[:=](.*)", item) for item in per_task]
+    if all(gpus) and gpus:
+        found["gpus-per-task"] = ",".join(match[1] for match in gpus if match)
+    elif per_task:
+        found["tres-per-task"] = ",".join(per_task)
+    return found
+
+
+def _files(facts: JobFacts) -> dict[str, str]:
+    """The same files again: %j where the job's id was, and nothing of this job's output is lost."""
+    said, found = facts.said, {}
     for key, option in (("StdOut", "output"), ("StdErr", "error")):
         if key in said and (key == "StdOut" or said[key] != said.get("StdOut")):
             path = Path(said[key])
-            found[option] = str(path.with_name(re.sub(rf"(?<!\d){job_id}(?!\d)", "%j", path.name)))
-    found |= {"open-mode": "append", "export": "ALL"}
-    flags = {"NO": ["--exclusive"], "USER": ["--exclusive=user"], "YES": ["--oversubscribe"]}
-    requeue = "--requeue" if facts.can_requeue else "--no-requeue"
-    return [f"--{k}={v}" for k, v in found.items()] + flags.get(said.get("OverSubscribe", ""), []) + [requeue]
+            name = path.name.replace(facts.job_id, "%A_%a") if "_" in facts.job_id else path.name
+            found[option] = str(path.with_name(re.sub(rf"(?<!\d){said['JobId']}(?!\d)", "%j", name)))
+    if said.get("StdIn", "/dev/null") != "/dev/null":
+        found["input"] = said["StdIn"]
+    return found
 
 
-def _arguments(command: str) -> list[str]:
-    """The words after the script. Slurm keeps no quotes: an argument with blanks comes back as several."""
-    words = command.split(" ")
+def _asked(option: str, letter: str, options: str) -> str | None:
+    found = re.findall(rf"(?:^|\s)(?:--{option}[= ]|-{letter} ?)(\S+)", options)
+    return found[-1] if found else None
+
+
+def _submit_line(said: Mapping[str, str]) -> tuple[str, list[str]]:
+    """What stood before the script in the command that submitted the job, and the words after it.
+
+    Slurm 25 and later tells the command, earlier ones the words after the script, until 23.02. No quotes are kept: an
+    argument with blanks comes back as several.
+    """
+    script = said.get("Command", "")
+    words = said.get("SubmitLine", "").split(" ")
+    for number, word in enumerate(words):
+        if number and (word == script or script.endswith(f"/{word.removeprefix('./')}")) and Path(script).is_file():
+            return " ".join(words[1:number]), words[number + 1 :]
+    words = script.split(" ")
     counts = range(1, len(words) + 1)
-    return words[next((n for n in counts if Path(" ".join(words[:n])).is_file()), 1) :]
+    return "", words[next((n for n in counts if Path(" ".join(words[:n])).is_file()), 1) :]
+
+
+def _arguments(facts: JobFacts) -> list[str]:
+    """The words after the script, as its process has them where it still runs on this node."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_bytes().split(b"\0")[:-1]
+            if len(words) > 1 and words[1].endswith(b"/slurm_script"):
+                own = f"SLURM_JOB_ID={facts.said['JobId']}".encode()
+                if own in (process / "environ").read_bytes().split(b"\0"):
+                    return [os.fsdecode(word) for word in words[2:]]
+    return _submit_line(facts.said)[1]

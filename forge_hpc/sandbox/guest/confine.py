@@ -100,11 +100,20 @@ def not_isolated() -> str | None:
     return None
 
 
+def too_small(disk_mb: float) -> str | None:
+    """What is wrong with a /tmp that cannot hold what a program may write; None where it can."""
+    info = os.statvfs("/tmp")
+    num_mb = info.f_blocks * info.f_frsize / 2**20
+    if num_mb < disk_mb:
+        return f"its /tmp has {num_mb:.0f} MiB, sandbox.limits.disk_mb is {disk_mb:g}"
+    return None
+
+
 def enter(limits: dict[str, float], streams: tuple[int, int, int], keep: int | None, hidden: bool) -> None:
     """Take `streams` for 0, 1 and 2 and `keep` for 3, close all others, and put on limits and system call filter.
 
     Args:
-        limits: the fields of ``Limits``.
+        limits: the fields of ``Limits``, and ``helpers``: threads of the runtime that the kernel counts with them.
         hidden: stay out of reach of the other processes of this user.
 
     Raises OSError where the kernel refuses any of it: then nothing foreign may run.
@@ -122,7 +131,8 @@ def enter(limits: dict[str, float], streams: tuple[int, int, int], keep: int | N
     _limit(resource.RLIMIT_NOFILE, _MAX_FDS)
     _limit(resource.RLIMIT_CORE, 0)
     if _counts_by_namespace():
-        _limit(resource.RLIMIT_NPROC, int(limits["processes"]) + 2)  # process 1 and a tester are not the program's
+        # Process 1 and a tester are not the program's, nor what its runtime has in the namespace; the watch is exact.
+        _limit(resource.RLIMIT_NPROC, int(limits["processes"] + 2 + limits["helpers"]))
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     _filter_system_calls()
     if not hidden:

@@ -46,6 +46,9 @@ def main() -> CodeType:
     setup = frames.receive_inward(0)
     if setup is None:
         os._exit(1)
+    if refusal := confine.too_small(setup["limits"]["disk_mb"]):
+        _tell_host({"refused": refusal})
+        os._exit(1)
     os.chdir(HOME)
     for path, text in {**setup["files"], MAIN: setup["code"]}.items():
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)

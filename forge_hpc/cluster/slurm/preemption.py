@@ -1,0 +1,129 @@
+"""What Slurm does with a job that another one takes the nodes of, which depends on its release and on the site.
+
+Since 24.05 Slurm takes a job whose processes end in the grace time of a preemption for preempted, whatever they ended
+with: with PreemptMode=REQUEUE it starts the job again, with CANCEL the job is PREEMPTED. Some of these releases keep
+that mark when the owner requeues the job, or when the grace time runs out, and act on it at the job's next end: a
+completed or failed job is started once more, or shows PREEMPTED. docs/slurm.md has the measured tables.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from forge_hpc.cluster.slurm.job import ANSWER_S, JobFacts, SlurmRefused, ask
+
+Release = tuple[int, ...]
+
+_ENDS_IN_GRACE_ARE_PREEMPTED: Release = (24, 5)
+_OWN_REQUEUE_CLEARS_THE_MARK: Release = (26, 5, 5)
+"""Measured: kept by 24.11.5, not by 26.05.5. What lies between is taken for the former: a successor where a requeue
+would have done costs little, and a run that is started again after its end much."""
+_TESTED = {(22, 5): "22.05.8", (24, 11): "24.11.5", (26, 5): "26.05.5"}
+_OLDEST: Release = (21, 8)
+
+
+@dataclass(frozen=True)
+class Preemption:
+    """How a job is preempted."""
+
+    release: Release
+    """Of slurmctld, such as (24, 11, 5)."""
+    mode: str
+    """PreemptMode in capitals, such as REQUEUE; empty where Slurm does not say."""
+    grace_s: float | None
+    """GraceTime; None where Slurm does not say."""
+
+    def starts_again(self, facts: JobFacts) -> bool:
+        """Whether Slurm starts the job again where it ends now, in the grace time, whatever it ends with."""
+        return self._in_grace(facts) and "REQUEUE" in self.mode and facts.can_requeue
+
+    def may_start_again(self, facts: JobFacts) -> bool:
+        """Whether it might do so: also where it has kept the mark of an earlier preemption, which cannot be seen."""
+        marked = self._in_grace(facts) or (facts.restarts > 0 and self._keeps_marks())
+        return marked and facts.can_requeue and facts.state == "RUNNING" and self.mode not in ("CANCEL", "OFF")
+
+    def marks(self, facts: JobFacts) -> bool:
+        """Whether the job will be PREEMPTED at its end, however that comes, where its owner requeues it now."""
+        return self._in_grace(facts) and "CANCEL" in self.mode and self._keeps_marks()
+
+    def _in_grace(self, facts: JobFacts) -> bool:
+        new = self.release >= _ENDS_IN_GRACE_ARE_PREEMPTED
+        return new and facts.preempted and facts.state == "RUNNING" and self.grace_s != 0
+
+    def _keeps_marks(self) -> bool:
+        return _ENDS_IN_GRACE_ARE_PREEMPTED <= self.release < _OWN_REQUEUE_CLEARS_THE_MARK
+
+    def end_of_grace(self, facts: JobFacts) -> float | None:
+        """When Slurm kills, in unix seconds of its clock. EndTime tells, except of a job without a time limit."""
+        since = facts.said.get("PreemptTime", "")
+        if not facts.preempted or facts.end_time is not None:
+            return facts.end_time
+        return float(since) + self.grace_s if since.isdigit() and self.grace_s is not None else None
+
+
+def preemption(facts: JobFacts, timeout_s: float = ANSWER_S) -> Preemption | None:
+    """How the job is preempted where it runs; None where Slurm does not answer."""
+    try:
+        config = ask("scontrol", "show", "config", timeout_s=timeout_s)
+        if _word(config, "PreemptType") == "preempt/qos":
+            mode, grace = _of_qos(facts, timeout_s)
+            mode = _word(config, "PreemptMode") if mode == "CLUSTER" else mode
+        else:
+            partition = ask("scontrol", "show", "partition", facts.partition, timeout_s=timeout_s)
+            mode, grace = _word(partition, "PreemptMode"), _word(partition, "GraceTime")
+    except SlurmRefused:
+        return None
+    return Preemption(parse_release(_word(config, "SLURM_VERSION")), mode.upper(), _seconds(grace))
+
+
+def _of_qos(facts: JobFacts, timeout_s: float) -> tuple[str, str]:
+    """PreemptMode and GraceTime of the job's QOS, which only the accounting knows; empty where it does not say."""
+    command = ("sacctmgr", "--noheader", "--parsable2", "show", "qos", facts.qos or "normal")
+    try:
+        answer = ask(*command, "format=preemptmode,gracetime", timeout_s=timeout_s)
+    except SlurmRefused:
+        return "", ""
+    mode, _, grace = answer.strip().partition("|")
+    return mode.upper(), grace
+
+
+def _word(said: str, key: str) -> str:
+    found = re.search(rf"\b{key}\s*=\s*(\S+)", said)
+    return found[1] if found else ""
+
+
+def _seconds(time: str) -> float | None:
+    """``40``, or ``00:00:40``."""
+    parts = time.split(":")
+    return (
+        sum(float(part) * 60**n for n, part in enumerate(reversed(parts))) if all(p.isdigit() for p in parts) else None
+    )
+
+
+def controller_release(timeout_s: float = ANSWER_S) -> Release:
+    """The release of slurmctld. Raises SlurmRefused where it does not answer."""
+    return parse_release(_word(ask("scontrol", "show", "config", timeout_s=timeout_s), "SLURM_VERSION"))
+
+
+def parse_release(version: str) -> Release:
+    """The numbers of ``slurm-wlm 24.11.5`` or ``23.02.0-rc1``."""
+    found = re.search(r"\d+(?:\.\d+)+", version)
+    return tuple(int(number) for number in found[0].split(".")) if found else ()
+
+
+def known_of(release: Release) -> str:
+    """What this project knows of a release, in a line."""
+    series = release[:2]
+    if series in _TESTED:
+        tested = f"tested with {_TESTED[series]}"
+    elif _OLDEST <= series <= max(_TESTED):
+        tested = f"not tested; {', '.join(_TESTED.values())} are"
+    else:
+        tested = f"untried: {', '.join(_TESTED.values())} are tested"
+    if release < _ENDS_IN_GRACE_ARE_PREEMPTED:
+        return f"{tested}; a preempted run requeues itself"
+    leaves = "a run preempted with PreemptMode=REQUEUE leaves, and Slurm starts it again"
+    if release < _OWN_REQUEUE_CLEARS_THE_MARK:
+        return f"{tested}; {leaves}; with CANCEL a successor goes on, since a requeued job would end as PREEMPTED"
+    return f"{tested}; {leaves}; with CANCEL it requeues itself"

@@ -1,0 +1,44 @@
+"""How many episodes are open at once: servers take few sessions, and processes cost memory."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+
+class Slots:
+    """Lets in as many as ``limit`` says, in the order in which they asked.
+
+    Args:
+        limit: asked anew each time, since it may be learned on the way; None is no bound.
+        within: the slots of a whole of which these are a share: who has one here asks there too.
+
+    Who is let in is told at once, by a call: nothing happens between the giving back of a slot and its taking. So a
+    lockstep never goes on without the episode that takes the place of one that ended.
+    """
+
+    def __init__(self, limit: Callable[[], int | None], within: Slots | None = None) -> None:
+        self._limit, self._within = limit, within
+        self._waiting: deque[Callable[[], None]] = deque()
+        self.num_taken = 0
+
+    def request(self, enter: Callable[[], None]) -> None:
+        """Have ``enter`` called when there is room, perhaps now. Then ``release`` is due, once."""
+        self._waiting.append(enter)
+        self._let_in()
+
+    def release(self) -> None:
+        """Give a slot back."""
+        self.num_taken -= 1
+        if self._within is not None:
+            self._within.release()
+        self._let_in()
+
+    def _let_in(self) -> None:
+        while self._waiting and ((limit := self._limit()) is None or self.num_taken < limit):
+            enter = self._waiting.popleft()
+            self.num_taken += 1
+            if self._within is None:
+                enter()
+            else:
+                self._within.request(enter)
