@@ -37,8 +37,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="*", default=[4], help="rows of a microbatch")
+    parser.add_argument("--rows", type=int, nargs="*", default=[4], help="rows of a microbatch; 0: as the plan has it")
     parser.add_argument("--ac", nargs="*", default=["none"], help="activation checkpointing: none, selective, full")
+    parser.add_argument("--their-rows", type=int, help="TorchTitan's, where they are others")
+    parser.add_argument("--their-ac")
     parser.add_argument("--documents", type=int, default=256)
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=4, help="timed steps of each, after two that are not")
@@ -69,6 +71,9 @@ def compare(args: argparse.Namespace, model_dir: Path, documents: list[Document]
     result: dict[str, Any] = {"rows": rows, "ac": mode, "tokens": num_tokens}
     try:
         ours = Ours(args, model_dir, rows, mode)
+        plan = ours.engine.microbatch
+        result |= {"rows": plan.num_rows, "ac": plan.mode, "planned_gib": round(plan.activation_bytes / 2**30, 1)}
+        rows, mode = args.their_rows or plan.num_rows, args.their_ac or plan.mode
         theirs = None if args.ours_only else Theirs(ours.engine, documents, rows, mode)
         steps = {"ours": lambda: ours.step(documents)} | ({} if theirs is None else {"theirs": theirs.step})
         times: dict[str, list[float]] = {name: [] for name in steps}
@@ -99,7 +104,10 @@ class Ours:
     """The engine of a shipped configuration."""
 
     def __init__(self, args: argparse.Namespace, model_dir: Path, rows: int, mode: str) -> None:
-        overrides = [f"trainer.training.local_batch_size={rows}", f"trainer.activation_checkpoint.mode={mode}"]
+        overrides = [
+            f"trainer.training.local_batch_size={rows or 'null'}",
+            f"trainer.activation_checkpoint.mode={mode}",
+        ]
         overrides += [f"model.path={model_dir}", f"trainer.training.seq_len={args.seq_len}", *args.overrides]
         self.engine = TrainEngine(load_config(CONFIG, overrides), model_dir)
         self.metrics: dict[str, float] = {}

@@ -22,8 +22,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.common import Linear
 
-CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**27}
-"""Logits of a chunk, by device: on the CPU they are in float32 (128 MiB), on a GPU mostly in bfloat16 (256 MiB)."""
+CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
+"""Logits of a chunk, by device: on the CPU they are in float32 (128 MiB), on a GPU mostly in bfloat16 (512 MiB)."""
 KEPT_BYTES = 2**30
 """Logits of a microbatch up to this size are kept for the backward pass, larger ones are computed again."""
 
@@ -163,7 +163,8 @@ class _HeadLogprobs(torch.autograd.Function):
         logits_grad = _on(hidden.device, _logits_grad)
         for number, chunk in enumerate(_chunks(hidden, weight.shape[0])):
             logits = kept[number] if kept else hidden[chunk] @ weight.t()
-            grad = logits_grad(logits, ctx.temperature, *(None if x is None else x[chunk] for x in tokens))
+            grad = logits  # in their place
+            logits_grad(logits, ctx.temperature, *(None if x is None else x[chunk] for x in tokens))
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[chunk])
             if grad_weight is not None:
@@ -196,7 +197,8 @@ def _logits_grad(
     mean_logit: torch.Tensor,
     grad_entropies: torch.Tensor | None,
     threshold: torch.Tensor | None,
-) -> torch.Tensor:
+) -> None:
+    """Put the gradient in the place of the logits."""
     z = logits.float() / temperature
     p = (z - log_total[:, None]).exp()
     if threshold is not None:
@@ -204,7 +206,7 @@ def _logits_grad(
     grad = (_is_label(z, labels) & is_local[:, None]).float().sub(p) * grad_logprobs[:, None]
     if grad_entropies is not None:
         grad = grad - p * (z - mean_logit[:, None]) * grad_entropies[:, None]
-    return (grad / temperature).to(logits.dtype)
+    logits.copy_(grad / temperature)
 
 
 def _is_label(z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ sequences, as the loss says) and gradients are summed, so neither rows, microbat
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from torchtitan.tools.utils import set_default_dtype
 from forge_hpc.checkpoint import FileRecord
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config, SamplingConfig
+from forge_hpc.config.split import plan as placement
 from forge_hpc.data.packing import PackedBatch, pack, unpack
 from forge_hpc.data.types import Document
 from forge_hpc.losses import SFTLoss, add_effective_sample_size, build_loss, step_normalizer
@@ -36,10 +38,13 @@ from forge_hpc.losses.registry import LossFn
 from forge_hpc.models.attention import attention_inputs, inner_attention_config
 from forge_hpc.models.device import device_type, local_device
 from forge_hpc.models.head import Truncation
-from forge_hpc.models.spec import load_hf_weights, load_spec
+from forge_hpc.models.spec import ModelSpec, load_hf_weights, load_spec
 from forge_hpc.training.checkpointer import TrainerCheckpointer
 from forge_hpc.training.export import export_model
 from forge_hpc.training.lora import add_adapters, init_adapters, merge_adapters
+from forge_hpc.training.memory import RESERVE_BYTES, MicrobatchPlan, plan_microbatch
+
+logger = logging.getLogger(__name__)
 
 
 class TrainEngine(Stateful):
@@ -71,6 +76,7 @@ class TrainEngine(Stateful):
             inner_attention=inner_attention_config(param_dtype),
             parallelism=parallelism,
         )
+        self.microbatch = _plan_microbatch(cfg, self.spec, self.parallel_dims)
         if cfg.trainer.lora.enable:
             self.spec = add_adapters(self.spec, cfg.trainer.lora)
         self.model = self._build_model(parallelism, param_dtype)
@@ -180,7 +186,7 @@ class TrainEngine(Stateful):
         """
         batch = self._pack(documents)
         values = torch.zeros(batch.labels.shape, device=self.device)
-        size = self.cfg.trainer.training.local_batch_size
+        size = self.microbatch.num_rows
         with torch.no_grad():
             for start in self._row_starts(batch):
                 microbatch = self._to_device(batch.rows(start, start + size))
@@ -206,7 +212,7 @@ class TrainEngine(Stateful):
         return pack(
             documents,
             training.seq_len,
-            num_rows_multiple=self._data_parallel_degree * training.local_batch_size,
+            num_rows_multiple=self._data_parallel_degree * self.microbatch.num_rows,
             row_len_multiple=self._row_len_multiple,
         )
 
@@ -216,13 +222,13 @@ class TrainEngine(Stateful):
 
     def _row_starts(self, batch: PackedBatch) -> range:
         """First rows of this rank's microbatches; all ranks have equally many."""
-        size = self.cfg.trainer.training.local_batch_size
+        size = self.microbatch.num_rows
         mesh = self.parallel_dims.get_optional_mesh("batch")
         first = 0 if mesh is None else mesh.get_local_rank() * size
         return range(first, batch.num_rows, size * self._data_parallel_degree)
 
     def _microbatches(self, batch: PackedBatch) -> Iterator[dict[str, Any]]:
-        size = self.cfg.trainer.training.local_batch_size
+        size = self.microbatch.num_rows
         for start in self._row_starts(batch):
             yield self._to_device(batch.rows(start, start + size))
 
@@ -373,9 +379,7 @@ class TrainEngine(Stateful):
         master_dtype = TORCH_DTYPE_MAP[cfg.training.dtype]
         with torch.device("meta"), set_default_dtype(master_dtype):
             model: Any = self.spec.config.build()
-        ac_config = {"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}[
-            cfg.activation_checkpoint.mode
-        ]
+        ac_config = {"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}[self.microbatch.mode]
         compiles = device_type() == "cuda" if cfg.compile.enable is None else cfg.compile.enable
         compile_config = CompileConfig(enable=compiles, components=["model"])
         if dims.world_size == 1 and param_dtype == master_dtype:
@@ -437,6 +441,36 @@ def _parallel_dims(parallelism: ParallelismConfig) -> ParallelDims:
         ) from error
     dims.build_mesh()
     return dims
+
+
+def _plan_microbatch(cfg: Config, spec: ModelSpec, dims: ParallelDims) -> MicrobatchPlan:
+    """What a microbatch is, the same on all ranks: the one with the least memory decides."""
+    training, mode = cfg.trainer.training, cfg.trainer.activation_checkpoint.mode
+    if device_type() == "cpu":
+        return MicrobatchPlan(training.local_batch_size or 1, "none" if mode == "auto" else mode, 0, 0)
+    with torch.device("meta"):
+        num_params = sum(parameter.numel() for parameter in spec.config.build().parameters())
+    free, total = torch.cuda.mem_get_info()
+    gpus = cfg.cluster.gpus_per_node if cfg.cluster.gpus_per_node is not None else torch.cuda.device_count()
+    if placement(cfg, gpus).shared_gpus:  # with a generator, which may not have taken its share yet
+        free = min(free, int(total * (1 - cfg.generator.engine.gpu_memory_utilization)))
+    # Weights, gradients and two moments in the training dtype, and weights in the compute dtype where one rank keeps
+    # them; a reference has weights too.
+    num_copies = (2 if cfg.trainer.lora.enable else 4) + cfg.reference.enable
+    states = num_params * (num_copies * TORCH_DTYPE_MAP[training.dtype].itemsize + 2) // (dims.dp_shard * dims.tp)
+    available = torch.tensor(free - states - RESERVE_BYTES, device=local_device())
+    dist.all_reduce(available, dist.ReduceOp.MIN)
+    plan = plan_microbatch(
+        spec.hf_config,
+        num_params,
+        training.seq_len,
+        int(available),
+        num_rows=training.local_batch_size,
+        mode=mode,
+        tensor_parallel=dims.tp,
+    )
+    logger.info("%s", plan)
+    return plan
 
 
 def _build_optimizers(cfg: Config, model: torch.nn.Module) -> OptimizersContainer:
