@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--head", type=int, metavar="TOKENS", help="the head alone on so many tokens: memory and time")
     parser.add_argument("--tiny", action="store_true", help="a small model and few documents")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.head:
         return head(args.head, 512 if args.tiny else 151936)
     with tempfile.TemporaryDirectory() as directory:

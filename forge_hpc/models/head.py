@@ -137,6 +137,7 @@ class _HeadLogprobs(torch.autograd.Function):
             parts.append(stats(logits, labels[chunk], temperature, thresholds[-1] if thresholds else None))
             if kept is not None:
                 kept.append(logits)
+            del logits  # or two chunks of them are held at a time
         largest, total, label_logit, weighted = (torch.cat(columns) for columns in zip(*parts, strict=True))
         label_logit = (largest + label_logit) * is_local
         if group is not None:
@@ -169,6 +170,7 @@ class _HeadLogprobs(torch.autograd.Function):
                 torch.mm(grad, weight, out=grad_hidden[chunk])
             if grad_weight is not None:
                 _add_product(grad_weight, grad.t(), hidden[chunk])
+            del logits, grad
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None, None
 
