@@ -15,8 +15,8 @@ from tiny_models import VOCAB_SIZE, random_documents, write_model
 from forge_hpc.config.errors import UserError
 from forge_hpc.data.packing import pack
 from forge_hpc.models.attention import attention_inputs, document_batches, inner_attention_config
+from forge_hpc.models.head import LogprobHead, Truncation
 from forge_hpc.models.spec import ModelSpec, load_hf_weights, load_spec
-from forge_hpc.training.logprobs import Truncation, token_logprobs
 
 CPU = torch.device("cpu")
 
@@ -121,6 +121,7 @@ def kept(z: torch.Tensor, truncation: Truncation) -> torch.Tensor:
     return result
 
 
+@pytest.mark.parametrize("keeps", [True, False], ids=["logits kept", "logits computed again"])
 @pytest.mark.parametrize(
     ("temperature", "truncation"),
     [
@@ -133,28 +134,30 @@ def kept(z: torch.Tensor, truncation: Truncation) -> torch.Tensor:
         (1.0, Truncation(top_k=50, top_p=1e-9)),
     ],
 )
-def test_token_logprobs_and_entropies_have_the_values_and_gradients_of_log_softmax(
-    temperature: float, truncation: Truncation, monkeypatch: pytest.MonkeyPatch
+def test_the_head_gives_values_and_gradients_of_log_softmax_at_the_slots_that_are_asked_for(
+    temperature: float, truncation: Truncation, keeps: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("forge_hpc.training.logprobs._CHUNK_ELEMENTS", 40)  # several chunks
+    monkeypatch.setattr("forge_hpc.models.head.CHUNK_ELEMENTS", {"cpu": 40})  # several chunks
+    monkeypatch.setattr("forge_hpc.models.head.KEPT_BYTES", 2**20 if keeps else 0)
     torch.manual_seed(0)
-    logits, labels = 3 * torch.randn(2, 7, 11), torch.randint(0, 11, (2, 7))
-    weights = torch.randn(2, 2, 7)
+    head = LogprobHead.Config(in_features=5, out_features=11).build()
+    hidden, slots, labels = 3 * torch.randn(2, 7, 5), torch.tensor([0, 3, 4, 8, 9, 13]), torch.randint(0, 11, (6,))
+    weights = torch.randn(2, 6)
     gradients, values = [], []
     for is_ours in (True, False):
-        x = logits.clone().requires_grad_()
+        head.weight.grad, x = None, hidden.clone().requires_grad_()
         if is_ours:
-            logprobs, entropy = token_logprobs(x, labels, temperature, truncation)
+            logprobs, entropy = head(x, labels, slots, temperature, truncation)
         else:
-            z = x / temperature
-            is_kept = kept(z.detach(), truncation).scatter(-1, labels[..., None], True)
+            z = head(x).flatten(0, 1)[slots] / temperature
+            is_kept = kept(z.detach()[None], truncation)[0].scatter(-1, labels[:, None], True)
             p = torch.where(is_kept, z, -1e9).log_softmax(-1)
-            logprobs, entropy = p.gather(-1, labels[..., None]).squeeze(-1), -(p.exp() * p).sum(-1)
+            logprobs, entropy = p.gather(-1, labels[:, None]).squeeze(-1), -(p.exp() * p).sum(-1)
         (weights[0] * logprobs + weights[1] * entropy).sum().backward()
-        gradients.append(x.grad)
+        gradients.append([x.grad, head.weight.grad])
         values.append(torch.stack([logprobs, entropy]).detach())
     torch.testing.assert_close(values[0], values[1])
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
 
 
 def edit_config(model_dir: Path, **changes: Any) -> None:

@@ -286,8 +286,9 @@ class TrainingConfig:
     """Optimizer steps of the whole run."""
     seq_len: int = 2048
     """Slots of a packed row; at least prompt and response limits together."""
-    local_batch_size: int = 1
-    """Rows of one microbatch on each data-parallel rank; gradients accumulate over the microbatches of a step."""
+    local_batch_size: int | None = None
+    """Rows of one microbatch on each data-parallel rank; gradients accumulate over the microbatches of a step. By
+    default as many as keep a GPU busy and fit its memory (``trainer-0.log`` says how many), 1 on the CPU."""
     global_batch_size: int = 32
     """SFT only: examples of one optimizer step (GRPO takes rollout.prompts_per_step * rollout.group_size episodes)."""
     max_norm: float = 1.0
@@ -312,14 +313,15 @@ class ParallelismConfig:
 
 @dataclass
 class ActivationCheckpointConfig:
-    mode: str = "none"
-    """none, selective or full."""
+    mode: str = "auto"
+    """What is computed again in the backward pass instead of kept: none, selective or full; auto is the least of it
+    that fits the GPU's memory, and none on the CPU."""
 
 
 @dataclass
 class CompileConfig:
-    enable: bool = False
-    """torch.compile each transformer block."""
+    enable: bool | None = None
+    """torch.compile each transformer block; by default on CUDA."""
 
 
 @dataclass

@@ -50,7 +50,7 @@ _NAMES = {
     "trainer.training.mixed_precision_param": _DTYPES,
     "trainer.optimizer.name": ("AdamW", "Adam"),
     "trainer.lr_scheduler.decay_type": ("linear", "sqrt", "cosine"),
-    "trainer.activation_checkpoint.mode": ("none", "selective", "full"),
+    "trainer.activation_checkpoint.mode": ("auto", "none", "selective", "full"),
     "reference.device": ("auto", "cpu", "cuda"),
     "sandbox.runtime": ("auto", "bubblewrap", "apptainer", "enroot"),
     "logging.console": ("auto", "lines", "none"),

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchtitan.models.common.attention import VarlenAttention, create_varlen_metadata_for_document
+from torchtitan.models.common.attention import VarlenAttention, VarlenMetadata
 from torchtitan.protocols.module import Module
 
 from forge_hpc.models.device import device_type
@@ -130,6 +130,10 @@ def attention_inputs(config: Module.Config, positions: np.ndarray, device: torch
         config: the inner attention's, from ``inner_attention_config``.
         positions: [R, T] int, restarting at 0 at each document.
     """
-    if isinstance(config, VarlenAttention.Config):
-        return create_varlen_metadata_for_document(torch.from_numpy(positions).to(device))
+    if isinstance(config, VarlenAttention.Config):  # from the host's numbers: the GPU is not waited for
+        flat = positions.reshape(-1)
+        bounds = np.append(np.flatnonzero(flat == 0), flat.size).astype(np.int32)
+        longest = int(np.diff(bounds).max())
+        offsets = torch.from_numpy(bounds).to(device, non_blocking=True)
+        return VarlenMetadata(offsets, offsets, longest, longest)
     return document_batches(positions, device)

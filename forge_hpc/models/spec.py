@@ -25,7 +25,7 @@ from safetensors import safe_open
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torchtitan.config import ParallelismConfig
-from torchtitan.models.common import CosSinRoPE, Embedding, Linear, RMSNorm
+from torchtitan.models.common import CosSinRoPE, Embedding, RMSNorm
 from torchtitan.models.common.config_utils import (
     make_ffn_config,
     make_gqa_config,
@@ -43,6 +43,7 @@ from torchtitan.models.qwen3.state_dict_adapter import Qwen3StateDictAdapter
 from torchtitan.protocols.module import Module
 
 from forge_hpc.config.errors import UserError
+from forge_hpc.models.head import LogprobHead
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 """Hugging Face's names of the first and the last layer, which may be one tensor."""
@@ -154,7 +155,7 @@ def load_spec(
             param_init={"weight": skip_param_init} if is_tied else _NORMAL,
         ),
         norm=RMSNorm.Config(normalized_shape=dim, eps=hf["rms_norm_eps"], param_init=_ONES),
-        lm_head=Linear.Config(in_features=dim, out_features=vocab_size, param_init=_NORMAL),
+        lm_head=LogprobHead.Config(in_features=dim, out_features=vocab_size, param_init=_NORMAL),
         layers=[block() for _ in range(hf["num_hidden_layers"])],
     )
     try:

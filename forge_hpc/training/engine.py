@@ -7,6 +7,7 @@ sequences, as the loss says) and gradients are summed, so neither rows, microbat
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,17 +30,21 @@ from torchtitan.tools.utils import set_default_dtype
 from forge_hpc.checkpoint import FileRecord
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config, SamplingConfig
+from forge_hpc.config.split import plan as placement
 from forge_hpc.data.packing import PackedBatch, pack, unpack
 from forge_hpc.data.types import Document
 from forge_hpc.losses import SFTLoss, add_effective_sample_size, build_loss, step_normalizer
 from forge_hpc.losses.registry import LossFn
 from forge_hpc.models.attention import attention_inputs, inner_attention_config
 from forge_hpc.models.device import device_type, local_device
-from forge_hpc.models.spec import load_hf_weights, load_spec
+from forge_hpc.models.head import Truncation
+from forge_hpc.models.spec import ModelSpec, load_hf_weights, load_spec
 from forge_hpc.training.checkpointer import TrainerCheckpointer
 from forge_hpc.training.export import export_model
-from forge_hpc.training.logprobs import Truncation, token_logprobs
 from forge_hpc.training.lora import add_adapters, init_adapters, merge_adapters
+from forge_hpc.training.memory import RESERVE_BYTES, MicrobatchPlan, plan_microbatch
+
+logger = logging.getLogger(__name__)
 
 
 class TrainEngine(Stateful):
@@ -63,13 +68,15 @@ class TrainEngine(Stateful):
         training, parallelism = cfg.trainer.training, _parallelism_config(cfg)
         self.parallel_dims = _parallel_dims(parallelism)
         param_dtype = TORCH_DTYPE_MAP["float32" if device_type() == "cpu" else training.mixed_precision_param]
-        self._row_len_multiple = math.lcm(8, self.parallel_dims.tp)
+        # On a GPU few lengths of rows: each new one is another shape to compile, or to allocate, for.
+        self._row_len_multiple = math.lcm(128 if device_type() == "cuda" else 8, self.parallel_dims.tp)
         self.spec = load_spec(
             model_dir,
             max_positions=_round_up(training.seq_len, self._row_len_multiple),
             inner_attention=inner_attention_config(param_dtype),
             parallelism=parallelism,
         )
+        self.microbatch = _plan_microbatch(cfg, self.spec, self.parallel_dims)
         if cfg.trainer.lora.enable:
             self.spec = add_adapters(self.spec, cfg.trainer.lora)
         self.model = self._build_model(parallelism, param_dtype)
@@ -179,7 +186,7 @@ class TrainEngine(Stateful):
         """
         batch = self._pack(documents)
         values = torch.zeros(batch.labels.shape, device=self.device)
-        size = self.cfg.trainer.training.local_batch_size
+        size = self.microbatch.num_rows
         with torch.no_grad():
             for start in self._row_starts(batch):
                 microbatch = self._to_device(batch.rows(start, start + size))
@@ -205,7 +212,7 @@ class TrainEngine(Stateful):
         return pack(
             documents,
             training.seq_len,
-            num_rows_multiple=self._data_parallel_degree * training.local_batch_size,
+            num_rows_multiple=self._data_parallel_degree * self.microbatch.num_rows,
             row_len_multiple=self._row_len_multiple,
         )
 
@@ -215,13 +222,13 @@ class TrainEngine(Stateful):
 
     def _row_starts(self, batch: PackedBatch) -> range:
         """First rows of this rank's microbatches; all ranks have equally many."""
-        size = self.cfg.trainer.training.local_batch_size
+        size = self.microbatch.num_rows
         mesh = self.parallel_dims.get_optional_mesh("batch")
         first = 0 if mesh is None else mesh.get_local_rank() * size
         return range(first, batch.num_rows, size * self._data_parallel_degree)
 
     def _microbatches(self, batch: PackedBatch) -> Iterator[dict[str, Any]]:
-        size = self.cfg.trainer.training.local_batch_size
+        size = self.microbatch.num_rows
         for start in self._row_starts(batch):
             yield self._to_device(batch.rows(start, start + size))
 
@@ -230,16 +237,22 @@ class TrainEngine(Stateful):
             name: None if array is None else torch.from_numpy(array).to(self.device, non_blocking=True)
             for name, array in rows.items()
         }
-        assert rows["positions"] is not None
+        assert rows["positions"] is not None and rows["mask"] is not None
+        trained = np.flatnonzero(rows["mask"])  # all ranks compute something, also one that has nothing to train
+        microbatch["trained_slots"] = torch.from_numpy(trained if len(trained) else np.zeros(1, int)).to(self.device)
         microbatch["attention"] = attention_inputs(self.spec.inner_attention, rows["positions"], self.device)
         return microbatch
 
     def _forward(self, microbatch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities and entropies of the labels: [R, T] float32 each."""
-        logits = self.model(
+        """Log-probabilities and entropies of the labels: [R, T] float32 each, 0 where none is trained."""
+        hidden = self.model(
             microbatch["input_ids"], positions=microbatch["positions"], attention_masks=microbatch["attention"]
         )
-        return token_logprobs(logits, microbatch["labels"], self.temperature, self.truncation)
+        labels, slots = microbatch["labels"], microbatch["trained_slots"]
+        values = self.model.lm_head(hidden, labels.flatten()[slots], slots, self.temperature, self.truncation)
+        none = torch.zeros(labels.numel(), device=self.device)
+        logprobs, entropies = (none.index_copy(0, slots, value).view_as(labels) for value in values)
+        return logprobs, entropies
 
     def _forward_backward(
         self, microbatch: dict[str, Any], num_trained: int, normalizer: int
@@ -366,10 +379,9 @@ class TrainEngine(Stateful):
         master_dtype = TORCH_DTYPE_MAP[cfg.training.dtype]
         with torch.device("meta"), set_default_dtype(master_dtype):
             model: Any = self.spec.config.build()
-        ac_config = {"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}[
-            cfg.activation_checkpoint.mode
-        ]
-        compile_config = CompileConfig(enable=cfg.compile.enable, components=["model"])
+        ac_config = {"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}[self.microbatch.mode]
+        compiles = device_type() == "cuda" if cfg.compile.enable is None else cfg.compile.enable
+        compile_config = CompileConfig(enable=compiles, components=["model"])
         if dims.world_size == 1 and param_dtype == master_dtype:
             # Nothing to shard and nothing to cast: FSDP would only cost time.
             if ac_config is not None:
@@ -393,6 +405,7 @@ class TrainEngine(Stateful):
         model.to_empty(device=self.device)
         with torch.no_grad():
             model.init_weights()
+        model._skip_lm_head = True  # the engine applies it, to what is trained
         model.train()
         return model
 
@@ -408,6 +421,8 @@ def _parallelism_config(cfg: Config) -> ParallelismConfig:
     degrees = cfg.trainer.parallelism
     return ParallelismConfig(
         spmd_backend="partial_dtensor",  # the one that works with gloo on torch 2.13
+        # One rank has nothing to gather: its parameters in the compute dtype stay until the backward pass.
+        fsdp_reshard_after_forward="never" if dist.get_world_size() == 1 else "default",
         data_parallel_replicate_degree=degrees.data_parallel_replicate_degree,
         data_parallel_shard_degree=degrees.data_parallel_shard_degree,
         tensor_parallel_degree=degrees.tensor_parallel_degree,
@@ -426,6 +441,36 @@ def _parallel_dims(parallelism: ParallelismConfig) -> ParallelDims:
         ) from error
     dims.build_mesh()
     return dims
+
+
+def _plan_microbatch(cfg: Config, spec: ModelSpec, dims: ParallelDims) -> MicrobatchPlan:
+    """What a microbatch is, the same on all ranks: the one with the least memory decides."""
+    training, mode = cfg.trainer.training, cfg.trainer.activation_checkpoint.mode
+    if device_type() == "cpu":
+        return MicrobatchPlan(training.local_batch_size or 1, "none" if mode == "auto" else mode, 0, 0)
+    with torch.device("meta"):
+        num_params = sum(parameter.numel() for parameter in spec.config.build().parameters())
+    free, total = torch.cuda.mem_get_info()
+    gpus = cfg.cluster.gpus_per_node if cfg.cluster.gpus_per_node is not None else torch.cuda.device_count()
+    if placement(cfg, gpus).shared_gpus:  # with a generator, which may not have taken its share yet
+        free = min(free, int(total * (1 - cfg.generator.engine.gpu_memory_utilization)))
+    # Weights, gradients and two moments in the training dtype, and weights in the compute dtype where one rank keeps
+    # them; a reference has weights too.
+    num_copies = (2 if cfg.trainer.lora.enable else 4) + cfg.reference.enable
+    states = num_params * (num_copies * TORCH_DTYPE_MAP[training.dtype].itemsize + 2) // (dims.dp_shard * dims.tp)
+    available = torch.tensor(free - states - RESERVE_BYTES, device=local_device())
+    dist.all_reduce(available, dist.ReduceOp.MIN)
+    plan = plan_microbatch(
+        spec.hf_config,
+        num_params,
+        training.seq_len,
+        int(available),
+        num_rows=training.local_batch_size,
+        mode=mode,
+        tensor_parallel=dims.tp,
+    )
+    logger.info("%s", plan)
+    return plan
 
 
 def _build_optimizers(cfg: Config, model: torch.nn.Module) -> OptimizersContainer:

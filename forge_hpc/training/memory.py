@@ -1,0 +1,79 @@
+"""How many rows a microbatch has, and which activations are computed again, where the configuration leaves it open.
+
+On a GPU a microbatch is to be large enough that launching its kernels takes no longer than running them, and not
+larger: what it computes is the same for any cut. Of the ways to fit it into the memory that is left the one that
+computes the least again is taken. Activations are estimated, for a dense model compiled layer by layer; measured on
+Qwen3 0.6B (H100), MiB a token: 1.20 without checkpointing, 0.50 selective, 0.09 full.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+MODES = ("none", "selective", "full")
+"""From the one that keeps everything to the one that keeps least."""
+BUSY_FLOPS = 1.2e14
+"""Of a forward and backward pass: 0.2 to 0.3 s of an H100, and as long as it takes to launch some thousand kernels."""
+RESERVE_BYTES = 3 * 2**30
+"""For the head's chunks, NCCL, the context and fragments."""
+SAFETY = 1.15
+
+
+@dataclass(frozen=True)
+class MicrobatchPlan:
+    """What a microbatch is, and why."""
+
+    num_rows: int
+    mode: str
+    """Of activation checkpointing."""
+    activation_bytes: int
+    available_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_rows} row(s) a microbatch, activation checkpointing {self.mode}: about "
+            f"{self.activation_bytes / 2**30:.1f} of {self.available_bytes / 2**30:.1f} GiB"
+        )
+
+
+def plan_microbatch(
+    hf: dict[str, Any],
+    num_params: int,
+    seq_len: int,
+    available_bytes: int,
+    *,
+    num_rows: int | None = None,
+    mode: str = "auto",
+    tensor_parallel: int = 1,
+) -> MicrobatchPlan:
+    """Choose what is open: ``num_rows`` where it is None, ``mode`` where it is ``auto``.
+
+    Args:
+        hf: the model's ``config.json``.
+        num_params: of the whole model.
+        seq_len: slots of a row.
+        available_bytes: of a GPU, for activations: free memory less gradients, optimizer and ``RESERVE_BYTES``.
+    """
+    wanted = num_rows or max(1, round(BUSY_FLOPS / (6 * num_params * seq_len)))
+    modes = MODES if mode == "auto" else (mode,)
+    costs = {each: int(SAFETY * seq_len * token_bytes(hf, each) / tensor_parallel) for each in modes}
+    for each, cost in costs.items():
+        if wanted * cost <= available_bytes:
+            return MicrobatchPlan(wanted, each, wanted * cost, available_bytes)
+    least = modes[-1]  # fewer rows of it, and at least one: only a try tells
+    rows = num_rows or max(1, min(wanted, available_bytes // costs[least]))
+    return MicrobatchPlan(rows, least, rows * costs[least], available_bytes)
+
+
+def token_bytes(hf: dict[str, Any], mode: str) -> int:
+    """Activations of a token that a microbatch holds at its peak, in a two-byte dtype."""
+    dim, num_heads = hf["hidden_size"], hf["num_attention_heads"]
+    head_dim = hf.get("head_dim") or dim // num_heads
+    queries, keys = num_heads * head_dim, 2 * (hf.get("num_key_value_heads") or num_heads) * head_dim
+    hidden = hf["intermediate_size"]
+    if experts := hf.get("num_local_experts") or hf.get("num_experts"):
+        hidden = hf["moe_intermediate_size"] * hf["num_experts_per_tok"] + experts
+    layer = 3 * dim + 2 * queries + 2 * keys + 3 * hidden
+    kept = {"none": layer, "selective": 2 * dim + 2 * queries + hidden, "full": dim}[mode]
+    return 2 * (hf["num_hidden_layers"] * kept + (0 if mode == "none" else layer) + 8 * dim)

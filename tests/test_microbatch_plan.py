@@ -1,0 +1,57 @@
+"""What a microbatch is on a GPU, by arithmetic: here against what was measured on one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from forge_hpc.training.memory import plan_microbatch, token_bytes
+
+GIB = 2**30
+QWEN3_0_6B = {
+    "hidden_size": 1024,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+}
+QWEN3_8B = {**QWEN3_0_6B, "hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 12288}
+QWEN3_8B["num_hidden_layers"] = 36
+
+
+def plan(hf: dict[str, Any], num_params: float, seq_len: int, gib: float, **given: Any) -> tuple[int, str]:
+    result = plan_microbatch(hf, int(num_params), seq_len, int(gib * GIB), **given)
+    return result.num_rows, result.mode
+
+
+@pytest.mark.parametrize(("mode", "measured_mib"), [("none", 1.20), ("selective", 0.50), ("full", 0.09)])
+def test_activations_of_a_token_are_those_that_were_measured(mode: str, measured_mib: float) -> None:
+    assert token_bytes(QWEN3_0_6B, mode) / 2**20 == pytest.approx(measured_mib, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("hf", "num_params", "seq_len", "gib", "expected"),
+    [
+        (QWEN3_0_6B, 6e8, 4096, 60, (8, "none")),  # many rows keep a GPU busy with a small model
+        (QWEN3_0_6B, 6e8, 4096, 30, (8, "selective")),
+        (QWEN3_0_6B, 6e8, 4096, 10, (8, "full")),
+        (QWEN3_0_6B, 6e8, 4096, 2, (3, "full")),  # what fits
+        (QWEN3_0_6B, 6e8, 131072, 60, (1, "full")),  # one long row
+        (QWEN3_8B, 8.2e9, 4096, 40, (1, "none")),  # one row of a larger model is work enough
+        (QWEN3_8B, 8.2e9, 4096, 10, (1, "selective")),
+        (QWEN3_8B, 8.2e9, 4096, -5, (1, "full")),  # only a try tells
+    ],
+)
+def test_the_least_is_computed_again_of_what_fits(
+    hf: dict[str, Any], num_params: float, seq_len: int, gib: float, expected: tuple[int, str]
+) -> None:
+    assert plan(hf, num_params, seq_len, gib) == expected
+
+
+def test_what_is_given_stands() -> None:
+    assert plan(QWEN3_0_6B, 6e8, 4096, 1, num_rows=64, mode="none") == (64, "none")
+    assert plan(QWEN3_0_6B, 6e8, 4096, 60, num_rows=16) == (16, "selective")
+    assert plan(QWEN3_0_6B, 6e8, 4096, 60, mode="full") == (8, "full")
+    assert plan(QWEN3_8B, 8.2e9, 4096, 10, tensor_parallel=2) == (1, "none")
