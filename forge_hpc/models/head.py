@@ -254,7 +254,8 @@ def _over_ranks(
     scale = shift.exp()
     sums = torch.stack([total * scale, label_logit, (weighted + shift * total) * scale])
     dist.all_reduce(sums, dist.ReduceOp.SUM, group)
-    return overall, *sums.unbind()
+    total, label_logit, weighted = sums.unbind()
+    return overall, total, label_logit, weighted
 
 
 def _chunks(hidden: torch.Tensor, vocab_size: int) -> Iterator[slice]:

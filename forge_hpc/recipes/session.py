@@ -337,7 +337,7 @@ class Session:
             raise
         except Exception as error:
             logger.error("the model of step %d is not exported: %s", step, reason_of(error))
-            self._tell(message=f"the model of step {step} is not exported: {reason_of(error)}")
+            self._status.tell(message=f"the model of step {step} is not exported: {reason_of(error)}")
 
     def _is_due(self, step: int) -> bool:
         interval = self.config.checkpoint.interval
@@ -398,7 +398,7 @@ class Session:
     def _show_warning(self, text: str) -> None:
         """On the terminal, in ``status.json`` and in the log."""
         self.metrics.warn(text)
-        self._tell(message=text)
+        self._status.tell(message=text)
 
     async def saved(self) -> None:
         """Wait until the save that runs beside the training is over."""
@@ -482,7 +482,7 @@ class Session:
         start, config = time.perf_counter(), self.config.evaluation
         limit = self.config.logging.num_answers_per_evaluation
         show = partial(self.metrics.show_evaluation, step)
-        answers = Answers(step, len(prompts), config.samples, limit, show, lambda text: self._tell(message=text))
+        answers = Answers(step, len(prompts), config.samples, limit, show, lambda text: self._status.tell(message=text))
         ask = self.generators.sample.stream if player is None else player.stream
         greedy = await self._answer(
             ask, prompts, 1, replace(self.config.rollout.sampling, temperature=0.0), 0, rewards, answers
@@ -504,7 +504,7 @@ class Session:
         values |= {"num_prompts": len(prompts), "num_failed": num_failed, "time_s": time.perf_counter() - start}
         self.metrics.log_evaluation(step, {**(more or {}), **values}, answers.records())
         if answers.has_told:
-            self._tell(message="")
+            self._status.tell(message="")
         self._step_ended = time.perf_counter()
 
     async def _answer(
