@@ -139,8 +139,9 @@ def explained_metrics() -> dict[str, tuple[str, str]]:
 
 
 def pattern_of(key: str) -> str:
-    """A regular expression for what a key of docs/metrics.md stands for: words in capitals for any one."""
-    return re.sub(r"[A-Z]+", "[^/]+", re.escape(key))
+    """A regular expression for what a key of docs/metrics.md stands for: words in capitals for any one, a reward's NAME for
+    that of a figure of it too."""
+    return re.sub(r"[A-Z]+", lambda word: "[^/]+(/[^/]+)?" if word[0] == "NAME" else "[^/]+", re.escape(key))
 
 
 def unexplained_metrics(run_dir: Path) -> set[str]:
