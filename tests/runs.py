@@ -139,8 +139,8 @@ def explained_metrics() -> dict[str, tuple[str, str]]:
 
 
 def pattern_of(key: str) -> str:
-    """A regular expression for what a key of docs/metrics.md stands for: words in capitals for any one, a reward's NAME for
-    that of a figure of it too."""
+    """A regular expression for what a key of docs/metrics.md stands for: words in capitals for any one, a reward's NAME
+    for that of a figure of it too."""
     return re.sub(r"[A-Z]+", lambda word: "[^/]+(/[^/]+)?" if word[0] == "NAME" else "[^/]+", re.escape(key))
 
 
