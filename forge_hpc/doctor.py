@@ -129,7 +129,7 @@ def _slurm_release() -> Iterator[Finding]:
     with contextlib.suppress(slurm.SlurmRefused):  # the partitions say so
         known = slurm.known_of(release := slurm.controller_release())
         level = "ok" if known.startswith("tested") else "note"
-        yield level, "Slurm", f"{'.'.join(map(str, release))}: {known}"
+        yield level, "Slurm", f"{slurm.release_text(release)}: {known}"
 
 
 def _own_address() -> str:

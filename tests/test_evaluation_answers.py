@@ -36,7 +36,8 @@ def collect(limit: int, num_samples: int, tell=lambda text: None) -> Answers:
             if place == 2 and sample is None:
                 found.add(place, sample, prompt(place), ValueError("too long"), Graded(), error="too long")
             else:
-                found.add(place, sample, prompt(place), completion("7"), Graded(True, 1.0), {"exact": 1.0})
+                read = {"exact": "7", "length": None}  # length does not say what it took for the answer
+                found.add(place, sample, prompt(place), completion("7"), Graded(True, 1.0), {"exact": 1.0}, read)
     return found
 
 
@@ -44,7 +45,13 @@ def test_answers_are_kept_in_order_whole_prompts_at_a_time_up_to_the_bound() -> 
     records = collect(limit=8, num_samples=2).records()
     assert [(r["position"], r["sample"]) for r in records] == [(p, s) for p in (0, 1) for s in (None, 0, 1)]
     first = {"step": 5, "position": 0, "sample": None, "prompt": "0+1=", "target": "1", "right": True, "reward": 1.0}
-    first |= {"response": "7", "num_tokens": 2, "finish_reason": "stop", "rewards": {"exact": 1.0}}
+    first |= {
+        "response": "7",
+        "num_tokens": 2,
+        "finish_reason": "stop",
+        "rewards": {"exact": 1.0},
+        "read": {"exact": "7"},
+    }
     assert records[0] == first
     assert collect(limit=0, num_samples=0).records() == []
 

@@ -51,6 +51,7 @@ class Answers:
         answer: Completion | Episode | Exception,
         graded: Graded,
         rewards: dict[str, float] | None = None,
+        read: dict[str, str | None] | None = None,
         error: str | None = None,
     ) -> None:
         """An answer to the prompt at ``place`` has its verdict.
@@ -58,6 +59,7 @@ class Answers:
         Args:
             sample: number of a sampled answer; None is the greedy one.
             rewards: the unweighted terms.
+            read: what each reward that says so took for the answer, by its label.
             error: why there is no answer, or no reward.
         """
         self._num_done += 1
@@ -73,6 +75,7 @@ class Answers:
         if not isinstance(answer, Exception):
             completion = answer.completion if isinstance(answer, Episode) else answer
             record |= {"response": completion.text, "num_tokens": completion.num_sampled}
+            record |= {"read": {label: text for label, text in (read or {}).items() if text is not None}}
             record |= {"finish_reason": completion.finish_reason, "rewards": rewards or {}, **completion.metadata}
         if error is not None:
             record["error"] = error

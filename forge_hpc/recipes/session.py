@@ -528,14 +528,14 @@ class Session:
                 return
             episode = answer if isinstance(answer, Episode) else Episode(prompts[place], answer, 0.0)
             try:
-                total, terms = await rewards.score(episode.prompt, episode.completion)
+                judged = await rewards.judge(episode.prompt, episode.completion, show=True)
             except RewardError as error:
                 answers.add(place, sample, episode.prompt, answer, Graded(), error=str(error))
                 return
             is_played = "environment" in episode.rewards
-            right = episode.reward >= 1 - 1e-6 if is_played else rewards.is_right(terms)
-            graded = results[place][number] = Graded(right, episode.reward + total)
-            answers.add(place, sample, episode.prompt, answer, graded, episode.rewards | terms)
+            right = episode.reward >= 1 - 1e-6 if is_played else rewards.is_right(judged.terms)
+            graded = results[place][number] = Graded(right, episode.reward + judged.total)
+            answers.add(place, sample, episode.prompt, answer, graded, episode.rewards | judged.terms, judged.read)
 
         async def share(replica: int, places: Sequence[int]) -> None:
             mine = [prompts[place] for place in places]

@@ -18,6 +18,7 @@ from forge_hpc.cluster.slurm.preemption import (
     known_of,
     parse_release,
     preemption,
+    release_text,
 )
 from forge_hpc.cluster.slurm.successor import CONTINUE, script_arguments, submit_successor
 
@@ -38,6 +39,7 @@ __all__ = [
     "own_job_id",
     "parse_release",
     "preemption",
+    "release_text",
     "requeue",
     "script_arguments",
     "submit_successor",

@@ -112,6 +112,11 @@ def parse_release(version: str) -> Release:
     return tuple(int(number) for number in found[0].split(".")) if found else ()
 
 
+def release_text(release: Release) -> str:
+    """As Slurm writes it: the month has two digits."""
+    return ".".join(f"{number:02}" if place == 1 else str(number) for place, number in enumerate(release))
+
+
 def known_of(release: Release) -> str:
     """What this project knows of a release, in a line."""
     series = release[:2]
