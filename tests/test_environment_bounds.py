@@ -6,6 +6,7 @@ import asyncio
 import io
 import itertools
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -429,8 +430,11 @@ class Records:
     def is_evaluated(self, step: int) -> bool:
         return False
 
-    def log_evaluation(self, step: int, values: dict[str, float]) -> None:
-        self.written = values
+    def log_evaluation(self, step: int, values: dict[str, float], answers: Sequence[dict[str, Any]]) -> None:
+        self.written, self.answers = values, answers
+
+    def show_evaluation(self, step: int, num_done: int, num: int, num_right: int) -> None:
+        self.shown = (num_done, num)
 
     def warn(self, message: str) -> None:
         self.said.append(message)
@@ -460,5 +464,6 @@ def test_an_evaluation_counts_what_failed_and_says_so_where_that_is_most_of_it(c
     records = asyncio.run(evaluate())
     assert records.written["num_failed"] == num_failed
     assert records.written["accuracy"] == (4 - num_failed) / 4
+    assert records.shown == (4, 4) and sum("error" in answer for answer in records.answers) == num_failed
     assert len(records.said) == (num_failed == 3)
     assert not records.said or "3 of 4 answers failed" in records.said[0]
