@@ -457,6 +457,7 @@ def test_an_evaluation_counts_what_failed_and_says_so_where_that_is_most_of_it(c
     async def evaluate() -> Records:
         session = Session.__new__(Session)
         session.config, session.metrics, session.generators = config, Records(), [None]  # type: ignore[assignment]
+        session.warn = session.metrics.warn  # type: ignore[method-assign]
         async with RewardPool(config) as rewards:
             await session.evaluate(0, [prompt_of(place) for place in range(4)], rewards, Player())  # type: ignore[arg-type]
         return session.metrics  # type: ignore[return-value]

@@ -159,9 +159,10 @@ def test_the_warning_is_seen_on_the_terminal_and_in_the_status_and_the_bound_is_
         run_dir.write_status(state="running")
         session = make_session(run_dir, configuration())
         session._trainers = Trainers()  # type: ignore[assignment]
-        session._mismatch = MismatchWatch(configuration(), False, session._show_warning)
+        session._mismatch = MismatchWatch(configuration(), False, session.warn)
         with session.open_records(stream):
             await session.train_step(1, [], update=False)
+        session._status.flush(60)
 
     stream = io.StringIO()
     asyncio.run(scenario())

@@ -52,7 +52,7 @@ async def start_environments(session: Session) -> EnvironmentPool | None:
     """The pool of ``environment``, None where there is none. Raises UserError where it cannot be loaded."""
     if session.config.environment.name is None:
         return None
-    pool = await EnvironmentPool(session.config, warn=session.metrics.warn).start()
+    pool = await EnvironmentPool(session.config, warn=session.warn).start()
     session.on_close(pool.close)
     return pool
 

@@ -66,7 +66,7 @@ async def grpo(session: Session) -> None:
                 await buffer.put(group)
         clock.end(started)
 
-    episodes = EpisodeWatch(session.metrics.warn)
+    episodes = EpisodeWatch(session.warn)
     signal = SignalWatch(
         config, session.state.get("steps_without_signal", 0), session.state.get("all_steps_without_signal", 0)
     )

@@ -195,7 +195,7 @@ class Session:
             raise await self._which_node_is_lost(error) from error
         mesh = procs.spawn(name, Trainer, config, self.log_dir)
         self._trainers = Trainers(mesh, config.trainer.timeout_s, self.lost)
-        self._mismatch = MismatchWatch(config, bool(self.cluster.placement.gpus_per_node), self._show_warning)
+        self._mismatch = MismatchWatch(config, bool(self.cluster.placement.gpus_per_node), self.warn)
         file_store = self.log_dir / f"process-group{self._suffix}"
         checkpoint = self._resume_from / "trainer" if self._resume_from else None
         await self._trainers.call("start", self.model_dir, file_store, checkpoint, timeout_s=timeout_s)
@@ -395,7 +395,7 @@ class Session:
         logger.error("the checkpoint of step %d failed, the one before it stands: %s", step, reason)
         self._status.tell(message=f"the checkpoint of step {step} failed: {reason}")
 
-    def _show_warning(self, text: str) -> None:
+    def warn(self, text: str) -> None:
         """On the terminal, in ``status.json`` and in the log."""
         self.metrics.warn(text)
         self._status.tell(message=text)
@@ -497,7 +497,7 @@ class Session:
         lost = [answer for group in (*greedy, *(sampled if config.samples else ())) for answer in group]
         num_failed, num = sum(answer.reward is None for answer in lost), len(lost)
         if 2 * num_failed > num:
-            self.metrics.warn(
+            self.warn(
                 f"evaluation after step {step}: {num_failed} of {num} answers failed or have no reward, and count as "
                 "wrong: controller.log says why"
             )
