@@ -139,12 +139,12 @@ class _HeadLogprobs(torch.autograd.Function):
                 kept.append(logits)
             del logits  # or two chunks of them are held at a time
         largest, total, label_logit, weighted = (torch.cat(columns) for columns in zip(*parts, strict=True))
-        label_logit = (largest + label_logit) * is_local
         if group is not None:
-            largest, total, label_logit, weighted = _over_ranks(group, largest, total, label_logit, weighted)
-        log_total, mean_logit = largest + total.log(), largest + weighted / total
+            largest, total, label_logit, weighted = _over_ranks(group, largest, total, label_logit, weighted, is_local)
+        log_total, mean_logit = total.log(), weighted / total
         threshold = torch.cat(thresholds) if thresholds else None
-        ctx.save_for_backward(hidden, weight, labels, is_local, log_total, mean_logit, threshold, *(kept or ()))
+        from_zero = (log_total + largest, mean_logit + largest)
+        ctx.save_for_backward(hidden, weight, labels, is_local, *from_zero, threshold, *(kept or ()))
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
         return label_logit - log_total, log_total - mean_logit
@@ -159,7 +159,7 @@ class _HeadLogprobs(torch.autograd.Function):
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(log_total)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_weight: torch.Tensor | None = None
         tokens = (labels, is_local, log_total, grad_logprobs, mean_logit, grad_entropies, threshold)
         logits_grad = _on(hidden.device, _logits_grad)
         for number, chunk in enumerate(_chunks(hidden, weight.shape[0])):
@@ -168,8 +168,8 @@ class _HeadLogprobs(torch.autograd.Function):
             logits_grad(logits, ctx.temperature, *(None if x is None else x[chunk] for x in tokens))
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[chunk])
-            if grad_weight is not None:
-                _add_product(grad_weight, grad.t(), hidden[chunk])
+            if ctx.needs_input_grad[1]:
+                grad_weight = _add_weight_grad(grad_weight, grad, hidden[chunk])
             del logits, grad
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None, None
@@ -205,10 +205,11 @@ def _logits_grad(
     p = (z - log_total[:, None]).exp()
     if threshold is not None:
         p = p.masked_fill(_is_cut(z, labels, threshold), 0)
-    grad = (_is_label(z, labels) & is_local[:, None]).float().sub(p) * grad_logprobs[:, None]
+    grad = -p * grad_logprobs[:, None]
     if grad_entropies is not None:
-        grad = grad - p * (z - mean_logit[:, None]) * grad_entropies[:, None]
-    logits.copy_(grad / temperature)
+        grad = -p * (z - mean_logit[:, None]) * grad_entropies[:, None] + grad
+    hit = _is_label(z, labels) & is_local[:, None]
+    logits.copy_((grad + torch.where(hit, grad_logprobs[:, None], 0)) / temperature)
 
 
 def _is_label(z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -230,14 +231,14 @@ def _on(device: torch.device, function: Callable[..., Any]) -> Callable[..., Any
     return _compiled(function) if device.type == "cuda" else function
 
 
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a b in float32, which a sum over chunks needs."""
-    if a.dtype == torch.float32:
-        total.addmm_(a, b)
-    elif a.device.type == "cuda":
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total.addmm_(a.float(), b.float())
+def _add_weight_grad(total: torch.Tensor | None, grad: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """total + grad^T hidden, [V, D], in float32, which a sum over chunks needs."""
+    if grad.device.type == "cuda" and grad.dtype != torch.float32:
+        if total is None:
+            return torch.mm(grad.t(), hidden, out_dtype=torch.float32)
+        return torch.addmm(total, grad.t(), hidden, out_dtype=torch.float32, out=total)
+    product = (hidden.t().float() @ grad.float()).t()
+    return product if total is None else total.add_(product)
 
 
 def _over_ranks(
@@ -246,13 +247,14 @@ def _over_ranks(
     total: torch.Tensor,
     label_logit: torch.Tensor,
     weighted: torch.Tensor,
+    is_local: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``_stats`` over the whole vocabulary from those of each rank's part; ``label_logit`` is z_label, or 0."""
+    """``_stats`` over the whole vocabulary from those of each rank's part, one of which has the label."""
     overall = largest.clone()
     dist.all_reduce(overall, dist.ReduceOp.MAX, group)
     shift = largest - overall
     scale = shift.exp()
-    sums = torch.stack([total * scale, label_logit, (weighted + shift * total) * scale])
+    sums = torch.stack([total * scale, (label_logit + shift) * is_local, (weighted + shift * total) * scale])
     dist.all_reduce(sums, dist.ReduceOp.SUM, group)
     total, label_logit, weighted = sums.unbind()
     return overall, total, label_logit, weighted

@@ -238,17 +238,19 @@ class TrainEngine(Stateful):
             for name, array in rows.items()
         }
         assert rows["positions"] is not None and rows["mask"] is not None
-        trained = np.flatnonzero(rows["mask"])  # all ranks compute something, also one that has nothing to train
-        microbatch["trained_slots"] = torch.from_numpy(trained if len(trained) else np.zeros(1, int)).to(self.device)
+        # A GPU has the head compute what is trained, and something on a rank that has nothing to train. On the CPU all
+        # of it: heads are small there, and sums of other terms would be others in the last bit.
+        slots = np.flatnonzero(rows["mask"]) if self.device.type == "cuda" else np.arange(rows["mask"].size)
+        microbatch["slots"] = torch.from_numpy(slots if len(slots) else np.zeros(1, int)).to(self.device)
         microbatch["attention"] = attention_inputs(self.spec.inner_attention, rows["positions"], self.device)
         return microbatch
 
     def _forward(self, microbatch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities and entropies of the labels: [R, T] float32 each, 0 where none is trained."""
+        """Log-probabilities and entropies of the labels: [R, T] float32 each, of the trained ones at least, else 0."""
         hidden = self.model(
             microbatch["input_ids"], positions=microbatch["positions"], attention_masks=microbatch["attention"]
         )
-        labels, slots = microbatch["labels"], microbatch["trained_slots"]
+        labels, slots = microbatch["labels"], microbatch["slots"]
         values = self.model.lm_head(hidden, labels.flatten()[slots], slots, self.temperature, self.truncation)
         none = torch.zeros(labels.numel(), device=self.device)
         logprobs, entropies = (none.index_copy(0, slots, value).view_as(labels) for value in values)
