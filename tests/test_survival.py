@@ -126,10 +126,12 @@ def test_an_asynchronous_run_skips_and_repeats_no_prompt(tmp_path: Path) -> None
     assert all(record["episodes/stale"] == 0 and record["episodes/failed"] == 0 for record in metrics)
 
 
-# Half of the groups have nothing to compare.
+# Half of the groups have nothing to compare. Special tokens, with the longest texts, would soon be all that is sampled.
 HALF = """
+import re
+
 def length(prompt, response, target, **fields):
-    return len(response) / 6 if int(target) % 2 else 0.0
+    return len(re.sub("<[a-z]+>", "", response)) / 6 if int(target) % 2 else 0.0
 """
 
 
