@@ -6,7 +6,7 @@
 # make chaos  faults against a run on a real Slurm cluster on this machine (root; SEED=n, ARGS='"fault"')
 # make openenv  the environments of the docs against published OpenEnv servers, installed in a temporary folder
 # make light  the tests that need no torch, with another Python: PYTHON=python3.12, or SLURM=24.11 with its 3.13
-# make nfs    the run directory on real NFS, in virtual machines (root once; 15 minutes; ARGS="-k name")
+# make nfs    the run directory on real NFS, in virtual machines (root once; it takes minutes; ARGS="-k name")
 # make lint   ruff and mypy
 # make clean  remove the environment and caches; runs/ stays
 
