@@ -22,7 +22,7 @@ _POLL_S = 0.5
 _ASK_SLURM_S = 10.0
 _CANCEL_TIMEOUT_S = 60.0
 _SAVE_TIMEOUT_S = 330.0
-"""A run on this machine saves first: see ``forge_hpc.run.SILENT_S``."""
+"""A run on this machine saves first: see ``forge_hpc.supervisor.supervisor.SILENT_S``."""
 _SILENT_S = 60.0
 
 

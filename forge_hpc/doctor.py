@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from forge_hpc.cluster import slurm
+from forge_hpc import slurm
 from forge_hpc.config import UserError, load_config
 from forge_hpc.sandbox import Sandbox
 from launchers import checks

@@ -22,7 +22,7 @@ from forge_hpc.files import is_there
 from forge_hpc.run_dir import RunDir, Status
 
 if TYPE_CHECKING:
-    from forge_hpc.cluster.slurm import JobFacts
+    from forge_hpc.slurm import JobFacts
 
 PROJECT = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = PROJECT / "configs" / "grpo" / "demo.yaml"
@@ -168,7 +168,7 @@ def prepare_in_allocation(request: Request) -> str:
     Raises:
         UserError: as `submit`, or outside a Slurm job.
     """
-    from forge_hpc.cluster.slurm import CONTINUE, corrections, job_facts, own_job_id
+    from forge_hpc.slurm import CONTINUE, corrections, job_facts, own_job_id
     from launchers.command import job_command, with_variables
 
     if "SLURM_JOB_ID" not in os.environ:
@@ -211,7 +211,7 @@ def _adopt_job(cfg: Config, job_id: str, facts: JobFacts | None) -> None:
 
     The job scripts ask for --requeue: that it is in the job does not mean that somebody wants it.
     """
-    from forge_hpc.cluster.slurm import SlurmRefused, forbid_requeue
+    from forge_hpc.slurm import SlurmRefused, forbid_requeue
 
     if facts is not None and facts.can_requeue and cfg.slurm.requeue != "auto":
         try:
@@ -330,7 +330,7 @@ def _changes(cfg: Config, run_dir: RunDir) -> list[str]:
 
 
 def _record(changes: Sequence[str], run_dir: RunDir) -> None:
-    from forge_hpc.cluster.starts import StartLog
+    from forge_hpc.supervisor.starts import StartLog
 
     if changes:
         StartLog(run_dir).changed(changes)

@@ -6,8 +6,8 @@ import re
 import subprocess
 from typing import TypeGuard
 
-from forge_hpc.cluster.slurm import JobFacts
 from forge_hpc.config import UserError
+from forge_hpc.slurm import JobFacts
 
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
           "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT", "RESV_DEL_HOLD")  # fmt: skip

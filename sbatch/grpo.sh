@@ -14,7 +14,7 @@
 #SBATCH --output=slurm-%x-%j.out
 
 # $0 is a copy in slurmd's spool: the project is where sbatch was called, or where Slurm says that the script lies. A job
-# that takes the place of one that could not be requeued is told (forge_hpc/cluster/slurm/successor.py).
+# that takes the place of one that could not be requeued is told (forge_hpc/slurm/successor.py).
 project=${FORGE_HPC_PROJECT:-${SLURM_SUBMIT_DIR:-.}}
 if [[ ! -f $project/sbatch/common.sh ]]; then
   script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -n 1)

@@ -35,8 +35,8 @@ import psutil
 from runs import PROJECT, REWARD, lost_prompts, processes, read, small_run, status, wait_for
 from slurm_cluster import Host, SlurmCluster
 
-from forge_hpc.cluster.starts import StartLog
 from forge_hpc.run_dir import RunDir
+from forge_hpc.supervisor.starts import StartLog
 
 PARTITIONS = (
     "PartitionName=low Nodes={nodes} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=30 State=UP",
@@ -257,7 +257,7 @@ class Campaign:
         self.kill(f"trainer-{self.pick()}.log")
 
     def kill_controller(self) -> None:
-        self.kill("forge_hpc.recipes")
+        self.kill("forge_hpc.controller")
 
     def kill_worker_loop(self) -> None:
         self.kill(f"--node {self.pick()}")

@@ -7,7 +7,7 @@ A job has a plan: what it does in each of its lives, either when it is preempted
 (`then fail`). `keep` forbids Slurm to start it again (scontrol update Requeue=0) before it ends. One job a plan, in
 partitions with PreemptMode REQUEUE and CANCEL, with and without a grace time, with and without a time limit; a plan
 that is over completes. The table has the job's last state and how often it was started, twice where a time limit makes
-a difference. docs/slurm.md holds the tables, and cluster/slurm/preemption.py what forge_hpc makes of them.
+a difference. docs/slurm.md holds the tables, and slurm/preemption.py what forge_hpc makes of them.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from forge_hpc.actors.buffer import EpisodeBuffer
-from forge_hpc.actors.service import ActorLost, Service
+from forge_hpc.controller.service import ActorLost, Service
 from forge_hpc.data.types import Completion, Episode, Group, Prompt
+from forge_hpc.rollouts.buffer import EpisodeBuffer
 
 
 def group(position: int, policy_version: int, num_episodes: int = 2) -> Group:

@@ -15,8 +15,8 @@ from forge_hpc.cluster.allocation import Allocation
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import load_config
 from forge_hpc.observability.summary import next_commands
-from forge_hpc.run import STOP_S, Supervisor, Wish
 from forge_hpc.run_dir import RunDir
+from forge_hpc.supervisor.supervisor import STOP_S, Supervisor, Wish
 
 
 @pytest.fixture

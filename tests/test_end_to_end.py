@@ -247,7 +247,7 @@ def test_a_killed_supervisor_takes_its_processes_with_it(tmp_path: Path) -> None
     run = start_local(tmp_path / "run", small_run(tmp_path, 2000))
     try:
         wait_for(lambda: len(read(tmp_path / "run")) >= 1 or run.poll() is not None, "one step")
-        [controller] = processes(tmp_path / "run", "forge_hpc.recipes")
+        [controller] = processes(tmp_path / "run", "forge_hpc.controller")
         controller.parent().kill()
         assert not left_over(tmp_path / "run", within_s=15)
         run.communicate(timeout=10)

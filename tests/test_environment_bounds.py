@@ -24,10 +24,10 @@ from forge_hpc.data.types import HELD_OUT, Completion, Episode, Group, Prompt, T
 from forge_hpc.environments import EnvironmentFailed, EnvironmentPool, Step
 from forge_hpc.observability.logger import MetricLogger
 from forge_hpc.observability.summary import final_summary
-from forge_hpc.recipes.checks import EpisodeWatch
-from forge_hpc.recipes.episodes import EpisodePlayer
-from forge_hpc.recipes.rollouts import make_group, measure
 from forge_hpc.rewards import RewardPool
+from forge_hpc.rollouts.checks import EpisodeWatch
+from forge_hpc.rollouts.episodes import EpisodePlayer
+from forge_hpc.rollouts.groups import make_group, measure
 from forge_hpc.run_dir import RunDir
 
 
@@ -442,7 +442,7 @@ class Records:
 
 @pytest.mark.parametrize("num_failed", [1, 3])
 def test_an_evaluation_counts_what_failed_and_says_so_where_that_is_most_of_it(config: Config, num_failed: int) -> None:
-    from forge_hpc.recipes.session import Session
+    from forge_hpc.controller.session import Session
 
     class Player:
         async def stream(self, prompts: list[Prompt], *_: Any, key: int) -> Any:

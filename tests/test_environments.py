@@ -15,20 +15,20 @@ from typing import Any
 import pytest
 from sandboxes import needs_bubblewrap
 
-from forge_hpc.actors.service import cause_of
 from forge_hpc.checkpoint.episodes import dump_groups, load_groups
 from forge_hpc.config import Config, UserError
 from forge_hpc.config.schema import EnvironmentConfig, RewardConfig
 from forge_hpc.config.validate import validate
+from forge_hpc.controller.service import cause_of
 from forge_hpc.data.builtin import char_tokenizer
 from forge_hpc.data.types import Completion, Episode, Group, Prompt, Turn
 from forge_hpc.environments import EnvironmentFailed, EnvironmentPool, Step
 from forge_hpc.environments.calculator import Calculator, calculate
 from forge_hpc.environments.guessing import Guessing
 from forge_hpc.environments.rendering import ConversationRenderer
-from forge_hpc.recipes.episodes import EpisodePlayer
-from forge_hpc.recipes.rollouts import make_group, measure, to_documents
 from forge_hpc.rewards import RewardPool
+from forge_hpc.rollouts.episodes import EpisodePlayer
+from forge_hpc.rollouts.groups import make_group, measure, to_documents
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

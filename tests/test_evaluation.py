@@ -10,11 +10,7 @@ import pytest
 
 from forge_hpc.config import UserError, load_config, plan, validate
 from forge_hpc.config.schema import LoggingConfig
-from forge_hpc.generation.seeds import sample_seed
-from forge_hpc.observability.logger import MetricLogger
-from forge_hpc.observability.report import render_report, render_status
-from forge_hpc.observability.summary import final_summary
-from forge_hpc.recipes.evaluation import (
+from forge_hpc.evaluation.figures import (
     Graded,
     bootstrap_interval,
     evaluation_seed,
@@ -23,6 +19,10 @@ from forge_hpc.recipes.evaluation import (
     sampled_figures,
     wilson_interval,
 )
+from forge_hpc.generation.seeds import sample_seed
+from forge_hpc.observability.logger import MetricLogger
+from forge_hpc.observability.report import render_report, render_status
+from forge_hpc.observability.summary import final_summary
 from forge_hpc.recipes.registry import load_recipe
 from forge_hpc.run_dir import RunDir
 

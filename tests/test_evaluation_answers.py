@@ -10,13 +10,13 @@ import pytest
 
 from forge_hpc.config.schema import LoggingConfig
 from forge_hpc.data.types import Completion, Episode, Group, Prompt
+from forge_hpc.evaluation import answers as answers_module
+from forge_hpc.evaluation.answers import Answers
+from forge_hpc.evaluation.figures import Graded
 from forge_hpc.observability import console as console_module
 from forge_hpc.observability.console import ConsoleProgress
 from forge_hpc.observability.jsonl import read_jsonl
 from forge_hpc.observability.logger import MetricLogger
-from forge_hpc.recipes import answers as answers_module
-from forge_hpc.recipes.answers import Answers
-from forge_hpc.recipes.evaluation import Graded
 from forge_hpc.run_dir import RunDir
 
 

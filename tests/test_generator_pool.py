@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from forge_hpc.actors.service import ActorLost
 from forge_hpc.config import Config, plan
-from forge_hpc.recipes import generators
-from forge_hpc.recipes.generators import GeneratorPool
-from forge_hpc.recipes.recovery import Recoveries
+from forge_hpc.controller import generators
+from forge_hpc.controller.generators import GeneratorPool
+from forge_hpc.controller.recovery import Recoveries
+from forge_hpc.controller.service import ActorLost
 
 
 class FakeCluster:

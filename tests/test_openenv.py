@@ -16,7 +16,7 @@ from forge_hpc.config.schema import EnvironmentConfig
 from forge_hpc.data.types import Completion, Episode, Prompt, Turn
 from forge_hpc.environments import EnvironmentFailed, EnvironmentPool, Step
 from forge_hpc.environments.openenv import OpenEnv, OpenEnvError, OpenEnvTools
-from forge_hpc.recipes.episodes import EpisodePlayer
+from forge_hpc.rollouts.episodes import EpisodePlayer
 
 NAME = "forge_hpc.environments.openenv:OpenEnv"
 SESSIONS = web.AppKey("sessions", list)

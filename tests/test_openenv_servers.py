@@ -27,7 +27,7 @@ from forge_hpc.config import Config, UserError
 from forge_hpc.config.schema import EnvironmentConfig, RewardConfig
 from forge_hpc.data.types import Episode
 from forge_hpc.environments import EnvironmentFailed, EnvironmentPool, Step
-from forge_hpc.recipes.episodes import EpisodePlayer
+from forge_hpc.rollouts.episodes import EpisodePlayer
 
 pytestmark = [pytest.mark.openenv, pytest.mark.timeout(1200)]
 PACKAGES = ["openenv-core==0.3.0", "openenv==0.10.0"]

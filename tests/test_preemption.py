@@ -12,11 +12,11 @@ import pytest
 from test_slurm_causes import facts
 from test_supervisor import supervise  # noqa: F401
 
-from forge_hpc import run
-from forge_hpc.cluster import slurm
-from forge_hpc.cluster.slurm import Preemption, known_of, parse_release, preemption
+from forge_hpc import slurm
 from forge_hpc.config import Config
-from forge_hpc.run import Ended, Supervisor
+from forge_hpc.slurm import Preemption, known_of, parse_release, preemption
+from forge_hpc.supervisor import supervisor as supervision
+from forge_hpc.supervisor.supervisor import Ended, Supervisor
 
 R22, R24, R26 = (22, 5, 8), (24, 11, 5), (26, 5, 5)
 # Of scontrol, from 24.11.5.
@@ -95,7 +95,7 @@ def test_the_end_of_a_grace_time_follows_from_its_beginning_where_the_job_has_no
     assert Preemption(R22, "REQUEUE", 40).end_of_grace(facts()) == facts().end_time  # which Slurm tells
 
 
-@pytest.mark.parametrize(("grace_s", "expected"), [(120.0, 110), (None, run.KILL_WAIT_S)])
+@pytest.mark.parametrize(("grace_s", "expected"), [(120.0, 110), (None, supervision.KILL_WAIT_S)])
 def test_a_run_without_a_time_limit_uses_its_grace_time(
     supervise: Callable[..., Supervisor],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,

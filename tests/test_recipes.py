@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from forge_hpc.actors.service import cause_of
 from forge_hpc.config import Config
 from forge_hpc.config.schema import RewardConfig
+from forge_hpc.controller.service import cause_of
 from forge_hpc.data.builtin import char_tokenizer
 from forge_hpc.data.types import Completion, Document, Group, Prompt
-from forge_hpc.recipes.checks import SignalWatch
 from forge_hpc.recipes.grpo import grpo
-from forge_hpc.recipes.rollouts import RolloutClock, has_signal, make_group, make_groups, measure, to_documents
 from forge_hpc.rewards import RewardPool
+from forge_hpc.rollouts.checks import SignalWatch
+from forge_hpc.rollouts.groups import RolloutClock, has_signal, make_group, make_groups, measure, to_documents
 
 PROMPT = Prompt(0, "1+1=", [1, 2, 1, 3], "2")
 

@@ -18,11 +18,11 @@ import pytest
 from runs import PROJECT, REWARD, left_over, read, small_run, start_local, status, wait_for
 
 from forge_hpc.checkpoint import CheckpointStore, describe, verify
-from forge_hpc.cluster.starts import StartLog
 from forge_hpc.config import Config, UserError, load_config, read_config, save_config
-from forge_hpc.recipes.recovery import Leave, Recoveries
-from forge_hpc.recipes.session import CONFIG, Session
+from forge_hpc.controller.recovery import Leave, Recoveries
+from forge_hpc.controller.session import CONFIG, Session
 from forge_hpc.run_dir import RunDir
+from forge_hpc.supervisor.starts import StartLog
 
 DEADLINE_S = 60
 
@@ -134,7 +134,7 @@ def test_generators_start_while_a_checkpoint_is_verified(run_dir: RunDir, monkey
     asyncio.run(start())
 
 
-@pytest.mark.parametrize(("recipe", "module"), [("grpo", "session"), ("sft", "sft")])
+@pytest.mark.parametrize(("recipe", "module"), [("grpo", "controller.session"), ("sft", "recipes.sft")])
 def test_data_that_takes_long_to_load_does_not_stop_the_event_loop(
     recipe: str, module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,7 +154,7 @@ def test_data_that_takes_long_to_load_does_not_stop_the_event_loop(
         with pytest.raises(UserError, match="no such data"):
             await work
 
-    monkeypatch.setattr(f"forge_hpc.recipes.{module}.open_sources", open_slowly)
+    monkeypatch.setattr(f"forge_hpc.{module}.open_sources", open_slowly)
     asyncio.run(start())
 
 

@@ -15,8 +15,8 @@ from forge_hpc.config.rewards import check_reward
 from forge_hpc.config.schema import Config, RewardConfig
 from forge_hpc.data.fields import target_text
 from forge_hpc.data.types import Completion, Episode, Group, Prompt
-from forge_hpc.recipes.rollouts import make_group, measure
 from forge_hpc.rewards import RewardError, RewardPool
+from forge_hpc.rollouts.groups import make_group, measure
 
 REWARDS = """
 def words(prompt, response, target, **fields):

@@ -20,9 +20,9 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config, RewardConfig
 from forge_hpc.config.user_code import load_user_code
 from forge_hpc.data.types import Completion, Prompt
-from forge_hpc.recipes.rollouts import make_group, measure
 from forge_hpc.rewards import RewardError, RewardPool
 from forge_hpc.rewards.limit import CEILING_S, FACTOR, FLOOR_S, CallLimit
+from forge_hpc.rollouts.groups import make_group, measure
 
 BAD = Path(__file__).parent / "bad_rewards.py"
 FAR = 60.0

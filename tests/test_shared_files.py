@@ -14,18 +14,18 @@ from typing import Any
 
 import pytest
 
-from forge_hpc import files, run, run_lock
-from forge_hpc.cluster import slurm
+from forge_hpc import files, run_lock, slurm
 from forge_hpc.cluster.allocation import Allocation
-from forge_hpc.cluster.starts import StartLog
 from forge_hpc.config import load_config
 from forge_hpc.config.errors import UserError
 from forge_hpc.control import Seen
 from forge_hpc.files import in_thread, is_there, look, read_text
 from forge_hpc.observability.jsonl import JsonlWriter, read_jsonl
-from forge_hpc.run import Ended, Supervisor
 from forge_hpc.run_dir import RunDir
 from forge_hpc.status_writer import StatusWriter
+from forge_hpc.supervisor import supervisor as supervision
+from forge_hpc.supervisor.starts import StartLog
+from forge_hpc.supervisor.supervisor import Ended, Supervisor
 
 BEAT_S = 0.05
 
@@ -290,7 +290,7 @@ def test_the_requeue_does_not_wait_for_the_file_server(
         did.append("requeued")
         stalled.set()
 
-    monkeypatch.setattr(run, "WRITE_S", 0.2)
+    monkeypatch.setattr(supervision, "WRITE_S", 0.2)
     monkeypatch.setattr(slurm, "requeue", requeue)
     monkeypatch.setattr(slurm, "job_facts", lambda job_id, **_: None)
     config = load_config(None, ["model.path=builtin:qwen3-tiny", "slurm.requeue=auto"])
@@ -420,7 +420,7 @@ def test_work_in_a_thread_gives_its_result_its_error_or_is_left_behind() -> None
 def test_the_controllers_loop_turns_while_its_status_cannot_be_written(
     run_dir: RunDir, stalled: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from forge_hpc.recipes import __main__ as controller
+    from forge_hpc.controller import __main__ as controller
 
     monkeypatch.setattr(controller, "HEARTBEAT_S", 0.01)
 

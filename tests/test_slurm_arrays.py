@@ -12,7 +12,7 @@ from runs import PROJECT, read, status, wait_for
 from slurm_cluster import SlurmCluster
 
 from forge_hpc.cluster.allocation import Allocation
-from forge_hpc.cluster.slurm import corrections, job_facts, own_job_id
+from forge_hpc.slurm import corrections, job_facts, own_job_id
 from launchers import jobs
 
 pytestmark = [pytest.mark.timeout(900)]
@@ -24,7 +24,7 @@ TASK = """
 import json, os, signal, sys, time
 from pathlib import Path
 from forge_hpc.cluster.allocation import Allocation
-from forge_hpc.cluster.slurm import cause_of, job_facts, requeue, submit_successor
+from forge_hpc.slurm import cause_of, job_facts, requeue, submit_successor
 
 directory = Path(sys.argv[1])
 allocation, task = Allocation.from_environment(), os.environ["SLURM_ARRAY_TASK_ID"]

@@ -17,8 +17,8 @@ import pytest
 from runs import DEMO, PROJECT, small_run, wait_for
 from slurm_cluster import SlurmCluster, missing_requirement
 
-from forge_hpc.cluster.slurm import Cause, JobFacts, SlurmRefused, cause_of, job_facts, requeue, submit_successor
-from forge_hpc.cluster.slurm.successor import successor_options
+from forge_hpc.slurm import Cause, JobFacts, SlurmRefused, cause_of, job_facts, requeue, submit_successor
+from forge_hpc.slurm.successor import successor_options
 
 GRACE_S = 20
 PARTITIONS = (
@@ -41,7 +41,7 @@ OPTIONS = {
 PROBE = """
 import json, os, signal, socket, sys, time
 from pathlib import Path
-from forge_hpc.cluster.slurm import SlurmRefused, cause_of, job_facts, requeue, script_arguments, submit_successor
+from forge_hpc.slurm import SlurmRefused, cause_of, job_facts, requeue, script_arguments, submit_successor
 
 # A successor has no arguments where Slurm does not keep them (24.11).
 log, then, exclude = Path(sys.argv[1]), (sys.argv[2:] or ["stay"])[0], sys.argv[3:]

@@ -16,9 +16,9 @@ import pytest
 from runs import PROJECT, read, status
 from slurm_cluster import SlurmCluster, missing_requirement
 
-from forge_hpc.cluster.slurm import parse_release
 from forge_hpc.config import load_config, save_config
 from forge_hpc.run_dir import RunDir
+from forge_hpc.slurm import parse_release
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 GRACE_S = 30
@@ -37,8 +37,8 @@ TASK = """
 import json, os, sys, time
 from pathlib import Path
 from forge_hpc.cluster.allocation import Allocation
-from forge_hpc.cluster.starts import StartLog
-from forge_hpc.run import Ended, Supervisor
+from forge_hpc.supervisor.starts import StartLog
+from forge_hpc.supervisor.supervisor import Ended, Supervisor
 from forge_hpc.run_dir import RunDir
 
 run_dir, plan = RunDir(Path(sys.argv[1])), sys.argv[2:]

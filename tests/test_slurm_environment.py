@@ -13,8 +13,8 @@ from runs import PROJECT, wait_for
 from slurm_cluster import SlurmCluster
 
 from forge_hpc.cluster.allocation import Allocation
-from forge_hpc.cluster.slurm import job_facts
 from forge_hpc.config import Config
+from forge_hpc.slurm import job_facts
 from launchers.command import job_command
 from launchers.slurm import RunExecutor, adopt_shell
 

@@ -104,7 +104,7 @@ def test_a_job_comes_back_after_preemption_and_after_its_controller_died(
     assert end["step"] == len(read(run_dir)), "the last step was saved"
     wait_for(lambda: len(starts("begin")) == 2, "the second start", 120)
     wait_for(lambda: len(read(run_dir)) >= end["step"] + 2, "steps after the preemption", 300)
-    victim, *_ = processes(run_dir, "forge_hpc.recipes")
+    victim, *_ = processes(run_dir, "forge_hpc.controller")
     victim.kill()
     wait_for(lambda: len(starts("end")) == 2, "the end of the job", 30)
     assert starts("end")[1]["cause"] == "crash" and "SIGKILL" in starts("end")[1]["message"]

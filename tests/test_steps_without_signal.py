@@ -17,10 +17,10 @@ from runs import check_contract, read, run_local, small_run, start_local, wait_f
 from test_end_to_end import check_same
 from tiny_models import random_documents, write_model
 
-from forge_hpc.actors.buffer import EpisodeBuffer
 from forge_hpc.config.schema import Config
+from forge_hpc.controller.generators import WeightSync
 from forge_hpc.data.types import Document
-from forge_hpc.recipes.generators import WeightSync
+from forge_hpc.rollouts.buffer import EpisodeBuffer
 from forge_hpc.training.distributed import init_distributed
 from forge_hpc.training.engine import TrainEngine
 

@@ -17,16 +17,17 @@ import pytest
 from runs import PROJECT
 from test_slurm_causes import facts
 
-from forge_hpc import run
-from forge_hpc.cluster import slurm, walltime
+from forge_hpc import slurm
 from forge_hpc.cluster.allocation import Allocation
 from forge_hpc.cluster.rendezvous import Rendezvous
-from forge_hpc.cluster.silence import Silence
-from forge_hpc.cluster.starts import StartLog
-from forge_hpc.cluster.walltime import SlurmClock, Walltime
 from forge_hpc.config import Config, UserError, load_config, save_config, validate
-from forge_hpc.run import Ended, Supervisor, Wish
 from forge_hpc.run_dir import RunDir
+from forge_hpc.supervisor import supervisor as supervision
+from forge_hpc.supervisor import walltime
+from forge_hpc.supervisor.silence import Silence
+from forge_hpc.supervisor.starts import StartLog
+from forge_hpc.supervisor.supervisor import Ended, Supervisor, Wish
+from forge_hpc.supervisor.walltime import SlurmClock, Walltime
 
 JOB = Allocation("31", 0, 2, 2)
 
@@ -181,7 +182,7 @@ def supervise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
     before = {signum: signal.getsignal(signum) for signum in (15, 2, 1, signal.SIGUSR2)}
     run_dir = RunDir(tmp_path / "run").create()
     run_dir.write_status(state="running", job_id="31")
-    monkeypatch.setattr(run, "RETRY_S", 0.01)
+    monkeypatch.setattr(supervision, "RETRY_S", 0.01)
 
     def make(allocation: Allocation = JOB) -> Supervisor:
         supervisor = Supervisor(run_dir, allocation, summary=False)
@@ -201,8 +202,8 @@ def test_a_controller_that_hangs_is_killed_unless_it_is_the_file_system_that_doe
     supervise: Callable[..., Supervisor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     supervisor = supervise()
-    monkeypatch.setattr(run, "LOOK_S", 0.0)
-    monkeypatch.setattr(run, "POLL_S", 0.02)
+    monkeypatch.setattr(supervision, "LOOK_S", 0.0)
+    monkeypatch.setattr(supervision, "POLL_S", 0.02)
     can_write = [False] * 20 + [True]
     monkeypatch.setattr(supervisor, "_can_write", lambda: can_write.pop(0) if len(can_write) > 1 else True)
     controller, worker = (subprocess.Popen(["sleep", "600"], stdin=subprocess.PIPE) for _ in range(2))
@@ -222,7 +223,7 @@ def test_the_other_nodes_bear_a_pause_of_the_file_server(
     supervisor = supervise(Allocation("31", 1, 2, 2))
     config = load_config(None, ["model.path=builtin:qwen3-tiny"])
     save_config(config, supervisor.run_dir.config)
-    monkeypatch.setattr(run, "LOOK_S", 0.01)
+    monkeypatch.setattr(supervision, "LOOK_S", 0.01)
     rendezvous = supervisor._rendezvous(supervisor._key())
     rendezvous.publish("start", {"tls": str(tmp_path), "log_dir": str(tmp_path)})
     worker = subprocess.Popen(["sleep", "600"])
@@ -326,7 +327,7 @@ def test_a_successor_is_queued_from_a_full_disk(tmp_path: Path, monkeypatch: pyt
             assert scripts[-1].read_text() == "#!/bin/bash\ntrue\n"
         return "32\n" if command[0] == "sbatch" else "#!/bin/bash\ntrue\n"
 
-    monkeypatch.setattr("forge_hpc.cluster.slurm.successor.ask", ask)
+    monkeypatch.setattr("forge_hpc.slurm.successor.ask", ask)
     (tmp_path / "logs").touch()  # nothing can be written there
     assert slurm.submit_successor(facts(), tmp_path) == "32"
     (tmp_path / "logs").unlink()
@@ -339,13 +340,13 @@ def test_a_silent_slurm_is_asked_until_it_kills_or_for_a_while(
     supervise: Callable[..., Supervisor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = FakeSlurm(monkeypatch, "silent")
-    monkeypatch.setattr(run, "COME_BACK_S", 0.2)
+    monkeypatch.setattr(supervision, "COME_BACK_S", 0.2)
     supervisor = supervise()
     assert "Slurm has not been reached" in supervisor._come_back(configure(), Ended("crash"))[0]
     assert len(answers.said) > 2
     answers.said.clear()
-    monkeypatch.setattr(run, "COME_BACK_S", 600)
-    monkeypatch.setattr(run, "KILL_WAIT_S", 0)
+    monkeypatch.setattr(supervision, "COME_BACK_S", 600)
+    monkeypatch.setattr(supervision, "KILL_WAIT_S", 0)
     supervisor._kill_at = time.monotonic() - 1
     assert "Slurm has not been reached" in supervisor._come_back(configure(), Ended("crash"))[0]
     assert len(answers.said) == 1
@@ -410,7 +411,7 @@ def test_the_time_that_slurm_took_to_answer_is_not_there_for_saving(
 ) -> None:
     FakeSlurm(monkeypatch, "yes")
     wish = supervise()._meaning(signal.SIGTERM, time.monotonic() - 4)
-    assert wish.within_s == pytest.approx(run.KILL_WAIT_S - 4, abs=0.5)
+    assert wish.within_s == pytest.approx(supervision.KILL_WAIT_S - 4, abs=0.5)
 
 
 def test_the_end_of_a_grace_time_is_read_by_slurms_clock(

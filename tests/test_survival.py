@@ -17,8 +17,8 @@ import pytest
 from runs import REWARD, check_contract, processes, read, run_local, small_run, start_local, status, wait_for
 from test_end_to_end import check_same
 
-from forge_hpc.cluster.starts import StartLog
 from forge_hpc.run_dir import RunDir
+from forge_hpc.supervisor.starts import StartLog
 
 pytestmark = pytest.mark.timeout(1800)
 STEPS = 40
@@ -97,7 +97,7 @@ def test_an_asynchronous_run_skips_and_repeats_no_prompt(tmp_path: Path) -> None
         f"logging.num_rollouts_per_step={prompts}",
         PATIENT,
     )
-    for step, word in [(3, "trainer-1.log"), (8, "forge_hpc.recipes"), (13, "generator-1.log")]:
+    for step, word in [(3, "trainer-1.log"), (8, "forge_hpc.controller"), (13, "generator-1.log")]:
         run = start_local(run_dir, overrides)
         try:
             reach(run, run_dir, step)
@@ -105,12 +105,12 @@ def test_an_asynchronous_run_skips_and_repeats_no_prompt(tmp_path: Path) -> None
             victim.kill()
             if word == "trainer-1.log":
                 wait_for(lambda: recovered(run_dir, "trainers") or run.poll() is not None, "new trainers")  # noqa: B023
-            if word != "forge_hpc.recipes":
+            if word != "forge_hpc.controller":
                 run.send_signal(signal.SIGTERM)
             run.communicate(timeout=120)
         finally:
             run.kill()
-        if word == "forge_hpc.recipes":
+        if word == "forge_hpc.controller":
             assert status(run_dir)["state"] == "failed" and "SIGKILL" in status(run_dir)["message"]
         else:
             assert run.returncode == 75, status(run_dir)

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from forge_hpc.cluster.slurm import own_job_id
+from forge_hpc.slurm import own_job_id
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ held-out prompts ──► generators (and environments) ──► rewards ─�
 
 from __future__ import annotations
 
-from forge_hpc.recipes.episodes import episode_player, start_environments
-from forge_hpc.recipes.session import Session, load_held_out
+from forge_hpc.controller.session import Session, load_held_out
 from forge_hpc.rewards import RewardPool
+from forge_hpc.rollouts.episodes import episode_player, start_environments
 
 
 async def eval(session: Session) -> None:

@@ -16,12 +16,12 @@ import time
 from contextlib import aclosing
 from typing import Any
 
+from forge_hpc.controller.session import Session, background, load_held_out, load_prompts
 from forge_hpc.data.types import Prompt
-from forge_hpc.recipes.checks import EpisodeWatch, SignalWatch
-from forge_hpc.recipes.episodes import episode_player, start_environments
-from forge_hpc.recipes.rollouts import RolloutClock, episode_buffer, make_groups, measure, to_documents
-from forge_hpc.recipes.session import Session, background, load_held_out, load_prompts
 from forge_hpc.rewards import RewardPool
+from forge_hpc.rollouts.checks import EpisodeWatch, SignalWatch
+from forge_hpc.rollouts.episodes import episode_player, start_environments
+from forge_hpc.rollouts.groups import RolloutClock, episode_buffer, make_groups, measure, to_documents
 
 
 async def grpo(session: Session) -> None:

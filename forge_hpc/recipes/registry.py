@@ -12,7 +12,7 @@ from forge_hpc.config.user_code import load_user_code
 from forge_hpc.config.validate import RECIPES
 
 if TYPE_CHECKING:
-    from forge_hpc.recipes.session import Session
+    from forge_hpc.controller.session import Session
 
 Recipe = Callable[["Session"], Awaitable[None]]
 

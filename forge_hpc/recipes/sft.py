@@ -8,11 +8,11 @@ from __future__ import annotations
 import asyncio
 
 from forge_hpc.config.split import evaluates_by_generation
+from forge_hpc.controller.session import Session, load_held_out
 from forge_hpc.data.mixture import open_sources
 from forge_hpc.data.prompts import DocumentStream, evaluation_documents
 from forge_hpc.data.source import load_eval_examples
 from forge_hpc.data.types import Document
-from forge_hpc.recipes.session import Session, load_held_out
 from forge_hpc.rewards import RewardPool
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from forge_hpc.cluster import slurm
+from forge_hpc import slurm
 
 ASK_S = 300.0
 """How often Slurm is asked whether somebody has moved the end of the job: one call a job, whatever its size."""

@@ -25,21 +25,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forge_hpc.actors.service import ActorLost, cause_of, is_loss, reason_of
 from forge_hpc.cluster.faults import Faults
 from forge_hpc.cluster.meshes import Cluster, attach
 from forge_hpc.cluster.processes import die_with_parent
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import Config, UserError, plan, read_config
+from forge_hpc.controller.recovery import Departure, Leave, Recoveries
+from forge_hpc.controller.service import ActorLost, cause_of, is_loss, reason_of
 from forge_hpc.observability.logs import Terminal, setup_logging
 from forge_hpc.observability.wandb import finish_runs
-from forge_hpc.recipes.recovery import Departure, Leave, Recoveries
 from forge_hpc.run_dir import RunDir
 from forge_hpc.status_writer import StatusWriter
 
 if TYPE_CHECKING:  # they load torch: only once the nodes have been joined
-    from forge_hpc.recipes.generators import GeneratorPool
-    from forge_hpc.recipes.session import Session
+    from forge_hpc.controller.generators import GeneratorPool
+    from forge_hpc.controller.session import Session
 
 logger = logging.getLogger("forge_hpc.controller")
 HEARTBEAT_S = 5.0
@@ -54,8 +54,8 @@ DONE, FAILED, STOPPED, LEFT = 0, 1, 3, 4
 
 async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, terminal: Terminal, leave: Leave) -> bool:
     """Attach, and run the recipe to its end (True) or until the run is to leave; lost trainers cost an attempt."""
-    from forge_hpc.recipes.generators import GeneratorPool, NodeLost
-    from forge_hpc.recipes.session import Session, background
+    from forge_hpc.controller.generators import GeneratorPool, NodeLost
+    from forge_hpc.controller.session import Session, background
 
     config = read_config(run_dir.config)
     faults, status = Faults(rendezvous), StatusWriter(run_dir)
@@ -107,7 +107,7 @@ async def attempt(
         ActorLost: trainers, or what they cannot be without, are lost.
         NodeLost: nothing can be started on a trainer node.
     """
-    from forge_hpc.recipes.generators import NodeLost
+    from forge_hpc.controller.generators import NodeLost
 
     leave.is_attended = True
     work = asyncio.create_task(run_recipe(session, terminal, status))

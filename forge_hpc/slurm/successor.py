@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from forge_hpc.cluster.slurm.job import ANSWER_S, JobFacts, ask, exclusion
 from forge_hpc.files import atomic_write_text
+from forge_hpc.slurm.job import ANSWER_S, JobFacts, ask, exclusion
 
 CONTINUE = "FORGE_HPC_CONTINUE"
 """In the environment of a successor's job script: the run directory that it goes on with."""

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from forge_hpc.actors.service import ActorLost
+from forge_hpc.controller.service import ActorLost
 
 logger = logging.getLogger(__name__)
 

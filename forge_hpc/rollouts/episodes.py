@@ -26,15 +26,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
-from forge_hpc.actors.service import Service
 from forge_hpc.config import Config
 from forge_hpc.config.schema import SamplingConfig
+from forge_hpc.controller.service import Service
+from forge_hpc.controller.session import Session
 from forge_hpc.data.types import Completion, Episode, Prompt, Turn
 from forge_hpc.environments import EnvironmentFailed, EnvironmentPool, Response
 from forge_hpc.environments.rendering import ConversationRenderer
 from forge_hpc.environments.slots import Slots
-from forge_hpc.recipes.session import Session
-from forge_hpc.recipes.streaming import stream
+from forge_hpc.rollouts.streaming import stream
 
 logger = logging.getLogger(__name__)
 _RETRY_S = 0.1, 5.0

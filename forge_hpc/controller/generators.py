@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forge_hpc.actors.buffer import EpisodeBuffer
 from forge_hpc.actors.generator import Generator
-from forge_hpc.actors.service import ActorLost, Service, answer, cause_of, reason_of
 from forge_hpc.cluster.meshes import Cluster
 from forge_hpc.config import Config
-from forge_hpc.recipes.recovery import Recoveries
-from forge_hpc.recipes.trainers import Trainers
+from forge_hpc.controller.recovery import Recoveries
+from forge_hpc.controller.service import ActorLost, Service, answer, cause_of, reason_of
+from forge_hpc.controller.trainers import Trainers
+from forge_hpc.rollouts.buffer import EpisodeBuffer
 from forge_hpc.weights import WeightStore
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from forge_hpc.data.types import Completion, Episode, Prompt
-from forge_hpc.recipes.evaluation import Graded
+from forge_hpc.evaluation.figures import Graded
 
 TELL_S = 5.0
 """How often an evaluation says in ``status.json`` how far it is."""

@@ -1,7 +1,7 @@
 """The job as Slurm sees it: why it is signalled (`job`), and how it comes back (`job`, `preemption`, `successor`)."""
 
-from forge_hpc.cluster.slurm.environment import corrections, own_job_id
-from forge_hpc.cluster.slurm.job import (
+from forge_hpc.slurm.environment import corrections, own_job_id
+from forge_hpc.slurm.job import (
     Cause,
     JobFacts,
     SlurmRefused,
@@ -12,7 +12,7 @@ from forge_hpc.cluster.slurm.job import (
     job_facts,
     requeue,
 )
-from forge_hpc.cluster.slurm.preemption import (
+from forge_hpc.slurm.preemption import (
     Preemption,
     controller_release,
     known_of,
@@ -20,7 +20,7 @@ from forge_hpc.cluster.slurm.preemption import (
     preemption,
     release_text,
 )
-from forge_hpc.cluster.slurm.successor import CONTINUE, script_arguments, submit_successor
+from forge_hpc.slurm.successor import CONTINUE, script_arguments, submit_successor
 
 __all__ = [
     "CONTINUE",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from forge_hpc.config import Config
 from forge_hpc.data.types import Document, Group
-from forge_hpc.recipes.rollouts import unequal_openings
+from forge_hpc.rollouts.groups import unequal_openings
 
 logger = logging.getLogger(__name__)
 

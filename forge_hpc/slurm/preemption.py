@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from forge_hpc.cluster.slurm.job import ANSWER_S, JobFacts, SlurmRefused, ask
+from forge_hpc.slurm.job import ANSWER_S, JobFacts, SlurmRefused, ask
 
 Release = tuple[int, ...]
 

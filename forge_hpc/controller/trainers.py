@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from forge_hpc.actors.service import answer
+from forge_hpc.controller.service import answer
 from forge_hpc.data.types import Document
 
 

@@ -17,33 +17,33 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from forge_hpc.actors.buffer import EpisodeBuffer
-from forge_hpc.actors.service import ActorLost, Service, reason_of
 from forge_hpc.actors.trainer import Trainer
 from forge_hpc.checkpoint import CheckpointStore, FileRecord, load_extra
 from forge_hpc.checkpoint.episodes import EPISODES, dump_groups, load_groups
 from forge_hpc.cluster.meshes import Cluster
-from forge_hpc.cluster.starts import StartLog
 from forge_hpc.config import Config, UserError, config_text, read_config, safe_changes
 from forge_hpc.config.schema import SamplingConfig
+from forge_hpc.controller.generators import SPAWN_S, STOP_S, GeneratorPool, NodeLost, WeightSync
+from forge_hpc.controller.recovery import Leave, Recoveries
+from forge_hpc.controller.service import ActorLost, Service, reason_of
+from forge_hpc.controller.trainers import Trainers
 from forge_hpc.data.hub import load_tokenizer, resolve_model
 from forge_hpc.data.mixture import open_sources
 from forge_hpc.data.prompts import PromptStream, evaluation_prompts
 from forge_hpc.data.source import load_eval_examples
 from forge_hpc.data.types import Completion, Document, Episode, Group, Prompt
+from forge_hpc.evaluation.answers import Answers
+from forge_hpc.evaluation.figures import Graded, evaluation_seed, greedy_figures, sampled_figures
 from forge_hpc.observability.logger import MetricLogger
-from forge_hpc.recipes.answers import Answers
-from forge_hpc.recipes.checks import MismatchWatch
-from forge_hpc.recipes.evaluation import Graded, evaluation_seed, greedy_figures, sampled_figures
-from forge_hpc.recipes.generators import SPAWN_S, STOP_S, GeneratorPool, NodeLost, WeightSync
-from forge_hpc.recipes.recovery import Leave, Recoveries
-from forge_hpc.recipes.trainers import Trainers
+from forge_hpc.rollouts.buffer import EpisodeBuffer
+from forge_hpc.rollouts.checks import MismatchWatch
 from forge_hpc.run_dir import RunDir
 from forge_hpc.status_writer import StatusWriter
+from forge_hpc.supervisor.starts import StartLog
 from forge_hpc.weights import WeightStore
 
 if TYPE_CHECKING:
-    from forge_hpc.recipes.episodes import EpisodePlayer
+    from forge_hpc.rollouts.episodes import EpisodePlayer
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -10,13 +10,13 @@ from typing import TypeAlias
 
 import numpy as np
 
-from forge_hpc.actors.buffer import EpisodeBuffer
 from forge_hpc.advantages import advantage_function
 from forge_hpc.config import Config
 from forge_hpc.config.algorithm import resolve_advantage
 from forge_hpc.data.types import Completion, Document, Episode, Group, Prompt
-from forge_hpc.recipes.streaming import stream
 from forge_hpc.rewards import RewardError, RewardPool
+from forge_hpc.rollouts.buffer import EpisodeBuffer
+from forge_hpc.rollouts.streaming import stream
 
 
 def episode_buffer(config: Config, steps_done: int, position: int) -> EpisodeBuffer:

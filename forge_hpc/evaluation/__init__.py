@@ -1,0 +1,1 @@
+"""Evaluation: what answers to held-out prompts say of a policy."""
