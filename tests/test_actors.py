@@ -92,12 +92,15 @@ def test_a_step_takes_its_own_prompts_in_order_whoever_finishes_first() -> None:
 
 
 def test_an_episode_older_than_the_bound_is_left_out_and_counted() -> None:
-    async def scenario() -> tuple[list[int], int]:
+    async def scenario() -> tuple[list[int], float]:
         buffer = buffer_of(2, 1, steps_done=4)
         buffer.begin(prompts_at(8, 9))
         await buffer.put(group(8, policy_version=2))  # the policy before step 5 is version 4
         await buffer.put(group(9, policy_version=3))
-        return [len(g.episodes) for g in await buffer.take()], buffer.num_stale
+        taken = [len(g.episodes) for g in await buffer.take()]
+        resumed = buffer_of(2, 1, steps_done=5)
+        resumed.restore([], buffer.state_dict())
+        return taken, resumed.metrics()["episodes/stale"]
 
     assert asyncio.run(scenario()) == ([0, 2], 2)
 
@@ -111,7 +114,7 @@ def test_what_was_finished_ahead_is_kept_and_not_generated_again() -> None:
         saved = buffer.finished()
         assert positions_of(saved) == [6, 7, 9]
         resumed = buffer_of(2, 2, steps_done=3)
-        resumed.restore(saved)
+        resumed.restore(saved, {})
         assert await room_of(resumed) == 6
         assert positions_of(resumed.begin(prompts_at(*range(6, 12)))) == [8, 10, 11]
         assert await room_of(resumed) == 0
@@ -155,7 +158,7 @@ def test_a_resumed_step_counts_what_was_saved_as_if_it_had_not_been_interrupted(
         assert positions_of(await buffer.take()) == [0, 1]
         buffer.begin(prompts_at(4))  # in place of 2; it was under way when the run was saved
         resumed = buffer_of(2, 1, steps_done=1, position=2, counts=counts)
-        resumed.restore(buffer.finished())
+        resumed.restore(buffer.finished(), {})
         assert await room_of(resumed) == 4
         assert positions_of(resumed.begin(prompts_at(2, 3, 4, 5))) == [4, 5]
         assert positions_of(resumed.begin(prompts_at(*range(6, 6 + await room_of(resumed))))) == [6]

@@ -224,7 +224,7 @@ def test_broken_lines_of_a_stream_are_left_out_and_the_first_is_named(tmp_path: 
     prompts = stream(streamed(path))
     assert len(set(targets(prompts.take(20)))) == 20
     prompts.take(10)
-    assert prompts.num_bad == 2
+    assert prompts.num_bad == 2 and prompts.metrics() == {"prompts/too_long": 0, "prompts/bad": 2}
     [record] = caplog.records
     assert re.search(r"a\.jsonl, line 2[12]: (no field 'answer' \(there is: question\)|not JSON)", record.getMessage())
     assert_goes_on_exactly(streamed(path), (0, 5, 21, 30))
@@ -264,16 +264,15 @@ def rewarded(prompt: Prompt, step: int) -> Group:
 def run(cfg: Config, prompts: PromptStream, first: int = 1, ahead: int = 0) -> tuple[list[list[str]], dict[int, Any]]:
     """Steps as a recipe takes them: drawn up to ``ahead`` steps before they are trained. Returns the targets drawn for
     each step, and the state saved after it."""
-    drawn, batches, taken, saved = {}, {}, [], {}
+    batches, taken, saved = {}, [], {}
     step_drawn = first - 1
     for step in range(first, STEPS + 1):
         while step_drawn < min(step + ahead, STEPS):
             step_drawn += 1
-            batches[step_drawn] = prompts.take(PROMPTS_PER_STEP)
-            drawn[step_drawn] = prompts.state_dict()
+            batches[step_drawn] = prompts.draw(PROMPTS_PER_STEP)
         taken.append(targets(batches[step]))
         prompts.report([rewarded(prompt, step) for prompt in batches[step]])
-        saved[step] = through_json(prompts.with_rewards(drawn.pop(step)))
+        saved[step] = through_json(prompts.state_after(batches[step][-1].position))
     return taken, saved
 
 
@@ -288,6 +287,24 @@ def test_prompts_that_are_too_easy_or_too_hard_rest_and_come_back(tmp_path: Path
     assert sorted(rest[10:30]) == list(range(20))  # the third: the others have rested for one epoch
     assert 0 < easy <= 0.6 * fit
     assert counts[19] > counts[0]  # no longer too hard
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_stream_that_drew_ahead_tells_where_it_stood_at_the_end_of_a_step(tmp_path: Path, dynamic: bool):
+    cfg = config(path=write(tmp_path / "a.jsonl", 20))
+    cfg.rollout.prompts_per_step, cfg.algorithm.dynamic_sampling = 4, dynamic
+    prompts = stream(cfg).load_state_dict(stream(cfg).state_dict())
+    drawn = prompts.draw(8) + prompts.draw(4)  # of three steps
+    end = 4 if dynamic else 3  # with dynamic sampling a step ends where it is complete
+    resumed = stream(cfg).load_state_dict(through_json(prompts.state_after(end)))
+    assert resumed.draw(11 - end) == drawn[end + 1 :]
+    again = stream(cfg).load_state_dict(resumed.state_after(7))  # the steps after a resume end where they would have
+    assert again.take(4) == drawn[8:]
+    with pytest.raises(KeyError):  # it was saved, and is forgotten
+        prompts.state_after(end - 1)
+    if not dynamic:
+        with pytest.raises(KeyError):
+            prompts.state_after(5)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

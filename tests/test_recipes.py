@@ -270,7 +270,7 @@ def test_steps_without_a_signal_are_counted_across_a_restart(config: Config) -> 
     watch.check(1, [flat], {"reward/mean": 0.0})
     watch.check(2, [flat], {"reward/mean": 0.0})
     with pytest.raises(RuntimeError, match="no learning signal: in the last 3 steps"):
-        SignalWatch(config, watch.num_steps).check(3, [flat], {"reward/mean": 0.0})
+        SignalWatch(config, watch.state_dict()).check(3, [flat], {"reward/mean": 0.0})
 
 
 def test_generators_wait_for_the_trainer_only_while_nothing_is_in_flight() -> None:
@@ -283,3 +283,4 @@ def test_generators_wait_for_the_trainer_only_while_nothing_is_in_flight() -> No
     before = clock.generate_s
     clock.begin(1)
     assert clock.wait_trainer_s > 0 and clock.generate_s == before
+    assert clock.metrics() == {"time/generate_s": before, "time/wait_trainer_s": clock.wait_trainer_s}

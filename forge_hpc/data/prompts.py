@@ -52,6 +52,10 @@ class _Stream(ABC, Generic[T]):
     def _fits(self, item: T) -> bool:
         """Whether it is not too long."""
 
+    @abstractmethod
+    def metrics(self) -> dict[str, float]:
+        """What was left out so far, by the keys of a step's figures."""
+
     @property
     def num_bad(self) -> int:
         """Items left out so far because they were bad."""
@@ -132,9 +136,10 @@ class PromptStream(_Stream[Prompt]):
     Example:
         stream = PromptStream(open_sources(config), tokenizer, config)
         prompts = stream.take(32)
-        drawn = stream.state_dict()        # another stream that loads it goes on with the 33rd
-        stream.report(groups)              # the rewards of these prompts, for the curriculum
-        state = stream.with_rewards(drawn) # what to save after the step that trained on them
+        state = stream.state_dict()     # another stream that loads it goes on with the 33rd
+        ahead = stream.draw(64)         # of steps to come, 32 each
+        stream.report(groups)           # the rewards of the first 32, for the curriculum
+        state = stream.state_after(63)  # what to save after the step that trained on them, wherever the stream is
     """
 
     def __init__(self, sources: Sequence[tuple[Source, float]], tokenizer: Any, config: Config) -> None:
@@ -142,12 +147,42 @@ class PromptStream(_Stream[Prompt]):
         self._renderers = [PromptRenderer(tokenizer, source.data) for source, _ in sources]
         self._may_be_empty = config.environment.name is not None  # which opens the episode itself
         self._max_tokens = config.rollout.max_prompt_tokens
+        # A step takes so many prompts, or with dynamic sampling as many as it needs: then it may end after any of them.
+        self._num_drawn = 0
+        self._step_size = 1 if config.algorithm.dynamic_sampling else config.rollout.prompts_per_step
+        self._states: dict[int, dict[str, Any]] = {}  # by position of a prompt that may be the last of its step
         self.limit = f"rollout.max_prompt_tokens={self._max_tokens}"
 
     @property
     def num_resting(self) -> int:
         """Prompts that the curriculum leaves out for the time being."""
         return self._curriculum.num_resting
+
+    def draw(self, num: int) -> list[Prompt]:
+        """The next prompts, ahead of the steps that train on them: ``state_after`` is told of their steps' ends.
+
+        A stream that draws begins with the first prompt of a step, or was loaded where one ended.
+        """
+        prompts = []
+        for _ in range(num):
+            prompts.append(next(self))
+            self._num_drawn += 1
+            if self._num_drawn % self._step_size == 0:
+                self._states[prompts[-1].position] = self.state_dict()
+        return prompts
+
+    def state_after(self, position: int) -> dict[str, Any]:
+        """Where the stream stood after the prompt at ``position``, the last of a step, with the rewards reported since:
+        what goes on exactly. Those of earlier steps are forgotten.
+
+        Raises KeyError where it was not drawn, or no step can end there.
+        """
+        state = self._states[position]
+        self._states = {end: later for end, later in self._states.items() if end >= position}
+        return {**state, "curriculum": self._curriculum.with_rewards(state["curriculum"])}
+
+    def metrics(self) -> dict[str, float]:
+        return {"prompts/too_long": self.num_too_long, "prompts/bad": self.num_bad}
 
     def _fits(self, item: Prompt) -> bool:
         return len(item.token_ids) <= self._max_tokens
@@ -170,10 +205,6 @@ class PromptStream(_Stream[Prompt]):
                 reward = float(np.mean([episode.reward for episode in group.episodes]))
                 self._curriculum.report(group.prompt.position, reward)
 
-    def with_rewards(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """A state taken when prompts were drawn, with the rewards reported for them since: what goes on exactly."""
-        return {**state, "curriculum": self._curriculum.with_rewards(state["curriculum"])}
-
 
 class DocumentStream(_Stream[Document]):
     """An endless stream of SFT documents. Those longer than ``trainer.training.seq_len`` fit no row."""
@@ -183,6 +214,9 @@ class DocumentStream(_Stream[Document]):
         self._renderers = [DocumentRenderer(tokenizer, source.data) for source, _ in sources]
         self._seq_len = config.trainer.training.seq_len
         self.limit = f"trainer.training.seq_len={self._seq_len}"
+
+    def metrics(self) -> dict[str, float]:
+        return {"examples/too_long": self.num_too_long, "examples/bad": self.num_bad}
 
     def _fits(self, item: Document) -> bool:
         return len(item.token_ids) <= self._seq_len

@@ -34,8 +34,7 @@ async def sft(session: Session) -> None:
     await validate(session.step)
     for step in session.remaining_steps():
         metrics = await session.train_step(step, documents.take(config.trainer.training.global_batch_size))
-        left_out = {"examples/too_long": documents.num_too_long, "examples/bad": documents.num_bad}
-        session.record(step, metrics | left_out)
+        session.record(step, metrics | documents.metrics())
         await session.save_if_due(step, {"documents": documents.state_dict()})
         await validate(step)
     await session.finish()

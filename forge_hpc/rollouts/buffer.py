@@ -15,7 +15,9 @@ step comes; ``take`` checks it all the same.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from forge_hpc.data.types import Group, Prompt
 
@@ -59,7 +61,9 @@ class EpisodeBuffer:
         self._changed = asyncio.Condition()
         self._failure: BaseException | None = None
         self.num_stale = 0
-        """Episodes left out because they were older than the bound: 0 unless something is wrong."""
+        """Episodes left out because they were older than the bound, of the whole run: 0 unless something is wrong."""
+        self.waited_s = 0.0
+        """So long the last ``take`` had to wait."""
 
     def __len__(self) -> int:
         """Finished groups that wait."""
@@ -69,8 +73,17 @@ class EpisodeBuffer:
         """All groups that wait, in the order of their positions: what a checkpoint keeps of work done ahead."""
         return [self._groups[position] for position in sorted(self._groups)]
 
-    def restore(self, groups: Iterable[Group]) -> None:
-        """Put back what ``finished`` gave when the run was saved."""
+    def metrics(self) -> dict[str, float]:
+        """The figures of the last step that was taken."""
+        return {"time/wait_generator_s": self.waited_s, "episodes/stale": self.num_stale}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has counted, for the recipe's state; the groups are saved by themselves."""
+        return {"stale_episodes": self.num_stale}
+
+    def restore(self, groups: Iterable[Group], state: Mapping[str, Any]) -> None:
+        """Put back what ``finished`` gave when the run was saved, and the counts of the recipe's state."""
+        self.num_stale = state.get("stale_episodes", 0)
         for group in groups:
             self._add(group)
 
@@ -110,8 +123,10 @@ class EpisodeBuffer:
 
         Raises RuntimeError where ``max_uncounted`` do not count and the step is not complete.
         """
+        started = time.perf_counter()
         async with self._changed:
             await self._wait_for(self._is_complete)
+            self.waited_s = time.perf_counter() - started
             groups = [self._groups.pop(position) for position in range(self._next, self._end)]
             self._uncounted.difference_update(range(self._next, self._end))
             step, self._step = self._step, self._step + 1

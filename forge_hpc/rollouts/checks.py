@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from forge_hpc.config import Config
 from forge_hpc.data.types import Document, Group
@@ -91,16 +91,22 @@ class SignalWatch:
     """Ends a run in which no group carries a signal: all rewards in each group equal, nothing to learn from.
 
     Args:
-        num_steps: those without a signal that an earlier start ended with.
-        num_in_all: those of all earlier starts.
+        state: the recipe's, with what ``state_dict`` gave to it in an earlier start.
     """
 
-    def __init__(self, config: Config, num_steps: int = 0, num_in_all: int = 0) -> None:
-        self._limit = config.algorithm.max_steps_without_signal
-        self.num_steps = num_steps
+    def __init__(self, config: Config, state: Mapping[str, Any] | None = None) -> None:
+        self._limit, state = config.algorithm.max_steps_without_signal, state or {}
+        self.num_steps: int = state.get("steps_without_signal", 0)
         """Steps without a signal up to now, since the last one that had it."""
-        self.num_in_all = num_in_all
+        self.num_in_all: int = state.get("all_steps_without_signal", 0)
         """Steps without a signal of the whole run."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has counted, for the recipe's state."""
+        return {"steps_without_signal": self.num_steps, "all_steps_without_signal": self.num_in_all}
+
+    def metrics(self) -> dict[str, float]:
+        return {"steps/without_signal": self.num_in_all}
 
     def check(self, step: int, documents: Sequence[Document], metrics: Mapping[str, float]) -> bool:
         """Whether a group carries a signal. Raises RuntimeError after too many steps without one."""

@@ -216,6 +216,9 @@ class RolloutClock:
         self._in_flight = 0
         self._idle_since = time.perf_counter()
 
+    def metrics(self) -> dict[str, float]:
+        return {"time/generate_s": self.generate_s, "time/wait_trainer_s": self.wait_trainer_s}
+
     def begin(self, num_calls: int) -> float:
         """The rollouts of a step begin as so many calls; returns the time to hand to ``end``."""
         now = time.perf_counter()
