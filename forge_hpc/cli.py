@@ -217,7 +217,7 @@ def _prepare(argv: list[str]) -> int:
     from forge_hpc.submit import PROJECT, Request, prepare_in_allocation
 
     parser = _parser("prepare", _prepare)
-    parser.add_argument("--recipe", choices=("grpo", "sft", "eval"), default="grpo")
+    parser.add_argument("--recipe", metavar="NAME", default="grpo", help="whose demo is the default configuration")
     parser.add_argument("--config", type=Path, metavar="FILE")
     parser.add_argument("--run-dir", type=Path, metavar="D")
     parser.add_argument("--site", metavar="NAME")

@@ -48,6 +48,8 @@ class Status:
     heartbeat: float = 0.0
     """Unix time in seconds of the last write."""
     message: str = ""
+    total_steps: int | None = None
+    """Optimizer steps of the whole run, 0 where it trains nothing; None where that is not known yet."""
     lead_s: float = 0.0
     """Seconds that the run needs to finish a step, save and leave; measured, 0 before it was."""
 
@@ -223,6 +225,7 @@ class RunDir:
         restarts: int | None = None,
         job_id: str | None = None,
         message: str | None = None,
+        total_steps: int | None = None,
         lead_s: float | None = None,
     ) -> Status:
         """Replace ``status.json`` atomically; what is not given stays as it was, the heartbeat becomes now.
@@ -250,6 +253,7 @@ class RunDir:
             "restarts": restarts,
             "job_id": job_id,
             "message": message,
+            "total_steps": total_steps,
             "lead_s": lead_s,
         }
         new = replace(old, heartbeat=time.time(), **{key: item for key, item in given.items() if item is not None})

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forge_hpc.config import Config, UserError, load_config, plan, read_config, safe_changes, save_config, validate
+from forge_hpc.config.recipes import load_recipe
 from forge_hpc.files import is_there
 from forge_hpc.run_dir import RunDir, Status
 
@@ -241,7 +242,7 @@ def prepare(cfg: Config, run_dir: RunDir, job_id: str | None, warm: Config | Non
         warm.data.template_date = warm.data.template_date or cfg.data.template_date
         save_config(warm, RunDir(run_dir.warmstart).create().config)
     # An earlier job is no longer this run's: who watches must not take its end for ours.
-    run_dir.write_status(state="pending", job_id=job_id or "", message="")
+    run_dir.write_status(state="pending", job_id=job_id or "", total_steps=_total_steps(cfg), message="")
 
 
 def _check(cfg: Config, run_dir: RunDir) -> Config | None:
@@ -272,8 +273,12 @@ def _measured_lead_s(run_dir: RunDir) -> float:
 
 
 def _is_complete(cfg: Config, status: Status | None) -> bool:
-    steps = 0 if cfg.recipe == "eval" else cfg.trainer.training.steps
-    return status is not None and status.state == "completed" and status.step >= steps
+    return status is not None and status.state == "completed" and status.step >= _total_steps(cfg)
+
+
+def _total_steps(cfg: Config) -> int:
+    """Optimizer steps of the whole run."""
+    return cfg.trainer.training.steps if load_recipe(cfg).needs(cfg).trains else 0
 
 
 def _warn_of_shared_nodes(cfg: Config) -> None:

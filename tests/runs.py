@@ -154,13 +154,13 @@ def unexplained_metrics(run_dir: Path) -> set[str]:
 def check_contract(run_dir: Path, steps: int) -> None:
     """A completed run has left everything that the run directory promises."""
     from forge_hpc.checkpoint import verify
-    from forge_hpc.observability.metrics import missing_keys
+    from forge_hpc.observability.metrics import METRIC_KEYS
 
     state = status(run_dir)
     assert (state["state"], state["step"], state["policy_version"]) == ("completed", steps, steps)
     metrics = read(run_dir)
     assert [record["step"] for record in metrics] == list(range(1, steps + 1))
-    assert not any(missing_keys(record, "grpo") for record in metrics)
+    assert all(METRIC_KEYS.keys() <= record.keys() for record in metrics)
     assert not unexplained_metrics(run_dir)
     assert {record["step"] for record in read(run_dir, "rollouts.jsonl")} == set(range(1, steps + 1))
     assert verify(run_dir / f"checkpoints/step-{steps:08d}") is None

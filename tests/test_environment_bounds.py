@@ -442,7 +442,7 @@ class Records:
 
 @pytest.mark.parametrize("num_failed", [1, 3])
 def test_an_evaluation_counts_what_failed_and_says_so_where_that_is_most_of_it(config: Config, num_failed: int) -> None:
-    from forge_hpc.controller.session import Session
+    from forge_hpc.evaluation.evaluator import Evaluator
 
     class Player:
         async def stream(self, prompts: list[Prompt], *_: Any, key: int) -> Any:
@@ -455,12 +455,11 @@ def test_an_evaluation_counts_what_failed_and_says_so_where_that_is_most_of_it(c
                 )
 
     async def evaluate() -> Records:
-        session = Session.__new__(Session)
-        session.config, session.metrics, session.generators = config, Records(), [None]  # type: ignore[assignment]
-        session.warn = session.metrics.warn  # type: ignore[method-assign]
+        records, prompts, one = Records(), [prompt_of(place) for place in range(4)], [None]
         async with RewardPool(config) as rewards:
-            await session.evaluate(0, [prompt_of(place) for place in range(4)], rewards, Player())  # type: ignore[arg-type]
-        return session.metrics  # type: ignore[return-value]
+            evaluator = Evaluator(config, prompts, one, rewards, Player(), records, records.warn, lambda text: None)  # type: ignore[arg-type]
+            assert (await evaluator.evaluate(0))["num_failed"] == num_failed
+        return records
 
     records = asyncio.run(evaluate())
     assert records.written["num_failed"] == num_failed

@@ -4,21 +4,38 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from forge_hpc.advantages import advantage_function
 from forge_hpc.config import Config
+from forge_hpc.config.algorithm import resolve_advantage
 from forge_hpc.config.schema import RewardConfig
 from forge_hpc.controller.service import cause_of
+from forge_hpc.controller.session import background
 from forge_hpc.data.builtin import char_tokenizer
+from forge_hpc.data.mixture import open_sources
+from forge_hpc.data.prompts import PromptStream
 from forge_hpc.data.types import Completion, Document, Group, Prompt
-from forge_hpc.recipes.grpo import grpo
+from forge_hpc.recipes.base import NoArgs
+from forge_hpc.recipes.grpo import GRPO
 from forge_hpc.rewards import RewardPool
 from forge_hpc.rollouts.checks import SignalWatch
-from forge_hpc.rollouts.groups import RolloutClock, has_signal, make_group, make_groups, measure, to_documents
+from forge_hpc.rollouts.groups import (
+    RolloutClock,
+    episode_buffer,
+    has_signal,
+    make_group,
+    make_groups,
+    measure,
+    set_advantages,
+    to_documents,
+)
+from forge_hpc.rollouts.stream import RolloutStream
 
 PROMPT = Prompt(0, "1+1=", [1, 2, 1, 3], "2")
 
@@ -32,21 +49,20 @@ class OneStep:
     """A session whose trainers train nothing, for one step. Whole runs are tested end to end."""
 
     def __init__(self, config: Config, generators: Any) -> None:
-        self.config, self.tokenizer, self.state = config, char_tokenizer(), {}
-        self.step, self.finished_groups, self.seconds = 0, [], 0.0
+        self.config, self.state, self.step = config, {}, 0
         self.generators, self.groups, self.closing = generators, [], []
 
-    def on_close(self, close: Any) -> None:
-        self.closing.append(close)
+    async def start(self) -> None:
+        self.rewards = await RewardPool(self.config).start()
+        self.closing.append(self.rewards.close)
 
-    async def start_trainers_and_generators(self) -> tuple[None, Any]:
-        return None, self.generators
-
-    async def connect(self, trainers: None, generators: Any, buffer: Any) -> OneStep:
-        return self
-
-    def evaluation_is_due(self, step: int) -> bool:
-        return False
+    @asynccontextmanager
+    async def rollouts(self) -> AsyncIterator[RolloutStream]:
+        prompts = PromptStream(open_sources(self.config), char_tokenizer(), self.config)
+        buffer, generators = episode_buffer(self.config, self.step, prompts.position), self.generators
+        stream = RolloutStream(self.config, prompts, generators.stream, 1, self.rewards, buffer, self.warn)
+        async with background(stream.run()):
+            yield stream
 
     def remaining_steps(self) -> list[int]:
         return [1]
@@ -57,20 +73,15 @@ class OneStep:
     def warn(self, text: str) -> None:
         raise AssertionError(text)
 
-    async def publish(self, step: int) -> None:
-        pass
+    async def publish(self, step: int) -> None: ...
 
-    async def delivered(self) -> None:
-        pass
+    async def evaluate(self, step: int) -> None: ...
 
-    def record(self, step: int, metrics: dict[str, float], groups: list[Group]) -> None:
+    async def end_step(self, step: int, metrics: Any, state: Any, groups: list[Group]) -> None:
+        assert state["prompts"]["position"] == 4
         self.groups = groups
 
-    async def save_if_due(self, step: int, state: dict[str, Any]) -> None:
-        pass
-
-    async def finish(self) -> None:
-        pass
+    async def finish(self) -> None: ...
 
 
 class SlowestLast:
@@ -104,7 +115,7 @@ def one_step(config: Config, directory: Path, reward: str) -> OneStep:
 
     async def scenario() -> None:
         try:
-            await grpo(session)  # type: ignore[arg-type]
+            await GRPO(NoArgs()).run(session)  # type: ignore[arg-type]
         finally:
             for close in session.closing:
                 await close()
@@ -156,11 +167,17 @@ def group_of(config: Config, *texts: str, num_tokens: int = 2):
     return asyncio.run(scenario())
 
 
+def documents_of(groups: list[Group], config: Config) -> list[Document]:
+    """As GRPO makes them."""
+    set_advantages(groups, advantage_function(resolve_advantage(config.algorithm)))
+    return to_documents(groups, config.algorithm.drop_zero_signal_groups)
+
+
 def test_a_group_compares_its_rewards(config: Config) -> None:
     group = group_of(config, "2", "3", "3", "2")
     assert [episode.reward for episode in group.episodes] == [1, 0, 0, 1]
     assert has_signal(group)
-    to_documents([group], config)
+    documents_of([group], config)
     assert [episode.advantage for episode in group.episodes] == pytest.approx([1, -1, -1, 1], abs=1e-4)
 
 
@@ -202,7 +219,7 @@ def test_a_reward_that_fails_costs_its_episode_alone(config: Config, tmp_path: P
 
 
 def test_documents_hold_the_generators_logprobs_at_the_response_alone(config: Config) -> None:
-    [document, _] = to_documents([group_of(config, "2", "3")], config)
+    [document, _] = documents_of([group_of(config, "2", "3")], config)
     assert document.token_ids.tolist() == [1, 2, 1, 3, 7, 7]
     assert document.loss_mask.tolist() == [False] * 4 + [True] * 2
     np.testing.assert_allclose(document.generator_logprobs, [0, 0, 0, 0, -0.5, -0.5])
@@ -211,27 +228,27 @@ def test_documents_hold_the_generators_logprobs_at_the_response_alone(config: Co
 
 def test_groups_without_a_signal_are_dropped_where_others_have_one(config: Config) -> None:
     with_signal, without = group_of(config, "2", "3"), group_of(config, "3", "3")
-    assert len(to_documents([with_signal, without], config)) == 2
-    assert len(to_documents([without], config)) == 2  # a step stays a step
+    assert len(documents_of([with_signal, without], config)) == 2
+    assert len(documents_of([without], config)) == 2  # a step stays a step
     config.algorithm.drop_zero_signal_groups = False
-    assert len(to_documents([with_signal, without], config)) == 4
+    assert len(documents_of([with_signal, without], config)) == 4
 
 
 def test_advantages_of_a_whole_step_give_unanimous_groups_a_signal_too(config: Config) -> None:
     config.algorithm.advantage = "batch_mean_std"
     right, wrong, failed = group_of(config, "2", "2"), group_of(config, "3", "3"), group_of(config, "2", num_tokens=0)
-    documents = to_documents([right, failed, wrong], config)
+    documents = documents_of([right, failed, wrong], config)
     assert [document.advantage for document in documents] == pytest.approx([1, 1, -1, -1], abs=1e-4)
     config.algorithm.advantage = "group_mean_batch_std"
     mixed = group_of(config, "2", "3")
-    documents = to_documents([right, mixed, failed], config)
+    documents = documents_of([right, mixed, failed], config)
     assert [document.advantage for document in documents] == pytest.approx([2**0.5, -(2**0.5)], abs=1e-4)
 
 
 def test_the_advantage_is_the_one_of_the_loss_unless_it_is_named(config: Config) -> None:
     def advantages(loss: str, advantage: str | None = None) -> list[float]:
         config.algorithm.loss, config.algorithm.advantage = loss, advantage
-        return [document.advantage for document in to_documents([group_of(config, "2", "3", "3", "3")], config)]
+        return [document.advantage for document in documents_of([group_of(config, "2", "3", "3", "3")], config)]
 
     assert advantages("grpo") == pytest.approx([3**0.5, *[-(3**-0.5)] * 3], abs=1e-4)
     assert advantages("dr_grpo") == pytest.approx([0.75, -0.25, -0.25, -0.25])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import json
 import os
 import signal
@@ -20,7 +19,8 @@ from runs import PROJECT, REWARD, left_over, read, small_run, start_local, statu
 from forge_hpc.checkpoint import CheckpointStore, describe, verify
 from forge_hpc.config import Config, UserError, load_config, read_config, save_config
 from forge_hpc.controller.recovery import Leave, Recoveries
-from forge_hpc.controller.session import CONFIG, Session
+from forge_hpc.controller.saving import CONFIG
+from forge_hpc.controller.session import Session
 from forge_hpc.run_dir import RunDir
 from forge_hpc.supervisor.starts import StartLog
 
@@ -59,7 +59,7 @@ def saved(run_dir: RunDir, config: Config, step: int) -> None:
         session = make_session(run_dir, config)
         session._trainers = NoTrainers()  # type: ignore[assignment]
         session.step = step
-        await session.save()
+        await session._saver.save(session.trainers, step, {})
         assert await session.save_to_leave()
 
     asyncio.run(start())
@@ -134,9 +134,9 @@ def test_generators_start_while_a_checkpoint_is_verified(run_dir: RunDir, monkey
     asyncio.run(start())
 
 
-@pytest.mark.parametrize(("recipe", "module"), [("grpo", "controller.session"), ("sft", "recipes.sft")])
+@pytest.mark.parametrize("recipe", ["grpo", "sft"])
 def test_data_that_takes_long_to_load_does_not_stop_the_event_loop(
-    recipe: str, module: str, monkeypatch: pytest.MonkeyPatch
+    recipe: str, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the heartbeat stops, and nobody hears that the run is to leave."""
     beat = threading.Event()
@@ -146,15 +146,15 @@ def test_data_that_takes_long_to_load_does_not_stop_the_event_loop(
         raise UserError("no such data")
 
     async def start() -> None:
-        session = SimpleNamespace(config=configuration(f"recipe={recipe}"), tokenizer=None, state={})
-        function = getattr(importlib.import_module(f"forge_hpc.recipes.{recipe}"), recipe)
-        work = asyncio.create_task(function(session))
+        session = make_session(run_dir, configuration(f"recipe={recipe}"))
+        session.tokenizer = None
+        work = asyncio.create_task(session.recipe.run(session))
         await asyncio.sleep(0)
         beat.set()
         with pytest.raises(UserError, match="no such data"):
             await work
 
-    monkeypatch.setattr(f"forge_hpc.{module}.open_sources", open_slowly)
+    monkeypatch.setattr("forge_hpc.controller.session.open_sources", open_slowly)
     asyncio.run(start())
 
 

@@ -14,6 +14,7 @@ from monarch.actor import Actor, current_rank, endpoint
 from monarch.actor.concurrent import concurrent_endpoint
 
 from forge_hpc.config import Config
+from forge_hpc.config.recipes import load_recipe
 from forge_hpc.data.types import Document
 from forge_hpc.observability.logs import setup_logging
 
@@ -53,7 +54,7 @@ class Trainer(Actor):
         from forge_hpc.training.distributed import init_distributed
         from forge_hpc.training.engine import TrainEngine
 
-        if self._config.recipe != "sft":
+        if load_recipe(self._config).needs(self._config).has_algorithm:
             logger.info("loss %s, advantage %s", self._config.algorithm.loss, check_loss_fits(self._config))
         init_distributed(file_store, self._rank, self._world_size, self._local_rank)
         self._engine = TrainEngine(self._config, model_dir)
@@ -129,8 +130,8 @@ class Trainer(Actor):
         from forge_hpc.data.hub import load_tokenizer
         from forge_hpc.data.render import learned_ends
 
-        is_sft = self._config.recipe == "sft"
-        ends = learned_ends(load_tokenizer(self._engine.model_dir), self._config) if is_sft else []
+        examples = load_recipe(self._config).needs(self._config).learns_from == "examples"
+        ends = learned_ends(load_tokenizer(self._engine.model_dir), self._config) if examples else []
         self._engine.export(directory, ends)
 
     @endpoint

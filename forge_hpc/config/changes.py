@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.load import diff_config
+from forge_hpc.config.recipes import load_recipe
 from forge_hpc.config.schema import Config
 
 _FREE_KEYS = (
@@ -42,7 +43,8 @@ def safe_changes(old: Config, new: Config, steps_done: int, refusal: str, hint: 
     if old.data.template_date is None:  # begun before runs kept it
         found = [change for change in found if change[0] != "data.template_date"]
     # To a run that evaluates, and does nothing else, its evaluation is what it computes.
-    free = tuple(key for key in _FREE_KEYS if new.recipe != "eval" or key != "evaluation.")
+    trains = load_recipe(new).needs(new).trains
+    free = tuple(key for key in _FREE_KEYS if trains or key != "evaluation.")
     differing = [change for change in found if not change[0].startswith(free)]
     if differing:
         shown = ", ".join(f"{key} ({old} there, {new} now)" for key, old, new in differing[:5])

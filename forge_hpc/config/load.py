@@ -35,6 +35,7 @@ _PATH_KEYS = re.compile(
     r"model\.path|data\.path|data\.eval_path|data\.sources\.\d+\.path|environment\.name|warmstart\.config"
     r"|reward\.\d+\.name"
 )
+T = typing.TypeVar("T")
 _UNASKED = "(the default reward)"
 _NULL = "tag:yaml.org,2002:null"
 
@@ -154,6 +155,21 @@ def diff_config(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     """Keys whose values differ, as (key, old, new), in the schema's order; None stands for a key that one lacks."""
     before, after = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
     return [(k, before.get(k), after.get(k)) for k in {**before, **after} if before.get(k) != after.get(k)]
+
+
+def typed_options(cls: type[T], values: dict[str, Any], prefix: str, where: str) -> T:
+    """``values`` as an instance of the dataclass `cls`: its keys, types and defaults, as those of the schema.
+
+    Args:
+        prefix: the key that holds them, ``where`` who has these options; both for messages.
+
+    Raises:
+        UserError: an unknown key, a wrong type.
+    """
+    options = OmegaConf.structured(cls)
+    text = yaml.dump(_escape(values), Dumper=_Dumper, sort_keys=False)
+    _merge(options, cls, _compose(text, source := _Source(where, None, is_file=False)), f"{prefix}.", source)
+    return _to_dataclasses(options)
 
 
 # --- files and overrides
@@ -309,9 +325,9 @@ def _refuse_doubled(node: yaml.Node, full: str, source: _Source) -> None:
             _refuse_doubled(value, f"{full}.{key}", source)
 
 
-def _to_dataclasses(cfg: DictConfig) -> Config:
+def _to_dataclasses(cfg: DictConfig) -> Any:
     try:
-        return typing.cast(Config, OmegaConf.to_object(cfg))
+        return OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         text = str(error).splitlines()[0]

@@ -505,8 +505,10 @@ class Config:
     """A whole run. ``key=value`` overrides use these names: ``trainer.optimizer.lr=1e-6``."""
 
     recipe: str = "grpo"
-    """Controller loop: grpo, sft, eval (generators alone), or your own as ``file.py:function`` or
-    ``package.module:function``."""
+    """The algorithm: grpo, sft, eval (generators alone), or your own as ``file.py:Class`` or
+    ``package.module:Class``."""
+    recipe_args: dict[str, Any] = field(default_factory=dict)
+    """Options of the recipe's own; `forge-hpc submit` refuses those that it does not have."""
     name: str = "grpo"
     """Name of the run; a part of the default run directory and the Slurm job's name."""
     seed: int = 42

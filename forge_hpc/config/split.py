@@ -4,10 +4,10 @@ Hosts stand in the order of the allocation: trainers first, then rollout nodes, 
 the same, so one list of GPUs per role says it all. On a single node both roles share the node, and its GPUs are split;
 a single GPU is shared by both.
 
-GRPO splits by ``cluster.trainer_nodes`` and ``cluster.rollout_nodes``, or by ``cluster.rollout_ratio`` where neither is
-given; so do recipes of the user's own. SFT trains on every node; its final evaluation needs a generator only once the
-trainers have gone, so one replica then starts on the last trainer node, on the first ``tensor_parallel_size`` of its
-GPUs. An evaluation (``recipe: eval``) has generators on every node and no trainers.
+The recipe says what it needs. Models beside generators split the nodes by ``cluster.trainer_nodes`` and
+``cluster.rollout_nodes``, or by ``cluster.rollout_ratio`` where neither is given. Models alone have every node; a
+generator that is needed only once the trainers have gone starts on the last trainer node, on the first
+``tensor_parallel_size`` of its GPUs. Generators alone have every node too.
 
 No node and no GPU is left idle silently: numbers that do not add up are a UserError.
 """
@@ -17,6 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from forge_hpc.config.errors import UserError
+from forge_hpc.config.needs import Needs
+from forge_hpc.config.recipes import load_recipe
 from forge_hpc.config.schema import Config
 
 _Gpus = tuple[tuple[int, ...], ...]
@@ -38,7 +40,7 @@ class Placement:
     replica_gpus: _Gpus = ()
     """GPUs of each generator replica of a rollout node; () is a replica on the CPU."""
     generate_after_training: bool = False
-    """SFT: the generator starts for the evaluation, when the trainers have ended."""
+    """The generator starts for the evaluation, when the trainers have ended."""
 
     @property
     def nodes(self) -> int:
@@ -109,12 +111,6 @@ class Placement:
         return "\n".join(lines)
 
 
-def evaluates_by_generation(cfg: Config) -> bool:
-    """Whether held-out prompts are answered and rewarded: in SFT where they have a reference answer."""
-    has_answers = cfg.recipe != "sft" or (cfg.data.target_field is not None and bool(cfg.reward))
-    return cfg.evaluation.num_prompts > 0 and has_answers
-
-
 def plan(cfg: Config, gpus_per_node: int | None) -> Placement:
     """Place the roles of `cfg` on ``cluster.nodes`` nodes.
 
@@ -125,15 +121,18 @@ def plan(cfg: Config, gpus_per_node: int | None) -> Placement:
     Raises:
         UserError: the numbers do not add up, or would leave a node or a GPU without work.
     """
-    trainer_nodes, rollout_nodes, spare_nodes = _split_nodes(cfg)
+    needs = load_recipe(cfg).needs(cfg)
+    trainer_nodes, rollout_nodes, spare_nodes = _split_nodes(cfg, needs)
+    after = needs.generators == "after"
     if gpus_per_node is None:
-        return Placement(trainer_nodes, rollout_nodes, spare_nodes, None, generate_after_training=cfg.recipe == "sft")
+        return Placement(trainer_nodes, rollout_nodes, spare_nodes, None, generate_after_training=after)
     if gpus_per_node < 0:
         raise UserError(f"cluster.gpus_per_node is {gpus_per_node}", "0 is the CPU")
-    if cfg.recipe == "sft":
-        trainer_gpus, replica_gpus = _sft(cfg, gpus_per_node)
-    elif cfg.recipe == "eval":
-        trainer_gpus, replica_gpus = (), _replicas(cfg, gpus_per_node, len(rollout_nodes))
+    trainer_gpus: _Gpus = ()
+    if not needs.models:
+        replica_gpus = _replicas(cfg, gpus_per_node, len(rollout_nodes))
+    elif needs.generators != "beside":
+        trainer_gpus, replica_gpus = _trainers_alone(cfg, gpus_per_node)
     elif gpus_per_node == 0:
         trainer_gpus, replica_gpus = _on_cpu(cfg, len(rollout_nodes))
     elif trainer_nodes == rollout_nodes:
@@ -142,18 +141,16 @@ def plan(cfg: Config, gpus_per_node: int | None) -> Placement:
         trainer_gpus, replica_gpus = _on_many_nodes(cfg, gpus_per_node, len(rollout_nodes))
     if not rollout_nodes:
         replica_gpus = ()
-    placement = Placement(
-        trainer_nodes, rollout_nodes, spare_nodes, gpus_per_node, trainer_gpus, replica_gpus, cfg.recipe == "sft"
-    )
-    if cfg.recipe != "eval":
-        _check_degrees(cfg, placement)
+    placement = Placement(trainer_nodes, rollout_nodes, spare_nodes, gpus_per_node, trainer_gpus, replica_gpus, after)
+    if needs.models:
+        _check_degrees(cfg, placement, needs)
     return placement
 
 
 # --- nodes
 
 
-def _split_nodes(cfg: Config) -> tuple[range, range, range]:
+def _split_nodes(cfg: Config, needs: Needs) -> tuple[range, range, range]:
     c = cfg.cluster
     working = c.nodes - c.spare_nodes
     if c.spare_nodes < 0 or working < 1:
@@ -162,23 +159,23 @@ def _split_nodes(cfg: Config) -> tuple[range, range, range]:
             "raise cluster.nodes (--nodes) or lower cluster.spare_nodes",
         )
     spares = range(working, c.nodes)
-    if cfg.recipe == "sft":
+    if needs.generators != "beside":
         if c.rollout_nodes:
             raise UserError(
-                f"SFT has no rollout nodes, cluster.rollout_nodes is {c.rollout_nodes}",
+                f"recipe={cfg.recipe} trains on every node, cluster.rollout_nodes is {c.rollout_nodes}",
                 "leave cluster.rollout_nodes out",
             )
         if c.trainer_nodes not in (None, working):
             raise UserError(
                 f"cluster.trainer_nodes={c.trainer_nodes} of {_count(working, 'node')} would leave nodes idle",
-                "SFT trains on every node: leave cluster.trainer_nodes out",
+                f"recipe={cfg.recipe} trains on every node: leave cluster.trainer_nodes out",
             )
-        last = range(working - 1, working) if evaluates_by_generation(cfg) else range(working, working)
+        last = range(working - 1, working) if needs.generators == "after" else range(working, working)
         return range(working), last, spares
-    if cfg.recipe == "eval":
+    if not needs.models:
         if c.trainer_nodes or c.rollout_nodes not in (None, working):
             raise UserError(
-                f"an evaluation generates on every node: cluster.trainer_nodes={c.trainer_nodes} and "
+                f"recipe={cfg.recipe} generates on every node: cluster.trainer_nodes={c.trainer_nodes} and "
                 f"cluster.rollout_nodes={c.rollout_nodes} of {_count(working, 'node')} would leave nodes idle",
                 "leave cluster.trainer_nodes and cluster.rollout_nodes out",
             )
@@ -282,11 +279,12 @@ def _on_one_node(cfg: Config, gpus: int) -> tuple[_Gpus, _Gpus]:
     return _one_each(range(trainers)), _grouped(range(trainers, gpus), tp)
 
 
-def _sft(cfg: Config, gpus: int) -> tuple[_Gpus, _Gpus]:
+def _trainers_alone(cfg: Config, gpus: int) -> tuple[_Gpus, _Gpus]:
     tp = cfg.generator.engine.tensor_parallel_size
     if cfg.generator.replicas not in (None, 1):
         raise UserError(
-            f"SFT evaluates with one generator, generator.replicas is {cfg.generator.replicas}", "leave it out"
+            f"recipe={cfg.recipe} evaluates with one generator, generator.replicas is {cfg.generator.replicas}",
+            "leave it out",
         )
     if gpus == 0:
         _no_tensor_parallel_on_cpu(cfg)
@@ -299,7 +297,7 @@ def _sft(cfg: Config, gpus: int) -> tuple[_Gpus, _Gpus]:
     return _one_each(range(gpus)), (tuple(range(tp)),)
 
 
-def _check_degrees(cfg: Config, placement: Placement) -> None:
+def _check_degrees(cfg: Config, placement: Placement, needs: Needs) -> None:
     p = cfg.trainer.parallelism
     world, local = placement.trainer_procs, placement.trainer_procs_per_node
     tp, shard, replicate = p.tensor_parallel_degree, p.data_parallel_shard_degree, p.data_parallel_replicate_degree
@@ -325,7 +323,7 @@ def _check_degrees(cfg: Config, placement: Placement) -> None:
             f"choose one of {_divisors(world // replicate)}",
         )
     ranks = world // tp
-    if cfg.recipe == "sft":
+    if needs.learns_from == "examples":
         batch, what = cfg.trainer.training.global_batch_size, "trainer.training.global_batch_size"
     else:
         batch = cfg.rollout.prompts_per_step * cfg.rollout.group_size

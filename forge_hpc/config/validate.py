@@ -27,13 +27,14 @@ from forge_hpc.config.algorithm import (
 )
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.models import KNOWN_MODEL_TYPES, check_tokenizer, check_weights, looks_local, read_model_config
+from forge_hpc.config.needs import Needs
+from forge_hpc.config.recipes import load_recipe
 from forge_hpc.config.rewards import BUILTIN_REWARDS, check_reward
 from forge_hpc.config.schema import Config, DataConfig
 from forge_hpc.config.sources import data_sources, find_field
-from forge_hpc.config.split import evaluates_by_generation, plan
+from forge_hpc.config.split import plan
 from forge_hpc.config.user_code import find_user_code
 
-RECIPES = ("grpo", "sft", "eval")
 REWARDS = tuple(BUILTIN_REWARDS)
 ENVIRONMENTS = ("calculator", "guessing", "code")
 BUILTIN_MODELS = ("builtin:qwen3-tiny",)
@@ -143,18 +144,22 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
     Args:
         check_paths: also look at local models, data files and reward files. Hub names are never looked up.
     """
+    recipe = load_recipe(cfg)
+    needs = recipe.needs(cfg)
     _check_values(cfg)
-    _check_algorithm(cfg)
-    _check_data_values(cfg)
+    if needs.has_algorithm:
+        _check_algorithm(cfg)
+    _check_data_values(cfg, needs)
     _check_evaluation(cfg)
-    _check_lengths(cfg)
+    _check_lengths(cfg, needs)
     _check_slurm(cfg)
     _check_sandbox(cfg)
-    _check_reward_names(cfg)
+    _check_reward_names(cfg, needs)
     check_environment(cfg, check_paths=check_paths)
+    recipe.check(cfg)
     plan(cfg, cfg.cluster.gpus_per_node)
     if check_paths:
-        _check_model(cfg)
+        _check_model(cfg, needs)
         _check_data(cfg)
         _check_files(cfg)
 
@@ -207,8 +212,6 @@ def _check_values(cfg: Config) -> None:
     for key, value in _numbers(dataclasses.asdict(cfg)):
         if not math.isfinite(value):
             raise UserError(f"{key} must be a finite number, it is {value}")
-    if ":" not in cfg.recipe:
-        _check_name("recipe", cfg.recipe, RECIPES)
     for key, known in _NAMES.items():
         if _get(cfg, key) is not None:
             _check_name(key, _get(cfg, key), known)
@@ -266,16 +269,7 @@ def _check_name(key: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def _check_algorithm(cfg: Config) -> None:
-    if cfg.recipe == "sft":
-        return
-    if cfg.recipe == "eval":
-        return
     a, r = cfg.algorithm, cfg.rollout
-    if cfg.recipe == "grpo" and r.group_size < 2:
-        raise UserError(
-            f"the advantage compares completions of a group, and rollout.group_size is {r.group_size}",
-            "set rollout.group_size to 2 or more, as a rule 8",
-        )
     gpus = cfg.cluster.gpus_per_node
     if cfg.reference.enable and gpus is not None and cfg.reference.device not in ("auto", "cuda" if gpus else "cpu"):
         raise UserError(
@@ -326,7 +320,7 @@ def _check_dynamic_sampling(cfg: Config) -> None:
         )
 
 
-def _check_data_values(cfg: Config) -> None:
+def _check_data_values(cfg: Config, needs: Needs) -> None:
     data, curriculum = cfg.data, cfg.data.curriculum
     for i, source in enumerate(data.sources):
         if not source.path:
@@ -336,8 +330,10 @@ def _check_data_values(cfg: Config) -> None:
                 f"data.sources.{i}.weight must be greater than 0, it is {source.weight} ({source.path})",
                 "leave the source out, or give it a weight",
             )
-    if curriculum.enable and cfg.recipe == "sft":
-        raise UserError("data.curriculum goes by rewards, and SFT has none", "set data.curriculum.enable=false")
+    if curriculum.enable and needs.learns_from == "examples":
+        raise UserError(
+            f"data.curriculum goes by rewards, and recipe={cfg.recipe} has none", "set data.curriculum.enable=false"
+        )
     if curriculum.low > curriculum.high:
         raise UserError(
             f"data.curriculum.low={curriculum.low} is above data.curriculum.high={curriculum.high}: "
@@ -352,19 +348,18 @@ def _check_data_values(cfg: Config) -> None:
                 f"data.template_date is {data.template_date!r}, which is no day", "write YYYY-MM-DD"
             ) from None
     for key, own, _ in data_sources(data):
-        if cfg.recipe == "sft" and own.target_field is None and not own.chat_template:
+        if needs.learns_from == "examples" and own.target_field is None and not own.chat_template:
             raise UserError(
-                f"{key} has no target_field, so SFT learns chats, and data.chat_template is false",
+                f"{key} has no target_field, so chats are learned, and data.chat_template is false",
                 "set data.chat_template=true, or name the field of the answers with data.target_field",
             )
 
 
 def _check_evaluation(cfg: Config) -> None:
     e = cfg.evaluation
-    if not e.num_prompts and (e.samples or cfg.recipe == "eval"):
+    if not e.num_prompts and e.samples:
         raise UserError(
-            "evaluation.num_prompts=0 switches evaluation off, and "
-            + ("recipe=eval does nothing else" if cfg.recipe == "eval" else f"evaluation.samples is {e.samples}"),
+            f"evaluation.num_prompts=0 switches evaluation off, and evaluation.samples is {e.samples}",
             "set evaluation.num_prompts to the number of held-out prompts",
         )
     if not e.samples:
@@ -387,17 +382,16 @@ def _check_evaluation(cfg: Config) -> None:
         )
 
 
-def _check_lengths(cfg: Config) -> None:
-    uses_generator = cfg.recipe != "sft" or evaluates_by_generation(cfg)
+def _check_lengths(cfg: Config, needs: Needs) -> None:
     both = cfg.rollout.max_prompt_tokens + cfg.rollout.max_response_tokens
     seq_len, max_model_len = cfg.trainer.training.seq_len, cfg.generator.engine.max_model_len
-    if cfg.recipe not in ("sft", "eval") and seq_len < both:
+    if needs.learns_from == "samples" and seq_len < both:
         raise UserError(
             f"trainer.training.seq_len={seq_len} is shorter than a whole episode: rollout.max_prompt_tokens="
             f"{cfg.rollout.max_prompt_tokens} + rollout.max_response_tokens={cfg.rollout.max_response_tokens} = {both}",
             f"set trainer.training.seq_len={both} or more",
         )
-    if uses_generator and max_model_len is not None and max_model_len < both:
+    if needs.generators != "none" and max_model_len is not None and max_model_len < both:
         raise UserError(
             f"generator.engine.max_model_len={max_model_len} is shorter than rollout.max_prompt_tokens + "
             f"rollout.max_response_tokens = {both}",
@@ -443,9 +437,8 @@ def _check_sandbox(cfg: Config) -> None:
         )
 
 
-def _check_reward_names(cfg: Config) -> None:
-    needs_reward = cfg.recipe in ("grpo", "eval") or (cfg.recipe != "sft" and cfg.evaluation.num_prompts > 0)
-    if needs_reward and not cfg.reward and cfg.environment.name is None:
+def _check_reward_names(cfg: Config, needs: Needs) -> None:
+    if needs.rewards and not cfg.reward and cfg.environment.name is None:
         raise UserError("no reward is given", "write `reward: [{name: exact}]`")
     names = [reward.name for reward in cfg.reward]
     for i, name in enumerate(names):
@@ -466,8 +459,10 @@ def check_environment(cfg: Config, *, check_paths: bool = True) -> None:
     name = cfg.environment.name
     if name is None:
         return
-    if cfg.recipe == "sft":
-        raise UserError("environment.name is set, and SFT learns from examples alone", "set environment.name=null")
+    if not load_recipe(cfg).needs(cfg).environments:
+        raise UserError(
+            f"environment.name is set, and recipe={cfg.recipe} plays no episodes", "set environment.name=null"
+        )
     place, colon, cls = name.rpartition(":")
     if not colon:
         _check_name("environment.name", name, ENVIRONMENTS)
@@ -482,7 +477,7 @@ def check_environment(cfg: Config, *, check_paths: bool = True) -> None:
 # --- files
 
 
-def _check_model(cfg: Config) -> None:
+def _check_model(cfg: Config, needs: Needs) -> None:
     path = cfg.model.path
     if path == "warmstart":
         if cfg.warmstart.config is None:
@@ -498,12 +493,12 @@ def _check_model(cfg: Config) -> None:
     directory = Path(path).expanduser()
     if not directory.is_dir():
         raise UserError(f"model.path: no such directory: {path}", "give a model in Hugging Face format, or a hub name")
-    _check_dimensions(cfg, directory)
+    _check_dimensions(cfg, directory, needs)
     check_weights(directory)
     check_tokenizer(directory)
 
 
-def _check_dimensions(cfg: Config, directory: Path) -> None:
+def _check_dimensions(cfg: Config, directory: Path, needs: Needs) -> None:
     config = read_model_config(directory)
     where = f"the model in {directory}"
     kind = config.get("model_type")
@@ -511,7 +506,7 @@ def _check_dimensions(cfg: Config, directory: Path) -> None:
         raise UserError(f"{where} is of model_type {kind!r}", f"supported: {', '.join(KNOWN_MODEL_TYPES)}")
     longest = config.get("max_position_embeddings")
     used = {"trainer.training.seq_len": cfg.trainer.training.seq_len}
-    if cfg.recipe == "eval":
+    if not needs.models:
         used = {"rollout": cfg.rollout.max_prompt_tokens + cfg.rollout.max_response_tokens}
     used["generator.engine.max_model_len"] = cfg.generator.engine.max_model_len or 0
     longest_used = max(used.values())
@@ -622,9 +617,8 @@ def _check_files(cfg: Config) -> None:
         raise UserError(f"warmstart.config: no such file: {cfg.warmstart.config}", "give the YAML of an SFT run")
     for i, reward in enumerate(cfg.reward):
         check_reward(f"reward.{i}", reward)
-    for key, name in (("algorithm.loss", cfg.algorithm.loss), ("recipe", cfg.recipe)):
-        place, colon, function = name.rpartition(":")
-        if colon and (not place or not function.isidentifier()):
-            raise UserError(f"{key} is {name!r}", "write package.module:name or file.py:name")
-        if place.endswith(".py"):
-            find_user_code(key, Path(place).expanduser(), function)
+    place, colon, function = cfg.algorithm.loss.rpartition(":")
+    if colon and (not place or not function.isidentifier()):
+        raise UserError(f"algorithm.loss is {cfg.algorithm.loss!r}", "write package.module:name or file.py:name")
+    if place.endswith(".py"):
+        find_user_code("algorithm.loss", Path(place).expanduser(), function)

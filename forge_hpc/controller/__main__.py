@@ -149,13 +149,11 @@ async def attempt(
 
 async def run_recipe(session: Session, terminal: Terminal, status: StatusWriter) -> None:
     """The recipe, on the state that the session finds."""
-    from forge_hpc.recipes.registry import load_recipe
-
-    recipe = load_recipe(session.config.recipe)
     await session.prepare()
     with await asyncio.to_thread(session.open_records, terminal.stdout):
-        status.tell(state="running", step=session.step, policy_version=session.step, message="")
-        await recipe(session)
+        total = session.config.trainer.training.steps if session.needs.trains else 0
+        status.tell(state="running", step=session.step, policy_version=session.step, total_steps=total, message="")
+        await session.recipe.run(session)
 
 
 def on_ended_node(

@@ -42,7 +42,7 @@ class MetricLogger:
 
     Example:
         with MetricLogger(run_dir, config.logging, resume_step=0, total_steps=100) as metrics:
-            metrics.log(1, reduce(sources))
+            metrics.log(1, {"loss": 0.5})
             metrics.log_rollouts(1, groups)
     """
 
@@ -53,7 +53,7 @@ class MetricLogger:
         resume_step: int = 0,
         *,
         total_steps: int | None = None,
-        label: str = "grpo",
+        label: str = "step",
         stream: TextIO | None = None,
     ) -> None:
         self._config = config

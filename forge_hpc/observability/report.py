@@ -54,7 +54,7 @@ def render_status(run_dir: RunDir) -> str:
         UserError: there is no run in the directory.
     """
     status = _status_of(run_dir)
-    total = _total_steps(run_dir)
+    total = _total_steps(run_dir, status)
     age_s = max(0.0, time.time() - status.heartbeat)
     lines = [("run", f"{run_dir.name}  {run_dir}")]
     lines.append(("state", f"{status.state}  {status.message}".rstrip()))
@@ -95,7 +95,7 @@ def render_report(run_dir: RunDir) -> str:
     status = _status_of(run_dir)
     records = list(read_jsonl(run_dir.metrics))
     figures = read_figures(run_dir)
-    total = _total_steps(run_dir)
+    total = _total_steps(run_dir, status)
     lines = [f"# {run_dir.name}", "", f"{run_dir}", ""]
     step = f" at step {status.step}{f' of {total}' if total else ''}" if total != 0 else ""
     lines.append(f"{status.state}{step}, {status.restarts} restarts")
@@ -125,13 +125,15 @@ def _status_of(run_dir: RunDir) -> Status:
     return status
 
 
-def _total_steps(run_dir: RunDir) -> int | None:
-    """``trainer.training.steps`` of the run's configuration, 0 for a run that only evaluates, None before it is
-    written."""
+def _total_steps(run_dir: RunDir, status: Status) -> int | None:
+    """Optimizer steps of the whole run, 0 for one that trains nothing, None before its configuration is written."""
+    if status.total_steps is not None:
+        return status.total_steps
     if not run_dir.has_config:
         return None
+        return None
     config = yaml.safe_load(run_dir.config.read_text(encoding="utf-8")) or {}
-    return 0 if config.get("recipe") == "eval" else config.get("trainer", {}).get("training", {}).get("steps")
+    return config.get("trainer", {}).get("training", {}).get("steps")
 
 
 def _curves(records: Sequence[dict[str, Any]]) -> list[str]:

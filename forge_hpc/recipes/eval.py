@@ -5,18 +5,30 @@ held-out prompts ──► generators (and environments) ──► rewards ─�
 
 from __future__ import annotations
 
-from forge_hpc.controller.session import Session, load_held_out
-from forge_hpc.rewards import RewardPool
-from forge_hpc.rollouts.episodes import episode_player, start_environments
+from forge_hpc.config import Config, UserError
+from forge_hpc.config.needs import Needs
+from forge_hpc.recipes.base import Recipe, Session
 
 
-async def eval(session: Session) -> None:
-    """Evaluate ``model.path`` on ``evaluation.num_prompts`` prompts of ``data.eval_split``, as training does.
+class Evaluation(Recipe):
+    """Evaluates ``model.path`` on ``evaluation.num_prompts`` prompts of ``data.eval_split``, as training does.
 
     A start that was interrupted begins again; an evaluation that was written is not repeated.
     """
-    held_out = await load_held_out(session)
-    async with RewardPool(session.config) as rewards:
-        environments = await start_environments(session)
-        generators = await session.start_generators()
-        await session.evaluate(0, held_out, rewards, episode_player(session, generators, environments))
+
+    def needs(self, config: Config) -> Needs:
+        """Generators."""
+        return Needs({}, learns_from="nothing")
+
+    def check(self, config: Config) -> None:
+        """There must be something to evaluate."""
+        if not config.evaluation.num_prompts:
+            raise UserError(
+                "evaluation.num_prompts=0 switches evaluation off, and this recipe does nothing else",
+                "set evaluation.num_prompts to the number of held-out prompts",
+            )
+
+    async def run(self, session: Session) -> None:
+        """All of it."""
+        await session.start()
+        await session.evaluate(session.step)

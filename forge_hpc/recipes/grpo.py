@@ -1,81 +1,61 @@
-"""GRPO (https://arxiv.org/abs/2402.03300), synchronous or asynchronous: one loop, one dial.
+"""Policy gradients on groups: GRPO (https://arxiv.org/abs/2402.03300), and as ``algorithm`` says DAPO, Dr. GRPO, GSPO,
+CISPO, RLOO, REINFORCE and PPO's clip without a critic. Synchronous or asynchronous: one loop, one dial.
 
-    prompts ──► generators ──► rewards ──► advantages ──► buffer ──► trainers
-                    ▲                                                   │
-                    └──────────────── weights, by policy version ◄──────┘
+    prompts ──► generators ──► rewards ──► advantages ──► trainers
+                    ▲                                         │
+                    └──────── weights, by policy version ◄────┘
 
-``rollout_loop`` produces groups and consumes prompts; new weights in the generators unblock it (``buffer.room``), and
-with dynamic sampling every group that carries no signal, in whose place a further prompt is drawn.
-The loop over the steps produces policy versions and consumes groups; a complete step unblocks it (``buffer.take``).
-With ``rollout.max_staleness`` 0 the two take turns; above it, generation runs ahead while the trainers train.
+The session's rollouts generate; with ``rollout.max_staleness`` 0 the two take turns, above it generation runs ahead.
 """
 
 from __future__ import annotations
 
-from contextlib import aclosing
-
-from forge_hpc.controller.session import Session, background, load_held_out, load_prompts
-from forge_hpc.data.types import Prompt
-from forge_hpc.rewards import RewardPool
-from forge_hpc.rollouts.checks import EpisodeWatch, SignalWatch
-from forge_hpc.rollouts.episodes import episode_player, start_environments
-from forge_hpc.rollouts.groups import RolloutClock, episode_buffer, make_groups, measure, to_documents
+from forge_hpc.config import Config, UserError
+from forge_hpc.config.needs import POLICY, REFERENCE, ModelNeed, Needs
+from forge_hpc.recipes.base import Recipe, Session
 
 
-async def grpo(session: Session) -> None:
-    """Train ``trainer.training.steps`` optimizer steps, each on the groups of ``rollout.prompts_per_step`` prompts."""
-    config, rollout = session.config, session.config.rollout
-    synchronous = rollout.max_staleness == 0
+class GRPO(Recipe):
+    """Trains ``trainer.training.steps`` optimizer steps, each on the groups of ``rollout.prompts_per_step`` prompts."""
 
-    prompts, held_out = await load_prompts(session), await load_held_out(session)
-    rewards = await RewardPool(config).start()
-    session.on_close(rewards.close)
-    environments = await start_environments(session)
-    trainers, generators = await session.start_trainers_and_generators()
-    player = episode_player(session, generators, environments)
-    sample = generators.generate.stream if player is None else player.stream
-    buffer = episode_buffer(config, session.step, prompts.position)
-    buffer.restore(session.finished_groups, session.state)
-    weights = await session.connect(trainers, generators, buffer)
-    episodes, signal, clock = EpisodeWatch(session.warn), SignalWatch(config, session.state), RolloutClock()
+    def needs(self, config: Config) -> Needs:
+        """The policy, trained with ``algorithm.loss``, and for a KL penalty the frozen model that it starts from."""
+        models = {POLICY: ModelNeed()}
+        if config.reference.enable:
+            models[REFERENCE] = ModelNeed(trained=False, offload=config.reference.device == "cpu")
+        return Needs(models)
 
-    async def rollout_loop() -> None:
-        while True:
-            batch = buffer.begin(prompts.draw(await buffer.room()))
-            # Synchronous: a generator admits all its prompts at once, so that the run repeats exactly.
-            num = len(generators)
-            shares = [batch[i::num] for i in range(num) if batch[i::num]] if synchronous else [[p] for p in batch]
-            started = clock.begin(len(shares))
-            for key, share in enumerate(shares):
-                tasks.create_task(roll_out(share, key if synchronous else None, started))
+    def check(self, config: Config) -> None:
+        """An advantage compares."""
+        if (size := config.rollout.group_size) < 2:
+            raise UserError(
+                f"the advantage compares completions of a group, and rollout.group_size is {size}",
+                "set rollout.group_size to 2 or more, as a rule 8",
+            )
 
-    async def roll_out(share: list[Prompt], key: int | None, started: float) -> None:
-        async with aclosing(make_groups(share, sample(share, key=key), rewards, config)) as groups:
-            async for group in groups:
-                await buffer.put(group)
-        clock.end(started)
+    async def run(self, session: Session) -> None:
+        """The loop."""
+        from forge_hpc.advantages import advantage_function
+        from forge_hpc.config.algorithm import resolve_advantage
+        from forge_hpc.rollouts.checks import SignalWatch
+        from forge_hpc.rollouts.groups import measure, set_advantages, to_documents
 
-    if session.evaluation_is_due(session.step):
-        await session.evaluate(session.step, held_out, rewards, player)
-    async with background(rollout_loop()) as tasks:
-        for step in session.remaining_steps():
-            groups = await buffer.take()
-            prompts.report(groups)
-            episodes.check(step, groups)
-            metrics = measure(groups, step)
-            documents = to_documents(groups, config)
-            is_signal = signal.check(step, documents, metrics)
-            learns = is_signal or not config.algorithm.drop_zero_signal_groups
-            metrics |= await session.train_step(step, documents, update=learns)
-            evaluates = session.evaluation_is_due(step)
-            if evaluates or step % rollout.sync_interval == 0:
-                await weights.publish(step)
-                if evaluates or synchronous:
-                    await weights.delivered()
-            metrics |= prompts.metrics() | buffer.metrics() | clock.metrics() | signal.metrics()
-            session.record(step, metrics | {"time/weight_sync_s": weights.seconds}, groups)
-            state = {"prompts": prompts.state_after(groups[-1].prompt.position)}
-            await session.save_if_due(step, state | signal.state_dict() | buffer.state_dict())
-            if evaluates:
-                await session.evaluate(step, held_out, rewards, player)
-    await session.finish()
+        algorithm = session.config.algorithm
+        advantage = advantage_function(resolve_advantage(algorithm))
+        signal = SignalWatch(session.config, session.state)
+
+        await session.start()
+        await session.evaluate(session.step)
+        async with session.rollouts() as rollouts:
+            for step in session.remaining_steps():
+                groups = await rollouts.take()
+                metrics = measure(groups, step)
+                set_advantages(groups, advantage)
+                documents = to_documents(groups, drop_zero_signal=algorithm.drop_zero_signal_groups)
+                learns = signal.check(step, documents, metrics) or not algorithm.drop_zero_signal_groups
+                metrics |= await session.train_step(step, documents, update=learns)
+                await session.publish(step)
+                metrics |= rollouts.metrics() | signal.metrics()
+                await session.end_step(step, metrics, rollouts.state_dict() | signal.state_dict(), groups)
+                await session.evaluate(step)
+        await session.finish()

@@ -65,6 +65,11 @@ class EpisodeBuffer:
         self.waited_s = 0.0
         """So long the last ``take`` had to wait."""
 
+    @property
+    def step(self) -> int:
+        """The next to be taken."""
+        return self._step
+
     def __len__(self) -> int:
         """Finished groups that wait."""
         return len(self._groups)

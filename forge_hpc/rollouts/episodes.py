@@ -28,8 +28,6 @@ from typing import Any, TypeAlias, TypeVar
 
 from forge_hpc.config import Config
 from forge_hpc.config.schema import SamplingConfig
-from forge_hpc.controller.service import Service
-from forge_hpc.controller.session import Session
 from forge_hpc.data.types import Completion, Episode, Prompt, Turn
 from forge_hpc.environments import EnvironmentFailed, EnvironmentPool, Response
 from forge_hpc.environments.rendering import ConversationRenderer
@@ -46,23 +44,6 @@ Played: TypeAlias = tuple[tuple[int, int], Episode | EnvironmentFailed]
 
 GenerateTurns = Callable[..., Awaitable[list[Completion | ValueError]]]
 """The generators' ``generate_turns``: (turns, sampling, seed, share, key=...)."""
-
-
-async def start_environments(session: Session) -> EnvironmentPool | None:
-    """The pool of ``environment``, None where there is none. Raises UserError where it cannot be loaded."""
-    if session.config.environment.name is None:
-        return None
-    pool = await EnvironmentPool(session.config, warn=session.warn).start()
-    session.on_close(pool.close)
-    return pool
-
-
-def episode_player(session: Session, generators: Service, environments: EnvironmentPool | None) -> EpisodePlayer | None:
-    """What plays the episodes of prompts; None where there is no environment."""
-    if environments is None:
-        return None
-    generate = generators.generate_turns.route
-    return EpisodePlayer(session.config, session.tokenizer, generate, environments, len(generators))
 
 
 class EpisodePlayer:

@@ -10,9 +10,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from forge_hpc.advantages import advantage_function
+from forge_hpc.advantages import StepAdvantage
 from forge_hpc.config import Config
-from forge_hpc.config.algorithm import resolve_advantage
 from forge_hpc.data.types import Completion, Document, Episode, Group, Prompt
 from forge_hpc.rewards import RewardError, RewardPool
 from forge_hpc.rollouts.buffer import EpisodeBuffer
@@ -109,28 +108,29 @@ def has_signal(group: Group) -> bool:
     return len({episode.reward for episode in group.episodes}) > 1
 
 
-def to_documents(groups: Sequence[Group], config: Config) -> list[Document]:
-    """Compare the episodes of a step, and make documents of those that it trains on.
-
-    Groups whose advantages are all zero are dropped where ``algorithm.drop_zero_signal_groups`` says so. Where no group
-    carries a signal all are kept: the step measures them and trains on none.
-    """
+def set_advantages(groups: Sequence[Group], advantage: StepAdvantage) -> None:
+    """Compare the rewards of a step's episodes: each gets its advantage."""
     groups = [group for group in groups if group.episodes]
-    _set_advantages(groups, resolve_advantage(config.algorithm))
-    kept = [group for group in groups if any(episode.advantage != 0 for episode in group.episodes)]
-    if not kept or not config.algorithm.drop_zero_signal_groups:
-        kept = groups
-    return [_to_document(episode) for group in kept for episode in group.episodes]
-
-
-def _set_advantages(groups: Sequence[Group], name: str) -> None:
-    advantages = advantage_function(name)([[episode.reward for episode in group.episodes] for group in groups])
+    advantages = advantage([[episode.reward for episode in group.episodes] for group in groups])
     for group, values in zip(groups, advantages, strict=True):
-        for episode, advantage in zip(group.episodes, values, strict=True):
-            episode.advantage = float(advantage)
+        for episode, value in zip(group.episodes, values, strict=True):
+            episode.advantage = float(value)
 
 
-def _to_document(episode: Episode) -> Document:
+def to_documents(groups: Sequence[Group], drop_zero_signal: bool = False) -> list[Document]:
+    """The episodes of a step as documents.
+
+    With ``drop_zero_signal`` without groups whose advantages are all zero. Where no group carries a signal all are
+    kept: the step measures them and trains on none.
+    """
+    kept = [group for group in groups if any(episode.advantage != 0 for episode in group.episodes)]
+    if not kept or not drop_zero_signal:
+        kept = [group for group in groups if group.episodes]
+    return [to_document(episode) for group in kept for episode in group.episodes]
+
+
+def to_document(episode: Episode) -> Document:
+    """Prompt and response; what the policy wrote of it is trained."""
     prompt, response = episode.prompt.token_ids, episode.completion.token_ids
     logprobs = np.zeros(len(prompt) + len(response), dtype=np.float32)
     logprobs[len(prompt) :] = episode.completion.logprobs

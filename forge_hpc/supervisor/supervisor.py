@@ -43,6 +43,7 @@ from forge_hpc.cluster.identity import make_job_identity, tls_environment
 from forge_hpc.cluster.processes import become_subreaper, end_descendants
 from forge_hpc.cluster.rendezvous import Rendezvous, RendezvousTimeout
 from forge_hpc.config import Config, UserError, load_config, print_error, read_config, save_config, signal_lead_s
+from forge_hpc.config.recipes import load_recipe
 from forge_hpc.files import in_thread
 from forge_hpc.observability.summary import final_summary
 from forge_hpc.run_dir import RunDir
@@ -659,7 +660,7 @@ class Supervisor:
     def _cancelled(self, config: Config, wish: Wish) -> Ended:
         """How a run has ended that was cancelled: what is lost, and how to go on."""
         resume = f"forge-hpc resume {shlex.quote(str(self.run_dir))}"
-        if config.recipe == "eval":
+        if not load_recipe(config).needs(config).trains:
             return Ended("cancelled", wish.message, f"{resume} begins the evaluation again")
         step, saved = self._steps()
         if not step:

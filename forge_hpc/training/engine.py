@@ -29,6 +29,8 @@ from torchtitan.tools.utils import set_default_dtype
 
 from forge_hpc.checkpoint import FileRecord
 from forge_hpc.config.errors import UserError
+from forge_hpc.config.needs import POLICY
+from forge_hpc.config.recipes import load_recipe
 from forge_hpc.config.schema import Config, SamplingConfig
 from forge_hpc.config.split import plan as placement
 from forge_hpc.data.packing import PackedBatch, pack, unpack
@@ -84,7 +86,7 @@ class TrainEngine(Stateful):
         init_adapters(self.model, cfg.seed)
         self.optimizers = _build_optimizers(cfg, self.model)
         self.lr_schedulers = _build_lr_schedulers(cfg, self.optimizers)
-        is_sft = cfg.recipe == "sft"
+        is_sft = load_recipe(cfg).needs(cfg).models[POLICY].loss == "sft"
         self.loss_fn: LossFn = (
             SFTLoss() if is_sft else build_loss(cfg.algorithm.loss, cfg.algorithm, cfg.rollout.max_response_tokens)
         )

@@ -1,0 +1,84 @@
+"""From ``recipe`` and ``recipe_args`` to the recipe. The table of ours is here, and nowhere else.
+
+A recipe's module is imported where a run is submitted, which tells what it needs: it should import torch where it
+computes, not at its top.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from forge_hpc.config.errors import UserError
+from forge_hpc.config.schema import Config
+from forge_hpc.config.user_code import find_user_code, load_user_code, nearest
+
+if TYPE_CHECKING:
+    from forge_hpc.recipes.base import Recipe
+
+RECIPES = {
+    "grpo": "forge_hpc.recipes.grpo:GRPO",
+    "sft": "forge_hpc.recipes.sft:SFT",
+    "eval": "forge_hpc.recipes.eval:Evaluation",
+}
+"""Name and place."""
+
+
+def load_recipe(cfg: Config) -> Recipe:
+    """The recipe that `cfg` names, with its options.
+
+    Raises:
+        UserError: there is no such recipe, it is none, or has no such options.
+    """
+    cls = _recipe_class(cfg.recipe)
+    values = cfg.recipe_args
+    if not values:
+        return cls(cls.Args())
+    from forge_hpc.config.load import typed_options  # OmegaConf's import is slow, and most runs have none
+
+    if not dataclasses.fields(cls.Args):
+        raise UserError(f"recipe_args has {', '.join(values)}, and recipe={cfg.recipe} has no options", "leave it out")
+    return cls(typed_options(cls.Args, values, "recipe_args", f"recipe={cfg.recipe}"))
+
+
+def _recipe_class(name: str) -> type[Recipe]:
+    if name not in RECIPES and ":" not in name:
+        own = "or your own as file.py:Class or package.module:Class"
+        raise UserError(
+            f"recipe is {name!r}, which is not known", nearest(name, RECIPES) or f"known: {', '.join(RECIPES)}, {own}"
+        )
+    place = RECIPES.get(name, name)
+    file = Path(place.rpartition(":")[0]).expanduser()
+    return _load(place, file.stat().st_mtime_ns if file.suffix == ".py" and file.is_file() else 0)
+
+
+@functools.lru_cache(maxsize=8)
+def _load(place: str, written: int) -> type[Recipe]:
+    """``written`` says which state of the file."""
+    base = importlib.import_module("forge_hpc.recipes.base")
+    module, _, name = place.rpartition(":")
+    if not module or not name.isidentifier():
+        raise UserError(f"recipe is {place!r}", "write package.module:Class or file.py:Class")
+    if module.endswith(".py"):
+        find_user_code("recipe", Path(module).expanduser(), name)
+    try:
+        found = load_user_code(place, "recipe")
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # whatever the user's module does when it is imported
+        raise UserError(
+            f"recipe: {module} cannot be imported: {type(error).__name__}: {error}", "try it with python"
+        ) from error
+    if inspect.iscoroutinefunction(found):
+        return base.of_function(found, place)
+    if not (isinstance(found, type) and issubclass(found, base.Recipe)):
+        raise UserError(
+            f"the recipe {place} is no forge_hpc.recipes.Recipe and not async",
+            "write `class MyRecipe(Recipe)` with `async def run(self, session)`, or `async def my_recipe(session)`",
+        )
+    base.check_surface(found, place)
+    return found

@@ -1,0 +1,143 @@
+"""Saving a run: its checkpoints, and the models that are exported on the way.
+
+trainers stage their state ──► training goes on ──► all ranks have written ──► the commit, with the recipe's state
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from forge_hpc.checkpoint import CheckpointStore, FileRecord
+from forge_hpc.checkpoint.episodes import EPISODES, dump_groups
+from forge_hpc.config import Config, config_text
+from forge_hpc.controller.recovery import Recoveries
+from forge_hpc.controller.service import ActorLost, reason_of
+from forge_hpc.controller.trainers import Trainers
+from forge_hpc.data.types import Group
+from forge_hpc.run_dir import RunDir
+from forge_hpc.status_writer import StatusWriter
+
+logger = logging.getLogger(__name__)
+CONFIG = "config.yaml"
+"""In a checkpoint: the configuration that it was made with."""
+MIN_LEAD_S = 30.0
+"""What a departure takes beside the step and the save: the signal's way, the requeue, slow seconds of a shared disk."""
+
+
+class Saver:
+    """Saves the run beside the training, and counts what fails: a run goes on from one good checkpoint to the next.
+
+    Args:
+        finished_groups: rollouts of later steps that are to be kept.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: RunDir,
+        recoveries: Recoveries,
+        status: StatusWriter,
+        finished_groups: Callable[[], list[Group]],
+    ) -> None:
+        self.checkpoints = CheckpointStore(run_dir, config.checkpoint.keep)
+        self.saved_step = 0
+        """Of the newest checkpoint."""
+        self.num_failed = 0
+        """Saves of the run that have failed."""
+        self._config = config
+        self._config_text = config_text(config).encode()
+        self._run_dir = run_dir
+        self._recoveries = recoveries
+        self._status = status
+        self._finished_groups = finished_groups
+        self._saving: asyncio.Task[None] | None = None
+        self._train_s: deque[float] = deque(maxlen=20)
+        self._save_s: deque[float] = deque(maxlen=5)
+
+    def trained(self, seconds: float) -> None:
+        """A step has taken so long."""
+        self._train_s.append(seconds)
+
+    def is_due(self, step: int) -> bool:
+        """Every ``checkpoint.interval`` steps, and at the last one."""
+        interval = self._config.checkpoint.interval
+        return step == self._config.trainer.training.steps or (interval > 0 and step % interval == 0)
+
+    async def save(self, trainers: Trainers, step: int, state: Mapping[str, Any]) -> None:
+        """Save the run as of ``step``. Training waits while the trainers stage their state, not for the disk.
+
+        A save that fails is reported and counted.
+        """
+        await self.saved()
+        start = time.perf_counter()
+        groups = self._finished_groups()
+        record = {"step": step, "policy_version": step, "recipe": state}
+        record |= {"recoveries": self._recoveries.state_dict(), "failed_saves": self.num_failed}
+
+        async def commit() -> None:
+            written = await trainers.call_all("saved")  # each rank names the files that are its own
+            files = {name: file for rank in written for name, file in rank.items()}
+            await asyncio.to_thread(self._commit, step, record, files, groups)
+
+        try:
+            directory = await asyncio.to_thread(self.checkpoints.begin, step)
+            await trainers.call("save", directory / "trainer")
+        except ActorLost:
+            raise
+        except Exception as error:
+            await self._save_failed(step, error)
+        else:
+            self._saving = asyncio.create_task(self._complete(commit(), step, start))
+
+    async def saved(self) -> None:
+        """Wait until the save that runs beside the training is over."""
+        if (saving := self._saving) is not None:
+            await asyncio.shield(saving)  # who waits may be cancelled, and the save goes on
+            self._saving = None
+
+    async def _complete(self, commit: Awaitable[None], step: int, start: float) -> None:
+        try:
+            await commit
+        except ActorLost:
+            raise
+        except Exception as error:
+            await self._save_failed(step, error)
+        else:
+            self.saved_step = step
+            self._save_s.append(time.perf_counter() - start)
+            lead_s = MIN_LEAD_S + 2 * (max(self._save_s) + max(self._train_s, default=0.0))
+            self._status.tell(lead_s=round(lead_s, 1))
+
+    def _commit(
+        self, step: int, record: Mapping[str, Any], files: Mapping[str, FileRecord], groups: Sequence[Group]
+    ) -> None:
+        extra = {CONFIG: self._config_text} | ({EPISODES: dump_groups(groups)} if groups else {})
+        self.checkpoints.commit(step, record, files, extra)
+
+    async def _save_failed(self, step: int, error: Exception) -> None:
+        await asyncio.to_thread(self.checkpoints.abandon, step)
+        self.num_failed += 1
+        reason = " ".join(str(error).split()) or type(error).__name__
+        logger.error("the checkpoint of step %d failed, the one before it stands: %s", step, reason)
+        self._status.tell(message=f"the checkpoint of step {step} failed: {reason}")
+
+    async def export_if_due(self, trainers: Trainers, step: int, *, leaving: bool) -> None:
+        """Write the model every ``checkpoint.export_interval`` steps. One that fails is reported; the run goes on."""
+        interval = self._config.checkpoint.export_interval
+        if not interval or step % interval:
+            return
+        if leaving:
+            logger.warning("no time to export step %d: forge-hpc export writes it from its checkpoint", step)
+            return
+        try:
+            await trainers.call("export", self._run_dir.export_of(step))
+        except ActorLost:
+            raise
+        except Exception as error:
+            logger.error("the model of step %d is not exported: %s", step, reason_of(error))
+            self._status.tell(message=f"the model of step {step} is not exported: {reason_of(error)}")

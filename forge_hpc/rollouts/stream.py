@@ -1,0 +1,93 @@
+"""The groups of each step, generated beside the training.
+
+    prompts ──► generators (and environments) ──► rewards ──► groups ──► buffer ──► take()
+                    ▲                                                     │
+                    └───────────────────── room ◄─────────────────────────┘
+
+New weights in the generators make room in the buffer, and with dynamic sampling every group that carries no signal, in
+whose place a further prompt is drawn. With ``rollout.max_staleness`` 0 generation and training take turns; above it
+generation runs ahead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from forge_hpc.config import Config
+from forge_hpc.data.prompts import PromptStream
+from forge_hpc.data.types import Group, Prompt
+from forge_hpc.rewards import RewardPool
+from forge_hpc.rollouts.buffer import EpisodeBuffer
+from forge_hpc.rollouts.checks import EpisodeWatch
+from forge_hpc.rollouts.groups import RolloutClock, make_groups
+
+
+class RolloutStream:
+    """What ``session.rollouts()`` gives to a recipe.
+
+    Args:
+        prompts: those of the steps to come.
+        sample: the generators', or the environments', stream of samples: (prompts, key=...).
+        num_generators: replicas that share the prompts of a synchronous step.
+        warn: shows the user a line.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        prompts: PromptStream,
+        sample: Callable[..., AsyncIterator[Any]],
+        num_generators: int,
+        rewards: RewardPool,
+        buffer: EpisodeBuffer,
+        warn: Callable[[str], None],
+    ) -> None:
+        self._config = config
+        self._prompts = prompts
+        self._sample = sample
+        self._num_generators = num_generators
+        self._rewards = rewards
+        self._buffer = buffer
+        self._clock = RolloutClock()
+        self._watch = EpisodeWatch(warn)
+        self._step = buffer.step
+        self._last_position = -1
+
+    async def take(self) -> list[Group]:
+        """The groups of the next step, in the order of their prompts, none older than ``rollout.max_staleness``."""
+        self._step = self._buffer.step
+        groups = await self._buffer.take()
+        self._last_position = groups[-1].prompt.position
+        self._prompts.report(groups)
+        self._watch.check(self._step, groups)
+        return groups
+
+    def metrics(self) -> dict[str, float]:
+        """The figures of the step that was taken last: what was waited for, and what was left out."""
+        return self._prompts.metrics() | self._buffer.metrics() | self._clock.metrics()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that trained on the step that was taken last needs to go on after it; JSON."""
+        return {"prompts": self._prompts.state_after(self._last_position)} | self._buffer.state_dict()
+
+    async def run(self) -> None:
+        """Generate, for as long as this is not cancelled."""
+        synchronous, num = self._config.rollout.max_staleness == 0, self._num_generators
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                batch = self._buffer.begin(self._prompts.draw(await self._buffer.room()))
+                # Synchronous: a generator admits all its prompts at once, so that the run repeats exactly.
+                shares = [batch[i::num] for i in range(num) if batch[i::num]] if synchronous else [[p] for p in batch]
+                started = self._clock.begin(len(shares))
+                for key, share in enumerate(shares):
+                    tasks.create_task(self._roll_out(share, key if synchronous else None, started))
+
+    async def _roll_out(self, share: list[Prompt], key: int | None, started: float) -> None:
+        samples = self._sample(share, key=key)
+        async with aclosing(make_groups(share, samples, self._rewards, self._config)) as groups:
+            async for group in groups:
+                await self._buffer.put(group)
+        self._clock.end(started)
