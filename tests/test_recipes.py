@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from one_group import make_group
 
 from forge_hpc.config import Config
 from forge_hpc.config.schema import RewardConfig
@@ -18,7 +19,9 @@ from forge_hpc.data.types import Completion, Document, Group, Prompt
 from forge_hpc.recipes.grpo import grpo
 from forge_hpc.rewards import RewardPool
 from forge_hpc.rollouts.checks import SignalWatch
-from forge_hpc.rollouts.groups import RolloutClock, has_signal, make_group, make_groups, measure, to_documents
+from forge_hpc.rollouts.documents import to_documents
+from forge_hpc.rollouts.figures import RolloutClock, measure
+from forge_hpc.rollouts.groups import has_signal, make_groups
 
 PROMPT = Prompt(0, "1+1=", [1, 2, 1, 3], "2")
 

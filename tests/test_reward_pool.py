@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from one_group import make_group
 from runs import wait_for
 
 from forge_hpc.config.errors import UserError
@@ -22,7 +23,7 @@ from forge_hpc.config.user_code import load_user_code
 from forge_hpc.data.types import Completion, Prompt
 from forge_hpc.rewards import RewardError, RewardPool
 from forge_hpc.rewards.limit import CEILING_S, FACTOR, FLOOR_S, CallLimit
-from forge_hpc.rollouts.groups import make_group, measure
+from forge_hpc.rollouts.figures import measure
 
 BAD = Path(__file__).parent / "bad_rewards.py"
 FAR = 60.0

@@ -17,9 +17,12 @@ from contextlib import aclosing
 from forge_hpc.controller.session import Session, background, load_held_out, load_prompts
 from forge_hpc.data.types import Prompt
 from forge_hpc.rewards import RewardPool
+from forge_hpc.rollouts.buffer import episode_buffer
 from forge_hpc.rollouts.checks import EpisodeWatch, SignalWatch
+from forge_hpc.rollouts.documents import to_documents
 from forge_hpc.rollouts.episodes import episode_player, start_environments
-from forge_hpc.rollouts.groups import RolloutClock, episode_buffer, make_groups, measure, to_documents
+from forge_hpc.rollouts.figures import RolloutClock, measure
+from forge_hpc.rollouts.groups import make_groups
 
 
 async def grpo(session: Session) -> None:
