@@ -6,10 +6,15 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import TypeAlias
 
+import numpy as np
+
 from forge_hpc.config import Config
 from forge_hpc.data.types import Completion, Episode, Group, Prompt
 from forge_hpc.rewards import RewardError, RewardPool
 from forge_hpc.rollouts.streaming import stream
+
+_LARGEST = np.finfo(np.float32).max
+"""Log-probabilities beyond it are infinite in a document."""
 
 Sample: TypeAlias = Completion | Episode | Exception
 """What a generator or an environment gave: an EnvironmentFailed in the place of an episode, a ValueError in that of
@@ -29,7 +34,8 @@ def make_groups(
     ``samples`` have the indices of their prompt and of themselves: ``generators.generate.stream(prompts)``. Episodes
     come with what their environment gave, to which the rewards of their last response are added.
 
-    Counted and left out are the samples of a prompt that the generator refused, an empty completion, and one whose environment (an error in its place) or reward failed.
+    Counted and left out are the samples of a prompt that the generator refused, an empty completion, one with a
+    log-probability that is not finite, and one whose environment (an error in its place) or reward failed.
     """
 
     async def reward_all(hand_over: Callable[[Group], None]) -> None:
@@ -59,6 +65,8 @@ async def _score(prompt: Prompt, sample: Sample, rewards: RewardPool) -> _Scored
     episode = sample if isinstance(sample, Episode) else Episode(prompt, sample, 0.0)
     if not episode.completion.token_ids:
         return RewardError("the completion is empty", "empty")
+    if not (np.abs(episode.completion.logprobs) <= _LARGEST).all():
+        return RewardError("the generator gave a log-probability that is not finite", "logprobs")
     try:
         total, terms = await rewards.score(episode.prompt, episode.completion)
     except RewardError as error:
