@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from one_group import make_group
 from test_environments import Chatter, InProcess, ScriptedGenerator, chat_tokenizer, played, prompt_of, with_pool
 
 from forge_hpc.config import Config, load_config
@@ -27,7 +28,7 @@ from forge_hpc.observability.summary import final_summary
 from forge_hpc.rewards import RewardPool
 from forge_hpc.rollouts.checks import EpisodeWatch
 from forge_hpc.rollouts.episodes import EpisodePlayer
-from forge_hpc.rollouts.groups import make_group, measure
+from forge_hpc.rollouts.figures import measure
 from forge_hpc.run_dir import RunDir
 
 

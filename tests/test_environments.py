@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from one_group import make_group
 from sandboxes import needs_bubblewrap
 
 from forge_hpc.checkpoint.episodes import dump_groups, load_groups
@@ -27,8 +28,9 @@ from forge_hpc.environments.calculator import Calculator, calculate
 from forge_hpc.environments.guessing import Guessing
 from forge_hpc.environments.rendering import ConversationRenderer
 from forge_hpc.rewards import RewardPool
+from forge_hpc.rollouts.documents import to_documents
 from forge_hpc.rollouts.episodes import EpisodePlayer
-from forge_hpc.rollouts.groups import make_group, measure, to_documents
+from forge_hpc.rollouts.figures import measure
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

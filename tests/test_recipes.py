@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from one_group import make_group
 
 from forge_hpc.advantages import advantage_function
 from forge_hpc.config import Config
@@ -24,17 +25,11 @@ from forge_hpc.data.types import Completion, Document, Group, Prompt
 from forge_hpc.recipes.base import NoArgs
 from forge_hpc.recipes.grpo import GRPO
 from forge_hpc.rewards import RewardPool
+from forge_hpc.rollouts.buffer import episode_buffer
 from forge_hpc.rollouts.checks import SignalWatch
-from forge_hpc.rollouts.groups import (
-    RolloutClock,
-    episode_buffer,
-    has_signal,
-    make_group,
-    make_groups,
-    measure,
-    set_advantages,
-    to_documents,
-)
+from forge_hpc.rollouts.documents import set_advantages, to_documents
+from forge_hpc.rollouts.figures import RolloutClock, measure
+from forge_hpc.rollouts.groups import has_signal, make_groups
 from forge_hpc.rollouts.stream import RolloutStream
 
 PROMPT = Prompt(0, "1+1=", [1, 2, 1, 3], "2")

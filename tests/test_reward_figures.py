@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from one_group import make_group
 
 from forge_hpc.cli import main
 from forge_hpc.config.errors import UserError
@@ -16,7 +17,7 @@ from forge_hpc.config.schema import Config, RewardConfig
 from forge_hpc.data.fields import target_text
 from forge_hpc.data.types import Completion, Episode, Group, Prompt
 from forge_hpc.rewards import RewardError, RewardPool
-from forge_hpc.rollouts.groups import make_group, measure
+from forge_hpc.rollouts.figures import measure
 
 REWARDS = """
 def words(prompt, response, target, **fields):

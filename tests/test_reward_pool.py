@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from one_group import make_group
 from runs import wait_for
 
 from forge_hpc.config.errors import UserError
@@ -22,7 +23,7 @@ from forge_hpc.config.user_code import load_user_code
 from forge_hpc.data.types import Completion, Prompt
 from forge_hpc.rewards import RewardError, RewardPool
 from forge_hpc.rewards.limit import CEILING_S, FACTOR, FLOOR_S, CallLimit
-from forge_hpc.rollouts.groups import make_group, measure
+from forge_hpc.rollouts.figures import measure
 
 BAD = Path(__file__).parent / "bad_rewards.py"
 FAR = 60.0
@@ -233,7 +234,7 @@ def test_the_limit_of_a_call_is_learned_from_those_that_gave_a_value():
 
 @pytest.mark.parametrize(("name", "num_workers"), [("misbehave", 2), ("misbehave_async", 1)])
 def test_a_hanging_call_of_a_quick_reward_is_given_up_long_before_the_ceiling(name: str, num_workers: int):
-    """By the limit that its error names. Of several at most one is watched, beside the crew."""
+    """By the limit that its error names. Of several at most one is watched, beside the other workers."""
 
     async def scenario(pool: RewardPool) -> None:
         workers: set[float] = set()
@@ -415,6 +416,7 @@ def test_failures_of_a_step_are_counted_by_kind_and_the_first_of_each_is_logged(
         "load": 0,
         "empty": 1,
         "environment": 0,
+        "logprobs": 0,
     }
     assert failed == counts
     assert figures["episodes/failed"] == 6

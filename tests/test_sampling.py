@@ -17,7 +17,8 @@ from forge_hpc.config.schema import SamplingConfig
 from forge_hpc.data.builtin import char_tokenizer, write_tiny_qwen3
 from forge_hpc.data.types import Completion, Episode, Group, Prompt
 from forge_hpc.generation import GenerationEngine
-from forge_hpc.rollouts.groups import measure, to_documents
+from forge_hpc.rollouts.documents import to_documents
+from forge_hpc.rollouts.figures import measure
 from forge_hpc.training.distributed import init_distributed
 from forge_hpc.training.engine import TrainEngine
 

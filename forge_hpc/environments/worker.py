@@ -1,8 +1,8 @@
 """A process that hosts environments: ``python -m forge_hpc.environments.worker``, started by the pool.
 
-Requests come on the standard input, each a length (8 bytes, little endian) and a pickle; answers go to what was the
-standard output, one JSON object a line, in any order. Each environment has a thread and an event loop of its own: one
-that blocks holds up no other. So it has the global generators of random numbers. It ends with its input.
+The first request loads the class; the others make an environment of it, step it and close it. Each environment has a
+thread and an event loop of its own: one that blocks holds up no other. So it has the global generators of random
+numbers. The process ends with its input.
 """
 
 from __future__ import annotations
@@ -10,24 +10,19 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-import json
 import math
 import os
-import pickle
 import resource
-import struct
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from forge_hpc.cluster.processes import die_with_parent
-from forge_hpc.config.errors import UserError
 from forge_hpc.environments.base import Environment, EnvironmentFull, Step
 from forge_hpc.environments.isolation import Generators, isolate
 from forge_hpc.environments.registry import load_environment
-from forge_hpc.rewards.compute import failure
+from forge_hpc.workers.channel import Answer, Channel, failure, refusal
+from forge_hpc.workers.keeper import keep
 
 MAX_OBSERVATION_CHARS = 4_000_000
 _CANCEL_TIMEOUT_S = 5.0
@@ -36,8 +31,8 @@ _CANCEL_TIMEOUT_S = 5.0
 class _Host:
     """One environment, from its making to its end."""
 
-    def __init__(self, make: Callable[[], Environment], answer: Callable[[int, dict[str, Any]], None]) -> None:
-        self._make, self._answer = make, answer
+    def __init__(self, make: Callable[[], Environment], channel: Channel) -> None:
+        self._make, self._channel = make, channel
         self._environment: Environment | None = None
         self._under_way: asyncio.Task[Any] | None = None
         self._generators = Generators()
@@ -55,11 +50,11 @@ class _Host:
     async def _serve(self, request: dict[str, Any]) -> None:
         self._generators.use()
         try:
-            self._answer(request["id"], {"value": await self._do(request)})
+            self._channel.answer(request, {"value": await self._do(request)})
         except EnvironmentFull as error:
-            self._answer(request["id"], {"error": str(error), "limit": error.limit})
+            self._channel.answer(request, {"error": str(error), "limit": error.limit})
         except (Exception, SystemExit) as error:  # a user's environment may raise anything; the pool counts it
-            self._answer(request["id"], {"error": failure(error)["error"]})
+            self._channel.answer(request, failure(error))
         if request["do"] == "close":
             self._loop.stop()
 
@@ -93,50 +88,36 @@ def _plain(step: Any) -> dict[str, Any]:
     return dataclasses.asdict(step) | {"reward": reward, "done": bool(step.done)}
 
 
-def _load(request: dict[str, Any]) -> tuple[Callable[[], Environment] | None, dict[str, Any]]:
+def _load(request: dict[str, Any]) -> tuple[Callable[[], Environment] | None, Answer]:
     """What makes an environment, tried once, and what to answer."""
     try:
         make = functools.partial(load_environment(request["name"]), **request["args"])
         environment = make()
         if (check := getattr(environment, "check", None)) is not None:
             asyncio.run(check())
-    except UserError as error:
-        return None, {"error": error.message, "hint": error.hint}
     except Exception as error:  # a user's module and class may raise anything
-        return None, {"error": failure(error)["error"]}
+        return None, refusal(error)
     bounds = {name: getattr(environment, name, None) for name in ("concurrency", "max_open_episodes")}
     return make, {"value": {k: v if isinstance(v, int) and v > 0 else None for k, v in bounds.items()}}
 
 
 def main() -> None:
-    die_with_parent()
+    keep()
+    channel = Channel()
     isolate()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # every event loop holds three files
-    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w")
-    with Path(os.devnull).open("rb") as nothing:
-        os.dup2(nothing.fileno(), 0)
-    os.dup2(2, 1)  # what environments print
-    lock = threading.Lock()
-
-    def answer(number: int, content: dict[str, Any]) -> None:
-        line = json.dumps({"id": number, **content})
-        with lock:
-            print(line, file=answers, flush=True)
-
     make: Callable[[], Environment] | None = None
     hosts: dict[int, _Host] = {}
-    while len(header := requests.read(8)) == 8:
-        (length,) = struct.unpack("<Q", header)
-        request = pickle.loads(requests.read(length))
+    while (request := channel.receive()) is not None:
         if request["do"] == "load":
-            make, content = _load(request)
-            answer(request["id"], content)
+            make, answer = _load(request)
+            channel.answer(request, answer)
             continue
         number = request["environment"]
         if number not in hosts:
             assert make is not None, "load comes first"
-            hosts[number] = _Host(make, answer)
+            hosts[number] = _Host(make, channel)
         host = hosts.pop(number) if request["do"] == "close" else hosts[number]
         host.post(request)
     sys.stdout.flush()

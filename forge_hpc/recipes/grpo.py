@@ -38,7 +38,8 @@ class GRPO(Recipe):
         from forge_hpc.advantages import advantage_function
         from forge_hpc.config.algorithm import resolve_advantage
         from forge_hpc.rollouts.checks import SignalWatch
-        from forge_hpc.rollouts.groups import measure, set_advantages, to_documents
+        from forge_hpc.rollouts.documents import set_advantages, to_documents
+        from forge_hpc.rollouts.figures import measure
 
         algorithm = session.config.algorithm
         advantage = advantage_function(resolve_advantage(algorithm))

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import traceback
 from collections.abc import Awaitable
 from typing import Any
 
 from forge_hpc.rewards.registry import Reward
-
-Answer = dict[str, Any]
-"""``value`` (float), ``figures`` (floats by name) and, where it was asked for, ``read`` (what the reward took for the
-answer, None where it says nothing of it); or ``error``, ``kind`` (of RewardError) and perhaps ``hint``."""
-
-_MAX_ERROR_CHARS = 2000
+from forge_hpc.workers.channel import Answer, failure
 
 
 def compute(reward: Reward, request: dict[str, Any]) -> Answer:
-    """The reward's value for ``prompt``, ``response``, ``target`` and ``fields``; a coroutine is run to its end. With
-    ``show`` in the request also what it read, where it has a method ``read_answer(prompt, response)``."""
+    """The reward's ``value`` for ``prompt``, ``response``, ``target`` and ``fields``, and its ``figures`` by name; a
+    coroutine is run to its end. With ``show`` in the request also what it took for the answer, ``read``, where it has a
+    method ``read_answer(prompt, response)``, else None."""
     try:
         value = reward(request["prompt"], request["response"], request["target"], request["fields"])
         return _answer(reward, request, asyncio.run(_wait(value)) if inspect.isawaitable(value) else value)
@@ -44,14 +39,6 @@ def _answer(reward: Reward, request: dict[str, Any], value: Any) -> Answer:
         read_answer = getattr(reward.function, "read_answer", None)
         answer["read"] = None if read_answer is None else read_answer(request["prompt"], request["response"])
     return answer
-
-
-def failure(error: BaseException) -> Answer:
-    """What was raised, and the line that raised it: the end of its traceback in one line."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    kind = "memory" if isinstance(error, MemoryError) else "timeout" if isinstance(error, TimeoutError) else "raised"
-    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return {"error": f"{text[:_MAX_ERROR_CHARS]} ({frame.filename}:{frame.lineno})", "kind": kind}
 
 
 async def _wait(value: Awaitable[Any]) -> Any:

@@ -1,7 +1,7 @@
 """Scores completions: quick built-in rewards at once, all others in worker processes with a time limit.
 
 A reward that hangs costs its worker, which is killed and replaced, and its episode, which the caller counts and leaves
-out. It stalls neither the loop nor the other rewards (see ``crew``).
+out. It stalls neither the loop nor the other rewards (see ``workers``).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config, RewardConfig
-from forge_hpc.rewards.compute import Answer, compute
-from forge_hpc.rewards.crew import Crew
+from forge_hpc.rewards.compute import compute
 from forge_hpc.rewards.errors import RewardError
 from forge_hpc.rewards.registry import INLINE_REWARDS, Reward, load_reward
+from forge_hpc.rewards.workers import RewardWorkers
+from forge_hpc.workers.channel import Answer
 
 if TYPE_CHECKING:
     from forge_hpc.data.types import Completion, Prompt
@@ -62,7 +63,7 @@ class RewardPool:
         Raises UserError where a reward cannot be loaded, or its own ``check`` fails.
         """
         try:
-            await asyncio.gather(*(term.crew.start() for term in self._terms.values() if term.crew))
+            await asyncio.gather(*(term.workers.start() for term in self._terms.values() if term.workers))
         except BaseException:
             await self.close()
             raise
@@ -111,7 +112,7 @@ class RewardPool:
 
     async def close(self) -> None:
         """Kill all processes, with everything that they started, and wait for their end."""
-        await asyncio.gather(*(term.crew.close() for term in self._terms.values() if term.crew))
+        await asyncio.gather(*(term.workers.close() for term in self._terms.values() if term.workers))
 
     async def __aenter__(self) -> Self:
         return await self.start()
@@ -140,22 +141,22 @@ class _Term:
 
     def __init__(self, config: RewardConfig, num_workers: int | None) -> None:
         self.config = config
-        self.crew: Crew | None = None
+        self.workers: RewardWorkers | None = None
         self._inline: Reward | None = None
         if config.name in INLINE_REWARDS:
             self._inline = _load_inline(config)
         else:
-            self.crew = Crew(config, num_workers)
+            self.workers = RewardWorkers(config, num_workers)
         self._worked = False
         self._failed: Counter[int] = Counter()
         """Failures until the first success, by the prompt's position."""
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     async def compute(self, request: dict[str, Any], position: int) -> Answer:
         try:
             answer = await self._answer(request)
         except RewardError as error:
-            self._tell(error)
+            self._warn_once(error)
             if not self._worked:
                 self._failed[position] += 1
                 if self._failed.total() >= _GIVE_UP_CALLS and len(self._failed) >= _GIVE_UP_PROMPTS:
@@ -166,11 +167,11 @@ class _Term:
 
     async def _answer(self, request: dict[str, Any]) -> Answer:
         name = self.config.name
-        if self.crew is None:
+        if self.workers is None:
             assert self._inline is not None
             answer = compute(self._inline, request)
         else:
-            answer = await self.crew.call(request)
+            answer = await self.workers.call(request)
         if "error" in answer:
             raise RewardError(f"reward {name}: {answer['error']}", answer["kind"])
         for what, value in {name: answer["value"], **answer["figures"]}.items():
@@ -178,9 +179,9 @@ class _Term:
                 raise RewardError(f"reward {name}{f': {what}' if what != name else ''} is {value}", "not_finite")
         return answer
 
-    def _tell(self, error: RewardError) -> None:
-        if error.kind not in self._told:
-            self._told.add(error.kind)
+    def _warn_once(self, error: RewardError) -> None:
+        if error.kind not in self._warned:
+            self._warned.add(error.kind)
             logger.warning("%s; the episode is left out, as all such ones (rewards/failed_%s)", error, error.kind)
 
 

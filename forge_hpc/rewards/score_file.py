@@ -69,7 +69,7 @@ async def _score(rows: Sequence[_Row], config: Config, as_json: bool) -> int:
                     record |= {"reward": judgement.total, "rewards": judgement.terms, "read": judgement.read}
                     for name, value in {"reward": judgement.total, **judgement.terms}.items():
                         sums.setdefault(name, []).append(value)
-                print(json.dumps(record, ensure_ascii=False) if as_json else _say(record), flush=True)
+                print(json.dumps(record, ensure_ascii=False) if as_json else _describe(record), flush=True)
         finally:
             for task in tasks:
                 task.cancel()
@@ -80,7 +80,7 @@ async def _score(rows: Sequence[_Row], config: Config, as_json: bool) -> int:
     return 1 if num_failed else 0
 
 
-def _say(record: dict[str, Any]) -> str:
+def _describe(record: dict[str, Any]) -> str:
     if "error" in record:
         return f"{record['line']}  failed: {record['error']}"
     terms = "  ".join(

@@ -19,7 +19,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from forge_hpc.config import Config
 from forge_hpc.data.types import Group, Prompt
+from forge_hpc.rollouts.groups import has_signal
 
 
 class EpisodeBuffer:
@@ -173,3 +175,13 @@ class EpisodeBuffer:
         await self._changed.wait_for(lambda: self._failure is not None or condition())
         if self._failure is not None:
             raise self._failure
+
+
+def episode_buffer(config: Config, steps_done: int, position: int) -> EpisodeBuffer:
+    """The buffer of a run in which ``position`` is that of the first prompt after ``steps_done`` steps."""
+    a, rollout, last_step = config.algorithm, config.rollout, config.trainer.training.steps
+    size = rollout.prompts_per_step
+    if not a.dynamic_sampling:
+        return EpisodeBuffer(size, rollout.max_staleness, steps_done, position, last_step)
+    limit = a.max_steps_without_signal * size
+    return EpisodeBuffer(size, rollout.max_staleness, steps_done, position, last_step, has_signal, limit)

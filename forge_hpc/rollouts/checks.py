@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -125,11 +126,16 @@ class SignalWatch:
         return False
 
 
+NUM_RECENT, MAX_NOT_FINITE = 100, 0.1
+"""Not more than this share of so many completions, or of one step that has more, may be without log-probabilities that
+are finite: a run that leaves out single ones learns what it would have learned, one that leaves out many does not."""
+_WHY_NOT_FINITE = "Has the model diverged (grad_norm, trainer.optimizer.lr), or is model.dtype too narrow for it?"
 _MAX_QUOTED_CHARS = 100
 
 
 class EpisodeWatch:
-    """Says once each, where the user sees it, what makes the figures of a run mean little.
+    """Says once each, where the user sees it, what makes the figures of a run mean little, and ends one whose
+    generators are broken.
 
     Args:
         warn: shows a line (``MetricLogger.warn``).
@@ -137,29 +143,53 @@ class EpisodeWatch:
 
     def __init__(self, warn: Callable[[str], None]) -> None:
         self._warn = warn
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
+        self._recent: deque[tuple[int, int]] = deque()
+        """Of the last steps: completions with log-probabilities that are not finite, and all."""
 
     def check(self, step: int, groups: Sequence[Group]) -> None:
-        """Look at the groups of a step: whether most episodes were lost, and whether each group is one task."""
+        """Look at the groups of a step: whether generators gave the log-probabilities of what they sampled, whether
+        most episodes were lost, and whether each group is one task.
+
+        Raises RuntimeError where too many log-probabilities are not finite.
+        """
         num_failed = sum(group.num_failed for group in groups)
         num = num_failed + sum(len(group.episodes) for group in groups)
+        self._check_logprobs(step, sum(kind == "logprobs" for group in groups for kind, _ in group.failures), num)
         if 2 * num_failed > num:
             causes = [message for group in groups for _, message in group.failures]
             cause = f", the last one because of: {causes[-1]}" if causes else ""
-            self._say("lost", f"step {step}: {num_failed} of {num} episodes were left out{cause}")
+            self._warn_once("lost", f"step {step}: {num_failed} of {num} episodes were left out{cause}")
         for group in groups:
             if (openings := unequal_openings(group)) is not None:
                 first, second = (_quote(text, openings) for text in openings)
-                self._say(
+                self._warn_once(
                     "openings",
                     f"step {step}: the episodes of prompt {group.prompt.position} are compared with each other and do "
                     f"not open alike ({first}, {second}): is the task drawn from prompt.seed, and are the "
                     "environment's episodes apart from each other (environment.max_open_episodes=1)?",
                 )
 
-    def _say(self, kind: str, message: str) -> None:
-        if kind not in self._said:
-            self._said.add(kind)
+    def _check_logprobs(self, step: int, num_bad: int, num: int) -> None:
+        self._recent.append((num_bad, num))
+        while sum(num for _, num in self._recent) - self._recent[0][1] >= NUM_RECENT:
+            self._recent.popleft()
+        all_bad, in_all = (sum(counts) for counts in zip(*self._recent, strict=True))
+        if in_all >= NUM_RECENT and all_bad > MAX_NOT_FINITE * in_all:
+            raise RuntimeError(
+                f"step {step}: of the last {in_all} completions {all_bad} have log-probabilities from their generator "
+                f"that are not finite. {_WHY_NOT_FINITE}"
+            )
+        if num_bad:
+            self._warn_once(
+                "logprobs",
+                f"step {step}: {num_bad} of {num} completions have log-probabilities from their generator that are not "
+                f"finite, and are left out, as all such ones (rewards/failed_logprobs). {_WHY_NOT_FINITE}",
+            )
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
             self._warn(message)
 
 

@@ -22,7 +22,8 @@ from forge_hpc.data.types import Group, Prompt
 from forge_hpc.rewards import RewardPool
 from forge_hpc.rollouts.buffer import EpisodeBuffer
 from forge_hpc.rollouts.checks import EpisodeWatch
-from forge_hpc.rollouts.groups import RolloutClock, make_groups
+from forge_hpc.rollouts.figures import RolloutClock
+from forge_hpc.rollouts.groups import make_groups
 
 
 class RolloutStream:

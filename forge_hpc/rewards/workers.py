@@ -1,8 +1,8 @@
-"""The worker processes of one reward: what hangs or dies in one of them is nobody else's business.
+"""Computes one reward in worker processes: what hangs or dies in one of them is nobody else's business.
 
-Every reward has a crew of its own, so one that hangs delays no other. A worker is ended and replaced at once when it
+Every reward has workers of its own, so one that hangs delays no other. A worker is ended and replaced at once when it
 dies or a call in it exceeds the limit. Of a sync reward each worker computes one call at a time; with W workers, a
-share h of calls that hang, t seconds for the others, a limit of T and a start of S seconds, a crew computes
+share h of calls that hang, t seconds for the others, a limit of T and a start of S seconds, they compute
 
     W / ((1 - h) t + h (T + S))   calls a second,
 
@@ -11,8 +11,8 @@ exceeds the limit is cancelled and harms none. When such a worker is lost (a cal
 the process) nobody can tell which call it was, so each one that was waited for is tried once more, alone in a worker.
 
 Where nobody says how long a call may take, the limit is learned (``limit``), and one late call at a time is watched:
-its caller gives it up, but it runs on, beside the crew. If it gives a value after all, the reward is slow and does not
-hang, and its limit is raised.
+its caller gives it up, but it runs on, beside the other workers. If it gives a value after all, the reward is slow and
+does not hang, and its limit is raised.
 """
 
 from __future__ import annotations
@@ -21,55 +21,55 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Coroutine
 from typing import Any
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import RewardConfig
-from forge_hpc.rewards.compute import Answer
 from forge_hpc.rewards.errors import RewardError
 from forge_hpc.rewards.limit import CallLimit
-from forge_hpc.rewards.process import Call, WorkerLost, WorkerProcess
+from forge_hpc.workers.channel import Answer
+from forge_hpc.workers.pool import WorkerPool
+from forge_hpc.workers.process import Call, WorkerLost, WorkerProcess
 
 logger = logging.getLogger(__name__)
 
-_START_TIMEOUT_S = 120.0
 _CONCURRENCY = 64
 """Default number of calls in a worker of an async reward."""
 _CANCEL_GRACE_S = 2.0
 """From the cancellation of an async call to the end of its worker, if it is not cancelled by then."""
-_LONE_WORKERS = 4
+_ISOLATING_WORKERS = 4
 
 
-class Crew:
-    """The processes that compute `reward`.
+class RewardWorkers:
+    """The processes that compute `reward`, and who of them gets which call.
 
     Example:
-        crew = Crew(RewardConfig("math"))
-        await crew.start()
-        answer = await crew.call({"prompt": "1+1=", "response": "2", "target": "2", "fields": {}})
-        await crew.close()
+        workers = RewardWorkers(RewardConfig("math"))
+        await workers.start()
+        answer = await workers.call({"prompt": "1+1=", "response": "2", "target": "2", "fields": {}})
+        await workers.close()
     """
 
     def __init__(
-        self, reward: RewardConfig, num_workers: int | None = None, alone_within: CallLimit | None = None
+        self, reward: RewardConfig, num_workers: int | None = None, isolated_within: CallLimit | None = None
     ) -> None:
-        """``num_workers`` overrides what the reward's configuration says. ``alone_within`` means one call in a worker,
-        even of an async reward, and is their limit."""
+        """``num_workers`` overrides what the reward's configuration says. ``isolated_within`` means one call in a
+        worker, even of an async reward, and is their limit."""
         self._reward = reward
+        load = {"name": reward.name, "args": reward.args, "memory_gib": reward.memory_gib}
+        self._pool = WorkerPool("forge_hpc.rewards.worker", f"the reward {reward.name}", load)
         self._num_workers = num_workers or reward.workers or 0
-        self._is_alone = alone_within is not None
-        self._limit = alone_within or CallLimit(reward.timeout_s)
+        self._isolates = isolated_within is not None
+        self._limit = isolated_within or CallLimit(reward.timeout_s)
         self._is_async = False
         self._concurrency = 1
         self._is_watching = False
         self._starting: asyncio.Task[None] | None = None
         self._closed = False
-        self._workers: set[WorkerProcess] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._free: asyncio.Queue[WorkerProcess | RewardError] = asyncio.Queue()
         """A worker once for each call that it can take now; an error for each worker that could not be started."""
-        self._lone_crew: Crew | None = None
+        self._isolated: RewardWorkers | None = None
+        """Those for calls that a worker was lost with, and nobody knows whose fault it was."""
 
     async def start(self, check: bool = True) -> None:
         """Start a worker and have it load the reward and, with `check`, check it; the other workers follow.
@@ -77,7 +77,7 @@ class Crew:
         Raises UserError where the reward cannot be loaded or its own check fails.
         """
         if self._starting is None:
-            self._starting = asyncio.create_task(self._start(check))
+            self._starting = self._pool.create_task(self._start(check))
         await asyncio.shield(self._starting)
 
     async def call(self, request: dict[str, Any]) -> Answer:
@@ -116,29 +116,22 @@ class Crew:
                 self._release(worker)
         if self._closed:
             raise RewardError(f"reward {self._reward.name}: its process was ended", "died")
-        if self._lone_crew is None:
-            self._lone_crew = Crew(self._reward, _LONE_WORKERS, alone_within=self._limit)
-        return await self._lone_crew.call(request)
+        if self._isolated is None:
+            self._isolated = RewardWorkers(self._reward, _ISOLATING_WORKERS, isolated_within=self._limit)
+        return await self._isolated.call(request)
 
     async def close(self) -> None:
         """End all workers and everything that they started, and wait for it."""
         self._closed = True
-        if self._lone_crew is not None:
-            await self._lone_crew.close()
-        tasks = [*self._tasks, *([self._starting] if self._starting else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        workers, self._workers = self._workers, set()
-        for worker in workers:
-            worker.kill()
-        await asyncio.gather(*(worker.wait() for worker in workers))
+        if self._isolated is not None:
+            await self._isolated.close()
+        await self._pool.close()
 
     async def _start(self, check: bool) -> None:
-        worker, traits = await self._launch(check)
+        worker, traits = await self._pool.start_worker(check=check)
         reward, is_async = self._reward, traits["is_async"]
         self._is_async = is_async
-        if not self._is_alone:
+        if not self._isolates:
             if is_async:
                 self._concurrency = reward.concurrency or traits["concurrency"] or _CONCURRENCY
             self._limit = CallLimit(reward.timeout_s or traits["timeout_s"], self._concurrency)
@@ -191,50 +184,26 @@ class Crew:
                     worker.kill()
                 self._release(worker)
 
-        self._follow(watch())
+        self._pool.create_task(watch())
 
     def _release(self, worker: WorkerProcess) -> None:
         """A call has ended in the worker, which can take another unless it has ended too."""
         if not worker.ended:
             self._free.put_nowait(worker)
 
-    async def _launch(self, check: bool) -> tuple[WorkerProcess, dict[str, Any]]:
-        """A worker that has loaded the reward, and the reward's traits. Raises UserError."""
-        reward, hint = self._reward, None
-        request = {"name": reward.name, "args": reward.args, "memory_gib": reward.memory_gib, "check": check}
-        worker = await WorkerProcess.start()
-        self._workers.add(worker)
-        self._follow(self._forget(worker))
-        try:
-            answer = await worker.ask(request, _START_TIMEOUT_S)
-        except TimeoutError:
-            error = f"that took longer than {_START_TIMEOUT_S:g} s"
-        except WorkerLost as lost:
-            error = f"its process {lost}"
-        else:
-            if "error" not in answer:
-                return worker, answer
-            error, hint = answer["error"], answer.get("hint")
-        worker.kill()
-        raise UserError(f"the reward {reward.name} cannot be loaded: {error}", hint)
-
-    async def _forget(self, worker: WorkerProcess) -> None:
-        await worker.wait()
-        self._workers.discard(worker)
-
     def _add(self) -> None:
         """Start one more worker, in the background."""
 
         async def add() -> None:
             try:
-                worker, _ = await self._launch(check=False)
-            except (UserError, OSError) as error:
+                worker, _ = await self._pool.start_worker(check=False)
+            except UserError as error:
                 self._free.put_nowait(RewardError(str(error), "load"))
             else:
                 self._offer(worker)
 
         if not self._closed:
-            self._follow(add())
+            self._pool.create_task(add())
 
     def _offer(self, worker: WorkerProcess) -> None:
         for _ in range(self._concurrency):
@@ -257,11 +226,6 @@ class Crew:
                 raise free
             if not free.ended:
                 return free
-
-    def _follow(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 async def _is_answered(call: Call, within_s: float) -> bool:

@@ -6,21 +6,21 @@ import asyncio
 import contextlib
 import json
 import os
-import pickle
 import signal
-import struct
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
-from forge_hpc.rewards.compute import Answer
+from forge_hpc.workers.channel import Answer, frame
 
 _END_TIMEOUT_S = 10.0
+_MAX_LINE_BYTES = 1 << 26
+"""Of an answer."""
 
 
 class WorkerLost(Exception):
-    """A worker ended before it answered. ``num_calls`` of them were running in it."""
+    """A worker process ended before it answered. ``num_calls`` of them were running in it."""
 
     def __init__(self, cause: str, num_calls: int) -> None:
         super().__init__(cause)
@@ -37,7 +37,15 @@ class Call:
 
 
 class WorkerProcess:
-    """A process of ``forge_hpc.rewards.worker``. Calls may run in it at the same time; each answer comes when ready."""
+    """A process that answers requests. Several may be under way at the same time; each answer comes when it is ready.
+
+    Example:
+        worker = await WorkerProcess.start("forge_hpc.rewards.worker")
+        call = worker.send({"name": "math", "args": {}})
+        answer = await call.answer
+        worker.kill()
+        await worker.wait()
+    """
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         """Takes over `process`; ``start`` makes one."""
@@ -48,19 +56,23 @@ class WorkerProcess:
         self._process = process
         self._calls: dict[int, asyncio.Future[Answer]] = {}
         self.num_asked = self.num_answered = 0
-        """Requests so far, the one to load the reward included, and answers."""
+        """Requests so far, the one to load something included, and answers."""
         self._reading = asyncio.create_task(self._read())
 
     @classmethod
-    async def start(cls) -> Self:
-        """Start a process that has nothing loaded yet. Raises OSError where the system has none to give."""
+    async def start(cls, module: str) -> Self:
+        """Start ``python -m module``, which ``keep``s itself and makes a ``Channel``, one CPU core at a time.
+
+        Raises OSError where the system has no process to give.
+        """
         return cls(
             await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "forge_hpc.rewards.worker",
+                module,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
+                limit=_MAX_LINE_BYTES,
                 start_new_session=True,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
             )
@@ -82,19 +94,13 @@ class WorkerProcess:
         return call
 
     def cancel(self, call: Call) -> None:
-        """Have the worker of an async reward cancel a call, which then has an answer, whatever it is."""
+        """Tell a worker that listens for it to cancel a call, which then has an answer, whatever it is."""
         if not self.ended:
             self._write({"cancel": call.number})
 
-    async def ask(self, request: dict[str, Any], timeout_s: float) -> Answer:
-        """Send a request and wait for its answer. Raises WorkerLost, or TimeoutError: the call then still runs."""
-        async with asyncio.timeout(timeout_s):
-            return await self.send(request).answer
-
     def _write(self, message: dict[str, Any]) -> None:
-        payload = pickle.dumps(message)
         assert self._process.stdin is not None
-        self._process.stdin.write(struct.pack("<Q", len(payload)) + payload)
+        self._process.stdin.write(frame(message))
 
     def kill(self) -> None:
         """End the process and all that it started, at once; ``wait`` waits for it."""
@@ -126,7 +132,7 @@ class WorkerProcess:
             self.kill()
         self._end()
         status = await self._join()
-        lost = WorkerLost(_say(status) if cause == "ended" else cause, len(self._calls))
+        lost = WorkerLost(_describe_exit(status) if cause == "ended" else cause, len(self._calls))
         for call in self._calls.values():
             if not call.done():
                 call.set_exception(lost)
@@ -141,7 +147,7 @@ class WorkerProcess:
             return await self._process.wait()
 
 
-def _say(status: int) -> str:
+def _describe_exit(status: int) -> str:
     """How a process ended, from the exit status of its keeper."""
     number = -status if status < 0 else status - 128
     if number <= 0:

@@ -1,10 +1,10 @@
 """A process that ends a worker and everything the worker started, however it ends.
 
-    pool ──stdin, SIGTERM──► keeper ──fork──► worker ──► whatever a reward starts
+    pool ──stdin, SIGTERM──► keeper ──fork──► worker ──► whatever its code starts
 
-The keeper is the subreaper of all below it, so that nothing a reward starts gets away from it: not by a session of its
-own, nor by outliving the worker. It ends them all and itself when the worker ends, when it gets SIGTERM, and when the
-pool is gone (its end of the keeper's standard input is closed).
+The keeper is the subreaper of all below it, so that nothing the worker starts gets away from it: not by a session of
+its own, nor by outliving the worker. It ends them all and itself when the worker ends, when it gets SIGTERM, and when
+the pool is gone (its end of the keeper's standard input is closed).
 """
 
 from __future__ import annotations

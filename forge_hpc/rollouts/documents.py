@@ -1,0 +1,48 @@
+"""From groups to documents: the episodes of a step are compared, and become what the trainers take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from forge_hpc.advantages import StepAdvantage
+from forge_hpc.data.types import Document, Episode, Group
+
+
+def set_advantages(groups: Sequence[Group], advantage: StepAdvantage) -> None:
+    """Compare the rewards of a step's episodes: each gets its advantage."""
+    groups = [group for group in groups if group.episodes]
+    advantages = advantage([[episode.reward for episode in group.episodes] for group in groups])
+    for group, values in zip(groups, advantages, strict=True):
+        for episode, value in zip(group.episodes, values, strict=True):
+            episode.advantage = float(value)
+
+
+def to_documents(groups: Sequence[Group], drop_zero_signal: bool = False) -> list[Document]:
+    """The episodes of a step as documents.
+
+    With ``drop_zero_signal`` without groups whose advantages are all zero. Where no group carries a signal all are
+    kept: the step measures them and trains on none.
+    """
+    kept = [group for group in groups if any(episode.advantage != 0 for episode in group.episodes)]
+    if not kept or not drop_zero_signal:
+        kept = [group for group in groups if group.episodes]
+    return [to_document(episode) for group in kept for episode in group.episodes]
+
+
+def to_document(episode: Episode) -> Document:
+    """Prompt and response; what the policy wrote of it is trained."""
+    prompt, response = episode.prompt.token_ids, episode.completion.token_ids
+    logprobs = np.zeros(len(prompt) + len(response), dtype=np.float32)
+    logprobs[len(prompt) :] = episode.completion.logprobs
+    loss_mask = np.arange(len(logprobs)) >= len(prompt)
+    if episode.completion.loss_mask is not None:
+        loss_mask[len(prompt) :] = episode.completion.loss_mask
+    return Document(
+        token_ids=np.array(prompt + response, dtype=np.int32),
+        loss_mask=loss_mask,
+        generator_logprobs=logprobs,
+        advantage=episode.advantage,
+        policy_version=episode.policy_version,
+    )
