@@ -43,7 +43,7 @@ def test_what_a_real_actor_fails_with_is_a_loss_where_a_process_a_device_or_a_ne
             assert type(cause_of(raised.value)).__name__ in ("ValueError", "OutOfMemoryError")
             assert not is_loss(raised.value), how
         for how in losses:
-            with pytest.raises(ActorLost, match="^it: ") as lost:
+            with pytest.raises(ActorLost, match="it: ") as lost:
                 await answer(actor.fail.call_one(how), nothing, 60, "it")
             assert lost.value.__cause__ is not None and is_loss(lost.value.__cause__), how
         with pytest.raises(ActorLost):  # what is asked of a dead process

@@ -328,10 +328,13 @@ def test_a_successor_is_queued_from_a_full_disk(tmp_path: Path, monkeypatch: pyt
         return "32\n" if command[0] == "sbatch" else "#!/bin/bash\ntrue\n"
 
     monkeypatch.setattr("forge_hpc.slurm.successor.ask", ask)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
+    (tmp_path / "elsewhere").mkdir()
     (tmp_path / "logs").touch()  # nothing can be written there
     assert slurm.submit_successor(facts(), tmp_path) == "32"
     (tmp_path / "logs").unlink()
     (tmp_path / "logs").mkdir()
+    (tmp_path / "elsewhere").rmdir()  # and with no temporary directory where there is none needed
     assert slurm.submit_successor(facts(), tmp_path) == "32"
     assert [script.exists() for script in scripts] == [False, True]
 
@@ -424,6 +427,45 @@ def test_the_end_of_a_grace_time_is_read_by_slurms_clock(
     supervisor._clock.read()
     wish = supervisor._meaning(signal.SIGTERM, time.monotonic())
     assert wish.cause == "preempted" and wish.within_s == pytest.approx(20, abs=1)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_a_full_or_read_only_temporary_directory_is_worth_another_start(
+    supervise: Callable[..., Supervisor], monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    answers = FakeSlurm(monkeypatch, "yes")
+    monkeypatch.setattr(slurm, "controller_time", lambda **_: None)
+    monkeypatch.setattr(slurm, "script_arguments", lambda job_id: None)
+    monkeypatch.setattr(supervision, "become_subreaper", lambda: None)
+    monkeypatch.setenv("SLURM_JOB_ID", "31")
+
+    def refuse(**options: object) -> str:
+        raise OSError(code, os.strerror(code))
+
+    supervisor = supervise(Allocation("31", 0, 1, 2))
+    supervisor._lock.release()
+    save_config(load_config(None, ["model.path=builtin:qwen3-tiny"]), supervisor.run_dir.config)
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    assert supervisor.run() == 75
+    assert answers.said == ["requeue yes"]
+    _, end = StartLog(supervisor.run_dir).newest()
+    assert end is not None and end["cause"] == "crash" and os.strerror(code) in end["message"]
+
+
+def test_a_node_that_is_not_the_first_and_has_no_temporary_directory_says_so(
+    supervise: Callable[..., Supervisor], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd
+) -> None:
+    supervisor = supervise(Allocation("31", 1, 2, 2))
+    monkeypatch.setattr(supervision, "become_subreaper", lambda: None)
+    save_config(load_config(None, ["model.path=builtin:qwen3-tiny"]), supervisor.run_dir.config)
+    supervisor._rendezvous(supervisor._key()).publish("start", {"tls": str(tmp_path), "log_dir": str(tmp_path)})
+
+    def refuse(**options: object) -> str:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    assert supervisor.run() == 1
+    assert "node 1: " in (said := capfd.readouterr().err) and os.strerror(errno.EROFS) in said
 
 
 # ---- the warm start

@@ -17,7 +17,6 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
-
 _LOSSES = frozenset(
     {
         "torch.AcceleratorError",

@@ -72,12 +72,14 @@ def submit_successor(
 @contextmanager
 def _written(text: str, path: Path) -> Iterator[Path]:
     """A file with ``text``: ``path``, or where that cannot be written, one for as long as the context lasts."""
-    with tempfile.TemporaryDirectory() as elsewhere:
-        try:
-            atomic_write_text(path, text)
-        except OSError:
+    try:
+        atomic_write_text(path, text)
+    except OSError:
+        with tempfile.TemporaryDirectory() as elsewhere:
             path = Path(elsewhere) / path.name
             atomic_write_text(path, text)
+            yield path
+    else:
         yield path
 
 

@@ -145,6 +145,7 @@ class Supervisor:
         self._arguments: list[str] | None = None
         self._kill_at: float | None = None
         self._hung = ""
+        self._scratch: Path | None = None
         self._status = StatusWriter(run_dir)
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
             signal.signal(signum, self._on_signal)
@@ -227,6 +228,7 @@ class Supervisor:
         # Where the host's name resolves to loopback, gloo would listen where no other host reaches it.
         interface = {"GLOO_SOCKET_IFNAME": interface_of(address)} if self.allocation.num_nodes > 1 else {}
         supervision = {"HYPERACTOR_MESH_SUPERVISION_POLL_FREQUENCY": "1s"}  # how soon a dead process is noticed
+        self._scratch = self._scratch or Path(tempfile.mkdtemp(prefix="forge-hpc-"))
         scratch = {"TMPDIR": str(self._scratch)}  # what dead processes leave there goes with us
         return {**interface, **os.environ, **supervision, **scratch, **tls_environment(tls)}
 
@@ -236,7 +238,6 @@ class Supervisor:
         """Exit code of this node."""
         become_subreaper()
         try:
-            self._scratch = Path(tempfile.mkdtemp(prefix="forge-hpc-"))
             return self._first_node() if self.allocation.node_id == 0 else self._other_node()
         except UserError as error:
             print_error(error)
