@@ -113,7 +113,7 @@ def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, foll
         if request.cluster == "local":
             print(shlex.join(run_command(run_dir.path)))
         else:
-            print(slurm.RunExecutor(cfg, run_dir.path, _measured_lead_s(run_dir)).script())
+            print(slurm.RunExecutor(cfg, run_dir.path).script())
         print(_split(cfg, "# "))
         _say_all(changes)
         if on_slurm:
@@ -138,7 +138,7 @@ def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, foll
         print(f"run directory  {run_dir}\n{_split(cfg)}", flush=True)
         return local.run_here(cfg, run_dir.path)
     try:
-        job_id = slurm.RunExecutor(cfg, run_dir.path, _measured_lead_s(run_dir)).submit_run()
+        job_id = slurm.RunExecutor(cfg, run_dir.path).submit_run()
     except UserError:
         _undo(run_dir, is_new, before, ended)
         raise
@@ -263,12 +263,6 @@ def _check(cfg: Config, run_dir: RunDir) -> Config | None:
     if warm.model.path == "warmstart":
         raise UserError(f"the warm start (warmstart.config={file}) begins with a warm start itself", "name its model")
     return warm
-
-
-def _measured_lead_s(run_dir: RunDir) -> float:
-    """What an earlier start has measured that the run needs to save and leave before the walltime."""
-    status = run_dir.read_status() if run_dir.exists else None
-    return status.lead_s if status is not None else 0.0
 
 
 def _is_complete(cfg: Config, status: Status | None) -> bool:

@@ -16,7 +16,9 @@ from typing import Any
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from forge_hpc.config import Config, UserError, signal_lead_s
+from forge_hpc.config import Config, UserError
+from forge_hpc.run_dir import RunDir
+from forge_hpc.supervisor.lead import lead_s
 from launchers.command import job_command
 
 
@@ -29,10 +31,10 @@ class RunExecutor(SlurmExecutor):
         job_id = executor.submit_run()
     """
 
-    def __init__(self, cfg: Config, run_dir: Path, lead_s: float = 0.0) -> None:
+    def __init__(self, cfg: Config, run_dir: Path) -> None:
         super().__init__(folder=run_dir / "logs")
         self._command = job_command(cfg, run_dir)
-        self.parameters = job_parameters(cfg, run_dir, lead_s)
+        self.parameters = job_parameters(cfg, run_dir)
 
     @classmethod
     def affinity(cls) -> int:
@@ -61,11 +63,8 @@ class RunExecutor(SlurmExecutor):
         return job.job_id
 
 
-def job_parameters(cfg: Config, run_dir: Path, lead_s: float = 0.0) -> dict[str, Any]:
-    """The parameters of submitit for `cfg`; ``slurm.extra`` has the last word.
-
-    ``lead_s`` is what an earlier start of the run has measured that it needs to save and leave, 0 where there was none.
-    """
+def job_parameters(cfg: Config, run_dir: Path) -> dict[str, Any]:
+    """The parameters of submitit for `cfg`; ``slurm.extra`` has the last word."""
     slurm = cfg.slurm
     options = _extra(cfg)
     log = run_dir / "logs" / f"slurm-{'%A_%a' if options.get('array') else '%j'}.out"
@@ -82,9 +81,8 @@ def job_parameters(cfg: Config, run_dir: Path, lead_s: float = 0.0) -> dict[str,
         "cpus_per_task": slurm.cpus_per_task,
         "mem": "0" if slurm.exclusive and not _sizes_memory(cfg) else slurm.mem,  # whole nodes, whole memory
         "gpus_per_node": cfg.cluster.gpus_per_node or None,
-        "signal_delay_s": signal_lead_s(
-            cfg, lead_s
-        ),  # rendered as --signal=USR2@…: to the tasks, not to the batch shell
+        # Rendered as --signal=USR2@…: to the tasks, not to the batch shell.
+        "signal_delay_s": lead_s(cfg, RunDir(run_dir)),
         "stderr_to_stdout": True,
         "wckey": None,
         "use_srun": False,  # the command brings its own

@@ -39,6 +39,7 @@ from forge_hpc.rollouts.buffer import EpisodeBuffer
 from forge_hpc.rollouts.checks import MismatchWatch
 from forge_hpc.run_dir import RunDir
 from forge_hpc.status_writer import StatusWriter
+from forge_hpc.supervisor.lead import measured_lead_s
 from forge_hpc.supervisor.starts import StartLog
 from forge_hpc.weights import WeightStore
 
@@ -51,8 +52,6 @@ FILLINGS = 8
 """So many times the sequences that an engine decodes at once are asked for in one call of an evaluation."""
 CONFIG = "config.yaml"
 """In a checkpoint: the configuration that it was made with."""
-MIN_LEAD_S = 30.0
-"""What a departure takes beside the step and the save: the signal's way, the requeue, slow seconds of a shared disk."""
 
 
 class Session:
@@ -379,8 +378,8 @@ class Session:
         else:
             self._saved_step = step
             self._save_s.append(time.perf_counter() - start)
-            lead_s = MIN_LEAD_S + 2 * (max(self._save_s) + max(self._train_s, default=0.0))
-            self._status.tell(lead_s=round(lead_s, 1))
+            lead_s = measured_lead_s(max(self._save_s), max(self._train_s, default=0.0))
+            self._status.tell(lead_s=lead_s)
 
     def _commit(
         self, step: int, record: Mapping[str, Any], files: Mapping[str, FileRecord], groups: Sequence[Group]

@@ -2,7 +2,6 @@
 
 from forge_hpc.slurm.environment import corrections, own_job_id
 from forge_hpc.slurm.job import (
-    Cause,
     JobFacts,
     SlurmRefused,
     SlurmSilent,
@@ -24,7 +23,6 @@ from forge_hpc.slurm.successor import CONTINUE, script_arguments, submit_success
 
 __all__ = [
     "CONTINUE",
-    "Cause",
     "JobFacts",
     "Preemption",
     "SlurmRefused",

@@ -56,7 +56,8 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
+
+from forge_hpc.supervisor.ending import Cause
 
 ANSWER_S = 10.0
 """How long Slurm may take for an answer; KillWait may be all the time that there is."""
@@ -65,22 +66,6 @@ _SILENCE = re.compile(
     r"unable to contact|timed? ?out|zero bytes|communication|connection (refused|reset)|standby mode|temporarily", re.I
 )
 _ABSENT = ("", "(null)", "N/A")
-
-
-class Cause(StrEnum):
-    """Why a job is signalled."""
-
-    PREEMPTED = "preempted"
-    """Another job takes the nodes; this one has not been put back into the queue (yet)."""
-    WALLTIME = "walltime"
-    """The time limit is near, or over."""
-    REQUEUED = "requeued"
-    """Back in the queue already, and starts again by itself: preempted, requeued by somebody, or a node was lost."""
-    CANCELLED = "cancelled"
-    NODE_FAIL = "node_fail"
-    """A node was lost, and the job is not requeued."""
-    UNKNOWN = "unknown"
-    """The job runs on: somebody sent the signal by hand, or Slurm does not answer."""
 
 
 class SlurmRefused(Exception):
