@@ -89,7 +89,7 @@ def _status(argv: list[str]) -> int:
     """state, step and heartbeat of a run"""
     from forge_hpc.control import find_run
     from forge_hpc.observability.report import render_status
-    from launchers.jobs import is_job_id, job_state
+    from forge_hpc.slurm.job import is_job_id, job_state
 
     args = _run_parser("status", _status).parse_args(argv)
     run_dir = find_run(args.run_dir)

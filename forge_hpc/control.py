@@ -16,8 +16,8 @@ from typing import TextIO
 from forge_hpc.config import UserError
 from forge_hpc.files import Look, is_there, look
 from forge_hpc.run_dir import RunDir, Status
+from forge_hpc.slurm.job import ACTIVE, cancel_job, is_active, is_job_id, job_state
 from forge_hpc.supervisor.deadlines import SILENT_S
-from launchers.jobs import ACTIVE, cancel_job, is_active, is_job_id, job_state
 
 _POLL_S = 0.5
 _ASK_SLURM_S = 10.0

@@ -48,7 +48,7 @@ def resolve_config(request: Request) -> Config:
     Raises:
         UserError: as `load_config`, or a broken site profile.
     """
-    from launchers.site import site_overrides
+    from forge_hpc.slurm.site import site_overrides
 
     overrides = [*site_overrides(request.site), *request.overrides]
     if request.name is not None:
@@ -77,13 +77,14 @@ def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, foll
     Raises:
         UserError: anything that would keep the run from starting, before anything is queued.
     """
-    from launchers import checks, local, slurm
+    from forge_hpc.slurm import partitions
+    from launchers import local, slurm
     from launchers.command import run_command
 
     if fresh and not dry_run and request.run_dir:
         _move_completed_run_aside(RunDir(request.run_dir))
     cfg = resolve_config(request)
-    on_slurm = request.cluster != "local" and checks.slurm_is_here()
+    on_slurm = request.cluster != "local" and partitions.slurm_is_here()
     if request.cluster == "local" and cfg.cluster.nodes > 1:
         raise UserError(
             f"--cluster local has 1 node, {cfg.cluster.nodes} are asked for", "--nodes 1, or --cluster slurm"
@@ -95,11 +96,11 @@ def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, foll
             else "there is no Slurm here",
             "submit from a login node of a cluster, or use --cluster local; --dry-run shows the job script anywhere",
         )
-    known = checks.partitions() if on_slurm else []
+    known = partitions.partitions() if on_slurm else []
     if on_slurm and (ignored := slurm.adopt_shell(cfg)):
         _say(f"not passed on to sbatch: {', '.join(ignored)} (see slurm.extra)")
     if on_slurm and cfg.cluster.gpus_per_node is None:
-        cfg.cluster.gpus_per_node = checks.gpus_per_node(cfg, known)
+        cfg.cluster.gpus_per_node = partitions.gpus_per_node(cfg, known)
     run_dir = RunDir(request.run_dir or _default_run_dir(cfg.name))
     warm = _check(cfg, run_dir)
     _fix_date(cfg, run_dir)
@@ -117,14 +118,14 @@ def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, foll
         print(_split(cfg, "# "))
         _say_all(changes)
         if on_slurm:
-            checks.check_job(cfg, known)
+            partitions.check_job(cfg, known)
         elif request.cluster != "local":
             _say("There is no Slurm here: the site's checks (partition, nodes, time limit) are left out.")
         _say("Dry run: nothing was created or queued.")
         return 0
 
     if on_slurm:
-        checks.check_job(cfg, known)
+        partitions.check_job(cfg, known)
     _refuse_busy(run_dir)
     ended = run_dir.read_status()
     if _is_complete(cfg, ended):
@@ -334,7 +335,7 @@ def _refuse_busy(run_dir: RunDir, own_job_id: str | None = None) -> None:
     """Refuse a directory that a queued or running job, or a live process, works on."""
     if not run_dir.exists:
         return
-    from launchers.jobs import is_active
+    from forge_hpc.slurm.job import is_active
 
     status, holder = run_dir.read_status(), run_dir.lock_holder()
     job_ids = {status.job_id if status else None, holder.get("job_id") if holder else None} - {None, "local"}

@@ -228,7 +228,7 @@ def test_who_follows_a_run_is_told_of_its_death(tmp_path, monkeypatch, capsys):
     run_dir = RunDir(tmp_path / "r").create()
     (run_dir.create_log_dir(None, 0) / "controller.log").write_text("step 1\n")
     run_dir.write_status(state="running", step=1)
-    monkeypatch.setattr(control, "_SILENT_S", 0.5)
+    monkeypatch.setattr(control, "_NO_HEARTBEAT_S", 0.5)
     for command in (["watch", "r"], ["logs", "--follow", "r"]):
         command[-1] = str(run_dir)
         assert main(command) == 1

@@ -8,14 +8,12 @@ completed or failed job is started once more, or shows PREEMPTED. docs/slurm.md 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from forge_hpc.slurm.job import ANSWER_S, JobFacts, SlurmRefused, ask
+from forge_hpc.slurm.client import ANSWER_S, SlurmRefused, ask
+from forge_hpc.slurm.facts import JobFacts, Release, cluster_facts, seconds, word
 from forge_hpc.supervisor.ending import Return
-
-Release = tuple[int, ...]
 
 _ENDS_IN_GRACE_ARE_PREEMPTED: Release = (24, 5)
 _OWN_REQUEUE_CLEARS_THE_MARK: Release = (26, 5, 5)
@@ -78,16 +76,16 @@ class Preemption:
 def preemption(facts: JobFacts, timeout_s: float = ANSWER_S) -> Preemption | None:
     """How the job is preempted where it runs; None where Slurm does not answer."""
     try:
-        config = ask("scontrol", "show", "config", timeout_s=timeout_s)
-        if _word(config, "PreemptType") == "preempt/qos":
+        cluster = cluster_facts(timeout_s)
+        if cluster.preempt_type == "preempt/qos":
             mode, grace = _of_qos(facts, timeout_s)
-            mode = _word(config, "PreemptMode") if mode == "CLUSTER" else mode
+            mode = cluster.preempt_mode if mode == "CLUSTER" else mode
         else:
             partition = ask("scontrol", "show", "partition", facts.partition, timeout_s=timeout_s)
-            mode, grace = _word(partition, "PreemptMode"), _word(partition, "GraceTime")
+            mode, grace = word(partition, "PreemptMode"), word(partition, "GraceTime")
     except SlurmRefused:
         return None
-    return Preemption(parse_release(_word(config, "SLURM_VERSION")), mode.upper(), _seconds(grace))
+    return Preemption(cluster.release, mode.upper(), seconds(grace))
 
 
 def _of_qos(facts: JobFacts, timeout_s: float) -> tuple[str, str]:
@@ -99,30 +97,6 @@ def _of_qos(facts: JobFacts, timeout_s: float) -> tuple[str, str]:
         return "", ""
     mode, _, grace = answer.strip().partition("|")
     return mode.upper(), grace
-
-
-def _word(said: str, key: str) -> str:
-    found = re.search(rf"\b{key}\s*=\s*(\S+)", said)
-    return found[1] if found else ""
-
-
-def _seconds(time: str) -> float | None:
-    """``40``, or ``00:00:40``."""
-    parts = time.split(":")
-    return (
-        sum(float(part) * 60**n for n, part in enumerate(reversed(parts))) if all(p.isdigit() for p in parts) else None
-    )
-
-
-def controller_release(timeout_s: float = ANSWER_S) -> Release:
-    """The release of slurmctld. Raises SlurmRefused where it does not answer."""
-    return parse_release(_word(ask("scontrol", "show", "config", timeout_s=timeout_s), "SLURM_VERSION"))
-
-
-def parse_release(version: str) -> Release:
-    """The numbers of ``slurm-wlm 24.11.5`` or ``23.02.0-rc1``."""
-    found = re.search(r"\d+(?:\.\d+)+", version)
-    return tuple(int(number) for number in found[0].split(".")) if found else ()
 
 
 def release_text(release: Release) -> str:

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from forge_hpc.files import atomic_write_text
-from forge_hpc.slurm.job import ANSWER_S, JobFacts, ask, exclusion
+from forge_hpc.slurm.client import ANSWER_S, ask
+from forge_hpc.slurm.facts import JobFacts
+from forge_hpc.slurm.job import exclusion
 
 CONTINUE = "FORGE_HPC_CONTINUE"
 """In the environment of a successor's job script: the run directory that it goes on with."""
