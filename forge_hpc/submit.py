@@ -107,6 +107,7 @@ def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, foll
     changes = _changes(cfg, run_dir)
     if on_slurm or (dry_run and request.cluster != "local"):
         slurm.check_share(cfg)
+        slurm.check_array(cfg)
     if on_slurm or request.cluster != "local":
         _warn_of_shared_nodes(cfg)
 

@@ -8,6 +8,7 @@ The job runs `forge_hpc.run --run-dir D`, which handles signals and finds its st
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,6 +110,17 @@ def check_share(cfg: Config) -> None:
         raise UserError(
             "slurm.exclusive=false asks for part of each node, and does not say how much of it",
             f"say how much, such as {' '.join(missing)}, or take whole nodes: slurm.exclusive=true",
+        )
+
+
+def check_array(cfg: Config) -> None:
+    """Raise a UserError if several jobs at once would be one and the same run, in one directory."""
+    array = str(_extra(cfg).get("array") or "")
+    if array and not re.fullmatch(r"\d+|.+%1", array):
+        raise UserError(
+            f"slurm.extra.array={array}: its tasks would all be this one run, which only one of them can have",
+            "a sweep is a job script with a run directory a task (docs/jobs.md); one run in jobs after one another is "
+            f"{array.partition('%')[0]}%1",
         )
 
 

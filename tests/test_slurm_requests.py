@@ -17,7 +17,7 @@ from forge_hpc.config import Config, UserError, config_text, load_config, read_c
 from forge_hpc.slurm import partitions
 from forge_hpc.slurm.partitions import Kind, Partition
 from forge_hpc.slurm.site import site_overrides
-from launchers.slurm import RunExecutor, check_share
+from launchers.slurm import RunExecutor, check_array, check_share
 
 MIXED = Partition(
     "mixed",
@@ -89,6 +89,18 @@ def test_part_of_a_node_is_not_asked_for_without_saying_how_much() -> None:
     check_share(cfg)
     cfg = load_config(None, ["slurm.exclusive=false", "slurm.extra={cpus-per-gpu: 8, mem_per_gpu: 64G}"])
     check_share(cfg)
+
+
+@pytest.mark.parametrize("array", ["1-3", "1,2", "1-4%2", "0-9:3"])
+def test_an_array_whose_tasks_would_all_be_one_run_is_refused(array: str) -> None:
+    with pytest.raises(UserError, match="all be this one run") as error:
+        check_array(load_config(None, [f"slurm.extra={{array: '{array}'}}"]))
+    assert f"{array.partition('%')[0]}%1" in (error.value.hint or "")
+
+
+@pytest.mark.parametrize("extra", ["{}", "{array: '3'}", "{array: '1-3%1'}", "{--array: '1,5%1'}"])
+def test_one_run_in_jobs_after_one_another_may_be_an_array(extra: str) -> None:
+    check_array(load_config(None, [f"slurm.extra={extra}"]))
 
 
 def test_memory_in_a_raw_option_takes_the_place_of_the_whole_nodes(tmp_path: Path) -> None:
