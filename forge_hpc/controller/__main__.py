@@ -80,7 +80,7 @@ async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, termin
                 session.lose(str(error))
                 await session.abandon()
                 if not leave.requested.is_set():
-                    recoveries.spend("trainers", "trainers", str(error))
+                    recoveries.use_retry("trainers", "trainers", str(error))
                     status.tell(message=f"recovering: {error}")
             number += 1
     # In good order only where all went well: after a failure the supervisors end what is left, and faster.

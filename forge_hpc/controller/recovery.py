@@ -25,7 +25,7 @@ class Recoveries:
         self._limit = limit
         self._since_step: Counter[str] = Counter()
 
-    def spend(self, kind: str, who: str, reason: str) -> None:
+    def use_retry(self, kind: str, who: str, reason: str) -> None:
         """``who`` of ``kind`` was lost and will be mended. Raises ActorLost where that has gone on for too long."""
         self._since_step[who] += 1
         times = self._since_step[who]
