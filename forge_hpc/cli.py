@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from forge_hpc.config import EXIT_USAGE, UserError, print_error
+from forge_hpc.config import UserError, print_error
+from forge_hpc.supervisor.ending import Exit
 
 _REFRESH_S = 2.0
 
@@ -24,7 +25,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         print_error(UserError(message, f"{self.prog} --help"))
-        sys.exit(EXIT_USAGE)
+        sys.exit(Exit.USAGE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
-        return 0 if arguments else EXIT_USAGE
+        return 0 if arguments else Exit.USAGE
     name = arguments.pop(0)
     try:
         if name not in COMMANDS:
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return print_error(error)
     except KeyboardInterrupt:
-        return 130
+        return Exit.CANCELLED
     except BrokenPipeError:  # `forge-hpc logs | head`
         sys.stderr.close()
         return 0
@@ -88,7 +89,7 @@ def _status(argv: list[str]) -> int:
     """state, step and heartbeat of a run"""
     from forge_hpc.control import find_run
     from forge_hpc.observability.report import render_status
-    from launchers.jobs import is_job_id, job_state
+    from forge_hpc.slurm.job import is_job_id, job_state
 
     args = _run_parser("status", _status).parse_args(argv)
     run_dir = find_run(args.run_dir)
@@ -114,11 +115,11 @@ def _logs(argv: list[str]) -> int:
 
 def _watch(argv: list[str]) -> int:
     """status, curve and last steps, drawn again until the run ends"""
-    from forge_hpc.control import Pulse, Seen, find_run
+    from forge_hpc.control import Liveness, StatusReader, find_run
     from forge_hpc.observability.report import render_watch
 
     run_dir = find_run(_run_parser("watch", _watch).parse_args(argv).run_dir)
-    pulse, seen = Pulse(run_dir), Seen(run_dir)
+    liveness, seen = Liveness(run_dir), StatusReader(run_dir)
     clear = "\033[H\033[2J" if sys.stdout.isatty() else ""
     while True:
         has_moved, status = seen.moved(), seen.status()
@@ -126,7 +127,7 @@ def _watch(argv: list[str]) -> int:
             print(f"{clear}{render_watch(run_dir)}", flush=True)
         if status is None or status.is_terminal:
             return 0 if status and status.state == "completed" else 1
-        if lost := pulse.lost(status):
+        if lost := liveness.lost(status):
             print(f"error: {lost}", file=sys.stderr)
             return 1
         time.sleep(_REFRESH_S)
@@ -179,7 +180,9 @@ def _export(argv: list[str]) -> int:
     parser.add_argument("--step", type=int, metavar="N", help="of this step; default the newest complete checkpoint")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default RUN_DIR/exports/step-N")
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left of an export that is ended
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(Exit.TERMINATED)
+    )  # so that nothing is left of an export that is ended
     print(export(find_run(args.run_dir), args.step, args.output))
     return 0
 

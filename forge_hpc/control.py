@@ -16,14 +16,15 @@ from typing import TextIO
 from forge_hpc.config import UserError
 from forge_hpc.files import Look, is_there, look
 from forge_hpc.run_dir import RunDir, Status
-from launchers.jobs import ACTIVE, cancel_job, is_active, is_job_id, job_state
+from forge_hpc.slurm.job import ACTIVE, cancel_job, is_active, is_job_id, job_state
+from forge_hpc.supervisor.deadlines import SILENT_S
 
 _POLL_S = 0.5
 _ASK_SLURM_S = 10.0
 _CANCEL_TIMEOUT_S = 60.0
-_SAVE_TIMEOUT_S = 330.0
-"""A run on this machine saves first: see ``forge_hpc.supervisor.supervisor.SILENT_S``."""
-_SILENT_S = 60.0
+_SAVE_TIMEOUT_S = SILENT_S + 30.0
+"""A run on this machine saves first."""
+_NO_HEARTBEAT_S = 60.0
 
 
 def find_run(path: Path | None) -> RunDir:
@@ -44,7 +45,7 @@ def find_run(path: Path | None) -> RunDir:
     return run_dir
 
 
-class Seen:
+class StatusReader:
     """The status of a run for those who look again and again: ``status.json`` is opened only when it has moved.
 
     Whoever has a file open over NFS can hold up its writer by dying (docs/nfs.md).
@@ -57,17 +58,17 @@ class Seen:
 
     def moved(self) -> bool:
         """Whether the status has been written since it was last read here; it always has at first."""
-        return self._look is None or self._run_dir.pulse() != self._look
+        return self._look is None or self._run_dir.heartbeat() != self._look
 
     def status(self) -> Status | None:
         """The status as it is now."""
-        found = self._run_dir.pulse()
+        found = self._run_dir.heartbeat()
         if found is None or found != self._look:
             self._status, self._look = self._run_dir.read_status(), found
         return self._status
 
 
-class Pulse:
+class Liveness:
     """Whether a run without a final state may still reach one: those who watch it ask again and again."""
 
     def __init__(self, run_dir: RunDir) -> None:
@@ -97,9 +98,9 @@ class Pulse:
             beat = (status.heartbeat, self._run_dir.lock_beat())
             if beat != self._beat:
                 self._beat, self._changed = beat, now
-            if now - self._changed < _SILENT_S:
+            if now - self._changed < _NO_HEARTBEAT_S:
                 return None
-            lost = f"no heartbeat for {_SILENT_S:.0f} s"
+            lost = f"no heartbeat for {_NO_HEARTBEAT_S:.0f} s"
         last = self._run_dir.read_status()  # it may have ended, or come back, since
         if last is None or last.is_terminal or last.job_id != job_id:
             return None
@@ -115,7 +116,7 @@ def follow_run(run_dir: RunDir, job_id: str | None = None) -> int:
     job_id = job_id or (status.job_id if status else None)
     on_slurm = is_job_id(job_id)
     output = run_dir.logs / f"slurm-{job_id}.out"
-    asked, shown, file, seen = time.monotonic(), "", None, Seen(run_dir)
+    asked, shown, file, seen = time.monotonic(), "", None, StatusReader(run_dir)
     try:
         while True:
             # What was seen before the last lines are read decides: nothing printed before the end is missed.
@@ -159,14 +160,14 @@ def show_log(run_dir: RunDir, role: str, num_lines: int, follow: bool) -> int:
 
     The exit code: 1 if it died without a final state, else 0.
     """
-    path, pulse, seen = _log_file(run_dir, role), Pulse(run_dir), Seen(run_dir)
+    path, liveness, seen = _log_file(run_dir, role), Liveness(run_dir), StatusReader(run_dir)
     print(f"==> {path} <==", file=sys.stderr)
     with path.open(errors="replace") as file:
         sys.stdout.writelines(deque(file, num_lines))
         sys.stdout.flush()
         while follow:
             status = seen.status()
-            over, lost = status is None or status.is_terminal, pulse.lost(status)
+            over, lost = status is None or status.is_terminal, liveness.lost(status)
             _copy(file)
             if lost:
                 print(f"error: {lost}", file=sys.stderr)

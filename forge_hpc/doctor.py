@@ -15,8 +15,8 @@ from pathlib import Path
 from forge_hpc import slurm
 from forge_hpc.config import UserError, load_config
 from forge_hpc.sandbox import Sandbox
-from launchers import checks
-from launchers.site import site_overrides
+from forge_hpc.slurm import partitions
+from forge_hpc.slurm.site import site_overrides
 
 # The packages that reach into one another, at the versions that were tested together (pyproject.toml).
 _VERSIONS = {
@@ -107,11 +107,11 @@ def _gpus() -> Finding:
 
 def _slurm() -> Iterator[Finding]:
     try:
-        if not checks.slurm_is_here():
+        if not partitions.slurm_is_here():
             yield "note", "Slurm", "no cluster here: runs use this machine alone"
             return
         yield from _slurm_release()
-        for partition in checks.partitions():
+        for partition in partitions.partitions():
             limit = (
                 "no time limit"
                 if partition.time_limit_s == float("inf")

@@ -11,7 +11,8 @@ from forge_hpc.cluster.allocation import Allocation
 from forge_hpc.cluster.processes import die_with_parent
 from forge_hpc.config import UserError
 from forge_hpc.run_dir import RunDir
-from forge_hpc.supervisor.supervisor import Stopped, Supervisor
+from forge_hpc.supervisor.signals import Stopped
+from forge_hpc.supervisor.supervisor import Supervisor
 
 
 def main() -> int:

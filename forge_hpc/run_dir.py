@@ -231,7 +231,7 @@ class RunDir:
         """Replace ``status.json`` atomically; what is not given stays as it was, the heartbeat becomes now.
 
         A new ``state`` without a ``message`` clears the old message, an empty ``job_id`` the old job.
-        The first write needs a ``state``. On a full disk the time of modification moves all the same: see ``pulse``.
+        The first write needs a ``state``. On a full disk the time of modification moves all the same (``heartbeat``).
 
         Raises:
             OSError: it cannot be written.
@@ -266,7 +266,7 @@ class RunDir:
             raise
         return new
 
-    def pulse(self) -> Look | None:
+    def heartbeat(self) -> Look | None:
         """Changes whenever somebody writes the status, or tries to on a full disk; None before the first write.
 
         Asked of the file server, without opening anything: those who watch read the status when this has moved.

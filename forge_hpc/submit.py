@@ -49,7 +49,7 @@ def resolve_config(request: Request) -> Config:
     Raises:
         UserError: as `load_config`, or a broken site profile.
     """
-    from launchers.site import site_overrides
+    from forge_hpc.slurm.site import site_overrides
 
     overrides = [*site_overrides(request.site), *request.overrides]
     if request.name is not None:
@@ -78,13 +78,14 @@ def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, foll
     Raises:
         UserError: anything that would keep the run from starting, before anything is queued.
     """
-    from launchers import checks, local, slurm
+    from forge_hpc.slurm import partitions
+    from launchers import local, slurm
     from launchers.command import run_command
 
     if fresh and not dry_run and request.run_dir:
         _move_completed_run_aside(RunDir(request.run_dir))
     cfg = resolve_config(request)
-    on_slurm = request.cluster != "local" and checks.slurm_is_here()
+    on_slurm = request.cluster != "local" and partitions.slurm_is_here()
     if request.cluster == "local" and cfg.cluster.nodes > 1:
         raise UserError(
             f"--cluster local has 1 node, {cfg.cluster.nodes} are asked for", "--nodes 1, or --cluster slurm"
@@ -96,17 +97,18 @@ def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, foll
             else "there is no Slurm here",
             "submit from a login node of a cluster, or use --cluster local; --dry-run shows the job script anywhere",
         )
-    known = checks.partitions() if on_slurm else []
+    known = partitions.partitions() if on_slurm else []
     if on_slurm and (ignored := slurm.adopt_shell(cfg)):
         _say(f"not passed on to sbatch: {', '.join(ignored)} (see slurm.extra)")
     if on_slurm and cfg.cluster.gpus_per_node is None:
-        cfg.cluster.gpus_per_node = checks.gpus_per_node(cfg, known)
+        cfg.cluster.gpus_per_node = partitions.gpus_per_node(cfg, known)
     run_dir = RunDir(request.run_dir or _default_run_dir(cfg.name))
     warm = _check(cfg, run_dir)
     _fix_date(cfg, run_dir)
     changes = _changes(cfg, run_dir)
     if on_slurm or (dry_run and request.cluster != "local"):
         slurm.check_share(cfg)
+        slurm.check_array(cfg)
     if on_slurm or request.cluster != "local":
         _warn_of_shared_nodes(cfg)
 
@@ -114,18 +116,18 @@ def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, foll
         if request.cluster == "local":
             print(shlex.join(run_command(run_dir.path)))
         else:
-            print(slurm.RunExecutor(cfg, run_dir.path, _measured_lead_s(run_dir)).script())
+            print(slurm.RunExecutor(cfg, run_dir.path).script())
         print(_split(cfg, "# "))
         _say_all(changes)
         if on_slurm:
-            checks.check_job(cfg, known)
+            partitions.check_job(cfg, known)
         elif request.cluster != "local":
             _say("There is no Slurm here: the site's checks (partition, nodes, time limit) are left out.")
         _say("Dry run: nothing was created or queued.")
         return 0
 
     if on_slurm:
-        checks.check_job(cfg, known)
+        partitions.check_job(cfg, known)
     _refuse_busy(run_dir)
     ended = run_dir.read_status()
     if _is_complete(cfg, ended):
@@ -139,7 +141,7 @@ def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, foll
         print(f"run directory  {run_dir}\n{_split(cfg)}", flush=True)
         return local.run_here(cfg, run_dir.path)
     try:
-        job_id = slurm.RunExecutor(cfg, run_dir.path, _measured_lead_s(run_dir)).submit_run()
+        job_id = slurm.RunExecutor(cfg, run_dir.path).submit_run()
     except UserError:
         _undo(run_dir, is_new, before, ended)
         raise
@@ -266,12 +268,6 @@ def _check(cfg: Config, run_dir: RunDir) -> Config | None:
     return warm
 
 
-def _measured_lead_s(run_dir: RunDir) -> float:
-    """What an earlier start has measured that the run needs to save and leave before the walltime."""
-    status = run_dir.read_status() if run_dir.exists else None
-    return status.lead_s if status is not None else 0.0
-
-
 def _is_complete(cfg: Config, status: Status | None) -> bool:
     return status is not None and status.state == "completed" and status.step >= _total_steps(cfg)
 
@@ -345,7 +341,7 @@ def _refuse_busy(run_dir: RunDir, own_job_id: str | None = None) -> None:
     """Refuse a directory that a queued or running job, or a live process, works on."""
     if not run_dir.exists:
         return
-    from launchers.jobs import is_active
+    from forge_hpc.slurm.job import is_active
 
     status, holder = run_dir.read_status(), run_dir.lock_holder()
     job_ids = {status.job_id if status else None, holder.get("job_id") if holder else None} - {None, "local"}

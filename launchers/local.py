@@ -19,11 +19,10 @@ from submitit.local.local import LocalJob
 
 from forge_hpc.config import Config, UserError
 from forge_hpc.run_dir import RunDir
+from forge_hpc.supervisor.ending import Exit
 from launchers.command import run_command, with_setup
 
 _PR_SET_PDEATHSIG = 1
-LEFT_CODE = 75
-"""The run's exit code when it has saved and left, which is no failure."""
 
 
 class ForegroundExecutor(LocalExecutor):
@@ -79,7 +78,7 @@ def _has_final_state(run_dir: RunDir, code: int) -> bool:
 
     def final() -> bool:
         status = run_dir.read_status()
-        return status is not None and (status.is_terminal or (status.state == "preempted" and code == LEFT_CODE))
+        return status is not None and (status.is_terminal or (status.state == "preempted" and code == Exit.LEFT))
 
     if final():
         return True

@@ -8,6 +8,7 @@ The job runs `forge_hpc.run --run-dir D`, which handles signals and finds its st
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,9 @@ from typing import Any
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from forge_hpc.config import Config, UserError, signal_lead_s
+from forge_hpc.config import Config, UserError
+from forge_hpc.run_dir import RunDir
+from forge_hpc.supervisor.lead import lead_s
 from launchers.command import job_command
 
 
@@ -29,10 +32,10 @@ class RunExecutor(SlurmExecutor):
         job_id = executor.submit_run()
     """
 
-    def __init__(self, cfg: Config, run_dir: Path, lead_s: float = 0.0) -> None:
+    def __init__(self, cfg: Config, run_dir: Path) -> None:
         super().__init__(folder=run_dir / "logs")
         self._command = job_command(cfg, run_dir)
-        self.parameters = job_parameters(cfg, run_dir, lead_s)
+        self.parameters = job_parameters(cfg, run_dir)
 
     @classmethod
     def affinity(cls) -> int:
@@ -61,11 +64,8 @@ class RunExecutor(SlurmExecutor):
         return job.job_id
 
 
-def job_parameters(cfg: Config, run_dir: Path, lead_s: float = 0.0) -> dict[str, Any]:
-    """The parameters of submitit for `cfg`; ``slurm.extra`` has the last word.
-
-    ``lead_s`` is what an earlier start of the run has measured that it needs to save and leave, 0 where there was none.
-    """
+def job_parameters(cfg: Config, run_dir: Path) -> dict[str, Any]:
+    """The parameters of submitit for `cfg`; ``slurm.extra`` has the last word."""
     slurm = cfg.slurm
     options = _extra(cfg)
     log = run_dir / "logs" / f"slurm-{'%A_%a' if options.get('array') else '%j'}.out"
@@ -82,9 +82,8 @@ def job_parameters(cfg: Config, run_dir: Path, lead_s: float = 0.0) -> dict[str,
         "cpus_per_task": slurm.cpus_per_task,
         "mem": "0" if slurm.exclusive and not _sizes_memory(cfg) else slurm.mem,  # whole nodes, whole memory
         "gpus_per_node": cfg.cluster.gpus_per_node or None,
-        "signal_delay_s": signal_lead_s(
-            cfg, lead_s
-        ),  # rendered as --signal=USR2@…: to the tasks, not to the batch shell
+        # Rendered as --signal=USR2@…: to the tasks, not to the batch shell.
+        "signal_delay_s": lead_s(cfg, RunDir(run_dir)),
         "stderr_to_stdout": True,
         "wckey": None,
         "use_srun": False,  # the command brings its own
@@ -111,6 +110,17 @@ def check_share(cfg: Config) -> None:
         raise UserError(
             "slurm.exclusive=false asks for part of each node, and does not say how much of it",
             f"say how much, such as {' '.join(missing)}, or take whole nodes: slurm.exclusive=true",
+        )
+
+
+def check_array(cfg: Config) -> None:
+    """Raise a UserError if several jobs at once would be one and the same run, in one directory."""
+    array = str(_extra(cfg).get("array") or "")
+    if array and not re.fullmatch(r"\d+|.+%1", array):
+        raise UserError(
+            f"slurm.extra.array={array}: its tasks would all be this one run, which only one of them can have",
+            "a sweep is a job script with a run directory a task (docs/jobs.md); one run in jobs after one another is "
+            f"{array.partition('%')[0]}%1",
         )
 
 

@@ -1,4 +1,4 @@
-"""The group of one prompt, for tests that have its samples."""
+"""Groups and documents, for tests that have the samples."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 
+from forge_hpc.advantages import advantage_function
 from forge_hpc.config import Config
-from forge_hpc.data.types import Group, Prompt
+from forge_hpc.config.algorithm import resolve_advantage
+from forge_hpc.data.types import Document, Group, Prompt
 from forge_hpc.rewards import RewardPool
+from forge_hpc.rollouts.documents import set_advantages, to_documents
 from forge_hpc.rollouts.groups import Sample, make_groups
 
 
@@ -26,3 +29,9 @@ async def make_group(
 
     async with aclosing(make_groups([prompt], stream(), rewards, config)) as groups:
         return await anext(groups)
+
+
+def documents_of(groups: Sequence[Group], config: Config) -> list[Document]:
+    """The documents that GRPO makes of the groups of a step."""
+    set_advantages(groups, advantage_function(resolve_advantage(config.algorithm)))
+    return to_documents(groups, drop_zero_signal=config.algorithm.drop_zero_signal_groups)

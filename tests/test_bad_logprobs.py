@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from one_group import make_group
+from one_group import documents_of, make_group
 from test_recipes import OneStep
 
 from forge_hpc.config import Config
@@ -19,7 +19,6 @@ from forge_hpc.data.types import Completion, Document, Episode, Group, Prompt
 from forge_hpc.recipes.grpo import grpo
 from forge_hpc.rewards import RewardPool
 from forge_hpc.rollouts.checks import EpisodeWatch
-from forge_hpc.rollouts.documents import to_documents
 from forge_hpc.rollouts.figures import measure
 
 PROMPT = Prompt(0, "1+1=", [1, 2, 1, 3], "2")
@@ -43,7 +42,7 @@ def test_a_completion_without_a_finite_log_probability_is_left_out_and_counted(v
     figures = measure([group], step=1)
     assert figures["rewards/failed_logprobs"] == figures["episodes/failed"] == 1
     assert figures["reward/mean"] == 0.5
-    assert all(np.isfinite(document.generator_logprobs).all() for document in to_documents([group], config))
+    assert all(np.isfinite(document.generator_logprobs).all() for document in documents_of([group], config))
 
 
 def test_so_is_an_episode_one_of_whose_turns_has_none() -> None:

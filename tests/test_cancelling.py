@@ -16,7 +16,11 @@ from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import load_config
 from forge_hpc.observability.summary import next_commands
 from forge_hpc.run_dir import RunDir
-from forge_hpc.supervisor.supervisor import STOP_S, Supervisor, Wish
+from forge_hpc.supervisor.controller_process import ControllerProcess, cancelled
+from forge_hpc.supervisor.deadlines import STOP_S
+from forge_hpc.supervisor.ending import Cause
+from forge_hpc.supervisor.signals import StopRequest
+from forge_hpc.supervisor.supervisor import Supervisor
 
 
 @pytest.fixture
@@ -25,16 +29,16 @@ def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
     run_dir = RunDir(tmp_path / "run").create()
     run_dir.write_status(state="running", step=17, lead_s=60.0)
     supervisor = Supervisor(run_dir, Allocation("local", 0, 1, 0), summary=False)
-    supervisor._config = load_config(None, ["model.path=builtin:qwen3-tiny"])
-    supervisor._lock = run_dir.lock()
+    supervisor.requests.config = load_config(None, ["model.path=builtin:qwen3-tiny"])
+    supervisor.first.lock = run_dir.lock()
     yield supervisor
-    supervisor._lock.release()
+    supervisor.first.lock.release()
     for signum, handler in before.items():
         signal.signal(signum, handler)
 
 
 def interrupt(supervisor: Supervisor) -> None:
-    supervisor._signals.append((signal.SIGINT, time.monotonic()))
+    supervisor.requests._signals.append((signal.SIGINT, time.monotonic()))
 
 
 def test_the_first_ctrl_c_asks_to_save_and_the_second_ends_at_once(
@@ -56,13 +60,14 @@ def test_the_first_ctrl_c_asks_to_save_and_the_second_ends_at_once(
     threading.Thread(target=press_again_when_asked_to_save, daemon=True).start()
     try:
         interrupt(supervisor)
-        wish = supervisor._watch(controller, worker, Rendezvous(supervisor.run_dir.rendezvous / "1"), 600)
+        watched = ControllerProcess(controller, supervisor.node, supervisor.requests, supervisor.first.lock)
+        request = watched.wait(worker, Rendezvous(supervisor.run_dir.rendezvous / "1"), 600)
         assert time.monotonic() - pressed[0] < STOP_S
     finally:
         for process in (controller, worker):
             process.kill()
             process.wait()
-    assert wish is not None and wish.cancels and controller.returncode == -signal.SIGKILL
+    assert request is not None and request.cancels and controller.returncode == -signal.SIGKILL
     assert lines.read_text().splitlines() == ["leave stopped by SIGINT", "stop"]
     said = capsys.readouterr().err
     assert "in at most 60 s" in said and "Ctrl-C again ends at once, and 7 optimizer steps will be done again" in said
@@ -83,16 +88,17 @@ def test_a_cancelled_run_says_what_is_lost_and_how_to_go_on(
     supervisor.run_dir.write_status(step=step)
     if saved is not None:
         supervisor.run_dir.checkpoint(saved).mkdir(parents=True)
-    assert supervisor._config is not None
-    ended = supervisor._cancelled(supervisor._config, Wish("cancelled", "stopped by SIGINT", 60.0))
+    assert supervisor.requests.config is not None
+    request = StopRequest(Cause.CANCELLED, "stopped by SIGINT", 60.0)
+    ended = cancelled(supervisor.run_dir, supervisor.requests.config, request)
     assert ended.cause == "cancelled" and message in ended.message
     assert ended.hint is not None and hint in ended.hint and f"forge-hpc resume {supervisor.run_dir}" in ended.hint
 
 
 def test_what_stops_a_run_that_stops_already_is_patient_but_for_ctrl_c(supervisor: Supervisor) -> None:
-    supervisor._leaving = Wish("cancelled", "stopped by SIGHUP", 60.0)
-    assert supervisor._patience_s(signal.SIGHUP) == 60  # a terminal that closes may send two
-    assert supervisor._patience_s(signal.SIGINT) == 0
+    supervisor.requests.current = StopRequest(Cause.CANCELLED, "stopped by SIGHUP", 60.0)
+    assert supervisor.requests._time_to_save_s(signal.SIGHUP) == 60  # a terminal that closes may send two
+    assert supervisor.requests._time_to_save_s(signal.SIGINT) == 0
 
 
 def test_a_cancelled_run_with_a_checkpoint_is_told_how_to_get_its_model(supervisor: Supervisor) -> None:

@@ -228,7 +228,7 @@ def test_who_follows_a_run_is_told_of_its_death(tmp_path, monkeypatch, capsys):
     run_dir = RunDir(tmp_path / "r").create()
     (run_dir.create_log_dir(None, 0) / "controller.log").write_text("step 1\n")
     run_dir.write_status(state="running", step=1)
-    monkeypatch.setattr(control, "_SILENT_S", 0.5)
+    monkeypatch.setattr(control, "_NO_HEARTBEAT_S", 0.5)
     for command in (["watch", "r"], ["logs", "--follow", "r"]):
         command[-1] = str(run_dir)
         assert main(command) == 1
@@ -239,7 +239,7 @@ def test_who_follows_a_run_is_told_of_its_death(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(control.shutil, "which", lambda name: name)
     for state, lost in [(("RUNNING", "None"), None), (("FAILED", "NodeFail"), "job 7"), (None, "unknown to Slurm")]:
         monkeypatch.setattr(control, "job_state", lambda job_id, state=state: state)
-        told = control.Pulse(run_dir).lost(run_dir.read_status())
+        told = control.Liveness(run_dir).lost(run_dir.read_status())
         assert told is None if lost is None else lost in told
 
 

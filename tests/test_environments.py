@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from one_group import make_group
+from one_group import documents_of, make_group
 from sandboxes import needs_bubblewrap
 
 from forge_hpc.checkpoint.episodes import dump_groups, load_groups
@@ -28,7 +28,6 @@ from forge_hpc.environments.calculator import Calculator, calculate
 from forge_hpc.environments.guessing import Guessing
 from forge_hpc.environments.rendering import ConversationRenderer
 from forge_hpc.rewards import RewardPool
-from forge_hpc.rollouts.documents import to_documents
 from forge_hpc.rollouts.episodes import EpisodePlayer
 from forge_hpc.rollouts.figures import measure
 
@@ -407,7 +406,7 @@ def test_the_tokens_that_are_trained_are_the_tokens_that_were_generated(config: 
 
     groups = asyncio.run(scenario())
     episodes = [episode for group in groups for episode in group.episodes]
-    documents = to_documents(groups, config)
+    documents = documents_of(groups, config)
     assert len(documents) == len(episodes) == 1000
     for episode, document in zip(episodes, documents, strict=True):
         asked = generator.asked[episode.prompt.position, episode.completion.sample_index]

@@ -14,11 +14,11 @@ import pytest
 
 from forge_hpc.config import Config, UserError
 from forge_hpc.run_dir import RunDir
-from launchers import checks
-from launchers.checks import Kind, Partition
+from forge_hpc.slurm import partitions
+from forge_hpc.slurm.partitions import Kind, Partition
+from forge_hpc.slurm.site import site_overrides
 from launchers.command import job_command, run_command, with_setup
 from launchers.local import run_here
-from launchers.site import site_overrides
 from launchers.slurm import RunExecutor
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -179,9 +179,9 @@ def test_jobs_that_no_partition_can_run_are_refused():
     ]
     cfg = Config()
     cfg.slurm.time, cfg.cluster.nodes = "30", 8
-    checks.check_job(cfg, known)
+    partitions.check_job(cfg, known)
     cfg.slurm.partition = "gpu,cpu"
-    checks.check_job(cfg, known)
+    partitions.check_job(cfg, known)
     for key, value, message in [
         ("nodes", 9, "9 nodes asked for, partition cpu has 8"),
         ("time", "2:00:00", "longer than partition cpu allows \\(01:00:00\\)"),
@@ -198,7 +198,7 @@ def test_jobs_that_no_partition_can_run_are_refused():
         else:
             setattr(cfg.slurm, key, value)
         with pytest.raises(UserError, match=message):
-            checks.check_job(cfg, known)
+            partitions.check_job(cfg, known)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_jobs_that_no_partition_can_run_are_refused():
     [("gpu:h100:8(S:0-1)", 8), ("gpu:4,nvme:1", 4), ("(null)", 0), ("gpu:a:2,gpu:b:2", 4), ("nvme:2", 0)],
 )
 def test_gpus_are_read_from_generic_resources(gres, gpus):
-    assert checks._gpus(gres) == gpus
+    assert partitions._gpus(gres) == gpus
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -276,8 +276,8 @@ def test_the_state_of_another_run_in_the_directory_is_not_touched(tmp_path):
 def test_slurm_says_what_its_partitions_are(slurm_cluster, monkeypatch):
     for key, value in slurm_cluster.env.items():
         monkeypatch.setenv(key, value)
-    assert checks.slurm_is_here()
-    assert checks.partitions() == [
+    assert partitions.slurm_is_here()
+    assert partitions.partitions() == [
         Partition("main", True, True, float("inf"), (Kind(4, 0),)),
         Partition("short", False, True, 600, (Kind(4, 0),)),
         Partition("spot", False, True, float("inf"), (Kind(4, 0),)),
@@ -286,7 +286,8 @@ def test_slurm_says_what_its_partitions_are(slurm_cluster, monkeypatch):
 
 
 def test_launchers_load_no_torch():
-    code = "import sys, json, launchers.slurm, launchers.local, launchers.checks; print(json.dumps(list(sys.modules)))"
+    modules = "launchers.slurm, launchers.local, forge_hpc.slurm.partitions"
+    code = f"import sys, json, {modules}; print(json.dumps(list(sys.modules)))"
     env = {**os.environ, "PYTHONPATH": str(PROJECT)}
     done = subprocess.run([sys.executable, "-c", code], env=env, text=True, capture_output=True, check=True)
     assert not {"torch", "vllm", "monarch", "torchtitan", "numpy"} & set(json.loads(done.stdout))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from one_group import documents_of
 from runs import read, run_local, small_run, status
 from test_resume import make_session
 
@@ -19,7 +20,6 @@ from forge_hpc.data.builtin import char_tokenizer, write_tiny_qwen3
 from forge_hpc.data.types import Document, Episode, Group, Prompt
 from forge_hpc.generation import GenerationEngine
 from forge_hpc.rollouts.checks import MismatchWatch
-from forge_hpc.rollouts.documents import to_documents
 from forge_hpc.run_dir import RunDir
 from forge_hpc.training.distributed import init_distributed
 from forge_hpc.training.engine import TrainEngine
@@ -67,7 +67,7 @@ def sampled(generator: GenerationEngine, step: int) -> list[Document]:
         for prompt, completions in zip(prompts, batch, strict=True)
         if not isinstance(completions, ValueError)
     ]
-    return to_documents(groups, configuration())
+    return documents_of(groups, configuration())
 
 
 def test_in_bfloat16_other_weights_end_the_run_before_a_step_is_taken(

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 from test_slurm_causes import facts
-from test_supervisor import supervise  # noqa: F401
+from test_supervisor import returns, supervise  # noqa: F401
 
 from forge_hpc import slurm
 from forge_hpc.config import Config
 from forge_hpc.slurm import Preemption, known_of, parse_release, preemption
-from forge_hpc.supervisor import supervisor as supervision
-from forge_hpc.supervisor.supervisor import Ended, Supervisor
+from forge_hpc.supervisor.deadlines import KILL_WAIT_S
+from forge_hpc.supervisor.ending import Cause, Return
+from forge_hpc.supervisor.supervisor import Supervisor
 
 R22, R24, R26 = (22, 5, 8), (24, 11, 5), (26, 5, 5)
 # Of scontrol, from 24.11.5.
@@ -62,29 +63,29 @@ LATER = {"PreemptTime": "None", "Restarts": "1"}
 
 
 @pytest.mark.parametrize(
-    ("release", "mode", "said", "starts_again", "may", "marks"),
+    ("release", "mode", "said", "way", "may"),
     [
-        (R22, "REQUEUE", GRACE, False, False, False),
-        (R22, "CANCEL", GRACE, False, False, False),
-        (R24, "REQUEUE", GRACE, True, True, False),
-        (R24, "CANCEL", GRACE, False, False, True),
-        (R24, "", GRACE, False, True, False),
-        (R24, "REQUEUE", {**GRACE, "Requeue": "0"}, False, False, False),
-        (R24, "REQUEUE", {**GRACE, "JobState": "COMPLETING"}, False, False, False),
-        (R24, "REQUEUE", LATER, False, True, False),
-        (R24, "CANCEL", LATER, False, False, False),
-        (R24, "REQUEUE", {**LATER, "Restarts": "0"}, False, False, False),
-        (R26, "REQUEUE", GRACE, True, True, False),
-        (R26, "CANCEL", GRACE, False, False, False),
-        (R26, "REQUEUE", LATER, False, False, False),
-        ((25, 5, 3), "CANCEL", GRACE, False, False, True),
+        (R22, "REQUEUE", GRACE, Return.REQUEUE, False),
+        (R22, "CANCEL", GRACE, Return.REQUEUE, False),
+        (R24, "REQUEUE", GRACE, Return.SLURM, True),
+        (R24, "CANCEL", GRACE, Return.SUCCESSOR, False),
+        (R24, "", GRACE, Return.REQUEUE, True),
+        (R24, "REQUEUE", {**GRACE, "Requeue": "0"}, Return.REQUEUE, False),
+        (R24, "REQUEUE", {**GRACE, "JobState": "COMPLETING"}, Return.REQUEUE, False),
+        (R24, "REQUEUE", LATER, Return.REQUEUE, True),
+        (R24, "CANCEL", LATER, Return.REQUEUE, False),
+        (R24, "REQUEUE", {**LATER, "Restarts": "0"}, Return.REQUEUE, False),
+        (R26, "REQUEUE", GRACE, Return.SLURM, True),
+        (R26, "CANCEL", GRACE, Return.REQUEUE, False),
+        (R26, "REQUEUE", LATER, Return.REQUEUE, False),
+        ((25, 5, 3), "CANCEL", GRACE, Return.SUCCESSOR, False),
     ],
 )
-def test_the_measured_tables_decide(release, mode, said, starts_again, may, marks) -> None:
+def test_the_measured_tables_decide(release, mode, said, way, may) -> None:
     how, job = Preemption(release, mode, 40), facts(**said)
-    assert (how.starts_again(job), how.may_start_again(job), how.marks(job)) == (starts_again, may, marks)
+    assert (how.way_back(job), how.may_start_again(job)) == (way, may)
     without = Preemption(release, mode, 0)
-    assert not (without.starts_again(job) or without.marks(job))
+    assert without.way_back(job) is Return.REQUEUE
 
 
 def test_the_end_of_a_grace_time_follows_from_its_beginning_where_the_job_has_no_limit() -> None:
@@ -95,7 +96,7 @@ def test_the_end_of_a_grace_time_follows_from_its_beginning_where_the_job_has_no
     assert Preemption(R22, "REQUEUE", 40).end_of_grace(facts()) == facts().end_time  # which Slurm tells
 
 
-@pytest.mark.parametrize(("grace_s", "expected"), [(120.0, 110), (None, supervision.KILL_WAIT_S)])
+@pytest.mark.parametrize(("grace_s", "expected"), [(120.0, 110), (None, KILL_WAIT_S)])
 def test_a_run_without_a_time_limit_uses_its_grace_time(
     supervise: Callable[..., Supervisor],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
@@ -107,9 +108,9 @@ def test_a_run_without_a_time_limit_uses_its_grace_time(
     monkeypatch.setattr(slurm, "preemption", lambda facts, **_: Preemption(R22, "REQUEUE", grace_s))
     monkeypatch.setattr(slurm, "controller_time", lambda **_: float(unlimited.said["PreemptTime"]) + 10)
     supervisor = supervise()
-    supervisor._clock.read()
-    wish = supervisor._meaning(signal.SIGTERM, time.monotonic())
-    assert wish.cause == "preempted" and wish.within_s == pytest.approx(expected, abs=1)
+    supervisor.job.clock.read()
+    request = supervisor.requests._meaning(signal.SIGTERM, time.monotonic())
+    assert request.cause == "preempted" and request.within_s == pytest.approx(expected, abs=1)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +146,8 @@ def test_a_preempted_run_comes_back_in_the_way_that_its_slurm_does_not_spoil(
     monkeypatch.setattr(slurm, "requeue", lambda *_: asked.append("requeue"))
     monkeypatch.setattr(slurm, "submit_successor", submit)
     supervisor = supervise()
-    supervisor._ask()  # at the signal
-    assert supervisor._come_back(Config(), Ended("preempted"))[0] == how
+    supervisor.job.ask()  # at the signal
+    assert returns(supervisor, Config(), Cause.PREEMPTED)[0] == how
     assert asked == said
 
 

@@ -10,11 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from one_group import make_group
+from one_group import documents_of, make_group
 
-from forge_hpc.advantages import advantage_function
 from forge_hpc.config import Config
-from forge_hpc.config.algorithm import resolve_advantage
 from forge_hpc.config.schema import RewardConfig
 from forge_hpc.controller.service import cause_of
 from forge_hpc.controller.session import background
@@ -27,7 +25,6 @@ from forge_hpc.recipes.grpo import GRPO
 from forge_hpc.rewards import RewardPool
 from forge_hpc.rollouts.buffer import episode_buffer
 from forge_hpc.rollouts.checks import SignalWatch
-from forge_hpc.rollouts.documents import set_advantages, to_documents
 from forge_hpc.rollouts.figures import RolloutClock, measure
 from forge_hpc.rollouts.groups import has_signal, make_groups
 from forge_hpc.rollouts.stream import RolloutStream
@@ -160,12 +157,6 @@ def group_of(config: Config, *texts: str, num_tokens: int = 2):
             await pool.close()
 
     return asyncio.run(scenario())
-
-
-def documents_of(groups: list[Group], config: Config) -> list[Document]:
-    """As GRPO makes them."""
-    set_advantages(groups, advantage_function(resolve_advantage(config.algorithm)))
-    return to_documents(groups, config.algorithm.drop_zero_signal_groups)
 
 
 def test_a_group_compares_its_rewards(config: Config) -> None:

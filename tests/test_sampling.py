@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from one_group import documents_of
 
 from forge_hpc.config import Config, UserError, load_config, validate
 from forge_hpc.config.schema import SamplingConfig
 from forge_hpc.data.builtin import char_tokenizer, write_tiny_qwen3
 from forge_hpc.data.types import Completion, Episode, Group, Prompt
 from forge_hpc.generation import GenerationEngine
-from forge_hpc.rollouts.documents import to_documents
 from forge_hpc.rollouts.figures import measure
 from forge_hpc.training.distributed import init_distributed
 from forge_hpc.training.engine import TrainEngine
@@ -81,10 +81,10 @@ def test_the_trainer_computes_the_distribution_that_vllm_samples_from(
         Group(prompt, [Episode(prompt, completion, float(completion.sample_index)) for completion in completions])
         for prompt, completions in zip(prompts(6), sample(generator, sampling), strict=True)
     ]
-    metrics = TrainEngine(config, model_dir).train_step(to_documents(groups, config))
+    metrics = TrainEngine(config, model_dir).train_step(documents_of(groups, config))
     assert metrics["mismatch/logprob_abs_mean"] < 1e-5
     assert metrics["ratio/mean"] == pytest.approx(1, abs=1e-5)
-    plain = TrainEngine(configuration(), model_dir).train_step(to_documents(groups, config))
+    plain = TrainEngine(configuration(), model_dir).train_step(documents_of(groups, config))
     if sampling.temperature != 1 or sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0:
         assert plain["mismatch/logprob_abs_mean"] > 0.05  # it would have been another distribution
 

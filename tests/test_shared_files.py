@@ -18,14 +18,15 @@ from forge_hpc import files, run_lock, slurm
 from forge_hpc.cluster.allocation import Allocation
 from forge_hpc.config import load_config
 from forge_hpc.config.errors import UserError
-from forge_hpc.control import Seen
+from forge_hpc.control import StatusReader
 from forge_hpc.files import in_thread, is_there, look, read_text
 from forge_hpc.observability.jsonl import JsonlWriter, read_jsonl
 from forge_hpc.run_dir import RunDir
 from forge_hpc.status_writer import StatusWriter
-from forge_hpc.supervisor import supervisor as supervision
+from forge_hpc.supervisor import deadlines
+from forge_hpc.supervisor.ending import Cause, Ending
 from forge_hpc.supervisor.starts import StartLog
-from forge_hpc.supervisor.supervisor import Ended, Supervisor
+from forge_hpc.supervisor.supervisor import Supervisor
 
 BEAT_S = 0.05
 
@@ -290,13 +291,14 @@ def test_the_requeue_does_not_wait_for_the_file_server(
         did.append("requeued")
         stalled.set()
 
-    monkeypatch.setattr(supervision, "WRITE_S", 0.2)
+    monkeypatch.setattr(deadlines, "WRITE_S", 0.2)
     monkeypatch.setattr(slurm, "requeue", requeue)
     monkeypatch.setattr(slurm, "job_facts", lambda job_id, **_: None)
     config = load_config(None, ["model.path=builtin:qwen3-tiny", "slurm.requeue=auto"])
     supervisor = Supervisor(run_dir, Allocation("31", 0, 1, 0), summary=False)
-    with run_dir.lock("31") as supervisor._lock:
-        assert supervisor._finish(config, Ended("walltime", "x"), StartLog(run_dir), run_dir.logs, began=True) == 75
+    with run_dir.lock("31") as supervisor.first.lock:
+        ending, starts = Ending(Cause.WALLTIME, "x"), StartLog(run_dir)
+        assert supervisor.first.finish(config, ending, starts, run_dir.logs, began=True) == 75
     assert did == ["requeued"]
     read = run_dir.read_status()
     assert read is not None and (read.state, read.message) == ("preempted", "x; requeued")
@@ -311,7 +313,7 @@ def test_who_watches_opens_the_status_only_when_it_has_moved(run_dir: RunDir, mo
         return read(self)
 
     monkeypatch.setattr(RunDir, "read_status", count)
-    seen = Seen(run_dir)
+    seen = StatusReader(run_dir)
     steps = [status.step for _ in range(10) if (status := seen.status())]
     run_dir.write_status(step=2)
     opened.clear()
@@ -347,7 +349,7 @@ def test_what_is_absent_is_asked_of_the_directory(run_dir: RunDir, monkeypatch: 
         lambda: run_dir.latest_log_dir() == log_dir,
         lambda: run_dir.next_restart("7") == 5,
         lambda: run_dir.lock_holder(),
-        lambda: run_dir.pulse(),
+        lambda: run_dir.heartbeat(),
         lambda: StartLog(run_dir).read(),
         lambda: list(read_jsonl(run_dir.metrics)),
     ):

@@ -13,7 +13,7 @@ from slurm_cluster import SlurmCluster
 
 from forge_hpc.cluster.allocation import Allocation
 from forge_hpc.slurm import corrections, job_facts, own_job_id
-from launchers import jobs
+from forge_hpc.slurm import job as jobs
 
 pytestmark = [pytest.mark.timeout(900)]
 DONE = ("COMPLETED", "FAILED", "CANCELLED")

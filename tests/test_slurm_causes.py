@@ -17,8 +17,9 @@ import pytest
 from runs import DEMO, PROJECT, small_run, wait_for
 from slurm_cluster import SlurmCluster, missing_requirement
 
-from forge_hpc.slurm import Cause, JobFacts, SlurmRefused, cause_of, job_facts, requeue, submit_successor
+from forge_hpc.slurm import JobFacts, SlurmRefused, cause_of, job_facts, requeue, submit_successor
 from forge_hpc.slurm.successor import successor_options
+from forge_hpc.supervisor.ending import Cause
 
 GRACE_S = 20
 PARTITIONS = (

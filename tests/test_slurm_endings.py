@@ -38,7 +38,9 @@ import json, os, sys, time
 from pathlib import Path
 from forge_hpc.cluster.allocation import Allocation
 from forge_hpc.supervisor.starts import StartLog
-from forge_hpc.supervisor.supervisor import Ended, Supervisor
+from forge_hpc.supervisor.ending import Cause, Ending
+from forge_hpc.supervisor.first_node import FirstNode
+from forge_hpc.supervisor.supervisor import Supervisor
 from forge_hpc.run_dir import RunDir
 
 run_dir, plan = RunDir(Path(sys.argv[1])), sys.argv[2:]
@@ -47,26 +49,29 @@ def say(**fields):
     with (run_dir.path / "said").open("a") as file:
         file.write(json.dumps(fields) + "\\n")
 
-class Run(Supervisor):
-    def _start(self, config, *rest):
+class Run(FirstNode):
+    def start(self, config, *rest):
         number = sum(record["event"] == "begin" for record in StartLog(run_dir).read())
         action = plan[number - 1] if number <= len(plan) else "then complete"
         waits = not action.startswith("then ")
         say(start=number, waits=waits, host=os.environ["SLURMD_NODENAME"])
         cause, message = "", ""
         if waits:
-            while (wish := self._wish()) is None:
+            while (request := self._requests.next()) is None:
                 time.sleep(0.02)
-            say(wish=number, cause=wish.cause, within_s=wish.within_s)
-            cause, message = wish.cause, wish.message
+            say(request=number, cause=request.cause, within_s=request.within_s)
+            cause, message = request.cause, request.message
         action = action.removeprefix("then ")
         while action == "stay":
             time.sleep(1)
         if action == "complete":
             self.run_dir.write_status(step=config.trainer.training.steps)
-        return Ended({"leave": cause, "complete": "completed", "fail": "failed"}[action], message or action)
+        cause = {"leave": cause, "complete": Cause.COMPLETED, "fail": Cause.FAILED}[action]
+        return Ending(cause, message or action)
 
-sys.exit(Run(run_dir, Allocation.from_environment(), summary=False).run())
+supervisor = Supervisor(run_dir, Allocation.from_environment(), summary=False)
+supervisor.first = Run(supervisor.node, supervisor.job, supervisor.requests, summary=False)
+sys.exit(supervisor.run())
 """
 
 
@@ -182,7 +187,7 @@ def runs(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> dic
             run.preempt()
             if run.starts and run.is_over():
                 del open_runs[name]
-        if cancelled.said("wish") and not scancelled:
+        if cancelled.said("request") and not scancelled:
             cluster.run("scancel", cancelled.first_job)
             scancelled = True
         time.sleep(0.3)
@@ -213,7 +218,7 @@ def test_a_preempted_run_that_fails_later_has_failed_for_slurm_too_and_is_not_st
 def test_a_run_that_is_preempted_twice_has_three_starts(runs, mode) -> None:
     run = runs[f"leaves twice, {mode}"]
     assert (run.state, run.starts, run.job_state()) == ("completed", 3, "COMPLETED"), run.told()
-    assert [record["cause"] for record in run.said("wish")] == ["preempted", "preempted"]
+    assert [record["cause"] for record in run.said("request")] == ["preempted", "preempted"]
 
 
 @pytest.mark.parametrize("mode", ["requeue", "cancel"])
@@ -249,5 +254,6 @@ def test_a_run_that_is_cancelled_in_the_grace_time_is_not_started_again(runs) ->
 
 @pytest.mark.parametrize("mode", ["requeue", "cancel"])
 def test_a_job_without_a_time_limit_has_the_whole_grace_time(runs, mode) -> None:
-    [wish] = runs[f"leaves, {mode}, no limit"].said("wish")
-    assert wish["cause"] == "preempted" and GRACE_S - 12 < wish["within_s"] <= GRACE_S + 1  # whole seconds of Slurm
+    [request] = runs[f"leaves, {mode}, no limit"].said("request")
+    assert request["cause"] == "preempted"
+    assert GRACE_S - 12 < request["within_s"] <= GRACE_S + 1  # whole seconds of Slurm

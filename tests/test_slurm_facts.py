@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from slurm_cluster import SlurmCluster
 
-from forge_hpc.slurm import Cause, JobFacts, SlurmRefused, cause_of, job_facts, submit_successor
+from forge_hpc.slurm import JobFacts, SlurmRefused, cause_of, job_facts, submit_successor
+from forge_hpc.slurm.job import job_state
 from forge_hpc.slurm.successor import _submit_line, successor_options
-from launchers.jobs import job_state
+from forge_hpc.supervisor.ending import Cause
 
 RELEASES = ("22.05", "24.11", "26.05")
 ARRAY = {"22.05": "102", "24.11": "103", "26.05": "105"}

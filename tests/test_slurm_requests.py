@@ -14,10 +14,10 @@ from slurm_cluster import SlurmCluster
 
 from forge_hpc.cluster.allocation import host_address
 from forge_hpc.config import Config, UserError, config_text, load_config, read_config
-from launchers import checks
-from launchers.checks import Kind, Partition
-from launchers.site import site_overrides
-from launchers.slurm import RunExecutor, check_share
+from forge_hpc.slurm import partitions
+from forge_hpc.slurm.partitions import Kind, Partition
+from forge_hpc.slurm.site import site_overrides
+from launchers.slurm import RunExecutor, check_array, check_share
 
 MIXED = Partition(
     "mixed",
@@ -39,7 +39,7 @@ def job(nodes: int, gpus: int | None = None, constraint: str | None = None) -> C
     [(2, 8, None), (5, 4, None), (11, 0, None), (3, 4, "a100"), (5, 4, "ib"), (2, 8, "h100&ib"), (5, 4, "a100|h100")],
 )
 def test_a_job_that_enough_nodes_of_a_mixed_partition_can_run_is_taken(nodes, gpus, constraint) -> None:
-    checks.check_job(job(nodes, gpus, constraint), [MIXED])
+    partitions.check_job(job(nodes, gpus, constraint), [MIXED])
 
 
 @pytest.mark.parametrize(
@@ -54,14 +54,14 @@ def test_a_job_that_enough_nodes_of_a_mixed_partition_can_run_is_taken(nodes, gp
 )
 def test_a_job_that_too_few_nodes_can_run_is_refused_with_what_would_fit(cfg: Config, message: str, hint: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        checks.check_job(cfg, [MIXED])
+        partitions.check_job(cfg, [MIXED])
     assert hint in (error.value.hint or "")
 
 
 def test_where_nothing_is_said_of_gpus_a_run_takes_those_that_enough_nodes_have() -> None:
-    taken = {nodes: checks.gpus_per_node(job(nodes), [MIXED]) for nodes in (1, 2, 3, 5, 6)}
+    taken = {nodes: partitions.gpus_per_node(job(nodes), [MIXED]) for nodes in (1, 2, 3, 5, 6)}
     assert taken == {1: 8, 2: 8, 3: 4, 5: 4, 6: None}
-    assert checks.gpus_per_node(job(1, constraint="a100"), [MIXED]) == 4
+    assert partitions.gpus_per_node(job(1, constraint="a100"), [MIXED]) == 4
 
 
 @pytest.mark.slurm
@@ -70,7 +70,7 @@ def test_slurm_says_what_kinds_of_nodes_a_partition_has(
 ) -> None:
     for key, value in gpu_cluster.env.items():
         monkeypatch.setenv(key, value)
-    [main] = [partition for partition in checks.partitions() if partition.name == "main"]
+    [main] = [partition for partition in partitions.partitions() if partition.name == "main"]
     assert (main.kinds, main.nodes, main.gpus_on(4)) == ((Kind(4, 4),), 4, 4)
 
 
@@ -89,6 +89,18 @@ def test_part_of_a_node_is_not_asked_for_without_saying_how_much() -> None:
     check_share(cfg)
     cfg = load_config(None, ["slurm.exclusive=false", "slurm.extra={cpus-per-gpu: 8, mem_per_gpu: 64G}"])
     check_share(cfg)
+
+
+@pytest.mark.parametrize("array", ["1-3", "1,2", "1-4%2", "0-9:3"])
+def test_an_array_whose_tasks_would_all_be_one_run_is_refused(array: str) -> None:
+    with pytest.raises(UserError, match="all be this one run") as error:
+        check_array(load_config(None, [f"slurm.extra={{array: '{array}'}}"]))
+    assert f"{array.partition('%')[0]}%1" in (error.value.hint or "")
+
+
+@pytest.mark.parametrize("extra", ["{}", "{array: '3'}", "{array: '1-3%1'}", "{--array: '1,5%1'}"])
+def test_one_run_in_jobs_after_one_another_may_be_an_array(extra: str) -> None:
+    check_array(load_config(None, [f"slurm.extra={extra}"]))
 
 
 def test_memory_in_a_raw_option_takes_the_place_of_the_whole_nodes(tmp_path: Path) -> None:

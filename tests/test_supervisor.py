@@ -22,12 +22,18 @@ from forge_hpc.cluster.allocation import Allocation
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import Config, UserError, load_config, save_config, validate
 from forge_hpc.run_dir import RunDir
+from forge_hpc.supervisor import deadlines, walltime
 from forge_hpc.supervisor import supervisor as supervision
-from forge_hpc.supervisor import walltime
-from forge_hpc.supervisor.silence import Silence
+from forge_hpc.supervisor.coming_back import come_back
+from forge_hpc.supervisor.controller_process import ControllerProcess
+from forge_hpc.supervisor.ending import Cause, Ending
+from forge_hpc.supervisor.heartbeat import HeartbeatMonitor
+from forge_hpc.supervisor.other_node import serve_node
+from forge_hpc.supervisor.signals import StopRequest
 from forge_hpc.supervisor.starts import StartLog
-from forge_hpc.supervisor.supervisor import Ended, Supervisor, Wish
+from forge_hpc.supervisor.supervisor import Supervisor
 from forge_hpc.supervisor.walltime import SlurmClock, Walltime
+from forge_hpc.supervisor.warm_start import warm_start
 
 JOB = Allocation("31", 0, 2, 2)
 
@@ -158,9 +164,9 @@ def test_silence_counts_only_while_the_looker_looks_and_a_full_disk_is_no_silenc
 
     def look(after_s: float) -> float:
         now[0] += after_s
-        return silence.look()
+        return monitor.silent_s()
 
-    silence = Silence(run_dir)
+    monitor = HeartbeatMonitor(run_dir)
     assert [look(2) for _ in range(3)] == [2, 4, 6]
     assert look(3600) == 10  # suspended, or the file server stood still
     run_dir.write_status()
@@ -182,12 +188,12 @@ def supervise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
     before = {signum: signal.getsignal(signum) for signum in (15, 2, 1, signal.SIGUSR2)}
     run_dir = RunDir(tmp_path / "run").create()
     run_dir.write_status(state="running", job_id="31")
-    monkeypatch.setattr(supervision, "RETRY_S", 0.01)
+    monkeypatch.setattr(deadlines, "RETRY_S", 0.01)
 
     def make(allocation: Allocation = JOB) -> Supervisor:
         supervisor = Supervisor(run_dir, allocation, summary=False)
-        supervisor._lock = run_dir.lock("31", requeues=2)
-        locks.append(supervisor._lock)
+        supervisor.first.lock = run_dir.lock("31", requeues=2)
+        locks.append(supervisor.first.lock)
         return supervisor
 
     locks: list = []
@@ -202,15 +208,16 @@ def test_a_controller_that_hangs_is_killed_unless_it_is_the_file_system_that_doe
     supervise: Callable[..., Supervisor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     supervisor = supervise()
-    monkeypatch.setattr(supervision, "LOOK_S", 0.0)
-    monkeypatch.setattr(supervision, "POLL_S", 0.02)
+    monkeypatch.setattr(deadlines, "LOOK_S", 0.02)
+    monkeypatch.setattr(deadlines, "POLL_S", 0.02)
     can_write = [False] * 20 + [True]
-    monkeypatch.setattr(supervisor, "_can_write", lambda: can_write.pop(0) if len(can_write) > 1 else True)
     controller, worker = (subprocess.Popen(["sleep", "600"], stdin=subprocess.PIPE) for _ in range(2))
+    watched = ControllerProcess(controller, supervisor.node, supervisor.requests, supervisor.first.lock)
+    monkeypatch.setattr(watched, "_can_write", lambda: can_write.pop(0) if len(can_write) > 1 else True)
     try:
-        assert supervisor._watch(controller, worker, Rendezvous(supervisor.run_dir.rendezvous / "1"), 0.2) is None
+        assert watched.wait(worker, Rendezvous(supervisor.run_dir.rendezvous / "1"), 0.2) is None
         assert controller.returncode == -signal.SIGKILL
-        assert "no sign of life" in supervisor._hung and can_write == [True]
+        assert "no sign of life" in watched.hung and can_write == [True]
     finally:
         for process in (controller, worker):
             process.kill()
@@ -223,11 +230,11 @@ def test_the_other_nodes_bear_a_pause_of_the_file_server(
     supervisor = supervise(Allocation("31", 1, 2, 2))
     config = load_config(None, ["model.path=builtin:qwen3-tiny"])
     save_config(config, supervisor.run_dir.config)
-    monkeypatch.setattr(supervision, "LOOK_S", 0.01)
-    rendezvous = supervisor._rendezvous(supervisor._key())
+    monkeypatch.setattr(deadlines, "LOOK_S", 0.01)
+    rendezvous = supervisor.node.rendezvous()
     rendezvous.publish("start", {"tls": str(tmp_path), "log_dir": str(tmp_path)})
     worker = subprocess.Popen(["sleep", "600"])
-    monkeypatch.setattr(supervisor, "_start_worker", lambda *args: worker)
+    monkeypatch.setattr(supervisor.node, "start_worker", lambda *args: worker)
     look, looks = Rendezvous.look, []
 
     def sometimes(self: Rendezvous, name: str) -> object:
@@ -240,7 +247,7 @@ def test_the_other_nodes_bear_a_pause_of_the_file_server(
 
     monkeypatch.setattr(Rendezvous, "look", sometimes)
     try:
-        assert supervisor._other_node() == 0
+        assert serve_node(supervisor.node, supervisor.requests) == 0
         assert len(looks) > 20
     finally:
         worker.kill()
@@ -274,6 +281,10 @@ class FakeSlurm:
             raise slurm.SlurmRefused("Requested operation is presently disabled")
 
 
+def returns(supervisor: Supervisor, config: Config, cause: Cause) -> tuple[str, str | None]:
+    return come_back(supervisor.run_dir, config, Ending(cause), supervisor.job, supervisor.requests)
+
+
 def configure(requeue: str = "auto") -> Config:
     config = Config()
     config.slurm.requeue = requeue
@@ -304,7 +315,7 @@ def test_how_a_run_comes_back(
 ) -> None:
     answers = FakeSlurm(monkeypatch, requeue, successor)
     supervisor = supervise()
-    message, job = supervisor._come_back(configure(choice), Ended("preempted"))
+    message, job = returns(supervisor, configure(choice), Cause.PREEMPTED)
     assert answers.said == said
     assert message.startswith(how) and job == ("32" if message.startswith("job 32") else None)
 
@@ -314,7 +325,7 @@ def test_a_successor_takes_as_many_nodes_as_the_job_began_with(
 ) -> None:
     answers = FakeSlurm(monkeypatch, "no", "yes")
     supervisor = supervise(Allocation("31", 0, 5, 2))  # Slurm says 2 by now: three were lost
-    assert supervisor._come_back(configure(), Ended("crash"))[1] == "32"
+    assert returns(supervisor, configure(), Cause.CRASH)[1] == "32"
     assert answers.num_nodes == 5
 
 
@@ -328,10 +339,13 @@ def test_a_successor_is_queued_from_a_full_disk(tmp_path: Path, monkeypatch: pyt
         return "32\n" if command[0] == "sbatch" else "#!/bin/bash\ntrue\n"
 
     monkeypatch.setattr("forge_hpc.slurm.successor.ask", ask)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
+    (tmp_path / "elsewhere").mkdir()
     (tmp_path / "logs").touch()  # nothing can be written there
     assert slurm.submit_successor(facts(), tmp_path) == "32"
     (tmp_path / "logs").unlink()
     (tmp_path / "logs").mkdir()
+    (tmp_path / "elsewhere").rmdir()  # and with no temporary directory where there is none needed
     assert slurm.submit_successor(facts(), tmp_path) == "32"
     assert [script.exists() for script in scripts] == [False, True]
 
@@ -340,25 +354,26 @@ def test_a_silent_slurm_is_asked_until_it_kills_or_for_a_while(
     supervise: Callable[..., Supervisor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = FakeSlurm(monkeypatch, "silent")
-    monkeypatch.setattr(supervision, "COME_BACK_S", 0.2)
+    monkeypatch.setattr(deadlines, "COME_BACK_S", 0.2)
     supervisor = supervise()
-    assert "Slurm has not been reached" in supervisor._come_back(configure(), Ended("crash"))[0]
+    assert "Slurm has not been reached" in returns(supervisor, configure(), Cause.CRASH)[0]
     assert len(answers.said) > 2
     answers.said.clear()
-    monkeypatch.setattr(supervision, "COME_BACK_S", 600)
-    monkeypatch.setattr(supervision, "KILL_WAIT_S", 0)
-    supervisor._kill_at = time.monotonic() - 1
-    assert "Slurm has not been reached" in supervisor._come_back(configure(), Ended("crash"))[0]
+    monkeypatch.setattr(deadlines, "COME_BACK_S", 600)
+    monkeypatch.setattr(deadlines, "KILL_WAIT_S", 0)
+    supervisor.job.kill_at = time.monotonic() - 1
+    assert "Slurm has not been reached" in returns(supervisor, configure(), Cause.CRASH)[0]
     assert len(answers.said) == 1
 
 
 def test_a_scancel_ends_the_asking(supervise: Callable[..., Supervisor], monkeypatch: pytest.MonkeyPatch) -> None:
     FakeSlurm(monkeypatch, "silent")
     supervisor = supervise()
-    monkeypatch.setattr(supervisor, "_wish", lambda: Wish("cancelled", "cancelled (SIGTERM)", None))
+    cancel = StopRequest(Cause.CANCELLED, "cancelled (SIGTERM)", None)
+    monkeypatch.setattr(supervisor.requests, "next", lambda: cancel)
     starts = StartLog(supervisor.run_dir)
     starts.begin(job_id="31", restart=0, nodes=2, requeues=2)
-    assert supervisor._finish(configure(), Ended("crash", "it died"), starts, Path("logs"), began=True) == 130
+    assert supervisor.first.finish(configure(), Ending(Cause.CRASH, "it died"), starts, Path("logs"), began=True) == 130
     status = supervisor.run_dir.read_status()
     assert status is not None and status.state == "cancelled"
 
@@ -375,12 +390,12 @@ def test_a_run_comes_back_though_nothing_can_be_written(
 
     monkeypatch.setattr(RunDir, "write_status", full)
     monkeypatch.setattr(StartLog, "_append", full)
-    for cause in ("preempted", "crash"):
-        assert supervisor._finish(configure(), Ended(cause, "over"), starts, Path("logs"), began=True) == 75
+    for cause in (Cause.PREEMPTED, Cause.CRASH):
+        assert supervisor.first.finish(configure(), Ending(cause, "over"), starts, Path("logs"), began=True) == 75
     assert answers.said == ["requeue yes"] * 2
     assert "No space left on device" in capfd.readouterr().err
     # a row of starts none of which can be counted must end
-    assert supervisor._finish(configure(), Ended("crash", "over"), starts, Path("logs"), began=False) == 1
+    assert supervisor.first.finish(configure(), Ending(Cause.CRASH, "over"), starts, Path("logs"), began=False) == 1
     assert len(answers.said) == 2
 
 
@@ -394,11 +409,11 @@ def test_an_error_of_the_file_system_is_worth_another_start_and_another_error_is
     supervisor = supervise(Allocation("31", 0, 1, 2))
     for error in (OSError(errno.ESTALE, "Stale file handle"), RuntimeError("NaN"), OSError(errno.EIO, "I/O error")):
 
-        def start(*args: object, error: Exception = error) -> Ended:
+        def start(*args: object, error: Exception = error) -> Ending:
             raise error
 
-        monkeypatch.setattr(supervisor, "_start", start)
-        codes.append(supervisor._locked(config, "31"))
+        monkeypatch.setattr(supervisor.first, "start", start)
+        codes.append(supervisor.first.run_locked(config))
     assert codes == [75, 1, 1]
     assert answers.said == ["requeue yes"]
     ends = [record for record in StartLog(supervisor.run_dir).read() if record["event"] == "end"]
@@ -410,8 +425,8 @@ def test_the_time_that_slurm_took_to_answer_is_not_there_for_saving(
     supervise: Callable[..., Supervisor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     FakeSlurm(monkeypatch, "yes")
-    wish = supervise()._meaning(signal.SIGTERM, time.monotonic() - 4)
-    assert wish.within_s == pytest.approx(supervision.KILL_WAIT_S - 4, abs=0.5)
+    request = supervise().requests._meaning(signal.SIGTERM, time.monotonic() - 4)
+    assert request.within_s == pytest.approx(deadlines.KILL_WAIT_S - 4, abs=0.5)
 
 
 def test_the_end_of_a_grace_time_is_read_by_slurms_clock(
@@ -421,9 +436,48 @@ def test_the_end_of_a_grace_time_is_read_by_slurms_clock(
     now = facts().end_time - 20  # of a preemption with a grace time; this host's clock is far ahead of it, or behind
     monkeypatch.setattr(slurm, "job_facts", lambda job_id, **_: facts())
     monkeypatch.setattr(slurm, "controller_time", lambda **_: now)
-    supervisor._clock.read()
-    wish = supervisor._meaning(signal.SIGTERM, time.monotonic())
-    assert wish.cause == "preempted" and wish.within_s == pytest.approx(20, abs=1)
+    supervisor.job.clock.read()
+    request = supervisor.requests._meaning(signal.SIGTERM, time.monotonic())
+    assert request.cause == "preempted" and request.within_s == pytest.approx(20, abs=1)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_a_full_or_read_only_temporary_directory_is_worth_another_start(
+    supervise: Callable[..., Supervisor], monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    answers = FakeSlurm(monkeypatch, "yes")
+    monkeypatch.setattr(slurm, "controller_time", lambda **_: None)
+    monkeypatch.setattr(slurm, "script_arguments", lambda job_id: None)
+    monkeypatch.setattr(supervision, "become_subreaper", lambda: None)
+    monkeypatch.setenv("SLURM_JOB_ID", "31")
+
+    def refuse(**options: object) -> str:
+        raise OSError(code, os.strerror(code))
+
+    supervisor = supervise(Allocation("31", 0, 1, 2))
+    supervisor.first.lock.release()
+    save_config(load_config(None, ["model.path=builtin:qwen3-tiny"]), supervisor.run_dir.config)
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    assert supervisor.run() == 75
+    assert answers.said == ["requeue yes"]
+    _, end = StartLog(supervisor.run_dir).newest()
+    assert end is not None and end["cause"] == "crash" and os.strerror(code) in end["message"]
+
+
+def test_a_node_that_is_not_the_first_and_has_no_temporary_directory_says_so(
+    supervise: Callable[..., Supervisor], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd
+) -> None:
+    supervisor = supervise(Allocation("31", 1, 2, 2))
+    monkeypatch.setattr(supervision, "become_subreaper", lambda: None)
+    save_config(load_config(None, ["model.path=builtin:qwen3-tiny"]), supervisor.run_dir.config)
+    supervisor.node.rendezvous().publish("start", {"tls": str(tmp_path), "log_dir": str(tmp_path)})
+
+    def refuse(**options: object) -> str:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    assert supervisor.run() == 1
+    assert "node 1: " in (said := capfd.readouterr().err) and os.strerror(errno.EROFS) in said
 
 
 # ---- the warm start
@@ -444,7 +498,7 @@ def test_a_crash_of_the_warm_start_is_one_of_the_run(
         starts.end(state="failed", cause=end, message="what happened")
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command, **options: popen(["false"], **options))
-    ended = supervisor._warm_start(Config())
+    ended = warm_start(supervisor.run_dir, Config(), supervisor.requests, supervisor.first.status)
     assert ended is not None and ended.cause == expected
     assert ("what happened" if end else "ended with 1") in ended.message
 

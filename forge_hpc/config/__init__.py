@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from forge_hpc.config.errors import EXIT_USAGE, UserError, print_error
 from forge_hpc.config.schema import Config
 from forge_hpc.config.split import Placement, plan
-from forge_hpc.config.validate import check_environment, signal_lead_s, validate, walltime_s
+from forge_hpc.config.validate import check_environment, validate, walltime_s
 
 if TYPE_CHECKING:
     from forge_hpc.config.changes import safe_changes
@@ -26,7 +26,6 @@ __all__ = [
     "read_config",
     "safe_changes",
     "save_config",
-    "signal_lead_s",
     "validate",
     "walltime_s",
 ]

@@ -132,7 +132,6 @@ _SHARES = [  # 0 to 1
     "cluster.rollout_ratio",
 ]
 _BELOW_ONE = ["trainer.optimizer.beta1", "trainer.optimizer.beta2"]  # 0 to less than 1
-UNMEASURED_LEAD_S = 300.0
 _MAX_CHECKED_LINES = 10_000
 _JSONL_SUFFIXES = (".jsonl", ".json")  # what forge_hpc.data reads line by line
 _DATA_SUFFIXES = (*_JSONL_SUFFIXES, ".parquet", ".csv")
@@ -180,17 +179,6 @@ def walltime_s(text: str) -> float:
         return int(days) * 86400 + hours * 3600 + minutes * 60 + seconds
     hours, minutes, seconds = {1: (0, parts[0], 0), 2: (0, *parts), 3: tuple(parts)}[len(parts)]
     return hours * 3600 + minutes * 60 + seconds
-
-
-def signal_lead_s(cfg: Config, measured_s: float = 0.0) -> int:
-    """Seconds before the walltime at which the run is to save and leave.
-
-    ``measured_s`` is ``Status.lead_s`` of an earlier start, or of this one; 0 where nothing was measured.
-    """
-    if cfg.slurm.signal_lead_s is not None:
-        return cfg.slurm.signal_lead_s
-    limit = walltime_s(cfg.slurm.time) or math.inf
-    return math.ceil(min(measured_s or UNMEASURED_LEAD_S, limit / 2))
 
 
 # --- single values

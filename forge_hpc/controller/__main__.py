@@ -36,6 +36,7 @@ from forge_hpc.observability.logs import Terminal, setup_logging
 from forge_hpc.observability.wandb import finish_runs
 from forge_hpc.run_dir import RunDir
 from forge_hpc.status_writer import StatusWriter
+from forge_hpc.supervisor.ending import Cause, ControllerExit
 
 if TYPE_CHECKING:  # they load torch: only once the nodes have been joined
     from forge_hpc.controller.generators import GeneratorPool
@@ -48,8 +49,6 @@ CLOSE_S = 8.0
 REPORT_S = 3.0
 """An error may be the echo of a dead process: its report comes within this time."""
 MAX_MESSAGE = 1000
-DONE, FAILED, STOPPED, LEFT = 0, 1, 3, 4
-"""Exit codes."""
 
 
 async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, terminal: Terminal, leave: Leave) -> bool:
@@ -65,7 +64,7 @@ async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, termin
 
         def node_lost(node: int, reason: str) -> None:
             silent = () if node in faults.ended_nodes else (node,)
-            leave.request(Departure("node", f"node {node} is lost: {reason}", silent))
+            leave.request(Departure(Cause.NODE_LOST, f"node {node} is lost: {reason}", silent))
 
         pool = GeneratorPool(config, cluster, log_dir, recoveries, node_lost)
         done, number = False, 0
@@ -81,7 +80,7 @@ async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, termin
                 session.lose(str(error))
                 await session.abandon()
                 if not leave.requested.is_set():
-                    recoveries.spend("trainers", "trainers", str(error))
+                    recoveries.use_retry("trainers", "trainers", str(error))
                     status.tell(message=f"recovering: {error}")
             number += 1
     # In good order only where all went well: after a failure the supervisors end what is left, and faster.
@@ -198,7 +197,7 @@ def obey_supervisor(task: asyncio.Task[None], loop: asyncio.AbstractEventLoop, l
         word, _, reason = line.strip().partition(" ")
         logger.info("the supervisor asks to %s %s", word, reason)
         if word == "leave":
-            loop.call_soon_threadsafe(leave.request, Departure("asked", reason))
+            loop.call_soon_threadsafe(leave.request, Departure(Cause.ASKED, reason))
             if not leave.is_attended:  # nothing to save yet
                 loop.call_soon_threadsafe(task.cancel)
         else:
@@ -213,7 +212,7 @@ def is_disk_trouble(error: BaseException) -> bool:
 
 
 async def main() -> int:
-    """Exit code: 0 done, 1 failed, 3 stopped by the supervisor, 4 saved and left."""
+    """Exit code: a `ControllerExit`."""
     parser = argparse.ArgumentParser(description="Controller of a run; started by forge_hpc.run.")
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--rendezvous", type=Path, required=True)
@@ -227,25 +226,25 @@ async def main() -> int:
     task, leave = asyncio.current_task(), Leave()
     assert task is not None
     threading.Thread(target=obey_supervisor, args=(task, asyncio.get_running_loop(), leave), daemon=True).start()
-    done, outcome = False, dict[str, Any](code=DONE, message="")
+    done, outcome = False, dict[str, Any](code=ControllerExit.DONE, message="")
     try:
         done = await control(run_dir, rendezvous, args.log_dir, terminal, leave)
     except asyncio.CancelledError:
-        outcome = {"code": STOPPED, "message": "stopped"}
+        outcome = {"code": ControllerExit.STOPPED, "message": "stopped"}
     except BaseException as error:
         cause = cause_of(error)
         logger.error("the run failed:\n%s", "".join(traceback.format_exception(error)))
         if isinstance(cause, UserError):
-            outcome = {"code": FAILED, "message": cause.message, "hint": cause.hint}
+            outcome = {"code": ControllerExit.FAILED, "message": cause.message, "hint": cause.hint}
         else:
             message = str(cause) if isinstance(cause, ActorLost) else f"{type(cause).__name__}: {cause}"
             outcome = {
-                "code": FAILED,
+                "code": ControllerExit.FAILED,
                 "message": " ".join(message.split())[:MAX_MESSAGE],
                 "is_loss": is_loss(error) or is_disk_trouble(cause),
             }
     if (departure := leave.departure) is not None and not done:
-        outcome = {"code": LEFT, "message": departure.message, "cause": departure.cause}
+        outcome = {"code": ControllerExit.LEFT, "message": departure.message, "cause": departure.cause}
         outcome["lost_nodes"] = list(departure.lost_nodes)
     try:
         rendezvous.publish("outcome", outcome)

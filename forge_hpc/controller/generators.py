@@ -40,7 +40,7 @@ class NodeLost(RuntimeError):
 
 
 @dataclass
-class _Seat:
+class _ReplicaSlot:
     """Where a replica lives."""
 
     node: int | None = None
@@ -81,7 +81,7 @@ class GeneratorPool:
         self.service = Service(
             "generator", placement.replicas, config.generator.timeout_s, self._on_loss, recoveries.call_retried
         )
-        self._seats = {index: _Seat() for index in range(placement.replicas)}
+        self._slots = {index: _ReplicaSlot() for index in range(placement.replicas)}
         self._starting: asyncio.Task[None] | None = None
 
     def begin(self, model_dir: Path) -> None:
@@ -101,9 +101,9 @@ class GeneratorPool:
     async def _start(self) -> None:
         try:
             async with asyncio.TaskGroup() as tasks:
-                spawning = [tasks.create_task(self._spawn(index)) for index in self._seats]
+                spawning = [tasks.create_task(self._spawn(index)) for index in self._slots]
         except ExceptionGroup as errors:
-            for index in self._seats:
+            for index in self._slots:
                 with contextlib.suppress(NodeLost):
                     await self._end(index)
             self._starting = None
@@ -113,8 +113,8 @@ class GeneratorPool:
 
     def lose_node(self, node: int, reason: str) -> None:
         """The node's worker has ended: what ran there is gone, and nothing can be started there."""
-        for index, seat in self._seats.items():
-            if self._home(index, seat) == node:
+        for index, slot in self._slots.items():
+            if self._home(index, slot) == node:
                 self.service.lose(index, reason)
 
     async def close(self) -> None:
@@ -124,27 +124,27 @@ class GeneratorPool:
         if self.service.serving:
             await asyncio.wait_for(self.service.leave.fanout(), 10)
 
-    def _home(self, index: int, seat: _Seat) -> int:
+    def _home(self, index: int, slot: _ReplicaSlot) -> int:
         placement = self._cluster.placement
-        return placement.rollout_nodes[index // placement.replicas_per_node] if seat.node is None else seat.node
+        return placement.rollout_nodes[index // placement.replicas_per_node] if slot.node is None else slot.node
 
     async def _spawn(self, index: int) -> Any:
         """Start replica ``index``. Raises NodeLost, ActorLost, or what the engine raises."""
-        seat, config = self._seats[index], self._config
-        node = self._home(index, seat)
+        slot, config = self._slots[index], self._config
+        node = self._home(index, slot)
         if node in self._replaced:  # another replica has found it out
             raise NodeLost(node, "no process starts there")
         if node in self._cluster.faults.ended_nodes:
             raise NodeLost(node, "its Monarch worker has ended")
-        seat.mesh = f"generator{index}" + (f"r{seat.starts}" if seat.starts else "")
-        seat.starts += 1
-        self._cluster.faults.watch(seat.mesh, lambda reason: self.service.lose(index, reason))
-        seat.procs = self._cluster.spawn_generator(seat.mesh, index, seat.node)
+        slot.mesh = f"generator{index}" + (f"r{slot.starts}" if slot.starts else "")
+        slot.starts += 1
+        self._cluster.faults.watch(slot.mesh, lambda reason: self.service.lose(index, reason))
+        slot.procs = self._cluster.spawn_generator(slot.mesh, index, slot.node)
         try:
-            await asyncio.wait_for(seat.procs.initialized, SPAWN_S)
+            await asyncio.wait_for(slot.procs.initialized, SPAWN_S)
         except Exception as error:
             raise NodeLost(node, f"no process starts there: {reason_of(error)}") from error
-        actor = seat.procs.spawn(seat.mesh, Generator, config, index, self._log_dir)
+        actor = slot.procs.spawn(slot.mesh, Generator, config, index, self._log_dir)
         await self._ask(index, actor.start.call_one(self._model_dir), config.cluster.start_timeout_s, "start()")
         return actor
 
@@ -164,7 +164,7 @@ class GeneratorPool:
         """Put another replica in the place of a lost one: on its node, or on a spare one where the node is lost."""
         start = time.monotonic()
         try:
-            self._recoveries.spend("generators", f"generator {index}", reason)
+            self._recoveries.use_retry("generators", f"generator {index}", reason)
             while True:
                 try:
                     await self._end(index)
@@ -176,10 +176,10 @@ class GeneratorPool:
                         self._on_node_lost(error.node, str(error))
                         return
                     logger.warning("%s; node %d takes its place", error, spare)
-                    self._seats[index].node = spare
+                    self._slots[index].node = spare
                 except Exception as error:  # also of an engine that does not start: memory may be free a moment later
                     logger.warning("generator %d did not come back", index, exc_info=not isinstance(error, ActorLost))
-                    self._recoveries.spend("generators", f"generator {index}", reason_of(error))
+                    self._recoveries.use_retry("generators", f"generator {index}", reason_of(error))
             await self.service.admit(index, actor)
             logger.info("generator %d is replaced after %.1f s", index, time.monotonic() - start)
         except Exception as error:
@@ -195,12 +195,12 @@ class GeneratorPool:
 
     async def _end(self, index: int) -> None:
         """End what is left of a replica, so that its memory is free for the next. Raises NodeLost."""
-        seat = self._seats[index]
-        node = self._home(index, seat)
-        self._cluster.faults.forget(seat.mesh)
-        if seat.procs is None or node in self._cluster.faults.ended_nodes or node in self._replaced:
+        slot = self._slots[index]
+        node = self._home(index, slot)
+        self._cluster.faults.forget(slot.mesh)
+        if slot.procs is None or node in self._cluster.faults.ended_nodes or node in self._replaced:
             return
-        stopping, seat.procs = asyncio.ensure_future(seat.procs.stop()), None
+        stopping, slot.procs = asyncio.ensure_future(slot.procs.stop()), None
         await asyncio.wait({stopping}, timeout=END_S)
         if not stopping.done() and not await self._cluster.can_spawn(node, PROBE_S):
             stopping.cancel()
@@ -208,7 +208,7 @@ class GeneratorPool:
         try:
             await asyncio.wait_for(stopping, STOP_S)
         except Exception as error:  # what matters is whether another can be started
-            logger.warning("ending %s: %s", seat.mesh, reason_of(error))
+            logger.warning("ending %s: %s", slot.mesh, reason_of(error))
 
     async def _bring_up_to_date(self, index: int, actor: Any) -> None:
         """Give a new replica the weights that the others hold; it returns in the same turn of the event loop in which

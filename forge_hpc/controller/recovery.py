@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from forge_hpc.controller.service import ActorLost
+from forge_hpc.supervisor.ending import Cause
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ class Recoveries:
         self._limit = limit
         self._since_step: Counter[str] = Counter()
 
-    def spend(self, kind: str, who: str, reason: str) -> None:
+    def use_retry(self, kind: str, who: str, reason: str) -> None:
         """``who`` of ``kind`` was lost and will be mended. Raises ActorLost where that has gone on for too long."""
         self._since_step[who] += 1
         times = self._since_step[who]
@@ -58,8 +59,8 @@ class Recoveries:
 class Departure:
     """Why the run saves and leaves its nodes before it is done."""
 
-    cause: str
-    """``asked`` by the supervisor (preemption, walltime), or ``node``: one is lost."""
+    cause: Cause
+    """ASKED by the supervisor (preemption, walltime), or NODE_LOST."""
     message: str
     lost_nodes: tuple[int, ...] = ()
     """Nodes that answer no more: the next start is to do without them."""

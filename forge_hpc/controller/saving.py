@@ -21,12 +21,11 @@ from forge_hpc.controller.trainers import Trainers
 from forge_hpc.data.types import Group
 from forge_hpc.run_dir import RunDir
 from forge_hpc.status_writer import StatusWriter
+from forge_hpc.supervisor.lead import measured_lead_s
 
 logger = logging.getLogger(__name__)
 CONFIG = "config.yaml"
 """In a checkpoint: the configuration that it was made with."""
-MIN_LEAD_S = 30.0
-"""What a departure takes beside the step and the save: the signal's way, the requeue, slow seconds of a shared disk."""
 
 
 class Saver:
@@ -110,8 +109,8 @@ class Saver:
         else:
             self.saved_step = step
             self._save_s.append(time.perf_counter() - start)
-            lead_s = MIN_LEAD_S + 2 * (max(self._save_s) + max(self._train_s, default=0.0))
-            self._status.tell(lead_s=round(lead_s, 1))
+            lead_s = measured_lead_s(max(self._save_s), max(self._train_s, default=0.0))
+            self._status.tell(lead_s=lead_s)
 
     def _commit(
         self, step: int, record: Mapping[str, Any], files: Mapping[str, FileRecord], groups: Sequence[Group]

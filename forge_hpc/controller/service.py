@@ -17,6 +17,16 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
+_LOSSES = frozenset(
+    {
+        "torch.AcceleratorError",
+        "torch.distributed.DistBackendError",
+        "torch.distributed.DistNetworkError",
+        "forge_hpc.generation.engine.GenerationError",
+    }
+)
+"""Errors that mean a device, a network or an engine that is gone, by name: torch and vLLM are not imported here."""
+
 
 class ActorLost(RuntimeError):
     """An actor's process has died, does not answer, or has failed for good; another can take its place."""
@@ -36,14 +46,8 @@ def is_loss(error: BaseException) -> bool:
     from monarch._rust_bindings.monarch_hyperactor.supervision import SupervisionError
 
     cause = cause_of(error)
-    names = {kind.__name__ for kind in type(cause).__mro__}
-    device = {
-        "AcceleratorError",
-        "DistBackendError",
-        "DistNetworkError",
-        "GenerationError",
-    }  # no torch is imported here
-    return isinstance(cause, (SupervisionError, ActorLost, TimeoutError, ConnectionError)) or bool(names & device)
+    names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(cause).__mro__}
+    return isinstance(cause, (SupervisionError, ActorLost, TimeoutError, ConnectionError)) or bool(names & _LOSSES)
 
 
 def reason_of(error: BaseException) -> str:

@@ -19,7 +19,7 @@ def set_advantages(groups: Sequence[Group], advantage: StepAdvantage) -> None:
             episode.advantage = float(value)
 
 
-def to_documents(groups: Sequence[Group], drop_zero_signal: bool = False) -> list[Document]:
+def to_documents(groups: Sequence[Group], *, drop_zero_signal: bool = False) -> list[Document]:
     """The episodes of a step as documents.
 
     With ``drop_zero_signal`` without groups whose advantages are all zero. Where no group carries a signal all are

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from forge_hpc.slurm.job import JobFacts
+from forge_hpc.slurm.facts import JobFacts
 
 _ARRAY = ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
 _RESTARTS = "SLURM_RESTART_COUNT"

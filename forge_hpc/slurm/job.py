@@ -49,142 +49,18 @@ site says otherwise) has passed since its last process ended. With Requeue=0 it 
 
 from __future__ import annotations
 
-import os
 import re
 import signal
-import subprocess
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import Iterable
+from typing import TypeGuard
 
-ANSWER_S = 10.0
-"""How long Slurm may take for an answer; KillWait may be all the time that there is."""
-_OURS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_SILENCE = re.compile(
-    r"unable to contact|timed? ?out|zero bytes|communication|connection (refused|reset)|standby mode|temporarily", re.I
-)
-_ABSENT = ("", "(null)", "N/A")
+from forge_hpc.slurm.client import ANSWER_S, PATIENT_S, SlurmAbsent, SlurmRefused, ask, at_a_terminal
+from forge_hpc.slurm.facts import JobFacts
+from forge_hpc.supervisor.ending import Cause
 
-
-class Cause(StrEnum):
-    """Why a job is signalled."""
-
-    PREEMPTED = "preempted"
-    """Another job takes the nodes; this one has not been put back into the queue (yet)."""
-    WALLTIME = "walltime"
-    """The time limit is near, or over."""
-    REQUEUED = "requeued"
-    """Back in the queue already, and starts again by itself: preempted, requeued by somebody, or a node was lost."""
-    CANCELLED = "cancelled"
-    NODE_FAIL = "node_fail"
-    """A node was lost, and the job is not requeued."""
-    UNKNOWN = "unknown"
-    """The job runs on: somebody sent the signal by hand, or Slurm does not answer."""
-
-
-class SlurmRefused(Exception):
-    """Slurm did not do what it was asked for; the text is its own."""
-
-
-class SlurmSilent(SlurmRefused):
-    """Slurm does not answer, or not now: slurmctld is down, busy, or being taken over by its backup."""
-
-
-@dataclass(frozen=True)
-class JobFacts:
-    """What Slurm says of a job at one moment."""
-
-    job_id: str
-    """What names this job alone: ``ARRAY_TASK`` for the task of an array (see `environment`)."""
-    state: str
-    """Such as RUNNING; COMPLETING as long as processes end, whatever the final state will be."""
-    reason: str
-    """``None`` (the word) where there is no reason."""
-    preempted: bool
-    """Preempted and not requeued."""
-    end_time: float | None
-    """When the job's time is over, or was, in unix seconds of slurmctld's clock: in the grace time its end. None: no
-    limit."""
-    start_time: float | None
-    """When this start of the job began, by the same clock."""
-    restarts: int
-    can_requeue: bool
-    """A batch job with Requeue=1."""
-    partition: str
-    """The one that it runs in; while pending, all that were asked for."""
-    account: str | None
-    qos: str | None
-    time_limit: str | None
-    num_nodes: int
-    nodes: str
-    """Slurm's list, such as ``n[1-4,7]``; a lost node is no longer in it."""
-    excluded: str
-    """Nodes that the job never takes, in the same form."""
-    said: Mapping[str, str] = field(repr=False)
-    """All of `scontrol show job`, by key."""
-
-    @classmethod
-    def parse(cls, text: str, job_id: str | None = None) -> JobFacts:
-        """Read the output of `scontrol show job` with times as unix seconds (SLURM_TIME_FORMAT=%s).
-
-        Args:
-            job_id: SLURM_JOB_ID of the job. That of an array's last task is the array's own, for which Slurm prints a
-                record for each of its tasks.
-        """
-        said, users = _record(text, job_id)
-        state, end, preempt_time = said["JobState"], said.get("EndTime", ""), said.get("PreemptTime", "None")
-        start = said.get("StartTime", "")
-        if state == "SIGNALING":  # for the moment that it takes to send a signal
-            state = "RUNNING"
-        # A scancel in the grace time leaves PreemptTime as it was and moves EndTime.
-        cancelled = state == "CANCELLED" or (state == "COMPLETING" and preempt_time != end)
-        preempted = preempt_time != "None" and not cancelled
-        task = said.get("ArrayTaskId", "")  # such as 2-7%1 while they wait together
-        return cls(
-            job_id=f"{said['ArrayJobId']}_{task}" if task.isdigit() else said["JobId"],
-            state=state,
-            reason=said.get("Reason", "None"),
-            preempted=preempted,
-            end_time=float(end) if end.isdigit() and (preempted or said.get("TimeLimit") != "UNLIMITED") else None,
-            start_time=float(start) if start.isdigit() else None,
-            restarts=int(said["Restarts"]),
-            can_requeue=said.get("Requeue") == "1" and said.get("BatchFlag", "1") != "0",
-            partition=said["Partition"],
-            account=said.get("Account"),
-            qos=said.get("QOS"),
-            time_limit=said.get("TimeLimit"),
-            num_nodes=int(said["NumNodes"].partition("-")[0]),
-            nodes=said.get("NodeList", ""),
-            excluded=said.get("ExcNodeList", ""),
-            said=users | said,
-        )
-
-
-def _record(text: str, job_id: str | None) -> tuple[dict[str, str], dict[str, str]]:
-    """Two parts of a job's record: what Slurm says, and what stands below that, where users' texts are.
-
-    The first part is lines of ``key=value``; below it each line is one key and its text, whatever that holds. Names and
-    comments may hold line breaks, too: a name goes on to the line of its UserId.
-    """
-    records = re.split(r"\n(?=JobId=\d+ )", text.strip())
-    own = next((record for record in records if record.startswith(f"JobId={job_id} ")), records[0])
-    ids, _, own = own.partition("JobName=")
-    name, _, own = own.partition("\n   UserId=" if "\n   UserId=" in own else "\n")
-    head, command, rest = own.partition("\n   Command=")
-    said, users = {"JobName": name}, dict[str, str]()
-    for line in [ids, *head.splitlines()]:
-        line, _, network = line.partition(" Network=")  # free text as well, and the last of its line
-        said.update(re.findall(r"(\S+?)=(\S*)", line))
-        if network:
-            said["Network"] = network
-    for key, value in re.findall(r"^   (\w+)=(.*)", command + rest, re.MULTILINE):
-        users.setdefault(key, value.rstrip())
-    return _without_absent(said), _without_absent(users)
-
-
-def _without_absent(said: dict[str, str]) -> dict[str, str]:
-    return {key: value for key, value in said.items() if value not in _ABSENT}
+ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
+          "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT", "RESV_DEL_HOLD")  # fmt: skip
 
 
 def job_facts(job_id: str, timeout_s: float = ANSWER_S) -> JobFacts | None:
@@ -193,15 +69,6 @@ def job_facts(job_id: str, timeout_s: float = ANSWER_S) -> JobFacts | None:
         return JobFacts.parse(ask("scontrol", "show", "job", job_id, timeout_s=timeout_s), job_id)
     except SlurmRefused:
         return None
-
-
-def controller_time(timeout_s: float = ANSWER_S) -> float | None:
-    """slurmctld's clock, in unix seconds to about a second; None where Slurm does not answer, or does not say."""
-    try:
-        said = re.match(r"Configuration data as of (\d+)\s", ask("scontrol", "show", "config", timeout_s=timeout_s))
-    except SlurmRefused:
-        return None
-    return float(said[1]) + 0.5 if said else None  # whole seconds
 
 
 def cause_of(facts: JobFacts | None, signum: int, own_restarts: int) -> Cause:
@@ -286,36 +153,36 @@ def _hosts(nodes: str) -> set[str]:
     return set(ask("scontrol", "show", "hostnames", nodes).split()) if nodes else set()
 
 
-def ask(
-    *command: str, timeout_s: float = ANSWER_S, env: Mapping[str, str] | None = None, cwd: str | None = None
-) -> str:
-    """What a command of Slurm prints. Raises SlurmRefused with what it says where it fails, SlurmSilent where Slurm
-    does not answer."""
-    name = " ".join(command[:2])
-    # Slurm signals every process of a step, this command too: it is born with the signals blocked.
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _OURS)
-    try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "SLURM_TIME_FORMAT": "%s"} if env is None else env,
-            cwd=cwd,
-        )
-    except OSError as error:
-        raise SlurmRefused(f"{name}: {error}") from None
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    try:
-        out, err = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        raise SlurmSilent(f"{name} does not answer within {timeout_s:.0f} s") from None
-    finally:
-        process.kill()
-        process.wait()
-    if process.returncode != 0:
-        said = " ".join((err or out).split()) or f"exit code {process.returncode}"
-        raise (SlurmSilent if _SILENCE.search(said) else SlurmRefused)(f"{name}: {said}")
-    return out
+def is_job_id(job_id: str | None) -> TypeGuard[str]:
+    """Whether a run's ``job_id`` is one of Slurm's, and not None or ``local``; ``ARRAY_TASK`` names an array's task."""
+    return re.fullmatch(r"\d+(_\d+)?", job_id or "") is not None
+
+
+def job_state(job_id: str) -> tuple[str, str] | None:
+    """Slurm's state of the job and the reason it gives; None for a job that Slurm does not know (any more).
+
+    Raises:
+        UserError: Slurm does not answer.
+    """
+    with at_a_terminal("try `sinfo`"):
+        try:
+            facts = JobFacts.parse(ask("scontrol", "show", "job", job_id, timeout_s=PATIENT_S), job_id)
+        except SlurmAbsent:
+            return None
+        except SlurmRefused as refused:
+            if "Invalid job id" in str(refused):
+                return None
+            raise
+    return facts.state, facts.reason
+
+
+def is_active(job_id: str) -> bool:
+    """Whether the job waits, runs, or may run again."""
+    state = job_state(job_id)
+    return state is not None and state[0] in ACTIVE
+
+
+def cancel_job(job_id: str) -> None:
+    """End the job, also one that is held or that would be requeued. Raises UserError where Slurm refuses."""
+    with at_a_terminal("try again"):
+        ask("scancel", job_id, timeout_s=PATIENT_S)

@@ -8,17 +8,24 @@ completed or failed job is started once more, or shows PREEMPTED. docs/slurm.md 
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from forge_hpc.slurm.job import ANSWER_S, JobFacts, SlurmRefused, ask
-
-Release = tuple[int, ...]
+from forge_hpc.slurm.client import ANSWER_S, SlurmRefused, ask
+from forge_hpc.slurm.facts import JobFacts, Release, cluster_facts, seconds, word
+from forge_hpc.supervisor.ending import Return
 
 _ENDS_IN_GRACE_ARE_PREEMPTED: Release = (24, 5)
 _OWN_REQUEUE_CLEARS_THE_MARK: Release = (26, 5, 5)
 """Measured: kept by 24.11.5, not by 26.05.5. What lies between is taken for the former: a successor where a requeue
 would have done costs little, and a run that is started again after its end much."""
+RETURNS: tuple[tuple[Release, Mapping[str, Return]], ...] = (
+    ((), {"REQUEUE": Return.REQUEUE, "CANCEL": Return.REQUEUE, "": Return.REQUEUE}),
+    (_ENDS_IN_GRACE_ARE_PREEMPTED, {"REQUEUE": Return.SLURM, "CANCEL": Return.SUCCESSOR, "": Return.REQUEUE}),
+    (_OWN_REQUEUE_CLEARS_THE_MARK, {"REQUEUE": Return.SLURM, "CANCEL": Return.REQUEUE, "": Return.REQUEUE}),
+)
+"""How a run comes back that leaves in the grace time of a preemption, by the release from which on that holds and
+PreemptMode; empty where Slurm does not say it. A part of ``supervisor.ending.RULES``, shown in docs/slurm.md."""
 _TESTED = {(22, 5): "22.05.8", (24, 11): "24.11.5", (26, 5): "26.05.5"}
 _OLDEST: Release = (21, 8)
 
@@ -34,18 +41,22 @@ class Preemption:
     grace_s: float | None
     """GraceTime; None where Slurm does not say."""
 
-    def starts_again(self, facts: JobFacts) -> bool:
-        """Whether Slurm starts the job again where it ends now, in the grace time, whatever it ends with."""
-        return self._in_grace(facts) and "REQUEUE" in self.mode and facts.can_requeue
+    def way_back(self, facts: JobFacts) -> Return:
+        """How the job comes back where it ends now: by ``RETURNS`` in the grace time, else by a requeue.
+
+        SLURM: whatever it ends with. SUCCESSOR: a job that its owner requeues now would be PREEMPTED at its end,
+        however that comes.
+        """
+        if not self._in_grace(facts):
+            return Return.REQUEUE
+        of_release = next(row for since, row in reversed(RETURNS) if self.release >= since)
+        way = next(way for mode, way in of_release.items() if mode in self.mode)
+        return way if facts.can_requeue or way is not Return.SLURM else Return.REQUEUE
 
     def may_start_again(self, facts: JobFacts) -> bool:
         """Whether it might do so: also where it has kept the mark of an earlier preemption, which cannot be seen."""
         marked = self._in_grace(facts) or (facts.restarts > 0 and self._keeps_marks())
         return marked and facts.can_requeue and facts.state == "RUNNING" and self.mode not in ("CANCEL", "OFF")
-
-    def marks(self, facts: JobFacts) -> bool:
-        """Whether the job will be PREEMPTED at its end, however that comes, where its owner requeues it now."""
-        return self._in_grace(facts) and "CANCEL" in self.mode and self._keeps_marks()
 
     def _in_grace(self, facts: JobFacts) -> bool:
         new = self.release >= _ENDS_IN_GRACE_ARE_PREEMPTED
@@ -65,16 +76,16 @@ class Preemption:
 def preemption(facts: JobFacts, timeout_s: float = ANSWER_S) -> Preemption | None:
     """How the job is preempted where it runs; None where Slurm does not answer."""
     try:
-        config = ask("scontrol", "show", "config", timeout_s=timeout_s)
-        if _word(config, "PreemptType") == "preempt/qos":
+        cluster = cluster_facts(timeout_s)
+        if cluster.preempt_type == "preempt/qos":
             mode, grace = _of_qos(facts, timeout_s)
-            mode = _word(config, "PreemptMode") if mode == "CLUSTER" else mode
+            mode = cluster.preempt_mode if mode == "CLUSTER" else mode
         else:
             partition = ask("scontrol", "show", "partition", facts.partition, timeout_s=timeout_s)
-            mode, grace = _word(partition, "PreemptMode"), _word(partition, "GraceTime")
+            mode, grace = word(partition, "PreemptMode"), word(partition, "GraceTime")
     except SlurmRefused:
         return None
-    return Preemption(parse_release(_word(config, "SLURM_VERSION")), mode.upper(), _seconds(grace))
+    return Preemption(cluster.release, mode.upper(), seconds(grace))
 
 
 def _of_qos(facts: JobFacts, timeout_s: float) -> tuple[str, str]:
@@ -86,30 +97,6 @@ def _of_qos(facts: JobFacts, timeout_s: float) -> tuple[str, str]:
         return "", ""
     mode, _, grace = answer.strip().partition("|")
     return mode.upper(), grace
-
-
-def _word(said: str, key: str) -> str:
-    found = re.search(rf"\b{key}\s*=\s*(\S+)", said)
-    return found[1] if found else ""
-
-
-def _seconds(time: str) -> float | None:
-    """``40``, or ``00:00:40``."""
-    parts = time.split(":")
-    return (
-        sum(float(part) * 60**n for n, part in enumerate(reversed(parts))) if all(p.isdigit() for p in parts) else None
-    )
-
-
-def controller_release(timeout_s: float = ANSWER_S) -> Release:
-    """The release of slurmctld. Raises SlurmRefused where it does not answer."""
-    return parse_release(_word(ask("scontrol", "show", "config", timeout_s=timeout_s), "SLURM_VERSION"))
-
-
-def parse_release(version: str) -> Release:
-    """The numbers of ``slurm-wlm 24.11.5`` or ``23.02.0-rc1``."""
-    found = re.search(r"\d+(?:\.\d+)+", version)
-    return tuple(int(number) for number in found[0].split(".")) if found else ()
 
 
 def release_text(release: Release) -> str:

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from forge_hpc.files import atomic_write_text
-from forge_hpc.slurm.job import ANSWER_S, JobFacts, ask, exclusion
+from forge_hpc.slurm.client import ANSWER_S, ask
+from forge_hpc.slurm.facts import JobFacts
+from forge_hpc.slurm.job import exclusion
 
 CONTINUE = "FORGE_HPC_CONTINUE"
 """In the environment of a successor's job script: the run directory that it goes on with."""
@@ -72,12 +74,14 @@ def submit_successor(
 @contextmanager
 def _written(text: str, path: Path) -> Iterator[Path]:
     """A file with ``text``: ``path``, or where that cannot be written, one for as long as the context lasts."""
-    with tempfile.TemporaryDirectory() as elsewhere:
-        try:
-            atomic_write_text(path, text)
-        except OSError:
+    try:
+        atomic_write_text(path, text)
+    except OSError:
+        with tempfile.TemporaryDirectory() as elsewhere:
             path = Path(elsewhere) / path.name
             atomic_write_text(path, text)
+            yield path
+    else:
         yield path
 
 

@@ -16,19 +16,17 @@ from typing import Any
 
 from forge_hpc.files import asking, atomic_write_text, is_there
 from forge_hpc.run_dir import RunDir, open_private
-
-FAILURES = ("crash", "node", "node_fail", "unknown", "walltime")
-"""Causes that count where there was no progress: also a walltime in which not a step can be done."""
+from forge_hpc.supervisor.ending import FAILURES
 
 
 @dataclass(frozen=True)
-class Ending:
+class EndRecord:
     """How a start ended."""
 
     state: str
     """As in ``status.json``."""
     cause: str
-    """completed, preempted, walltime, requeued, cancelled, asked, node, crash or failed."""
+    """An `ending.Cause`, also of an older version."""
     message: str
     step: int
     """Step of the newest checkpoint."""
@@ -55,8 +53,8 @@ class StartLog:
 
     def end(self, *, state: str, cause: str, message: str) -> None:
         """The start that began last has ended."""
-        ending = Ending(state, cause, message, newest_step(self._run_dir), progress(self._run_dir))
-        self._append({"event": "end"} | asdict(ending))
+        record = EndRecord(state, cause, message, newest_step(self._run_dir), progress(self._run_dir))
+        self._append({"event": "end"} | asdict(record))
 
     def newest(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         """The line of the start that began last and, where it has one, the line of its end."""
@@ -76,8 +74,9 @@ class StartLog:
         """How many starts in a row have failed without a newer checkpoint than the one before them.
 
         Starts that were preempted, cancelled or killed from outside neither count nor end the row; those that ended for
-        one of ``FAILURES`` count. A start without an end was killed, and by whom is not known here: a preemption or a
-        lost node leaves no more than that. Where it is certain that the run itself died, the job script adds the end.
+        one of ``ending.FAILURES`` count. A start without an end was killed, and by whom is not known here: a preemption
+        or a lost node leaves no more than that. Where it is certain that the run itself died, the job script adds the
+        end.
         """
         failures, newest = 0, progress(self._run_dir)
         for record in reversed(self.read()):

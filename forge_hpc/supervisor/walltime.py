@@ -6,15 +6,13 @@ import time
 from collections.abc import Callable
 
 from forge_hpc import slurm
+from forge_hpc.supervisor.deadlines import ANSWER_S
+from forge_hpc.supervisor.lead import capped_s, warning_s
 
 ASK_S = 300.0
 """How often Slurm is asked whether somebody has moved the end of the job: one call a job, whatever its size."""
-ANSWER_S = 5.0
-"""How long it may take for an answer: nobody listens for signals in that time."""
-WARNING_S = 300.0
-EARLY_S = 90.0
-LEAD_S = 5.0
-"""How often the lead time is looked up."""
+LOOK_S = 5.0
+"""How often the lead is looked up."""
 
 
 class SlurmClock:
@@ -61,7 +59,7 @@ class Walltime:
         """What Slurm last said of the job."""
         self._job_id = job_id
         self._lead = lead_s
-        self._lead_s, self._looked = 0.0, -LEAD_S
+        self._lead_s, self._looked = 0.0, -LOOK_S
         self._clock = clock
         self._end_time: float | None = None
         self._began = time.monotonic()
@@ -74,20 +72,19 @@ class Walltime:
         return None if self._end_time is None else self._end_time - self._clock.now()
 
     def is_near(self) -> bool:
-        """Whether it is time to leave. In a short job no more than half of its time goes into that."""
+        """Whether it is time to leave."""
         remaining = self.remaining_s()
         if remaining is None:
             return False
-        if time.monotonic() - self._looked > LEAD_S:
+        if time.monotonic() - self._looked > LOOK_S:
             self._lead_s, self._looked = self._lead(), time.monotonic()
         total_s = remaining + time.monotonic() - self._began
-        return remaining < min(self._lead_s, total_s / 2)
+        return remaining < capped_s(self._lead_s, total_s)
 
     def is_announced(self) -> bool:
-        """Whether the end is so close that Slurm's warning (``--signal``) may have come for it. The job scripts ask for
-        300 s or for what was measured, and Slurm may send it a minute early; in a job that is shorter, at once."""
+        """Whether the end is so close that Slurm's warning (``--signal``) may have come for it."""
         remaining = self.remaining_s()
-        return remaining is not None and remaining < max(WARNING_S, self._lead()) + EARLY_S
+        return remaining is not None and remaining < warning_s(self._lead())
 
     def _ask(self) -> None:
         self._asked = time.monotonic()

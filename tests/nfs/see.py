@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, "/src")
-from forge_hpc.control import Seen
+from forge_hpc.control import StatusReader
 from forge_hpc.files import is_there
 from forge_hpc.run_dir import RunDir
 
@@ -16,7 +16,7 @@ from forge_hpc.run_dir import RunDir
 def main() -> int:
     what, path, seconds = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
     run_dir, end = RunDir(path), time.monotonic() + seconds
-    seen = Seen(run_dir)
+    seen = StatusReader(run_dir)
     looks = {"exists": lambda: is_there(run_dir.status), "locked": run_dir.is_locked, "status": lambda: False}
     print("LOOKING", looks[what](), flush=True)
     while time.monotonic() < end:

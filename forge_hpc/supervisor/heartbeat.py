@@ -1,4 +1,4 @@
-"""How long a run has shown no sign of life, as seen from a process that may itself have stood still."""
+"""How long a run has given no heartbeat, as seen from a process that may itself have stood still."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import time
 
 from forge_hpc.files import Look
 from forge_hpc.run_dir import RunDir
+from forge_hpc.supervisor import deadlines
 
-LOOK_S = 2.0
 
-
-class Silence:
+class HeartbeatMonitor:
     """Measures it from when it was made, by looks at the run's status, which its controller writes every few seconds.
 
     Time in which the looker was stopped, or waited for the file system, counts as one look: then the run may have
@@ -19,22 +18,22 @@ class Silence:
 
     def __init__(self, run_dir: RunDir) -> None:
         self._run_dir = run_dir
-        self._pulse = self._look()
+        self._last = self._look()
         self._looked = time.monotonic()
         self._silent_s = 0.0
 
-    def look(self) -> float:
-        """Seconds of silence; to be called every ``LOOK_S`` or oftener."""
+    def silent_s(self) -> float:
+        """Seconds without a heartbeat; to be called every ``LOOK_S`` or oftener."""
         now = time.monotonic()
-        self._silent_s += min(now - self._looked, 2 * LOOK_S)
+        self._silent_s += min(now - self._looked, 2 * deadlines.LOOK_S)
         self._looked = now
-        pulse = self._look()
-        if pulse is not None and pulse != self._pulse:
-            self._pulse, self._silent_s = pulse, 0.0
+        heartbeat = self._look()
+        if heartbeat is not None and heartbeat != self._last:
+            self._last, self._silent_s = heartbeat, 0.0
         return self._silent_s
 
     def _look(self) -> Look | None:
         try:
-            return self._run_dir.pulse()
+            return self._run_dir.heartbeat()
         except OSError:  # a pause of the file server
             return None

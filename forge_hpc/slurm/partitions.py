@@ -1,16 +1,16 @@
-"""What Slurm says about a job before it is queued."""
+"""What Slurm says of its partitions, and whether a job can ever run there: before it is queued."""
 
 from __future__ import annotations
 
 import math
 import re
 import shutil
-import subprocess
 from dataclasses import dataclass
 
 from forge_hpc.config import Config, UserError, walltime_s
+from forge_hpc.slurm.client import PATIENT_S, ask, at_a_terminal
 
-_ANSWER_TIMEOUT_S = 30
+_HINT = "try `sinfo`, or --cluster local"
 _NO_CLUSTER = "configuration source"  # Slurm's commands are installed, but belong to no cluster
 
 
@@ -65,16 +65,20 @@ def slurm_is_here() -> bool:
     """Whether this machine belongs to a Slurm cluster: its commands are installed and configured."""
     if shutil.which("sbatch") is None or shutil.which("sinfo") is None:
         return False
-    return _NO_CLUSTER not in _ask("sinfo", "--noheader").stderr
+    try:
+        with at_a_terminal(_HINT):
+            ask("sinfo", "--noheader", timeout_s=PATIENT_S)
+    except UserError as error:
+        return _NO_CLUSTER not in error.message
+    return True
 
 
 def partitions() -> list[Partition]:
     """All partitions of the cluster. Raises UserError where Slurm does not answer."""
-    answer = _ask("sinfo", "--noheader", "--all", "--format=%P|%a|%D|%l|%G|%f")
-    if answer.returncode != 0:
-        raise UserError(f"Slurm does not answer: {' '.join(answer.stderr.split())}", "try `sinfo`, or --cluster local")
+    with at_a_terminal(_HINT):
+        answer = ask("sinfo", "--noheader", "--all", "--format=%P|%a|%D|%l|%G|%f", timeout_s=PATIENT_S)
     found: dict[str, Partition] = {}
-    for line in answer.stdout.splitlines():
+    for line in answer.splitlines():
         name, up, nodes, limit, gres, features = line.split("|", 5)  # one line for each kind of node
         is_default, name = name.endswith("*"), name.removesuffix("*")
         kind = Kind(int(nodes), _gpus(gres), frozenset(features.split(",")) - {"(null)"})
@@ -159,12 +163,3 @@ def _clock(seconds: float) -> str:
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
     return f"{days}-{hour:02d}:{minute:02d}:{second:02d}" if days else f"{hour:02d}:{minute:02d}:{second:02d}"
-
-
-def _ask(*command: str) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(command, text=True, capture_output=True, timeout=_ANSWER_TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
-        raise UserError(
-            f"Slurm does not answer within {_ANSWER_TIMEOUT_S} s", "try `sinfo`, or --cluster local"
-        ) from None

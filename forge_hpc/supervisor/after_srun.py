@@ -1,0 +1,51 @@
+"""What the job script sees to when srun has ended: a start whose supervisor has died without a word."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+
+from forge_hpc.config import read_config
+from forge_hpc.supervisor import deadlines
+from forge_hpc.supervisor.ending import RULES, Cause, Ending, Exit
+from forge_hpc.supervisor.first_node import FirstNode
+from forge_hpc.supervisor.job import OwnJob
+from forge_hpc.supervisor.signals import StopRequests
+from forge_hpc.supervisor.starts import StartLog
+
+
+def see_to_the_end(first: FirstNode, job: OwnJob, requests: StopRequests, code: int) -> int:
+    """Have the run started again where nobody else has; returns what the job is to end with.
+
+    Args:
+        code: srun's. It stands, except where the run is complete and srun complains of a node that was lost.
+
+    Raises:
+        Stopped: the job is being ended.
+        UserError: another start has the run.
+    """
+    run_dir, requeues = first.run_dir, first.allocation.requeues
+    config, starts, job_id = read_config(run_dir.config), StartLog(run_dir), first.allocation.job_id
+    with run_dir.lock(job_id, requeues=requeues, stop=requests.check) as first.lock:
+        begin, end = starts.newest()
+        if begin is None or (begin["job_id"], begin.get("requeues")) != (job_id, requeues):
+            return code
+        if end is not None and end["state"] == "completed":
+            print(f"the run is complete; srun's exit code {code} is that of a lost node", file=sys.stderr)
+            return Exit.DONE
+        if end is not None or code == Exit.LEFT:  # it has seen to its return, even if it could not write that
+            return code
+        until = time.monotonic() + deadlines.COME_BACK_S
+        cause, facts = job.cause_of(signal.SIGTERM)
+        while facts is None and time.monotonic() < until:
+            requests.check()
+            time.sleep(deadlines.RETRY_S)
+            cause, facts = job.cause_of(signal.SIGTERM)
+        if cause is not Cause.REQUEUED:
+            died = f"a supervisor has died without a word (srun: {code})"  # one that dies takes the others with it
+            ending = Ending(cause, f"{RULES[cause].meaning}; {died}")
+            if cause is Cause.UNKNOWN:
+                ending = Ending(Cause.CRASH, died)
+            first.finish(config, ending, starts, run_dir.log_dir(job_id, begin["restart"]), began=True)
+    return code

@@ -1,0 +1,148 @@
+"""The controller as the supervisor of the first node sees it: a process that is asked, waited for, and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from forge_hpc.checkpoint.store import steps_in
+from forge_hpc.cluster.rendezvous import Rendezvous
+from forge_hpc.config import Config, UserError
+from forge_hpc.config.recipes import load_recipe
+from forge_hpc.files import in_thread
+from forge_hpc.run_dir import RunDir
+from forge_hpc.run_lock import RunDirLock
+from forge_hpc.supervisor import deadlines
+from forge_hpc.supervisor.ending import Cause, Ending
+from forge_hpc.supervisor.heartbeat import HeartbeatMonitor
+from forge_hpc.supervisor.node import Node
+from forge_hpc.supervisor.signals import StopRequest, StopRequests, ignoring_signals
+
+
+class ControllerProcess:
+    """Runs in a session of its own, and is asked on its standard input: ``leave REASON``, ``stop``."""
+
+    def __init__(self, process: subprocess.Popen[bytes], node: Node, requests: StopRequests, lock: RunDirLock) -> None:
+        self.process = process
+        self.hung = ""
+        """Why it was killed, where it gave no heartbeat."""
+        self._node = node
+        self._run_dir = node.run_dir
+        self._requests = requests
+        self._lock = lock
+        self._deadline: float | None = None
+
+    @classmethod
+    def start(
+        cls, node: Node, requests: StopRequests, lock: RunDirLock, rendezvous: Rendezvous, tls: Path, log_dir: Path
+    ) -> ControllerProcess:
+        """Start it."""
+        command = [sys.executable, "-m", "forge_hpc.controller", "--run-dir", str(node.run_dir.path)]
+        command += ["--rendezvous", str(rendezvous.directory), "--log-dir", str(log_dir), "--parent", str(os.getpid())]
+        process = subprocess.Popen(
+            ignoring_signals(command), stdin=subprocess.PIPE, start_new_session=True, env=node.environment(tls)
+        )
+        return cls(process, node, requests, lock)
+
+    def wait(
+        self, worker: subprocess.Popen[bytes], rendezvous: Rendezvous, heartbeat_timeout_s: float
+    ) -> StopRequest | None:
+        """Wait for its end, and pass on to it what is wanted of the run; returns the last request.
+
+        It is killed when the time that a request gives it is over, when it gives no heartbeat, and when another start
+        has taken the run over.
+        """
+        reported, heartbeat, looked = False, HeartbeatMonitor(self._run_dir), time.monotonic()
+        while self.process.poll() is None:
+            if (request := self._requests.next()) is not None:
+                self._pass_on(request)
+            if self._deadline is not None and time.monotonic() > self._deadline:
+                self.process.kill()
+            if time.monotonic() - looked > deadlines.LOOK_S:
+                looked = time.monotonic()
+                if (silent_s := heartbeat.silent_s()) > heartbeat_timeout_s and self._can_write():
+                    self.hung = f"the controller gave no sign of life for {silent_s:.0f} s"
+                    self.process.kill()
+            if self._lock.lost.is_set():
+                self.process.kill()
+                return StopRequest(Cause.TAKEN_OVER, f"another start has taken {self._run_dir} over", None)
+            if not reported and worker.poll() not in (None, 0):
+                with contextlib.suppress(OSError):  # at the next look, then
+                    self._node.report_worker_ended(rendezvous, worker)
+                    reported = True
+                # the controller saves what it can, and leaves
+                self._deadline = self._deadline or time.monotonic() + deadlines.SILENT_S
+            time.sleep(deadlines.POLL_S)
+        return self._requests.current
+
+    def _pass_on(self, request: StopRequest) -> None:
+        ends_now = request.cancels and not request.within_s
+        within_s = deadlines.STOP_S if request.cancels and request.within_s is None else request.within_s
+        if within_s is not None:
+            until = time.monotonic() + max(1.0, within_s - deadlines.REQUEUE_S)
+            self._deadline = until if self._deadline is None else min(self._deadline, until)
+        if request.cancels and not ends_now:
+            self._announce(within_s)
+        if request.cancels or self._requests.current is None:
+            self._send("stop" if ends_now else f"leave {request.message}")
+        self._requests.current = request
+
+    def _announce(self, within_s: float | None) -> None:
+        """Tell whoever pressed Ctrl-C what happens now, and what a second one costs."""
+        step, saved = steps_done(self._run_dir)
+        what = f"stopping: what is under way is finished and saved, in at most {within_s or 0:.0f} s"
+        cost = f"Ctrl-C again ends at once, and {_steps_again(step - saved)}"
+        print(f"{what}; {cost}", file=sys.stderr, flush=True)
+
+    def _send(self, line: str) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it ends already
+            self.process.stdin.write(f"{line}\n".encode())
+            self.process.stdin.flush()
+
+    def _can_write(self) -> bool:
+        """Whether it is not the file system that keeps heartbeats from being written."""
+        try:
+            in_thread(lambda: os.utime(self._run_dir.path / ".lock"), within_s=deadlines.WRITE_S)
+        except OSError:
+            return False
+        return True
+
+
+def cancelled(run_dir: RunDir, config: Config, request: StopRequest) -> Ending:
+    """How a run has ended that was cancelled: what is lost, and how to go on."""
+    resume = f"forge-hpc resume {shlex.quote(str(run_dir))}"
+    if not load_recipe(config).needs(config).trains:
+        return Ending(Cause.CANCELLED, request.message, f"{resume} begins the evaluation again")
+    step, saved = steps_done(run_dir)
+    if not step:
+        return Ending(Cause.CANCELLED, f"{request.message}, before the first step", f"{resume} begins again")
+    export = f"; forge-hpc export {shlex.quote(str(run_dir))} writes its model" if saved else ""
+    hint = f"{resume} goes on{export}"
+    if saved == step:
+        return Ending(Cause.CANCELLED, f"{request.message} after step {step}, which is saved", hint)
+    stands = f"the newest checkpoint is of step {saved}" if saved else "there is no checkpoint"
+    message = f"{request.message} after step {step}; {stands}: {_steps_again(step - saved)}"
+    return Ending(Cause.CANCELLED, message, hint)
+
+
+def steps_done(run_dir: RunDir) -> tuple[int, int]:
+    """Optimizer steps done, and those that the newest checkpoint has."""
+    status, saved = None, 0
+    with contextlib.suppress(OSError, UserError):
+        status = run_dir.read_status()
+    with contextlib.suppress(OSError):
+        saved = max(steps_in(run_dir.checkpoints), default=0)
+    return max(saved, status.step if status is not None else 0), saved
+
+
+def _steps_again(num: int) -> str:
+    """What it costs that so many optimizer steps are not saved."""
+    if num <= 0:
+        return "no step is lost"
+    return f"{num} optimizer step{'s' * (num > 1)} will be done again"

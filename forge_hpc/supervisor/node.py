@@ -1,0 +1,84 @@
+"""What every node of an allocation has: its place in the rendezvous, its Monarch worker, and a folder for scratch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from forge_hpc.cluster.allocation import Allocation, host_address, interface_of
+from forge_hpc.cluster.identity import tls_environment
+from forge_hpc.cluster.processes import end_descendants
+from forge_hpc.cluster.rendezvous import Rendezvous
+from forge_hpc.run_dir import RunDir
+from forge_hpc.supervisor.robust import how_it_ended
+from forge_hpc.supervisor.signals import ignoring_signals
+
+
+class Node:
+    """One node of one start of a run."""
+
+    def __init__(self, run_dir: RunDir, allocation: Allocation) -> None:
+        self.run_dir = run_dir
+        self.allocation = allocation
+        self._scratch: Path | None = None
+
+    def close(self) -> None:
+        """End all processes below this one, and remove what dead ones have left in the scratch folder."""
+        end_descendants(grace_s=0)
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    @property
+    def key(self) -> str:
+        """Names this start in the same way on all nodes of a Slurm step."""
+        a = self.allocation
+        return f"{a.job_id}.{a.requeues}.{os.environ.get('SLURM_STEP_ID', '0')}"
+
+    def rendezvous(self, key: str | None = None) -> Rendezvous:
+        """Where the nodes of this start find each other."""
+        return Rendezvous(self.run_dir.rendezvous / (key or self.key))
+
+    def introduce(self, rendezvous: Rendezvous) -> str:
+        """Tell the first node by which names the others reach this one, and Slurm's name of it."""
+        address = host_address(self.allocation.num_nodes)
+        names = [address, socket.gethostname(), "localhost"]
+        slurm_name = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+        record = {"address": address, "names": names, "slurm_name": slurm_name}
+        rendezvous.publish(f"node-{self.allocation.node_id}", record)
+        return address
+
+    def environment(self, tls: Path) -> dict[str, str]:
+        """Environment of the node's processes. Raises OSError where no temporary directory can be written."""
+        address = host_address(self.allocation.num_nodes)
+        # Where the host's name resolves to loopback, gloo would listen where no other host reaches it.
+        interface = {"GLOO_SOCKET_IFNAME": interface_of(address)} if self.allocation.num_nodes > 1 else {}
+        supervision = {"HYPERACTOR_MESH_SUPERVISION_POLL_FREQUENCY": "1s"}  # how soon a dead process is noticed
+        self._scratch = self._scratch or Path(tempfile.mkdtemp(prefix="forge-hpc-"))
+        scratch = {"TMPDIR": str(self._scratch)}  # what dead processes leave there goes with us
+        return {**interface, **os.environ, **supervision, **scratch, **tls_environment(tls)}
+
+    def start_worker(self, rendezvous: Rendezvous, address: str, tls: Path, log_dir: Path) -> subprocess.Popen[bytes]:
+        """Start the node's Monarch worker."""
+        node = self.allocation.node_id
+        command = [sys.executable, "-m", "forge_hpc.cluster.worker", "--rendezvous", str(rendezvous.directory)]
+        command += ["--node", str(node), "--address", address, "--parent", str(os.getpid())]
+        with (log_dir / f"worker-{node}.log").open("ab") as log:
+            return subprocess.Popen(
+                ignoring_signals(command),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=self.environment(tls),
+            )
+
+    def report_worker_ended(self, rendezvous: Rendezvous, worker: subprocess.Popen[bytes]) -> None:
+        """Tell the controller, which would notice much later, that nothing runs on this node any more."""
+        message = f"its Monarch worker {how_it_ended(worker.returncode)}"
+        rendezvous.publish(f"ended-{self.allocation.node_id}", {"message": message})
+        print(f"node {self.allocation.node_id}: {message}", file=sys.stderr)
