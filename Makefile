@@ -8,13 +8,14 @@
 # make light  the tests that need no torch, with another Python: PYTHON=python3.12, or SLURM=24.11 with its 3.13
 # make nfs    the run directory on real NFS, in virtual machines (root once; it takes minutes; ARGS="-k name")
 # make lint   ruff and mypy
+# make configuration  write docs/configuration.md from the schema
 # make clean  remove the environment and caches; runs/ stays
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-apptainer endings light chaos nfs openenv lint clean setup debian
+.PHONY: help demo test test-apptainer endings light chaos nfs openenv lint configuration clean setup debian
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -25,7 +26,7 @@ SEED ?= 0
 SLURM ?=
 BIN := $(VENV)/bin
 LIGHT_TESTS := cli config config_validate data data_order launchers packing preemption rewards run_dir split
-LIGHT_BUT := not builtin_model and not a_model_directory and not name_of_a_loss# which import torch
+LIGHT_BUT := not builtin_model and not a_model_directory and not stands_for_something# which import torch
 LIGHT_PACKAGES := import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
   all = p["dependencies"] + p["optional-dependencies"]["test"] + ["jinja2"]; print(*(d for d in all if d[:5] != "torch"), sep="\n")
 DEBIAN_PACKAGES := slurm-wlm munge iproute2 bubblewrap
@@ -71,6 +72,9 @@ lint: setup
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+configuration: setup
+	@$(BIN)/python -m forge_hpc.config.page > docs/configuration.md
 
 chaos: setup debian
 	@exec $(BIN)/python tests/chaos.py --seed $(SEED) $(ARGS)

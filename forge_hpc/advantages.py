@@ -1,7 +1,7 @@
 """Advantages: how the rewards of a step's groups compare. Pure functions, all groups of a step in, all out.
 
 Most compare within a group only; those called batch_... look at the whole step, so advantages are computed when its
-groups are complete.
+groups are complete. A new one is a function here and a line in ``config.names``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from forge_hpc.config.errors import UserError
+from forge_hpc.config.names import ADVANTAGES
+from forge_hpc.config.user_code import load_user_code
 
 _EPS = 1e-6
+StepAdvantage = Callable[[Sequence[Sequence[float]]], list[np.ndarray]]
+
+
+def sees_step(function: StepAdvantage) -> StepAdvantage:
+    """Mark an advantage that looks at all groups of a step; others get the rewards of one group."""
+    function.sees_step = True  # type: ignore[attr-defined]
+    return function
 
 
 def group_mean(rewards: Sequence[float]) -> np.ndarray:
@@ -43,6 +52,7 @@ def leave_one_out(rewards: Sequence[float]) -> np.ndarray:
     return (_centred(rewards) * (num / (num - 1) if num > 1 else 0.0)).astype(np.float32)
 
 
+@sees_step
 def group_mean_batch_std(groups: Sequence[Sequence[float]]) -> list[np.ndarray]:
     """A_i = (r_i - mean(r of its group)) / (std over the step of that + 1e-6): REINFORCE++ with a group baseline,
     https://arxiv.org/abs/2501.03262. Unlike ``group_mean_std``, a group that is nearly unanimous is not blown up.
@@ -55,6 +65,7 @@ def group_mean_batch_std(groups: Sequence[Sequence[float]]) -> list[np.ndarray]:
     return [(values / (std + _EPS)).astype(np.float32) for values in centred]
 
 
+@sees_step
 def batch_mean_std(groups: Sequence[Sequence[float]]) -> list[np.ndarray]:
     """A_i = (r_i - mean over the step) / (std over the step + 1e-6): REINFORCE++, https://arxiv.org/abs/2501.03262.
     A group whose rewards are all equal carries a signal too: it is better or worse than the others.
@@ -73,21 +84,6 @@ def _centred(rewards: Sequence[float] | np.ndarray) -> np.ndarray:
     return r - r.mean() if r.min() < r.max() else np.zeros_like(r)
 
 
-GroupAdvantage = Callable[[Sequence[float]], np.ndarray]
-StepAdvantage = Callable[[Sequence[Sequence[float]]], list[np.ndarray]]
-
-GROUP_ADVANTAGES: dict[str, GroupAdvantage] = {
-    "group_mean_std": group_mean_std,
-    "group_mean": group_mean,
-    "leave_one_out": leave_one_out,
-}
-STEP_ADVANTAGES: dict[str, StepAdvantage] = {
-    "group_mean_batch_std": group_mean_batch_std,
-    "batch_mean_std": batch_mean_std,
-}
-ADVANTAGES = (*GROUP_ADVANTAGES, *STEP_ADVANTAGES)
-
-
 def advantage_function(name: str) -> StepAdvantage:
     """The function of that name, from the rewards of all groups of a step to their advantages. No group may be empty.
 
@@ -96,9 +92,9 @@ def advantage_function(name: str) -> StepAdvantage:
     Raises:
         UserError: an unknown name.
     """
-    if name in STEP_ADVANTAGES:
-        return STEP_ADVANTAGES[name]
-    if name not in GROUP_ADVANTAGES:
+    if name not in ADVANTAGES:
         raise UserError(f"unknown advantage {name!r}", f"algorithm.advantage is one of {', '.join(ADVANTAGES)}")
-    of_group = GROUP_ADVANTAGES[name]
-    return lambda groups: [of_group(rewards) for rewards in groups]
+    function = load_user_code(ADVANTAGES[name], "advantage")
+    if getattr(function, "sees_step", False):
+        return function
+    return lambda groups: [function(rewards) for rewards in groups]

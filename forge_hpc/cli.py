@@ -72,16 +72,20 @@ def _submit(argv: list[str]) -> int:
 def _resume(argv: list[str]) -> int:
     """submit the same run directory again"""
     from forge_hpc.control import find_run
+    from forge_hpc.files import is_there
     from forge_hpc.submit import Request, submit
 
     parser = _run_parser("resume", _resume)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="what may change: docs/configuration.md")
     parser.add_argument("--cluster", choices=("auto", "slurm", "local"), default="auto")
     parser.add_argument("--site", metavar="NAME", help="site profile; default $FORGE_HPC_SITE")
     parser.add_argument("--dry-run", action="store_true", help="print the job script, queue nothing")
     parser.add_argument("--follow", action="store_true", help="show the job's output until the run ends")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if args.run_dir is not None and "=" in args.run_dir.name and not is_there(args.run_dir):
+        args.run_dir, args.overrides = None, [str(args.run_dir), *args.overrides]
     run_dir = find_run(args.run_dir).path
-    request = Request(run_dir=run_dir, cluster=args.cluster, site=args.site)
+    request = Request(overrides=tuple(args.overrides), run_dir=run_dir, cluster=args.cluster, site=args.site)
     return submit(request, dry_run=args.dry_run, follow=args.follow)
 
 

@@ -58,7 +58,7 @@ def resolve_config(request: Request) -> Config:
     if request.config is not None:
         cfg = load_config(request.config, overrides)
     elif existing and existing.has_config:
-        cfg = load_config(existing.config, overrides) if overrides else read_config(existing.config)
+        cfg = read_config(existing.config, overrides)
     else:
         _say(f"No --config: taking {_shown(request.default_config)}. For real models: {_real_models(request)}")
         cfg = load_config(request.default_config, overrides)

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 
 from forge_hpc.advantages import (
-    ADVANTAGES,
-    GROUP_ADVANTAGES,
     advantage_function,
     batch_mean_std,
     group_mean,
@@ -16,6 +14,7 @@ from forge_hpc.advantages import (
     leave_one_out,
 )
 from forge_hpc.config.errors import UserError
+from forge_hpc.config.names import ADVANTAGES
 
 
 def test_group_mean_subtracts_the_mean() -> None:
@@ -61,7 +60,7 @@ def test_advantages_of_a_step_sum_to_zero(name: str) -> None:
     assert abs(sum(values.sum() for values in groups)) < 1e-4
 
 
-@pytest.mark.parametrize("name", GROUP_ADVANTAGES)
+@pytest.mark.parametrize("name", ["group_mean_std", "group_mean", "leave_one_out"])
 def test_what_compares_in_a_group_does_not_look_at_others(name: str) -> None:
     function = advantage_function(name)
     np.testing.assert_array_equal(function([[1, 2, 4]])[0], function([[9, 0], [1, 2, 4]])[1])

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from forge_hpc.config import UserError, load_config, plan, validate, walltime_s
-from forge_hpc.config.validate import ADVANTAGES, LOSSES
+from forge_hpc.config.names import ADVANTAGES, LOSSES
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ALL_CONFIGS = sorted(CONFIGS.rglob("*.yaml"))
@@ -69,7 +69,7 @@ def test_the_configurations_that_the_readme_names_are_there():
         (["algorithm.loss_args={tau: 2}"], "algorithm.loss_args.tau is not used"),
         (["algorithm.loss_args={clip_low: 0.1}"], "algorithm.loss_args has 'clip_low'"),
         (["algorithm.loss=sapo", "algorithm.loss_args={tau_pos: 0}"], "algorithm.loss_args.tau_pos must be a number"),
-        (["algorithm.clip_low=1.1"], "algorithm.clip_low must be at most 1"),
+        (["algorithm.clip_low=1.1"], "algorithm.clip_low must be from 0 to 1"),
         (["algorithm.clip_high=-1"], "algorithm.clip_high must be 0 or more"),
         (["algorithm.kl_estimator=k4"], "algorithm.kl_estimator is 'k4'"),
         (["algorithm.normalization=tokens"], "algorithm.normalization is 'tokens'"),
@@ -141,12 +141,19 @@ def test_paths_can_be_left_unchecked():
     validate(load_config(None, ["model.path=./nowhere", "data.path=nowhere.jsonl"]), check_paths=False)
 
 
-def test_every_name_of_a_loss_and_of_an_advantage_is_one_that_exists():
-    from forge_hpc.advantages import ADVANTAGES as functions
-
-    assert set(ADVANTAGES) == set(functions)
+def test_every_name_stands_for_something_that_exists():
+    from forge_hpc.advantages import advantage_function
+    from forge_hpc.config import names
+    from forge_hpc.config.user_code import load_user_code
     from forge_hpc.losses.registry import build_loss
 
+    tables = [value for value in vars(names).values() if isinstance(value, dict) and "__name__" not in value]
+    assert len(tables) == 7
+    for table in tables:
+        for place in table.values():
+            assert callable(load_user_code(place, "thing"))
+    for name in ADVANTAGES:
+        assert callable(advantage_function(name))
     for name in LOSSES:
         validate(load_config(None, [f"algorithm.loss={name}", "reference.enable=true"]))
         build_loss(name, load_config(None).algorithm)

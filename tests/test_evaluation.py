@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from forge_hpc.config import Config, UserError, load_config, plan, validate
-from forge_hpc.config.recipes import RECIPES, load_recipe
+from forge_hpc.config.names import RECIPES
+from forge_hpc.config.recipes import load_recipe
 from forge_hpc.config.schema import LoggingConfig
 from forge_hpc.evaluation.figures import (
     Graded,

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from forge_hpc.config.algorithm import KL_ESTIMATORS as KL_NAMES
-from forge_hpc.config.algorithm import LOSSES as LOSS_NAMES
-from forge_hpc.config.algorithm import NORMALIZATIONS as NORMALIZATION_NAMES
+from forge_hpc.config.algorithm import loss_facts
 from forge_hpc.config.errors import UserError
+from forge_hpc.config.names import LOSSES as LOSS_PLACES
 from forge_hpc.config.schema import AlgorithmConfig, Config, MismatchConfig
+from forge_hpc.config.user_code import load_user_code
 from forge_hpc.losses import (
     CISPOLoss,
     DAPOLoss,
@@ -36,8 +36,8 @@ from forge_hpc.losses import (
     step_normalizer,
 )
 from forge_hpc.losses.kl import KL_ESTIMATORS
-from forge_hpc.losses.reduction import NORMALIZATIONS, Sequences
-from forge_hpc.losses.registry import _LOSSES, check_loss_fits
+from forge_hpc.losses.reduction import Sequences
+from forge_hpc.losses.registry import check_loss_fits
 
 # ---- sequences, and three ways to lay them out
 
@@ -359,7 +359,7 @@ def test_on_policy_all_losses_have_the_gradient_of_reinforce() -> None:
     for s in group:
         s.old = s.logprobs.detach().clone()
     expected = gradients(group, ReinforceLoss()(**packed(group)).loss)
-    for name in LOSS_NAMES:
+    for name in LOSS_PLACES:
         loss = build_loss(name, AlgorithmConfig(normalization="token", kl_coef=0.0))
         torch.testing.assert_close(gradients(group, loss(**packed(group)).loss), expected, msg=name)
 
@@ -489,18 +489,18 @@ def test_an_option_without_its_input_is_refused(loss: Any, missing: str) -> None
 # ---- by name
 
 
-def test_the_names_in_the_configuration_are_those_of_the_code() -> None:
-    assert list(LOSS_NAMES) == list(_LOSSES)
-    assert tuple(KL_ESTIMATORS) == KL_NAMES and NORMALIZATIONS == NORMALIZATION_NAMES
+def test_what_is_known_of_a_loss_without_torch_is_what_its_class_says() -> None:
     shared = {field.name for field in dataclasses.fields(PolicyLoss)}
-    for name, kind in _LOSSES.items():
-        facts, own = LOSS_NAMES[name], {field.name for field in dataclasses.fields(kind)} - shared
+    for name, place in LOSS_PLACES.items():
+        kind, facts = load_user_code(place, "loss"), loss_facts(name)
+        own = {field.name for field in dataclasses.fields(kind)} - shared
         assert (set(facts.options), facts.advantage, facts.kl_coef) == (own, kind.advantage, kind().kl_coef), name
+    assert loss_facts("simple_grpo").kl_coef == 0.1 and loss_facts("sapo").options == ("tau_pos", "tau_neg")
 
 
 def test_losses_are_found_by_name_with_their_own_defaults_and_what_the_configuration_says() -> None:
-    for name, kind in _LOSSES.items():
-        assert build_loss(name, AlgorithmConfig(), max_tokens=7) == kind(max_tokens=7)
+    for name, place in LOSS_PLACES.items():
+        assert build_loss(name, AlgorithmConfig(), max_tokens=7) == load_user_code(place, "loss")(max_tokens=7)
     a = AlgorithmConfig(clip_high=0.3, kl_coef=0.1, kl_estimator="k2", entropy_coef=0.5, normalization="sequence")
     options = {"kl_coef": 0.1, "kl_estimator": "k2", "entropy_coef": 0.5, "normalization": "sequence"}
     assert build_loss("grpo", a) == GRPOLoss(0.2, 0.3, **options)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from forge_hpc.config.load import load_config
-from forge_hpc.config.rewards import BUILTIN_REWARDS
+from forge_hpc.config.names import REWARDS
 from forge_hpc.config.validate import validate
 from forge_hpc.data.types import Completion, Prompt
 from forge_hpc.rewards import RewardError, RewardPool
@@ -46,6 +46,6 @@ def test_its_configurations_are_valid(tmp_path: Path, block: int):
 
 
 def test_its_tables_are_complete():
-    for name, place in BUILTIN_REWARDS.items():
+    for name, place in REWARDS.items():
         assert re.search(rf"^\| .*`{name}`.*\| `{place.rpartition(':')[2]}` \|", PAGE, re.MULTILINE), name
     assert set(re.findall(r"^\| `rewards/failed_(\w+)` \|", PAGE, re.MULTILINE)) == set(RewardError.KINDS)

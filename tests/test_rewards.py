@@ -11,7 +11,8 @@ import pytest
 from forge_hpc import rewards
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.load import load_config
-from forge_hpc.config.rewards import BUILTIN_REWARDS, check_reward
+from forge_hpc.config.names import REWARDS
+from forge_hpc.config.rewards import check_reward
 from forge_hpc.config.schema import Config, RewardConfig
 from forge_hpc.config.validate import validate
 from forge_hpc.data.types import Completion, Prompt
@@ -240,7 +241,7 @@ def test_inline_rewards_are_quick_whatever_the_response(text: str):
 def test_all_rewards_are_public_documented_and_have_a_name():
     classes = [rewards.__dict__[name] for name in rewards.__all__ if name.endswith("Reward")]
     assert {CodeReward, LLMJudgeReward, MathReward} < set(classes)
-    named = {value.rpartition(":")[2] for value in BUILTIN_REWARDS.values()}
+    named = {value.rpartition(":")[2] for value in REWARDS.values()}
     assert named == {cls.__name__ for cls in classes}
     for cls in classes:
         assert cls.__doc__ and len(cls.__doc__) > 60
@@ -265,7 +266,7 @@ def test_a_reward_that_is_not_there_is_the_users_error(name: str):
 def test_an_unknown_name_lists_the_names():
     with pytest.raises(UserError) as error:
         validate(load_config(None, ["reward=[{name: zzz}]"]))
-    assert all(name in (error.value.hint or "") for name in BUILTIN_REWARDS)
+    assert all(name in (error.value.hint or "") for name in REWARDS)
 
 
 SOURCE = """

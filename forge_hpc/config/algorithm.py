@@ -1,4 +1,4 @@
-"""What ``algorithm`` may say: the names of losses and advantages, and which options each loss has. No torch here."""
+"""What ``algorithm`` may say: which options each loss has, and what belongs to it. No torch here."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from forge_hpc.config.errors import UserError
+from forge_hpc.config.names import ADVANTAGES, LOSSES
 from forge_hpc.config.schema import AlgorithmConfig, Config, MismatchConfig
+from forge_hpc.config.source import class_defaults
 from forge_hpc.config.user_code import load_user_code
 
 _CLIPS = ("clip_low", "clip_high")
+_EVERY_LOSS = ("kl_coef", "kl_estimator", "entropy_coef", "normalization", "mismatch", "max_tokens")
 
 
 @dataclass(frozen=True)
 class LossFacts:
-    """What is to be known of a built-in loss without torch; its class says the same."""
+    """What is to be known of a loss before its class can be loaded, which takes torch."""
 
     options: tuple[str, ...] = ()
     """Options that not every loss has: clips are keys of ``algorithm``, others of its ``loss_args``."""
@@ -25,21 +28,18 @@ class LossFacts:
     """Its default."""
 
 
-LOSSES: dict[str, LossFacts] = {
-    "grpo": LossFacts(_CLIPS),
-    "dr_grpo": LossFacts(_CLIPS, "group_mean"),
-    "dapo": LossFacts(_CLIPS),
-    "ppo": LossFacts(_CLIPS),
-    "cispo": LossFacts(_CLIPS),
-    "gspo": LossFacts(_CLIPS),
-    "sapo": LossFacts(("tau_pos", "tau_neg")),
-    "rloo": LossFacts((), "leave_one_out"),
-    "reinforce": LossFacts(_CLIPS, "group_mean_batch_std"),
-    "simple_grpo": LossFacts(kl_coef=0.1),
-}
-ADVANTAGES = ("group_mean_std", "group_mean", "leave_one_out", "group_mean_batch_std", "batch_mean_std")
-KL_ESTIMATORS = ("k1", "k2", "k3")
-NORMALIZATIONS = ("token", "sequence", "constant")
+@functools.cache
+def loss_facts(name: str) -> LossFacts:
+    """Those of a built-in loss, read from the source of its class and of those that it inherits from."""
+    place, _, cls = LOSSES[name].rpartition(":")
+    parameters, attributes = class_defaults(place, cls)
+    renamed: dict[str, str] = attributes.get("renamed", {})
+    known = {*_EVERY_LOSS, *renamed.values()}
+    return LossFacts(
+        tuple(option for option in parameters if option not in known),
+        attributes.get("advantage", LossFacts.advantage),
+        parameters.get(renamed.get("kl_coef", "kl_coef"), LossFacts.kl_coef),
+    )
 
 
 def loss_options(a: AlgorithmConfig) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def resolve_advantage(a: AlgorithmConfig) -> str:
 def _own_advantage(loss: str) -> str:
     """A built-in loss's, or what a user's own says as ``advantage``."""
     if loss in LOSSES:
-        return LOSSES[loss].advantage
+        return loss_facts(loss).advantage
     name = getattr(load_user_code(loss, "loss"), "advantage", LossFacts.advantage)
     if name not in ADVANTAGES:
         raise UserError(f"algorithm.loss={loss} has the advantage {name!r}", f"known: {', '.join(ADVANTAGES)}")
@@ -87,10 +87,6 @@ def check_loss(a: AlgorithmConfig) -> None:
             raise UserError(f"algorithm.loss_args has {name!r}", f"set algorithm.{name} instead")
     if a.loss in LOSSES:
         _check_builtin_options(a)
-    if a.clip_low is not None and a.clip_low > 1:
-        raise UserError(
-            f"algorithm.clip_low must be at most 1, it is {a.clip_low}", "1 is no lower bound, 0.2 usual for a ratio"
-        )
     _check_mismatch(a)
 
 
@@ -117,11 +113,11 @@ def check_fit(cfg: Config, advantage: str | None, kl_coef: float) -> None:
 
 
 def _check_builtin_options(a: AlgorithmConfig) -> None:
-    own = LOSSES[a.loss].options
+    own = loss_facts(a.loss).options
     for name in (*options_set(a), *a.loss_args):
         key = f"algorithm.loss_args.{name}" if name in a.loss_args else f"algorithm.{name}"
         if name not in own and (name in _CLIPS or name in a.loss_args):
-            users = [loss for loss, facts in LOSSES.items() if name in facts.options]
+            users = [loss for loss in LOSSES if name in loss_facts(loss).options]
             hint = f"losses that do: {', '.join(users)}" if users else f"it has: {', '.join(own) or 'no arguments'}"
             raise UserError(f"{key} is not used by algorithm.loss={a.loss}", hint)
     for name, value in a.loss_args.items():
@@ -131,8 +127,6 @@ def _check_builtin_options(a: AlgorithmConfig) -> None:
 
 def _check_mismatch(a: AlgorithmConfig) -> None:
     m = a.mismatch
-    if m.cap is not None and m.cap <= 0:
-        raise UserError(f"algorithm.mismatch.cap must be greater than 0, it is {m.cap}", "usual is 2")
     for name in ("token_bounds", "sequence_bounds"):
         bounds = getattr(m, name)
         if bounds is not None and not (len(bounds) == 2 and 0 <= bounds[0] < bounds[1]):

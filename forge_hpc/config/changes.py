@@ -1,35 +1,20 @@
-"""What may differ between two starts of a run. One rule for whoever submits the run again and for the run itself."""
+"""What may differ between two starts of a run. One rule for whoever submits the run again and for the run itself.
+
+Which keys may is said at each field of the schema, as ``resume``.
+"""
 
 from __future__ import annotations
 
 from forge_hpc.config.errors import UserError
+from forge_hpc.config.fields import FIXED, ROUNDING, rule_of
 from forge_hpc.config.load import diff_config
 from forge_hpc.config.recipes import load_recipe
 from forge_hpc.config.schema import Config
 
-_FREE_KEYS = (
-    "slurm.",
-    "logging.",
-    "cluster.start_timeout_s",
-    "cluster.nodes",
-    "cluster.trainer_nodes",
-    "cluster.rollout_nodes",
-    "cluster.spare_nodes",
-    "cluster.rollout_ratio",
-    "generator.replicas",
-    "trainer.processes_per_node",
-    "trainer.training.steps",
-    "checkpoint.keep",
-    "checkpoint.interval",
-    "checkpoint.export_interval",
-    "evaluation.",
-)
-"""How a run is queued and watched, where it runs (checkpoints fit any number of nodes), how often it saves and
-evaluates, and how long it goes on; not what it computes."""
-
 
 def safe_changes(old: Config, new: Config, steps_done: int, refusal: str, hint: str) -> list[str]:
-    """What differs between the configurations of two starts, one line a key: ``checkpoint.keep: 2 -> 1``.
+    """What differs between the configurations of two starts, one line a key: ``checkpoint.keep: 2 -> 1``. A line says
+    so where sums may be added up in another order from now on: the run goes on, but not to the same last bit.
 
     Args:
         steps_done: optimizer steps that the run has done.
@@ -43,9 +28,12 @@ def safe_changes(old: Config, new: Config, steps_done: int, refusal: str, hint: 
     if old.data.template_date is None:  # begun before runs kept it
         found = [change for change in found if change[0] != "data.template_date"]
     # To a run that evaluates, and does nothing else, its evaluation is what it computes.
-    trains = load_recipe(new).needs(new).trains
-    free = tuple(key for key in _FREE_KEYS if trains or key != "evaluation.")
-    differing = [change for change in found if not change[0].startswith(free)]
+    only_evaluates = not load_recipe(new).needs(new).trains
+    differing = [
+        change
+        for change in found
+        if rule_of(Config, change[0]).resume == FIXED or (only_evaluates and change[0].startswith("evaluation."))
+    ]
     if differing:
         shown = ", ".join(f"{key} ({old} there, {new} now)" for key, old, new in differing[:5])
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
@@ -55,8 +43,12 @@ def safe_changes(old: Config, new: Config, steps_done: int, refusal: str, hint: 
             f"trainer.training.steps={steps}, and the run has done {steps_done} steps already",
             f"ask for {steps_done} or more, or choose another --run-dir",
         )
-    return [f"{key}: {_shown(old)} -> {_shown(new)}" for key, old, new in found]
+    return [f"{key}: {_shown(old)} -> {_shown(new)}{_note(key)}" for key, old, new in found]
+
+
+def _note(key: str) -> str:
+    return " (may change the last bit)" if rule_of(Config, key).resume == ROUNDING else ""
 
 
 def _shown(value: object) -> str:
-    return "null" if value is None else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import os
 import re
 import tempfile
-import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,12 +27,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from forge_hpc.config.errors import UserError
+from forge_hpc.config.fields import Rule, hints, item_class, not_none, rules
 from forge_hpc.config.schema import Config, RewardConfig
 
-_PATH_KEYS = re.compile(
-    r"model\.path|data\.path|data\.eval_path|data\.sources\.\d+\.path|environment\.name|warmstart\.config"
-    r"|reward\.\d+\.name"
-)
 T = typing.TypeVar("T")
 _UNASKED = "(the default reward)"
 _NULL = "tag:yaml.org,2002:null"
@@ -124,10 +119,14 @@ def _with_default_reward(cfg: Config) -> Config:
     return cfg
 
 
-def read_config(path: str | Path) -> Config:
-    """Read what ``save_config`` wrote: the same values, whatever the working directory is now. Raises UserError."""
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read what ``save_config`` wrote: the same values, whatever the working directory is now; then the overrides.
+
+    Raises UserError."""
     cfg = OmegaConf.structured(Config)
     _merge_file(cfg, Path(path), seen=(), keep_paths=True)
+    for override in overrides:
+        _merge_override(cfg, override)
     return _to_dataclasses(cfg)
 
 
@@ -233,18 +232,18 @@ def _compose(text: str, source: _Source) -> yaml.Node | None:
 
 def _merge(target: DictConfig, cls: type, node: yaml.Node, prefix: str, source: _Source) -> None:
     """Set what `node` gives in `target`, a structured config of the dataclass `cls`."""
-    hints = _hints(cls)
+    known = hints(cls)
     for key, value in _items(node, prefix, source):
-        full, hint = prefix + key, hints.get(key)
+        full, hint = prefix + key, known.get(key)
         if hint is None:
-            raise UserError(f"{source.at(value)}: unknown key {full}", _nearest_key(full, prefix, list(hints)))
+            raise UserError(f"{source.at(value)}: unknown key {full}", _nearest_key(full, prefix, list(known)))
         if dataclasses.is_dataclass(hint):
             if value.tag != _NULL:  # a section whose lines are all commented out
                 _merge(target[key], typing.cast(type, hint), value, full + ".", source)
-        elif _item_class(hint) is not None:
-            target[key] = _merge_items(target[key], _item_class(hint), value, full, source)
+        elif item_class(hint) is not None:
+            target[key] = _merge_items(target[key], item_class(hint), value, full, source)
         else:
-            _set(target, key, hint, value, full, source)
+            _set(target, key, hint, rules(cls)[key], value, full, source)
 
 
 def _merge_items(items: ListConfig, cls: type, node: yaml.Node, prefix: str, source: _Source) -> list[Any]:
@@ -266,17 +265,16 @@ def _merge_items(items: ListConfig, cls: type, node: yaml.Node, prefix: str, sou
     raise UserError(f"{source.at(node)}: {prefix} is a list", f"write `{prefix}: [{{name: …}}]`")
 
 
-def _set(target: DictConfig, key: str, hint: Any, node: yaml.Node, full: str, source: _Source) -> None:
+def _set(target: DictConfig, key: str, hint: Any, rule: Rule, node: yaml.Node, full: str, source: _Source) -> None:
     _refuse_doubled(node, full, source)
     try:
         value = _Loader("").construct_document(node)
     except yaml.YAMLError as error:
         raise UserError(f"{source.at(node)}: {full}: {getattr(error, 'problem', error)}") from None
-    kind = _not_none(hint)
+    kind = not_none(hint)
     if kind is str and isinstance(node, yaml.ScalarNode) and value is not None:
         value = node.value  # as it was written: 0123 stays 0123
-        is_code = full in ("algorithm.loss", "recipe") and ":" in value
-        if not source.keep_paths and (is_code or _PATH_KEYS.fullmatch(full)):
+        if not source.keep_paths and (rule.path or (rule.code and ":" in value)):
             value = _local_path(value, source.folder)
     if full == "slurm.extra" and isinstance(value, dict):
         value = {k: _as_written(v, value[k]) for k, v in _items(node, f"{full}.", source)}
@@ -351,26 +349,8 @@ def _local_path(text: str, folder: Path | None) -> str:
 # --- what types and keys are called
 
 
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-def _not_none(hint: Any) -> Any:
-    """The type T of Optional[T], or `hint` itself."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return next(arg for arg in typing.get_args(hint) if arg is not type(None))
-    return hint
-
-
-def _item_class(hint: Any) -> Any:
-    """The dataclass T of List[T], or None."""
-    args = typing.get_args(hint)
-    return args[0] if typing.get_origin(hint) is list and dataclasses.is_dataclass(args[0]) else None
-
-
 def _describe(hint: Any) -> str:
-    kind = _not_none(hint)
+    kind = not_none(hint)
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     items = {(float,): "numbers", (int,): "whole numbers"}.get(typing.get_args(kind), "texts")
     name = names.get(kind) or ("a mapping" if typing.get_origin(kind) is dict else f"a list of {items}")
@@ -391,11 +371,11 @@ def all_keys() -> list[str]:
 
 
 def _keys_of(cls: type, prefix: str) -> Iterator[str]:
-    for key, hint in _hints(cls).items():
+    for key, hint in hints(cls).items():
         if dataclasses.is_dataclass(hint):
             yield from _keys_of(typing.cast(type, hint), f"{prefix}{key}.")
-        elif _item_class(hint) is not None:
-            yield from _keys_of(_item_class(hint), f"{prefix}{key}.0.")
+        elif item_class(hint) is not None:
+            yield from _keys_of(item_class(hint), f"{prefix}{key}.0.")
         else:
             yield prefix + key
 

@@ -1,4 +1,4 @@
-"""From ``recipe`` and ``recipe_args`` to the recipe. The table of ours is here, and nowhere else.
+"""From ``recipe`` and ``recipe_args`` to the recipe.
 
 A recipe's module is imported where a run is submitted, which tells what it needs: it should import torch where it
 computes, not at its top.
@@ -14,18 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forge_hpc.config.errors import UserError
+from forge_hpc.config.names import RECIPES
 from forge_hpc.config.schema import Config
 from forge_hpc.config.user_code import find_user_code, load_user_code, nearest
 
 if TYPE_CHECKING:
     from forge_hpc.recipes.base import Recipe
-
-RECIPES = {
-    "grpo": "forge_hpc.recipes.grpo:GRPO",
-    "sft": "forge_hpc.recipes.sft:SFT",
-    "eval": "forge_hpc.recipes.eval:Evaluation",
-}
-"""Name and place."""
 
 
 def load_recipe(cfg: Config) -> Recipe:

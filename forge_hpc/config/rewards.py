@@ -12,22 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from forge_hpc.config.errors import UserError
+from forge_hpc.config.names import REWARDS
 from forge_hpc.config.schema import RewardConfig
+from forge_hpc.config.source import source_file
 from forge_hpc.config.user_code import find_user_code, nearest
-
-BUILTIN_REWARDS = {
-    "exact": "forge_hpc.rewards.exact:ExactReward",
-    "math": "forge_hpc.rewards.math:MathReward",
-    "numeric": "forge_hpc.rewards.numeric:NumericReward",
-    "gsm8k": "forge_hpc.rewards.numeric:NumericReward",
-    "thinking": "forge_hpc.rewards.thinking:ThinkingReward",
-    "format": "forge_hpc.rewards.format:FormatReward",
-    "length": "forge_hpc.rewards.length:LengthReward",
-    "repetition": "forge_hpc.rewards.repetition:RepetitionReward",
-    "code": "forge_hpc.rewards.code:CodeReward",
-    "llm_judge": "forge_hpc.rewards.judge:LLMJudgeReward",
-}
-"""Names of the built-in rewards, and where they are."""
 
 SIGNATURE = "(prompt, response, target, **fields)"
 
@@ -40,11 +28,11 @@ def check_reward(key: str, reward: RewardConfig) -> None:
     Args:
         key: where it stands, ``reward.0``.
     """
-    place, colon, name = BUILTIN_REWARDS.get(reward.name, reward.name).rpartition(":")
+    place, colon, name = REWARDS.get(reward.name, reward.name).rpartition(":")
     if not colon or not place or not name.isidentifier():
         raise UserError(f"{key}.name is {reward.name!r}", "write package.module:function or file.py:function")
-    if reward.name in BUILTIN_REWARDS:
-        file = Path(__file__).parents[2] / Path(*place.split(".")).with_suffix(".py")
+    if reward.name in REWARDS:
+        file = source_file(place)
     elif place.endswith(".py"):
         file = Path(place).expanduser()
     else:

@@ -1,7 +1,10 @@
 """The configuration of a run: typed dataclasses, one documented field each.
 
 Names follow TorchTitan (``trainer.*``) and vLLM (``generator.engine.*``, ``rollout.sampling.*``), so that their
-documentation applies. Nothing here imports torch: a dry run must answer in well under a second.
+documentation applies. A field's rules stand at it: the values it takes, whether a run may be resumed with another one
+(``FREE``; ``ROUNDING``: yes, but the last bit may move), whether it names a file; see ``fields``. docs/configuration.md
+is made from this file (``make configuration``). Nothing here imports torch: a dry run must answer in well under a
+second.
 """
 
 from __future__ import annotations
@@ -9,13 +12,42 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from forge_hpc.config.fields import (
+    BELOW_ONE,
+    FREE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    ROUNDING,
+    SHARE,
+    UP_TO_ONE,
+    Range,
+    setting,
+)
+from forge_hpc.config.names import (
+    ADVANTAGES,
+    DTYPES,
+    ENVIRONMENTS,
+    KL_ESTIMATORS,
+    LORA_TARGETS,
+    LOSSES,
+    NORMALIZATIONS,
+    REWARDS,
+)
+
+# vLLM takes what is below 0.01 for 0.01, and refuses what is above 2.
+TEMPERATURE = Range("from 0.01 to 2, or 0 (greedy)", lambda v: v == 0 or 0.01 <= v <= 2)
+ALL_OR_POSITIVE = Range("-1 (all) or greater than 0", lambda v: v == -1 or v > 0)
+REST_OR_POSITIVE = Range("-1 or greater than 0", lambda v: v == -1 or v > 0)
+TOKEN_IDS = Range("token ids, 0 or more", lambda v: v >= 0)
+SEED = Range("0 or more, and less than 2**63", lambda v: 0 <= v < 2**63)
+
 
 @dataclass
 class ModelConfig:
-    path: str = "builtin:qwen3-tiny"
+    path: str = setting("builtin:qwen3-tiny", path=True)
     """A Hugging Face model: hub name, directory, ``builtin:qwen3-tiny`` (random weights from the seed), or
     ``warmstart`` for the export of the run in RUN_DIR/warmstart (made first from ``warmstart.config``)."""
-    dtype: str = "bfloat16"
+    dtype: str = setting("bfloat16", choices=DTYPES)
     """dtype of the generator's weights and of the export: float32 or bfloat16."""
 
 
@@ -23,9 +55,9 @@ class ModelConfig:
 class SourceConfig:
     """One source of a mixture. What is null is as in ``data``, but for ``name``."""
 
-    path: str = ""
+    path: str = setting("", path=True)
     """As ``data.path``."""
-    weight: float = 1.0
+    weight: float = setting(1.0, POSITIVE)
     """Share of the prompts, relative to the weights of the other sources."""
     name: str | None = None
     """The dataset's configuration name, where it has several."""
@@ -49,13 +81,13 @@ class CurriculumConfig:
     """Too hard: the mean reward of the group was below this."""
     high: float = 0.95
     """Too easy: it was above this."""
-    rest_epochs: int = 2
+    rest_epochs: int = setting(2, POSITIVE)
     """For so many epochs the prompt is left out; then it is tried again."""
 
 
 @dataclass
 class DataConfig:
-    path: str = "builtin:addition"
+    path: str = setting("builtin:addition", path=True)
     """``builtin:addition``, a JSONL, Parquet or CSV file, or a name for ``datasets.load_dataset`` (openai/gsm8k)."""
     name: str | None = None
     """The dataset's configuration name, where it has several (gsm8k: main)."""
@@ -63,7 +95,7 @@ class DataConfig:
     """Split to train on. A file is its own split."""
     eval_split: str = "test"
     """Held-out split for evaluation."""
-    eval_path: str | None = None
+    eval_path: str | None = setting(None, path=True)
     """Where the held-out prompts come from, if not from ``path``."""
     sources: list[SourceConfig] = field(default_factory=list)
     """A mixture to train on, in place of ``path``, ``name`` and ``split``; held-out prompts come from ``eval_path``."""
@@ -85,29 +117,28 @@ class DataConfig:
     """Draw examples in a seeded order, a new one every epoch."""
     streaming: bool = False
     """Read the data as they are needed, for data too large to hold."""
-    shuffle_buffer: int = 10000
+    shuffle_buffer: int = setting(10000, POSITIVE)
     """Streaming: examples are read in blocks of so many, and shuffled within a block."""
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
 
 
 @dataclass
 class RewardConfig:
-    name: str = "exact"
-    """A built-in reward (``exact``, ``math``, ``numeric``, ``gsm8k``, ``thinking``, ``format``, ``length``,
-    ``repetition``, ``code``, ``llm_judge``), or ``package.module:name`` / ``file.py:name`` of a function or class."""
+    name: str = setting("exact", choices=REWARDS, code=True)
+    """A built-in reward (docs/rewards.md), or ``package.module:name`` / ``file.py:name`` of a function or class."""
     weight: float = 1.0
     """Factor in the weighted sum of all rewards."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the reward: of each call of a function, of a class's ``__init__``."""
-    timeout_s: float | None = None
+    timeout_s: float | None = setting(None, POSITIVE, resume=FREE)
     """A call that takes longer is given up; its episode is counted and left out. By default what the reward's class
     says (``math``: 10, ``code``: 120, ``llm_judge``: 720), else learned: 5 times (async: ``concurrency`` times) the
     slowest of the last 1000 calls, from 1 to 10."""
-    workers: int | None = None
+    workers: int | None = setting(None, POSITIVE, resume=FREE)
     """Processes that compute this reward. By default 1 for an async reward, else as many as cores, from 4 to 8."""
-    concurrency: int | None = None
+    concurrency: int | None = setting(None, POSITIVE, resume=FREE)
     """Calls that run at the same time in each process of an async reward. By default 64, or what its class says."""
-    memory_gib: float | None = None
+    memory_gib: float | None = setting(None, POSITIVE, resume=FREE)
     """Address space of each of its processes; an allocation beyond it raises MemoryError. Unlimited by default."""
 
 
@@ -116,7 +147,7 @@ class MismatchConfig:
     """Importance weights w = pi_trainer / pi_generator for the sampled tokens; off while all of it is null. With it
     the loss's own ratio is taken against the trainer's log-probabilities, not the generator's."""
 
-    cap: float | None = None
+    cap: float | None = setting(None, POSITIVE)
     """Truncated importance sampling: w is at most this (usual: 2)."""
     token_bounds: list[float] | None = None
     """[low, high]: tokens whose w is outside are left out."""
@@ -126,48 +157,45 @@ class MismatchConfig:
 
 @dataclass
 class EnvironmentConfig:
-    name: str | None = None
-    """What the policy talks with over several turns: ``calculator``, ``guessing``, ``code``, or your own class as
-    ``package.module:Class`` / ``file.py:Class`` (docs/environments.md); null is one completion a prompt."""
+    name: str | None = setting(None, choices=ENVIRONMENTS, code=True)
+    """What the policy talks with over several turns: a built-in one, or your own class as ``package.module:Class`` /
+    ``file.py:Class`` (docs/environments.md); null is one completion a prompt."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments handed to the class."""
-    max_turns: int = 8
+    max_turns: int = setting(8, POSITIVE)
     """An episode ends after this many responses of the policy at the latest."""
-    max_turn_tokens: int | None = None
+    max_turn_tokens: int | None = setting(None, POSITIVE)
     """A single response ends here at the latest; by default only ``rollout.max_response_tokens`` bounds it, which holds
     for a whole episode: all responses and observations together."""
-    timeout_s: float = 60.0
+    timeout_s: float = setting(60.0, POSITIVE, resume=FREE)
     """Seconds that the environment may take over an episode, all its calls together, generation not counted; an episode
     that takes longer is given up, counted and left out."""
-    max_open_episodes: int | None = None
+    max_open_episodes: int | None = setting(None, POSITIVE, resume=FREE)
     """So many episodes are open at once, those of evaluation included; the others wait. By default as many as the class
     or its server says it has room for, else all that are due."""
 
 
 @dataclass
 class AlgorithmConfig:
-    loss: str = "grpo"
-    """Policy loss (grpo, dr_grpo, dapo, ppo, cispo, gspo, sapo, rloo, reinforce, simple_grpo: see docs/losses.md), or
-    your own: ``file.py:name`` / ``package.module:name``."""
+    loss: str = setting("grpo", choices=LOSSES, code=True)
+    """Policy loss: a built-in one (docs/losses.md), or your own: ``file.py:name`` / ``package.module:name``."""
     loss_args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the loss that have no key here: sapo's ``tau_pos`` and ``tau_neg``, those of your own."""
-    advantage: str | None = None
-    """How rewards become advantages (group_mean_std, group_mean, leave_one_out, group_mean_batch_std,
-    batch_mean_std); null is the one that belongs to the loss (dr_grpo: group_mean, rloo: leave_one_out, reinforce:
-    group_mean_batch_std, others: group_mean_std)."""
-    clip_low: float | None = None
+    advantage: str | None = setting(None, choices=ADVANTAGES)
+    """How rewards become advantages (docs/losses.md); null is the one that belongs to the loss."""
+    clip_low: float | None = setting(None, SHARE)
     """The ratio is clipped from below at 1 - clip_low; null is the loss's own default."""
-    clip_high: float | None = None
+    clip_high: float | None = setting(None, NOT_NEGATIVE)
     """The ratio is clipped from above at 1 + clip_high; null is the loss's own default."""
-    kl_coef: float | None = None
+    kl_coef: float | None = setting(None, NOT_NEGATIVE)
     """Weight of the KL penalty against the reference model (above 0 needs ``reference.enable``); null is the loss's own
     default (simple_grpo: 0.1, other built-in ones: 0)."""
-    kl_estimator: str | None = None
+    kl_estimator: str | None = setting(None, choices=KL_ESTIMATORS)
     """Estimator of the KL (k1, k2, k3); without a reference model nothing is estimated. null is the loss's own default
     (k3)."""
-    entropy_coef: float | None = None
+    entropy_coef: float | None = setting(None, NOT_NEGATIVE)
     """Weight of the entropy bonus; null is the loss's own default (0)."""
-    normalization: str | None = None
+    normalization: str | None = setting(None, choices=NORMALIZATIONS)
     """What the loss is a mean over: token, sequence, or constant (sums of sequences over rollout.max_response_tokens);
     null is the loss's own default."""
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
@@ -178,7 +206,7 @@ class AlgorithmConfig:
     dynamic_sampling: bool = False
     """Draw further prompts in their place, as DAPO does: every step trains on rollout.prompts_per_step groups whose
     rewards differ. Without it a step trains on the fewer that are left."""
-    max_steps_without_signal: int = 20
+    max_steps_without_signal: int = setting(20, POSITIVE, resume=FREE)
     """Fail after this many consecutive steps in which no group carried a signal; with dynamic_sampling, when a step has
     drawn this many times rollout.prompts_per_step prompts without one and is not complete."""
 
@@ -188,56 +216,56 @@ class SamplingConfig:
     """How tokens are drawn. What is left of the distribution by temperature, min_p, top_k and top_p (in this order) is
     the policy: the trainer's log-probabilities are renormalised over the same tokens."""
 
-    temperature: float = 1.0
+    temperature: float = setting(1.0, TEMPERATURE)
     """Sampling temperature, from 0.01 to 2; 0 is greedy (not in training)."""
-    top_p: float = 1.0
+    top_p: float = setting(1.0, UP_TO_ONE)
     """Nucleus sampling: the fewest tokens that have this probability together; 1 is all. The trainer sorts the
     vocabulary for it; top_k as well makes that cheap."""
-    top_k: int = -1
+    top_k: int = setting(-1, ALL_OR_POSITIVE)
     """Sample among the k most likely tokens; -1 is all."""
-    min_p: float = 0.0
+    min_p: float = setting(0.0, SHARE)
     """Leave out tokens that are less likely than this share of the most likely one; 0 is all."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = setting(1.0, POSITIVE)
     """Makes tokens that have been less likely (above 1). Not in training: the trainer knows no such policy."""
     stop: list[str] = field(default_factory=list)
     """A response ends with any of these strings, at the token that completes it; text and trained tokens hold both."""
-    stop_token_ids: list[int] = field(default_factory=list)
+    stop_token_ids: list[int] = setting(range=TOKEN_IDS, factory=list)
     """A response ends with any of these tokens, as with the end of sequence, which always ends it."""
 
 
 @dataclass
 class RolloutConfig:
-    group_size: int = 8
+    group_size: int = setting(8, POSITIVE)
     """Completions sampled for each prompt."""
-    prompts_per_step: int = 32
+    prompts_per_step: int = setting(32, POSITIVE)
     """Prompts (groups) that one optimizer step trains on."""
-    max_prompt_tokens: int = 512
+    max_prompt_tokens: int = setting(512, POSITIVE)
     """Prompts longer than this are left out and counted (in SFT: those of the evaluation)."""
-    max_response_tokens: int = 1024
+    max_response_tokens: int = setting(1024, POSITIVE)
     """Completions end here at the latest; with an environment, whole episodes, observations included."""
-    max_staleness: int = 0
+    max_staleness: int = setting(0, NOT_NEGATIVE)
     """Largest number of optimizer steps between the policy that began an episode and the one that trains on it.
     0 is synchronous and repeats exactly under one seed."""
-    sync_interval: int = 1
+    sync_interval: int = setting(1, POSITIVE)
     """Publish new weights to the generators every so many optimizer steps."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 
 @dataclass
 class EngineConfig:
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: int = setting(1, POSITIVE, resume=ROUNDING)
     """GPUs of one generator replica."""
-    max_model_len: int | None = None
+    max_model_len: int | None = setting(None, POSITIVE, resume=ROUNDING)
     """Longest sequence; by default prompt and response limits together."""
-    max_num_seqs: int = 256
+    max_num_seqs: int = setting(256, POSITIVE, resume=ROUNDING)
     """Sequences decoded at once."""
-    gpu_memory_utilization: float = 0.85
+    gpu_memory_utilization: float = setting(0.85, UP_TO_ONE, resume=ROUNDING)
     """Share of a GPU's memory that vLLM takes."""
-    enforce_eager: bool = False
+    enforce_eager: bool = setting(False, resume=ROUNDING)
     """No CUDA graphs. Always the case on the CPU."""
-    kv_cache_memory_gib: float = 1.0
+    kv_cache_memory_gib: float = setting(1.0, POSITIVE, resume=ROUNDING)
     """Size of the KV cache on the CPU, in GiB; on CUDA gpu_memory_utilization decides."""
-    enable_prefix_caching: bool = True
+    enable_prefix_caching: bool = setting(True, resume=ROUNDING)
     """Share the prompt's KV cache in a group."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of ``vllm.EngineArgs``."""
@@ -245,82 +273,82 @@ class EngineConfig:
 
 @dataclass
 class GeneratorConfig:
-    replicas: int | None = None
+    replicas: int | None = setting(None, POSITIVE, resume=ROUNDING)
     """Independent vLLM engines; by default as many as the rollout nodes' GPUs hold (one a node on the CPU)."""
-    timeout_s: float = 1800.0
+    timeout_s: float = setting(1800.0, POSITIVE, resume=FREE)
     """A request that takes longer than this has a stuck generator."""
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 
 @dataclass
 class OptimizerConfig:
-    name: str = "AdamW"
+    name: str = setting("AdamW", choices=("AdamW", "Adam"))
     """AdamW or Adam."""
-    lr: float = 1e-6
+    lr: float = setting(1e-6, POSITIVE)
     """Peak learning rate."""
-    beta1: float = 0.9
+    beta1: float = setting(0.9, BELOW_ONE)
     """Adam's first moment decay."""
-    beta2: float = 0.95
+    beta2: float = setting(0.95, BELOW_ONE)
     """Adam's second moment decay."""
-    eps: float = 1e-8
+    eps: float = setting(1e-8, POSITIVE)
     """Adam's epsilon."""
-    weight_decay: float = 0.0
+    weight_decay: float = setting(0.0, NOT_NEGATIVE)
     """Decoupled weight decay."""
 
 
 @dataclass
 class LRSchedulerConfig:
-    warmup_steps: int = 0
+    warmup_steps: int = setting(0, NOT_NEGATIVE)
     """Linear warm-up over this many steps."""
-    decay_ratio: float | None = None
+    decay_ratio: float | None = setting(None, SHARE)
     """Share of all steps over which the rate decays at the end; null keeps it constant after warm-up."""
-    decay_type: str = "linear"
+    decay_type: str = setting("linear", choices=("linear", "sqrt", "cosine"))
     """linear, sqrt or cosine."""
-    min_lr_factor: float = 0.0
+    min_lr_factor: float = setting(0.0, SHARE)
     """The rate ends at this share of the peak."""
 
 
 @dataclass
 class TrainingConfig:
-    steps: int = 100
+    steps: int = setting(100, POSITIVE, resume=FREE)
     """Optimizer steps of the whole run."""
-    seq_len: int = 2048
+    seq_len: int = setting(2048, POSITIVE)
     """Slots of a packed row; at least prompt and response limits together."""
-    local_batch_size: int | None = None
+    local_batch_size: int | None = setting(None, POSITIVE, resume=ROUNDING)
     """Rows of one microbatch on each data-parallel rank; gradients accumulate over the microbatches of a step. By
     default as many as keep a GPU busy and fit its memory (``trainer-0.log`` says how many), 1 on the CPU."""
-    global_batch_size: int = 32
+    global_batch_size: int = setting(32, POSITIVE)
     """SFT only: examples of one optimizer step (GRPO takes rollout.prompts_per_step * rollout.group_size episodes)."""
-    max_norm: float = 1.0
+    max_norm: float = setting(1.0, POSITIVE)
     """Gradients are clipped to this global norm."""
-    dtype: str = "float32"
+    dtype: str = setting("float32", choices=DTYPES)
     """dtype of the master weights and the optimizer's state."""
-    mixed_precision_param: str = "bfloat16"
+    mixed_precision_param: str = setting("bfloat16", choices=DTYPES)
     """dtype of the forward and backward pass; float32 on the CPU."""
 
 
 @dataclass
 class ParallelismConfig:
-    data_parallel_replicate_degree: int = 1
+    data_parallel_replicate_degree: int = setting(1, POSITIVE, resume=ROUNDING)
     """Replicas of the sharded model (HSDP)."""
-    data_parallel_shard_degree: int = -1
+    data_parallel_shard_degree: int = setting(-1, REST_OR_POSITIVE, resume=ROUNDING)
     """Ranks that share one copy of the model (FSDP); -1 takes all that the other degrees leave."""
-    tensor_parallel_degree: int = 1
+    tensor_parallel_degree: int = setting(1, POSITIVE, resume=ROUNDING)
     """Ranks that share each matrix."""
-    expert_parallel_degree: int = 1
+    expert_parallel_degree: int = setting(1, POSITIVE, resume=ROUNDING)
     """Ranks that share the experts of an MoE model."""
 
 
 @dataclass
 class ActivationCheckpointConfig:
-    mode: str = "auto"
+    mode: str = setting("auto", choices=("auto", "none", "selective", "full"), resume=ROUNDING)
     """What is computed again in the backward pass instead of kept: none, selective or full; auto is the least of it
     that fits the GPU's memory, and none on the CPU."""
 
 
 @dataclass
 class CompileConfig:
-    enable: bool | None = None
+    enable: bool | None = setting(None, resume=ROUNDING)
     """torch.compile each transformer block; by default on CUDA."""
 
 
@@ -328,18 +356,18 @@ class CompileConfig:
 class LoRAConfig:
     enable: bool = False
     """Train low-rank adapters beside the frozen weights. Published and exported weights have them merged in."""
-    rank: int = 16
+    rank: int = setting(16, POSITIVE)
     """Rank of the adapters."""
-    alpha: float = 32.0
+    alpha: float = setting(32.0, POSITIVE)
     """Adapters are scaled by alpha / rank."""
-    target_modules: list[str] = field(default_factory=lambda: ["wq", "wkv", "wo", "w1", "w2", "w3"])
+    target_modules: list[str] = setting(factory=lambda: list(LORA_TARGETS), choices=LORA_TARGETS)
     """Linear layers with an adapter, by TorchTitan's names: attention wq, wkv (keys and values), wo; feed-forward w1
     (gate), w2 (down), w3 (up)."""
 
 
 @dataclass
 class TrainerConfig:
-    processes_per_node: int | None = None
+    processes_per_node: int | None = setting(None, POSITIVE, resume=ROUNDING)
     """Trainer ranks on each trainer node; by default its GPUs, one on the CPU."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_scheduler: LRSchedulerConfig = field(default_factory=LRSchedulerConfig)
@@ -348,7 +376,7 @@ class TrainerConfig:
     activation_checkpoint: ActivationCheckpointConfig = field(default_factory=ActivationCheckpointConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
-    timeout_s: float = 1800.0
+    timeout_s: float = setting(1800.0, POSITIVE, resume=FREE)
     """A training step that takes longer than this has a stuck rank."""
 
 
@@ -356,41 +384,41 @@ class TrainerConfig:
 class ReferenceConfig:
     enable: bool = False
     """Hold a frozen copy of the initial model for the KL penalty."""
-    device: str = "auto"
+    device: str = setting("auto", choices=("auto", "cpu", "cuda"), resume=ROUNDING)
     """Where it computes: auto (with the trainers), cpu or cuda."""
 
 
 @dataclass
 class CheckpointConfig:
-    interval: int = 50
+    interval: int = setting(50, NOT_NEGATIVE)
     """Save every so many optimizer steps; the last step is always saved, 0 saves it alone."""
-    keep: int = 2
+    keep: int = setting(2, POSITIVE)
     """Newest checkpoints to keep; older ones are deleted."""
     async_save: bool = True
     """Write beside the training instead of blocking it."""
-    export_interval: int = 0
+    export_interval: int = setting(0, NOT_NEGATIVE)
     """Also write the weights in Hugging Face format every so many optimizer steps, to RUN_DIR/exports/step-N, which
     nobody deletes; 0 writes those of the last step alone, to RUN_DIR/export. See also ``forge-hpc export``."""
 
 
 @dataclass
 class EvaluationConfig:
-    interval: int = 0
+    interval: int = setting(0, NOT_NEGATIVE)
     """Evaluate every so many steps, besides before the first and after the last one: by answers to held-out prompts, in
     SFT by the loss on held-out documents; 0 evaluates only then (SFT: only at the end)."""
-    num_prompts: int = 0
+    num_prompts: int = setting(0, NOT_NEGATIVE)
     """Held-out prompts (SFT: documents) of an evaluation, the first of ``data.eval_split``; 0 switches it off."""
-    samples: int = 0
+    samples: int = setting(0, NOT_NEGATIVE)
     """Answers sampled for each prompt, for pass@k; 0 is greedy decoding alone."""
     k: list[int] = field(default_factory=lambda: [1])
     """pass@k for each of these, each at most ``samples``."""
-    temperature: float | None = None
+    temperature: float | None = setting(None, TEMPERATURE)
     """Temperature of the sampled answers; by default rollout.sampling's, as are top_p and top_k."""
 
 
 @dataclass
 class WarmstartConfig:
-    config: str | None = None
+    config: str | None = setting(None, path=True)
     """SFT configuration (file, relative to this one) run first, in RUN_DIR/warmstart, where its export is missing."""
     overrides: list[str] = field(default_factory=list)
     """key=value overrides of it."""
@@ -398,22 +426,22 @@ class WarmstartConfig:
 
 @dataclass
 class ClusterConfig:
-    nodes: int = 1
+    nodes: int = setting(1, POSITIVE, resume=ROUNDING)
     """Nodes of the allocation; more than 1 means Slurm."""
-    rollout_nodes: int | None = None
+    rollout_nodes: int | None = setting(None, resume=ROUNDING)
     """Nodes for generators; by default what trainer_nodes leaves, else rollout_ratio decides."""
-    trainer_nodes: int | None = None
+    trainer_nodes: int | None = setting(None, resume=ROUNDING)
     """Nodes for trainers; by default what rollout_nodes leaves."""
-    rollout_ratio: float = 0.5
+    rollout_ratio: float = setting(0.5, SHARE, resume=ROUNDING)
     """Share of the nodes (of the GPUs on one node) that generate, where no number is given."""
-    spare_nodes: int = 0
+    spare_nodes: int = setting(0, NOT_NEGATIVE)
     """Nodes kept to replace lost rollout nodes. With any, the job outlives a node that dies (--no-kill)."""
-    max_restarts: int = 3
+    max_restarts: int = setting(3, NOT_NEGATIVE)
     """How often something that failed (a generator, the trainers, the whole run) is started again without progress in
     between; being preempted is no failure."""
-    gpus_per_node: int | None = None
+    gpus_per_node: int | None = setting(None, NOT_NEGATIVE, resume=ROUNDING)
     """GPUs used on each node; 0 is the CPU; by default what the node has."""
-    start_timeout_s: float = 600.0
+    start_timeout_s: float = setting(600.0, POSITIVE)
     """All nodes must have joined, and all actors be ready, in this time."""
 
 
@@ -432,14 +460,14 @@ class SlurmConfig:
     exclusive: bool = True
     """Whole nodes. Sharing a node with other users opens ports that TLS cannot cover (see the README); then
     ``cpus_per_task`` and ``mem`` say how much of it."""
-    cpus_per_task: int | None = None
+    cpus_per_task: int | None = setting(None, POSITIVE)
     """CPU cores on each node; with exclusive, all of them."""
     mem: str | None = None
     """Memory on each node; 0 is all of it, as is null with exclusive."""
-    signal_lead_s: int | None = None
+    signal_lead_s: int | None = setting(None, NOT_NEGATIVE)
     """Seconds before the walltime at which the run saves and leaves. By default it follows from the step and save times
     that the run has measured: 300 before that, and never more than half of ``time``."""
-    requeue: str = "auto"
+    requeue: str = setting("auto", choices=("auto", "successor", "never"), formerly={"true": "auto", "false": "never"})
     """How a run goes on that was preempted, came to its walltime, lost a node or crashed: auto has Slurm start the job
     again (--requeue), and queues a successor where Slurm refuses; successor queues another job (--no-requeue: for sites
     that forbid requeueing); never stays down until it is resumed by hand."""
@@ -453,17 +481,17 @@ class SlurmConfig:
 class SandboxLimits:
     """What one sandboxed program may take, all its processes together. Passing any of them ends it."""
 
-    wall_s: float = 10.0
+    wall_s: float = setting(10.0, POSITIVE)
     """Seconds from its start; with several tests, of all of them together."""
-    cpu_s: float = 10.0
+    cpu_s: float = setting(10.0, POSITIVE)
     """CPU seconds, likewise."""
-    memory_mb: int = 512
+    memory_mb: int = setting(512, POSITIVE)
     """MiB of resident memory; a single allocation beyond it fails before that."""
-    processes: int = 32
+    processes: int = setting(32, POSITIVE)
     """Processes and threads at once."""
-    output_kb: int = 64
+    output_kb: int = setting(64, POSITIVE)
     """KiB kept of the standard output, and of the standard error."""
-    disk_mb: int = 64
+    disk_mb: int = setting(64, POSITIVE)
     """MiB in /tmp, and as much in /dev/shm; both are memory of the node and go with the sandbox."""
 
 
@@ -471,14 +499,14 @@ class SandboxLimits:
 class SandboxConfig:
     """Where model-written code runs. It is never run outside a sandbox."""
 
-    runtime: str = "auto"
+    runtime: str = setting("auto", choices=("auto", "bubblewrap", "apptainer", "enroot"))
     """auto is bubblewrap; or apptainer, enroot. None of them stands in for another."""
     image: str | None = None
     """Image (apptainer: file or directory; enroot: file or container name) with Python 3.10 or newer."""
     python: str | None = None
     """Interpreter of the programs; the packages of its (virtual) environment can be imported. By default the one that
     runs forge_hpc, with the standard library alone; in an image, its python3."""
-    parallel: int | None = None
+    parallel: int | None = setting(None, POSITIVE, resume=FREE)
     """Programs at once, over all episodes of the environment ``code``, and in each process of a reward ``code``; by
     default as many as forge_hpc may use cores."""
     limits: SandboxLimits = field(default_factory=SandboxLimits)
@@ -486,17 +514,17 @@ class SandboxConfig:
 
 @dataclass
 class LoggingConfig:
-    console: str = "auto"
+    console: str = setting("auto", choices=("auto", "lines", "none"))
     """auto (progress bar on a terminal, one line a step elsewhere), lines, or none."""
     tensorboard: bool = True
     """Write event files to RUN_DIR/tensorboard."""
     wandb: bool = False
     """Send the metrics to Weights & Biases as well (offline where WANDB_MODE says so)."""
-    num_rollouts_per_step: int = 2
+    num_rollouts_per_step: int = setting(2, NOT_NEGATIVE)
     """Rollouts of each step kept in rollouts.jsonl: the first one of each of the first groups."""
-    num_groups_per_step: int = 0
+    num_groups_per_step: int = setting(0, NOT_NEGATIVE)
     """So many of the first groups of each step are kept there whole: all samples that have a reward."""
-    num_answers_per_evaluation: int = 1000
+    num_answers_per_evaluation: int = setting(1000, NOT_NEGATIVE)
     """Answers of each evaluation kept in RUN_DIR/evaluations, all those to the first prompts; 0 keeps none."""
 
 
@@ -504,14 +532,14 @@ class LoggingConfig:
 class Config:
     """A whole run. ``key=value`` overrides use these names: ``trainer.optimizer.lr=1e-6``."""
 
-    recipe: str = "grpo"
+    recipe: str = setting("grpo", code=True)
     """The algorithm: grpo, sft, eval (generators alone), or your own as ``file.py:Class`` or
     ``package.module:Class``."""
     recipe_args: dict[str, Any] = field(default_factory=dict)
     """Options of the recipe's own; `forge-hpc submit` refuses those that it does not have."""
     name: str = "grpo"
     """Name of the run; a part of the default run directory and the Slurm job's name."""
-    seed: int = 42
+    seed: int = setting(42, SEED)
     """Everything random follows from this."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -523,10 +551,10 @@ class Config:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = setting(factory=CheckpointConfig, resume=FREE)
+    evaluation: EvaluationConfig = setting(factory=EvaluationConfig, resume=FREE)
     warmstart: WarmstartConfig = field(default_factory=WarmstartConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    cluster: ClusterConfig = setting(factory=ClusterConfig, resume=FREE)
+    slurm: SlurmConfig = setting(factory=SlurmConfig, resume=FREE)
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    logging: LoggingConfig = setting(factory=LoggingConfig, resume=FREE)

@@ -10,128 +10,24 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from forge_hpc.config.algorithm import (
-    ADVANTAGES,
-    KL_ESTIMATORS,
-    LOSSES,
-    NORMALIZATIONS,
-    LossFacts,
-    check_fit,
-    check_loss,
-    resolve_advantage,
-)
+from forge_hpc.config.algorithm import LossFacts, check_fit, check_loss, loss_facts, resolve_advantage
 from forge_hpc.config.errors import UserError
+from forge_hpc.config.fields import walk
 from forge_hpc.config.models import KNOWN_MODEL_TYPES, check_tokenizer, check_weights, looks_local, read_model_config
+from forge_hpc.config.names import DATA, ENVIRONMENTS, LORA_TARGETS, LOSSES, MODELS
 from forge_hpc.config.needs import Needs
 from forge_hpc.config.recipes import load_recipe
-from forge_hpc.config.rewards import BUILTIN_REWARDS, check_reward
+from forge_hpc.config.rewards import check_reward
 from forge_hpc.config.schema import Config, DataConfig
 from forge_hpc.config.sources import data_sources, find_field
 from forge_hpc.config.split import plan
 from forge_hpc.config.user_code import find_user_code
 
-REWARDS = tuple(BUILTIN_REWARDS)
-ENVIRONMENTS = ("calculator", "guessing", "code")
-BUILTIN_MODELS = ("builtin:qwen3-tiny",)
-BUILTIN_DATA = ("builtin:addition",)
-LORA_TARGETS = ("wq", "wkv", "wo", "w1", "w2", "w3")
-REQUEUE = ("auto", "successor", "never")
-_DTYPES = ("float32", "bfloat16")
-_NAMES = {
-    "algorithm.advantage": ADVANTAGES,
-    "algorithm.kl_estimator": KL_ESTIMATORS,
-    "algorithm.normalization": NORMALIZATIONS,
-    "model.dtype": _DTYPES,
-    "trainer.training.dtype": _DTYPES,
-    "trainer.training.mixed_precision_param": _DTYPES,
-    "trainer.optimizer.name": ("AdamW", "Adam"),
-    "trainer.lr_scheduler.decay_type": ("linear", "sqrt", "cosine"),
-    "trainer.activation_checkpoint.mode": ("auto", "none", "selective", "full"),
-    "reference.device": ("auto", "cpu", "cuda"),
-    "sandbox.runtime": ("auto", "bubblewrap", "apptainer", "enroot"),
-    "logging.console": ("auto", "lines", "none"),
-}
-_POSITIVE = [
-    "algorithm.max_steps_without_signal",
-    "environment.max_turns",
-    "environment.max_turn_tokens",
-    "environment.timeout_s",
-    "environment.max_open_episodes",
-    "rollout.group_size",
-    "rollout.prompts_per_step",
-    "rollout.max_prompt_tokens",
-    "rollout.max_response_tokens",
-    "rollout.sync_interval",
-    "rollout.sampling.repetition_penalty",
-    "generator.timeout_s",
-    "generator.replicas",
-    "generator.engine.tensor_parallel_size",
-    "generator.engine.max_model_len",
-    "generator.engine.max_num_seqs",
-    "generator.engine.kv_cache_memory_gib",
-    "trainer.processes_per_node",
-    "trainer.optimizer.lr",
-    "trainer.optimizer.eps",
-    "trainer.training.steps",
-    "trainer.training.seq_len",
-    "trainer.training.local_batch_size",
-    "trainer.training.global_batch_size",
-    "trainer.training.max_norm",
-    "trainer.parallelism.data_parallel_replicate_degree",
-    "trainer.parallelism.tensor_parallel_degree",
-    "trainer.parallelism.expert_parallel_degree",
-    "trainer.lora.rank",
-    "trainer.lora.alpha",
-    "trainer.timeout_s",
-    "checkpoint.keep",
-    "cluster.nodes",
-    "cluster.start_timeout_s",
-    "data.shuffle_buffer",
-    "data.curriculum.rest_epochs",
-    "slurm.cpus_per_task",
-    "sandbox.parallel",
-    "sandbox.limits.wall_s",
-    "sandbox.limits.cpu_s",
-    "sandbox.limits.memory_mb",
-    "sandbox.limits.processes",
-    "sandbox.limits.output_kb",
-    "sandbox.limits.disk_mb",
-]
-_NOT_NEGATIVE = [
-    "checkpoint.interval",
-    "checkpoint.export_interval",
-    "seed",
-    "algorithm.clip_low",
-    "algorithm.clip_high",
-    "algorithm.kl_coef",
-    "algorithm.entropy_coef",
-    "rollout.max_staleness",
-    "trainer.optimizer.weight_decay",
-    "trainer.lr_scheduler.warmup_steps",
-    "evaluation.interval",
-    "evaluation.num_prompts",
-    "evaluation.samples",
-    "cluster.spare_nodes",
-    "cluster.max_restarts",
-    "cluster.gpus_per_node",
-    "slurm.signal_lead_s",
-    "logging.num_rollouts_per_step",
-    "logging.num_groups_per_step",
-    "logging.num_answers_per_evaluation",
-]
-_UP_TO_ONE = ["rollout.sampling.top_p", "generator.engine.gpu_memory_utilization"]  # above 0, at most 1
-_SHARES = [  # 0 to 1
-    "rollout.sampling.min_p",
-    "trainer.lr_scheduler.decay_ratio",
-    "trainer.lr_scheduler.min_lr_factor",
-    "cluster.rollout_ratio",
-]
-_BELOW_ONE = ["trainer.optimizer.beta1", "trainer.optimizer.beta2"]  # 0 to less than 1
 _MAX_CHECKED_LINES = 10_000
 _JSONL_SUFFIXES = (".jsonl", ".json")  # what forge_hpc.data reads line by line
 _DATA_SUFFIXES = (*_JSONL_SUFFIXES, ".parquet", ".csv")
@@ -184,58 +80,30 @@ def walltime_s(text: str) -> float:
 # --- single values
 
 
-def _get(cfg: Config, key: str) -> Any:
-    value: Any = cfg
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _require(ok: bool, cfg: Config, key: str, rule: str) -> None:
-    if not ok:
-        raise UserError(f"{key} must be {rule}, it is {_get(cfg, key)}", None)
-
-
 def _check_values(cfg: Config) -> None:
     for key, value in _numbers(dataclasses.asdict(cfg)):
         if not math.isfinite(value):
             raise UserError(f"{key} must be a finite number, it is {value}")
-    for key, known in _NAMES.items():
-        if _get(cfg, key) is not None:
-            _check_name(key, _get(cfg, key), known)
-    for keys, rule, holds in (
-        (_POSITIVE, "greater than 0", lambda v: v > 0),
-        (_NOT_NEGATIVE, "0 or more", lambda v: v >= 0),
-        (_UP_TO_ONE, "greater than 0 and at most 1", lambda v: 0 < v <= 1),
-        (_SHARES, "from 0 to 1", lambda v: 0 <= v <= 1),
-        (_BELOW_ONE, "from 0 to less than 1", lambda v: 0 <= v < 1),
-    ):
-        for key in keys:
-            value = _get(cfg, key)
-            _require(value is None or holds(value), cfg, key, rule)
-    for name in cfg.trainer.lora.target_modules:
-        _check_name("trainer.lora.target_modules", name, LORA_TARGETS)
+    check_fields(cfg)
     if not cfg.trainer.lora.target_modules:
         raise UserError("trainer.lora.target_modules is empty", f"known: {', '.join(LORA_TARGETS)}")
-    shard = cfg.trainer.parallelism.data_parallel_shard_degree
-    _require(shard == -1 or shard > 0, cfg, "trainer.parallelism.data_parallel_shard_degree", "-1 or greater than 0")
-    _check_sampling(cfg)
-    _require(cfg.seed < 2**63, cfg, "seed", "less than 2**63")
+    if not all(cfg.rollout.sampling.stop):
+        raise UserError("rollout.sampling.stop has an empty string", "it would end every response at once")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", cfg.name):
         raise UserError(f"name is {cfg.name!r}", "it names a directory and a job: letters, digits, '.', '_' and '-'")
 
 
-def _check_sampling(cfg: Config) -> None:
-    s = cfg.rollout.sampling
-    for key in ("rollout.sampling.temperature", "evaluation.temperature"):
-        value = _get(cfg, key)
-        # vLLM takes what is below 0.01 for 0.01, and refuses what is above 2.
-        ok = value is None or value == 0 or 0.01 <= value <= 2
-        _require(ok, cfg, key, "from 0.01 to 2, or 0 (greedy)")
-    _require(s.top_k == -1 or s.top_k > 0, cfg, "rollout.sampling.top_k", "-1 (all) or greater than 0")
-    if not all(s.stop):
-        raise UserError("rollout.sampling.stop has an empty string", "it would end every response at once")
-    _require(min(s.stop_token_ids, default=0) >= 0, cfg, "rollout.sampling.stop_token_ids", "token ids, 0 or more")
+def check_fields(cfg: Any) -> None:
+    """Raise a UserError for the first value of a configuration that its field does not take."""
+    for key, value, rule in walk(cfg):
+        for item in value if isinstance(value, list) else [value]:
+            if item is None:
+                continue
+            if rule.choices and not (rule.code and ":" in item):
+                _check_name(key, item, rule.choices, rule.formerly)
+            if rule.range is not None and not rule.range.holds(item):
+                shown = f"{item:g}" if isinstance(item, float) else item
+                raise UserError(f"{key} must be {rule.range.text}, it is {shown}")
 
 
 def _numbers(tree: Any, prefix: str = "") -> Iterable[tuple[str, float]]:
@@ -246,10 +114,12 @@ def _numbers(tree: Any, prefix: str = "") -> Iterable[tuple[str, float]]:
         yield from _numbers(value, f"{prefix}{key}.")
 
 
-def _check_name(key: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
+def _check_name(key: str, value: str, known: Iterable[str], formerly: Mapping[str, str] | None = None) -> None:
+    if value not in (known := tuple(known)):
         close = difflib.get_close_matches(value, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+        if formerly and value.lower() in formerly:
+            hint = f"write {formerly[value.lower()]}"
         raise UserError(f"{key} is {value!r}, which is not known", hint)
 
 
@@ -264,11 +134,9 @@ def _check_algorithm(cfg: Config) -> None:
             f"reference.device={cfg.reference.device}, and the trainers run on {'cuda' if gpus else 'cpu'}",
             "the reference model computes where the trainers do: set reference.device=auto",
         )
-    if ":" not in a.loss:
-        _check_name("algorithm.loss", a.loss, tuple(LOSSES))
     check_loss(a)
     # What a loss of the user's own brings with it is known when it is loaded, at the start of the run.
-    own_kl_coef = LOSSES.get(a.loss, LossFacts()).kl_coef
+    own_kl_coef = (loss_facts(a.loss) if a.loss in LOSSES else LossFacts()).kl_coef
     advantage = resolve_advantage(a) if a.loss in LOSSES else a.advantage
     check_fit(cfg, advantage, own_kl_coef if a.kl_coef is None else a.kl_coef)
     _check_dynamic_sampling(cfg)
@@ -313,11 +181,6 @@ def _check_data_values(cfg: Config, needs: Needs) -> None:
     for i, source in enumerate(data.sources):
         if not source.path:
             raise UserError(f"data.sources.{i} has no path", "give the path of the data, as in data.path")
-        if source.weight <= 0:
-            raise UserError(
-                f"data.sources.{i}.weight must be greater than 0, it is {source.weight} ({source.path})",
-                "leave the source out, or give it a weight",
-            )
     if curriculum.enable and needs.learns_from == "examples":
         raise UserError(
             f"data.curriculum goes by rewards, and recipe={cfg.recipe} has none", "set data.curriculum.enable=false"
@@ -396,10 +259,6 @@ def _check_lengths(cfg: Config, needs: Needs) -> None:
 
 def _check_slurm(cfg: Config) -> None:
     s = cfg.slurm
-    if s.requeue not in REQUEUE:
-        was = {"true": "auto", "false": "never"}.get(s.requeue.lower())
-        hint = f"write {was}" if was else f"known: {', '.join(REQUEUE)}"
-        raise UserError(f"slurm.requeue is {s.requeue!r}, which is not known", hint)
     limit = walltime_s(s.time)
     if limit == 0:
         limit = math.inf  # Slurm's 0 is no limit
@@ -434,12 +293,6 @@ def _check_reward_names(cfg: Config, needs: Needs) -> None:
             raise UserError(
                 f"reward {name!r} is given twice", "its terms are logged by name: keep one, with one weight"
             )
-        if ":" not in name:
-            _check_name(f"reward.{i}.name", name, REWARDS)
-        for key in ("timeout_s", "workers", "concurrency", "memory_gib"):
-            value = getattr(cfg.reward[i], key)
-            if value is not None and value <= 0:
-                raise UserError(f"reward.{i}.{key} must be greater than 0, it is {value:g}")
 
 
 def check_environment(cfg: Config, *, check_paths: bool = True) -> None:
@@ -472,7 +325,7 @@ def _check_model(cfg: Config, needs: Needs) -> None:
             raise UserError("model.path=warmstart needs warmstart.config", "name the SFT configuration that makes it")
         return
     if path.startswith("builtin:"):
-        _check_name("model.path", path, BUILTIN_MODELS)
+        _check_name("model.path", path, MODELS)
         return
     if not looks_local(path):
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
@@ -545,7 +398,7 @@ def _check_data(cfg: Config) -> None:
 
 def _check_examples(key: str, path: str, split: str, data: DataConfig) -> None:
     if path.startswith("builtin:"):
-        _check_name(key, path, BUILTIN_DATA)
+        _check_name(key, path, DATA)
         return
     file = Path(path).expanduser()
     if not file.exists():

@@ -10,9 +10,10 @@ from typing import Any
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.models import check_tokenizer, check_weights, looks_local, read_model_config
+from forge_hpc.config.names import MODELS
+from forge_hpc.config.user_code import load_user_code
 
 BUILTIN_PREFIX = "builtin:"
-BUILTIN_MODELS = ("qwen3-tiny",)
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja", "merges.txt", "vocab.*"]
 
@@ -24,13 +25,15 @@ def resolve_model(path: str, seed: int, cache_dir: str | Path) -> Path:
     downloaded to the hub's own cache. Raises UserError where there is no such model or it is not complete.
     """
     if path.startswith(BUILTIN_PREFIX):
-        return _builtin(path.removeprefix(BUILTIN_PREFIX), seed, Path(cache_dir))
+        return _builtin(path, seed, Path(cache_dir))
     directory = Path(path).expanduser()
     if directory.is_dir():
         check_model_dir(directory)
         return directory.resolve()
     if looks_local(path) or not _HUB_NAME.fullmatch(path):
-        raise UserError(f"no such model directory: {path}", "model.path: a directory, a hub name or builtin:qwen3-tiny")
+        raise UserError(
+            f"no such model directory: {path}", f"model.path: a directory, a hub name or {next(iter(MODELS))}"
+        )
     return _download(path)
 
 
@@ -52,17 +55,16 @@ def check_model_dir(directory: Path) -> None:
 
 
 def _builtin(name: str, seed: int, cache_dir: Path) -> Path:
-    if name not in BUILTIN_MODELS:
-        raise UserError(f"unknown model {BUILTIN_PREFIX}{name}", f"there is {BUILTIN_PREFIX}{BUILTIN_MODELS[0]}")
-    directory = cache_dir / f"{name}-seed{seed}"
+    if name not in MODELS:
+        raise UserError(f"unknown model {name}", f"there is {', '.join(MODELS)}")
+    directory = cache_dir / f"{name.removeprefix(BUILTIN_PREFIX)}-seed{seed}"
     if directory.is_dir():
         return directory.resolve()
-    from forge_hpc.data.builtin import write_tiny_qwen3
-
+    write = load_user_code(MODELS[name], "model")
     cache_dir.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=cache_dir))
     try:
-        write_tiny_qwen3(temporary, seed)
+        write(temporary, seed)
         try:
             temporary.rename(directory)
         except OSError:

@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from forge_hpc.config.errors import UserError
+from forge_hpc.config.names import DATA
 from forge_hpc.config.schema import DataConfig
+from forge_hpc.config.user_code import load_user_code
 from forge_hpc.data.bad import FIRST, BadExample
 from forge_hpc.data.damage import naming_damage
 from forge_hpc.data.examples import Example, check_example
@@ -28,12 +30,9 @@ def load_examples(data: DataConfig, split: str, seed: int) -> Sequence[Example |
     begins with are bad; other bad examples stand in their place.
     """
     if data.path.startswith(BUILTIN_PREFIX):
-        name = data.path.removeprefix(BUILTIN_PREFIX)
-        if name != "addition":
-            raise UserError(f"unknown data {data.path}", f"there is {BUILTIN_PREFIX}addition")
-        from forge_hpc.data.builtin import addition_examples
-
-        examples: Sequence[Example | BadExample] = addition_examples(split, seed)
+        if data.path not in DATA:
+            raise UserError(f"unknown data {data.path}", f"there is {', '.join(DATA)}")
+        examples: Sequence[Example | BadExample] = load_user_code(DATA[data.path], "data")(split, seed)
         check_example(examples[0], data, data.path)
         return examples
     texts = _read_texts(data, split)

@@ -2,10 +2,9 @@
 
 from forge_hpc.environments.base import Environment, EnvironmentFull, Opening, Response, Step
 from forge_hpc.environments.pool import EnvironmentFailed, EnvironmentPool
-from forge_hpc.environments.registry import BUILTIN_ENVIRONMENTS, load_environment
+from forge_hpc.environments.registry import load_environment
 
 __all__ = [
-    "BUILTIN_ENVIRONMENTS",
     "Environment",
     "EnvironmentFailed",
     "EnvironmentFull",

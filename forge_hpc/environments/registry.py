@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from forge_hpc.config.errors import UserError
+from forge_hpc.config.names import ENVIRONMENTS
 from forge_hpc.config.user_code import load_user_code
 from forge_hpc.environments.base import Environment
-from forge_hpc.environments.calculator import Calculator
-from forge_hpc.environments.code import Code
-from forge_hpc.environments.guessing import Guessing
 
 EnvironmentFactory = Callable[..., Environment]
-
-BUILTIN_ENVIRONMENTS: dict[str, EnvironmentFactory] = {"calculator": Calculator, "guessing": Guessing, "code": Code}
 
 
 def load_environment(name: str) -> EnvironmentFactory:
@@ -21,11 +17,9 @@ def load_environment(name: str) -> EnvironmentFactory:
 
     Runs the user's module. Raises UserError where there is no such thing.
     """
-    if name in BUILTIN_ENVIRONMENTS:
-        return BUILTIN_ENVIRONMENTS[name]
-    if ":" not in name:
+    if name not in ENVIRONMENTS and ":" not in name:
         raise UserError(
             f"unknown environment {name!r}",
-            f"one of {', '.join(BUILTIN_ENVIRONMENTS)}, or package.module:Class, or file.py:Class",
+            f"one of {', '.join(ENVIRONMENTS)}, or package.module:Class, or file.py:Class",
         )
-    return load_user_code(name, "environment")
+    return load_user_code(ENVIRONMENTS.get(name, name), "environment")

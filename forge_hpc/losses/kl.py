@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 
+from forge_hpc.config import names
 from forge_hpc.losses.base import log_ratio
 
 
@@ -32,4 +33,6 @@ def k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
     return d.exp() - d - 1
 
 
-KL_ESTIMATORS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
+KL_ESTIMATORS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    name: globals()[place.rpartition(":")[2]] for name, place in names.KL_ESTIMATORS.items()
+}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-NORMALIZATIONS = ("token", "sequence", "constant")
+from forge_hpc.config.names import NORMALIZATIONS as NORMALIZATIONS
 
 
 class Sequences:

@@ -9,38 +9,13 @@ from typing import Any
 
 from forge_hpc.config.algorithm import check_fit, loss_options, options_set, resolve_advantage
 from forge_hpc.config.errors import UserError
+from forge_hpc.config.names import LOSSES
 from forge_hpc.config.schema import AlgorithmConfig, Config
 from forge_hpc.config.user_code import load_user_code
 from forge_hpc.losses.base import LossOutput
-from forge_hpc.losses.cispo import CISPOLoss
-from forge_hpc.losses.dapo import DAPOLoss
-from forge_hpc.losses.dr_grpo import DrGRPOLoss
-from forge_hpc.losses.grpo import GRPOLoss
-from forge_hpc.losses.gspo import GSPOLoss
 from forge_hpc.losses.mismatch import MismatchCorrection
-from forge_hpc.losses.ppo import PPOLoss
-from forge_hpc.losses.reinforce import ReinforceLoss
-from forge_hpc.losses.rloo import RLOOLoss
-from forge_hpc.losses.sapo import SAPOLoss
-from forge_hpc.losses.simple_grpo import SimpleGRPOLoss
 
 LossFn = Callable[..., LossOutput]
-
-
-_LOSSES: dict[str, Callable[..., Any]] = {
-    "grpo": GRPOLoss,
-    "dr_grpo": DrGRPOLoss,
-    "dapo": DAPOLoss,
-    "ppo": PPOLoss,
-    "cispo": CISPOLoss,
-    "gspo": GSPOLoss,
-    "sapo": SAPOLoss,
-    "rloo": RLOOLoss,
-    "reinforce": ReinforceLoss,
-    "simple_grpo": SimpleGRPOLoss,
-}
-_RENAMED: dict[Callable[..., Any], dict[str, str]] = {SimpleGRPOLoss: {"kl_coef": "beta"}}
-"""What a loss calls an option of ``algorithm``, where it has another name for it."""
 
 
 def build_loss(name: str, cfg: AlgorithmConfig, max_tokens: int = 1) -> LossFn:
@@ -56,13 +31,14 @@ def build_loss(name: str, cfg: AlgorithmConfig, max_tokens: int = 1) -> LossFn:
     Raises:
         UserError: an unknown name, an option that the loss has no parameter for, arguments that it does not take.
     """
-    if name not in _LOSSES and ":" not in name:
+    if name not in LOSSES and ":" not in name:
         raise UserError(
             f"unknown loss {name!r}",
-            f"algorithm.loss is one of {', '.join(_LOSSES)}, or your own as file.py:name or package.module:name",
+            f"algorithm.loss is one of {', '.join(LOSSES)}, or your own as file.py:name or package.module:name",
         )
-    factory = _LOSSES.get(name) or load_user_code(name, "loss")
-    renamed = _RENAMED.get(factory, {})
+    factory = load_user_code(LOSSES.get(name, name), "loss")
+    # What it calls an option of ``algorithm``, where it has another name for it.
+    renamed: dict[str, str] = getattr(factory, "renamed", {})
     given = {renamed.get(key, key): value for key, value in _options(cfg, max_tokens).items()}
     unused = [f"algorithm.{key}" for key in options_set(cfg) if not _takes(factory, renamed.get(key, key))]
     unused += [f"algorithm.loss_args.{key}" for key in cfg.loss_args if not _takes(factory, key)]

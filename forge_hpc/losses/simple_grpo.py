@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from forge_hpc.losses.mismatch import MismatchCorrection
@@ -13,6 +15,8 @@ class SimpleGRPOLoss(PolicyLoss):
 
     loss = 1/N sum_i 1/|o_i| sum_t -( exp(log pi - sg(log pi)) A - beta KL(pi || pi_ref) )
     """
+
+    renamed: ClassVar[dict[str, str]] = {"kl_coef": "beta"}
 
     def __init__(
         self,

@@ -1,6 +1,5 @@
 """Rewards: ``(prompt, response, target, **fields) -> float``, and the pool that runs them. See docs/rewards.md."""
 
-from forge_hpc.config.rewards import BUILTIN_REWARDS
 from forge_hpc.rewards.code import CodeReward
 from forge_hpc.rewards.errors import RewardError
 from forge_hpc.rewards.exact import ExactReward
@@ -14,7 +13,6 @@ from forge_hpc.rewards.repetition import RepetitionReward
 from forge_hpc.rewards.thinking import ThinkingReward
 
 __all__ = [
-    "BUILTIN_REWARDS",
     "CodeReward",
     "ExactReward",
     "FormatReward",

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.rewards import BUILTIN_REWARDS, SIGNATURE
+from forge_hpc.config.names import REWARDS
+from forge_hpc.config.rewards import SIGNATURE
 from forge_hpc.config.user_code import load_user_code
 
 INLINE_REWARDS = ("exact", "numeric", "gsm8k", "thinking", "length", "repetition")
@@ -46,11 +47,11 @@ def load_reward(name: str, args: Mapping[str, Any] | None = None) -> Reward:
     A class becomes an instance, made with `args`. Runs the user's module. Raises UserError where there is no such
     thing, or it cannot be called as ``(prompt, response, target, **fields)``, or does not take `args`.
     """
-    if name not in BUILTIN_REWARDS and ":" not in name:
+    if name not in REWARDS and ":" not in name:
         raise UserError(
-            f"unknown reward {name!r}", f"one of {', '.join(BUILTIN_REWARDS)}, or package.module:name, or file.py:name"
+            f"unknown reward {name!r}", f"one of {', '.join(REWARDS)}, or package.module:name, or file.py:name"
         )
-    found = load_user_code(BUILTIN_REWARDS.get(name, name), "reward")
+    found = load_user_code(REWARDS.get(name, name), "reward")
     args = dict(args or {})
     reward = Reward(_instance(found, args)) if inspect.isclass(found) else Reward(found, args)
     _check_signature(reward.function)

@@ -1,0 +1,59 @@
+"""What the configuration knows by name: one table a kind, from a name to its place, ``module:attribute``.
+
+Nothing here is imported from its place before it is used, so that a dry run loads no torch. Something new is a file of
+its own and a line here.
+"""
+
+from __future__ import annotations
+
+RECIPES = {
+    "grpo": "forge_hpc.recipes.grpo:GRPO",
+    "sft": "forge_hpc.recipes.sft:SFT",
+    "eval": "forge_hpc.recipes.eval:Evaluation",
+}
+LOSSES = {
+    "grpo": "forge_hpc.losses.grpo:GRPOLoss",
+    "dr_grpo": "forge_hpc.losses.dr_grpo:DrGRPOLoss",
+    "dapo": "forge_hpc.losses.dapo:DAPOLoss",
+    "ppo": "forge_hpc.losses.ppo:PPOLoss",
+    "cispo": "forge_hpc.losses.cispo:CISPOLoss",
+    "gspo": "forge_hpc.losses.gspo:GSPOLoss",
+    "sapo": "forge_hpc.losses.sapo:SAPOLoss",
+    "rloo": "forge_hpc.losses.rloo:RLOOLoss",
+    "reinforce": "forge_hpc.losses.reinforce:ReinforceLoss",
+    "simple_grpo": "forge_hpc.losses.simple_grpo:SimpleGRPOLoss",
+}
+ADVANTAGES = {
+    "group_mean_std": "forge_hpc.advantages:group_mean_std",
+    "group_mean": "forge_hpc.advantages:group_mean",
+    "leave_one_out": "forge_hpc.advantages:leave_one_out",
+    "group_mean_batch_std": "forge_hpc.advantages:group_mean_batch_std",
+    "batch_mean_std": "forge_hpc.advantages:batch_mean_std",
+}
+KL_ESTIMATORS = {"k1": "forge_hpc.losses.kl:k1", "k2": "forge_hpc.losses.kl:k2", "k3": "forge_hpc.losses.kl:k3"}
+REWARDS = {
+    "exact": "forge_hpc.rewards.exact:ExactReward",
+    "math": "forge_hpc.rewards.math:MathReward",
+    "numeric": "forge_hpc.rewards.numeric:NumericReward",
+    "gsm8k": "forge_hpc.rewards.numeric:NumericReward",
+    "thinking": "forge_hpc.rewards.thinking:ThinkingReward",
+    "format": "forge_hpc.rewards.format:FormatReward",
+    "length": "forge_hpc.rewards.length:LengthReward",
+    "repetition": "forge_hpc.rewards.repetition:RepetitionReward",
+    "code": "forge_hpc.rewards.code:CodeReward",
+    "llm_judge": "forge_hpc.rewards.judge:LLMJudgeReward",
+}
+ENVIRONMENTS = {
+    "calculator": "forge_hpc.environments.calculator:Calculator",
+    "guessing": "forge_hpc.environments.guessing:Guessing",
+    "code": "forge_hpc.environments.code:Code",
+}
+MODELS = {"builtin:qwen3-tiny": "forge_hpc.data.builtin:write_tiny_qwen3"}
+"""Functions ``(directory, seed)`` that write one in Hugging Face format."""
+DATA = {"builtin:addition": "forge_hpc.data.builtin:addition_examples"}
+"""Functions ``(split, seed)`` that give its examples."""
+
+# Names that are values, not code.
+NORMALIZATIONS = ("token", "sequence", "constant")
+LORA_TARGETS = ("wq", "wkv", "wo", "w1", "w2", "w3")
+DTYPES = ("float32", "bfloat16")
