@@ -22,6 +22,7 @@ from forge_hpc.checkpoint import CheckpointStore, FileRecord, load_extra
 from forge_hpc.checkpoint.episodes import EPISODES, dump_groups, load_groups
 from forge_hpc.cluster.meshes import Cluster
 from forge_hpc.config import Config, UserError, config_text, read_config, safe_changes
+from forge_hpc.config.needs import POLICY, ModelNeed, default_models
 from forge_hpc.config.schema import SamplingConfig
 from forge_hpc.controller.generators import SPAWN_S, STOP_S, GeneratorPool, NodeLost, WeightSync
 from forge_hpc.controller.recovery import Leave, Recoveries
@@ -193,14 +194,25 @@ class Session:
             await asyncio.wait_for(procs.initialized, SPAWN_S)
         except Exception as error:
             raise await self._which_node_is_lost(error) from error
-        mesh = procs.spawn(name, Trainer, config, self.log_dir)
+        models = default_models(config)
+        mesh = procs.spawn(name, Trainer, config, self.log_dir, models)
         self._trainers = Trainers(mesh, config.trainer.timeout_s, self.lost)
         self._mismatch = MismatchWatch(config, bool(self.cluster.placement.gpus_per_node), self.warn)
         file_store = self.log_dir / f"process-group{self._suffix}"
         checkpoint = self._resume_from / "trainer" if self._resume_from else None
-        await self._trainers.call("start", self.model_dir, file_store, checkpoint, timeout_s=timeout_s)
-        self.on_close(lambda: self.trainers.call("leave", timeout_s=10))
+        await self._trainers.start(await self._model_dirs(models), file_store, checkpoint, timeout_s)
+        self.on_close(lambda: self.trainers.leave(timeout_s=10))
         return self._trainers
+
+    async def _model_dirs(self, models: Mapping[str, ModelNeed]) -> dict[str, Path]:
+        """Where the weights of each model are; those of the policy are found already."""
+        paths = {name: need.path for name, need in models.items() if need.path is not None}
+        seed, place = self.config.seed, self.run_dir.path
+        found = {
+            name: await asyncio.to_thread(resolve_model, path, seed, place / f"model-{name}")
+            for name, path in paths.items()
+        }
+        return {POLICY: self.model_dir} | found
 
     async def _which_node_is_lost(self, error: Exception) -> Exception:
         """Why the trainers' processes cannot be spawned: NodeLost where a node starts none, else ActorLost."""
@@ -332,7 +344,7 @@ class Session:
             logger.warning("no time to export step %d: forge-hpc export writes it from its checkpoint", step)
             return
         try:
-            await self.trainers.call("export", self.run_dir.export_of(step))
+            await self.trainers.export(self.run_dir.export_of(step))
         except ActorLost:
             raise
         except Exception as error:
@@ -355,13 +367,12 @@ class Session:
         record |= {"recoveries": self._recoveries.state_dict(), "failed_saves": self._num_failed_saves}
 
         async def commit() -> None:
-            written = await self.trainers.call_all("saved")  # each rank names the files that are its own
-            files = {name: file for rank in written for name, file in rank.items()}
+            files = await self.trainers.saved()
             await asyncio.to_thread(self._commit, step, record, files, groups)
 
         try:
             directory = await asyncio.to_thread(self.checkpoints.begin, step)
-            await self.trainers.call("save", directory / "trainer")
+            await self.trainers.save(directory / "trainer")
         except ActorLost:
             raise
         except Exception as error:
@@ -456,7 +467,7 @@ class Session:
         if not documents:
             return {}
         start = time.perf_counter()
-        loss = await self.trainers.call("eval_loss", documents)
+        loss = await self.trainers.eval_loss(documents)
         self._step_ended = time.perf_counter()
         return {"loss": loss, "num_documents": len(documents), "time_s": self._step_ended - start}
 
@@ -560,7 +571,7 @@ class Session:
         """
         if not await self.save_to_leave():
             raise RuntimeError(f"the state after the last step cannot be saved in {self.run_dir.checkpoints}")
-        await self.trainers.call("export", self.run_dir.export)
+        await self.trainers.export(self.run_dir.export)
 
     def on_close(self, close: Callable[[], Awaitable[Any]]) -> None:
         """Have ``close`` called at the end, whatever it is; the last one registered first."""
