@@ -175,7 +175,7 @@ class Theirs:
 
 
 def parallelism_of(engine: TrainEngine) -> Any:
-    from forge_hpc.training.engine import _parallelism_config
+    from forge_hpc.training.build import _parallelism_config
 
     return _parallelism_config(engine.cfg)
 

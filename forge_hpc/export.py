@@ -9,7 +9,7 @@ from pathlib import Path
 from forge_hpc.checkpoint.borrow import borrowed
 from forge_hpc.checkpoint.manifest import CheckpointError
 from forge_hpc.config import Config, UserError, read_config
-from forge_hpc.config.recipes import load_recipe
+from forge_hpc.config.recipes import needs_of
 from forge_hpc.run_dir import RunDir
 
 CONFIG = "config.yaml"
@@ -27,7 +27,7 @@ def export(run_dir: RunDir, step: int | None = None, output: Path | None = None)
     if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists", "name a directory that does not: --output")
     config = read_config(run_dir.config)
-    if not load_recipe(config).needs(config).trains:
+    if not needs_of(config).trains:
         raise UserError(f"{run_dir} has no model of its own: it evaluates {config.model.path}")
     with borrowed(run_dir, step) as (found, checkpoint):
         if (own := checkpoint / CONFIG).exists():

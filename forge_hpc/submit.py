@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forge_hpc.config import Config, UserError, load_config, plan, read_config, safe_changes, save_config, validate
-from forge_hpc.config.recipes import load_recipe
+from forge_hpc.config.recipes import needs_of
 from forge_hpc.files import is_there
 from forge_hpc.run_dir import RunDir, Status
 
@@ -274,7 +274,7 @@ def _is_complete(cfg: Config, status: Status | None) -> bool:
 
 def _total_steps(cfg: Config) -> int:
     """Optimizer steps of the whole run."""
-    return cfg.trainer.training.steps if load_recipe(cfg).needs(cfg).trains else 0
+    return cfg.trainer.training.steps if needs_of(cfg).trains else 0
 
 
 def _warn_of_shared_nodes(cfg: Config) -> None:

@@ -42,10 +42,10 @@ def test_advantages_and_logprobs_stand_at_the_slot_that_predicts_the_token() -> 
     logprobs = np.array([0, 0, -1, -2, -3], np.float32)
     document = documents_of([5], generator_logprobs=logprobs, ref_logprobs=logprobs - 1, advantage=0.5)
     batch = pack(document, 8)
-    assert batch.generator_logprobs is not None and batch.ref_logprobs is not None
-    np.testing.assert_array_equal(batch.generator_logprobs[0, :4], logprobs[1:])
-    np.testing.assert_array_equal(batch.ref_logprobs[0, :4], logprobs[1:] - 1)
-    np.testing.assert_array_equal(batch.advantages[0, :4], [0.5] * 4)
+    assert batch.columns.keys() == {"advantages", "generator_logprobs", "ref_logprobs"}
+    np.testing.assert_array_equal(batch.columns["generator_logprobs"][0, :4], logprobs[1:])
+    np.testing.assert_array_equal(batch.columns["ref_logprobs"][0, :4], logprobs[1:] - 1)
+    np.testing.assert_array_equal(batch.columns["advantages"][0, :4], [0.5] * 4)
 
 
 def test_unpack_puts_values_back_at_the_tokens() -> None:

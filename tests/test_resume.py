@@ -30,10 +30,10 @@ DEADLINE_S = 60
 class NoTrainers:
     """Trainers that have nothing to save."""
 
-    async def call(self, endpoint: str, *args: Any) -> None: ...
+    async def save(self, directory: Path) -> None: ...
 
-    async def call_all(self, endpoint: str, *args: Any) -> list[dict[str, Any]]:
-        return [{}]
+    async def saved(self) -> dict[str, Any]:
+        return {}
 
 
 def configuration(*overrides: str) -> Config:

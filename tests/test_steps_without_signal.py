@@ -113,9 +113,10 @@ class Parts:
         self.load = SimpleNamespace(fanout=lambda spec, version: self.note("load", version))
         self.relabel = SimpleNamespace(fanout=lambda version: self.note("relabel", version))
 
-    async def call(self, endpoint: str, *args: Any) -> None:
-        if endpoint == "publish":
-            self.calls.append((endpoint, args[1]))
+    async def publish(self, spec: Any, version: int) -> None:
+        self.calls.append(("publish", version))
+
+    async def published(self) -> None: ...
 
     async def commit(self, version: int) -> None: ...
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.fields import FIXED, ROUNDING, rule_of
 from forge_hpc.config.load import diff_config
-from forge_hpc.config.recipes import load_recipe
+from forge_hpc.config.recipes import needs_of
 from forge_hpc.config.schema import Config
 
 
@@ -28,7 +28,7 @@ def safe_changes(old: Config, new: Config, steps_done: int, refusal: str, hint: 
     if old.data.template_date is None:  # begun before runs kept it
         found = [change for change in found if change[0] != "data.template_date"]
     # To a run that evaluates, and does nothing else, its evaluation is what it computes.
-    only_evaluates = not load_recipe(new).needs(new).trains
+    only_evaluates = not needs_of(new).trains
     differing = [
         change
         for change in found

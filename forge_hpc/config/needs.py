@@ -1,4 +1,9 @@
-"""What a recipe needs: models, generators, rewards, environments. Placement, checks and the controller ask it alone."""
+"""What a recipe needs: models, generators, rewards, environments. Placement, checks and the controller ask it alone.
+
+Of its models, each trained or frozen, ``policy`` is the one that is published and exported. A frozen model called
+``reference`` is asked for the log-probabilities of what the policy is trained on (``Document.ref_logprobs``) by the
+trainers themselves. Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +11,45 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-POLICY = "policy"
-REFERENCE = "reference"
+from forge_hpc.config.errors import UserError
+
+POLICY, REFERENCE = "policy", "reference"
+HEADS = ("lm", "value")
 
 
 @dataclass(frozen=True)
 class ModelNeed:
-    """A model in the trainers' processes."""
+    """A model beside the others, sharded as they are.
+
+    Example:
+        models = {"policy": ModelNeed(), "critic": ModelNeed(head="value"), "teacher": ModelNeed(False, "org/large")}
+
+    Raises:
+        UserError: an unknown head, or something that only a trained model has.
+    """
 
     trained: bool = True
-    """With an optimizer, and in the checkpoints; a frozen one is parameters in the compute dtype alone."""
+    """False: parameters in the compute dtype, without gradient, optimizer or checkpoint."""
     path: str | None = None
-    """Directory or hub name; None: the model that the policy starts from."""
-    head: Literal["lm", "value"] = "lm"
-    """``value`` has one number a token in place of the vocabulary: a critic."""
+    """Weights, as ``model.path`` names them; None: those that the policy starts from. With LoRA a frozen model of the
+    same weights is the policy without its adapters, and takes no memory."""
+    head: str = "lm"
+    """``lm``: log-probabilities; ``value``: one number a token, 0 at first, from a model of the same architecture."""
     offload: bool = False
-    """Wait on the CPU while it computes nothing."""
+    """A frozen model's parameters wait in host memory, and visit the GPU a layer at a time."""
     loss: str | None = None
-    """By name, as in ``algorithm.loss``; None takes that."""
+    """What it is trained with, as ``algorithm.loss`` names it, with its own defaults, or ``sft``. None: the run's
+    ``algorithm.loss``; with a value head ``losses.ValueLoss``."""
+    lr: float | None = None
+    """Its learning rate; None: ``trainer.optimizer.lr``. The schedule is the run's."""
+
+    def __post_init__(self) -> None:
+        if self.head not in HEADS:
+            raise UserError(f"a model's head is {self.head!r}", f"it is one of {', '.join(HEADS)}")
+        if self.trained and self.offload:
+            raise UserError("a model that is trained cannot be offloaded", "offload frozen ones: trained=False")
+        if not self.trained and (self.loss is not None or self.lr is not None or self.head == "value"):
+            raise UserError("a frozen model has no loss, no learning rate and no value head", "set trained=True")
 
 
 @dataclass(frozen=True)
@@ -50,3 +76,18 @@ class Needs:
     def has_algorithm(self) -> bool:
         """Whether a model is trained with ``algorithm.loss``."""
         return any(model.trained and model.loss is None for model in self.models.values())
+
+
+def check_models(models: Mapping[str, ModelNeed]) -> None:
+    """Raises UserError: no policy, or one that is frozen or has no language-model head; a name that is no name."""
+    policy = models.get(POLICY)
+    if policy is None or not policy.trained or policy.head != "lm" or policy.path is not None:
+        raise UserError(
+            "a recipe's models need a policy that is trained, with log-probabilities, from model.path",
+            f"add {POLICY!r}: ModelNeed() to them",
+        )
+    if (reference := models.get(REFERENCE)) is not None and reference.trained:
+        raise UserError("the model 'reference' is trained", "write ModelNeed(trained=False), or give it another name")
+    for name in models:
+        if not name.isidentifier():  # it is a directory of the checkpoint
+            raise UserError(f"a model is called {name!r}", "take letters, digits and underscores")

@@ -19,6 +19,7 @@ from forge_hpc.config.schema import Config
 from forge_hpc.config.user_code import find_user_code, load_user_code, nearest
 
 if TYPE_CHECKING:
+    from forge_hpc.config.needs import Needs
     from forge_hpc.recipes.base import Recipe
 
 
@@ -37,6 +38,11 @@ def load_recipe(cfg: Config) -> Recipe:
     if not dataclasses.fields(cls.Args):
         raise UserError(f"recipe_args has {', '.join(values)}, and recipe={cfg.recipe} has no options", "leave it out")
     return cls(typed_options(cls.Args, values, "recipe_args", f"recipe={cfg.recipe}"))
+
+
+def needs_of(cfg: Config) -> Needs:
+    """What the recipe of `cfg` needs. Raises as ``load_recipe``."""
+    return load_recipe(cfg).needs(cfg)
 
 
 def _recipe_class(name: str) -> type[Recipe]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.needs import Needs
-from forge_hpc.config.recipes import load_recipe
+from forge_hpc.config.recipes import needs_of
 from forge_hpc.config.schema import Config
 
 _Gpus = tuple[tuple[int, ...], ...]
@@ -121,7 +121,7 @@ def plan(cfg: Config, gpus_per_node: int | None) -> Placement:
     Raises:
         UserError: the numbers do not add up, or would leave a node or a GPU without work.
     """
-    needs = load_recipe(cfg).needs(cfg)
+    needs = needs_of(cfg)
     trainer_nodes, rollout_nodes, spare_nodes = _split_nodes(cfg, needs)
     after = needs.generators == "after"
     if gpus_per_node is None:

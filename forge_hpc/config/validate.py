@@ -21,7 +21,7 @@ from forge_hpc.config.fields import walk
 from forge_hpc.config.models import KNOWN_MODEL_TYPES, check_tokenizer, check_weights, looks_local, read_model_config
 from forge_hpc.config.names import DATA, ENVIRONMENTS, LORA_TARGETS, LOSSES, MODELS
 from forge_hpc.config.needs import Needs
-from forge_hpc.config.recipes import load_recipe
+from forge_hpc.config.recipes import load_recipe, needs_of
 from forge_hpc.config.rewards import check_reward
 from forge_hpc.config.schema import Config, DataConfig
 from forge_hpc.config.sources import data_sources, find_field
@@ -300,7 +300,7 @@ def check_environment(cfg: Config, *, check_paths: bool = True) -> None:
     name = cfg.environment.name
     if name is None:
         return
-    if not load_recipe(cfg).needs(cfg).environments:
+    if not needs_of(cfg).environments:
         raise UserError(
             f"environment.name is set, and recipe={cfg.recipe} plays no episodes", "set environment.name=null"
         )

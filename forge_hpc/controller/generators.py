@@ -269,7 +269,7 @@ class WeightSync:
         await self.delivered()
         start = time.perf_counter()
         if self.is_changed:
-            await self._trainers.call("publish", self._store.spec, version)
+            await self._trainers.publish(self._store.spec, version)
             self.is_changed = False
             self._delivery = asyncio.create_task(self._deliver(version, start))
         else:
@@ -287,7 +287,7 @@ class WeightSync:
 
     async def _deliver(self, version: int, start: float) -> None:
         async with self._arrival(version, start):
-            await self._trainers.call("published")
+            await self._trainers.published()
             async with asyncio.timeout(self._trainers.timeout_s):
                 await self._store.commit(version)
             self.version = self.label = version  # from here on a replacement takes this one; the others get it now

@@ -79,13 +79,12 @@ class Saver:
         record |= {"recoveries": self._recoveries.state_dict(), "failed_saves": self.num_failed}
 
         async def commit() -> None:
-            written = await trainers.call_all("saved")  # each rank names the files that are its own
-            files = {name: file for rank in written for name, file in rank.items()}
+            files = await trainers.saved()
             await asyncio.to_thread(self._commit, step, record, files, groups)
 
         try:
             directory = await asyncio.to_thread(self.checkpoints.begin, step)
-            await trainers.call("save", directory / "trainer")
+            await trainers.save(directory / "trainer")
         except ActorLost:
             raise
         except Exception as error:
@@ -134,7 +133,7 @@ class Saver:
             logger.warning("no time to export step %d: forge-hpc export writes it from its checkpoint", step)
             return
         try:
-            await trainers.call("export", self._run_dir.export_of(step))
+            await trainers.export(self._run_dir.export_of(step))
         except ActorLost:
             raise
         except Exception as error:

@@ -21,6 +21,7 @@ from forge_hpc.checkpoint import load_extra
 from forge_hpc.checkpoint.episodes import EPISODES, load_groups
 from forge_hpc.cluster.meshes import Cluster
 from forge_hpc.config import Config
+from forge_hpc.config.needs import POLICY
 from forge_hpc.config.recipes import load_recipe
 from forge_hpc.controller.generators import SPAWN_S, STOP_S, GeneratorPool, NodeLost, WeightSync
 from forge_hpc.controller.recovery import Leave, Recoveries
@@ -173,13 +174,23 @@ class Session:
             await asyncio.wait_for(procs.initialized, SPAWN_S)
         except Exception as error:
             raise await self._which_node_is_lost(error) from error
-        mesh = procs.spawn(name, Trainer, config, self.log_dir)
+        mesh = procs.spawn(name, Trainer, config, self.log_dir, self.needs.models)
         self._trainers = Trainers(mesh, config.trainer.timeout_s, self.lost)
         self._mismatch = MismatchWatch(config, bool(self.cluster.placement.gpus_per_node), self.warn)
         file_store = self.log_dir / f"process-group{self._suffix}"
         checkpoint = self._resume_from / "trainer" if self._resume_from else None
-        await self._trainers.call("start", self.model_dir, file_store, checkpoint, timeout_s=timeout_s)
-        self._on_close(lambda: self.trainers.call("leave", timeout_s=10))
+        await self._trainers.start(await self._model_dirs(), file_store, checkpoint, timeout_s)
+        self._on_close(lambda: self.trainers.leave(timeout_s=10))
+
+    async def _model_dirs(self) -> dict[str, Path]:
+        """Where the weights of each model are; those of the policy are found already."""
+        paths = {name: need.path for name, need in self.needs.models.items() if need.path is not None}
+        seed, place = self.config.seed, self.run_dir.path
+        found = {
+            name: await asyncio.to_thread(resolve_model, path, seed, place / f"model-{name}")
+            for name, path in paths.items()
+        }
+        return {POLICY: self.model_dir} | found
 
     async def _which_node_is_lost(self, error: Exception) -> Exception:
         """Why the trainers' processes cannot be spawned: NodeLost where a node starts none, else ActorLost."""
@@ -313,9 +324,11 @@ class Session:
         self._step_ended = time.perf_counter()
         return iter(range(self.step + 1, self.config.trainer.training.steps + 1))
 
-    async def train_step(self, step: int, documents: Sequence[Document], *, update: bool = True) -> dict[str, float]:
-        """The optimizer step number ``step`` on the documents; its metrics. Without ``update`` it only measures, and
-        weights and moments stay as they are.
+    async def train_step(
+        self, step: int, documents: Sequence[Document], *, update: bool = True, model: str = POLICY
+    ) -> dict[str, float]:
+        """The optimizer step number ``step`` of a model on the documents; its metrics, with a model's name before them
+        where it is not the policy. Without ``update`` it only measures, and weights and moments stay as they are.
 
         What was generated is compared with the trainers' weights first: where the two are further apart than rounding
         and staleness explain, RuntimeError ends the run before anything is changed, published or saved.
@@ -324,14 +337,13 @@ class Session:
         other place of the recipe it interrupts. A step that is to be saved begins once the save before is complete:
         whatever is killed, no more than ``checkpoint.interval`` steps are lost.
         """
-        await self._stay()
-        if self._saver.is_due(step):
-            start = time.perf_counter()
-            await self._saver.saved()
-            self._checkpoint_s += time.perf_counter() - start
-            await self._stay()
-        self._between_steps.clear()
+        if self.is_between_steps:  # another model's may have begun it
+            await self._begin_step(step)
         start = time.perf_counter()
+        if model != POLICY:
+            metrics = await self.trainers.train_step(documents, update, model=model)
+            self._saver.trained(time.perf_counter() - start)
+            return {f"{model}/{key}": value for key, value in metrics.items()}
         bounds = self._mismatch.bounds(step, documents)
         metrics = await self.trainers.train_step(documents, update, bounds.largest)
         self._saver.trained(time.perf_counter() - start)
@@ -339,6 +351,15 @@ class Session:
         if self._weights is not None and metrics["tokens/trained"]:
             self._weights.is_changed = True
         return metrics
+
+    async def _begin_step(self, step: int) -> None:
+        await self._stay()
+        if self._saver.is_due(step):
+            start = time.perf_counter()
+            await self._saver.saved()
+            self._checkpoint_s += time.perf_counter() - start
+            await self._stay()
+        self._between_steps.clear()
 
     async def publish(self, step: int) -> None:
         """Bring the policy after ``step`` to the generators, every ``rollout.sync_interval`` steps and before an
@@ -415,7 +436,7 @@ class Session:
         if not self._held_out_documents:
             return {}
         start = time.perf_counter()
-        loss = await self.trainers.call("eval_loss", self._held_out_documents)
+        loss = await self.trainers.eval_loss(self._held_out_documents)
         return {"loss": loss, "num_documents": len(self._held_out_documents), "time_s": time.perf_counter() - start}
 
     async def finish(self) -> None:
@@ -426,7 +447,7 @@ class Session:
         """
         if not await self.save_to_leave():
             raise RuntimeError(f"the state after the last step cannot be saved in {self.run_dir.checkpoints}")
-        await self.trainers.call("export", self.run_dir.export)
+        await self.trainers.export(self.run_dir.export)
         if self._held_out_documents:
             loss = await self._validation_loss()
             if self.needs.generators == "after":

@@ -4,38 +4,104 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from forge_hpc.config.needs import POLICY
 from forge_hpc.controller.service import answer
 from forge_hpc.data.types import Document
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from forge_hpc.checkpoint import FileRecord
+    from forge_hpc.weights import StoreSpec
+
 
 class Trainers:
-    """The training mesh as one: calls go to all ranks, results are those of rank 0 unless all are asked for."""
+    """The training mesh as one: calls go to all ranks, results are those of rank 0 unless all are asked for.
+
+    ``model`` is the name of one of the models that the recipe needs (``ModelNeed``).
+
+    Raises:
+        ActorLost: from every call: a rank has died, is stuck, or its device or network failed.
+        Exception: from every call: the first rank's error.
+    """
 
     def __init__(self, mesh: Any, timeout_s: float, lost: asyncio.Future[str]) -> None:
         self._mesh = mesh
         self._lost = lost
         self.timeout_s = timeout_s
 
-    async def call(self, endpoint: str, *args: Any, timeout_s: float | None = None) -> Any:
-        """Call an endpoint on every rank; the result of rank 0.
+    # ---- what recipes ask for
+
+    async def train_step(
+        self,
+        documents: Sequence[Document],
+        update: bool = True,
+        max_mismatch: float = math.inf,
+        *,
+        model: str = POLICY,
+    ) -> dict[str, float]:
+        """One optimizer step of a trained model, as ``TrainEngine.train_step``; its metrics."""
+        return await self._call("train_step", documents, update, max_mismatch, model)
+
+    async def logprobs(self, documents: Sequence[Document], model: str = POLICY) -> list[np.ndarray]:
+        """Log-probabilities of the documents' tokens under a model, trained or frozen, at the training temperature:
+        [L] float32 each, at the tokens of the loss mask, 0 elsewhere."""
+        return await self._call("logprobs", documents, model)
+
+    async def values(self, documents: Sequence[Document], model: str = "critic") -> list[np.ndarray]:
+        """What a model with a value head says: [L] float32 for each document, at a token of the loss mask the value of
+        what stands before it, 0 elsewhere."""
+        return await self._call("values", documents, model)
+
+    async def eval_loss(self, documents: Sequence[Document]) -> float:
+        """Mean negative log-likelihood of the documents' trained tokens under the policy, nats."""
+        return await self._call("eval_loss", documents)
+
+    # ---- what the session does with them
+
+    async def start(
+        self, model_dirs: Mapping[str, Path], file_store: Path, checkpoint: Path | None, timeout_s: float
+    ) -> None:
+        """As ``actors.trainer.Trainer.start``."""
+        await self._call("start", model_dirs, file_store, checkpoint, timeout_s=timeout_s)
+
+    async def publish(self, store: StoreSpec, version: int) -> None:
+        """Begin to publish the policy's weights. No step of it begins before they are copied or in the store."""
+        await self._call("publish", store, version)
+
+    async def published(self) -> None:
+        """Wait until what ``publish`` began is in the store, from all ranks."""
+        await self._call("published")
+
+    async def save(self, directory: Path) -> None:
+        """Begin to save all trained models into a directory; returns once they are staged in memory."""
+        await self._call("save", directory)
+
+    async def saved(self) -> dict[str, FileRecord]:
+        """Wait until what ``save`` began is on disk: the files of all ranks, as ``CheckpointStore.commit`` wants them.
 
         Raises:
-            ActorLost: a rank has died, is stuck, or its device or network failed.
-            Exception: the first rank's error.
+            CheckpointError: it failed.
         """
-        return (await self.call_all(endpoint, *args, timeout_s=timeout_s))[0]
+        written = await self._call_all("saved")  # each rank names the files that are its own
+        return {name: file for rank in written for name, file in rank.items()}
 
-    async def call_all(self, endpoint: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
-        """As ``call``; the results of all ranks."""
+    async def export(self, directory: Path) -> None:
+        """Write the policy in Hugging Face format."""
+        await self._call("export", directory)
+
+    async def leave(self, timeout_s: float) -> None:
+        """Leave the process group: the last call."""
+        await self._call("leave", timeout_s=timeout_s)
+
+    async def _call(self, endpoint: str, *args: Any, timeout_s: float | None = None) -> Any:
+        return (await self._call_all(endpoint, *args, timeout_s=timeout_s))[0]
+
+    async def _call_all(self, endpoint: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
         call = getattr(self._mesh, endpoint).call(*args)
         results = await answer(call, self._lost, timeout_s or self.timeout_s, f"the trainers, {endpoint}()")
         return [value for _, value in results]
-
-    async def train_step(
-        self, documents: Sequence[Document], update: bool = True, max_mismatch: float = math.inf
-    ) -> dict[str, float]:
-        """One optimizer step, as ``TrainEngine.train_step``; its metrics."""
-        return await self.call("train_step", documents, update, max_mismatch)

@@ -3,18 +3,25 @@
 A document of L tokens takes L - 1 slots: slot t holds token t as input and token t + 1 as label, and everything that
 is said of a token (mask, log-probabilities, advantage) stands in the slot that predicts it. Positions restart at 0
 with each document, which is how the attention keeps them apart; what is left of a row is a segment of its own.
+Documents of a group stand one after the other, in one row.
 """
 
 from __future__ import annotations
 
 import heapq
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from forge_hpc.config.errors import UserError
 from forge_hpc.data.types import Document
+
+FIELDS = ("generator_logprobs", "ref_logprobs")
+"""Of a document, beside ``advantage``: columns that have a field of their own."""
+_ROWS = ("input_ids", "labels", "positions", "segment_ids", "group_ids", "mask")
+RESERVED = frozenset((*_ROWS, *FIELDS, "logprobs", "old_logprobs", "entropy", "normalizer"))
+"""What a column may not be called."""
 
 
 @dataclass(slots=True)
@@ -29,14 +36,13 @@ class PackedBatch:
     """int64: place in the document, from 0; padding counts from 0 too."""
     segment_ids: np.ndarray
     """int32: 1, 2, … for the documents of a row, 0 for padding."""
+    group_ids: np.ndarray
+    """int32: 1, 2, … for the groups of a row, a document without one being its own; 0 for padding."""
     mask: np.ndarray
     """bool: labels that are trained."""
-    advantages: np.ndarray
-    """float32: the document's advantage at every slot of it."""
-    generator_logprobs: np.ndarray | None
-    """float32: the generator's log-probabilities of the labels; None where no document has any."""
-    ref_logprobs: np.ndarray | None
-    """float32: the reference model's log-probabilities of the labels; None where no document has any."""
+    columns: dict[str, np.ndarray]
+    """float32: ``advantages``, ``generator_logprobs``, ``ref_logprobs`` and the documents' own columns, at the label
+    that they are of; what is said of a whole document at every slot of it. Only those that the documents have."""
     placements: list[tuple[int, int]]
     """(row, first slot) of each document, in the order of the documents."""
     num_slots_used: int
@@ -54,7 +60,15 @@ class PackedBatch:
     @property
     def num_trained_sequences(self) -> int:
         """Documents with a label that is trained, by which losses that are means over sequences are divided."""
-        numbers = np.arange(self.num_rows)[:, None] * (self.segment_ids.max() + 1) + self.segment_ids
+        return self._num_trained(self.segment_ids)
+
+    @property
+    def num_trained_groups(self) -> int:
+        """Groups with a label that is trained, by which losses that are means over pairs are divided."""
+        return self._num_trained(self.group_ids)
+
+    def _num_trained(self, ids: np.ndarray) -> int:
+        numbers = np.arange(self.num_rows)[:, None] * (ids.max() + 1) + ids
         return len(np.unique(numbers[self.mask]))
 
     @property
@@ -62,10 +76,10 @@ class PackedBatch:
         """Share of the slots that hold a token of a document."""
         return self.num_slots_used / self.input_ids.size
 
-    def rows(self, start: int, stop: int) -> dict[str, np.ndarray | None]:
-        """The arrays by name, cut to the rows [start, stop)."""
-        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("placements", "num_slots_used")}
-        return {name: array if array is None else array[start:stop] for name, array in arrays.items()}
+    def rows(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """The arrays by name, columns among them, cut to the rows [start, stop)."""
+        arrays = {name: getattr(self, name) for name in _ROWS} | self.columns
+        return {name: array[start:stop] for name, array in arrays.items()}
 
 
 def pack(
@@ -75,7 +89,7 @@ def pack(
 
     The number of rows is chosen first; then each document, longest first, goes to the emptiest row (LPT scheduling,
     Graham 1969). Rows of nearly equal load can all be cut to the longest, so small batches fill well too. The same
-    documents always give the same rows.
+    documents always give the same rows. A group goes the way of a document as long as all of it.
 
     Args:
         seq_len: largest number of slots in a row.
@@ -85,20 +99,28 @@ def pack(
 
     Raises:
         ValueError: no documents; one that is longer than ``seq_len + 1`` or shorter than 2 tokens; arrays of other
-            lengths than the tokens; log-probabilities or an advantage that are not finite; log-probabilities that only
-            some documents have.
+            lengths than the tokens; a column that is not finite, or that only some documents have.
+        UserError: a group that is longer than a row.
     """
+    columns = [columns_of(index, document) for index, document in enumerate(documents)]
     lengths = [_checked_length(index, document, seq_len) for index, document in enumerate(documents)]
     if not lengths:
         raise ValueError("no documents to pack")
+    units = _units(documents, lengths, seq_len)
+    unit_lengths = [sum(lengths[index] for index in unit) for unit in units]
     num_rows = num_rows_multiple * -(-sum(lengths) // (seq_len * num_rows_multiple))
     while True:
-        placements, loads = _spread(lengths, num_rows)
+        unit_places, loads = _spread(unit_lengths, num_rows)
         if max(loads) <= seq_len:
             break
         num_rows += num_rows_multiple
     row_len = -(-max(loads) // row_len_multiple) * row_len_multiple
-    return _fill_rows(documents, placements, loads, row_len)
+    placements = [(0, 0)] * len(documents)
+    for unit, (row, start) in zip(units, unit_places, strict=True):
+        for index in unit:
+            placements[index] = (row, start)
+            start += lengths[index]
+    return _fill_rows(documents, columns, units, placements, loads, row_len)
 
 
 def unpack(values: np.ndarray, batch: PackedBatch, documents: Sequence[Document]) -> list[np.ndarray]:
@@ -110,6 +132,33 @@ def unpack(values: np.ndarray, batch: PackedBatch, documents: Sequence[Document]
     return unpacked
 
 
+def columns_of(index: int, document: Document) -> dict[str, np.ndarray]:
+    """What a document says of its tokens, by the name that a loss gets it by: [L], or [] for all of them.
+
+    Raises:
+        ValueError: as ``pack``.
+    """
+    if taken := RESERVED & document.columns.keys():
+        name = min(taken)
+        instead = f"set Document.{name}" if name in FIELDS else "give it another name"
+        raise ValueError(f"document {index} has a column {name!r}, which is no name for one: {instead}")
+    given: dict[str, np.ndarray | float] = {"advantages": document.advantage}
+    given |= {name: array for name in FIELDS if (array := getattr(document, name)) is not None}
+    columns = {name: np.asarray(values) for name, values in (given | document.columns).items()}
+    num_tokens = len(document.token_ids)
+    for name, array in columns.items():
+        if array.ndim and array.shape != (num_tokens,):
+            raise ValueError(f"document {index} has {num_tokens} tokens but {array.size} entries in {name}")
+        if array.dtype.kind not in "fiub":
+            raise ValueError(f"document {index} has {name} that are no numbers")
+        if array.dtype.kind in "iu" and (array.astype(np.float32) != array).any():
+            raise ValueError(f"document {index} has {name} too large to be exact: columns are float32")
+        if not np.isfinite(array).all():
+            what = "an advantage that is" if name == "advantages" and not array.ndim else f"{name} that are"
+            raise ValueError(f"document {index} has {what} not finite")
+    return columns
+
+
 def _checked_length(index: int, document: Document, seq_len: int) -> int:
     """Slots of a document."""
     num_tokens = len(document.token_ids)
@@ -119,19 +168,34 @@ def _checked_length(index: int, document: Document, seq_len: int) -> int:
         raise ValueError(
             f"document {index} has {num_tokens} tokens, more than fit into a row: trainer.training.seq_len is {seq_len}"
         )
-    for name in ("loss_mask", "generator_logprobs", "ref_logprobs"):
-        array = getattr(document, name)
-        if array is not None and len(array) != num_tokens:
-            raise ValueError(f"document {index} has {num_tokens} tokens but {len(array)} entries in {name}")
-        if array is not None and name != "loss_mask" and not np.isfinite(array).all():
-            raise ValueError(f"document {index} has {name} that are not finite")
-    if not math.isfinite(document.advantage):
-        raise ValueError(f"document {index} has an advantage that is not finite")
+    if len(document.loss_mask) != num_tokens:
+        raise ValueError(f"document {index} has {num_tokens} tokens but {len(document.loss_mask)} entries in loss_mask")
     return num_tokens - 1
 
 
+def _units(documents: Sequence[Document], lengths: list[int], seq_len: int) -> list[list[int]]:
+    """What is placed as one: the documents of a group, and each of the others, in the order of their first."""
+    units: list[list[int]] = []
+    of_group: dict[int, list[int]] = {}
+    for index, document in enumerate(documents):
+        if document.group is None or document.group not in of_group:
+            units.append([index])
+            if document.group is not None:
+                of_group[document.group] = units[-1]
+        else:
+            of_group[document.group].append(index)
+    for group, unit in of_group.items():
+        if (num_slots := sum(lengths[index] for index in unit)) > seq_len:
+            raise UserError(
+                f"the {len(unit)} documents of group {group} take {num_slots} slots, and must stand in one row of "
+                f"trainer.training.seq_len={seq_len}",
+                f"set trainer.training.seq_len to at least {num_slots}, or make prompts and responses shorter",
+            )
+    return units
+
+
 def _spread(lengths: list[int], num_rows: int) -> tuple[list[tuple[int, int]], list[int]]:
-    """(row, first slot) of each document and the load of each row, longest document first to the emptiest row."""
+    """(row, first slot) of each length and the load of each row, the longest first to the emptiest row."""
     heap = [(0, row) for row in range(num_rows)]
     placements = [(0, 0)] * len(lengths)
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -145,41 +209,53 @@ def _spread(lengths: list[int], num_rows: int) -> tuple[list[tuple[int, int]], l
 
 
 def _fill_rows(
-    documents: Sequence[Document], placements: list[tuple[int, int]], loads: list[int], row_len: int
+    documents: Sequence[Document],
+    columns: Sequence[Mapping[str, np.ndarray]],
+    units: list[list[int]],
+    placements: list[tuple[int, int]],
+    loads: list[int],
+    row_len: int,
 ) -> PackedBatch:
     shape = (len(loads), row_len)
-    optional: dict[str, np.ndarray | None] = {}
-    for name in ("generator_logprobs", "ref_logprobs"):
-        num_with = sum(getattr(document, name) is not None for document in documents)
-        if num_with not in (0, len(documents)):
-            raise ValueError(f"{num_with} of {len(documents)} documents have {name}: all or none must")
-        optional[name] = np.zeros(shape, np.float32) if num_with else None
     batch = PackedBatch(
         input_ids=np.zeros(shape, np.int64),
         labels=np.zeros(shape, np.int64),
         positions=np.zeros(shape, np.int64),
         segment_ids=np.zeros(shape, np.int32),
+        group_ids=np.zeros(shape, np.int32),
         mask=np.zeros(shape, bool),
-        advantages=np.zeros(shape, np.float32),
-        generator_logprobs=optional["generator_logprobs"],
-        ref_logprobs=optional["ref_logprobs"],
+        columns={name: np.zeros(shape, np.float32) for name in _names(columns)},
         placements=placements,
         num_slots_used=sum(loads),
     )
-    num_segments = [0] * len(loads)
-    for document, (row, start) in zip(documents, placements, strict=True):
+    num_segments, num_groups = [0] * len(loads), [0] * len(loads)
+    unit_of = {index: number for number, unit in enumerate(units) for index in unit}
+    group_ids: dict[int, int] = {}  # by unit
+    for index, (document, (row, start)) in enumerate(zip(documents, placements, strict=True)):
         num_slots = len(document.token_ids) - 1
         slots = (row, slice(start, start + num_slots))
         num_segments[row] += 1
+        if unit_of[index] not in group_ids:
+            num_groups[row] += 1
+            group_ids[unit_of[index]] = num_groups[row]
         batch.input_ids[slots] = document.token_ids[:-1]
         batch.labels[slots] = document.token_ids[1:]
         batch.positions[slots] = np.arange(num_slots)
         batch.segment_ids[slots] = num_segments[row]
+        batch.group_ids[slots] = group_ids[unit_of[index]]
         batch.mask[slots] = document.loss_mask[1:]
-        batch.advantages[slots] = document.advantage
-        for name, array in optional.items():
-            if array is not None:
-                array[slots] = getattr(document, name)[1:]
+        for name, array in batch.columns.items():
+            values = columns[index][name]
+            array[slots] = values[1:] if values.ndim else values
     for row, load in enumerate(loads):
         batch.positions[row, load:] = np.arange(row_len - load)
     return batch
+
+
+def _names(columns: Sequence[Mapping[str, np.ndarray]]) -> list[str]:
+    """Of all columns; ValueError where one is not in all documents."""
+    names = dict.fromkeys(name for own in columns for name in own)
+    for name in names:
+        if (num_with := sum(name in own for own in columns)) != len(columns):
+            raise ValueError(f"{num_with} of {len(columns)} documents have {name}: all or none must")
+    return list(names)

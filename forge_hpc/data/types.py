@@ -121,12 +121,16 @@ class Group:
 
 @dataclass(slots=True)
 class Document:
-    """A token sequence to train on, before packing. Arrays have the length L of the sequence."""
+    """A token sequence to train on, before packing. Arrays have the length L of the sequence.
+
+    Example:
+        Document(ids, mask, columns={"returns": returns, "chosen": 1.0}, group=7)
+    """
 
     token_ids: np.ndarray
     """[L] int32: prompt and response."""
     loss_mask: np.ndarray
-    """[L] bool: True at the tokens whose prediction is trained (the response's)."""
+    """[L] bool: True (or a number but 0) at the tokens whose prediction is trained (the response's)."""
     generator_logprobs: np.ndarray | None = None
     """[L] float32: the generator's log-probabilities at the masked tokens, 0 elsewhere; None in SFT."""
     advantage: float = 0.0
@@ -134,3 +138,9 @@ class Document:
     """[L] float32: the reference model's log-probabilities at the masked tokens, 0 elsewhere."""
     policy_version: int | None = None
     """Of the policy that began to generate it; None: not known, or not generated."""
+    columns: dict[str, np.ndarray | float] = field(default_factory=dict)
+    """What else is said of its tokens ([L]) or of all of it (a number), by name: a loss gets those that it names, as
+    float32. ``advantages`` here, one a token, takes the place of ``advantage``."""
+    group: int | None = None
+    """Documents of one number stand in one row, so that a loss sees them together: a pair, say, by its ``group_ids``.
+    None: it stands alone."""

@@ -9,13 +9,14 @@ from forge_hpc.losses.gspo import GSPOLoss
 from forge_hpc.losses.mismatch import MismatchCorrection, add_effective_sample_size
 from forge_hpc.losses.policy import PolicyLoss, Tokens
 from forge_hpc.losses.ppo import PPOLoss
-from forge_hpc.losses.reduction import step_normalizer
+from forge_hpc.losses.reduction import Sequences, step_normalizer
 from forge_hpc.losses.registry import build_loss
 from forge_hpc.losses.reinforce import ReinforceLoss
 from forge_hpc.losses.rloo import RLOOLoss
 from forge_hpc.losses.sapo import SAPOLoss
 from forge_hpc.losses.sft import SFTLoss
 from forge_hpc.losses.simple_grpo import SimpleGRPOLoss
+from forge_hpc.losses.value import ValueLoss
 
 __all__ = [
     "CISPOLoss",
@@ -31,8 +32,10 @@ __all__ = [
     "ReinforceLoss",
     "SAPOLoss",
     "SFTLoss",
+    "Sequences",
     "SimpleGRPOLoss",
     "Tokens",
+    "ValueLoss",
     "add_effective_sample_size",
     "build_loss",
     "step_normalizer",

@@ -1,31 +1,43 @@
 """What every loss is: a callable, its result, and the ratio of two policies.
 
-A loss is called ``loss_fn(*, logprobs, old_logprobs, advantages, mask, generator_logprobs=None, ref_logprobs=None,
-entropy=None, segment_ids=None, normalizer=None) -> LossOutput``. Tensors are per token, [B, T], padded or packed:
+A loss is called with keyword arguments, those of these that it has parameters for, and returns a LossOutput. Tensors
+are per token, [B, T], padded or packed:
 
 - logprobs: of the policy that is trained, with gradient; old_logprobs: of the policy that the ratio is taken against;
-- advantages: of the token's sequence; for padded rows [B] or [B, 1] will do;
+- advantages: of the token, or of its sequence; for padded rows [B] or [B, 1] will do;
 - mask: True where a token is trained; what the others hold never matters;
-- generator_logprobs, ref_logprobs: as the generator sampled it, and of the reference model;
+- generator_logprobs, ref_logprobs: as the generator sampled it, and of the reference model; None where not given;
 - entropy: of the policy's distribution, with gradient;
 - segment_ids: the token's sequence within its row (see ``reduction.Sequences``); None: one sequence a row;
+- group_ids: the token's group (``Document.group``) within its row, a sequence without one being its own;
 - normalizer: what sums are divided by, counted over all microbatches and ranks of the step, so that losses and metrics
   add up to the step's. By default counted here.
 
-Two attributes tell the engine what to hand over; a loss may leave them out:
+In place of logprobs, old_logprobs and entropy the loss of a value head gets ``values``, with gradient.
+
+Every other argument that it cannot do without is a column of the documents (``Document.columns``): ``returns``, say.
+A class may list them in an attribute ``columns``. Two more attributes tell the engine what to hand over; a loss may
+leave them out:
 
 - normalization: ``token`` (the default) has the step's trained tokens as normalizer, ``sequence`` and ``constant`` its
-  sequences with a trained token;
+  sequences with a trained token, ``group`` its groups with one;
 - old_logprobs_from: ``generator`` (the default) or ``trainer``, whose log-probabilities ``old_logprobs`` are.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 MAX_LOG_RATIO = 20.0
+ARGUMENTS = ("advantages", "mask", "generator_logprobs", "ref_logprobs", "segment_ids", "group_ids", "normalizer")
+"""What every loss is called with, beside columns."""
+OUTPUTS = {"lm": ("logprobs", "old_logprobs", "entropy"), "value": ("values",)}
+"""And what of the model, by its head."""
 
 
 @dataclass
@@ -42,3 +54,21 @@ class LossOutput:
 def log_ratio(logprobs: torch.Tensor, old_logprobs: torch.Tensor) -> torch.Tensor:
     """log(pi / pi_old), kept within +-20 so that its exponential stays finite."""
     return (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def columns_of(loss_fn: Callable[..., Any], head: str = "lm") -> tuple[str, ...]:
+    """The columns of documents that a loss takes: those of its attribute ``columns``, else every parameter that has no
+    default and is none of ``ARGUMENTS`` and the ``OUTPUTS`` of the head."""
+    if (columns := getattr(loss_fn, "columns", None)) is not None:
+        return tuple(columns)
+    parameters = inspect.signature(loss_fn).parameters.values()
+    open_ones = (p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
+    return tuple(name for name in open_ones if name not in (*ARGUMENTS, *OUTPUTS[head]))
+
+
+def accepted(loss_fn: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that a loss can be called with."""
+    parameters = inspect.signature(loss_fn).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return dict(arguments)
+    return {name: value for name, value in arguments.items() if name in parameters}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -21,6 +22,8 @@ class Tokens(NamedTuple):
     old_logprobs: torch.Tensor
     advantages: torch.Tensor
     sequences: Sequences
+    columns: Mapping[str, torch.Tensor] = {}
+    """Those that the loss names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,8 @@ class PolicyLoss(ABC):
                 return -self.scale * x.advantages * x.logprobs, {}
     """
 
+    columns: ClassVar[tuple[str, ...]] = ()
+    """Columns of the documents that the term takes, from ``x.columns``."""
     advantage: ClassVar[str] = "group_mean_std"
     """The advantage that belongs to the loss, where ``algorithm.advantage`` is null."""
     kl_coef: float = 0.0
@@ -84,6 +89,7 @@ class PolicyLoss(ABC):
         entropy: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
         normalizer: float | torch.Tensor | None = None,
+        **columns: torch.Tensor | None,
     ) -> LossOutput:
         """See ``forge_hpc.losses.base``.
 
@@ -101,11 +107,20 @@ class PolicyLoss(ABC):
             "ref_logprobs": ref_logprobs,
             "entropy": entropy,
         }
+        given |= {name: _needed(columns, name, "columns") for name in self.columns}
         x = _trained(mask, {name: values for name, values in given.items() if values is not None})
         sequences = Sequences(mask, segment_ids)
         loss_mean, mean = step_means(sequences, self.normalization, self.max_tokens, normalizer)
 
-        term, per_token = self.term(Tokens(x["logprobs"], x["old_logprobs"], x["advantages"], sequences))
+        term, per_token = self.term(
+            Tokens(
+                x["logprobs"],
+                x["old_logprobs"],
+                x["advantages"],
+                sequences,
+                {name: x[name] for name in self.columns},
+            )
+        )
         if self.mismatch is not None:
             generator = _needed(x, "generator_logprobs", "mismatch")
             weights = self.mismatch.weights(x["old_logprobs"], generator, sequences)
@@ -136,7 +151,8 @@ def _trained(mask: torch.Tensor, inputs: dict[str, torch.Tensor]) -> dict[str, t
     return {name: torch.where(mask, values, 0) for name, values in inputs.items()}
 
 
-def _needed(inputs: dict[str, torch.Tensor], name: str, option: str) -> torch.Tensor:
-    if name not in inputs:
+def _needed(inputs: Mapping[str, torch.Tensor | None], name: str, option: str) -> torch.Tensor:
+    values = inputs.get(name)
+    if values is None:
         raise ValueError(f"the option {option} of the loss needs {name}, which are not given")
-    return inputs[name]
+    return values

@@ -19,7 +19,7 @@ class Sequences:
         segment_ids: [B, T] integers from 0: slots of a row with the same number belong to one sequence, in any order
             and anywhere in the row. What is padding does not matter, nothing of it is trained. None: each row is one
             sequence. A sequence lies in one row, as ``forge_hpc.data.packing`` puts it, so what is said of it needs no
-            other microbatch and no other rank.
+            other microbatch and no other rank. With ``group_ids`` in their place it is the same of groups.
     """
 
     def __init__(self, mask: torch.Tensor, segment_ids: torch.Tensor | None = None) -> None:
@@ -35,6 +35,10 @@ class Sequences:
     def lengths(self) -> torch.Tensor:
         """[B, T]: trained tokens of each slot's sequence, at least 1."""
         return self._counts.clamp(min=1)[self._index]
+
+    def sums(self, values: torch.Tensor) -> torch.Tensor:
+        """[S]: the sum of ``values`` over the trained tokens of each sequence that has one. Differentiable."""
+        return self._totals(torch.where(self.mask, values, 0))[self._counts > 0]
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """[B, T]: the mean of ``values`` over the trained tokens of each slot's sequence. Differentiable."""
@@ -103,9 +107,12 @@ def step_means(
     return (mean if normalization == "sequence" else StepMean(mask, max_tokens, normalizer)), mean
 
 
-def step_normalizer(loss_fn: Any, num_tokens: int, num_sequences: int) -> int:
-    """The ``normalizer`` to call a loss with, from the step's trained tokens and sequences on all ranks.
+def step_normalizer(loss_fn: Any, num_tokens: int, num_sequences: int, num_groups: int | None = None) -> int:
+    """The ``normalizer`` to call a loss with, from the step's trained tokens, sequences and groups on all ranks.
 
     The loss says which by its attribute ``normalization``; one that has none is a mean over tokens.
     """
-    return num_tokens if getattr(loss_fn, "normalization", "token") == "token" else num_sequences
+    normalization = getattr(loss_fn, "normalization", "token")
+    if normalization == "group":
+        return num_sequences if num_groups is None else num_groups
+    return num_tokens if normalization == "token" else num_sequences

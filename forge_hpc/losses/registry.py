@@ -46,7 +46,9 @@ def build_loss(name: str, cfg: AlgorithmConfig, max_tokens: int = 1) -> LossFn:
         raise UserError(f"{unused[0]} is not used by algorithm.loss={name}", "leave it out, or check its name")
     arguments = {key: value for key, value in given.items() if _takes(factory, key)} | dict(cfg.loss_args)
     if not inspect.isclass(factory):
-        return functools.partial(factory, **arguments)
+        loss_fn = functools.partial(factory, **arguments)
+        vars(loss_fn).update(vars(factory))  # normalization, say, which tells the engine what to hand over
+        return loss_fn
     try:
         loss: Any = factory(**arguments)
     except (TypeError, ValueError) as error:

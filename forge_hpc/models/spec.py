@@ -108,6 +108,11 @@ class ModelSpec:
         """Whether the output layer shares the embedding's weight."""
         return self.config.enable_weight_tying
 
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether its output layer gives log-probabilities of tokens, as that of a language model does."""
+        return isinstance(self.config.lm_head, LogprobHead.Config)
+
 
 def load_spec(
     model_dir: Path, *, max_positions: int, inner_attention: Module.Config, parallelism: ParallelismConfig
@@ -207,6 +212,8 @@ def load_hf_weights(model: nn.Module, spec: ModelSpec, model_dir: Path) -> None:
         UserError: no safetensors, a missing weight or one of another shape.
     """
     titan_state = model.state_dict()
+    if not spec.has_logprobs:  # the head of a critic is no file's
+        del titan_state["lm_head.weight"]
     state = spec.adapter.to_hf(titan_state)
     # The adapter passes over names that it does not know.
     num_named = sum(".lora_" not in name for name in titan_state) - spec.is_tied

@@ -98,7 +98,8 @@ class Session(Protocol):
     async def train_step(
         self, step: int, documents: Sequence[Document], *, update: bool = True, model: str = "policy"
     ) -> dict[str, float]:
-        """One optimizer step of a model, with its loss; the figures. Without ``update`` it only measures."""
+        """One optimizer step of a model, with its loss; the figures, ``critic/loss`` of a model called so. Without
+        ``update`` it only measures."""
 
     async def publish(self, step: int) -> None:
         """Bring the policy to the generators, as ``rollout.sync_interval`` and ``rollout.max_staleness`` say."""

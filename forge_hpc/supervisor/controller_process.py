@@ -13,7 +13,7 @@ from pathlib import Path
 from forge_hpc.checkpoint.store import steps_in
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import Config, UserError
-from forge_hpc.config.recipes import load_recipe
+from forge_hpc.config.recipes import needs_of
 from forge_hpc.files import in_thread
 from forge_hpc.run_dir import RunDir
 from forge_hpc.run_lock import RunDirLock
@@ -117,7 +117,7 @@ class ControllerProcess:
 def cancelled(run_dir: RunDir, config: Config, request: StopRequest) -> Ending:
     """How a run has ended that was cancelled: what is lost, and how to go on."""
     resume = f"forge-hpc resume {shlex.quote(str(run_dir))}"
-    if not load_recipe(config).needs(config).trains:
+    if not needs_of(config).trains:
         return Ending(Cause.CANCELLED, request.message, f"{resume} begins the evaluation again")
     step, saved = steps_done(run_dir)
     if not step:

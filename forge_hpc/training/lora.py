@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ from forge_hpc.config.schema import LoRAConfig
 from forge_hpc.models.spec import ModelSpec
 
 _A, _B = ".lora_a.weight", ".lora_b.weight"
+_SCALING = "_lora_scaling"
+"""alpha / rank, as an attribute of torchtitan 0.3.0's layers."""
 
 
 def add_adapters(spec: ModelSpec, lora: LoRAConfig) -> ModelSpec:
@@ -44,6 +47,20 @@ def init_adapters(model: nn.Module, seed: int) -> None:
             nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             local.copy_(values[_local_slices(parameter)])
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """In the body every linear layer computes W x. The adapters are scaled by 0, as they are before the first step."""
+    layers = [module for module in model.modules() if hasattr(module, _SCALING)]
+    before = [getattr(layer, _SCALING) for layer in layers]
+    try:
+        for layer in layers:
+            setattr(layer, _SCALING, 0.0)
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            setattr(layer, _SCALING, scaling)
 
 
 @torch.no_grad()

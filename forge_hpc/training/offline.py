@@ -9,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 from torchtitan.config import TORCH_DTYPE_MAP, ParallelismConfig
 from torchtitan.tools.utils import set_default_dtype
 
-from forge_hpc.config.recipes import load_recipe
+from forge_hpc.config.recipes import needs_of
 from forge_hpc.config.schema import Config
 from forge_hpc.data.hub import load_tokenizer
 from forge_hpc.data.render import learned_ends
@@ -52,6 +52,6 @@ def export_checkpoint(cfg: Config, model_dir: Path, checkpoint: Path, directory:
         load_hf_weights(model, spec, model_dir)
     with ordinary_errors(f"cannot read {checkpoint}"):
         dcp.load(TrainedWeights(model).state_dict(), checkpoint_id=checkpoint, no_dist=True)
-    examples = load_recipe(cfg).needs(cfg).learns_from == "examples"
+    examples = needs_of(cfg).learns_from == "examples"
     ends = learned_ends(load_tokenizer(model_dir), cfg) if examples else []
     export_model(model.state_dict(), spec, cfg, model_dir, directory, ends, owns_state=True)

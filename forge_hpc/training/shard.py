@@ -1,0 +1,158 @@
+"""One rank's share of a model, trained or frozen, and what it says of documents.
+
+Documents are the same on every rank: they are packed into rows, and each data-parallel rank takes its rows a microbatch
+at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from forge_hpc.config.errors import UserError
+from forge_hpc.config.needs import ModelNeed
+from forge_hpc.config.schema import Config, SamplingConfig
+from forge_hpc.data.packing import PackedBatch, pack, unpack
+from forge_hpc.data.types import Document
+from forge_hpc.models.attention import attention_inputs
+from forge_hpc.models.device import local_device
+from forge_hpc.models.head import Truncation
+from forge_hpc.models.spec import load_hf_weights
+from forge_hpc.training.build import Shape
+
+logger = logging.getLogger(__name__)
+
+
+class ModelShard:
+    """A model with the weights of a directory. Every method is a collective call of all ranks.
+
+    Args:
+        need: what it is.
+        available_bytes: GPU memory for its activations (``Shape.activation_bytes``); None: what it leaves alone.
+
+    Raises:
+        UserError: a model that cannot be trained here, or degrees that do not fit the number of ranks.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        model_dir: Path,
+        need: ModelNeed,
+        sampling: SamplingConfig,
+        available_bytes: int | None = None,
+    ) -> None:
+        self.cfg = cfg
+        self.model_dir = model_dir
+        self.need = need
+        self.device = local_device()
+        self.shape = Shape.of(cfg)
+        self.parallel_dims = self.shape.dims
+        self.temperature = sampling.temperature
+        self.truncation = Truncation(sampling.min_p, sampling.top_k, sampling.top_p)
+        spec = self.shape.spec(model_dir)
+        if available_bytes is None:
+            available_bytes = self.shape.activation_bytes({"": (model_dir, need)})
+        self.microbatch = self.shape.plan(spec, available_bytes)
+        self.spec = self.shape.with_parts(spec, need)
+        self.model = self.shape.build(self.spec, need, self.microbatch.mode if need.trained else "none")
+        load_hf_weights(self.model, self.spec, model_dir)
+
+    def logprobs(self, documents: Sequence[Document]) -> list[np.ndarray]:
+        """Log-probabilities of the documents' tokens under the current weights, at the training temperature.
+
+        Returns:
+            On every rank, [L] float32 for each document, as ``Document.ref_logprobs`` wants it: at the tokens of its
+            loss mask, 0 elsewhere.
+
+        Raises:
+            UserError: the model has a value head.
+        """
+        if not self.spec.has_logprobs:
+            raise UserError("a model with a value head has no log-probabilities", "ask for its values()")
+        return self._per_token(documents)
+
+    def values(self, documents: Sequence[Document]) -> list[np.ndarray]:
+        """What a model with a value head says, [L] float32 for each document: at a token of the loss mask the value of
+        what stands before it, 0 elsewhere.
+
+        Raises:
+            UserError: the model has none.
+        """
+        if self.spec.has_logprobs:
+            raise UserError("a model without a value head has no values", 'give it one: ModelNeed(head="value")')
+        return self._per_token(documents)
+
+    def eval_loss(self, documents: Sequence[Document]) -> float:
+        """Mean negative log-likelihood (nats) of the documents' trained tokens; no step is taken."""
+        num_trained = sum(int(np.count_nonzero(document.loss_mask[1:])) for document in documents)
+        return -sum(float(values.sum(dtype=np.float64)) for values in self.logprobs(documents)) / num_trained
+
+    def _per_token(self, documents: Sequence[Document]) -> list[np.ndarray]:
+        batch = self._pack(documents)
+        values = torch.zeros(batch.labels.shape, device=self.device)
+        size = self.microbatch.num_rows
+        with torch.no_grad():
+            for start in self._row_starts(batch):
+                microbatch = self._to_device(batch.rows(start, start + size))
+                output, *_ = self._forward(microbatch)
+                values[start : start + size] = output * microbatch["mask"]
+        mesh = self.parallel_dims.get_optional_mesh("batch")
+        if mesh is not None:
+            dist.all_reduce(values, group=mesh.get_group())
+        return unpack(values.cpu().numpy(), batch, documents)
+
+    def _pack(self, documents: Sequence[Document]) -> PackedBatch:
+        return pack(
+            documents,
+            self.cfg.trainer.training.seq_len,
+            num_rows_multiple=self._data_parallel_degree * self.microbatch.num_rows,
+            row_len_multiple=self.shape.row_len_multiple,
+        )
+
+    @property
+    def _data_parallel_degree(self) -> int:
+        return self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
+
+    def _row_starts(self, batch: PackedBatch) -> range:
+        """First rows of this rank's microbatches; all ranks have equally many."""
+        size = self.microbatch.num_rows
+        mesh = self.parallel_dims.get_optional_mesh("batch")
+        first = 0 if mesh is None else mesh.get_local_rank() * size
+        return range(first, batch.num_rows, size * self._data_parallel_degree)
+
+    def _microbatches(self, batch: PackedBatch) -> Iterator[dict[str, Any]]:
+        size = self.microbatch.num_rows
+        for start in self._row_starts(batch):
+            yield self._to_device(batch.rows(start, start + size))
+
+    def _to_device(self, rows: dict[str, np.ndarray]) -> dict[str, Any]:
+        microbatch: dict[str, Any] = {
+            name: torch.from_numpy(array).to(self.device, non_blocking=True) for name, array in rows.items()
+        }
+        # A GPU has the head compute what is trained, and something on a rank that has nothing to train. On the CPU all
+        # of it: heads are small there, and sums of other terms would be others in the last bit.
+        slots = np.flatnonzero(rows["mask"]) if self.device.type == "cuda" else np.arange(rows["mask"].size)
+        microbatch["slots"] = torch.from_numpy(slots if len(slots) else np.zeros(1, int)).to(self.device)
+        microbatch["attention"] = attention_inputs(self.spec.inner_attention, rows["positions"], self.device)
+        return microbatch
+
+    def _forward(self, microbatch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        """Log-probabilities and entropies of the labels, or values: [R, T] float32 each, of the trained ones at least,
+        else 0."""
+        hidden = self.model(
+            microbatch["input_ids"], positions=microbatch["positions"], attention_masks=microbatch["attention"]
+        )
+        labels, slots = microbatch["labels"], microbatch["slots"]
+        if self.spec.has_logprobs:
+            outputs = self.model.lm_head(hidden, labels.flatten()[slots], slots, self.temperature, self.truncation)
+        else:
+            outputs = (self.model.lm_head(hidden, slots),)
+        none = torch.zeros(labels.numel(), device=self.device)
+        return tuple(none.index_copy(0, slots, output).view_as(labels) for output in outputs)
