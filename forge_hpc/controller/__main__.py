@@ -231,7 +231,8 @@ async def main() -> int:
     done, outcome = False, dict[str, Any](code=ControllerExit.DONE, message="")
     try:
         done = await control(run_dir, rendezvous, args.log_dir, terminal, leave)
-    except asyncio.CancelledError:
+    except asyncio.CancelledError as error:
+        logger.info("stopped:\n%s", "".join(traceback.format_exception(error)))
         outcome = {"code": ControllerExit.STOPPED, "message": "stopped"}
     except BaseException as error:
         cause = cause_of(error)

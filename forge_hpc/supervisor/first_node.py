@@ -173,6 +173,8 @@ class FirstNode:
             if request is not None and cause is Cause.ASKED:
                 cause = request.cause
             return Ending(cause, outcome["message"], None, tuple(slurm_names[n] for n in outcome["lost_nodes"]))
+        if outcome["code"] == ControllerExit.STOPPED:  # by a cancellation that came from below, and not from us
+            return Ending(Cause.CRASH, "the controller has stopped without being asked to; controller.log says where")
         if outcome.get("is_loss"):
             return Ending(Cause.CRASH, outcome["message"])
         return Ending(Cause.FAILED, outcome["message"], outcome.get("hint"))
