@@ -81,7 +81,7 @@ async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, termin
                 await session.abandon()
                 if not leave.requested.is_set():
                     recoveries.use_retry("trainers", "trainers", str(error))
-                    status.tell(message=f"recovering: {error}")
+                    status.update(message=f"recovering: {error}")
             number += 1
     # In good order only where all went well: after a failure the supervisors end what is left, and faster.
     if done:
@@ -116,7 +116,7 @@ async def attempt(
     try:
         await asyncio.wait({asked, work, *losses}, return_when=asyncio.FIRST_COMPLETED)
         if leave.departure is not None:
-            status.tell(state="saving", message=leave.departure.message)
+            status.update(state="saving", message=leave.departure.message)
         if leave.departure is not None or pool.failed.done():
             boundary = asyncio.create_task(session.between_steps())
             await asyncio.wait({boundary, work, *trainer_losses}, return_when=asyncio.FIRST_COMPLETED)
@@ -153,7 +153,7 @@ async def run_recipe(session: Session, terminal: Terminal, status: StatusWriter)
     recipe = load_recipe(session.config.recipe)
     await session.prepare()
     with await asyncio.to_thread(session.open_records, terminal.stdout):
-        status.tell(state="running", step=session.step, policy_version=session.step, message="")
+        status.update(state="running", step=session.step, policy_version=session.step, message="")
         await recipe(session)
 
 
@@ -189,7 +189,7 @@ async def join_nodes(config: Config, rendezvous: Rendezvous, log_dir: Path, faul
 async def heartbeat(status: StatusWriter) -> None:
     """Show in status.json that the controller's loop lives."""
     while True:
-        status.tell()
+        status.update()
         await asyncio.sleep(HEARTBEAT_S)
 
 

@@ -303,7 +303,7 @@ class Session:
         self._recoveries.step_done()
         counts = {"checkpoint/failed": float(self._num_failed_saves)} | self._recoveries.metrics()
         self.metrics.log(step, {"policy_version": step, **metrics, **timing, **counts})
-        self._status.tell(step=step, policy_version=step)
+        self._status.update(step=step, policy_version=step)
         if groups:
             self.metrics.log_rollouts(step, groups)
 
@@ -336,7 +336,7 @@ class Session:
             raise
         except Exception as error:
             logger.error("the model of step %d is not exported: %s", step, reason_of(error))
-            self._status.tell(message=f"the model of step {step} is not exported: {reason_of(error)}")
+            self._status.update(message=f"the model of step {step} is not exported: {reason_of(error)}")
 
     def _is_due(self, step: int) -> bool:
         interval = self.config.checkpoint.interval
@@ -379,7 +379,7 @@ class Session:
             self._saved_step = step
             self._save_s.append(time.perf_counter() - start)
             lead_s = measured_lead_s(max(self._save_s), max(self._train_s, default=0.0))
-            self._status.tell(lead_s=lead_s)
+            self._status.update(lead_s=lead_s)
 
     def _commit(
         self, step: int, record: Mapping[str, Any], files: Mapping[str, FileRecord], groups: Sequence[Group]
@@ -392,12 +392,12 @@ class Session:
         self._num_failed_saves += 1
         reason = " ".join(str(error).split()) or type(error).__name__
         logger.error("the checkpoint of step %d failed, the one before it stands: %s", step, reason)
-        self._status.tell(message=f"the checkpoint of step {step} failed: {reason}")
+        self._status.update(message=f"the checkpoint of step {step} failed: {reason}")
 
     def warn(self, text: str) -> None:
         """On the terminal, in ``status.json`` and in the log."""
         self.metrics.warn(text)
-        self._status.tell(message=text)
+        self._status.update(message=text)
 
     async def saved(self) -> None:
         """Wait until the save that runs beside the training is over."""
@@ -481,7 +481,9 @@ class Session:
         start, config = time.perf_counter(), self.config.evaluation
         limit = self.config.logging.num_answers_per_evaluation
         show = partial(self.metrics.show_evaluation, step)
-        answers = Answers(step, len(prompts), config.samples, limit, show, lambda text: self._status.tell(message=text))
+        answers = Answers(
+            step, len(prompts), config.samples, limit, show, lambda text: self._status.update(message=text)
+        )
         ask = self.generators.sample.stream if player is None else player.stream
         greedy = await self._answer(
             ask, prompts, 1, replace(self.config.rollout.sampling, temperature=0.0), 0, rewards, answers
@@ -503,7 +505,7 @@ class Session:
         values |= {"num_prompts": len(prompts), "num_failed": num_failed, "time_s": time.perf_counter() - start}
         self.metrics.log_evaluation(step, {**(more or {}), **values}, answers.records())
         if answers.has_told:
-            self._status.tell(message="")
+            self._status.update(message="")
         self._step_ended = time.perf_counter()
 
     async def _answer(
