@@ -337,6 +337,7 @@ def test_a_successor_is_queued_from_a_full_disk(tmp_path: Path, monkeypatch: pyt
         if command[0] == "sbatch":
             scripts.append(next(Path(word) for word in command if word.endswith("_successor.sh")))
             assert scripts[-1].read_text() == "#!/bin/bash\ntrue\n"
+            assert options["env"]["FORGE_HPC_PROJECT"] == str(PROJECT)  # its script is no longer at its place
         return "32\n" if command[0] == "sbatch" else "#!/bin/bash\ntrue\n"
 
     monkeypatch.setattr("forge_hpc.slurm.successor.ask", ask)
