@@ -21,27 +21,27 @@ class StatusWriter:
 
     Example:
         status = StatusWriter(run_dir)
-        status.tell(state="running", step=3)
+        status.update(state="running", step=3)
         status.flush(5.0)
     """
 
     def __init__(self, run_dir: RunDir) -> None:
         self._run_dir = run_dir
-        self._told: dict[str, Any] = {}
+        self._fields: dict[str, Any] = {}
         self._changed = threading.Condition()
         self._asked = self._done = 0
         self._error: OSError | UserError | None = None
         self._thread: threading.Thread | None = None
 
-    def tell(self, **status: Any) -> None:
+    def update(self, **status: Any) -> None:
         """Have ``RunDir.write_status`` called with what is given here and was before; with nothing, a heartbeat.
 
         What cannot be written is said in the log, and by ``flush``.
         """
         with self._changed:
-            if "state" in status and status["state"] != self._told.get("state"):
-                self._told["message"] = ""
-            self._told |= status
+            if "state" in status and status["state"] != self._fields.get("state"):
+                self._fields["message"] = ""
+            self._fields |= status
             self._asked += 1
             if self._thread is None:
                 self._thread = threading.Thread(target=self._write, name="status", daemon=True)
@@ -66,10 +66,10 @@ class StatusWriter:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._asked > self._done)
-                asked, told = self._asked, dict(self._told)
+                asked, fields = self._asked, dict(self._fields)
             error: OSError | UserError | None = None
             try:
-                self._run_dir.write_status(**told)
+                self._run_dir.write_status(**fields)
             except (OSError, UserError) as failure:  # a full disk: it keeps nobody from what matters more
                 logger.warning("%s: %s", self._run_dir.status, failure)
                 error = failure

@@ -239,8 +239,8 @@ def stalled(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> Iterator[thread
 def test_who_tells_the_status_never_waits_for_the_file_system(run_dir: RunDir, stalled: threading.Event) -> None:
     status, began = StatusWriter(run_dir), time.monotonic()
     for step in range(2, 1000):
-        status.tell(step=step)
-    status.tell(state="saving", message="leaving")
+        status.update(step=step)
+    status.update(state="saving", message="leaving")
     assert time.monotonic() - began < 5
     with pytest.raises(TimeoutError):
         status.flush(0.1)
@@ -254,10 +254,10 @@ def test_who_tells_the_status_never_waits_for_the_file_system(run_dir: RunDir, s
 def test_a_late_status_of_an_earlier_start_stands_for_one_heartbeat(run_dir: RunDir) -> None:
     run_dir.write_status(state="starting", job_id="31")
     status = StatusWriter(run_dir)
-    status.tell(state="running", step=7)
+    status.update(state="running", step=7)
     status.flush(60)
     run_dir.write_status(state="preempted", step=5, message="late")
-    status.tell()
+    status.update()
     status.flush(60)
     read = run_dir.read_status()
     assert read is not None and (read.state, read.step, read.message, read.job_id) == ("running", 7, "", "31")
@@ -272,11 +272,11 @@ def test_what_cannot_be_written_is_said_and_the_next_status_may_be(
     status = StatusWriter(run_dir)
     with monkeypatch.context() as patch:
         patch.setattr("forge_hpc.run_dir.atomic_write_json", full)
-        status.tell(state="running", step=3)
+        status.update(state="running", step=3)
         with pytest.raises(OSError, match="No space"):
             status.flush(60)
         assert "No space" in caplog.text
-    status.tell()
+    status.update()
     status.flush(60)
     assert (read := run_dir.read_status()) is not None and read.step == 3
 

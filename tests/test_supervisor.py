@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from runs import PROJECT
@@ -336,6 +337,7 @@ def test_a_successor_is_queued_from_a_full_disk(tmp_path: Path, monkeypatch: pyt
         if command[0] == "sbatch":
             scripts.append(next(Path(word) for word in command if word.endswith("_successor.sh")))
             assert scripts[-1].read_text() == "#!/bin/bash\ntrue\n"
+            assert options["env"]["FORGE_HPC_PROJECT"] == str(PROJECT)  # its script is no longer at its place
         return "32\n" if command[0] == "sbatch" else "#!/bin/bash\ntrue\n"
 
     monkeypatch.setattr("forge_hpc.slurm.successor.ask", ask)
@@ -478,6 +480,46 @@ def test_a_node_that_is_not_the_first_and_has_no_temporary_directory_says_so(
     monkeypatch.setattr("tempfile.mkdtemp", refuse)
     assert supervisor.run() == 1
     assert "node 1: " in (said := capfd.readouterr().err) and os.strerror(errno.EROFS) in said
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome", "request_cause", "cause", "message"),
+    [
+        (0, {"code": 0}, None, "completed", ""),
+        (1, {"code": 1, "message": "NaN", "hint": "h"}, None, "failed", "NaN"),
+        (1, {"code": 1, "message": "gone", "is_loss": True}, None, "crash", "gone"),
+        (1, {"code": 1, "message": "NaN"}, "preempted", "failed", "NaN"),
+        (3, {"code": 3, "message": "stopped"}, None, "crash", "stopped without being asked"),
+        (3, {"code": 3, "message": "stopped"}, "cancelled", "cancelled", "why, before the first step"),
+        (4, {"code": 4, "cause": "asked", "message": "why", "lost_nodes": []}, "walltime", "walltime", "why"),
+        (4, {"code": 4, "cause": "node", "message": "gone", "lost_nodes": [1]}, None, "node", "gone"),
+        (4, {"code": 4, "cause": "node", "message": "gone", "lost_nodes": [1]}, "preempted", "node", "gone"),
+        (4, {"code": 4, "cause": "asked", "message": "why", "lost_nodes": []}, "cancelled", "cancelled", "why"),
+        (4, None, None, "node", "a node is lost"),
+        (4, None, "preempted", "preempted", "why"),
+        (-9, None, None, "crash", "was killed by SIGKILL and left no reason"),
+        (-9, None, "preempted", "preempted", "there was no time to save"),
+        (-9, None, "cancelled", "cancelled", "why, before the first step"),
+    ],
+)
+def test_how_a_start_has_ended_follows_from_what_the_controller_left_and_what_was_asked_of_it(
+    supervise: Callable[..., Supervisor],
+    code: int,
+    outcome: dict | None,
+    request_cause: str | None,
+    cause: str,
+    message: str,
+) -> None:
+    supervisor = supervise()
+    rendezvous = supervisor.node.rendezvous()
+    if outcome is not None:
+        rendezvous.publish("outcome", outcome)
+    request = StopRequest(Cause(request_cause), "why", 60.0) if request_cause else None
+    process = SimpleNamespace(returncode=code)
+    controller = ControllerProcess(process, supervisor.node, supervisor.requests, supervisor.first.lock)
+    ending = supervisor.first._ending_of(configure(), controller, request, rendezvous, ["n1", "n2"])
+    assert ending.cause is Cause(cause) and message in ending.message
+    assert ending.lost_nodes == (("n2",) if outcome and outcome.get("lost_nodes") else ())
 
 
 # ---- the warm start

@@ -81,7 +81,7 @@ async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, termin
                 await session.abandon()
                 if not leave.requested.is_set():
                     recoveries.use_retry("trainers", "trainers", str(error))
-                    status.tell(message=f"recovering: {error}")
+                    status.update(message=f"recovering: {error}")
             number += 1
     # In good order only where all went well: after a failure the supervisors end what is left, and faster.
     if done:
@@ -116,7 +116,7 @@ async def attempt(
     try:
         await asyncio.wait({asked, work, *losses}, return_when=asyncio.FIRST_COMPLETED)
         if leave.departure is not None:
-            status.tell(state="saving", message=leave.departure.message)
+            status.update(state="saving", message=leave.departure.message)
         if leave.departure is not None or pool.failed.done():
             boundary = asyncio.create_task(session.between_steps())
             await asyncio.wait({boundary, work, *trainer_losses}, return_when=asyncio.FIRST_COMPLETED)
@@ -151,7 +151,7 @@ async def run_recipe(session: Session, terminal: Terminal, status: StatusWriter)
     await session.prepare()
     with await asyncio.to_thread(session.open_records, terminal.stdout):
         total = session.config.trainer.training.steps if session.needs.trains else 0
-        status.tell(state="running", step=session.step, policy_version=session.step, total_steps=total, message="")
+        status.update(state="running", step=session.step, policy_version=session.step, total_steps=total, message="")
         await session.recipe.run(session)
 
 
@@ -187,7 +187,7 @@ async def join_nodes(config: Config, rendezvous: Rendezvous, log_dir: Path, faul
 async def heartbeat(status: StatusWriter) -> None:
     """Show in status.json that the controller's loop lives."""
     while True:
-        status.tell()
+        status.update()
         await asyncio.sleep(HEARTBEAT_S)
 
 
@@ -229,7 +229,8 @@ async def main() -> int:
     done, outcome = False, dict[str, Any](code=ControllerExit.DONE, message="")
     try:
         done = await control(run_dir, rendezvous, args.log_dir, terminal, leave)
-    except asyncio.CancelledError:
+    except asyncio.CancelledError as error:
+        logger.info("stopped:\n%s", "".join(traceback.format_exception(error)))
         outcome = {"code": ControllerExit.STOPPED, "message": "stopped"}
     except BaseException as error:
         cause = cause_of(error)

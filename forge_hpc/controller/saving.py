@@ -109,7 +109,7 @@ class Saver:
             self.saved_step = step
             self._save_s.append(time.perf_counter() - start)
             lead_s = measured_lead_s(max(self._save_s), max(self._train_s, default=0.0))
-            self._status.tell(lead_s=lead_s)
+            self._status.update(lead_s=lead_s)
 
     def _commit(
         self, step: int, record: Mapping[str, Any], files: Mapping[str, FileRecord], groups: Sequence[Group]
@@ -122,7 +122,7 @@ class Saver:
         self.num_failed += 1
         reason = " ".join(str(error).split()) or type(error).__name__
         logger.error("the checkpoint of step %d failed, the one before it stands: %s", step, reason)
-        self._status.tell(message=f"the checkpoint of step {step} failed: {reason}")
+        self._status.update(message=f"the checkpoint of step {step} failed: {reason}")
 
     async def export_if_due(self, trainers: Trainers, step: int, *, leaving: bool) -> None:
         """Write the model every ``checkpoint.export_interval`` steps. One that fails is reported; the run goes on."""
@@ -138,4 +138,4 @@ class Saver:
             raise
         except Exception as error:
             logger.error("the model of step %d is not exported: %s", step, reason_of(error))
-            self._status.tell(message=f"the model of step {step} is not exported: {reason_of(error)}")
+            self._status.update(message=f"the model of step {step} is not exported: {reason_of(error)}")

@@ -397,7 +397,7 @@ class Session:
         self._recoveries.step_done()
         counts = {"checkpoint/failed": float(self._saver.num_failed)} | self._recoveries.metrics()
         self.metrics.log(step, {"policy_version": step, **metrics, **timing, **counts})
-        self._status.tell(step=step, policy_version=step)
+        self._status.update(step=step, policy_version=step)
         if groups:
             self.metrics.log_rollouts(step, groups)
 
@@ -407,7 +407,7 @@ class Session:
         self._tell_message(text)
 
     def _tell_message(self, text: str) -> None:
-        self._status.tell(message=text)
+        self._status.update(message=text)
 
     # ---- evaluation
 

@@ -56,7 +56,7 @@ def submit_successor(
         options.append("--no-kill")
     variables = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "PMI_", "PMIX_")  # sbatch would take them for options
     env = {key: value for key, value in os.environ.items() if not key.startswith(variables) or key == "SLURM_CONF"}
-    env |= {CONTINUE: str(run_dir), PROJECT: str(Path(__file__).resolve().parents[3])}
+    env |= {CONTINUE: str(run_dir), PROJECT: str(Path(__file__).resolve().parents[2])}
     submit_dir = os.environ.get("SLURM_SUBMIT_DIR", "")
     with _written(text, run_dir / "logs" / f"{facts.job_id}_successor.sh") as script:
         answer = ask(

@@ -70,6 +70,7 @@ class Return(StrEnum):
     """How a run comes back."""
 
     NEVER = "does not"
+    BY_HAND = "by `forge-hpc resume`"
     SLURM = "Slurm starts it again"
     REQUEUE = "requeues itself; where Slurm refuses, queues a successor"
     SUCCESSOR = "queues a successor"
@@ -87,7 +88,7 @@ class Rule:
     counts: bool = False
     """A failure: ``cluster.max_restarts`` bounds how many come in a row without a newer checkpoint."""
     state_alone: str = ""
-    """The state where nobody starts the run again (``slurm.requeue=never``); empty: the same."""
+    """The state where nobody starts the run again (``slurm.requeue=never``, or no Slurm); empty: the same."""
     meaning: str = ""
     """In a message."""
 
@@ -104,7 +105,7 @@ RULES = {
     Cause.REQUEUED: Rule("preempted", Return.SLURM, meaning="requeued by Slurm"),
     # A walltime in which not a step can be done must end a run, too.
     Cause.WALLTIME: Rule("preempted", Return.REQUEUE, True, "preempted", "the walltime is near"),
-    Cause.ASKED: Rule("preempted", Return.REQUEUE, meaning="asked to leave"),
+    Cause.ASKED: Rule("preempted", Return.BY_HAND, meaning="asked to leave"),
     Cause.UNKNOWN: Rule("preempted", Return.REQUEUE, True, "failed", "asked to leave"),
     Cause.NODE_LOST: Rule("preempted", Return.REQUEUE, True, "failed", "a node is lost"),
     Cause.NODE_FAIL: Rule("preempted", Return.REQUEUE, True, "failed", "a node is lost"),

@@ -80,7 +80,7 @@ class FirstNode:
         try:
             restart = run_dir.next_restart(job_id)
             log_dir = run_dir.create_log_dir(job_id, restart)
-            self.status.tell(state="starting", restarts=restart, job_id=job_id, message="")
+            self.status.update(state="starting", restarts=restart, job_id=job_id, message="")
             in_thread(partial(self.status.flush, deadlines.SILENT_S), self._requests.check)
             nodes, requeues = self.allocation.num_nodes, self.allocation.requeues
             begin = partial(starts.begin, job_id=job_id, restart=restart, nodes=nodes, requeues=requeues)
@@ -173,6 +173,8 @@ class FirstNode:
             if request is not None and cause is Cause.ASKED:
                 cause = request.cause
             return Ending(cause, outcome["message"], None, tuple(slurm_names[n] for n in outcome["lost_nodes"]))
+        if outcome["code"] == ControllerExit.STOPPED:  # by a cancellation that came from below, and not from us
+            return Ending(Cause.CRASH, "the controller has stopped without being asked to; controller.log says where")
         if outcome.get("is_loss"):
             return Ending(Cause.CRASH, outcome["message"])
         return Ending(Cause.FAILED, outcome["message"], outcome.get("hint"))
@@ -201,7 +203,7 @@ class FirstNode:
         if state == "preempted" and ending.cause in FAILURES and not (began or recorded):
             # nothing would end such a row of starts
             state, message = "failed", f"{message}; not started again, since starts cannot be counted"
-        self.status.tell(state=state, message=message)
+        self.status.update(state=state, message=message)
         if state == "preempted" and self.allocation.in_slurm:
             state, message = self._come_back(config, ending, message)
         if state != "preempted":
@@ -216,7 +218,7 @@ class FirstNode:
         return EXITS[state]
 
     def _complete(self, starts: StartLog) -> int:
-        self.status.tell(state="completed")
+        self.status.update(state="completed")
         with best_effort():
             self.status.flush(deadlines.LEASE_S)
         with best_effort():
@@ -247,7 +249,7 @@ class FirstNode:
             how, successor = come_back(self.run_dir, config, ending, self._job, self._requests)
         except Stopped as stopped:
             state, message = RULES[stopped.request.cause].state, f"{message}; then {stopped.request.message}"
-            self.status.tell(state=state, message=message)
+            self.status.update(state=state, message=message)
             return state, message
-        self.status.tell(message=f"{message}; {how}", job_id=successor)
+        self.status.update(message=f"{message}; {how}", job_id=successor)
         return "preempted", f"{message}; {how}"

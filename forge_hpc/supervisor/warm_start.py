@@ -44,7 +44,7 @@ def warm_start(parent: RunDir, config: Config, requests: StopRequests, status: S
                 _wait_for_end(process, (request.within_s or deadlines.SILENT_S) - deadlines.REQUEUE_S, requests)
             return Ending(request.cause, f"{request.message}, in the warm start")
         if time.monotonic() - beat > deadlines.BEAT_S:
-            status.tell()
+            status.update()
             beat = time.monotonic()
         time.sleep(deadlines.POLL_S)
     if process.returncode == Exit.DONE:

@@ -27,7 +27,7 @@ def write_steps(run_dir: RunDir, job: str, ended: threading.Event) -> None:
     writer, status = JsonlWriter(run_dir.metrics, 10**9), StatusWriter(run_dir)
     step = writer.last_step or 0
     say("steps go on after", step)
-    status.tell(state="running", job_id=job)
+    status.update(state="running", job_id=job)
     worst = 0.0
     while not ended.wait(1):
         step, before = step + 1, time.monotonic()
@@ -35,7 +35,7 @@ def write_steps(run_dir: RunDir, job: str, ended: threading.Event) -> None:
             writer.write({"step": step, "job": job, "pad": "z" * 40})
         except OSError as error:
             say("WRITE FAILED", error)
-        status.tell(step=step)
+        status.update(step=step)
         worst = max(worst, time.monotonic() - before)
         if time.monotonic() - before > STALL_S:
             say(f"STALL of {time.monotonic() - before:.1f} s at step {step}")
