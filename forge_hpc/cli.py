@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -70,22 +71,52 @@ def _submit(argv: list[str]) -> int:
 
 
 def _resume(argv: list[str]) -> int:
-    """submit the same run directory again"""
+    """go on with a run, or (--from) begin a new one from a checkpoint of it"""
     from forge_hpc.control import find_run
     from forge_hpc.files import is_there
+    from forge_hpc.fork import parse_source
     from forge_hpc.submit import Request, submit
 
     parser = _run_parser("resume", _resume)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="what may change: docs/configuration.md")
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="go on with other files of yours than those that the run began with",
+    )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        metavar="RUN_DIR[@STEP]",
+        help="begin a new run from a checkpoint, by default the newest",
+    )
+    parser.add_argument(
+        "--no-optimizer", action="store_true", help="with --from: take the weights and the schedule alone"
+    )
+    parser.add_argument("--run-dir", dest="new_run_dir", type=Path, metavar="D", help="with --from: the new run's")
+    parser.add_argument("--name", help="with --from: the new run's, over name")
     parser.add_argument("--cluster", choices=("auto", "slurm", "local"), default="auto")
     parser.add_argument("--site", metavar="NAME", help="site profile; default $FORGE_HPC_SITE")
     parser.add_argument("--dry-run", action="store_true", help="print the job script, queue nothing")
     parser.add_argument("--follow", action="store_true", help="show the job's output until the run ends")
     args = parser.parse_intermixed_args(argv)
-    if args.run_dir is not None and "=" in args.run_dir.name and not is_there(args.run_dir):
+    if args.run_dir is not None and "=" in str(args.run_dir) and not is_there(args.run_dir):
         args.run_dir, args.overrides = None, [str(args.run_dir), *args.overrides]
-    run_dir = find_run(args.run_dir).path
-    request = Request(overrides=tuple(args.overrides), run_dir=run_dir, cluster=args.cluster, site=args.site)
+    request = Request(
+        overrides=tuple(args.overrides), cluster=args.cluster, site=args.site, accept_changes=args.accept_changes
+    )
+    if args.source is None:
+        if args.no_optimizer or args.new_run_dir or args.name:
+            raise UserError(
+                "--no-optimizer, --run-dir and --name are for a new run", "--from RUN_DIR[@STEP] begins one"
+            )
+        request = replace(request, run_dir=find_run(args.run_dir).path)
+    else:
+        if args.run_dir is not None:
+            raise UserError(f"{args.run_dir} and --from are two runs", "--run-dir D names the new one's directory")
+        path, step = parse_source(args.source)
+        new = replace(request, source=find_run(path).path, source_step=step, name=args.name)
+        request = replace(new, run_dir=args.new_run_dir, keep_optimizer=not args.no_optimizer)
     return submit(request, dry_run=args.dry_run, follow=args.follow)
 
 

@@ -11,16 +11,20 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from datetime import date, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from forge_hpc.config import Config, UserError, load_config, plan, read_config, safe_changes, save_config, validate
-from forge_hpc.config.recipes import needs_of
+from forge_hpc.config.recipes import load_recipe, needs_of
 from forge_hpc.files import is_there
+from forge_hpc.fork import Fork, begin_with, open_fork
 from forge_hpc.run_dir import RunDir, Status
+from forge_hpc.supervisor.starts import StartLog
+from forge_hpc.user_files import check_files, keep_files, kept_files, restore_kept
 
 if TYPE_CHECKING:
     from forge_hpc.slurm import JobFacts
@@ -41,6 +45,12 @@ class Request:
     site: str | None = None
     name: str | None = None
     default_config: Path = DEFAULT_CONFIG
+    accept_changes: bool = False
+    """Go on with other files of the user's than those that the run began with."""
+    source: Path | None = None
+    """The run that a new one begins from, with its configuration and a checkpoint of it."""
+    source_step: int | None = None
+    keep_optimizer: bool = True
 
 
 def resolve_config(request: Request) -> Config:
@@ -54,7 +64,8 @@ def resolve_config(request: Request) -> Config:
     overrides = [*site_overrides(request.site), *request.overrides]
     if request.name is not None:
         overrides.append(f"name={request.name}")
-    existing = RunDir(request.run_dir) if request.run_dir else None
+    directory = request.source or request.run_dir
+    existing = RunDir(directory) if directory else None
     if request.config is not None:
         cfg = load_config(request.config, overrides)
     elif existing and existing.has_config:
@@ -79,8 +90,7 @@ def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, foll
         UserError: anything that would keep the run from starting, before anything is queued.
     """
     from forge_hpc.slurm import partitions
-    from launchers import local, slurm
-    from launchers.command import run_command
+    from launchers import slurm
 
     if fresh and not dry_run and request.run_dir:
         _move_completed_run_aside(RunDir(request.run_dir))
@@ -103,9 +113,29 @@ def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, foll
     if on_slurm and cfg.cluster.gpus_per_node is None:
         cfg.cluster.gpus_per_node = partitions.gpus_per_node(cfg, known)
     run_dir = RunDir(request.run_dir or _default_run_dir(cfg.name))
-    warm = _check(cfg, run_dir)
+    with _fork(request, cfg, run_dir) as fork:
+        return _submit(request, cfg, run_dir, fork, known, on_slurm=on_slurm, dry_run=dry_run, follow=follow)
+
+
+def _submit(
+    request: Request,
+    cfg: Config,
+    run_dir: RunDir,
+    fork: Fork | None,
+    known: list[Any],
+    *,
+    on_slurm: bool,
+    dry_run: bool,
+    follow: bool,
+) -> int:
+    from forge_hpc.slurm import partitions
+    from launchers import local, slurm
+    from launchers.command import run_command
+
+    file_changes = check_files(cfg, run_dir, accept=request.accept_changes)
+    warm = _check(cfg, run_dir if fork is None else fork.source)
     _fix_date(cfg, run_dir)
-    changes = _changes(cfg, run_dir)
+    changes = _changes(cfg, run_dir) + file_changes
     if on_slurm or (dry_run and request.cluster != "local"):
         slurm.check_share(cfg)
         slurm.check_array(cfg)
@@ -135,7 +165,8 @@ def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, foll
         return 0
     _say_all(changes)
     is_new, before = not run_dir.exists, read_config(run_dir.config) if run_dir.has_config else None
-    prepare(cfg, run_dir, None, warm)
+    files = kept_files(run_dir)
+    prepare(cfg, run_dir, None, warm, fork)
     if not on_slurm:
         _record(changes, run_dir)
         print(f"run directory  {run_dir}\n{_split(cfg)}", flush=True)
@@ -143,7 +174,7 @@ def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, foll
     try:
         job_id = slurm.RunExecutor(cfg, run_dir.path).submit_run()
     except UserError:
-        _undo(run_dir, is_new, before, ended)
+        _undo(run_dir, is_new, before, ended, files)
         raise
     _record(changes, run_dir)
     status = run_dir.read_status()
@@ -193,9 +224,10 @@ def prepare_in_allocation(request: Request) -> str:
         cfg = resolve_config(replace(request, nodes=nodes))
         _adopt_job(cfg, job_id, facts)
         run_dir = run_dir or RunDir(Path("runs") / f"{cfg.name}-{job_id}")
+        file_changes = check_files(cfg, run_dir)
         warm = _check(cfg, run_dir)
         _fix_date(cfg, run_dir)
-        changes = _changes(cfg, run_dir)
+        changes = _changes(cfg, run_dir) + file_changes
         _warn_of_shared_nodes(cfg)
         _refuse_busy(run_dir, job_id)
         if not _is_complete(cfg, run_dir.read_status()):
@@ -230,25 +262,36 @@ def _adopt_job(cfg: Config, job_id: str, facts: JobFacts | None) -> None:
         cfg.slurm.time = facts.time_limit or cfg.slurm.time
 
 
-def prepare(cfg: Config, run_dir: RunDir, job_id: str | None, warm: Config | None = None) -> None:
+def prepare(
+    cfg: Config, run_dir: RunDir, job_id: str | None, warm: Config | None = None, fork: Fork | None = None
+) -> None:
     """Create the run directory (0700) with config.yaml and a pending status.json (0600), or renew those of a restart.
 
-    The warm start's configuration is saved too: a resume must not depend on the file that it came from.
+    The warm start's configuration is saved too: a resume must not depend on the file that it came from; and the user's
+    own files that the configuration names, so that it shows when they have changed.
 
     Raises:
         UserError: the directory cannot be written.
     """
     run_dir.create()
+    if fork is not None:
+        begin_with(fork, cfg, run_dir)
+        StartLog(run_dir).forked(str(fork.source), fork.step, fork.keeps_optimizer, fork.changes(cfg))
     save_config(cfg, run_dir.config)
+    keep_files(cfg, run_dir)
     if warm is not None:
         warm.data.template_date = warm.data.template_date or cfg.data.template_date
         save_config(warm, RunDir(run_dir.warmstart).create().config)
     # An earlier job is no longer this run's: who watches must not take its end for ours.
-    run_dir.write_status(state="pending", job_id=job_id or "", total_steps=_total_steps(cfg), message="")
+    step = None if fork is None else fork.step
+    run_dir.write_status(
+        state="pending", step=step, policy_version=step, job_id=job_id or "", total_steps=_total_steps(cfg), message=""
+    )
 
 
 def _check(cfg: Config, run_dir: RunDir) -> Config | None:
     """Validate the configuration and that of its warm start, which is returned if `run_dir` does not have it yet."""
+    cfg.recipe_args = asdict(load_recipe(cfg).args)  # its defaults are part of the run, like those of the schema
     saved = RunDir(run_dir.warmstart)
     if cfg.model.path != "warmstart" or not saved.has_config:
         validate(cfg)
@@ -330,9 +373,23 @@ def _changes(cfg: Config, run_dir: RunDir) -> list[str]:
     )
 
 
-def _record(changes: Sequence[str], run_dir: RunDir) -> None:
-    from forge_hpc.supervisor.starts import StartLog
+@contextmanager
+def _fork(request: Request, cfg: Config, run_dir: RunDir) -> Iterator[Fork | None]:
+    """What a new run begins with, where it is asked for; its checkpoint stays readable in the body."""
+    if request.source is None:
+        yield None
+        return
+    if run_dir.has_config:
+        raise UserError(f"{run_dir} is a run already, and --from begins a new one", "choose another --run-dir")
+    source = RunDir(request.source)
+    with open_fork(source, request.source_step, read_config(source.config), cfg, request.keep_optimizer) as fork:
+        optimizer = "" if fork.keeps_optimizer else ", without its optimizer's state"
+        _say(f"Beginning with step {fork.step} of {source}{optimizer}")
+        _say_all(fork.changes(cfg))
+        yield fork
 
+
+def _record(changes: Sequence[str], run_dir: RunDir) -> None:
     if changes:
         StartLog(run_dir).changed(changes)
 
@@ -364,7 +421,7 @@ def _move_completed_run_aside(run_dir: RunDir) -> None:
     _say(f"The completed run in {run_dir} is now in {aside}")
 
 
-def _undo(run_dir: RunDir, is_new: bool, config: Config | None, status: Status | None) -> None:
+def _undo(run_dir: RunDir, is_new: bool, config: Config | None, status: Status | None, files: str | None) -> None:
     """Slurm refused the job: leave the directory as it was found."""
     if is_new:
         shutil.rmtree(run_dir.path)
@@ -373,6 +430,7 @@ def _undo(run_dir: RunDir, is_new: bool, config: Config | None, status: Status |
         run_dir.config.unlink()
     else:
         save_config(config, run_dir.config)
+    restore_kept(run_dir, files)
     if status is None:
         run_dir.status.unlink()
     else:

@@ -15,6 +15,8 @@ from forge_hpc.files import atomic_write_json, refuse_newer
 MANIFEST = "manifest.json"
 FORMAT = 1
 """Of checkpoints. One that says nothing of its format has this one; one with a larger number is refused."""
+NO_OPTIMIZER = "no-optimizer"
+"""A file of a checkpoint that a run begins with: the optimizer's state is not taken from it."""
 MAX_THREADS = 16
 
 

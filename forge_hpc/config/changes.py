@@ -5,6 +5,9 @@ Which keys may is said at each field of the schema, as ``resume``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.fields import FIXED, ROUNDING, rule_of
 from forge_hpc.config.load import diff_config
@@ -43,7 +46,12 @@ def safe_changes(old: Config, new: Config, steps_done: int, refusal: str, hint: 
             f"trainer.training.steps={steps}, and the run has done {steps_done} steps already",
             f"ask for {steps_done} or more, or choose another --run-dir",
         )
-    return [f"{key}: {_shown(old)} -> {_shown(new)}{_note(key)}" for key, old, new in found]
+    return [f"{line}{_note(key)}" for line, (key, _, _) in zip(change_lines(found), found, strict=True)]
+
+
+def change_lines(found: Iterable[tuple[str, Any, Any]]) -> list[str]:
+    """What ``diff_config`` found, a line a key."""
+    return [f"{key}: {_shown(old)} -> {_shown(new)}" for key, old, new in found]
 
 
 def _note(key: str) -> str:

@@ -48,7 +48,10 @@ ENVIRONMENTS = {
     "guessing": "forge_hpc.environments.guessing:Guessing",
     "code": "forge_hpc.environments.code:Code",
 }
-MODELS = {"builtin:qwen3-tiny": "forge_hpc.data.builtin:write_tiny_qwen3"}
+MODELS = {
+    "builtin:qwen3-tiny": "forge_hpc.data.builtin:write_tiny_qwen3",
+    "builtin:qwen3-small": "forge_hpc.data.builtin:write_small_qwen3",
+}
 """Functions ``(directory, seed)`` that write one in Hugging Face format."""
 DATA = {"builtin:addition": "forge_hpc.data.builtin:addition_examples"}
 """Functions ``(split, seed)`` that give its examples."""

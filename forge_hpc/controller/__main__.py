@@ -37,6 +37,8 @@ from forge_hpc.observability.wandb import finish_runs
 from forge_hpc.run_dir import RunDir
 from forge_hpc.status_writer import StatusWriter
 from forge_hpc.supervisor.ending import Cause, ControllerExit
+from forge_hpc.supervisor.starts import StartLog
+from forge_hpc.user_files import check_files, keep_files
 
 if TYPE_CHECKING:  # they load torch: only once the nodes have been joined
     from forge_hpc.controller.generators import GeneratorPool
@@ -57,6 +59,7 @@ async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, termin
     from forge_hpc.controller.session import Session, background
 
     config = read_config(run_dir.config)
+    await asyncio.to_thread(take_user_files, config, run_dir)
     faults, status = Faults(rendezvous), StatusWriter(run_dir)
     async with background(heartbeat(status), faults.look_for_ended_nodes()):
         cluster = await join_nodes(config, rendezvous, log_dir, faults)
@@ -165,6 +168,18 @@ def on_ended_node(
         node_lost(node, reason)
     if node in placement.rollout_nodes:
         pool.lose_node(node, reason)
+
+
+def take_user_files(config: Config, run_dir: RunDir) -> None:
+    """See that the user's files are those that the run has learned with, and keep those of a run that is new.
+
+    Raises:
+        UserError: they are others.
+    """
+    if changes := check_files(config, run_dir):
+        logger.info("changed since the last start: %s", "; ".join(changes))
+        StartLog(run_dir).changed(changes)
+    keep_files(config, run_dir)
 
 
 async def join_nodes(config: Config, rendezvous: Rendezvous, log_dir: Path, faults: Faults) -> Cluster:

@@ -70,6 +70,11 @@ class StartLog:
         """The next start has another configuration than the last."""
         self._append({"event": "changed", "changes": list(changes)})
 
+    def forked(self, source: str, step: int, optimizer: bool, changes: Sequence[str]) -> None:
+        """The run begins with a checkpoint of another one, in ``source``; ``changes`` is what differs from it."""
+        record = {"event": "forked", "from": source, "step": step, "optimizer": optimizer, "changes": list(changes)}
+        self._append(record)
+
     def failures_without_progress(self) -> int:
         """How many starts in a row have failed without a newer checkpoint than the one before them.
 

@@ -27,6 +27,7 @@ from torchtitan.components.checkpointer.utils import canonical_fqn
 from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer
 
 from forge_hpc.checkpoint import CheckpointError, FileRecord, describe
+from forge_hpc.checkpoint.manifest import NO_OPTIMIZER
 from forge_hpc.training.staging import Staging
 
 
@@ -170,13 +171,15 @@ class TrainerCheckpointer(CheckpointManager):
             raise CheckpointError(f"cannot save {directory}: rank {rank}: {error}") from error
 
     def load_from(self, directory: Path) -> None:
-        """Load all state, whatever the sharding it was saved under.
+        """Load all state, whatever the sharding it was saved under; where ``NO_OPTIMIZER`` says so, without the
+        optimizer's.
 
         Raises:
             FileNotFoundError: no such directory.
             CheckpointError: it cannot be read or belongs to another model.
         """
         self.folder = str(directory)
+        self.exclude_from_loading = [OPTIMIZER] if (directory.parent / NO_OPTIMIZER).exists() else []
         with ordinary_errors(f"cannot load {directory}"):
             self.load(1)  # any step but 0, which means weights alone, and -1, which means the newest
 
