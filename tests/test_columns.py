@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from forge_hpc.config.errors import UserError
 from forge_hpc.data.packing import pack, unpack
 from forge_hpc.data.types import Document
-from forge_hpc.losses import LossOutput, PolicyLoss, Sequences, ValueLoss
+from forge_hpc.losses import PolicyLoss, ValueLoss, step_normalizer
 from forge_hpc.losses.base import accepted, columns_of
 
 
@@ -26,7 +28,9 @@ def test_a_column_stands_at_the_label_that_it_is_of_and_a_number_at_all_of_the_d
         document(4, columns={"returns": returns[1], "chosen": -1}),
     ]
     batch = pack(documents, 16)
-    for own, label, back in zip(documents, (1.0, -1.0), unpack(batch.columns["returns"], batch, documents), strict=True):
+    for own, label, back in zip(
+        documents, (1.0, -1.0), unpack(batch.columns["returns"], batch, documents), strict=True
+    ):
         np.testing.assert_array_equal(back[1:], np.asarray(own.columns["returns"])[1:].astype(np.float32))
         row, start = batch.placements[0 if own is documents[0] else 1]
         slots = slice(start, start + len(own.token_ids) - 1)
@@ -117,9 +121,11 @@ def test_a_policy_loss_gets_the_columns_that_it_names_and_nothing_of_what_is_not
         Weighted()(**tensors, mask=mask)
 
 
-def pair_loss(*, logprobs: Any, ref_logprobs: Any, mask: Any, group_ids: Any, normalizer: Any, chosen: Any) -> Any:
-    margins = Sequences(mask, group_ids).sums(chosen * (logprobs - ref_logprobs))
-    return LossOutput(-torch.nn.functional.logsigmoid(0.5 * margins).sum() / normalizer)
+def loss_of_the_page() -> Any:
+    page = (Path(__file__).parents[1] / "docs/own-loss.md").read_text(encoding="utf-8")
+    namespace: dict[str, Any] = {}
+    exec(re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)[-1], namespace)
+    return namespace["PairLoss"](beta=0.5)
 
 
 def test_a_loss_finds_its_pairs_by_group_ids_however_they_are_packed() -> None:
@@ -130,12 +136,13 @@ def test_a_loss_finds_its_pairs_by_group_ids_however_they_are_packed() -> None:
             num_tokens = int(rng.integers(4, 12))
             ref = rng.normal(size=num_tokens).astype(np.float32)
             own = rng.normal(size=num_tokens).astype(np.float32)
-            documents.append(
-                document(num_tokens, group=pair, ref_logprobs=ref, columns={"chosen": chosen, "own": own})
-            )
+            documents.append(document(num_tokens, group=pair, ref_logprobs=ref, columns={"chosen": chosen, "own": own}))
     differences = [float((d.columns["own"] - d.ref_logprobs)[d.loss_mask].sum()) for d in documents]  # type: ignore
     margins = np.array(differences[::2]) - np.array(differences[1::2])
     expected = float(np.mean(np.log1p(np.exp(-0.5 * margins))))
+    pair_loss = loss_of_the_page()
+    assert columns_of(pair_loss) == ("chosen",)
+    assert step_normalizer(pair_loss, 100, 12, 6) == 6
     for seq_len in (24, 60, 200):
         batch = pack(documents, seq_len)
         total = 0.0

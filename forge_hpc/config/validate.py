@@ -277,9 +277,9 @@ def _check_algorithm(cfg: Config) -> None:
             "set rollout.group_size to 2 or more, as a rule 8",
         )
     gpus = cfg.cluster.gpus_per_node
-    if cfg.reference.enable and gpus is not None and cfg.reference.device not in ("auto", "cuda" if gpus else "cpu"):
+    if cfg.reference.enable and gpus == 0 and cfg.reference.device == "cuda":
         raise UserError(
-            f"reference.device={cfg.reference.device}, and the trainers run on {'cuda' if gpus else 'cpu'}",
+            "reference.device=cuda, and the trainers have no GPU (cluster.gpus_per_node=0)",
             "the reference model computes where the trainers do: set reference.device=auto",
         )
     if ":" not in a.loss:
