@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from forge_hpc.config.errors import UserError
 from forge_hpc.data.packing import pack, unpack
 from forge_hpc.data.types import Document
-from forge_hpc.losses import LossOutput, PolicyLoss, Sequences, ValueLoss
+from forge_hpc.losses import PolicyLoss, ValueLoss, step_normalizer
 from forge_hpc.losses.base import accepted, columns_of
 
 
@@ -119,9 +121,11 @@ def test_a_policy_loss_gets_the_columns_that_it_names_and_nothing_of_what_is_not
         Weighted()(**tensors, mask=mask)
 
 
-def pair_loss(*, logprobs: Any, ref_logprobs: Any, mask: Any, group_ids: Any, normalizer: Any, chosen: Any) -> Any:
-    margins = Sequences(mask, group_ids).sums(chosen * (logprobs - ref_logprobs))
-    return LossOutput(-torch.nn.functional.logsigmoid(0.5 * margins).sum() / normalizer)
+def loss_of_the_page() -> Any:
+    page = (Path(__file__).parents[1] / "docs/own-loss.md").read_text(encoding="utf-8")
+    namespace: dict[str, Any] = {}
+    exec(re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)[-1], namespace)
+    return namespace["PairLoss"](beta=0.5)
 
 
 def test_a_loss_finds_its_pairs_by_group_ids_however_they_are_packed() -> None:
@@ -136,6 +140,9 @@ def test_a_loss_finds_its_pairs_by_group_ids_however_they_are_packed() -> None:
     differences = [float((d.columns["own"] - d.ref_logprobs)[d.loss_mask].sum()) for d in documents]  # type: ignore
     margins = np.array(differences[::2]) - np.array(differences[1::2])
     expected = float(np.mean(np.log1p(np.exp(-0.5 * margins))))
+    pair_loss = loss_of_the_page()
+    assert columns_of(pair_loss) == ("chosen",)
+    assert step_normalizer(pair_loss, 100, 12, 6) == 6
     for seq_len in (24, 60, 200):
         batch = pack(documents, seq_len)
         total = 0.0

@@ -383,9 +383,11 @@ class TrainerConfig:
 @dataclass
 class ReferenceConfig:
     enable: bool = False
-    """Hold a frozen copy of the initial model for the KL penalty."""
+    """Hold a frozen copy of the initial model for the KL penalty, in the compute dtype; with LoRA the trained model
+    without its adapters serves, and nothing is copied."""
     device: str = setting("auto", choices=("auto", "cpu", "cuda"), resume=ROUNDING)
-    """Where it computes: auto (with the trainers), cpu or cuda."""
+    """Where its weights are kept: auto or cuda (with the trainers' own) or cpu: in host memory, from where a layer at a
+    time visits the GPU. It computes where the trainers do."""
 
 
 @dataclass

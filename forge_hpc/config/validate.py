@@ -129,9 +129,9 @@ def _check_name(key: str, value: str, known: Iterable[str], formerly: Mapping[st
 def _check_algorithm(cfg: Config) -> None:
     a, r = cfg.algorithm, cfg.rollout
     gpus = cfg.cluster.gpus_per_node
-    if cfg.reference.enable and gpus is not None and cfg.reference.device not in ("auto", "cuda" if gpus else "cpu"):
+    if cfg.reference.enable and gpus == 0 and cfg.reference.device == "cuda":
         raise UserError(
-            f"reference.device={cfg.reference.device}, and the trainers run on {'cuda' if gpus else 'cpu'}",
+            "reference.device=cuda, and the trainers have no GPU (cluster.gpus_per_node=0)",
             "the reference model computes where the trainers do: set reference.device=auto",
         )
     check_loss(a)
