@@ -1,1 +1,1 @@
-"""Monarch actors, one a file, and the services that the recipes speak to."""
+"""Monarch actors, one a file."""

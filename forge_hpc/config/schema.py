@@ -45,8 +45,8 @@ SEED = Range("0 or more, and less than 2**63", lambda v: 0 <= v < 2**63)
 @dataclass
 class ModelConfig:
     path: str = setting("builtin:qwen3-tiny", path=True)
-    """A Hugging Face model: hub name, directory, ``builtin:qwen3-tiny`` (random weights from the seed), or
-    ``warmstart`` for the export of the run in RUN_DIR/warmstart (made first from ``warmstart.config``)."""
+    """A Hugging Face model: hub name, directory, ``builtin:qwen3-tiny`` or ``-small`` (random weights from the seed),
+    or ``warmstart`` for the export of the run in RUN_DIR/warmstart (made first from ``warmstart.config``)."""
     dtype: str = setting("bfloat16", choices=DTYPES)
     """dtype of the generator's weights and of the export: float32 or bfloat16."""
 
