@@ -36,7 +36,7 @@ from forge_hpc.evaluation.answers import Answers
 from forge_hpc.evaluation.figures import Graded, evaluation_seed, greedy_figures, sampled_figures
 from forge_hpc.observability.logger import MetricLogger
 from forge_hpc.rollouts.buffer import EpisodeBuffer
-from forge_hpc.rollouts.checks import MismatchWatch
+from forge_hpc.rollouts.mismatch import MismatchWatch
 from forge_hpc.run_dir import RunDir
 from forge_hpc.status_writer import StatusWriter
 from forge_hpc.supervisor.starts import StartLog
