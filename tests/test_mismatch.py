@@ -19,7 +19,7 @@ from forge_hpc.config import Config
 from forge_hpc.data.builtin import char_tokenizer, write_tiny_qwen3
 from forge_hpc.data.types import Document, Episode, Group, Prompt
 from forge_hpc.generation import GenerationEngine
-from forge_hpc.rollouts.checks import MismatchWatch
+from forge_hpc.rollouts.mismatch import MismatchWatch
 from forge_hpc.run_dir import RunDir
 from forge_hpc.training.distributed import init_distributed
 from forge_hpc.training.engine import TrainEngine

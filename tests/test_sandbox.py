@@ -34,7 +34,7 @@ from forge_hpc.config.schema import SandboxConfig
 from forge_hpc.sandbox import Limits, Result, Sandbox, runtimes
 from forge_hpc.sandbox.interpreter import Interpreter, find_interpreter
 from forge_hpc.sandbox.sandbox import _Session
-from forge_hpc.sandbox.slots import Slots
+from forge_hpc.sandbox.semaphore import Semaphore
 
 LIMITS = Limits(wall_s=3, cpu_s=1, memory_mb=128, processes=16, output_kb=16, disk_mb=8)
 CANARY = "FORGE_HPC_CANARY"
@@ -263,14 +263,14 @@ def test_no_more_run_at_once_than_asked_for():
 
 
 def test_one_that_is_cancelled_while_it_waits_takes_no_turn():
-    slots = Slots()
+    semaphore = Semaphore()
 
     async def main() -> None:
         async def wait() -> None:
-            async with slots.taken(1):
+            async with semaphore.acquired(1):
                 raise AssertionError("it had a turn")
 
-        async with slots.taken(1):
+        async with semaphore.acquired(1):
             waiting = [asyncio.create_task(wait()) for _ in range(3)]
             await asyncio.sleep(0)
             waiting[0].cancel()
@@ -279,7 +279,7 @@ def test_one_that_is_cancelled_while_it_waits_takes_no_turn():
             task.cancel()
         await asyncio.wait(waiting)
         assert all(task.cancelled() for task in waiting)
-        async with slots.taken(1):
+        async with semaphore.acquired(1):
             pass
 
     asyncio.run(asyncio.wait_for(main(), 30))

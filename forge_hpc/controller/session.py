@@ -38,7 +38,7 @@ from forge_hpc.evaluation.evaluator import Evaluator
 from forge_hpc.observability.logger import MetricLogger
 from forge_hpc.rewards import RewardPool
 from forge_hpc.rollouts.buffer import EpisodeBuffer, episode_buffer
-from forge_hpc.rollouts.checks import MismatchWatch
+from forge_hpc.rollouts.mismatch import MismatchWatch
 from forge_hpc.rollouts.stream import RolloutStream
 from forge_hpc.run_dir import RunDir
 from forge_hpc.status_writer import StatusWriter

@@ -24,21 +24,20 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 from forge_hpc.config import Config
 from forge_hpc.config.schema import SamplingConfig
 from forge_hpc.data.types import Completion, Episode, Prompt, Turn
 from forge_hpc.environments import EnvironmentFailed, EnvironmentPool, Response
 from forge_hpc.environments.rendering import ConversationRenderer
-from forge_hpc.environments.slots import Slots
+from forge_hpc.rollouts.lockstep import Lockstep, Respond
+from forge_hpc.rollouts.slots import Slot, Slots
 from forge_hpc.rollouts.streaming import stream
 
 logger = logging.getLogger(__name__)
 _RETRY_S = 0.1, 5.0
 """An episode that there was no room for tries again after this long, then after twice as long, up to the second."""
-T = TypeVar("T")
-Respond = Callable[[Turn], Awaitable[Completion | ValueError]]
 Played: TypeAlias = tuple[tuple[int, int], Episode | EnvironmentFailed]
 """The indices of a prompt and of a sample, and the episode, or why it failed."""
 
@@ -98,14 +97,14 @@ class EpisodePlayer:
 
             def start(prompt: Prompt, sample_index: int) -> Coroutine[Any, Any, Episode | EnvironmentFailed]:
                 if lockstep is not None:
-                    return lockstep.join(slots, lambda seat, turn: self._try(prompt, sample_index, seat, turn))
+                    return lockstep.join(slots, lambda slot, respond: self._try(prompt, sample_index, slot, respond))
 
                 async def respond(turn: Turn) -> Completion | ValueError:
                     cache = f"{self._cache}-{prompt.position}"
                     [response] = await self._generate([turn], sampling, seed, cache, key=None)
                     return response
 
-                return self._try(prompt, sample_index, Seat(slots), respond)
+                return self._try(prompt, sample_index, Slot(slots), respond)
 
             async with asyncio.TaskGroup() as tasks:
                 if key is None:
@@ -125,12 +124,12 @@ class EpisodePlayer:
         return None if most is None else max(1, most // self._num_generators)
 
     async def _try(
-        self, prompt: Prompt, sample_index: int, seat: Seat, respond: Respond
+        self, prompt: Prompt, sample_index: int, slot: Slot, respond: Respond
     ) -> Episode | EnvironmentFailed:
         """An episode, or why there is none. One that the environment has no room for waits and tries again."""
         delay_s, longest_s = _RETRY_S
         while True:
-            await seat.taken()
+            await slot.acquire()
             try:
                 return await self.play(prompt, sample_index, respond)
             except EnvironmentFailed as error:
@@ -140,10 +139,10 @@ class EpisodePlayer:
                         logger.warning("an episode of prompt %d is left out: %s", prompt.position, error)
                     return error
             finally:
-                seat.leave()
+                slot.release()
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, longest_s)
-            seat.ask()
+            slot.request()
 
     def _is_hopeless(self) -> bool:
         """Whether there has been no room for ``environment.timeout_s``, though no episode of this run takes it."""
@@ -223,89 +222,3 @@ def _add_observation(completion: Completion, token_ids: list[int]) -> None:
     completion.token_ids += token_ids
     completion.logprobs += [0.0] * len(token_ids)
     completion.loss_mask += [False] * len(token_ids)
-
-
-class Seat:
-    """An episode's place among those that are open; asked for when it is made.
-
-    Args:
-        lockstep: counts those that have one.
-    """
-
-    def __init__(self, slots: Slots, lockstep: Lockstep | None = None) -> None:
-        self._slots, self._lockstep = slots, lockstep
-        self.ask()
-
-    def ask(self) -> None:
-        """Stand in line."""
-        self._entered = asyncio.get_running_loop().create_future()
-        self._slots.request(self._enter)
-
-    async def taken(self) -> None:
-        """Wait until it is this episode's turn; then ``leave`` is due."""
-        try:
-            await self._entered
-        except asyncio.CancelledError:
-            if not self._entered.cancelled():
-                self.leave()
-            raise
-
-    def leave(self) -> None:
-        """Give the place to the next in line, before the lockstep looks whether it is complete."""
-        self._slots.release()
-        if self._lockstep is not None:
-            self._lockstep.left()
-
-    def _enter(self) -> None:
-        if self._entered.cancelled():
-            self._slots.release()
-            return
-        self._entered.set_result(None)
-        if self._lockstep is not None:
-            self._lockstep.num_live += 1
-
-
-class Lockstep:
-    """Gathers one request of every episode that is open, then sends all at once, in the order of joining."""
-
-    def __init__(
-        self,
-        generate: Callable[[list[Turn]], Awaitable[list[Completion | ValueError]]],
-        tasks: asyncio.TaskGroup,
-    ) -> None:
-        self._generate, self._tasks = generate, tasks
-        self._num_joined = 0
-        self.num_live = 0
-        """Episodes that have their seat."""
-        self._waiting: dict[int, tuple[Turn, asyncio.Future[Completion | ValueError]]] = {}
-
-    def join(self, slots: Slots, play: Callable[[Seat, Respond], T]) -> T:
-        """What ``play`` makes of a seat in ``slots`` and of what answers an episode's turns. One that is let in at once
-        counts from this call."""
-        number = self._num_joined
-        self._num_joined += 1
-
-        async def respond(turn: Turn) -> Completion | ValueError:
-            answer = asyncio.get_running_loop().create_future()
-            self._waiting[number] = turn, answer
-            self._send_when_complete()
-            return await answer
-
-        return play(Seat(slots, self), respond)
-
-    def left(self) -> None:
-        """An episode has given its seat back."""
-        self.num_live -= 1
-        self._send_when_complete()
-
-    def _send_when_complete(self) -> None:
-        if self._waiting and len(self._waiting) == self.num_live:
-            requests = [request for _, request in sorted(self._waiting.items(), key=lambda item: item[0])]
-            self._waiting = {}
-            self._tasks.create_task(self._send(requests))
-
-    async def _send(self, requests: list[tuple[Turn, asyncio.Future[Completion | ValueError]]]) -> None:
-        responses = await self._generate([turn for turn, _ in requests])
-        for (_, answer), response in zip(requests, responses, strict=True):
-            if not answer.done():
-                answer.set_result(response)

@@ -32,11 +32,6 @@ class Result:
     """CPU seconds of it and all that it started."""
 
     @property
-    def timed_out(self) -> bool:
-        """It took too long, by the clock or on the CPU."""
-        return self.killed_by in ("wall", "cpu")
-
-    @property
     def truncated(self) -> bool:
         """It printed more than was kept."""
         return self.killed_by == "output"

@@ -43,7 +43,7 @@ from forge_hpc.sandbox import runtimes
 from forge_hpc.sandbox.guest import frames, init
 from forge_hpc.sandbox.interpreter import readable_by_all
 from forge_hpc.sandbox.results import Case, Limits, Report, Result, SandboxError, Verdict
-from forge_hpc.sandbox.slots import Slots
+from forge_hpc.sandbox.semaphore import Semaphore
 
 if TYPE_CHECKING:
     import psutil
@@ -55,7 +55,7 @@ _CLEAN_UP_S = 5.0
 """What a runtime may take to clean up once process 1 is dead."""
 _KILL_TIMEOUT_S = 30.0
 _NOBODY = 65534
-_SLOTS = Slots()
+_RUNNING = Semaphore()
 _T = TypeVar("_T")
 
 
@@ -136,10 +136,6 @@ class Sandbox:
         """``run`` for code without an event loop."""
         return _in_thread(self.run(code, **options))
 
-    def run_tests_sync(self, code: str, tests: Sequence[Case | str], **options: Any) -> Report:
-        """``run_tests`` for code without an event loop."""
-        return _in_thread(self.run_tests(code, tests, **options))
-
     def check(self) -> str:
         """Start a sandbox once, look out of it, and say in one line what it is.
 
@@ -167,7 +163,7 @@ class Sandbox:
         as_nobody: dict[str, Any] = {}
         if os.geteuid() == 0:
             as_nobody = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []}
-        async with _SLOTS.taken(self.parallel):
+        async with _RUNNING.acquired(self.parallel):
             try:
                 process = await asyncio.create_subprocess_exec(
                     *command,

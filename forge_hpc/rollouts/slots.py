@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Callable
 
@@ -42,3 +43,47 @@ class Slots:
                 enter()
             else:
                 self._within.request(enter)
+
+
+def _nothing() -> None:
+    pass
+
+
+class Slot:
+    """An episode's place among those that are open; requested when it is made.
+
+    Args:
+        on_enter, on_release: called when the episode is let in, and when it has given its place back.
+    """
+
+    def __init__(
+        self, slots: Slots, on_enter: Callable[[], None] = _nothing, on_release: Callable[[], None] = _nothing
+    ) -> None:
+        self._slots, self._on_enter, self._on_release = slots, on_enter, on_release
+        self.request()
+
+    def request(self) -> None:
+        """Stand in line."""
+        self._entered = asyncio.get_running_loop().create_future()
+        self._slots.request(self._enter)
+
+    async def acquire(self) -> None:
+        """Wait until it is this episode's turn; then ``release`` is due."""
+        try:
+            await self._entered
+        except asyncio.CancelledError:
+            if not self._entered.cancelled():
+                self.release()
+            raise
+
+    def release(self) -> None:
+        """Give the place to the next in line, who is let in before ``on_release`` is called."""
+        self._slots.release()
+        self._on_release()
+
+    def _enter(self) -> None:
+        if self._entered.cancelled():
+            self._slots.release()
+            return
+        self._entered.set_result(None)
+        self._on_enter()

@@ -10,11 +10,11 @@ from collections.abc import AsyncIterator
 from concurrent.futures import Future
 
 
-class Slots:
-    """Turns for those who wait, in their order. Each says how many it lets run beside itself.
+class Semaphore:
+    """Lets in those who wait, in their order. Each says with how many it may run at once.
 
     Example:
-        async with slots.taken(parallel=2):
+        async with semaphore.acquired(parallel=2):
             ...
     """
 
@@ -24,7 +24,7 @@ class Slots:
         self._waiting: deque[tuple[int, Future[None]]] = deque()
 
     @contextlib.asynccontextmanager
-    async def taken(self, parallel: int) -> AsyncIterator[None]:
+    async def acquired(self, parallel: int) -> AsyncIterator[None]:
         """Wait until fewer than `parallel` run, and count as one of them."""
         turn: Future[None] = Future()
         with self._lock:
