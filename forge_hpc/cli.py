@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _submit(argv: list[str]) -> int:
     """start a run: queue it on Slurm, or run it here"""
-    from forge_hpc.submit import Request, submit
+    from forge_hpc.submission import Request, submit
 
     parser = _parser("submit", _submit)
     parser.add_argument("--config", type=Path, metavar="FILE", help="configuration; default configs/grpo/demo.yaml")
@@ -75,7 +75,7 @@ def _resume(argv: list[str]) -> int:
     from forge_hpc.control import find_run
     from forge_hpc.files import is_there
     from forge_hpc.fork import parse_source
-    from forge_hpc.submit import Request, submit
+    from forge_hpc.submission import Request, submit
 
     parser = _run_parser("resume", _resume)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="what may change: docs/configuration.md")
@@ -252,7 +252,7 @@ def _doctor(argv: list[str]) -> int:
 
 def _prepare(argv: list[str]) -> int:
     """(sbatch/common.sh) in a job: make the run directory, print the command that starts the run"""
-    from forge_hpc.submit import PROJECT, Request, prepare_in_allocation
+    from forge_hpc.submission import PROJECT, Request, prepare_in_allocation
 
     parser = _parser("prepare", _prepare)
     parser.add_argument("--recipe", metavar="NAME", default="grpo", help="whose demo is the default configuration")

@@ -8,9 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from forge_hpc.config import Config, UserError, load_config, plan, validate
-from forge_hpc.config.names import RECIPES
-from forge_hpc.config.recipes import load_recipe
+from forge_hpc.config import UserError, load_config, plan, validate
 from forge_hpc.config.schema import LoggingConfig
 from forge_hpc.evaluation.figures import (
     Graded,
@@ -137,52 +135,6 @@ def test_an_evaluation_generates_on_every_node_and_every_gpu():
     assert placement.replica_gpus == ((0, 1), (2, 3), (4, 5), (6, 7)) and placement.trainer_procs == 0
     assert "trainers" not in placement.describe() and "12 replicas" in placement.describe()
     assert plan(load_config(None, [*overrides[:2], "generator.replicas=3"]), 0).replicas == 3
-
-
-# ---------------------------------------------------------------------------------------------------- own recipes
-OWN = """
-async def mine(session):
-    pass
-
-def not_async(session):
-    pass
-
-async def no_argument():
-    pass
-"""
-
-
-def test_a_recipe_of_ones_own_is_found_beside_the_configuration_and_placed_like_grpo(tmp_path: Path):
-    (tmp_path / "own.py").write_text(OWN)
-    (tmp_path / "own.yaml").write_text("recipe: own.py:mine\nrollout: {group_size: 1}\ncluster: {nodes: 4}\n")
-    cfg = load_config(tmp_path / "own.yaml")
-    assert cfg.recipe == f"{tmp_path}/own.py:mine"
-    validate(cfg)
-    assert (plan(cfg, 8).trainer_nodes, plan(cfg, 8).rollout_nodes) == (range(2), range(2, 4))
-    assert type(load_recipe(cfg)).__name__ == "mine"
-    with pytest.raises(UserError, match="has no 'min'"):
-        validate(load_config(tmp_path / "own.yaml", [f"recipe={tmp_path}/own.py:min"]))
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("FILE:not_async", "and not async"),
-        ("FILE:no_argument", "does not take one argument"),
-        ("FILE:other", "has no 'other'"),
-        ("no_such_module:f", "no module 'no_such_module'"),
-        ("gpro", "recipe is 'gpro'"),
-    ],
-)
-def test_what_is_no_recipe_is_refused(name: str, words: str, tmp_path: Path):
-    (tmp_path / "own.py").write_text(OWN)
-    with pytest.raises(UserError, match=words):
-        load_recipe(Config(recipe=name.replace("FILE", str(tmp_path / "own.py"))))
-
-
-@pytest.mark.parametrize("name", [*RECIPES, "forge_hpc.recipes.grpo:GRPO"])
-def test_our_recipes_are_found_by_name(name: str):
-    assert type(load_recipe(Config(recipe=name))).__module__.startswith("forge_hpc.recipes.")
 
 
 # ---------------------------------------------------------------------------------------------------- what is shown

@@ -16,7 +16,7 @@ from forge_hpc.data.render import DocumentRenderer, PromptRenderer
 from forge_hpc.data.types import Prompt
 from forge_hpc.environments.rendering import ConversationRenderer
 from forge_hpc.run_dir import RunDir
-from forge_hpc.submit import Request, _changes, _fix_date, prepare, resolve_config
+from forge_hpc.submission import Request, _changes, _fix_date, prepare, resolve_config
 
 # As Llama 3.2's template: the day of the rendering, unless the caller names another.
 DATED = (
@@ -64,7 +64,7 @@ def test_the_day_is_that_of_the_first_submission_and_kept(tmp_path: Path, monkey
 
     today = date.today().isoformat()
     assert submitted().data.template_date in (today, date.today().isoformat())
-    monkeypatch.setattr("forge_hpc.submit.date", Tomorrow)
+    monkeypatch.setattr("forge_hpc.submission.date", Tomorrow)
     assert submitted().data.template_date == today
     with pytest.raises(UserError, match=r"data\.template_date"):
         submitted("data.template_date=2024-07-26")

@@ -8,22 +8,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
-import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.names import RECIPES
+from forge_hpc.config.needs import Needs
 from forge_hpc.config.schema import Config
 from forge_hpc.config.user_code import find_user_code, load_user_code, nearest
 
-if TYPE_CHECKING:
-    from forge_hpc.config.needs import Needs
-    from forge_hpc.recipes.base import Recipe
+
+class LoadedRecipe(Protocol):
+    """A ``recipes.Recipe``, as those see it who start it."""
+
+    args: Any
+
+    def needs(self, config: Config) -> Needs: ...
+
+    def check(self, config: Config) -> None: ...
+
+    async def run(self, session: Any) -> None: ...
 
 
-def load_recipe(cfg: Config) -> Recipe:
+def load_recipe(cfg: Config) -> LoadedRecipe:
     """The recipe that `cfg` names, with its options.
 
     Raises:
@@ -45,7 +52,7 @@ def needs_of(cfg: Config) -> Needs:
     return load_recipe(cfg).needs(cfg)
 
 
-def _recipe_class(name: str) -> type[Recipe]:
+def _recipe_class(name: str) -> type[Any]:
     if name not in RECIPES and ":" not in name:
         own = "or your own as file.py:Class or package.module:Class"
         raise UserError(
@@ -57,9 +64,8 @@ def _recipe_class(name: str) -> type[Recipe]:
 
 
 @functools.lru_cache(maxsize=8)
-def _load(place: str, written: int) -> type[Recipe]:
+def _load(place: str, written: int) -> type[Any]:
     """``written`` says which state of the file."""
-    base = importlib.import_module("forge_hpc.recipes.base")
     module, _, name = place.rpartition(":")
     if not module or not name.isidentifier():
         raise UserError(f"recipe is {place!r}", "write package.module:Class or file.py:Class")
@@ -73,12 +79,10 @@ def _load(place: str, written: int) -> type[Recipe]:
         raise UserError(
             f"recipe: {module} cannot be imported: {type(error).__name__}: {error}", "try it with python"
         ) from error
-    if inspect.iscoroutinefunction(found):
-        return base.of_function(found, place)
-    if not (isinstance(found, type) and issubclass(found, base.Recipe)):
+    if (check := getattr(found, "check_surface", None)) is None:
         raise UserError(
-            f"the recipe {place} is no forge_hpc.recipes.Recipe and not async",
-            "write `class MyRecipe(Recipe)` with `async def run(self, session)`, or `async def my_recipe(session)`",
+            f"the recipe {place} is no forge_hpc.recipes.Recipe",
+            "write `class MyRecipe(Recipe)` with `async def run(self, session)`",
         )
-    base.check_surface(found, place)
+    check(place)
     return found

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -59,6 +60,26 @@ class Recipe:
 
     def check(self, config: Config) -> None:
         """Raise UserError for what of ``config``, which is valid otherwise, this recipe cannot work with."""
+
+    @classmethod
+    def check_surface(cls, place: str) -> None:
+        """Raise UserError where ``run`` is none, or its module uses what no session has: found where the run is
+        submitted, not after a night in the queue."""
+        if cls.run is Recipe.run or not inspect.iscoroutinefunction(cls.run):
+            raise UserError(f"the recipe {place} has no async run", "write `async def run(self, session)`")
+        names = {name for name in (*vars(Session), *Session.__annotations__) if not name.startswith("_")}
+        try:
+            source = inspect.getsource(sys.modules[cls.__module__])
+        except (OSError, TypeError, KeyError):  # it has none: made as it runs
+            return
+        for node in ast.walk(ast.parse(source)):
+            if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)):
+                continue
+            if node.value.id == "session" and node.attr not in names:
+                raise UserError(
+                    f"{place}, line {node.lineno}: a session has no {node.attr!r}",
+                    nearest(node.attr, names) or f"it has {', '.join(sorted(names))}",
+                )
 
     async def run(self, session: Session) -> None:
         """The algorithm, from ``session.step`` to the end. After a restart, or the loss of a trainer, called anew."""
@@ -119,50 +140,3 @@ class Session(Protocol):
 
     async def finish(self) -> None:
         """The last save, the export, and an evaluation that has waited for the trainers' GPUs."""
-
-
-def of_function(function: Callable[[Session], Awaitable[None]], place: str) -> type[Recipe]:
-    """The recipe that ``async def my_recipe(session)`` is, with the needs of any.
-
-    Raises UserError where it does not take one argument, or uses what no session has.
-    """
-    try:
-        inspect.signature(function).bind(None)
-    except TypeError:
-        raise UserError(f"the recipe {place} does not take one argument", "it is called with the session") from None
-
-    class FunctionRecipe(Recipe):
-        async def run(self, session: Session) -> None:
-            await function(session)
-
-    FunctionRecipe.__name__ = function.__name__
-    _check_names(function, function.__module__, place)
-    return FunctionRecipe
-
-
-def check_surface(recipe: type[Recipe], place: str) -> None:
-    """Raise UserError where its ``run`` uses what no session has: found here, not after a night in the queue."""
-    if recipe.run is Recipe.run:
-        raise UserError(f"the recipe {place} has no run", "write `async def run(self, session)`")
-    if not inspect.iscoroutinefunction(recipe.run):
-        raise UserError(f"the recipe {place} has a run that is not async", "write `async def run(self, session)`")
-    _check_names(recipe, recipe.__module__, place)
-
-
-def _check_names(where: Callable[..., Any], module: str, place: str) -> None:
-    names = {name for name in (*vars(Session), *Session.__annotations__) if not name.startswith("_")}
-    try:
-        source = inspect.getsource(inspect.getmodule(where) or where)
-    except (OSError, TypeError):
-        return
-    for node in ast.walk(ast.parse(source)):
-        if (
-            isinstance(node, ast.Attribute)
-            and isinstance(node.value, ast.Name)
-            and node.value.id == "session"
-            and node.attr not in names
-        ):
-            raise UserError(
-                f"{place}, line {node.lineno}: a session has no {node.attr!r}",
-                nearest(node.attr, names) or f"it has {', '.join(sorted(names))}",
-            )

@@ -1,0 +1,482 @@
+"""From a command line to a run: resolve the configuration, make its run directory, and hand it to a launcher.
+
+`sbatch/grpo.sh` goes through `prepare_in_allocation`, and from
+there on both ways are the same: the run directory holds the configuration, and ``forge_hpc.run --run-dir D`` starts on
+every node. No torch here.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import date, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from forge_hpc.config import Config, UserError, load_config, plan, read_config, safe_changes, save_config, validate
+from forge_hpc.config.recipes import load_recipe, needs_of
+from forge_hpc.files import is_there
+from forge_hpc.fork import Fork, begin_with, open_fork
+from forge_hpc.run_dir import RunDir, Status
+from forge_hpc.supervisor.starts import StartLog
+from forge_hpc.user_files import check_files, keep_files, kept_files, restore_kept
+
+if TYPE_CHECKING:
+    from forge_hpc.slurm import JobFacts
+
+PROJECT = Path(__file__).resolve().parents[1]
+DEFAULT_CONFIG = PROJECT / "configs" / "grpo" / "demo.yaml"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command line asks for. ``run_dir`` alone, of a run that exists, means that run's own configuration."""
+
+    config: Path | None = None
+    overrides: tuple[str, ...] = ()
+    run_dir: Path | None = None
+    nodes: int | None = None
+    cluster: str = "auto"
+    site: str | None = None
+    name: str | None = None
+    default_config: Path = DEFAULT_CONFIG
+    accept_changes: bool = False
+    """Go on with other files of the user's than those that the run began with."""
+    source: Path | None = None
+    """The run that a new one begins from, with its configuration and a checkpoint of it."""
+    source_step: int | None = None
+    keep_optimizer: bool = True
+
+
+def resolve_config(request: Request) -> Config:
+    """The whole configuration: file, then site profile, then overrides; not yet validated.
+
+    Raises:
+        UserError: as `load_config`, or a broken site profile.
+    """
+    from forge_hpc.slurm.site import site_overrides
+
+    overrides = [*site_overrides(request.site), *request.overrides]
+    if request.name is not None:
+        overrides.append(f"name={request.name}")
+    directory = request.source or request.run_dir
+    existing = RunDir(directory) if directory else None
+    if request.config is not None:
+        cfg = load_config(request.config, overrides)
+    elif existing and existing.has_config:
+        cfg = read_config(existing.config, overrides)
+    else:
+        _say(f"No --config: taking {_shown(request.default_config)}. For real models: {_real_models(request)}")
+        cfg = load_config(request.default_config, overrides)
+    if request.nodes is not None:
+        _set_nodes(cfg, request.nodes, request.overrides)
+    return cfg
+
+
+def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, follow: bool = False) -> int:
+    """Queue the run on Slurm, or run it here; the exit code for the shell.
+
+    Args:
+        dry_run: print the job script and the node split, queue and create nothing.
+        fresh: move a completed run away from ``request.run_dir`` first.
+        follow: show the job's output until the run ends.
+
+    Raises:
+        UserError: anything that would keep the run from starting, before anything is queued.
+    """
+    from forge_hpc.slurm import partitions
+    from launchers import slurm
+
+    if fresh and not dry_run and request.run_dir:
+        _move_completed_run_aside(RunDir(request.run_dir))
+    cfg = resolve_config(request)
+    on_slurm = request.cluster != "local" and partitions.slurm_is_here()
+    if request.cluster == "local" and cfg.cluster.nodes > 1:
+        raise UserError(
+            f"--cluster local has 1 node, {cfg.cluster.nodes} are asked for", "--nodes 1, or --cluster slurm"
+        )
+    if not on_slurm and not dry_run and (request.cluster == "slurm" or cfg.cluster.nodes > 1):
+        raise UserError(
+            f"{cfg.cluster.nodes} nodes need Slurm, and there is none here"
+            if cfg.cluster.nodes > 1
+            else "there is no Slurm here",
+            "submit from a login node of a cluster, or use --cluster local; --dry-run shows the job script anywhere",
+        )
+    known = partitions.partitions() if on_slurm else []
+    if on_slurm and (ignored := slurm.adopt_shell(cfg)):
+        _say(f"not passed on to sbatch: {', '.join(ignored)} (see slurm.extra)")
+    if on_slurm and cfg.cluster.gpus_per_node is None:
+        cfg.cluster.gpus_per_node = partitions.gpus_per_node(cfg, known)
+    run_dir = RunDir(request.run_dir or _default_run_dir(cfg.name))
+    with _fork(request, cfg, run_dir) as fork:
+        return _submit(request, cfg, run_dir, fork, known, on_slurm=on_slurm, dry_run=dry_run, follow=follow)
+
+
+def _submit(
+    request: Request,
+    cfg: Config,
+    run_dir: RunDir,
+    fork: Fork | None,
+    known: list[Any],
+    *,
+    on_slurm: bool,
+    dry_run: bool,
+    follow: bool,
+) -> int:
+    from forge_hpc.slurm import partitions
+    from launchers import local, slurm
+    from launchers.command import run_command
+
+    file_changes = check_files(cfg, run_dir, accept=request.accept_changes)
+    warm = _check(cfg, run_dir if fork is None else fork.source)
+    _fix_date(cfg, run_dir)
+    changes = _changes(cfg, run_dir) + file_changes
+    if on_slurm or (dry_run and request.cluster != "local"):
+        slurm.check_share(cfg)
+        slurm.check_array(cfg)
+    if on_slurm or request.cluster != "local":
+        _warn_of_shared_nodes(cfg)
+
+    if dry_run:
+        if request.cluster == "local":
+            print(shlex.join(run_command(run_dir.path)))
+        else:
+            print(slurm.RunExecutor(cfg, run_dir.path).script())
+        print(_split(cfg, "# "))
+        _say_all(changes)
+        if on_slurm:
+            partitions.check_job(cfg, known)
+        elif request.cluster != "local":
+            _say("There is no Slurm here: the site's checks (partition, nodes, time limit) are left out.")
+        _say("Dry run: nothing was created or queued.")
+        return 0
+
+    if on_slurm:
+        partitions.check_job(cfg, known)
+    _refuse_busy(run_dir)
+    ended = run_dir.read_status()
+    if _is_complete(cfg, ended):
+        print(f"{run_dir} is complete: nothing to do (another --run-dir begins a new run)")
+        return 0
+    _say_all(changes)
+    is_new, before = not run_dir.exists, read_config(run_dir.config) if run_dir.has_config else None
+    files = kept_files(run_dir)
+    prepare(cfg, run_dir, None, warm, fork)
+    if not on_slurm:
+        _record(changes, run_dir)
+        print(f"run directory  {run_dir}\n{_split(cfg)}", flush=True)
+        return local.run_here(cfg, run_dir.path)
+    try:
+        job_id = slurm.RunExecutor(cfg, run_dir.path).submit_run()
+    except UserError:
+        _undo(run_dir, is_new, before, ended, files)
+        raise
+    _record(changes, run_dir)
+    status = run_dir.read_status()
+    if status and status.state == "pending":  # a job that has begun already wrote its id itself
+        run_dir.write_status(job_id=job_id)
+    where = shlex.quote(str(run_dir))
+    print(f"job            {job_id}")
+    print(f"run directory  {run_dir}")
+    print(_split(cfg))
+    print(f"next           {_tool()} watch {where}\n               {_tool()} logs --follow {where}")
+    print(f"               {_tool()} cancel {where}", flush=True)
+    if follow:
+        from forge_hpc.control import follow_run
+
+        return follow_run(run_dir, job_id)
+    return 0
+
+
+def prepare_in_allocation(request: Request) -> str:
+    """Inside a job that sbatch started: make or find the run directory, and return the shell lines that start the run.
+
+    For a run that is complete they do nothing, and succeed. A requeued job, or its successor, takes the
+    configuration that was saved, whatever has become of the files that it came from.
+
+    Raises:
+        UserError: as `submit`, or outside a Slurm job.
+    """
+    from forge_hpc.slurm import CONTINUE, corrections, job_facts, own_job_id
+    from launchers.command import job_command, with_variables
+
+    if "SLURM_JOB_ID" not in os.environ:
+        raise UserError("this is not a Slurm job", "sbatch sbatch/grpo.sh, or forge-hpc submit --cluster local")
+    facts = job_facts(os.environ["SLURM_JOB_ID"])
+    variables = corrections(facts)
+    environ = {key: value for key, value in (os.environ | variables).items() if value is not None}
+    job_id = own_job_id(environ) or ""
+    nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
+    continued = os.environ.get(CONTINUE)  # the job follows one that could not be requeued
+    requeued = int(environ.get("SLURM_RESTART_COUNT", "0")) > 0 or continued is not None
+    given = Path(continued) if continued else request.run_dir
+    run_dir = RunDir(given) if given else None
+    if requeued and run_dir is None:
+        run_dir = next((d for d in map(RunDir, Path("runs").glob(f"*-{job_id}")) if d.has_config), None)
+    if requeued and run_dir and run_dir.has_config:
+        cfg = read_config(run_dir.config)
+    else:
+        cfg = resolve_config(replace(request, nodes=nodes))
+        _adopt_job(cfg, job_id, facts)
+        run_dir = run_dir or RunDir(Path("runs") / f"{cfg.name}-{job_id}")
+        file_changes = check_files(cfg, run_dir)
+        warm = _check(cfg, run_dir)
+        _fix_date(cfg, run_dir)
+        changes = _changes(cfg, run_dir) + file_changes
+        _warn_of_shared_nodes(cfg)
+        _refuse_busy(run_dir, job_id)
+        if not _is_complete(cfg, run_dir.read_status()):
+            _say_all(changes)
+            prepare(cfg, run_dir, job_id, warm)
+            _record(changes, run_dir)
+    if _is_complete(cfg, run_dir.read_status()):
+        _say(f"{run_dir} is complete: nothing to do")
+        return "true"
+    _say(f"run directory  {run_dir}\n{_split(cfg)}")
+    return with_variables(variables, job_command(cfg, run_dir.path))
+
+
+def _adopt_job(cfg: Config, job_id: str, facts: JobFacts | None) -> None:
+    """Options of sbatch win over the configuration; kept in it, so that ``forge-hpc resume`` asks for the same.
+
+    The job scripts ask for --requeue: that it is in the job does not mean that somebody wants it.
+    """
+    from forge_hpc.slurm import SlurmRefused, forbid_requeue
+
+    if facts is not None and facts.can_requeue and cfg.slurm.requeue != "auto":
+        try:
+            forbid_requeue(job_id)
+        except SlurmRefused as refused:
+            _say(f"warning: slurm.requeue={cfg.slurm.requeue}, but Slurm may start this job again itself: {refused}")
+    if facts is not None:
+        if not facts.can_requeue and cfg.slurm.requeue == "auto":
+            cfg.slurm.requeue = "successor"
+        cfg.slurm.partition = facts.partition
+        cfg.slurm.account = facts.account or cfg.slurm.account
+        cfg.slurm.qos = facts.qos or cfg.slurm.qos
+        cfg.slurm.time = facts.time_limit or cfg.slurm.time
+
+
+def prepare(
+    cfg: Config, run_dir: RunDir, job_id: str | None, warm: Config | None = None, fork: Fork | None = None
+) -> None:
+    """Create the run directory (0700) with config.yaml and a pending status.json (0600), or renew those of a restart.
+
+    The warm start's configuration is saved too: a resume must not depend on the file that it came from; and the user's
+    own files that the configuration names, so that it shows when they have changed.
+
+    Raises:
+        UserError: the directory cannot be written.
+    """
+    run_dir.create()
+    if fork is not None:
+        begin_with(fork, cfg, run_dir)
+        StartLog(run_dir).forked(str(fork.source), fork.step, fork.keeps_optimizer, fork.changes(cfg))
+    save_config(cfg, run_dir.config)
+    keep_files(cfg, run_dir)
+    if warm is not None:
+        warm.data.template_date = warm.data.template_date or cfg.data.template_date
+        save_config(warm, RunDir(run_dir.warmstart).create().config)
+    # An earlier job is no longer this run's: who watches must not take its end for ours.
+    step = None if fork is None else fork.step
+    run_dir.write_status(
+        state="pending", step=step, policy_version=step, job_id=job_id or "", total_steps=_total_steps(cfg), message=""
+    )
+
+
+def _check(cfg: Config, run_dir: RunDir) -> Config | None:
+    """Validate the configuration and that of its warm start, which is returned if `run_dir` does not have it yet."""
+    cfg.recipe_args = asdict(load_recipe(cfg).args)  # its defaults are part of the run, like those of the schema
+    saved = RunDir(run_dir.warmstart)
+    if cfg.model.path != "warmstart" or not saved.has_config:
+        validate(cfg)
+    else:  # the file that it came from may be gone
+        validate(replace(cfg, warmstart=replace(cfg.warmstart, config=str(saved.config))))
+        return None
+    if cfg.model.path != "warmstart":
+        return None
+    file = cfg.warmstart.config
+    try:
+        warm = load_config(file, cfg.warmstart.overrides)
+        validate(warm)
+    except UserError as error:
+        raise UserError(f"the warm start (warmstart.config={file}): {error.message}", error.hint) from None
+    if warm.model.path == "warmstart":
+        raise UserError(f"the warm start (warmstart.config={file}) begins with a warm start itself", "name its model")
+    return warm
+
+
+def _is_complete(cfg: Config, status: Status | None) -> bool:
+    return status is not None and status.state == "completed" and status.step >= _total_steps(cfg)
+
+
+def _total_steps(cfg: Config) -> int:
+    """Optimizer steps of the whole run."""
+    return cfg.trainer.training.steps if needs_of(cfg).trains else 0
+
+
+def _warn_of_shared_nodes(cfg: Config) -> None:
+    if not cfg.slurm.exclusive:
+        _say(
+            "warning: slurm.exclusive=false: other users of a node can reach this run's Monarch sockets (abstract Unix "
+            "sockets) and the ports of gloo and vLLM; see Security in the README"
+        )
+
+
+def _set_nodes(cfg: Config, nodes: int, overrides: Sequence[str]) -> None:
+    """``--nodes`` wins over the file; its split is kept as a ratio where its numbers do not fit any more."""
+    cluster = cfg.cluster
+    if nodes < 1:
+        raise UserError(f"--nodes {nodes}", "give 1 or more")
+    cluster.nodes = nodes
+    working = nodes - cluster.spare_nodes
+    given = [n for n in (cluster.trainer_nodes, cluster.rollout_nodes) if n is not None]
+    by_hand = any(o.partition("=")[0] in ("cluster.trainer_nodes", "cluster.rollout_nodes") for o in overrides)
+    if by_hand or not given or (len(given) == 1 and given[0] < working) or (len(given) == 2 and sum(given) == working):
+        return
+    if cluster.trainer_nodes is not None and cluster.rollout_nodes is not None:
+        cluster.rollout_ratio = cluster.rollout_nodes / (cluster.trainer_nodes + cluster.rollout_nodes)
+    _say(
+        f"The configuration's trainer_nodes={cluster.trainer_nodes} and rollout_nodes={cluster.rollout_nodes} "
+        f"do not fit {working} nodes: splitting by rollout_ratio={cluster.rollout_ratio:g}"
+    )
+    cluster.trainer_nodes = cluster.rollout_nodes = None
+
+
+def _fix_date(cfg: Config, run_dir: RunDir) -> None:
+    """A chat template that writes today's date writes one and the same in all starts of the run: that of the first."""
+    if cfg.data.template_date is None:
+        saved = read_config(run_dir.config).data.template_date if run_dir.has_config else None
+        cfg.data.template_date = saved or date.today().isoformat()
+
+
+def _changes(cfg: Config, run_dir: RunDir) -> list[str]:
+    """What differs from the run's earlier configuration, one line a key.
+
+    Raises:
+        UserError: something differs that may not, or the run has done more steps than are asked for now.
+    """
+    if not run_dir.has_config:
+        return []
+    status = run_dir.read_status()
+    return safe_changes(
+        read_config(run_dir.config),
+        cfg,
+        status.step if status is not None else 0,
+        f"{run_dir} belongs to another configuration",
+        f"choose another --run-dir, or go on with its own: {_tool()} resume {shlex.quote(str(run_dir))}",
+    )
+
+
+@contextmanager
+def _fork(request: Request, cfg: Config, run_dir: RunDir) -> Iterator[Fork | None]:
+    """What a new run begins with, where it is asked for; its checkpoint stays readable in the body."""
+    if request.source is None:
+        yield None
+        return
+    if run_dir.has_config:
+        raise UserError(f"{run_dir} is a run already, and --from begins a new one", "choose another --run-dir")
+    source = RunDir(request.source)
+    with open_fork(source, request.source_step, read_config(source.config), cfg, request.keep_optimizer) as fork:
+        optimizer = "" if fork.keeps_optimizer else ", without its optimizer's state"
+        _say(f"Beginning with step {fork.step} of {source}{optimizer}")
+        _say_all(fork.changes(cfg))
+        yield fork
+
+
+def _record(changes: Sequence[str], run_dir: RunDir) -> None:
+    if changes:
+        StartLog(run_dir).changed(changes)
+
+
+def _refuse_busy(run_dir: RunDir, own_job_id: str | None = None) -> None:
+    """Refuse a directory that a queued or running job, or a live process, works on."""
+    if not run_dir.exists:
+        return
+    from forge_hpc.slurm.job import is_active
+
+    status, holder = run_dir.read_status(), run_dir.lock_holder()
+    job_ids = {status.job_id if status else None, holder.get("job_id") if holder else None} - {None, "local"}
+    if own_job_id in job_ids:
+        return
+    for job_id in sorted(filter(None, job_ids)):
+        if is_active(job_id):
+            where = shlex.quote(str(run_dir))
+            raise UserError(f"job {job_id} works on {run_dir} already", f"wait for it, or {_tool()} cancel {where}")
+    if holder and not job_ids and run_dir.is_locked():
+        raise UserError(f"process {holder['pid']} on {holder['host']} works on {run_dir} already", "wait for it")
+
+
+def _move_completed_run_aside(run_dir: RunDir) -> None:
+    status = run_dir.read_status()
+    if status is None or status.state != "completed":
+        return
+    aside = _unused(Path(f"{run_dir.path}-{datetime.fromtimestamp(status.heartbeat):%Y%m%d-%H%M%S}"))
+    run_dir.path.rename(aside)
+    _say(f"The completed run in {run_dir} is now in {aside}")
+
+
+def _undo(run_dir: RunDir, is_new: bool, config: Config | None, status: Status | None, files: str | None) -> None:
+    """Slurm refused the job: leave the directory as it was found."""
+    if is_new:
+        shutil.rmtree(run_dir.path)
+        return
+    if config is None:
+        run_dir.config.unlink()
+    else:
+        save_config(config, run_dir.config)
+    restore_kept(run_dir, files)
+    if status is None:
+        run_dir.status.unlink()
+    else:
+        run_dir.write_status(state=status.state, message=status.message, job_id=status.job_id or "")
+
+
+def _split(cfg: Config, prefix: str = "") -> str:
+    return "\n".join(prefix + line for line in plan(cfg, cfg.cluster.gpus_per_node).describe().splitlines())
+
+
+def _default_run_dir(name: str) -> Path:
+    return _unused(Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+
+
+def _unused(path: Path) -> Path:
+    candidate, number = path, 2
+    while is_there(candidate):
+        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return candidate
+
+
+def _real_models(request: Request) -> str:
+    folder = request.default_config.parent
+    names = sorted(
+        p.stem for p in folder.glob("*.yaml") if p != request.default_config and not p.stem.startswith("demo")
+    )
+    return f"--config {_shown(folder)}/NAME.yaml, NAME being {', '.join(names)}" if names else "--config FILE"
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _tool() -> str:
+    """How to call `forge-hpc` from this shell."""
+    ours, found = Path(sys.executable).with_name("forge-hpc"), shutil.which("forge-hpc")
+    if found and Path(found).absolute() == ours:
+        return "forge-hpc"
+    return shlex.quote(_shown(ours)) if ours.exists() else f"{shlex.quote(sys.executable)} -m forge_hpc.cli"
+
+
+def _say_all(lines: Sequence[str]) -> None:
+    for line in lines:
+        _say(line)
+
+
+def _say(text: str) -> None:
+    """To stderr: stdout carries what a script may want to read."""
+    print(text, file=sys.stderr, flush=True)
