@@ -8,6 +8,7 @@
 # make light  the tests that need no torch, with another Python: PYTHON=python3.12, or SLURM=24.11 with its 3.13
 # make nfs    the run directory on real NFS, in virtual machines (root once; it takes minutes; ARGS="-k name")
 # make lint   ruff and mypy
+# make requirements  write the exact versions of this environment to requirements/
 # make configuration  write docs/configuration.md from the schema
 # make clean  remove the environment and caches; runs/ stays
 
@@ -15,7 +16,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-apptainer endings light chaos nfs openenv lint configuration clean setup debian
+.PHONY: help demo test test-apptainer endings light chaos nfs openenv lint configuration requirements clean setup debian
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -72,6 +73,20 @@ lint: setup
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# That of the other extra is solved, each version as here where that goes; of ours it is what is installed.
+requirements: setup
+	@note() { echo "# Python 3.11, Linux x86_64: $$1. Install: uv pip install --no-deps $$2-r requirements/$$3.txt -e ."; }
+	if [[ $(EXTRA) == cpu ]]; then
+	  versions=$$($(BIN)/uv pip freeze --quiet --color never --exclude-editable --python $(BIN)/python)
+	  sed 's/+cpu$$//' <<< "$$versions" | grep -vE '^(pip|uv)==' > requirements/cpu.txt
+	fi
+	grep '^[^#]' requirements/cpu.txt > requirements/cuda.txt
+	$(BIN)/uv pip compile pyproject.toml --extra cuda --extra test --extra dev --python-version 3.11 --quiet --color never \
+	  --python-platform x86_64-manylinux_2_34 --no-header --no-annotate --output-file requirements/cuda.txt > /dev/null
+	sed -i "1i $$(note 'the environment that the tests ran in' '--torch-backend cpu ' cpu)" requirements/cpu.txt
+	sed -i "1i $$(note 'solved from pyproject.toml beside cpu.txt, never installed as a whole by the tests' '' cuda)" \
+	  requirements/cuda.txt
 
 configuration: setup
 	@$(BIN)/python -m forge_hpc.config.page > docs/configuration.md
