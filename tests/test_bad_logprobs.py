@@ -16,7 +16,8 @@ from forge_hpc.config import Config
 from forge_hpc.config.schema import RewardConfig
 from forge_hpc.data.packing import pack
 from forge_hpc.data.types import Completion, Document, Episode, Group, Prompt
-from forge_hpc.recipes.grpo import grpo
+from forge_hpc.recipes.base import NoArgs
+from forge_hpc.recipes.grpo import GRPO
 from forge_hpc.rewards import RewardPool
 from forge_hpc.rollouts.checks import EpisodeWatch
 from forge_hpc.rollouts.figures import measure
@@ -86,8 +87,8 @@ class OneStepPacked(OneStep):
         self.documents = documents
         return await super().train_step(step, documents, update)
 
-    def record(self, step: int, metrics: dict[str, float], groups: list[Group]) -> None:
-        super().record(step, metrics, groups)
+    async def end_step(self, step: int, metrics: Any, state: Any, groups: list[Group]) -> None:
+        await super().end_step(step, metrics, state, groups)
         self.figures = metrics
 
     def warn(self, text: str) -> None:
@@ -99,7 +100,15 @@ def test_a_step_of_grpo_goes_on_without_it_and_says_so_once(tmp_path: Path) -> N
     config.rollout.prompts_per_step, config.rollout.group_size, config.evaluation.num_prompts = 4, 2, 0
     config.data.path, config.data.chat_template = "builtin:addition", False
     session: Any = OneStepPacked(config)
-    asyncio.run(asyncio.wait_for(grpo(session), 60))
+
+    async def scenario() -> None:
+        try:
+            await GRPO(NoArgs()).run(session)
+        finally:
+            for close in session.closing:
+                await close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
     assert session.figures["rewards/failed_logprobs"] == 1 and session.figures["reward/mean"] == 3 / 7
     assert len(session.documents) == 6  # the seventh has nothing to be compared with
     [warning] = session.said

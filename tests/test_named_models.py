@@ -18,7 +18,8 @@ from tiny_models import random_documents, write_model
 from forge_hpc.actors.publishing import Publishing
 from forge_hpc.actors.trainer import Trainer
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.needs import ModelNeed, check_models, default_models
+from forge_hpc.config.needs import ModelNeed, check_models
+from forge_hpc.config.recipes import needs_of
 from forge_hpc.config.schema import Config
 from forge_hpc.training.distributed import init_distributed
 from forge_hpc.training.engine import TrainEngine
@@ -132,7 +133,7 @@ def test_with_lora_the_reference_is_the_policy_without_its_adapters_and_no_secon
     cfg.reference.enable = True
     documents = random_documents(8)
     base = TrainEngine(config(), model_dir).logprobs(documents)
-    models = Models(cfg, default_models(cfg), {"policy": model_dir})
+    models = Models(cfg, needs_of(cfg).models, {"policy": model_dir})
     for _ in range(3):
         models.train_step("policy", documents, update=True, max_mismatch=100.0)
         same([d.ref_logprobs for d in documents], base)  # type: ignore[misc]

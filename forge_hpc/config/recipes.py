@@ -85,4 +85,5 @@ def _load(place: str, written: int) -> type[Any]:
             "write `class MyRecipe(Recipe)` with `async def run(self, session)`",
         )
     check(place)
+    assert isinstance(found, type)
     return found

@@ -20,7 +20,7 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.config.fields import walk
 from forge_hpc.config.models import KNOWN_MODEL_TYPES, check_tokenizer, check_weights, looks_local, read_model_config
 from forge_hpc.config.names import DATA, ENVIRONMENTS, LORA_TARGETS, LOSSES, MODELS
-from forge_hpc.config.needs import Needs
+from forge_hpc.config.needs import Needs, check_models
 from forge_hpc.config.recipes import load_recipe, needs_of
 from forge_hpc.config.rewards import check_reward
 from forge_hpc.config.schema import Config, DataConfig
@@ -41,6 +41,8 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
     """
     recipe = load_recipe(cfg)
     needs = recipe.needs(cfg)
+    if needs.models:
+        check_models(needs.models)
     _check_values(cfg)
     if needs.has_algorithm:
         _check_algorithm(cfg)
