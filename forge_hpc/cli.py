@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from forge_hpc.config import UserError, print_error
 from forge_hpc.supervisor.ending import Exit
@@ -206,13 +206,22 @@ def _env(argv: list[str]) -> int:
     return play(config, args.prompt, args.held_out)
 
 
+def _step(text: str) -> int | Literal["best"]:
+    return "best" if text == "best" else int(text)
+
+
 def _export(argv: list[str]) -> int:
     """write the model of a checkpoint for transformers and vLLM, also while the run goes on"""
     from forge_hpc.control import find_run
     from forge_hpc.export import export
 
     parser = _run_parser("export", _export)
-    parser.add_argument("--step", type=int, metavar="N", help="of this step; default the newest complete checkpoint")
+    parser.add_argument(
+        "--step",
+        type=_step,
+        metavar="N",
+        help="of this step, or best (checkpoint.best); default the newest one",
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="default RUN_DIR/exports/step-N")
     args = parser.parse_args(argv)
     signal.signal(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Literal
 
 from forge_hpc.checkpoint.borrow import borrowed
 from forge_hpc.checkpoint.manifest import CheckpointError
+from forge_hpc.checkpoint.store import read_best
 from forge_hpc.config import Config, UserError, read_config
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.run_dir import RunDir
@@ -15,8 +17,9 @@ from forge_hpc.run_dir import RunDir
 CONFIG = "config.yaml"
 
 
-def export(run_dir: RunDir, step: int | None = None, output: Path | None = None) -> Path:
-    """Write a model that transformers and vLLM load, from the checkpoint of ``step``, by default the newest.
+def export(run_dir: RunDir, step: int | Literal["best"] | None = None, output: Path | None = None) -> Path:
+    """Write a model that transformers and vLLM load, from the checkpoint of ``step``, by default the newest; ``best``
+    is the one that ``checkpoint.best`` keeps.
 
     Args:
         output: a directory that there is not yet; by default ``RUN_DIR/exports/step-N``, which is written anew.
@@ -29,6 +32,10 @@ def export(run_dir: RunDir, step: int | None = None, output: Path | None = None)
     config = read_config(run_dir.config)
     if not needs_of(config).trains:
         raise UserError(f"{run_dir} has no model of its own: it evaluates {config.model.path}")
+    if step == "best":
+        if (best := read_best(run_dir.checkpoints)) is None:
+            raise UserError(f"no checkpoint of {run_dir} is marked as the best", "name a step, or set checkpoint.best")
+        step = best["step"]
     with borrowed(run_dir, step) as (found, checkpoint):
         if (own := checkpoint / CONFIG).exists():
             config = read_config(own)

@@ -65,6 +65,20 @@ def test_the_newest_checkpoints_are_kept(store: CheckpointStore, run_dir: RunDir
     assert path is not None and path.name == "step-00000003" and state == {"step": 3, "recipe": {}}
 
 
+def test_the_best_checkpoint_stays_until_a_better_one_is_marked(store: CheckpointStore, run_dir: RunDir) -> None:
+    assert store.best() is None
+    save(store, 1)
+    store.mark_best(1, "accuracy", 0.5)
+    for step in (2, 3, 4, 5):
+        save(store, step)
+    assert names(run_dir.checkpoints) == ["best.json", "step-00000001", "step-00000004", "step-00000005"]
+    again = CheckpointStore(run_dir, keep=2)
+    assert again.best() == {"step": 1, "figure": "accuracy", "value": 0.5}
+    again.mark_best(5, "accuracy", 0.75)
+    save(again, 6)
+    assert names(run_dir.checkpoints) == ["best.json", "step-00000005", "step-00000006"]
+
+
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [

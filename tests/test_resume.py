@@ -17,7 +17,7 @@ import pytest
 from runs import PROJECT, REWARD, left_over, read, small_run, start_local, status, wait_for
 
 from forge_hpc.checkpoint import CheckpointStore, describe, verify
-from forge_hpc.config import Config, UserError, load_config, read_config, save_config
+from forge_hpc.config import Config, UserError, load_config, read_config, save_config, validate
 from forge_hpc.controller.recovery import Leave, Recoveries
 from forge_hpc.controller.saving import CONFIG
 from forge_hpc.controller.session import Session
@@ -156,6 +156,28 @@ def test_data_that_takes_long_to_load_does_not_stop_the_event_loop(
 
     monkeypatch.setattr("forge_hpc.controller.session.open_sources", open_slowly)
     asyncio.run(start())
+
+
+def test_the_checkpoint_that_is_best_by_a_figure_of_the_evaluations_is_saved_and_kept(run_dir: RunDir) -> None:
+    async def start() -> None:
+        options = ("checkpoint.best=accuracy", "evaluation.interval=1", "evaluation.num_prompts=4", "checkpoint.keep=1")
+        session = make_session(run_dir, configuration(*options))
+        session._trainers = NoTrainers()  # type: ignore[assignment]
+        for step, accuracy in [(0, 0.9), (1, 0.5), (2, 0.75), (3, 0.75), (4, 0.25)]:
+            session.step = step
+            await session._keep_best(step, {"accuracy": accuracy, "num_prompts": 4})
+        session.step = 5
+        assert await session.save_to_leave()
+        with pytest.raises(UserError, match="'accuracy', and an evaluation has no such figure") as refused:
+            await session._keep_best(5, {"loss": 1.0, "num_documents": 4})
+        assert refused.value.hint == "it has loss"
+
+    asyncio.run(start())
+    store = CheckpointStore(run_dir, keep=1)
+    assert store.best() == {"step": 2, "figure": "accuracy", "value": 0.75}
+    assert store.steps() == [2, 5]
+    with pytest.raises(UserError, match=r"checkpoint\.best=accuracy compares evaluations"):
+        validate(configuration("checkpoint.best=accuracy"))
 
 
 WANDB = """

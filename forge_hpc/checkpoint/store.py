@@ -48,6 +48,7 @@ from forge_hpc.files import (
 from forge_hpc.run_dir import RunDir
 
 CONTROLLER = "controller.json"
+BEST = "best.json"
 logger = logging.getLogger(__name__)
 BORROWED = ".read-"
 _BORROWED_S = 86400.0
@@ -97,6 +98,16 @@ class CheckpointStore:
             with suppress(FileNotFoundError):  # its reader has just removed it
                 if time.time() - path.stat().st_mtime > _BORROWED_S:
                     _delete(path)
+
+    # ---- the best one
+
+    def best(self) -> dict[str, Any] | None:
+        """What ``mark_best`` wrote last: ``step``, ``figure`` and ``value``; None where nothing is marked."""
+        return read_best(self._dir)
+
+    def mark_best(self, step: int, figure: str, value: float) -> None:
+        """Keep the checkpoint of ``step``, which is there, until another one is marked."""
+        atomic_write_json(self._dir / BEST, {"step": step, "figure": figure, "value": value})
 
     # ---- reading
 
@@ -267,7 +278,8 @@ class CheckpointStore:
             logger.warning("cannot list %s: %s", self._dir, error)
             return
         sound = [other for other in earlier if other not in self._damaged]
-        for other in sorted({*earlier} - {*sound[-self._keep :]}):
+        kept = {*sound[-self._keep :], (self.best() or {}).get("step")}
+        for other in sorted({*earlier} - kept):
             gone = self._dir / f".gone-{other:08d}.{_token()}"
             try:
                 self._path(other).rename(gone)  # so that a half deleted one has no checkpoint's name
@@ -282,6 +294,15 @@ def steps_in(directory: Path) -> list[int]:
     """Steps that have a directory under their final name in ``checkpoints/``, oldest first."""
     names = (path.name for path in directory.iterdir())
     return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
+
+
+def read_best(directory: Path) -> dict[str, Any] | None:
+    """As ``CheckpointStore.best``, of ``RUN_DIR/checkpoints``. What cannot be read counts for nothing."""
+    try:
+        best = json.loads((directory / BEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return best if isinstance(best, dict) and isinstance(best.get("step"), int) else None
 
 
 def load_extra(path: Path, name: str) -> bytes | None:

@@ -210,6 +210,11 @@ def _check_data_values(cfg: Config, needs: Needs) -> None:
 
 def _check_evaluation(cfg: Config) -> None:
     e = cfg.evaluation
+    if cfg.checkpoint.best is not None and not (e.interval and e.num_prompts):
+        raise UserError(
+            f"checkpoint.best={cfg.checkpoint.best} compares evaluations, and there are none while the run trains",
+            "set evaluation.interval and evaluation.num_prompts",
+        )
     if not e.num_prompts and e.samples:
         raise UserError(
             f"evaluation.num_prompts=0 switches evaluation off, and evaluation.samples is {e.samples}",

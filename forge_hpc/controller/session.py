@@ -20,7 +20,7 @@ from forge_hpc.actors.trainer import Trainer
 from forge_hpc.checkpoint import load_extra
 from forge_hpc.checkpoint.episodes import EPISODES, load_groups
 from forge_hpc.cluster.meshes import Cluster
-from forge_hpc.config import Config
+from forge_hpc.config import Config, UserError
 from forge_hpc.config.needs import POLICY
 from forge_hpc.config.recipes import load_recipe
 from forge_hpc.controller.generators import SPAWN_S, STOP_S, GeneratorPool, NodeLost, WeightSync
@@ -419,17 +419,34 @@ class Session:
     async def evaluate(self, step: int) -> dict[str, float]:
         """The figures of the policy after ``step``, written too: by answers where there are generators, else the loss
         on held-out documents, of the last step by ``finish``. Empty where none is due, or it was done before."""
-        figures: dict[str, float] = {}
-        interval, last = self.config.evaluation.interval, self.config.trainer.training.steps
-        if self._evaluator is not None:
-            if self._evaluation_is_due(step):
-                figures = await self._evaluator.evaluate(step)
-        elif interval and step % interval == 0 and step < last and not self.metrics.is_evaluated(step):
-            figures = await self._validation_loss()
-            self.metrics.log_evaluation(step, figures)
+        figures = await self._evaluate(step)
         if figures:
+            await self._keep_best(step, figures)
             self._step_ended = time.perf_counter()
         return figures
+
+    async def _evaluate(self, step: int) -> dict[str, float]:
+        interval, last = self.config.evaluation.interval, self.config.trainer.training.steps
+        if self._evaluator is not None:
+            return await self._evaluator.evaluate(step) if self._evaluation_is_due(step) else {}
+        if not interval or step % interval or step >= last or self.metrics.is_evaluated(step):
+            return {}
+        figures = await self._validation_loss()
+        self.metrics.log_evaluation(step, figures)
+        return figures
+
+    async def _keep_best(self, step: int, figures: Mapping[str, float]) -> None:
+        """Save the run as of ``step`` where it is the best yet by ``checkpoint.best``, and keep that."""
+        name = self.config.checkpoint.best
+        if name is None or not self.needs.trains:
+            return
+        if name not in figures:
+            known = ", ".join(key for key in figures if not key.startswith(("num_", "time_")))
+            raise UserError(f"checkpoint.best is {name!r}, and an evaluation has no such figure", f"it has {known}")
+        best, value = self._saver.checkpoints.best(), figures[name]
+        is_better = best is None or (value < best["value"] if name == "loss" else value > best["value"])
+        if step > 0 and is_better and await self.save_to_leave():
+            await asyncio.to_thread(self._saver.checkpoints.mark_best, step, name, value)
 
     async def _validation_loss(self) -> dict[str, float]:
         """Mean loss of the policy on held-out documents, nats; nothing where there are none."""
