@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,7 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.config.needs import ModelNeed, check_models
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.config.schema import Config
+from forge_hpc.training.build import Shape
 from forge_hpc.training.distributed import init_distributed
 from forge_hpc.training.engine import TrainEngine
 from forge_hpc.training.frozen import FrozenModel
@@ -117,6 +119,22 @@ def test_a_frozen_model_has_the_policys_log_probabilities_and_neither_gradient_n
     assert all(p.grad is None and not p.requires_grad for p in reference.model.parameters())
     with pytest.raises(UserError, match="no model 'reference' is trained"):
         models.train_step("reference", documents, update=True, max_mismatch=1.0)
+
+
+def test_a_frozen_model_in_the_compute_dtype_computes_what_the_policy_does(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the policy is float32 and is cast for each forward pass, the frozen one was cast once."""
+    usual = Shape.of
+    monkeypatch.setattr(Shape, "of", lambda cfg: dataclasses.replace(usual(cfg), param_dtype=torch.bfloat16))
+    needs = {"policy": ModelNeed(), "reference": ModelNeed(trained=False)}
+    models = Models(config(), needs, {"policy": model_dir})
+    reference = models.frozen["reference"]
+    assert isinstance(reference, FrozenModel)
+    assert {p.dtype for p in reference.model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in models.policy.model.parameters()} == {torch.float32}
+    documents = random_documents(6)
+    same(models.logprobs("reference", documents), models.logprobs("policy", documents))
 
 
 def test_a_teacher_of_another_path_answers_with_its_own_weights(model_dir: Path, tmp_path: Path) -> None:
