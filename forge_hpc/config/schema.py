@@ -397,8 +397,9 @@ class CheckpointConfig:
     keep: int = setting(2, POSITIVE)
     """Newest checkpoints to keep; older ones are deleted."""
     best: str | None = None
-    """Also keep the checkpoint that was best by this figure of the evaluations: ``accuracy``, ``pass@4``, ``reward``, or
-    ``loss``, of which less is better. Every evaluation that is better saves; ``forge-hpc export --step best`` takes it."""
+    """Also keep the checkpoint that was best by this figure of the evaluations: ``accuracy``, ``pass@4``, ``reward``,
+    or ``loss``, of which less is better. Every evaluation that is better saves; ``forge-hpc export --step best`` takes
+    it."""
     async_save: bool = True
     """Write beside the training instead of blocking it."""
     export_interval: int = setting(0, NOT_NEGATIVE)
