@@ -18,6 +18,7 @@ from tiny_models import random_documents, write_model
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+from forge_hpc.checkpoint.manifest import NO_OPTIMIZER
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config, MismatchConfig
 from forge_hpc.data.types import Document
@@ -373,6 +374,25 @@ def test_a_loaded_run_goes_on_bitwise_as_the_saved_one(
     for _ in range(num_steps_before + 3):
         untouched.train_step(documents)
     assert_equal(weights(untouched), weights(engine))  # saving left no trace
+
+
+def test_a_fork_may_leave_the_optimizers_state_behind(model_dir: Path, tmp_path: Path) -> None:
+    documents = random_documents(NUM_DOCUMENTS)
+    engine = TrainEngine(config(), model_dir)
+    for _ in range(2):
+        engine.train_step(documents)
+    engine.save(tmp_path / "trainer")
+    (tmp_path / NO_OPTIMIZER).touch()
+    forked = TrainEngine(config(), model_dir)
+    forked.load(tmp_path / "trainer")
+    assert forked.step == 2
+    assert_equal(weights(forked), weights(engine))
+    moments = [v for key, v in forked.optimizers.state_dict().items() if key.endswith(("exp_avg", "exp_avg_sq"))]
+    assert moments and not any(moment.any() for moment in moments)
+    ours, theirs = forked.train_step(documents), engine.train_step(documents)
+    assert (ours["loss"], ours["lr"]) == (theirs["loss"], theirs["lr"])
+    differing = [name for name, weight in weights(forked).items() if not torch.equal(weight, weights(engine)[name])]
+    assert differing, "its moments are those of a first step"
 
 
 def test_loading_a_directory_that_is_not_there_says_so(model_dir: Path, tmp_path: Path) -> None:
