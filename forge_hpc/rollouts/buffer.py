@@ -67,10 +67,6 @@ class EpisodeBuffer:
         self.waited_s = 0.0
         """So long the last ``take`` had to wait."""
 
-    def __len__(self) -> int:
-        """Finished groups that wait."""
-        return len(self._groups)
-
     def finished(self) -> list[Group]:
         """All groups that wait, in the order of their positions: what a checkpoint keeps of work done ahead."""
         return [self._groups[position] for position in sorted(self._groups)]
