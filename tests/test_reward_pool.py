@@ -77,12 +77,10 @@ FAILURES = [
 def test_whatever_a_reward_does_costs_its_episode_alone():
     async def scenario(pool: RewardPool) -> None:
         for text, kind, message in FAILURES:
-            before = pool.num_failed[kind]
             error = await failure(pool, text)
-            assert (error.kind, pool.num_failed[kind]) == (kind, before + 1), error
+            assert error.kind == kind, error
             assert pytest.raises(RewardError, match=message).matches(error), error
             assert await value(pool, "1") == 1.0, text
-        assert pool.num_failed.total() == len(FAILURES)
 
     run(bad(), scenario)
 

@@ -24,7 +24,7 @@ class BadExamples:
         self.num_bad = 0
         self.last: BadExample | None = None
 
-    def see(self, error: BadExample | None = None) -> None:
+    def count(self, error: BadExample | None = None) -> None:
         """One more example; ``error`` says what is bad about it. The first one is logged.
 
         Raises:

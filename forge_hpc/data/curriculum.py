@@ -24,11 +24,6 @@ class Curriculum:
         self._rewards: dict[int, float] = {}  # by position
         self._wakes: dict[tuple[int, int], int] = {}  # by source and index: the epoch in which it is drawn again
 
-    @property
-    def num_resting(self) -> int:
-        """Prompts whose last group was outside the bounds."""
-        return len(self._wakes)
-
     def count_rewards(self, position: int) -> None:
         """Before the prompt at ``position`` is drawn: take into account the rewards that count for it."""
         if not self.config.enable:

@@ -61,11 +61,6 @@ class _Stream(ABC, Generic[T]):
         """Items left out so far because they were bad."""
         return sum(bad.num_bad for bad in self._bad)
 
-    @property
-    def epoch(self) -> int:
-        """Full passes through the source that is least far along."""
-        return min(source.epoch for source in self._mixture.sources)
-
     def __iter__(self) -> Iterator[T]:
         return self
 
@@ -87,9 +82,9 @@ class _Stream(ABC, Generic[T]):
                 made = self._make(number, drawn, f"{source.data.path}, example {drawn.index}")
             except BadExample as error:
                 bad = error
-                self._bad[number].see(bad)
+                self._bad[number].count(bad)
                 continue
-            self._bad[number].see()
+            self._bad[number].count()
             fitting = [item for item in made if self._fits(item)]
             self.num_too_long += len(made) - len(fitting)
             if fitting:
@@ -152,11 +147,6 @@ class PromptStream(_Stream[Prompt]):
         self._step_size = 1 if config.algorithm.dynamic_sampling else config.rollout.prompts_per_step
         self._states: dict[int, dict[str, Any]] = {}  # by position of a prompt that may be the last of its step
         self.limit = f"rollout.max_prompt_tokens={self._max_tokens}"
-
-    @property
-    def num_resting(self) -> int:
-        """Prompts that the curriculum leaves out for the time being."""
-        return self._curriculum.num_resting
 
     def draw(self, num: int) -> list[Prompt]:
         """The next prompts, ahead of the steps that train on them: ``state_after`` is told of their steps' ends.
@@ -269,9 +259,9 @@ def _fitting(
         try:
             made = make(example, f"held-out example {index}")
         except BadExample as error:
-            bad.see(error)
+            bad.count(error)
             continue
-        bad.see()
+        bad.count()
         found += [item for item in made if len(item.token_ids) <= max_tokens]
     if wanted and not found:
         raise _nothing_left("every held-out example", limit, bad.last)

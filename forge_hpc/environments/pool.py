@@ -91,12 +91,12 @@ class EnvironmentPool:
         """Not more may be open at once; None is no bound. A server may say so on the way."""
         return min([*self._bounds, *([] if self._learned is None else [self._learned])], default=None)
 
-    def _opened(self) -> None:
+    def _count_open(self) -> None:
         self.num_open += 1
         if self._learned is not None:  # what refused one may be one of several servers behind an address
             self._learned = max(self._learned, self.num_open)
 
-    def _is_full(self, limit: int) -> None:
+    def _learn_bound(self, limit: int) -> None:
         """The environment says that it takes so many episodes at once."""
         if self._learned is None and (self.max_open_episodes or limit + 1) > limit:
             self._learned = max(limit, self.num_open)
@@ -150,7 +150,7 @@ class RemoteEnvironment:
     async def reset(self, prompt: Prompt) -> Opening:
         opening = await self._ask({"do": "reset", "prompt": prompt})
         self._is_open = True
-        self._pool._opened()
+        self._pool._count_open()
         return opening
 
     async def step(self, response: str) -> Step:
@@ -178,7 +178,7 @@ class RemoteEnvironment:
             return answer
         except EnvironmentFailed as error:
             if error.kind == "full" and error.limit is not None:
-                self._pool._is_full(error.limit)
+                self._pool._learn_bound(error.limit)
             raise
         except UserError as error:
             raise EnvironmentFailed(error.message, "load", error.hint) from None

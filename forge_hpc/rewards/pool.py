@@ -54,8 +54,6 @@ class RewardPool:
         """``num_workers`` overrides each reward's ``workers``. Raises UserError for wrong arguments of inline ones."""
         rewards = [_with_sandbox(reward, config) for reward in config.reward]
         self._terms = {label: _Term(reward, num_workers) for label, reward in _by_label(rewards).items()}
-        self.num_failed: Counter[str] = Counter()
-        """Episodes without a score so far, by ``RewardError.kind``."""
 
     async def start(self) -> Self:
         """Start a process of each reward that needs one and load the reward there; the other processes follow.
@@ -95,8 +93,6 @@ class RewardPool:
         terms: dict[str, float] = {}
         read: dict[str, str | None] = {}
         for label, result in zip(self._terms, results, strict=True):
-            if isinstance(result, RewardError):
-                self.num_failed[result.kind] += 1
             if isinstance(result, BaseException):
                 raise result
             terms[label] = result["value"]

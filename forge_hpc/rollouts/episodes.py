@@ -21,7 +21,6 @@ import asyncio
 import logging
 import secrets
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, TypeAlias
@@ -71,8 +70,7 @@ class EpisodePlayer:
         self._shares: dict[int, Slots] = {}
         self._full_since: float | None = None
         self._cache = secrets.token_hex(8)
-        self.num_failed: Counter[str] = Counter()
-        """Episodes given up so far, by ``EnvironmentFailed.kind``."""
+        self._warned: set[str] = set()
 
     def stream(
         self,
@@ -134,8 +132,8 @@ class EpisodePlayer:
                 return await self.play(prompt, sample_index, respond)
             except EnvironmentFailed as error:
                 if error.kind != "full" or self._is_hopeless():
-                    self.num_failed[error.kind] += 1
-                    if self.num_failed[error.kind] == 1:  # the rest is in metrics.jsonl
+                    if error.kind not in self._warned:  # the rest is in metrics.jsonl
+                        self._warned.add(error.kind)
                         logger.warning("an episode of prompt %d is left out: %s", prompt.position, error)
                     return error
             finally:

@@ -40,14 +40,14 @@ def main() -> CodeType:
     for ignored in (signal.SIGINT, signal.SIGPIPE):
         signal.signal(ignored, signal.SIG_IGN)  # a handler would let the signal through to process 1
     if refusal := confine.not_isolated():
-        _tell_host({"refused": refusal})
+        _send_to_host({"refused": refusal})
         os._exit(1)
     confine.hide()
     setup = frames.receive_inward(0)
     if setup is None:
         os._exit(1)
     if refusal := confine.too_small(setup["limits"]["disk_mb"]):
-        _tell_host({"refused": refusal})
+        _send_to_host({"refused": refusal})
         os._exit(1)
     os.chdir(HOME)
     for path, text in {**setup["files"], MAIN: setup["code"]}.items():
@@ -56,23 +56,23 @@ def main() -> CodeType:
             file.write(text)
     supervisor = _Supervisor(setup["code"], setup["limits"])
     gc.freeze()
-    _tell_host({"ready": sys.version.split()[0]})
+    _send_to_host({"ready": sys.version.split()[0]})
     while (job := frames.receive_inward(0)) is not None:
         report = supervisor.test(job) if job["kind"] == "test" else supervisor.run(job)
         if report is None:
             return _as_main(setup["code"])
-        _tell_host(report)
+        _send_to_host(report)
     os._exit(0)
 
 
-def _tell_host(report: dict[str, Any]) -> None:
+def _send_to_host(report: dict[str, Any]) -> None:
     frames.send(1, repr(report).encode("ascii", "backslashreplace"))
 
 
 class _Supervisor:
     def __init__(self, code: str, limits: dict[str, float]) -> None:
         self._code, self._limits = code, limits
-        self._watch = _Watch(limits)
+        self._usage = _Usage(limits)
         self._max_output_bytes = int(limits["output_kb"] * 1024)
 
     def run(self, job: dict[str, Any]) -> dict[str, Any] | None:
@@ -83,7 +83,9 @@ class _Supervisor:
             self._confine((stdin, stdout, stderr), None, hidden=False)
             return None
         _close(stdin, stdout, stderr)
-        report, output = self._attend(pid, (out, err), job["seconds"], to_stdin, job["stdin"].encode(errors="replace"))
+        report, output = self._supervise(
+            pid, (out, err), job["seconds"], to_stdin, job["stdin"].encode(errors="replace")
+        )
         return {**report, "stdout": output[0], "stderr": output[1]}
 
     def test(self, job: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +108,7 @@ class _Supervisor:
             self._confine((nothing, stdout, stderr), program_socket, hidden=False)
             program.main(self._code, MAIN, socket_fd=3)
         _close(program_socket, stdout, stderr, nothing)
-        report, output = self._attend(tester_pid, (from_tester, out, err), job["seconds"])
+        report, output = self._supervise(tester_pid, (from_tester, out, err), job["seconds"])
         return {**report, "verdict": output[0], "stdout": output[1], "stderr": output[2]}
 
     def _confine(self, streams: tuple[int, int, int], keep: int | None, hidden: bool) -> None:
@@ -117,7 +119,7 @@ class _Supervisor:
             os._exit(126)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def _attend(
+    def _supervise(
         self, pid: int, outputs: tuple[int, ...], seconds: float, to_stdin: int | None = None, stdin: bytes = b""
     ) -> tuple[dict[str, Any], list[str]]:
         """Feed, read and watch until `pid` ends or a limit is passed; then end everything.
@@ -140,7 +142,7 @@ class _Supervisor:
             if now >= start + seconds:
                 passed = "wall"
             elif now >= next_look:
-                passed, next_look = self._watch.limit_passed(), now + TICK_S
+                passed, next_look = self._usage.limit_passed(), now + TICK_S
             # With both outputs closed the program is about to end, and nothing else would tell.
             wait_s = min(TICK_S if still_open else 0.001, max(0.0, start + seconds - now))
             for fd, _ in poll.poll(wait_s * 1000):
@@ -171,10 +173,10 @@ class _Supervisor:
             passed = "output"
         code = None if passed or status is None else os.waitstatus_to_exitcode(status)
         texts = [bytes(data[: self._max_output_bytes]).decode("utf-8", "replace") for data in captured.values()]
-        return {"exit_code": code, "killed_by": passed, "wall_s": wall_s, "cpu_s": self._watch.cpu_s()}, texts
+        return {"exit_code": code, "killed_by": passed, "wall_s": wall_s, "cpu_s": self._usage.cpu_s()}, texts
 
 
-class _Watch:
+class _Usage:
     """Adds up what all processes of the sandbox but the first take. Counts from the start of the sandbox."""
 
     def __init__(self, limits: dict[str, float]) -> None:
