@@ -148,8 +148,8 @@ def test_mixtures_are_written_in_yaml_and_checked_before_queueing(tmp_path: Path
         (["data.sources.0.path=nowhere.jsonl"], r"data\.sources\.0\.path: no such file"),
         (["data.sources=[{weight: 1}]"], r"data\.sources\.0 has no path"),
         (["data.curriculum.low=1.0", "data.curriculum.high=0"], r"data\.curriculum\.low"),
-        (["recipe=sft", "data.curriculum.enable=true"], "SFT has none"),
-        (["recipe=sft", "data.target_field=null", "data.chat_template=false"], "SFT learns chats"),
+        (["recipe=sft", "data.curriculum.enable=true"], "recipe=sft has none"),
+        (["recipe=sft", "data.target_field=null", "data.chat_template=false"], "chats are learned"),
     ):
         with pytest.raises(UserError, match=message):
             validate(load_config(tmp_path / "c.yaml", overrides))

@@ -67,18 +67,11 @@ class EpisodeBuffer:
         self.waited_s = 0.0
         """So long the last ``take`` had to wait."""
 
-<<<<<<< HEAD
     @property
     def step(self) -> int:
         """The next to be taken."""
         return self._step
 
-    def __len__(self) -> int:
-        """Finished groups that wait."""
-        return len(self._groups)
-
-=======
->>>>>>> workers
     def finished(self) -> list[Group]:
         """All groups that wait, in the order of their positions: what a checkpoint keeps of work done ahead."""
         return [self._groups[position] for position in sorted(self._groups)]
