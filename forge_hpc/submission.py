@@ -13,13 +13,13 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forge_hpc.config import Config, UserError, load_config, plan, read_config, safe_changes, save_config, validate
-from forge_hpc.config.recipes import load_recipe, needs_of
+from forge_hpc.config.recipes import needs_of, resolve_recipe_args
 from forge_hpc.files import is_there
 from forge_hpc.fork import Fork, begin_with, open_fork
 from forge_hpc.run_dir import RunDir, Status
@@ -73,6 +73,7 @@ def resolve_config(request: Request) -> Config:
     else:
         _say(f"No --config: taking {_shown(request.default_config)}. For real models: {_real_models(request)}")
         cfg = load_config(request.default_config, overrides)
+    resolve_recipe_args(cfg, request.config)
     if request.nodes is not None:
         _set_nodes(cfg, request.nodes, request.overrides)
     return cfg
@@ -291,7 +292,6 @@ def prepare(
 
 def _check(cfg: Config, run_dir: RunDir) -> Config | None:
     """Validate the configuration and that of its warm start, which is returned if `run_dir` does not have it yet."""
-    cfg.recipe_args = asdict(load_recipe(cfg).args)  # its defaults are part of the run, like those of the schema
     saved = RunDir(run_dir.warmstart)
     if cfg.model.path != "warmstart" or not saved.has_config:
         validate(cfg)

@@ -8,12 +8,12 @@ import pytest
 
 from forge_hpc.config import Config, UserError, load_config, plan, safe_changes, validate
 from forge_hpc.config.names import RECIPES
-from forge_hpc.config.recipes import load_recipe, needs_of
+from forge_hpc.config.recipes import load_recipe, needs_of, resolve_recipe_args
 
 OWN = """
 from dataclasses import dataclass
 
-from forge_hpc.recipes import ModelNeed, Needs, Recipe, UserError
+from forge_hpc.recipes import ModelNeed, Needs, Recipe, UserError, setting
 
 
 @dataclass
@@ -27,6 +27,18 @@ class Mine(Recipe):
 
     async def run(self, session):
         await session.start()
+
+
+@dataclass
+class Teacher:
+    teacher: str = setting("", path=True)
+
+
+class Taught(Mine):
+    Args = Teacher
+
+    def needs(self, config):
+        return Needs({"policy": ModelNeed(), "teacher": ModelNeed(trained=False, path=self.args.teacher)})
 
 
 class TrainersAlone(Mine):
@@ -108,6 +120,18 @@ def test_options_have_types_and_names_and_are_compared_at_resume(own: Path) -> N
         validate(load_config(None, ["recipe_args={beta: 1}"]))
     with pytest.raises(UserError, match=r"recipe_args.beta \(1 there, 2 now\)"):
         safe_changes(cfg, config(own, "Mine", "recipe_args.beta=2"), 0, "refused", "hint")
+
+
+def test_paths_among_the_options_are_looked_for_beside_the_yaml(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    (own / "teacher").mkdir()
+    (own / "own.yaml").write_text("recipe: own.py:Taught\nrecipe_args: {teacher: teacher}\n")
+    cfg = load_config(own / "own.yaml")
+    resolve_recipe_args(cfg, own / "own.yaml")
+    assert cfg.recipe_args == {"teacher": str(own / "teacher")}
+    assert needs_of(cfg).models["teacher"].path == str(own / "teacher")
+    with pytest.raises(UserError, match=r"the model 'teacher' of the recipe: no such directory: \./nowhere"):
+        validate(load_config(own / "own.yaml", ["recipe_args.teacher=./nowhere"]))
 
 
 def test_a_recipe_refuses_what_it_cannot_work_with_before_anything_is_queued(own: Path) -> None:

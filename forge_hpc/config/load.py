@@ -156,18 +156,19 @@ def diff_config(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     return [(k, before.get(k), after.get(k)) for k in {**before, **after} if before.get(k) != after.get(k)]
 
 
-def typed_options(cls: type[T], values: dict[str, Any], prefix: str, where: str) -> T:
+def typed_options(cls: type[T], values: dict[str, Any], prefix: str, where: str, folder: Path | None = None) -> T:
     """``values`` as an instance of the dataclass `cls`: its keys, types and defaults, as those of the schema.
 
     Args:
         prefix: the key that holds them, ``where`` who has these options; both for messages.
+        folder: where relative paths are looked for before the working directory.
 
     Raises:
         UserError: an unknown key, a wrong type.
     """
     options = OmegaConf.structured(cls)
     text = yaml.dump(_escape(values), Dumper=_Dumper, sort_keys=False)
-    _merge(options, cls, _compose(text, source := _Source(where, None, is_file=False)), f"{prefix}.", source)
+    _merge(options, cls, _compose(text, source := _Source(where, folder, is_file=False)), f"{prefix}.", source)
     return _to_dataclasses(options)
 
 

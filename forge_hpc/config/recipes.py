@@ -30,8 +30,8 @@ class LoadedRecipe(Protocol):
     async def run(self, session: Any) -> None: ...
 
 
-def load_recipe(cfg: Config) -> LoadedRecipe:
-    """The recipe that `cfg` names, with its options.
+def load_recipe(cfg: Config, folder: Path | None = None) -> LoadedRecipe:
+    """The recipe that `cfg` names, with its options; paths among them are looked for in ``folder`` first.
 
     Raises:
         UserError: there is no such recipe, it is none, or has no such options.
@@ -44,7 +44,13 @@ def load_recipe(cfg: Config) -> LoadedRecipe:
 
     if not dataclasses.fields(cls.Args):
         raise UserError(f"recipe_args has {', '.join(values)}, and recipe={cfg.recipe} has no options", "leave it out")
-    return cls(typed_options(cls.Args, values, "recipe_args", f"recipe={cfg.recipe}"))
+    return cls(typed_options(cls.Args, values, "recipe_args", f"recipe={cfg.recipe}", folder))
+
+
+def resolve_recipe_args(cfg: Config, file: Path | None) -> None:
+    """Set all of ``recipe_args``: its defaults are part of a run, like those of the schema, and paths that were written
+    in ``file`` are looked for beside it. Raises as ``load_recipe``."""
+    cfg.recipe_args = dataclasses.asdict(load_recipe(cfg, None if file is None else file.expanduser().parent).args)
 
 
 def needs_of(cfg: Config) -> Needs:

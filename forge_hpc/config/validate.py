@@ -57,6 +57,7 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
     plan(cfg, cfg.cluster.gpus_per_node)
     if check_paths:
         _check_model(cfg, needs)
+        _check_other_models(needs)
         _check_data(cfg)
         _check_files(cfg)
 
@@ -346,24 +347,41 @@ def _check_model(cfg: Config, needs: Needs) -> None:
     check_tokenizer(directory)
 
 
+def _check_other_models(needs: Needs) -> None:
+    for name, need in needs.models.items():
+        path = need.path
+        if path is not None and looks_local(path) and not Path(path).expanduser().is_dir():
+            raise UserError(
+                f"the model {name!r} of the recipe: no such directory: {path}",
+                "give a model in Hugging Face format, or a hub name",
+            )
+
+
+def _check_positions(cfg: Config, needs: Needs, longest: Any, where: str) -> None:
+    both = cfg.rollout.max_prompt_tokens + cfg.rollout.max_response_tokens
+    used = {}
+    if needs.models:
+        used["trainer.training.seq_len"] = cfg.trainer.training.seq_len
+    if needs.generators != "none":
+        given = cfg.generator.engine.max_model_len
+        used["rollout.max_prompt_tokens + rollout.max_response_tokens"] = both if given is None else given
+    longest_used = max(used.values())
+    if isinstance(longest, int) and longest < longest_used:
+        names = [name for name, value in used.items() if value > longest]
+        raise UserError(
+            f"sequences of {longest_used} tokens ({', '.join(names)}) are longer than the {longest} positions of "
+            f"{where}",
+            f"lower {' and '.join(names)} to {longest} or less, with the limits of rollout to match",
+        )
+
+
 def _check_dimensions(cfg: Config, directory: Path, needs: Needs) -> None:
     config = read_model_config(directory)
     where = f"the model in {directory}"
     kind = config.get("model_type")
     if kind not in KNOWN_MODEL_TYPES:
         raise UserError(f"{where} is of model_type {kind!r}", f"supported: {', '.join(KNOWN_MODEL_TYPES)}")
-    longest = config.get("max_position_embeddings")
-    used = {"trainer.training.seq_len": cfg.trainer.training.seq_len}
-    if not needs.models:
-        used = {"rollout": cfg.rollout.max_prompt_tokens + cfg.rollout.max_response_tokens}
-    used["generator.engine.max_model_len"] = cfg.generator.engine.max_model_len or 0
-    longest_used = max(used.values())
-    if isinstance(longest, int) and longest < longest_used:
-        raise UserError(
-            f"sequences of {longest_used} tokens ({', '.join(used)}) are longer than the {longest} positions of "
-            f"{where}",
-            f"lower {' and '.join(used)} to {longest} or less, with the limits of rollout to match",
-        )
+    _check_positions(cfg, needs, config.get("max_position_embeddings"), where)
     vocab_size, stop = config.get("vocab_size"), max(cfg.rollout.sampling.stop_token_ids, default=0)
     if isinstance(vocab_size, int) and stop >= vocab_size:
         raise UserError(

@@ -190,6 +190,14 @@ class Session:
             name: await asyncio.to_thread(resolve_model, path, seed, place / f"model-{name}")
             for name, path in paths.items()
         }
+        vocabulary = self.tokenizer.get_vocab()
+        for name, directory in found.items():
+            if (await asyncio.to_thread(load_tokenizer, directory)).get_vocab() != vocabulary:
+                raise UserError(
+                    f"the model {name!r} ({directory}) has another vocabulary than the policy ({self.model_dir}): its "
+                    "log-probabilities would be those of other tokens",
+                    "take one with the same tokenizer",
+                )
         return {POLICY: self.model_dir} | found
 
     async def _which_node_is_lost(self, error: Exception) -> Exception:

@@ -95,7 +95,7 @@ def char_tokenizer() -> Any:
         eos_token="<eos>",
         unk_token="<unk>",
         clean_up_tokenization_spaces=False,
-        model_max_length=1024,
+        model_max_length=4096,
     )
 
 
@@ -110,7 +110,7 @@ def write_tiny_qwen3(
     head_dim: int = 32,
     hidden_dim: int = 384,
     vocab_size: int = 128,
-    max_position_embeddings: int = 1024,
+    max_position_embeddings: int = 4096,
     tie_word_embeddings: bool = False,
 ) -> Path:
     """Write a small Qwen3 with random weights (float32) and its tokenizer to `path`, in Hugging Face format.

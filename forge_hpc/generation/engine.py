@@ -29,6 +29,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 
+from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config, SamplingConfig
 from forge_hpc.data.types import Completion, Prompt, Turn
 from forge_hpc.generation.checkpoint import checkpoint_shapes, complete_weights
@@ -420,7 +421,13 @@ class GenerationEngine:
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        try:
+            self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        except ValueError as error:  # pydantic's cannot be sent to another process
+            if not hasattr(error, "errors"):
+                raise
+            reason = "; ".join(str(problem["msg"]) for problem in error.errors())
+            raise UserError(f"vLLM refuses the options of its engine: {reason}", "see generator.engine") from None
         self._engine.set_weight_version(str(self._policy_version))
         # It warns of modules without weights, rotary embeddings for one, at every update; complete_weights() checks.
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
