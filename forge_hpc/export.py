@@ -35,7 +35,7 @@ def export(run_dir: RunDir, step: int | Literal["best"] | None = None, output: P
     if step == "best":
         if (best := read_best(run_dir.checkpoints)) is None:
             raise UserError(f"no checkpoint of {run_dir} is marked as the best", "name a step, or set checkpoint.best")
-        step = best["step"]
+        step = int(best["step"])
     with borrowed(run_dir, step) as (found, checkpoint):
         if (own := checkpoint / CONFIG).exists():
             config = read_config(own)
