@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.names import ADVANTAGES
+from forge_hpc.config.registry import ADVANTAGES
 from forge_hpc.config.user_code import load_user_code
 
 _EPS = 1e-6

@@ -14,7 +14,7 @@ from forge_hpc.advantages import (
     leave_one_out,
 )
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.names import ADVANTAGES
+from forge_hpc.config.registry import ADVANTAGES
 
 
 def test_group_mean_subtracts_the_mean() -> None:

@@ -204,7 +204,7 @@ assert (type(loss).__name__, loss.scale, loss.clip_low) == ("NewLoss", 3, 0.1)
 
 def test_a_new_loss_touches_its_own_file_and_one_table(house: Path):
     (house / "forge_hpc/losses/new.py").write_text(LOSS)
-    insert(house / "forge_hpc/config/names.py", '    "dr_grpo": ', '    "new": "forge_hpc.losses.new:NewLoss",\n')
+    insert(house / "forge_hpc/config/registry.py", '    "dr_grpo": ', '    "new": "forge_hpc.losses.new:NewLoss",\n')
     used = run(house, "-c", USE)
     assert used.returncode == 0, used.stderr
     misspelt = run(house, "-m", "forge_hpc.cli", "submit", "--dry-run", "algorithm.loss=nwe")

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from forge_hpc.config import UserError, load_config, plan, validate, walltime_s
-from forge_hpc.config.names import ADVANTAGES, LOSSES
+from forge_hpc.config.registry import ADVANTAGES, LOSSES
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ALL_CONFIGS = sorted(CONFIGS.rglob("*.yaml"))
@@ -143,11 +143,11 @@ def test_paths_can_be_left_unchecked():
 
 def test_every_name_stands_for_something_that_exists():
     from forge_hpc.advantages import advantage_function
-    from forge_hpc.config import names
+    from forge_hpc.config import registry
     from forge_hpc.config.user_code import load_user_code
-    from forge_hpc.losses.registry import build_loss
+    from forge_hpc.losses.build import build_loss
 
-    tables = [value for value in vars(names).values() if isinstance(value, dict) and "__name__" not in value]
+    tables = [value for value in vars(registry).values() if isinstance(value, dict) and "__name__" not in value]
     assert len(tables) == 8
     for table in tables:
         for place in table.values():

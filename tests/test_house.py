@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from runs import PROJECT
 
-from forge_hpc.config.names import RECIPES
+from forge_hpc.config.registry import RECIPES
 
 FILES = sorted(path for room in ("forge_hpc", "launchers") for path in (PROJECT / room).rglob("*.py"))
 MAX_LINES = 150

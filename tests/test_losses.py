@@ -13,7 +13,7 @@ import torch
 
 from forge_hpc.config.algorithm import loss_facts
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.names import LOSSES as LOSS_PLACES
+from forge_hpc.config.registry import LOSSES as LOSS_PLACES
 from forge_hpc.config.schema import AlgorithmConfig, Config, MismatchConfig
 from forge_hpc.config.user_code import load_user_code
 from forge_hpc.losses import (
@@ -35,9 +35,9 @@ from forge_hpc.losses import (
     build_loss,
     step_normalizer,
 )
+from forge_hpc.losses.build import check_loss_fits
 from forge_hpc.losses.kl import KL_ESTIMATORS
 from forge_hpc.losses.reduction import Sequences
-from forge_hpc.losses.registry import check_loss_fits
 
 # ---- sequences, and three ways to lay them out
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from runs import PROJECT, read, run_local
 
-from forge_hpc.config.names import LOSSES
+from forge_hpc.config.registry import LOSSES
 
 pytestmark = [pytest.mark.training, pytest.mark.slow, pytest.mark.timeout(3600)]
 MIN_ACCURACY = 0.85

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from forge_hpc.config import Config, UserError, load_config, plan, safe_changes, validate
-from forge_hpc.config.names import RECIPES
 from forge_hpc.config.recipes import load_recipe, needs_of, resolve_recipe_args
+from forge_hpc.config.registry import RECIPES
 
 OWN = """
 from dataclasses import dataclass

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from forge_hpc.config.load import load_config
-from forge_hpc.config.names import REWARDS
+from forge_hpc.config.registry import REWARDS
 from forge_hpc.config.validate import validate
 from forge_hpc.data.types import Completion, Prompt
 from forge_hpc.rewards import RewardError, RewardPool

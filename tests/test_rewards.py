@@ -11,7 +11,7 @@ import pytest
 from forge_hpc import rewards
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.load import load_config
-from forge_hpc.config.names import REWARDS
+from forge_hpc.config.registry import REWARDS
 from forge_hpc.config.rewards import check_reward
 from forge_hpc.config.schema import Config, RewardConfig
 from forge_hpc.config.validate import validate
@@ -29,7 +29,7 @@ from forge_hpc.rewards import (
     RewardPool,
     ThinkingReward,
 )
-from forge_hpc.rewards.registry import load_reward
+from forge_hpc.rewards.load import load_reward
 
 BAD = Path(__file__).parent / "bad_rewards.py"
 

@@ -57,7 +57,7 @@ class Trainer(Actor):
         await self._in_thread(self._start, model_dirs, file_store, checkpoint)
 
     def _start(self, model_dirs: Mapping[str, Path], file_store: Path, checkpoint: Path | None) -> None:
-        from forge_hpc.losses.registry import check_loss_fits
+        from forge_hpc.losses.build import check_loss_fits
         from forge_hpc.training.distributed import init_distributed
         from forge_hpc.training.models import Models
 

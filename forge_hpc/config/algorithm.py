@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.names import ADVANTAGES, LOSSES
+from forge_hpc.config.registry import ADVANTAGES, LOSSES
 from forge_hpc.config.schema import AlgorithmConfig, Config, MismatchConfig
 from forge_hpc.config.source import class_defaults
 from forge_hpc.config.user_code import load_user_code

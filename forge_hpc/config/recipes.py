@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.names import RECIPES
 from forge_hpc.config.needs import Needs
+from forge_hpc.config.registry import RECIPES
 from forge_hpc.config.schema import Config
 from forge_hpc.config.user_code import find_user_code, load_user_code, nearest
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.names import REWARDS
+from forge_hpc.config.registry import REWARDS
 from forge_hpc.config.schema import RewardConfig
 from forge_hpc.config.source import source_file
 from forge_hpc.config.user_code import find_user_code, nearest

@@ -23,7 +23,7 @@ from forge_hpc.config.fields import (
     Range,
     setting,
 )
-from forge_hpc.config.names import (
+from forge_hpc.config.registry import (
     ADVANTAGES,
     DTYPES,
     ENVIRONMENTS,

@@ -19,9 +19,9 @@ from forge_hpc.config.algorithm import LossFacts, check_fit, check_loss, loss_fa
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.fields import walk
 from forge_hpc.config.models import KNOWN_MODEL_TYPES, check_tokenizer, check_weights, looks_local, read_model_config
-from forge_hpc.config.names import DATA, ENVIRONMENTS, LORA_TARGETS, LOSSES, MODELS
 from forge_hpc.config.needs import Needs, check_models
 from forge_hpc.config.recipes import load_recipe, needs_of
+from forge_hpc.config.registry import DATA, ENVIRONMENTS, LORA_TARGETS, LOSSES, MODELS
 from forge_hpc.config.rewards import check_reward
 from forge_hpc.config.schema import Config, DataConfig
 from forge_hpc.config.sources import data_sources, find_field

@@ -10,7 +10,7 @@ from typing import Any
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.models import check_tokenizer, check_weights, looks_local, read_model_config
-from forge_hpc.config.names import MODELS
+from forge_hpc.config.registry import MODELS
 from forge_hpc.config.user_code import load_user_code
 
 BUILTIN_PREFIX = "builtin:"

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.names import DATA
+from forge_hpc.config.registry import DATA
 from forge_hpc.config.schema import DataConfig
 from forge_hpc.config.user_code import load_user_code
 from forge_hpc.data.bad import FIRST, BadExample

@@ -20,7 +20,7 @@ from typing import Any
 
 from forge_hpc.environments.base import Environment, EnvironmentFull, Step
 from forge_hpc.environments.isolation import Generators, isolate
-from forge_hpc.environments.registry import load_environment
+from forge_hpc.environments.load import load_environment
 from forge_hpc.workers.channel import Answer, Channel, failure, refusal
 from forge_hpc.workers.keeper import keep
 

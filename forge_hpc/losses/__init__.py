@@ -1,6 +1,7 @@
 """Losses: pure functions of tensors, one short file each. What they share stands in ``base`` and ``policy``."""
 
 from forge_hpc.losses.base import LossOutput
+from forge_hpc.losses.build import build_loss
 from forge_hpc.losses.cispo import CISPOLoss
 from forge_hpc.losses.dapo import DAPOLoss
 from forge_hpc.losses.dr_grpo import DrGRPOLoss
@@ -10,7 +11,6 @@ from forge_hpc.losses.mismatch import MismatchCorrection, add_effective_sample_s
 from forge_hpc.losses.policy import PolicyLoss, Tokens
 from forge_hpc.losses.ppo import PPOLoss
 from forge_hpc.losses.reduction import Sequences, step_normalizer
-from forge_hpc.losses.registry import build_loss
 from forge_hpc.losses.reinforce import ReinforceLoss
 from forge_hpc.losses.rloo import RLOOLoss
 from forge_hpc.losses.sapo import SAPOLoss

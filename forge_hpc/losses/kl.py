@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import torch
 
-from forge_hpc.config import names
 from forge_hpc.losses.base import log_ratio
 
 
@@ -34,5 +33,5 @@ def k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
 
 
 KL_ESTIMATORS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    name: globals()[place.rpartition(":")[2]] for name, place in names.KL_ESTIMATORS.items()
+    name: globals()[place.rpartition(":")[2]] for name, place in registry.KL_ESTIMATORS.items()
 }

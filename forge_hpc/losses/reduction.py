@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from forge_hpc.config.names import NORMALIZATIONS as NORMALIZATIONS
+from forge_hpc.config.registry import NORMALIZATIONS as NORMALIZATIONS
 
 
 class Sequences:

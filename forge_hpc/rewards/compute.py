@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Awaitable
 from typing import Any
 
-from forge_hpc.rewards.registry import Reward
+from forge_hpc.rewards.load import Reward
 from forge_hpc.workers.channel import Answer, failure
 
 

@@ -18,7 +18,7 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config, RewardConfig
 from forge_hpc.rewards.compute import compute
 from forge_hpc.rewards.errors import RewardError
-from forge_hpc.rewards.registry import INLINE_REWARDS, Reward, load_reward
+from forge_hpc.rewards.load import INLINE_REWARDS, Reward, load_reward
 from forge_hpc.rewards.workers import RewardWorkers
 from forge_hpc.workers.channel import Answer
 

@@ -12,7 +12,7 @@ import resource
 from typing import Any
 
 from forge_hpc.rewards.compute import compute, compute_async
-from forge_hpc.rewards.registry import Reward, load_reward
+from forge_hpc.rewards.load import Reward, load_reward
 from forge_hpc.workers.channel import Answer, Channel, refusal
 from forge_hpc.workers.keeper import keep
 

@@ -30,7 +30,7 @@ from forge_hpc.data.packing import PackedBatch
 from forge_hpc.data.types import Document
 from forge_hpc.losses import SFTLoss, ValueLoss, add_effective_sample_size, build_loss, step_normalizer
 from forge_hpc.losses.base import accepted, columns_of
-from forge_hpc.losses.registry import LossFn
+from forge_hpc.losses.build import LossFn
 from forge_hpc.training.checkpointer import TrainerCheckpointer
 from forge_hpc.training.export import export_model
 from forge_hpc.training.lora import init_adapters, merge_adapters

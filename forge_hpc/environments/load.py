@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.names import ENVIRONMENTS
+from forge_hpc.config.registry import ENVIRONMENTS
 from forge_hpc.config.user_code import load_user_code
 from forge_hpc.environments.base import Environment
 

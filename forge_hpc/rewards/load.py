@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.names import REWARDS
+from forge_hpc.config.registry import REWARDS
 from forge_hpc.config.rewards import SIGNATURE
 from forge_hpc.config.user_code import load_user_code
 

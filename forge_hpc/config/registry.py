@@ -1,4 +1,4 @@
-"""What the configuration knows by name: one table a kind, from a name to its place, ``module:attribute``.
+"""What a configuration knows by name: one table a kind, from a name to its place, ``module:attribute``.
 
 Nothing here is imported from its place before it is used, so that a dry run loads no torch. Something new is a file of
 its own and a line here.

@@ -9,7 +9,7 @@ from typing import Any
 
 from forge_hpc.config.algorithm import check_fit, loss_options, options_set, resolve_advantage
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.names import LOSSES
+from forge_hpc.config.registry import LOSSES
 from forge_hpc.config.schema import AlgorithmConfig, Config
 from forge_hpc.config.user_code import load_user_code
 from forge_hpc.losses.base import LossOutput
