@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 
+from forge_hpc.config import registry
 from forge_hpc.losses.base import log_ratio
 
 
