@@ -61,6 +61,7 @@ def saved(run_dir: RunDir, config: Config, step: int) -> None:
         session.step = step
         await session._saver.save(session.trainers, step, {})
         assert await session.save_to_leave()
+        session._status.flush(DEADLINE_S)  # its thread writes no more when the next start looks
 
     asyncio.run(start())
 
