@@ -1,6 +1,6 @@
 """A policy version from a real TrainEngine to a real vLLM engine in other processes of one host, by each of our ways.
 
-    python benchmarks/engine_weights.py [--model 0.6b|8b|tiny] [--gpus shared|split|fsdp2|tp2] [--rounds 5] [--out x.json]
+    python benchmarks/engine_weights.py [--model 0.6b|8b|tiny] [--gpus shared|split|fsdp2|tp2] [--rounds 5]
 
 Weights are made from a seed; vLLM starts on its own random ones. Each round changes all weights and brings them over
 by the offer of the trainers' memory (A) and by the store (B), A B A B …; after each the generator's whole model has to
@@ -230,7 +230,7 @@ async def rounds(
     sync = WeightSync(trainers, store, service, None, tell=lambda text: print(text, flush=True))
     records: list[dict[str, Any]] = []
     for version in range(1, 2 * args.rounds + 3):
-        way = WAYS[version % 2]
+        way = WAYS[(version + 1) % 2]
         await trainer_mesh.change.call(version, way == "offer")
         stood_still, _ = await generator.figures.call_one()
         sync.is_changed = True

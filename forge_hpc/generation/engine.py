@@ -521,13 +521,13 @@ class GenerationEngine:
     def _load_offer(self, offer: Offer, done: Future[Any]) -> None:
         start = time.perf_counter()
         if self._config.generator.engine.tensor_parallel_size > 1:  # all of them, or none
-            failures = self._engine.collective_rpc(try_to_open, args=(offer,))
+            failures = self._engine.collective_rpc(cast(Any, try_to_open), args=(offer,))
             if reasons := [reason for reason in failures if reason is not None]:
                 done.set_result(reasons[0])
                 return
         self._settle()
         try:
-            self._engine.collective_rpc(load_offer, args=(offer, self._dtype, self._tied_head))
+            self._engine.collective_rpc(cast(Any, load_offer), args=(offer, self._dtype, self._tied_head))
         except Unreachable as error:
             done.set_result(str(error))
             return

@@ -55,9 +55,14 @@ class Offer:
         return all(memory.is_within_reach(part.handle, device_type) for part in self.parts)
 
     @property
+    def layouts(self) -> tuple[bytes, ...]:
+        """Equal where the shards of two versions lie alike."""
+        return tuple(part.layout for part in self.parts)
+
+    @property
     def index(self) -> Index:
         """What lies where. Raises IncompleteVersionError where shards are missing."""
-        return _index(tuple(part.layout for part in self.parts))
+        return _index(self.layouts)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -70,6 +75,8 @@ class _Block:
     data: torch.Tensor
     handle: memory.Handle
     version: int | None = None
+    targets: list[torch.Tensor] | None = None
+    """A view for each shard that is written, in the manifest's order."""
 
 
 class Snapshots:
@@ -117,10 +124,11 @@ class Snapshots:
         if block is None:
             return None
         block.version = None  # until it is whole
-        starts = manifest.bucket_starts()
-        targets = [shard.view(block.data[starts[shard.bucket] :]) for shard in sources]
-        if targets:
-            torch._foreach_copy_(targets, list(sources.values()))
+        if block.targets is None:
+            starts = manifest.bucket_starts()
+            block.targets = [shard.view(block.data[starts[shard.bucket] :]) for shard in sources]
+        if block.targets:
+            torch._foreach_copy_(block.targets, list(sources.values()))
         total = checksum(source.to(shard.dtype) for shard, source in sources.items()) if with_checksum else None
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()  # readers wait for no event of ours
@@ -157,7 +165,7 @@ class Snapshots:
                 return block
         if len(self._blocks) == _MAX_BLOCKS:
             return None
-        data = memory.allocate(num_bytes, self._device)
+        data = memory.allocate(max(num_bytes, 64), self._device)
         if data is None:
             logger.warning("no memory for a copy of the weights of %.1f GiB to be read in place", num_bytes / 2**30)
             self.is_possible = bool(self._blocks)
@@ -170,7 +178,9 @@ class Opened:
     """The weights of an offer, opened in a process that reads them."""
 
     def __init__(self, offer: Offer, data: Sequence[torch.Tensor]) -> None:
-        self._offer, self._index, self._data = offer, offer.index, data
+        self._offer, self._index = offer, offer.index
+        self.data = data
+        """By rank: its block of memory, uint8."""
         self._starts = [_manifest(part.layout).bucket_starts() for part in offer.parts]
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -178,7 +188,7 @@ class Opened:
         parts = self._index.tensors[name]
         if len(parts) == 1:
             return self._view(*parts[0])
-        first, device = parts[0][1], self._data[parts[0][0]].device
+        first, device = parts[0][1], self.data[parts[0][0]].device
         try:
             whole = torch.empty(first.global_shape, dtype=first.dtype, device=device)
         except torch.OutOfMemoryError:  # slower, not wrong
@@ -187,6 +197,16 @@ class Opened:
             box = tuple(slice(o, o + s) for o, s in zip(shard.offsets, shard.shape, strict=True))
             whole[box].copy_(self._view(rank, shard))
         return whole
+
+    def shards(self, name: str) -> Iterator[tuple[int, int, Shard]]:
+        """The shards of a tensor: the rank, the first byte in its block, and the box."""
+        for rank, shard in self._index.tensors[name]:
+            yield rank, self._starts[rank][shard.bucket] + shard.start_bytes, shard
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Of all tensors."""
+        return {shard.dtype for parts in self._index.tensors.values() for _, shard in parts}
 
     def verify(self) -> Checksum | None:
         """The checksum of the whole; None where the trainers gave none.
@@ -206,7 +226,7 @@ class Opened:
         return whole
 
     def _view(self, rank: int, shard: Shard) -> torch.Tensor:
-        return shard.view(self._data[rank][self._starts[rank][shard.bucket] :])
+        return shard.view(self.data[rank][self._starts[rank][shard.bucket] :])
 
 
 @functools.lru_cache(maxsize=64)
@@ -232,4 +252,4 @@ def opened(offer: Offer) -> Iterator[Opened]:
     try:
         yield weights
     finally:
-        weights._data = ()
+        weights.data = ()
