@@ -118,7 +118,7 @@ class Trainer(Actor):
 
         The copy is all that training waits for. Where there is no memory for it the part is None; then, or where the
         controller knows that a generator is out of reach (``stores``), publishing into the store has begun when this
-        returns, and ``published`` waits for it.
+        returns, and ``store`` waits for it.
 
         Args:
             in_use: versions that a generator may still be reading.
@@ -181,11 +181,6 @@ class Trainer(Actor):
             return state
         cloned = {id(tensor): tensor.clone() for tensor in state.values()}
         return {name: cloned[id(tensor)] for name, tensor in state.items()}
-
-    @concurrent_endpoint
-    async def published(self) -> None:
-        """Wait until what ``publish`` began is in the store."""
-        await self._publishing.done()
 
     @endpoint
     async def save(self, directory: Path) -> None:

@@ -87,12 +87,12 @@ class Trainers:
         return Offer(version, tuple(parts)) if None not in parts else None
 
     async def store(self, store: StoreSpec, version: int) -> None:
-        """Put into the store what was offered. Raises VersionNotFoundError where it is there no more."""
-        await self._call("store", store, version)
+        """Return when all ranks have put a version into the store: what ``publish`` began, or what it offered.
 
-    async def published(self) -> None:
-        """Wait until what ``publish`` began is in the store, from all ranks."""
-        await self._call("published")
+        Raises:
+            VersionNotFoundError: it is in their memory no more.
+        """
+        await self._call("store", store, version)
 
     async def save(self, directory: Path) -> None:
         """Begin to save all trained models into a directory; returns once they are staged in memory."""
