@@ -132,6 +132,10 @@ def test_a_checksum_does_not_depend_on_how_tensors_are_cut_and_sees_one_bit() ->
     assert whole == checksum([tensor[:1], torch.zeros(9).bfloat16()]) + checksum([tensor[1:, :7], tensor[1:, 7:]])
     tensor.view(torch.int16)[77, 7] ^= 1
     assert checksum([tensor]) != whole and checksum([]) == Checksum()
+    for dtype in (torch.float64, torch.int64, torch.float32, torch.int8):
+        before = torch.arange(9).to(dtype)
+        tensor = before.clone()
+        assert checksum([tensor]) == checksum([tensor]) and torch.equal(tensor, before)
 
 
 class Fused(nn.Module):

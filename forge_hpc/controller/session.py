@@ -256,7 +256,12 @@ class Session:
         store = await with_timeout(start, self.config.cluster.start_timeout_s, "the weight store did not start")
         is_first = self._pool.weights is None
         self._weights = self._pool.weights = WeightSync(
-            self.trainers, store, self.generators, self._buffer, self._tell_weights
+            self.trainers,
+            store,
+            self.generators,
+            self._buffer,
+            self._tell_weights,
+            self.config.generator.verify_weights,
         )
         if self.step > 0 or not is_first:
             self._weights.is_changed = True

@@ -42,7 +42,7 @@ def checksum(tensors: Iterable[torch.Tensor]) -> Checksum:
         bits = tensor.detach().contiguous().view(-1).view(_WHOLE_NUMBERS[tensor.dtype.itemsize])
         for chunk in bits.split(_CHUNK):
             wide = chunk.to(torch.int64)
-            sums.append(torch.stack([wide.sum(), wide.square_().sum()]))
+            sums.append(torch.stack([wide.sum(), wide.square().sum()]))
     if not sums:
         return Checksum()
     total, squares = torch.stack(sums).sum(0).tolist()
