@@ -11,9 +11,10 @@ import pytest
 
 from forge_hpc.config import Config, plan
 from forge_hpc.controller import generators
-from forge_hpc.controller.generators import GeneratorPool
+from forge_hpc.controller.generators import GeneratorPool, WeightSync
 from forge_hpc.controller.recovery import Recoveries
 from forge_hpc.controller.service import ActorLost
+from forge_hpc.weights import Offer
 
 
 class FakeCluster:
@@ -149,15 +150,19 @@ def test_a_start_outlives_the_attempt_that_began_it_and_one_that_failed_is_begun
 
 def test_a_replacement_gets_the_weights_and_the_newest_name_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     def note(name: str) -> Any:
-        async def call_one(*args: Any) -> None:
-            told.append((name, args[-1]))
+        async def call_one(*args: Any) -> str:
+            told.append((name, args[0] if name == "relabel" else args[1]))
+            return "shared memory"
 
         return SimpleNamespace(call_one=call_one)
 
     async def scenario(version: int | None, label: int | None) -> list[tuple[str, int]]:
         pool = Pool(spares=0)
         await pool.start()
-        pool.pool.weights = SimpleNamespace(spec=None, version=version, label=label)  # type: ignore[assignment]
+        nothing: Any = SimpleNamespace(spec=None)
+        weights = pool.pool.weights = WeightSync(nothing, nothing, nothing, None)
+        weights.version, weights.label = version, label
+        weights._offer = Offer(version, ()) if version is not None else None
         told.clear()
         await pool.lose(5)
         assert 5 in pool.pool.service.serving

@@ -27,6 +27,8 @@ from forge_hpc.training.distributed import init_distributed
 from forge_hpc.training.engine import TrainEngine
 from forge_hpc.training.frozen import FrozenModel
 from forge_hpc.training.models import Models
+from forge_hpc.weights import Offer, VersionNotFoundError, opened
+from forge_hpc.weights.layout import Manifest
 
 CRITIC = {"policy": ModelNeed(), "critic": ModelNeed(head="value", lr=2e-2)}
 
@@ -223,7 +225,7 @@ class GatedStore:
         self.stored: dict[str, torch.Tensor] = {}
         self.go_on = asyncio.Event()
 
-    async def publish(self, store: Any, version: int, state: dict[str, torch.Tensor], *, rank: int) -> None:
+    async def publish(self, store: Any, version: int, state: dict[str, torch.Tensor], **options: Any) -> None:
         for number, (name, tensor) in enumerate(state.items()):
             if number == len(state) // 2:
                 await self.go_on.wait()
@@ -234,6 +236,7 @@ def trainer_on(cfg: Config, model_dir: Path) -> Any:
     """The actor without its process: its endpoints are called as they stand."""
     trainer: Any = object.__new__(Trainer)
     trainer._config, trainer._rank, trainer._publishing = cfg, 0, Publishing()
+    trainer._snapshots = trainer._stored = None
     trainer._thread = ThreadPoolExecutor(1)
     trainer._models = Models(cfg, CRITIC, {"policy": model_dir})
     return trainer
@@ -248,7 +251,7 @@ async def ask(endpoint: Any, trainer: Any, *args: Any) -> Any:
 def test_what_is_published_is_whole_though_a_recipe_trains_on_at_once(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch, max_staleness: int, waits: bool
 ) -> None:
-    """``waits``: the controller is told of the delivery (``published``) meanwhile, or nobody asks."""
+    """``waits``: the controller is told of the delivery (``store``) meanwhile, or nobody asks."""
     cfg = config()
     cfg.rollout.max_staleness = max_staleness
 
@@ -256,10 +259,11 @@ def test_what_is_published_is_whole_though_a_recipe_trains_on_at_once(
         store = GatedStore()
         monkeypatch.setattr("forge_hpc.weights.publish", store.publish)
         trainer = trainer_on(cfg, model_dir)
+        trainer._snapshot = lambda *args: None  # no memory for a copy that is read in place
         policy = trainer._models.policy
         before = {name: tensor.clone() for name, tensor in policy.hf_state_dict().items()}
         await ask(Trainer.publish, trainer, None, 1)
-        waiter = asyncio.create_task(ask(Trainer.published, trainer)) if waits else None
+        waiter = asyncio.create_task(ask(Trainer.store, trainer, None, 1)) if waits else None
         await asyncio.sleep(0)
         # Not the critic's step, which publishes nothing; the policy's, where the weights themselves are read.
         await ask(Trainer.train_step, trainer, with_returns(4), True, 100.0, "critic")
@@ -272,10 +276,41 @@ def test_what_is_published_is_whole_though_a_recipe_trains_on_at_once(
         assert len(store.stored) < len(before)
         store.go_on.set()
         await stepping
-        await (waiter or ask(Trainer.published, trainer))
+        await (waiter or ask(Trainer.store, trainer, None, 1))
         assert policy.step == 1
         assert all(torch.equal(store.stored[name], tensor) for name, tensor in before.items())
         assert not all(torch.equal(policy.hf_state_dict()[name], tensor) for name, tensor in before.items())
+        trainer._thread.shutdown()
+
+    asyncio.run(scenario())
+
+
+def test_what_is_offered_is_whole_though_training_goes_on_and_may_be_put_into_the_store_later(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        stored: dict[str, torch.Tensor] = {}
+
+        async def put(store: Any, manifest: Manifest, data: torch.Tensor) -> None:
+            starts = manifest.bucket_starts()
+            stored.update({s.name: s.view(data[starts[s.bucket] :]).clone() for s in manifest.shards})
+
+        monkeypatch.setattr("forge_hpc.weights.bucket_limit", lambda store, rank: 1 << 16)
+        monkeypatch.setattr("forge_hpc.weights.publish_buckets", put)
+        trainer = trainer_on(config(), model_dir)
+        policy = trainer._models.policy
+        for version in (1, 2):
+            before = {name: tensor.clone() for name, tensor in policy.hf_state_dict().items()}
+            offer = Offer(version, (await ask(Trainer.publish, trainer, None, version, (), False, True),))
+            assert not stored
+            await ask(Trainer.train_step, trainer, random_documents(4), True, 100.0)
+            with opened(offer) as weights:
+                assert weights.verify() is not None
+                assert all(torch.equal(weights.tensor(name), tensor) for name, tensor in before.items())
+        await ask(Trainer.store, trainer, None, 2)
+        assert stored.keys() == before.keys() and all(torch.equal(stored[name], before[name]) for name in before)
+        with pytest.raises(VersionNotFoundError, match="version 1"):
+            await ask(Trainer.store, trainer, None, 1)
         trainer._thread.shutdown()
 
     asyncio.run(scenario())

@@ -23,6 +23,7 @@ from forge_hpc.data.types import Document
 from forge_hpc.rollouts.buffer import EpisodeBuffer
 from forge_hpc.training.distributed import init_distributed
 from forge_hpc.training.engine import TrainEngine
+from forge_hpc.weights import Offer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -110,18 +111,16 @@ class Parts:
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
         self.timeout_s, self.spec = 60.0, None
-        self.load = SimpleNamespace(fanout=lambda spec, version: self.note("load", version))
+        self.load = SimpleNamespace(fanout=lambda spec, version, offer: self.note("load", version))
         self.relabel = SimpleNamespace(fanout=lambda version: self.note("relabel", version))
 
-    async def publish(self, spec: Any, version: int) -> None:
+    async def publish(self, spec: Any, version: int, in_use: Any, **options: bool) -> Offer:
         self.calls.append(("publish", version))
+        return Offer(version, ())
 
-    async def published(self) -> None: ...
-
-    async def commit(self, version: int) -> None: ...
-
-    async def note(self, what: str, version: int) -> None:
+    async def note(self, what: str, version: int) -> list[str]:
         self.calls.append((what, version))
+        return ["shared memory"]
 
 
 def test_weights_that_no_step_has_changed_are_not_moved_and_generation_goes_on() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from monarch.actor import Actor, current_rank, endpoint, this_host
+from monarch.actor import Actor, ActorError, current_rank, endpoint, this_host
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
@@ -23,10 +23,14 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from forge_hpc.weights import (
     IncompleteVersionError,
+    Offer,
+    Part,
+    Snapshots,
     StoreSpec,
     VersionExistsError,
     VersionNotFoundError,
     WeightStore,
+    opened,
     publish,
     pull,
 )
@@ -71,6 +75,9 @@ class FakeTrainer(Actor):
     async def publish(
         self, spec: StoreSpec, version: int, leave_out: str | None = None, dtype: torch.dtype | None = None
     ) -> int:
+        return await publish(spec, version, self.state_dict(version, leave_out), rank=current_rank().rank, dtype=dtype)
+
+    def state_dict(self, version: int, leave_out: str | None = None) -> dict[str, torch.Tensor]:
         state_dict = {}
         for name, value in full_values(version).items():
             if name == leave_out and current_rank().rank == 1:
@@ -81,7 +88,14 @@ class FakeTrainer(Actor):
                 state_dict[name] = distribute_tensor(value, self.mesh, [placement], src_data_rank=None)
             else:
                 state_dict[name] = value
-        return await publish(spec, version, state_dict, rank=current_rank().rank, dtype=dtype)
+        return state_dict
+
+    @endpoint
+    async def offer(self, version: int, in_use: tuple[int, ...]) -> Part | None:
+        if not hasattr(self, "snapshots"):
+            self.snapshots = Snapshots(current_rank().rank, torch.float32, torch.device("cpu"), 1 << 20)
+        weights = {name: tensor for name, tensor in self.state_dict(version).items() if name != "bias"}
+        return self.snapshots.take(version, lambda: weights, [], in_use=in_use, with_checksum=True)
 
     @endpoint
     async def leave(self) -> None:
@@ -97,6 +111,14 @@ class FakeGenerator(Actor):
     async def differing(self, spec: StoreSpec, version: int) -> list[str]:
         pulled = await pull(spec, version)
         return [name for name, value in full_values(version).items() if not torch.equal(pulled[name], value)]
+
+    @endpoint
+    async def differing_of_offer(self, offer: Offer) -> list[str]:
+        expected = full_values(offer.version)
+        with opened(offer) as weights:
+            weights.verify()
+            found = {name: weights.tensor(name) for name in offer.shapes}
+            return [f"{name}: {value}" for name, value in found.items() if not torch.equal(value, expected[name])]
 
     @endpoint
     async def pull_error(self, spec: StoreSpec, version: int) -> str:
@@ -240,6 +262,26 @@ def test_dropped_versions_and_a_stopped_store_give_their_memory_back(meshes: Mes
                 counts.append(await num_memfds())
         assert counts[1] == 2 * counts[0] == counts[2] == counts[4] > 0
         assert await num_memfds() == 0
+
+    meshes.run(body())
+
+
+def test_shards_of_several_ranks_are_read_where_they_lie_as_long_as_the_trainers_say(meshes: Meshes) -> None:
+    async def offer(version: int, *in_use: int) -> Offer:
+        parts = [part for _, part in await meshes.trainers.offer.call(version, in_use)]
+        return Offer(version, tuple(parts))
+
+    async def body() -> None:
+        first = await offer(1)
+        second = await offer(2, 1)  # somebody still reads the first
+        assert len(first.shapes) == len(full_values(1)) - 1
+        for whole in (first, second):
+            assert await meshes.generators.differing_of_offer.call_one(whole) == []
+        third = await offer(3, 2)  # nobody reads the first any more
+        for whole in (second, third):
+            assert await meshes.generators.differing_of_offer.call_one(whole) == []
+        with pytest.raises(ActorError, match="CorruptWeightsError"):
+            await meshes.generators.differing_of_offer.call_one(first)
 
     meshes.run(body())
 

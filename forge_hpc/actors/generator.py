@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,9 @@ from forge_hpc.data.types import Completion, Prompt, Turn
 from forge_hpc.observability.logs import setup_logging
 
 if TYPE_CHECKING:
-    from forge_hpc.weights import StoreSpec
+    from forge_hpc.weights import Offer, StoreSpec
+
+logger = logging.getLogger(__name__)
 
 
 class Generator(Actor):
@@ -26,6 +28,8 @@ class Generator(Actor):
     def __init__(self, config: Config, replica: int, log_dir: Path) -> None:
         setup_logging(log_dir / f"generator-{replica}.log", f"generator-{replica}")
         self._config = config
+        self._can_read_offers = True
+        self._waits_for_store = False
 
     @endpoint
     async def start(self, model_dir: Path) -> None:
@@ -98,14 +102,52 @@ class Generator(Actor):
         return await self._engine.generate_turns(turns, seed=seed, sampling=sampling, share=share)
 
     @concurrent_endpoint
-    async def load(self, store: StoreSpec, version: int) -> float:
-        """Take a policy version from the store while requests go on. Returns the seconds that it took."""
-        from forge_hpc.weights import pull
+    async def load(self, store: StoreSpec, version: int, offer: Offer | None = None, again: bool = False) -> str | None:
+        """Take a policy version while requests go on: out of the trainers' memory where it is offered, else from the
+        store.
 
-        start = time.perf_counter()
-        tensors = await pull(store, version)
-        await self._engine.load_weights(version, tensors.items())
-        return time.perf_counter() - start
+        Args:
+            again: everybody is asked a second time, and only who answered None the first time is meant.
+
+        Returns:
+            How the weights came (``CUDA IPC``, ``shared memory``, ``messages``). None where this process cannot read
+            what is offered: nothing was loaded, and the store is to have it.
+        """
+        from forge_hpc.weights import Unreachable, pull, reads_shared_memory
+
+        if again and not self._waits_for_store:
+            return ""
+        if offer is None:
+            tensors = await pull(store, version)
+            await self._engine.load_weights(version, tensors.items())
+            self._waits_for_store = False
+            return "shared memory" if reads_shared_memory(store) else "messages"
+        self._waits_for_store = True
+        try:
+            way = await self._load_offer(offer)
+        except Unreachable as error:
+            if self._can_read_offers:
+                logger.warning("the trainers' memory cannot be read from here, the store serves: %s", error)
+            self._can_read_offers = False
+            return None
+        self._waits_for_store = False
+        return way
+
+    async def _load_offer(self, offer: Offer) -> str:
+        """Raises Unreachable."""
+        from forge_hpc.models.device import device_type
+        from forge_hpc.weights import Unreachable, opened
+
+        if not self._can_read_offers or not offer.is_within_reach(device_type()):
+            raise Unreachable("another host or device")
+        if device_type() == "cuda":
+            await self._engine.load_offer(offer)
+            return "CUDA IPC"
+        with opened(offer) as weights:
+            weights.verify()
+            tensors = {name: weights.tensor(name) for name in offer.shapes}
+            await self._engine.load_weights(offer.version, tensors.items())
+        return "shared memory"
 
     @concurrent_endpoint
     async def relabel(self, version: int) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
     import torch
 
     from forge_hpc.checkpoint import FileRecord
-    from forge_hpc.weights import StoreSpec
+    from forge_hpc.weights import Part, Snapshots, StoreSpec
+    from forge_hpc.weights.checksum import Checksum
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -42,6 +45,8 @@ class Trainer(Actor):
         self._config = config
         self._needs = needs_of(config).models if models is None else models
         self._publishing = Publishing()
+        self._snapshots: Snapshots | None = None
+        self._stored: int | None = None  # the version that was put into the store last
         # One thread for all of torch: OpenMP's pool and the current CUDA device belong to a thread.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="torch")
 
@@ -101,27 +106,81 @@ class Trainer(Actor):
         return await self._in_thread(self._models.policy.eval_loss, documents)
 
     @concurrent_endpoint
-    async def publish(self, store: StoreSpec, version: int) -> float:
-        """Take a snapshot of the policy's weights and begin to publish it. Returns the seconds of the snapshot, which
-        is all that training waits for; ``published`` waits for the rest."""
+    async def publish(
+        self,
+        store: StoreSpec,
+        version: int,
+        in_use: Collection[int] = (),
+        stores: bool = False,
+        with_checksum: bool = False,
+    ) -> Part | None:
+        """Copy the policy's weights to where generators of this host read them: this rank's part of the offer.
+
+        The copy is all that training waits for. Where there is no memory for it the part is None; then, or where the
+        controller knows that a generator is out of reach (``stores``), publishing into the store has begun when this
+        returns, and ``store`` waits for it.
+
+        Args:
+            in_use: versions that a generator may still be reading.
+            with_checksum: generators verify what they have got.
+        """
         from forge_hpc.weights import publish
 
         await self._publishing.done()
-        start = time.perf_counter()
-        copies = self._config.rollout.max_staleness > 0
-        snapshot = await self._in_thread(self._snapshot, copies)
-        self._publishing.begin(publish(store, version, snapshot, rank=self._rank), reads_weights=not copies)
-        return time.perf_counter() - start
-
-    def _snapshot(self, copies: bool) -> dict[str, torch.Tensor]:
-        """The weights by name; copies where training goes on while they are published."""
-        state = self._models.policy.hf_state_dict()
-        return {name: tensor.clone() for name, tensor in state.items()} if copies else state
+        part = await self._in_thread(self._snapshot, store, version, in_use, with_checksum)
+        if part is None:
+            copies = self._config.rollout.max_staleness > 0
+            weights = await self._in_thread(self._weights, copies)
+            storing = publish(store, version, weights, rank=self._rank, with_checksum=with_checksum)
+            self._publishing.begin(storing, reads_weights=not copies)
+            self._stored = version
+        elif stores:
+            await self._store(store, version, part.checksum)
+        return part
 
     @concurrent_endpoint
-    async def published(self) -> None:
-        """Wait until what ``publish`` began is in the store."""
+    async def store(self, store: StoreSpec, version: int) -> None:
+        """See that a version is in the store which generators were offered: one of them could not read it, or one of
+        the ranks had no memory for it.
+
+        Raises VersionNotFoundError where a newer one has taken its place.
+        """
         await self._publishing.done()
+        if self._stored != version:
+            await self._store(store, version, None)
+            await self._publishing.done()
+
+    async def _store(self, store: StoreSpec, version: int, checksum: Checksum | None) -> None:
+        from forge_hpc.weights import VersionNotFoundError, publish_buckets
+
+        found = self._snapshots.find(version) if self._snapshots is not None else None
+        if found is None:
+            raise VersionNotFoundError(f"policy version {version} is no longer in the trainers' memory")
+        manifest, data = found
+        storing = publish_buckets(store, replace(manifest, checksum=checksum), data)
+        self._publishing.begin(storing, reads_weights=False)
+        self._stored = version
+
+    def _snapshot(self, store: StoreSpec, version: int, in_use: Collection[int], with_checksum: bool) -> Part | None:
+        from torchtitan.config import TORCH_DTYPE_MAP
+
+        from forge_hpc.models.device import local_device
+        from forge_hpc.weights import Snapshots, bucket_limit
+
+        policy = self._models.policy
+        if self._snapshots is None:
+            dtype = TORCH_DTYPE_MAP[self._config.model.dtype]
+            self._snapshots = Snapshots(self._rank, dtype, local_device(), bucket_limit(store, self._rank))
+        parameters, weights = policy.model.parameters(), partial(policy.hf_state_dict, cast=False)
+        return self._snapshots.take(version, weights, parameters, in_use=in_use, with_checksum=with_checksum)
+
+    def _weights(self, copies: bool) -> dict[str, torch.Tensor]:
+        """The weights by name; copies where training goes on while they are published."""
+        state = self._models.policy.hf_state_dict()
+        if not copies:
+            return state
+        cloned = {id(tensor): tensor.clone() for tensor in state.values()}
+        return {name: cloned[id(tensor)] for name, tensor in state.items()}
 
     @endpoint
     async def save(self, directory: Path) -> None:

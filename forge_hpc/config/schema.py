@@ -277,6 +277,8 @@ class GeneratorConfig:
     """Independent vLLM engines; by default as many as the rollout nodes' GPUs hold (one a node on the CPU)."""
     timeout_s: float = setting(1800.0, POSITIVE, resume=FREE)
     """A request that takes longer than this has a stuck generator."""
+    verify_weights: bool = setting(False, resume=FREE)
+    """Compare a checksum of the weights on both sides at every delivery; at the first it is done always."""
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from forge_hpc.controller.recovery import Recoveries
 from forge_hpc.controller.service import ActorLost, Service, answer, cause_of, reason_of
 from forge_hpc.controller.trainers import Trainers
 from forge_hpc.rollouts.buffer import EpisodeBuffer
-from forge_hpc.weights import WeightStore
+from forge_hpc.weights import Offer, VersionNotFoundError, WeightStore
 
 logger = logging.getLogger(__name__)
 STOP_S = 60.0
@@ -224,8 +225,12 @@ class GeneratorPool:
                 await self._ask(index, actor.relabel.call_one(label), self._config.generator.timeout_s, "relabel()")
                 continue
             try:
-                load = actor.load.call_one(weights.spec, weights.version)
-                await self._ask(index, load, self._config.generator.timeout_s, "load()")
+
+                async def load(*args: Any) -> Any:
+                    call = actor.load.call_one(*args)
+                    return [await self._ask(index, call, self._config.generator.timeout_s, "load()")]
+
+                await weights.give(load)
                 held, label = wanted, wanted[1]
             except ActorLost:
                 raise
@@ -237,29 +242,47 @@ class GeneratorPool:
 
 
 class WeightSync:
-    """Brings each policy version from the trainers to all generators, beside the training where staleness allows."""
+    """Brings each policy version from the trainers to all generators, beside the training where staleness allows.
+
+    Generators on the trainers' host read the version where the trainers have copied it; for others, and where that does
+    not work, the trainers put it into the store too. Who reads is known here, so the trainers are told which copy must
+    stay.
+
+    Args:
+        tell: called with a line that says how the weights travel, when that is known and when it changes.
+        verify: compare checksums of every version, not of the first alone.
+    """
 
     def __init__(
-        self, trainers: Trainers, store: WeightStore, generators: Service, buffer: EpisodeBuffer | None
+        self,
+        trainers: Trainers,
+        store: WeightStore,
+        generators: Service,
+        buffer: EpisodeBuffer | None,
+        tell: Callable[[str], None] = logger.info,
+        verify: bool = False,
     ) -> None:
         self._trainers = trainers
         self._store = store
         self._generators = generators
         self._buffer = buffer
+        self._tell = tell
+        self._verify = verify
         self._delivery: asyncio.Task[None] | None = None
+        self._offer: Offer | None = None  # of `version`, as long as it may be read
+        self._in_store: int | None = None  # newest version there
+        self._stores = False  # a generator needs the store
+        self._storing = asyncio.Lock()
+        self._readers: Counter[int] = Counter()  # of versions in the trainers' memory
+        self._ways = ""
         self.version: int | None = None
-        """The version in the store that generators are to hold; None before the first."""
+        """The version that generators are to hold; None before the first."""
         self.label: int | None = None
         """What the generators are to call it: higher where steps without a signal left the weights as they were."""
         self.is_changed = False
         """Whether a step has changed the trainers' weights since they were published last."""
         self.seconds = 0.0
         """Duration of the last delivery that has finished, from the snapshot to the last generator."""
-
-    @property
-    def spec(self) -> Any:
-        """What an actor needs to pull from the store."""
-        return self._store.spec
 
     async def publish(self, version: int) -> None:
         """Snapshot the trainers' weights and begin to deliver them. Training may go on when this returns.
@@ -269,9 +292,14 @@ class WeightSync:
         await self.delivered()
         start = time.perf_counter()
         if self.is_changed:
-            await self._trainers.publish(self._store.spec, version)
+            self._offer = None  # what is offered now may be overwritten once nobody reads it
+            in_use = [held for held, num in self._readers.items() if num]
+            verify = self._verify or self.version is None
+            offer = await self._trainers.publish(
+                self._store.spec, version, in_use, stores=self._stores, with_checksum=verify
+            )
             self.is_changed = False
-            self._delivery = asyncio.create_task(self._deliver(version, start))
+            self._delivery = asyncio.create_task(self._deliver(version, start, offer))
         else:
             self._delivery = asyncio.create_task(self._relabel(version, start))
 
@@ -285,13 +313,48 @@ class WeightSync:
         if self._delivery is not None:
             self._delivery.cancel()
 
-    async def _deliver(self, version: int, start: float) -> None:
-        async with self._arrival(version, start):
-            await self._trainers.published()
+    async def give(self, load: Callable[..., Awaitable[list[str | None]]]) -> None:
+        """Have generators take the version; ``load`` calls ``Generator.load`` and returns what each said.
+
+        Raises VersionNotFoundError where the next version is about to take its place.
+        """
+        version, offer = self.version, self._offer
+        assert version is not None
+        if offer is None and self._in_store != version:
+            raise VersionNotFoundError(f"policy version {version} is being replaced by the next")
+        self._readers[version] += 1
+        try:
+            ways = await load(self._store.spec, version, offer)
+            if None in ways:
+                self._stores = True
+                await self._put_in_store(version)
+                ways += await load(self._store.spec, version, None, True)
+        finally:
+            self._readers[version] -= 1
+        self._tell_ways({way for way in ways if way})
+
+    def _tell_ways(self, ways: set[str]) -> None:
+        told = f"weights: {', '.join(sorted(ways))}"
+        if ways and told != self._ways:
+            self._ways = told
+            self._tell(told)
+
+    async def _put_in_store(self, version: int) -> None:
+        async with self._storing:
+            if self._in_store == version:
+                return
+            await self._trainers.store(self._store.spec, version)
             async with asyncio.timeout(self._trainers.timeout_s):
                 await self._store.commit(version)
+            self._in_store = version
+
+    async def _deliver(self, version: int, start: float, offer: Offer | None) -> None:
+        async with self._arrival(version, start):
+            if offer is None or self._stores:
+                await self._put_in_store(version)
+            self._offer = offer
             self.version = self.label = version  # from here on a replacement takes this one; the others get it now
-            await self._generators.load.fanout(self._store.spec, version)
+            await self.give(self._generators.load.fanout)
 
     async def _relabel(self, version: int, start: float) -> None:
         async with self._arrival(version, start):

@@ -263,11 +263,22 @@ class Session:
         start = WeightStore.start(volumes, self.cluster.placement.trainer_procs)
         store = await with_timeout(start, self.config.cluster.start_timeout_s, "the weight store did not start")
         is_first = self._pool.weights is None
-        self._weights = self._pool.weights = WeightSync(self.trainers, store, self.generators, self._buffer)
+        self._weights = self._pool.weights = WeightSync(
+            self.trainers,
+            store,
+            self.generators,
+            self._buffer,
+            self._tell_weights,
+            self.config.generator.verify_weights,
+        )
         if self.step > 0 or not is_first:
             self._weights.is_changed = True
             await self._weights.publish(self.step)
             await self._weights.delivered()
+
+    def _tell_weights(self, text: str) -> None:
+        logger.info("%s", text)
+        self.metrics.say(text)
 
     def _spawned(self, name: str, procs: Any) -> Any:
         """Processes without which this attempt is over."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from forge_hpc.checkpoint import FileRecord
-    from forge_hpc.weights import StoreSpec
+    from forge_hpc.weights import Offer, StoreSpec
 
 
 class Trainers:
@@ -69,13 +69,30 @@ class Trainers:
         """As ``actors.trainer.Trainer.start``."""
         await self._call("start", model_dirs, file_store, checkpoint, timeout_s=timeout_s)
 
-    async def publish(self, store: StoreSpec, version: int) -> None:
-        """Begin to publish the policy's weights. No step of it begins before they are copied or in the store."""
-        await self._call("publish", store, version)
+    async def publish(
+        self,
+        store: StoreSpec,
+        version: int,
+        in_use: Collection[int] = (),
+        *,
+        stores: bool = False,
+        with_checksum: bool = False,
+    ) -> Offer | None:
+        """Copy the policy's weights to where generators can read them, and begin to publish them into the store where
+        ``stores`` says so or a rank has no memory for the copy: then there is no offer. No step of the policy begins
+        before they are copied or in the store."""
+        from forge_hpc.weights import Offer
 
-    async def published(self) -> None:
-        """Wait until what ``publish`` began is in the store, from all ranks."""
-        await self._call("published")
+        parts = await self._call_all("publish", store, version, frozenset(in_use), stores, with_checksum)
+        return Offer(version, tuple(parts)) if None not in parts else None
+
+    async def store(self, store: StoreSpec, version: int) -> None:
+        """Return when all ranks have put a version into the store: what ``publish`` began, or what it offered.
+
+        Raises:
+            VersionNotFoundError: it is in their memory no more.
+        """
+        await self._call("store", store, version)
 
     async def save(self, directory: Path) -> None:
         """Begin to save all trained models into a directory; returns once they are staged in memory."""

@@ -43,12 +43,23 @@ def complete_weights(
     tensors = dict(named_tensors)
     if tied_head and EMBEDDING in tensors:
         tensors[TIED_HEAD] = tensors[EMBEDDING]
+    check_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, expected, tied_head)
+    return list(tensors.items())
+
+
+def check_shapes(
+    shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], tied_head: bool
+) -> None:
+    """Raises ValueError where these are not the tensors of the checkpoint; it names what is missing, unknown or of
+    another shape. A tied head may be there or not."""
     wanted = dict(expected)
-    if tied_head:
+    if tied_head and TIED_HEAD in shapes:
         wanted[TIED_HEAD] = wanted[EMBEDDING]
-    missing = sorted(wanted.keys() - tensors.keys())
-    unknown = sorted(tensors.keys() - wanted.keys())
-    reshaped = sorted(name for name in wanted.keys() & tensors.keys() if tuple(tensors[name].shape) != wanted[name])
+    elif tied_head:
+        wanted.pop(TIED_HEAD, None)
+    missing = sorted(wanted.keys() - shapes.keys())
+    unknown = sorted(shapes.keys() - wanted.keys())
+    reshaped = sorted(name for name in wanted.keys() & shapes.keys() if tuple(shapes[name]) != wanted[name])
     if missing or unknown or reshaped:
         found = {"missing": missing, "unknown": unknown, "of another shape": reshaped}
         parts = [
@@ -57,4 +68,3 @@ def complete_weights(
             if names
         ]
         raise ValueError("these weights do not match the model's checkpoint: " + ", ".join(parts))
-    return list(tensors.items())

@@ -32,10 +32,13 @@ import torch
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config, SamplingConfig
 from forge_hpc.data.types import Completion, Prompt, Turn
-from forge_hpc.generation.checkpoint import checkpoint_shapes, complete_weights
+from forge_hpc.generation.checkpoint import check_shapes, checkpoint_shapes, complete_weights
+from forge_hpc.generation.direct import load_offer, try_to_open
 from forge_hpc.generation.options import engine_arguments, prepare_environment
 from forge_hpc.generation.seeds import sample_seed
 from forge_hpc.generation.staging import staged_checkpoint
+from forge_hpc.weights.memory import Unreachable
+from forge_hpc.weights.snapshots import Offer
 
 logger = logging.getLogger(__name__)
 P = TypeVar("P", Prompt, Turn)
@@ -246,6 +249,21 @@ class GenerationEngine:
             await self._reload(version, {"weights_path": str(directory)})
         finally:
             await asyncio.to_thread(staging.__exit__, None, None, None)
+
+    async def load_offer(self, offer: Offer) -> None:
+        """As ``load_weights``, of weights that lie in the trainers' memory on a GPU of this host: each worker reads
+        them there. They may be changed when the call has returned.
+
+        Raises:
+            Unreachable: a worker cannot read them; nothing was changed.
+            ValueError, TimeoutError, GenerationError: as ``load_weights``, also of a checksum that is wrong.
+        """
+        check_shapes(offer.shapes, self._expected, self._tied_head)
+        done = _future()
+        self._post(lambda: self._load_offer(offer, done), [done])
+        [failure] = await self._answers([done])
+        if failure is not None:
+            raise Unreachable(failure)
 
     async def relabel(self, version: int) -> None:
         """Make ``version`` the policy version of the weights that are in place. Raises as ``load_weights``."""
@@ -506,6 +524,23 @@ class GenerationEngine:
         self._num_weight_loads += 1
         self._weight_load_s += time.perf_counter() - start
         self._label(version, done)
+
+    def _load_offer(self, offer: Offer, done: Future[Any]) -> None:
+        start = time.perf_counter()
+        if self._config.generator.engine.tensor_parallel_size > 1:  # all of them, or none
+            failures = self._engine.collective_rpc(cast(Any, try_to_open), args=(offer,))
+            if reasons := [reason for reason in failures if reason is not None]:
+                done.set_result(reasons[0])
+                return
+        self._settle()
+        try:
+            self._engine.collective_rpc(cast(Any, load_offer), args=(offer, self._dtype, self._tied_head))
+        except Unreachable as error:
+            done.set_result(str(error))
+            return
+        self._num_weight_loads += 1
+        self._weight_load_s += time.perf_counter() - start
+        self._label(offer.version, done)
 
     def _label(self, version: int, done: Future[Any]) -> None:
         self._engine.set_weight_version(str(version))

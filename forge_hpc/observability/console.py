@@ -77,11 +77,15 @@ class ConsoleProgress:
             self._bar.update(self._task, completed=step, text=text)
 
     def warn(self, text: str) -> None:
-        """Show a warning: above the bar, or as a line of its own."""
+        """Show a warning."""
+        self.say(f"warning: {text}")
+
+    def say(self, text: str) -> None:
+        """Show a line: above the bar, or as one of its own."""
         if self._bar is not None:
-            self._bar.console.print(f"warning: {text}", markup=False, highlight=False)
+            self._bar.console.print(text, markup=False, highlight=False)
         elif self._lines:
-            print(f"warning: {text}", file=self._stream, flush=True)
+            print(text, file=self._stream, flush=True)
 
     def show_evaluation(self, step: int, num_done: int, num: int, num_right: int) -> None:
         """Show how many answers of an evaluation are there: on the bar, or as a line every 10 seconds."""

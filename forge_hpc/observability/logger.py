@@ -135,6 +135,10 @@ class MetricLogger:
         logger.warning("%s", message)
         self._console.warn(" ".join(message.split()))
 
+    def say(self, text: str) -> None:
+        """Show a line that is no warning, such as a choice that was made."""
+        self._console.say(text)
+
     def close(self) -> None:
         """Close all files; the progress bar stays as it is. W&B may still be sending: ``wandb.finish_runs`` waits."""
         self._console.close()

@@ -211,15 +211,18 @@ class TrainEngine(ModelShard, Stateful):
 
     # ---- weights and checkpoints
 
-    def hf_state_dict(self) -> dict[str, torch.Tensor]:
+    def hf_state_dict(self, *, cast: bool = True) -> dict[str, torch.Tensor]:
         """The weights by Hugging Face name in ``model.dtype``: tensors, or DTensors where the model is sharded.
+        Without ``cast`` they are in the training dtype.
 
         In the training dtype they are views of the weights, which the next step changes, or with LoRA copies of those
         that an adapter was merged into. With tied embeddings
         ``lm_head.weight`` is there too, the same tensor: vLLM's head on the CPU stays stale without it.
         """
         dtype = TORCH_DTYPE_MAP[self.cfg.model.dtype]
-        state = {name: tensor.detach().to(dtype) for name, tensor in self._to_hf().items()}
+        state = {name: tensor.detach() for name, tensor in self._to_hf().items()}
+        if cast:
+            state = {name: tensor.to(dtype) for name, tensor in state.items()}
         if self.spec.is_tied:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         return state

@@ -1,21 +1,37 @@
 """Publishing and pulling weights by policy version, through TorchStore."""
 
+from forge_hpc.weights.checksum import CorruptWeightsError
 from forge_hpc.weights.layout import IncompleteVersionError
+from forge_hpc.weights.memory import Unreachable
+from forge_hpc.weights.snapshots import Offer, Opened, Part, Snapshots, opened
 from forge_hpc.weights.store import (
     StoreSpec,
     VersionExistsError,
     VersionNotFoundError,
     WeightStore,
+    bucket_limit,
     publish,
+    publish_buckets,
     pull,
+    reads_shared_memory,
 )
 
 __all__ = [
+    "CorruptWeightsError",
     "IncompleteVersionError",
+    "Offer",
+    "Opened",
+    "Part",
+    "Snapshots",
     "StoreSpec",
+    "Unreachable",
     "VersionExistsError",
     "VersionNotFoundError",
     "WeightStore",
+    "bucket_limit",
+    "opened",
     "publish",
+    "publish_buckets",
     "pull",
+    "reads_shared_memory",
 ]

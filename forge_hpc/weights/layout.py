@@ -7,13 +7,16 @@ version joins the manifests of all ranks and has verified that every tensor is c
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from forge_hpc.weights.checksum import Checksum
 
 _ALIGNMENT_BYTES = 64
 
@@ -44,6 +47,11 @@ class Shard:
         return bucket[self.start_bytes : self.start_bytes + self.num_bytes].view(self.dtype).view(self.shape)
 
 
+def distinct(shards: Iterable[Shard]) -> list[Shard]:
+    """The shards of one rank without the second names of tensors that have two."""
+    return list({(shard.bucket, shard.start_bytes): shard for shard in shards}.values())
+
+
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """What one rank publishes of one version."""
@@ -53,6 +61,12 @@ class Manifest:
     shards: tuple[Shard, ...]
     bucket_bytes: tuple[int, ...]
     """Size of each bucket."""
+    checksum: Checksum | None = None
+    """Of all that the rank publishes, where it is to be verified."""
+
+    def bucket_starts(self) -> list[int]:
+        """Where each bucket begins when all lie one after the other, and at last where they end; bytes."""
+        return [0, *itertools.accumulate(self.bucket_bytes)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +76,8 @@ class Index:
     version: int
     tensors: dict[str, tuple[tuple[int, Shard], ...]]
     num_bytes: int
+    checksums: dict[int, Checksum]
+    """By rank, of those that have one and are read whole."""
 
     def buckets(self) -> dict[tuple[int, int], int]:
         """(rank, bucket) of everything that a reader needs, in a steady order, with the bytes that it needs of it."""
@@ -71,6 +87,10 @@ class Index:
                 key = (rank, shard.bucket)
                 ends[key] = max(ends.get(key, 0), shard.start_bytes + shard.num_bytes)
         return dict(sorted(ends.items()))
+
+    def shards_of(self, rank: int) -> list[Shard]:
+        """What a reader takes from a rank, each place once."""
+        return distinct(shard for parts in self.tensors.values() for owner, shard in parts if owner == rank)
 
 
 def _box(tensor: torch.Tensor, name: str, rank: int) -> tuple[torch.Tensor, tuple[int, ...]] | None:
@@ -99,22 +119,27 @@ def plan(
     rank: int,
     dtype: torch.dtype | None,
     max_bucket_bytes: int,
-) -> tuple[Manifest, list[torch.Tensor]]:
+) -> tuple[Manifest, dict[Shard, torch.Tensor]]:
     """Lay out what this rank publishes.
 
     Of a replicated tensor the first rank of its mesh publishes the values, of a plain tensor rank 0. Empty shards of an
-    uneven split are left out. A tensor larger than ``max_bucket_bytes`` has a bucket of its own.
+    uneven split are left out. A tensor larger than ``max_bucket_bytes`` has a bucket of its own. A tensor that has two
+    names (a tied head) lies there once.
 
     Returns:
-        The manifest, and for each of its shards the local tensor (on its device, in its own dtype).
+        The manifest, and for each shard that is to be written the local tensor (on its device, in its own dtype).
 
     Raises:
         ValueError: a tensor is a pending sum (``Partial``), or its shard does not have the shape of its placement.
     """
     shards: list[Shard] = []
-    locals_: list[torch.Tensor] = []
+    sources: dict[Shard, torch.Tensor] = {}
     bucket_bytes: list[int] = []
+    written: dict[int, Shard] = {}
     for name, tensor in state_dict.items():
+        if (same := written.get(id(tensor))) is not None:
+            shards.append(replace(same, name=name))
+            continue
         box = _box(tensor, name, rank)
         if box is None:
             continue
@@ -123,20 +148,19 @@ def plan(
         num_bytes = -(-local.numel() * stored_dtype.itemsize // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
         if not bucket_bytes or bucket_bytes[-1] + num_bytes > max_bucket_bytes:
             bucket_bytes.append(0)
-        shards.append(
-            Shard(
-                name=name,
-                dtype=stored_dtype,
-                global_shape=tuple(tensor.shape),
-                offsets=offsets,
-                shape=tuple(local.shape),
-                bucket=len(bucket_bytes) - 1,
-                start_bytes=bucket_bytes[-1],
-            )
+        shard = Shard(
+            name=name,
+            dtype=stored_dtype,
+            global_shape=tuple(tensor.shape),
+            offsets=offsets,
+            shape=tuple(local.shape),
+            bucket=len(bucket_bytes) - 1,
+            start_bytes=bucket_bytes[-1],
         )
-        locals_.append(local)
+        shards.append(shard)
+        written[id(tensor)], sources[shard] = shard, local.detach()
         bucket_bytes[-1] += num_bytes
-    return Manifest(version, rank, tuple(shards), tuple(bucket_bytes)), locals_
+    return Manifest(version, rank, tuple(shards), tuple(bucket_bytes)), sources
 
 
 def build_index(manifests: list[Manifest]) -> Index:
@@ -149,16 +173,25 @@ def build_index(manifests: list[Manifest]) -> Index:
     """
     version = manifests[0].version
     boxes: dict[str, dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, Shard]]] = {}
+    partly_read: set[int] = set()
     for manifest in sorted(manifests, key=lambda manifest: manifest.rank):
         if manifest.version != version:
             raise IncompleteVersionError(f"rank {manifest.rank} published version {manifest.version}, not {version}")
         for shard in manifest.shards:
-            boxes.setdefault(shard.name, {}).setdefault((shard.offsets, shard.shape), (manifest.rank, shard))
+            kept = boxes.setdefault(shard.name, {}).setdefault((shard.offsets, shard.shape), (manifest.rank, shard))
+            if kept[0] != manifest.rank:
+                partly_read.add(manifest.rank)
     tensors = {name: tuple(found.values()) for name, found in boxes.items()}
     for name, parts in tensors.items():
         _check_covered(name, [shard for _, shard in parts], version)
-    num_bytes = sum(shard.num_bytes for parts in tensors.values() for _, shard in parts)
-    return Index(version, tensors, num_bytes)
+    checksums = {
+        manifest.rank: manifest.checksum
+        for manifest in manifests
+        if manifest.checksum is not None and manifest.rank not in partly_read
+    }
+    index = Index(version, tensors, 0, checksums)
+    num_bytes = sum(shard.num_bytes for manifest in manifests for shard in index.shards_of(manifest.rank))
+    return replace(index, num_bytes=num_bytes)
 
 
 def _check_covered(name: str, shards: list[Shard], version: int) -> None:

@@ -45,6 +45,16 @@ def allocate(num_bytes: int) -> torch.Tensor:
     return _map(descriptor, num_bytes, mmap.ACCESS_WRITE)
 
 
+def path_of(tensor: torch.Tensor) -> str:
+    """Where other processes of this host find a tensor of ``allocate``, as long as it lives."""
+    return f"/proc/{os.getpid()}/fd/{_descriptors[tensor]}"
+
+
+def map_path(path: str, num_bytes: int) -> torch.Tensor:
+    """Map what another process allocated; writes to it stay in this process (copy on write). Raises OSError."""
+    return _map(os.open(path, os.O_RDWR | os.O_CLOEXEC), num_bytes, mmap.ACCESS_COPY)
+
+
 def _map(descriptor: int, num_bytes: int, access: int) -> torch.Tensor:
     mapping = mmap.mmap(descriptor, num_bytes, access=access)
     weakref.finalize(mapping, os.close, descriptor)
@@ -80,7 +90,7 @@ class SharedMemoryBuffer(TransportBuffer):
         assert tensor is None, "buckets are never read in place"
         if self.path is None:
             return self.tensor
-        return _map(os.open(self.path, os.O_RDWR | os.O_CLOEXEC), self.num_bytes, mmap.ACCESS_COPY)
+        return map_path(self.path, self.num_bytes)
 
     def update(self, other_buffer: TransportBuffer) -> None:
         """Take over what the volume answered."""

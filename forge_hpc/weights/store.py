@@ -23,12 +23,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from monarch.actor import ProcMesh, current_rank
 
+from forge_hpc.weights.checksum import Checksum, checksum, compare
 from forge_hpc.weights.compat import (
     LocalClient,
     MonarchTransportBuffer,
@@ -39,7 +40,7 @@ from forge_hpc.weights.compat import (
     TorchStoreStrategy,
     TransportBuffer,
 )
-from forge_hpc.weights.layout import Assembly, Index, build_index, plan
+from forge_hpc.weights.layout import Assembly, Index, Manifest, build_index, plan
 from forge_hpc.weights.shared_memory import SharedMemoryBuffer, host_identity
 from forge_hpc.weights.shared_memory import allocate as allocate_shared
 
@@ -183,6 +184,7 @@ async def publish(
     *,
     rank: int,
     dtype: torch.dtype | None = None,
+    with_checksum: bool = False,
 ) -> int:
     """Put this rank's shards of a version; called on every trainer rank with the same names and placements.
 
@@ -192,6 +194,7 @@ async def publish(
             publishes; on any device.
         rank: this process's rank, 0 to ``spec.num_ranks - 1``.
         dtype: floating-point tensors are stored in this dtype; by default in their own.
+        with_checksum: who pulls it verifies what it has got.
 
     Returns:
         Bytes that this rank has put.
@@ -202,20 +205,52 @@ async def publish(
     """
     if not 0 <= rank < spec.num_ranks:
         raise ValueError(f"rank {rank} of a store for {spec.num_ranks} ranks")
-    client = _Client(spec)
-    if version in await client.committed():
-        raise VersionExistsError(f"policy version {version} is published already")
-    shared = spec.volumes.shares_memory_with(spec.volumes.volume_of(rank))
-    max_bucket_bytes = MAX_BUCKET_BYTES if shared else MESSAGE_BYTES
-    manifest, tensors = plan(state_dict, version=version, rank=rank, dtype=dtype, max_bucket_bytes=max_bucket_bytes)
+    client = await _client_for(spec, version)
+    manifest, sources = plan(
+        state_dict, version=version, rank=rank, dtype=dtype, max_bucket_bytes=bucket_limit(spec, rank)
+    )
+    if with_checksum:
+        total = checksum(source.to(shard.dtype) for shard, source in sources.items())
+        manifest = replace(manifest, checksum=total)
     for bucket, num_bytes in enumerate(manifest.bucket_bytes):
         data = client.allocate(rank, num_bytes)
-        for shard, tensor in zip(manifest.shards, tensors, strict=True):
+        for shard, source in sources.items():
             if shard.bucket == bucket:
-                shard.view(data).copy_(tensor.detach())
+                shard.view(data).copy_(source)
         await client.put_as(rank, _bucket_key(version, rank, bucket), data)
     await client.put_as(rank, _manifest_key(version, rank), manifest)
     return sum(manifest.bucket_bytes)
+
+
+async def publish_buckets(spec: StoreSpec, manifest: Manifest, data: torch.Tensor) -> int:
+    """As ``publish``, of what has been laid out already: the manifest's buckets one after the other (uint8)."""
+    client = await _client_for(spec, manifest.version)
+    start = 0
+    for bucket, num_bytes in enumerate(manifest.bucket_bytes):
+        target = client.allocate(manifest.rank, num_bytes)
+        target.copy_(data[start : start + num_bytes])
+        start += num_bytes
+        await client.put_as(manifest.rank, _bucket_key(manifest.version, manifest.rank, bucket), target)
+    await client.put_as(manifest.rank, _manifest_key(manifest.version, manifest.rank), manifest)
+    return start
+
+
+async def _client_for(spec: StoreSpec, version: int) -> _Client:
+    client = _Client(spec)
+    if version in await client.committed():
+        raise VersionExistsError(f"policy version {version} is published already")
+    return client
+
+
+def bucket_limit(spec: StoreSpec, rank: int) -> int:
+    """Largest bucket of several tensors that a rank puts, bytes."""
+    shares_memory = spec.volumes.shares_memory_with(spec.volumes.volume_of(rank))
+    return MAX_BUCKET_BYTES if shares_memory else MESSAGE_BYTES
+
+
+def reads_shared_memory(spec: StoreSpec) -> bool:
+    """Whether ``pull`` maps the store's memory from here, or gets all of it in messages."""
+    return all(spec.volumes.shares_memory_with(volume) for volume in spec.volumes.volume_ids)
 
 
 async def pull(spec: StoreSpec, version: int) -> dict[str, torch.Tensor]:
@@ -225,16 +260,22 @@ async def pull(spec: StoreSpec, version: int) -> dict[str, torch.Tensor]:
 
     Raises:
         VersionNotFoundError: the version is not committed, or was dropped (perhaps while it was being pulled).
+        CorruptWeightsError: it has a checksum, and that is not the one of what was pulled.
     """
     client = _Client(spec)
     committed = await client.committed()
     if version not in committed:
         raise VersionNotFoundError(f"policy version {version} is not published; there are {committed or 'none'}")
     index: Index = await client.get_from(0, _index_key(version))
-    assembly = Assembly(index)
+    assembly, sums = Assembly(index), dict[int, Checksum]()
     for (rank, bucket), num_bytes in index.buckets().items():
         data = await client.get_bucket(rank, _bucket_key(version, rank, bucket), num_bytes)
         assembly.add(rank, bucket, data)
+        if rank in index.checksums:
+            shards = (shard for shard in index.shards_of(rank) if shard.bucket == bucket)
+            sums[rank] = sums.get(rank, Checksum()) + checksum(shard.view(data) for shard in shards)
+    for rank, found in sums.items():
+        compare(found, index.checksums[rank], version)
     return assembly.result()
 
 

@@ -1,0 +1,88 @@
+"""Memory that another process of this host reads where it lies: a memfd on the CPU, CUDA IPC on a GPU.
+
+A handle is valid as long as its owner keeps the tensor and lives. Nothing here waits for anybody: who reads and who
+writes when is the business of ``snapshots``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from forge_hpc.weights import shared_memory
+
+
+class Unreachable(Exception):
+    """The memory cannot be opened from here; nothing has been read."""
+
+
+@dataclass(frozen=True)
+class Handle:
+    """How to find the memory; picklable."""
+
+    host: str
+    """As ``shared_memory.host_identity``."""
+    device: str
+    """``cpu`` or ``cuda``."""
+    num_bytes: int
+    where: Any
+    """A path on the CPU, the arguments of ``rebuild_cuda_tensor`` on a GPU."""
+
+
+def allocate(num_bytes: int, device: torch.device) -> torch.Tensor | None:
+    """Bytes [num_bytes] that can be shared; None where a GPU does not have them to spare."""
+    if device.type == "cpu":
+        return shared_memory.allocate(num_bytes)
+    if num_bytes > _spare_bytes(device):
+        return None
+    try:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _spare_bytes(device: torch.device) -> int:
+    """What a GPU can give up: free, or cached and unused, less a twentieth of it all."""
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + cached - total // 20
+
+
+def share(memory: torch.Tensor) -> Handle:
+    """A handle of what ``allocate`` returned."""
+    host = shared_memory.host_identity()
+    if memory.device.type == "cpu":
+        return Handle(host, "cpu", memory.numel(), shared_memory.path_of(memory))
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    _, arguments = reduce_tensor(memory)
+    return Handle(host, "cuda", memory.numel(), arguments)
+
+
+def is_within_reach(handle: Handle, device_type: str) -> bool:
+    """Whether ``open_memory`` can succeed in a process that computes on ``device_type``."""
+    return handle.host == shared_memory.host_identity() and handle.device == device_type
+
+
+def open_memory(handle: Handle) -> torch.Tensor:
+    """The bytes [num_bytes] behind a handle, without a copy; on the CPU writes to it stay in this process.
+
+    On a GPU the memory may be another GPU's: it is read through the current device, over NVLink or PCIe. What the owner
+    wrote is seen if the owner waited for its own writes before it handed the handle out.
+
+    Raises:
+        Unreachable: another host or device, IPC not available, no peer access, or the owner is gone.
+    """
+    try:
+        if handle.device == "cpu":
+            return shared_memory.map_path(handle.where, handle.num_bytes)
+        from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+        arguments = list(handle.where)
+        arguments[6] = torch.cuda.current_device()
+        arguments[-1] = False  # no event to wait for
+        return rebuild_cuda_tensor(*arguments)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise Unreachable(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
