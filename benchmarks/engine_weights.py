@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import copy
 import json
 import os
 import statistics
@@ -165,7 +166,6 @@ def configuration(args: argparse.Namespace, is_cuda: bool) -> Config:
     cfg.rollout.max_prompt_tokens = cfg.rollout.max_response_tokens = 128
     engine = cfg.generator.engine
     engine.max_num_seqs = 16
-    engine.tensor_parallel_size = 2 if args.gpus == "tp2" else 1
     engine.gpu_memory_utilization = args.utilization
     engine.extra = {"load_format": "dummy"}
     if is_cuda:
@@ -197,7 +197,9 @@ async def measure(args: argparse.Namespace) -> None:
     store = await WeightStore.start(meshes[0], len(trainer_gpus))
     trainer_mesh = meshes[1].spawn("trainer", BenchTrainer, cfg, log_dir)
     trainers = Trainers(trainer_mesh, 600.0, asyncio.get_running_loop().create_future())
-    generator = meshes[2].spawn("generator", BenchGenerator, cfg, 0, log_dir)
+    theirs = copy.deepcopy(cfg)  # of its own: the trainer plans its memory for a node that has one GPU
+    theirs.generator.engine.tensor_parallel_size = len(generator_gpus)
+    generator = meshes[2].spawn("generator", BenchGenerator, theirs, 0, log_dir)
     start = time.perf_counter()
     try:
         await trainers.start({"policy": model_dir}, place / "process-group", None, 600.0)
