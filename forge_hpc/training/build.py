@@ -21,6 +21,7 @@ from torchtitan.tools.utils import set_default_dtype
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.needs import ModelNeed
+from forge_hpc.config.recipes import needs_of
 from forge_hpc.config.schema import Config
 from forge_hpc.config.split import plan as placement
 from forge_hpc.models.attention import inner_attention_config
@@ -65,14 +66,18 @@ class Shape:
 
     def state_bytes(self, spec: ModelSpec, need: ModelNeed) -> int:
         """What a model takes of this rank's GPU beside its activations. Weights, gradients and two moments in the
-        training dtype, and weights in the compute dtype where one rank keeps them; a frozen one has the last alone."""
+        training dtype, weights in the compute dtype where one rank keeps them, and those that generators read; a frozen
+        one has the weights in the compute dtype alone."""
         if need.offload:
             return 0
         with torch.device("meta"):
             num_params = sum(parameter.numel() for parameter in spec.config.build().parameters())
         num_copies = (2 if self.cfg.trainer.lora.enable else 4) if need.trained else 0
         itemsize = TORCH_DTYPE_MAP[self.cfg.trainer.training.dtype].itemsize
-        return num_params * (num_copies * itemsize + 2) // (self.dims.dp_shard * self.dims.tp)
+        # What generators read is a copy (`weights.snapshots`), made when weights are published first.
+        is_published = need.trained and need.path is None and needs_of(self.cfg).generators == "beside"
+        copy = TORCH_DTYPE_MAP[self.cfg.model.dtype].itemsize if is_published else 0
+        return num_params * (num_copies * itemsize + 2 + copy) // (self.dims.dp_shard * self.dims.tp)
 
     def activation_bytes(self, models: Mapping[str, tuple[Path, ModelNeed]]) -> int:
         """GPU memory that the models, none of which is built yet, leave for activations, the same on all ranks: the one
