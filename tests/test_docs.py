@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 from runs import PROJECT, left_over, read, small_run, status
 from sandboxes import needs_bubblewrap
 
@@ -28,8 +29,14 @@ def test_the_pages_on_ones_own_code_have_files_to_run():
     assert {"own-loss.md", "own-recipe.md"} <= {page.name for page in PAGES}
 
 
+def as_cases(pages: list[Path]) -> list[ParameterSet]:
+    """The page with two runs after each other only where all learn (tests/test_own_recipes_learn.py)."""
+    heavy = [pytest.mark.training]
+    return [pytest.param(page, id=page.stem, marks=heavy if page.stem == "distillation" else []) for page in pages]
+
+
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", as_cases(PAGES))
 def test_what_a_page_shows_runs(page: Path, tmp_path: Path):
     """With the tiny model, a few steps, and a reward that random weights can earn."""
     (tmp_path / "configs").symlink_to(PROJECT / "configs")

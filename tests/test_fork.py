@@ -131,6 +131,7 @@ def test_a_new_run_does_not_begin_in_the_directory_of_another(
     assert source.read_status().step == 5
 
 
+@pytest.mark.training  # two whole runs; what a fork begins with is tested above
 @pytest.mark.timeout(900)
 def test_a_fork_without_changes_learns_what_the_run_learned_to_the_last_bit(tmp_path: Path) -> None:
     first = run_local(tmp_path / "run", small_run(tmp_path, 4, REWARD, "evaluation.num_prompts=0"))
