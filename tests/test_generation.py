@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from forge_hpc.actors.generator import Generator
+from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config, SamplingConfig
 from forge_hpc.data.builtin import write_tiny_qwen3
 from forge_hpc.data.types import Completion, Prompt
@@ -406,3 +408,13 @@ def test_tensor_parallel_workers_take_new_weights(model_dir: Path) -> None:
     finally:
         engine.close()
     assert not list(Path("/dev/shm").glob("forge-hpc-weights-*"))
+
+
+def test_what_vllm_refuses_of_its_options_reaches_another_process(tmp_path: Path) -> None:
+    """Its own error cannot be sent: the controller would learn nothing but that."""
+    write_tiny_qwen3(tmp_path, 0, max_position_embeddings=64)
+    config = tiny_config()  # 190 tokens
+    with pytest.raises(UserError, match=r"vLLM refuses the options of its engine: .*max_model_len \(190\)") as refused:
+        GenerationEngine(tmp_path, config, device="cpu")
+    arrived = pickle.loads(pickle.dumps(refused.value))
+    assert (arrived.message, arrived.hint) == (refused.value.message, "see generator.engine")
