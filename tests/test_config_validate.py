@@ -292,3 +292,11 @@ def test_walltimes_are_read_as_slurm_reads_them(text, seconds):
 def test_what_slurm_would_not_read_is_refused(text):
     with pytest.raises(UserError):
         walltime_s(text)
+
+
+def test_the_answers_of_an_evaluation_after_training_must_fit_the_model_too(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3", "max_position_embeddings": 1024}')
+    overrides = ["recipe=sft", f"model.path={tmp_path}", "trainer.training.seq_len=512", "evaluation.num_prompts=5"]
+    with pytest.raises(UserError) as refused:
+        validate(load_config(None, overrides))
+    assert "sequences of 1536 tokens (rollout.max_prompt_tokens + rollout.max_response_tokens)" in refused.value.message
