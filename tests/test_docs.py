@@ -30,9 +30,9 @@ def test_the_pages_on_ones_own_code_have_files_to_run():
 
 
 def as_cases(pages: list[Path]) -> list[ParameterSet]:
-    """The page with two runs after each other only where all learn (tests/test_own_recipes_learn.py)."""
-    heavy = [pytest.mark.training]
-    return [pytest.param(page, id=page.stem, marks=heavy if page.stem == "distillation" else []) for page in pages]
+    """Some only where they also learn (tests/test_own_recipes_learn.py), which takes minutes."""
+    heavy = {"distillation": [pytest.mark.training], "dpo": [pytest.mark.training]}
+    return [pytest.param(page, id=page.stem, marks=heavy.get(page.stem, [])) for page in pages]
 
 
 @pytest.mark.timeout(900)

@@ -135,7 +135,7 @@ def length(prompt, response, target, **fields):
 """
 
 
-@pytest.mark.parametrize("max_staleness", [0, 2])
+@pytest.mark.parametrize("max_staleness", [pytest.param(0, marks=pytest.mark.training), 2])
 def test_with_dynamic_sampling_every_step_is_full_and_no_prompt_is_lost_or_repeated(
     max_staleness: int, tmp_path: Path
 ) -> None:
