@@ -63,7 +63,10 @@ class Channel:
             os._exit(0)  # a user's code forked, and its child came back from the call
         line = json.dumps({**answer, "id": request["id"]})
         with self._lock:
-            print(line, file=self._answers, flush=True)
+            try:
+                print(line, file=self._answers, flush=True)
+            except BrokenPipeError:  # the pool is gone: nobody waits, and the log is no place to say so
+                os._exit(0)
 
 
 def frame(request: Mapping[str, Any]) -> bytes:
