@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -26,9 +25,10 @@ from torchtitan.components.checkpointer.base import DATALOADER, MODEL, OPTIMIZER
 from torchtitan.components.checkpointer.utils import canonical_fqn
 from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer
 
-from forge_hpc.checkpoint import CheckpointError, FileRecord, describe
+from forge_hpc.checkpoint import CheckpointError, FileRecord
 from forge_hpc.checkpoint.manifest import NO_OPTIMIZER
-from forge_hpc.training.staging import Staging
+from forge_hpc.training.checkpoint_writer import CheckpointWriter, threads_for
+from forge_hpc.training.staging import Staging, tensors_of
 
 
 @contextmanager
@@ -53,29 +53,6 @@ class _OptimizerState(Stateful):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._optimizers.load_state_dict(self._optimizers.state_dict() | state_dict)
-
-
-class _Writer(dcp.FileSystemWriter):
-    """Tells what went wrong on this rank to all: the system's error where torch.save hides it behind its own, and a
-    ``failure`` from before, since a rank that stayed away would leave the others waiting for it."""
-
-    def __init__(self, directory: Path, failure: Exception | None, **options: Any) -> None:
-        super().__init__(directory, **options)
-        self._failure = failure
-
-    def prepare_local_plan(self, plan: Any) -> Any:
-        if self._failure is not None:
-            raise self._failure
-        return super().prepare_local_plan(plan)
-
-    def write_data(self, plan: Any, planner: Any) -> Any:
-        try:
-            return super().write_data(plan, planner)
-        except Exception as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):
-                cause = cause.__cause__ or cause.__context__
-            raise cause or error from None
 
 
 class TrainedWeights(ModelWrapper):
@@ -160,15 +137,12 @@ class TrainerCheckpointer(CheckpointManager):
     @torch.no_grad()
     def _write(self, state: dict[str, Any], directory: Path, failure: Exception | None = None) -> dict[str, FileRecord]:
         # A staged state is in host memory already: nothing to copy ahead, and no CUDA context of this thread's own.
-        writer = _Writer(directory, failure, per_thread_copy_ahead=0 if self._staging is not None else 10_000_000)
+        copy_ahead = 0 if self._staging is not None else 10_000_000
+        num_threads = threads_for(sum(tensor.nbytes for tensor in tensors_of(state)))
+        writer = CheckpointWriter(directory, failure, num_threads, per_thread_copy_ahead=copy_ahead)
         with ordinary_errors(f"cannot save {directory}"):
             dcp.save(state, storage_writer=writer, process_group=self.pg)
-        rank = dist.get_rank(self.pg)
-        paths = sorted(directory.glob(f"__{rank}_*.distcp")) + ([directory / ".metadata"] if rank == 0 else [])
-        try:
-            return {f"{directory.name}/{path.name}": describe(path) for path in paths}
-        except OSError as error:
-            raise CheckpointError(f"cannot save {directory}: rank {rank}: {error}") from error
+        return {f"{directory.name}/{path.name}": record for path, record in sorted(writer.records.items())}
 
     def load_from(self, directory: Path) -> None:
         """Load all state, whatever the sharding it was saved under; where ``NO_OPTIMIZER`` says so, without the

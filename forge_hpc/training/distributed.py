@@ -31,8 +31,9 @@ def init_distributed(
     store = dist.FileStore(str(store_path), world_size)
     store.set_timeout(timeout)
     store.set(f"host/{rank}", socket.gethostname())
-    hosts = {store.get(f"host/{other}") for other in range(world_size)}
-    if len(hosts) == 1:
+    hosts = [store.get(f"host/{other}") for other in range(world_size)]
+    os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(hosts[rank]))
+    if len(set(hosts)) == 1:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the only way to tell all of gloo's groups
     device = local_device()
     if device_type() == "cuda":

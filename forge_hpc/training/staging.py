@@ -37,7 +37,7 @@ class Staging:
         if self._copies is None:
             self._copies = _create_cpu_state_dict(state)
             if is_cuda:
-                for tensor in _tensors(self._copies):
+                for tensor in tensors_of(self._copies):
                     _pin(tensor)
         copies = _copy_state_dict(state, self._copies, non_blocking=is_cuda, type_check=False)
         if is_cuda:
@@ -58,11 +58,12 @@ def _pin(tensor: torch.Tensor) -> None:
         unpin.atexit = False  # CUDA may be gone by then
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """This rank's tensors in nested dictionaries, of DTensors the shards."""
     if isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_of(item)
     elif isinstance(value, DTensor):
-        yield from _tensors(value.to_local())
+        yield from tensors_of(value.to_local())
     elif isinstance(value, torch.Tensor):
         yield value
