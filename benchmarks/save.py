@@ -66,9 +66,7 @@ def main() -> int:
             took["one thread"].append(save(state, directory / "trainer", 1))
     medians = {what: statistics.median(seconds) for what, seconds in took.items()}
     print(f"{num_bytes / 1e9:.2f} GB into {args.directory}, medians of {args.repeats}, seconds")
-    print(
-        f"dd {medians['dd']:.2f}, ours {medians['ours']:.2f} ({threads} threads), one thread {medians['one thread']:.2f}"
-    )
+    print(", ".join(f"{what} {seconds:.2f}" for what, seconds in medians.items()), f"({threads} threads)")
     ratio = medians["ours"] / medians["dd"]
     print(f"ratio {ratio:.2f}, one thread {medians['one thread'] / medians['dd']:.2f}; target {TARGET}")
     return int(ratio > TARGET)
