@@ -306,6 +306,7 @@ def test_cuda_has_flash_attention_where_it_takes_the_dtype() -> None:
     config = tiny_config()
     config.model.dtype = "bfloat16"
     assert engine_arguments("model", config, "cuda")["attention_backend"] == "FLASH_ATTN"
+    assert engine_arguments("model", config, "cuda")["hf_overrides"] == {"head_dtype": "float32"}
     config.model.dtype = "float32"
     assert "attention_backend" not in engine_arguments("model", config, "cuda")
 

@@ -137,7 +137,7 @@ def kept(z: torch.Tensor, truncation: Truncation) -> torch.Tensor:
 def test_the_head_gives_values_and_gradients_of_log_softmax_at_the_slots_that_are_asked_for(
     temperature: float, truncation: Truncation, keeps: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("forge_hpc.models.head.CHUNK_ELEMENTS", {"cpu": 40})  # several chunks
+    monkeypatch.setattr("forge_hpc.models.head.CHUNK_BYTES", {"cpu": 160})  # several chunks
     monkeypatch.setattr("forge_hpc.models.head.KEPT_BYTES", 2**20 if keeps else 0)
     torch.manual_seed(0)
     head = LogprobHead.Config(in_features=5, out_features=11).build()
@@ -158,6 +158,30 @@ def test_the_head_gives_values_and_gradients_of_log_softmax_at_the_slots_that_ar
         values.append(torch.stack([logprobs, entropy]).detach())
     torch.testing.assert_close(values[0], values[1])
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_bfloat16_head_with_float32_logits_rounds_nothing_between_hidden_states_and_log_probabilities(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("forge_hpc.models.head.CHUNK_BYTES", {"cpu": 4 * 300 * 10})  # several chunks
+    torch.manual_seed(0)
+    head = LogprobHead.Config(in_features=64, out_features=300).build().bfloat16()
+    hidden, slots, labels = torch.randn(1, 40, 64).bfloat16(), torch.arange(40), torch.randint(0, 300, (40,))
+    with torch.no_grad():
+        head.weight.copy_(torch.randn_like(head.weight))
+    x, weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, head.weight))
+    exact = (x @ weight.t())[0].log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+    exact.sum().backward()
+    errors, gradients = [], []
+    for head.logits_dtype in (torch.float32, None):
+        head.weight.grad, mine = None, hidden.clone().requires_grad_()
+        logprobs, _ = head(mine, labels, slots)
+        logprobs.sum().backward()
+        errors.append((logprobs - exact).abs().max().item())
+        assert mine.grad is not None and mine.grad.dtype == head.weight.grad.dtype == torch.bfloat16
+        gradients.append([mine.grad.double(), head.weight.grad.double()])
+    assert errors[0] < 1e-4 < 1e-2 < errors[1]
+    torch.testing.assert_close(gradients[0], [x.grad, weight.grad], rtol=0.02, atol=0.1)
 
 
 def edit_config(model_dir: Path, **changes: Any) -> None:

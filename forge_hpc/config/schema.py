@@ -49,6 +49,9 @@ class ModelConfig:
     or ``warmstart`` for the export of the run in RUN_DIR/warmstart (made first from ``warmstart.config``)."""
     dtype: str = setting("bfloat16", choices=DTYPES)
     """dtype of the generator's weights and of the export: float32 or bfloat16."""
+    head_dtype: str = setting("float32", choices=DTYPES)
+    """dtype of the logits, on GPUs, of generators and trainers: float32 keeps them as the matrix product sums them;
+    bfloat16 rounds them to 8 bits, which is most of what generators and trainers differ by."""
 
 
 @dataclass

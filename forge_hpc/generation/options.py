@@ -67,4 +67,5 @@ def engine_arguments(model_dir: str | Path, config: Config, device: str) -> dict
         arguments["gpu_memory_utilization"] = engine.gpu_memory_utilization
         if config.model.dtype != "float32":  # which FlashAttention does not take: vLLM chooses
             arguments["attention_backend"] = "FLASH_ATTN"
+            arguments["hf_overrides"] = {"head_dtype": config.model.head_dtype}
     return arguments | engine.extra

@@ -22,8 +22,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.common import Linear
 
-CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
-"""Logits of a chunk, by device: on the CPU they are in float32 (128 MiB), on a GPU mostly in bfloat16 (512 MiB)."""
+CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**29}
+"""Logits of a chunk, by device."""
 KEPT_BYTES = 2**30
 """Logits of a microbatch up to this size are kept for the backward pass, larger ones are computed again."""
 
@@ -61,6 +61,10 @@ class LogprobHead(Linear):
     @dataclass(kw_only=True, slots=True)
     class Config(Linear.Config):
         pass
+
+    logits_dtype: torch.dtype | None = None
+    """Of the logits that log-probabilities are made of; None: that of the hidden states. float32 above bfloat16 on a
+    GPU keeps the sums as the matrix product has them, instead of rounding them to 8 bits."""
 
     def parallelize(self, parallel_dims: ParallelDims) -> None:
         """Split the weight by vocabulary. The forward pass does the rest: its results are not those of a Linear."""
@@ -107,7 +111,7 @@ class LogprobHead(Linear):
             hidden = hidden.to_local(grad_placements=[Partial()])
         assert slots is not None
         hidden = hidden.flatten(0, 1).index_select(0, slots)
-        return _HeadLogprobs.apply(hidden, weight, labels, temperature, truncation, group, offset)
+        return _HeadLogprobs.apply(hidden, weight, labels, temperature, truncation, group, offset, self.logits_dtype)
 
 
 class _HeadLogprobs(torch.autograd.Function):
@@ -121,17 +125,19 @@ class _HeadLogprobs(torch.autograd.Function):
         truncation: Truncation,
         group: dist.ProcessGroup | None,
         offset: int,
+        logits_dtype: torch.dtype | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         vocab_size = weight.shape[0]
+        logits_dtype = logits_dtype or hidden.dtype
         labels = labels - offset
         is_local = (labels >= 0) & (labels < vocab_size)
         labels = torch.where(is_local, labels, 0)
         kept: list[torch.Tensor] | None = None
-        if any(ctx.needs_input_grad) and hidden.shape[0] * vocab_size * weight.element_size() <= KEPT_BYTES:
+        if any(ctx.needs_input_grad) and hidden.shape[0] * vocab_size * logits_dtype.itemsize <= KEPT_BYTES:
             kept = []
         stats, parts, thresholds = _on(hidden.device, _stats), [], []
-        for chunk in _chunks(hidden, vocab_size):
-            logits = hidden[chunk] @ weight.t()
+        for chunk in _chunks(hidden, vocab_size, logits_dtype):
+            logits = _logits(hidden[chunk], weight, logits_dtype)
             if truncation != NOTHING_CUT:
                 thresholds.append(truncation.threshold(logits.float() / temperature).squeeze(1))
             parts.append(stats(logits, labels[chunk], temperature, thresholds[-1] if thresholds else None))
@@ -145,14 +151,12 @@ class _HeadLogprobs(torch.autograd.Function):
         threshold = torch.cat(thresholds) if thresholds else None
         from_zero = (log_total + largest, mean_logit + largest)
         ctx.save_for_backward(hidden, weight, labels, is_local, *from_zero, threshold, *(kept or ()))
-        ctx.temperature = temperature
+        ctx.temperature, ctx.logits_dtype = temperature, logits_dtype
         ctx.set_materialize_grads(False)
         return label_logit - log_total, log_total - mean_logit
 
     @staticmethod
-    def backward(
-        ctx: Any, *grads: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """d log p_label / dz = onehot(label) - p and dH / dz = -p (z - sum p z), each over the temperature."""
         hidden, weight, labels, is_local, log_total, mean_logit, threshold, *kept = ctx.saved_tensors
         grad_logprobs, grad_entropies = grads
@@ -162,17 +166,18 @@ class _HeadLogprobs(torch.autograd.Function):
         grad_weight: torch.Tensor | None = None
         tokens = (labels, is_local, log_total, grad_logprobs, mean_logit, grad_entropies, threshold)
         logits_grad = _on(hidden.device, _logits_grad)
-        for number, chunk in enumerate(_chunks(hidden, weight.shape[0])):
-            logits = kept[number] if kept else hidden[chunk] @ weight.t()
-            grad = logits  # in their place
-            logits_grad(logits, ctx.temperature, *(None if x is None else x[chunk] for x in tokens))
+        for number, chunk in enumerate(_chunks(hidden, weight.shape[0], ctx.logits_dtype)):
+            logits = kept[number] if kept else _logits(hidden[chunk], weight, ctx.logits_dtype)
+            # In their place, where it fits.
+            grad = logits if logits.dtype == weight.dtype else torch.empty_like(logits, dtype=weight.dtype)
+            logits_grad(grad, logits, ctx.temperature, *(None if x is None else x[chunk] for x in tokens))
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[chunk])
             if ctx.needs_input_grad[1]:
                 grad_weight = _add_weight_grad(grad_weight, grad, hidden[chunk])
             del logits, grad
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 def _stats(
@@ -189,7 +194,16 @@ def _stats(
     return largest.squeeze(1), weights.sum(-1), label_logit.squeeze(1), (weights * z).sum(-1)
 
 
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if dtype == hidden.dtype:
+        return hidden @ weight.t()
+    if hidden.device.type == "cuda":
+        return torch.mm(hidden, weight.t(), out_dtype=dtype)
+    return hidden.to(dtype) @ weight.t().to(dtype)
+
+
 def _logits_grad(
+    grad_logits: torch.Tensor,
     logits: torch.Tensor,
     temperature: float,
     labels: torch.Tensor,
@@ -200,7 +214,7 @@ def _logits_grad(
     grad_entropies: torch.Tensor | None,
     threshold: torch.Tensor | None,
 ) -> None:
-    """Put the gradient in the place of the logits."""
+    """Write the gradient of the logits, which may be in their place."""
     z = logits.float() / temperature
     p = (z - log_total[:, None]).exp()
     if threshold is not None:
@@ -209,7 +223,7 @@ def _logits_grad(
     if grad_entropies is not None:
         grad = -p * (z - mean_logit[:, None]) * grad_entropies[:, None] + grad
     hit = _is_label(z, labels) & is_local[:, None]
-    logits.copy_((grad + torch.where(hit, grad_logprobs[:, None], 0)) / temperature)
+    grad_logits.copy_((grad + torch.where(hit, grad_logprobs[:, None], 0)) / temperature)
 
 
 def _is_label(z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -260,6 +274,6 @@ def _over_ranks(
     return overall, total, label_logit, weighted
 
 
-def _chunks(hidden: torch.Tensor, vocab_size: int) -> Iterator[slice]:
-    size = max(1, CHUNK_ELEMENTS[hidden.device.type] // vocab_size)
+def _chunks(hidden: torch.Tensor, vocab_size: int, logits_dtype: torch.dtype) -> Iterator[slice]:
+    size = max(1, CHUNK_BYTES[hidden.device.type] // (vocab_size * logits_dtype.itemsize))
     return (slice(start, start + size) for start in range(0, hidden.shape[0], size))

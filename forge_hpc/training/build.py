@@ -26,6 +26,7 @@ from forge_hpc.config.schema import Config
 from forge_hpc.config.split import plan as placement
 from forge_hpc.models.attention import inner_attention_config
 from forge_hpc.models.device import device_type, local_device
+from forge_hpc.models.head import LogprobHead
 from forge_hpc.models.spec import ModelSpec, load_spec
 from forge_hpc.models.value_head import with_value_head
 from forge_hpc.training.lora import add_adapters
@@ -159,6 +160,8 @@ class Shape:
         model.to_empty(device="cpu" if offloads else device)
         with torch.no_grad():
             model.init_weights(buffer_device=device if offloads else None)
+        if isinstance(model.lm_head, LogprobHead) and device.type == "cuda":
+            model.lm_head.logits_dtype = TORCH_DTYPE_MAP[self.cfg.model.head_dtype]
         model._skip_lm_head = True  # the heads are applied to what is trained
         return model.train() if need.trained else model.requires_grad_(False).eval()
 
