@@ -14,7 +14,9 @@ from forge_hpc.cluster.allocation import Allocation, host_address, interface_of
 from forge_hpc.cluster.identity import tls_environment
 from forge_hpc.cluster.processes import end_descendants
 from forge_hpc.cluster.rendezvous import Rendezvous
+from forge_hpc.cluster.worker import visible_gpus
 from forge_hpc.run_dir import RunDir
+from forge_hpc.supervisor.compile_cache import compile_cache
 from forge_hpc.supervisor.robust import how_it_ended
 from forge_hpc.supervisor.signals import ignoring_signals
 
@@ -60,7 +62,8 @@ class Node:
         supervision = {"HYPERACTOR_MESH_SUPERVISION_POLL_FREQUENCY": "1s"}  # how soon a dead process is noticed
         self._scratch = self._scratch or Path(tempfile.mkdtemp(prefix="forge-hpc-"))
         scratch = {"TMPDIR": str(self._scratch)}  # what dead processes leave there goes with us
-        return {**interface, **os.environ, **supervision, **scratch, **tls_environment(tls)}
+        compiled = compile_cache() if visible_gpus() else {}  # on CPUs nothing is compiled
+        return {**interface, **os.environ, **supervision, **compiled, **scratch, **tls_environment(tls)}
 
     def start_worker(self, rendezvous: Rendezvous, address: str, tls: Path, log_dir: Path) -> subprocess.Popen[bytes]:
         """Start the node's Monarch worker."""
