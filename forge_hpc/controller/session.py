@@ -495,6 +495,9 @@ class Session:
         if not await self.save_to_leave():
             raise RuntimeError(f"the state after the last step cannot be saved in {self.run_dir.checkpoints}")
         await self.trainers.export(self.run_dir.export)
+        if self._turns is not None:
+            async with self._turns.generating():  # an engine that sleeps does not end in good order
+                pass
         if self._held_out_documents:
             loss = await self._validation_loss()
             if self.needs.generators == "after":

@@ -126,7 +126,8 @@ class Trainers:
 
     async def export(self, directory: Path) -> None:
         """Write the policy in Hugging Face format."""
-        await self._call("export", directory)
+        async with self._turn():  # ranks gather one tensor after the other on their GPUs
+            await self._call("export", directory)
 
     async def leave(self, timeout_s: float) -> None:
         """Leave the process group: the last call."""

@@ -4,12 +4,13 @@
 
 Memory comes back at the addresses where it was, since vLLM's allocator maps other physical memory there: CUDA graphs
 hold, and so do the copies of a recorded load. What was in it is gone, but for weights at level 1 and what vLLM keeps
-itself: buffers, and the state beside the KV cache. On the CPU there is no such memory: nothing is given up, and the
-states are gone through all the same.
+itself: buffers, and the state beside the KV cache. vLLM's workers on the CPU have no such memory: they give up nothing,
+and all else is as on a GPU.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any, cast
 
@@ -37,14 +38,15 @@ class SleepingEngine:
         """What is in the weights' place are weights. Who loads them says so."""
         self._has_room_for_weights = True
         self._given_gib = 0.0  # and not taken back
+        if not self._has_gpu:  # it warns every time
+            logging.getLogger("vllm.v1.worker.cpu_worker").setLevel(logging.ERROR)
 
     def sleep(self) -> str:
         """Give up the memory. No request may be under way; what was cached of prefixes is forgotten."""
         if self.is_asleep and not self._has_room_for_weights:
             return "asleep already"
         start, free = time.perf_counter(), self._free_gib()
-        if self._has_gpu:
-            self._engine.sleep(level=self._level)
+        self._engine.sleep(level=self._level)
         self.is_asleep, self._has_room_for_weights = True, False
         self.has_weights = self.has_weights and self._level < _DISCARDS_WEIGHTS
         given = self._free_gib() - free
@@ -55,10 +57,9 @@ class SleepingEngine:
         """Before weights are loaded: see that they have memory. Nothing happens where they have it."""
         if self._has_room_for_weights:
             return
-        if self._has_gpu:
-            free = self._free_gib()
-            self._engine.wake_up(tags=["weights"])
-            self._given_gib -= free - self._free_gib()
+        free = self._free_gib()
+        self._engine.wake_up(tags=["weights"])
+        self._given_gib -= free - self._free_gib()
         self._has_room_for_weights = True
 
     def wake(self) -> str:
@@ -81,7 +82,7 @@ class SleepingEngine:
                 f"trainers have left it {free:.1f}",
                 "lower generator.engine.gpu_memory_utilization",
             )
-        if self._has_gpu and not self._engine.wake_up(tags=["kv_cache"]):
+        if not self._engine.wake_up(tags=["kv_cache"]):
             raise RuntimeError("vLLM has not woken: some of its memory is still given up")
         self.is_asleep, self._given_gib = False, 0.0
         return f"awake after {time.perf_counter() - start:.2f} s, {free - self._free_gib():.1f} GiB taken"
