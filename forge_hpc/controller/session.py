@@ -350,6 +350,8 @@ class Session:
     def remaining_steps(self) -> Iterator[int]:
         """The steps that are still to be done, from 1. The first one's time counts from here."""
         self._step_ended = time.perf_counter()
+        if self._turns is not None:
+            self._turns.metrics()  # what was before
         return iter(range(self.step + 1, self.config.trainer.training.steps + 1))
 
     async def train_step(

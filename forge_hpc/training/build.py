@@ -96,12 +96,7 @@ class Shape:
         return int(available)
 
     def turns(self, models: Mapping[str, tuple[Path, ModelNeed]]) -> str:
-        """How this rank's GPU is shared with a generator, in a line; empty where it is not.
-
-        Raises UserError: there is not enough of it.
-        """
-        if not self.cfg.cluster.colocate or device_type() == "cpu":
-            return ""
+        """How this rank's GPU is shared with a generator, in a line. Raises UserError: there is not enough of it."""
         kept = sum(self.state_bytes(self.spec(place), need, between_steps=True) for place, need in models.values())
         _, total = torch.cuda.mem_get_info()
         said = plan_turns(total, self.cfg.generator.engine.gpu_memory_utilization, kept)
