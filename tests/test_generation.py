@@ -240,6 +240,31 @@ def test_requests_join_while_others_decode_and_weights_change_between_their_toke
     assert whole and all(completion.policy_versions == (10, 11) for completion in whole)
 
 
+def test_requests_wait_while_the_engine_sleeps_and_it_does_not_wake_without_weights(
+    engine: GenerationEngine, model_dir: Path
+) -> None:
+    async def scenario() -> None:
+        before = await engine.generate_batch(prompts(3), 2, seed=1)
+        await engine.sleep()
+        waiting = asyncio.create_task(engine.generate_batch(prompts(3), 2, seed=1))
+        with pytest.raises(ValueError, match="load"):
+            await engine.wake()
+        await engine.load_weights(0, dict(reference_model(model_dir).named_parameters()).items())
+        assert not waiting.done() and engine.stats().num_running == 0
+        await engine.wake()
+        assert await waiting == before
+        left = asyncio.create_task(engine.generate_batch(prompts(16), 1, seed=1))
+        await until(lambda: engine.stats().num_running)
+        await engine.sleep()  # who is still waited for is told
+        with pytest.raises(GenerationError, match="put to sleep"):
+            await left
+        await engine.load_weights(0, dict(reference_model(model_dir).named_parameters()).items())
+        await engine.wake()
+        assert await engine.generate_batch(prompts(3), 2, seed=1) == before
+
+    asyncio.run(scenario())
+
+
 def test_bad_prompts_fail_alone(engine: GenerationEngine) -> None:
     good, _ = prompts(2)
     empty, long = Prompt(1, "", [], ""), Prompt(2, "", [5] * 190, "")

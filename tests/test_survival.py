@@ -52,14 +52,17 @@ def ends(run_dir: Path) -> list[dict[str, object]]:
 def test_preempted_and_killed_a_synchronous_run_takes_the_same_steps_to_the_last_bit(
     undisturbed: Path, tmp_path: Path
 ) -> None:
-    run_dir = tmp_path / "run"
+    """Also where its trainers and generators take turns on the same hardware, for some of its starts."""
+    run_dir, in_turns = tmp_path / "run", "cluster.colocate=true"
     overrides = small_run(tmp_path, STEPS, REWARD, PATIENT, "checkpoint.interval=1")
     (tmp_path / "reward.py").write_text((undisturbed.parent / "reward.py").read_text())
-    for start, (step, role) in enumerate([(3, None), (7, "generator-0"), (12, "trainer-0"), (18, None)]):
-        run = start_local(run_dir, overrides)
+    starts: list[tuple[int, list[str], bool]] = [(3, [], True), (7, ["generator-0"], False), (12, ["trainer-0"], False)]
+    starts.append((18, ["generator-0", "trainer-0"], True))
+    for start, (step, roles, takes_turns) in enumerate(starts):
+        run = start_local(run_dir, [*overrides, in_turns] if takes_turns else overrides)
         try:
             reach(run, run_dir, step)
-            if role is not None:  # it goes on by itself, and is preempted later
+            for role in roles:  # it goes on by itself, and is preempted later
                 victim, *_ = processes(run_dir, f"{role}.log")
                 victim.kill()
                 done = len(read(run_dir))
@@ -76,8 +79,9 @@ def test_preempted_and_killed_a_synchronous_run_takes_the_same_steps_to_the_last
     result = run_local(run_dir, overrides)
     assert result.returncode == 0, result.stderr
     check_contract(run_dir, steps=STEPS)
-    last = read(run_dir)[-1]
-    assert last["recoveries/generators"] == 1 and last["recoveries/trainers"] == 1
+    records = read(run_dir)
+    assert records[-1]["recoveries/generators"] == 2 and records[-1]["recoveries/trainers"] == 2
+    assert ["time/sleep_s" in records[step - 1] for step in (1, 8, 19, STEPS)] == [True, False, True, False]
     assert {record["step"] for record in read(run_dir, "evaluations.jsonl")} == {0, STEPS}
     check_same(undisturbed, run_dir)
 

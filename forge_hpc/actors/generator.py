@@ -154,6 +154,17 @@ class Generator(Actor):
         """The weights that are loaded are those of ``version`` too: no step has changed them since."""
         await self._engine.relabel(version)
 
+    @concurrent_endpoint
+    async def sleep(self) -> str:
+        """Give up what GPU memory the engine can do without, for the trainers; requests wait until it is awake. What
+        that came to, in a line."""
+        return await self._engine.sleep()
+
+    @concurrent_endpoint
+    async def wake(self) -> str:
+        """Take it back. Where the weights were given up too, ``load`` comes first."""
+        return await self._engine.wake()
+
     @endpoint
     async def abort(self) -> None:
         """End all requests: those who asked for them are gone."""

@@ -54,14 +54,15 @@ class Trainer(Actor):
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
     @endpoint
-    async def start(self, model_dirs: Mapping[str, Path], file_store: Path, checkpoint: Path | None) -> None:
+    async def start(self, model_dirs: Mapping[str, Path], file_store: Path, checkpoint: Path | None) -> str:
         """Join the process group through ``file_store``, build the models, load their weights or the checkpoint.
 
-        ``model_dirs`` are by name; a model without one has the policy's.
+        ``model_dirs`` are by name; a model without one has the policy's. How the GPU is shared with a generator, in a
+        line; empty where it is not.
         """
-        await self._in_thread(self._start, model_dirs, file_store, checkpoint)
+        return await self._in_thread(self._start, model_dirs, file_store, checkpoint)
 
-    def _start(self, model_dirs: Mapping[str, Path], file_store: Path, checkpoint: Path | None) -> None:
+    def _start(self, model_dirs: Mapping[str, Path], file_store: Path, checkpoint: Path | None) -> str:
         from forge_hpc.losses.build import check_loss_fits
         from forge_hpc.training.distributed import init_distributed
         from forge_hpc.training.models import Models
@@ -72,6 +73,7 @@ class Trainer(Actor):
         self._models = Models(self._config, self._needs, model_dirs)
         if checkpoint is not None:
             self._models.load(checkpoint)
+        return self._models.turns
 
     @concurrent_endpoint
     async def train_step(
@@ -104,6 +106,11 @@ class Trainer(Actor):
     async def eval_loss(self, documents: Sequence[Document]) -> float:
         """Mean loss of the policy on held-out documents in nats, equal on all ranks; no step is taken."""
         return await self._in_thread(self._models.policy.eval_loss, documents)
+
+    @concurrent_endpoint
+    async def release(self) -> str:
+        """As ``Models.release``."""
+        return await self._in_thread(self._models.release)
 
     @concurrent_endpoint
     async def publish(

@@ -39,6 +39,7 @@ TEMPERATURE = Range("from 0.01 to 2, or 0 (greedy)", lambda v: v == 0 or 0.01 <=
 ALL_OR_POSITIVE = Range("-1 (all) or greater than 0", lambda v: v == -1 or v > 0)
 REST_OR_POSITIVE = Range("-1 or greater than 0", lambda v: v == -1 or v > 0)
 TOKEN_IDS = Range("token ids, 0 or more", lambda v: v >= 0)
+SLEEP_LEVEL = Range("1 or 2", lambda v: v in (1, 2))
 SEED = Range("0 or more, and less than 2**63", lambda v: 0 <= v < 2**63)
 
 
@@ -270,6 +271,9 @@ class EngineConfig:
     """Size of the KV cache on the CPU, in GiB; on CUDA gpu_memory_utilization decides."""
     enable_prefix_caching: bool = setting(True, resume=ROUNDING)
     """Share the prompt's KV cache in a group."""
+    sleep_level: int = setting(2, SLEEP_LEVEL, resume=FREE)
+    """With ``cluster.colocate``: what becomes of an engine's weights while the trainers compute. 2 drops them: new ones
+    come anyway; 1 moves them to host memory. Its KV cache is dropped always."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of ``vllm.EngineArgs``."""
 
@@ -445,6 +449,9 @@ class ClusterConfig:
     """Nodes for trainers; by default what rollout_nodes leaves."""
     rollout_ratio: float = setting(0.5, SHARE, resume=ROUNDING)
     """Share of the nodes (of the GPUs on one node) that generate, where no number is given."""
+    colocate: bool = setting(False, resume=ROUNDING)
+    """Every GPU has a trainer and a generator, which take turns: the engines sleep while the trainers compute
+    (docs/colocate.md). Synchronous runs alone (``rollout.max_staleness=0``)."""
     spare_nodes: int = setting(0, NOT_NEGATIVE)
     """Nodes kept to replace lost rollout nodes. With any, the job outlives a node that dies (--no-kill)."""
     max_restarts: int = setting(3, NOT_NEGATIVE)

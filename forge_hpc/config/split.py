@@ -5,7 +5,8 @@ the same, so one list of GPUs per role says it all. On a single node both roles 
 a single GPU is shared by both.
 
 The recipe says what it needs. Models beside generators split the nodes by ``cluster.trainer_nodes`` and
-``cluster.rollout_nodes``, or by ``cluster.rollout_ratio`` where neither is given. Models alone have every node; a
+``cluster.rollout_nodes``, or by ``cluster.rollout_ratio`` where neither is given; with ``cluster.colocate`` both are on
+every node and every GPU, and take turns. Models alone have every node; a
 generator that is needed only once the trainers have gone starts on the last trainer node, on the first
 ``tensor_parallel_size`` of its GPUs. Generators alone have every node too.
 
@@ -41,6 +42,8 @@ class Placement:
     """GPUs of each generator replica of a rollout node; () is a replica on the CPU."""
     generate_after_training: bool = False
     """The generator starts for the evaluation, when the trainers have ended."""
+    takes_turns: bool = False
+    """Trainers and generators are on the same nodes and GPUs, and compute one after the other."""
 
     @property
     def nodes(self) -> int:
@@ -103,7 +106,9 @@ class Placement:
             line = _line(self.rollout_nodes, "generators", self.replica_gpus, "replica", "replicas")
             if self.generate_after_training:
                 line += ", after training, for the evaluation"
-            if self.shared_gpus:
+            if self.takes_turns:
+                line += ", in turns with the trainers"
+            elif self.shared_gpus:
                 line += f", sharing {_gpus(self.shared_gpus)} with the trainer"
             lines.append(line)
         if self.spare_nodes:
@@ -125,7 +130,7 @@ def plan(cfg: Config, gpus_per_node: int | None) -> Placement:
     trainer_nodes, rollout_nodes, spare_nodes = _split_nodes(cfg, needs)
     after = needs.generators == "after"
     if gpus_per_node is None:
-        return Placement(trainer_nodes, rollout_nodes, spare_nodes, None, generate_after_training=after)
+        return Placement(trainer_nodes, rollout_nodes, spare_nodes, None, (), (), after, cfg.cluster.colocate)
     if gpus_per_node < 0:
         raise UserError(f"cluster.gpus_per_node is {gpus_per_node}", "0 is the CPU")
     trainer_gpus: _Gpus = ()
@@ -133,15 +138,16 @@ def plan(cfg: Config, gpus_per_node: int | None) -> Placement:
         replica_gpus = _replicas(cfg, gpus_per_node, len(rollout_nodes))
     elif needs.generators != "beside":
         trainer_gpus, replica_gpus = _trainers_alone(cfg, gpus_per_node)
-    elif gpus_per_node == 0:
-        trainer_gpus, replica_gpus = _on_cpu(cfg, len(rollout_nodes))
+    elif cfg.cluster.colocate or gpus_per_node == 0:
+        trainer_gpus, replica_gpus = _on_same(cfg, gpus_per_node, len(rollout_nodes))
     elif trainer_nodes == rollout_nodes:
         trainer_gpus, replica_gpus = _on_one_node(cfg, gpus_per_node)
     else:
         trainer_gpus, replica_gpus = _on_many_nodes(cfg, gpus_per_node, len(rollout_nodes))
     if not rollout_nodes:
         replica_gpus = ()
-    placement = Placement(trainer_nodes, rollout_nodes, spare_nodes, gpus_per_node, trainer_gpus, replica_gpus, after)
+    nodes = (trainer_nodes, rollout_nodes, spare_nodes)
+    placement = Placement(*nodes, gpus_per_node, trainer_gpus, replica_gpus, after, cfg.cluster.colocate)
     if needs.models:
         _check_degrees(cfg, placement, needs)
     return placement
@@ -159,6 +165,9 @@ def _split_nodes(cfg: Config, needs: Needs) -> tuple[range, range, range]:
             "raise cluster.nodes (--nodes) or lower cluster.spare_nodes",
         )
     spares = range(working, c.nodes)
+    if c.colocate:
+        _check_colocate(cfg, needs)
+        return range(working), range(working), spares
     if needs.generators != "beside":
         if c.rollout_nodes:
             raise UserError(
@@ -204,6 +213,35 @@ def _split_nodes(cfg: Config, needs: Needs) -> tuple[range, range, range]:
     return range(trainers), range(trainers, working), spares
 
 
+def _check_colocate(cfg: Config, needs: Needs) -> None:
+    """Whether there is somebody to take turns, and nothing that belongs to a split."""
+    c = cfg.cluster
+    if not needs.models or needs.generators != "beside":
+        raise UserError(
+            f"cluster.colocate has trainers and generators take turns, and recipe={cfg.recipe} does not have both at "
+            "the same time",
+            "leave cluster.colocate out",
+        )
+    if cfg.rollout.max_staleness > 0:
+        raise UserError(
+            f"cluster.colocate has generation and training take turns, and rollout.max_staleness="
+            f"{cfg.rollout.max_staleness} has them overlap",
+            "set rollout.max_staleness=0, or cluster.colocate=false",
+        )
+    for name, value in (("trainer_nodes", c.trainer_nodes), ("rollout_nodes", c.rollout_nodes)):
+        if value is not None:
+            raise UserError(
+                f"cluster.colocate has trainers and generators on every node, and cluster.{name} is {value}",
+                f"leave cluster.{name} out",
+            )
+    if c.spare_nodes:
+        raise UserError(
+            f"cluster.spare_nodes={c.spare_nodes} replace nodes that only generate, and with cluster.colocate there "
+            "are none",
+            "set cluster.spare_nodes=0: after the loss of a node the run comes back on the others",
+        )
+
+
 def _share(total: int, ratio: float) -> int:
     """The share of `total` that generates: the nearest whole number, at least 1, and 1 is left."""
     return min(max(int(total * ratio + 0.5), 1), total - 1)
@@ -212,8 +250,13 @@ def _share(total: int, ratio: float) -> int:
 # --- GPUs and processes of a node
 
 
-def _on_cpu(cfg: Config, rollout_nodes: int) -> tuple[_Gpus, _Gpus]:
-    return ((),) * (cfg.trainer.processes_per_node or 1), _replicas(cfg, 0, rollout_nodes)
+def _on_same(cfg: Config, gpus: int, nodes: int) -> tuple[_Gpus, _Gpus]:
+    """Both roles on all that a node has: its GPUs, in turns, or its cores."""
+    replica_gpus = _replicas(cfg, gpus, nodes)
+    if gpus == 0:
+        return ((),) * (cfg.trainer.processes_per_node or 1), replica_gpus
+    _all_gpus_train(cfg, gpus)
+    return _one_each(range(gpus)), replica_gpus
 
 
 def _on_many_nodes(cfg: Config, gpus: int, rollout_nodes: int) -> tuple[_Gpus, _Gpus]:

@@ -55,6 +55,7 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
     check_environment(cfg, check_paths=check_paths)
     recipe.check(cfg)
     plan(cfg, cfg.cluster.gpus_per_node)
+    _check_sleep(cfg)
     if check_paths:
         _check_model(cfg, needs)
         _check_other_models(needs)
@@ -262,6 +263,14 @@ def _check_lengths(cfg: Config, needs: Needs) -> None:
             f"trainer.lr_scheduler.warmup_steps={scheduler.warmup_steps} of trainer.training.steps={steps}: "
             "the peak learning rate is never reached",
             "lower warmup_steps",
+        )
+
+
+def _check_sleep(cfg: Config) -> None:
+    if cfg.cluster.colocate and not cfg.generator.engine.extra.get("enable_sleep_mode", True):
+        raise UserError(
+            "cluster.colocate has generators sleep, and generator.engine.extra.enable_sleep_mode=false forbids it",
+            "leave enable_sleep_mode out",
         )
 
 

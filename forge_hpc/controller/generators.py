@@ -18,6 +18,7 @@ from forge_hpc.config import Config
 from forge_hpc.controller.recovery import Recoveries
 from forge_hpc.controller.service import ActorLost, Service, answer, cause_of, reason_of
 from forge_hpc.controller.trainers import Trainers
+from forge_hpc.controller.turns import Turns
 from forge_hpc.rollouts.buffer import EpisodeBuffer
 from forge_hpc.weights import Offer, VersionNotFoundError, WeightStore
 
@@ -82,6 +83,12 @@ class GeneratorPool:
         self.service = Service(
             "generator", placement.replicas, config.generator.timeout_s, self._on_loss, recoveries.call_retried
         )
+        self.turns = Turns() if placement.takes_turns else None
+        """Where trainers use the same GPUs."""
+        self._turn: Callable[[], contextlib.AbstractAsyncContextManager[None]] = contextlib.nullcontext
+        if self.turns is not None:
+            self._turn = self.service.turn = self.turns.generating
+            self.turns.sleep = self._sleep
         self._slots = {index: _ReplicaSlot() for index in range(placement.replicas)}
         self._starting: asyncio.Task[None] | None = None
 
@@ -100,17 +107,22 @@ class GeneratorPool:
         return self.service
 
     async def _start(self) -> None:
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                spawning = [tasks.create_task(self._spawn(index)) for index in self._slots]
-        except ExceptionGroup as errors:
-            for index in self._slots:
-                with contextlib.suppress(NodeLost):
-                    await self._end(index)
-            self._starting = None
-            raise cause_of(errors) from None
-        for index, actor in enumerate(spawning):
-            await self.service.admit(index, actor.result())
+        async with self._turn():  # vLLM plans with the memory that is free while it starts
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    spawning = [tasks.create_task(self._spawn(index)) for index in self._slots]
+            except ExceptionGroup as errors:
+                for index in self._slots:
+                    with contextlib.suppress(NodeLost):
+                        await self._end(index)
+                self._starting = None
+                raise cause_of(errors) from None
+            for index, actor in enumerate(spawning):
+                await self.service.admit(index, actor.result())
+
+    async def _sleep(self) -> None:
+        for index, said in zip(self.service.serving, await self.service.sleep.fanout(), strict=False):
+            logger.info("generator %d: %s", index, said)
 
     def lose_node(self, node: int, reason: str) -> None:
         """The node's worker has ended: what ran there is gone, and nothing can be started there."""
@@ -169,8 +181,10 @@ class GeneratorPool:
             while True:
                 try:
                     await self._end(index)
-                    actor = await self._spawn(index)
-                    await self._bring_up_to_date(index, actor)
+                    async with self._turn():
+                        actor = await self._spawn(index)
+                        await self._bring_up_to_date(index, actor)
+                        await self.service.admit(index, actor)
                     break
                 except NodeLost as error:
                     if (spare := self._spare_for(error.node)) is None:
@@ -181,7 +195,6 @@ class GeneratorPool:
                 except Exception as error:  # also of an engine that does not start: memory may be free a moment later
                     logger.warning("generator %d did not come back", index, exc_info=not isinstance(error, ActorLost))
                     self._recoveries.use_retry("generators", f"generator {index}", reason_of(error))
-            await self.service.admit(index, actor)
             logger.info("generator %d is replaced after %.1f s", index, time.monotonic() - start)
         except Exception as error:
             logger.exception("generator %d cannot be replaced", index)
@@ -236,6 +249,9 @@ class GeneratorPool:
                 raise
             except Exception as error:  # dropped for a newer version meanwhile, or the trainers' store is gone
                 logger.warning("generator %d: version %d: %s", index, wanted[1], reason_of(error))
+                if self.turns is not None and weights.is_over:  # the next trainers start once it sleeps, and bring them
+                    await self._ask(index, actor.sleep.call_one(), self._config.generator.timeout_s, "sleep()")
+                    return
                 async with asyncio.timeout(STORE_S):
                     while (self.weights, self.weights and self.weights.version) == wanted:
                         await asyncio.sleep(0.2)
@@ -251,6 +267,8 @@ class WeightSync:
     Args:
         tell: called with a line that says how the weights travel, when that is known and when it changes.
         verify: compare checksums of every version, not of the first alone.
+        turns: where trainers and generators take turns on the same GPUs. Generators that have slept come without
+            weights: each change of turns brings them the newest version.
     """
 
     def __init__(
@@ -261,7 +279,12 @@ class WeightSync:
         buffer: EpisodeBuffer | None,
         tell: Callable[[str], None] = logger.info,
         verify: bool = False,
+        turns: Turns | None = None,
     ) -> None:
+        self._turns = turns
+        self._awake: int | None = None  # the version that woke the generators last, where there are turns
+        self.is_over = False
+        """The trainers serve no more."""
         self._trainers = trainers
         self._store = store
         self._generators = generators
@@ -291,13 +314,14 @@ class WeightSync:
         """
         await self.delivered()
         start = time.perf_counter()
-        if self.is_changed:
+        if self.is_changed or self._turns is not None:
             self._offer = None  # what is offered now may be overwritten once nobody reads it
             in_use = [held for held, num in self._readers.items() if num]
             verify = self._verify or self.version is None
-            offer = await self._trainers.publish(
-                self._store.spec, version, in_use, stores=self._stores, with_checksum=verify
-            )
+            async with self._turns.training() if self._turns is not None else contextlib.nullcontext():
+                offer = await self._trainers.publish(
+                    self._store.spec, version, in_use, stores=self._stores, with_checksum=verify
+                )
             self.is_changed = False
             self._delivery = asyncio.create_task(self._deliver(version, start, offer))
         else:
@@ -310,6 +334,7 @@ class WeightSync:
 
     def cancel(self) -> None:
         """Nothing is delivered any more."""
+        self.is_over = True
         if self._delivery is not None:
             self._delivery.cancel()
 
@@ -354,7 +379,30 @@ class WeightSync:
                 await self._put_in_store(version)
             self._offer = offer
             self.version = self.label = version  # from here on a replacement takes this one; the others get it now
+            if self._turns is None:
+                await self.give(self._generators.load.fanout)
+                return
+            async with self._turns.generating():
+                if self._awake != version:  # the change of turns has not brought it
+                    await self.wake()
+
+    async def wake(self) -> None:
+        """The generators' turn: the trainers release what they need not, and the generators take the newest version and
+        then the memory of their KV cache. Nothing happens where there are no trainers any more, or no version yet."""
+        if self.is_over or (version := self.version) is None:
+            return
+        start = time.perf_counter()
+        said = await self._trainers.release()
+        released = time.perf_counter()
+        try:
             await self.give(self._generators.load.fanout)
+        except VersionNotFoundError:  # the next one is on its way, and wakes them
+            return
+        loaded = time.perf_counter()
+        awake = await self._generators.wake.fanout()
+        self._awake = version
+        times = (released - start, loaded - released, time.perf_counter() - loaded)
+        logger.info("trainers release in %.2f s, weights in %.2f s, KV cache in %.2f s; %s; %s", *times, said, awake)
 
     async def _relabel(self, version: int, start: float) -> None:
         async with self._arrival(version, start):

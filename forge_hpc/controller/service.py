@@ -113,6 +113,8 @@ class Service:
         self.name = name
         self.size = size
         self.timeout_s = timeout_s
+        self.turn: Callable[[], contextlib.AbstractAsyncContextManager[None]] = contextlib.nullcontext
+        """Entered around every routed call: ``Turns.generating`` where the GPUs are shared."""
         self._on_loss = on_loss
         self._on_retry = on_retry
         self._replicas: dict[int, Replica] = {}
@@ -171,6 +173,10 @@ class ServiceEndpoint:
 
     async def route(self, *args: Any, key: int | None = None) -> Any:
         """Call the least loaded replica, or the one that ``key`` leads to; another one where it is lost on the way."""
+        async with self._service.turn():
+            return await self._route(args, key)
+
+    async def _route(self, args: Sequence[Any], key: int | None) -> Any:
         while True:
             replica = await self._service._pick(key)
             replica.in_flight += 1

@@ -29,6 +29,7 @@ from forge_hpc.controller.resume import find_checkpoint
 from forge_hpc.controller.saving import Saver
 from forge_hpc.controller.service import ActorLost, Service, reason_of
 from forge_hpc.controller.trainers import Trainers
+from forge_hpc.controller.turns import Turns
 from forge_hpc.data.hub import load_tokenizer, resolve_model
 from forge_hpc.data.mixture import open_sources
 from forge_hpc.data.prompts import DocumentStream, PromptStream, evaluation_documents, evaluation_prompts
@@ -90,6 +91,7 @@ class Session:
         self._generators: Service | None = None
         self._buffer: EpisodeBuffer | None = None
         self._weights: WeightSync | None = None
+        self._turns: Turns | None = None
         self._evaluator: Evaluator | None = None
         self._held_out_documents: list[Document] = []
         self._resume_from: Path | None = None
@@ -175,11 +177,15 @@ class Session:
         except Exception as error:
             raise await self._which_node_is_lost(error) from error
         mesh = procs.spawn(name, Trainer, config, self.log_dir, self.needs.models)
-        self._trainers = Trainers(mesh, config.trainer.timeout_s, self.lost)
+        self._turns = self._pool.turns
+        turn = self._turns.training if self._turns is not None else contextlib.nullcontext
+        self._trainers = Trainers(mesh, config.trainer.timeout_s, self.lost, turn)
         self._mismatch = MismatchWatch(config, bool(self.cluster.placement.gpus_per_node), self.warn)
         file_store = self.log_dir / f"process-group{self._suffix}"
         checkpoint = self._resume_from / "trainer" if self._resume_from else None
-        await self._trainers.start(await self._model_dirs(), file_store, checkpoint, timeout_s)
+        said = await self._trainers.start(await self._model_dirs(), file_store, checkpoint, timeout_s)
+        if said:
+            self._tell(said)
         self._on_close(lambda: self.trainers.leave(timeout_s=10))
 
     async def _model_dirs(self) -> dict[str, Path]:
@@ -252,8 +258,8 @@ class Session:
     async def _connect(self) -> None:
         """Put the weight store between trainers and generators, and the buffer, which is told of new weights.
 
-        Generators that do not hold the trainers' weights (in a resumed run, or after lost trainers) are brought up
-        to date.
+        Generators that do not hold the trainers' weights (in a resumed run, after lost trainers, or where they had to
+        sleep for the trainers to start) are brought up to date.
         """
         if self.needs.learns_from == "samples":
             self._buffer = episode_buffer(self.config, self.step, self._prompts.position)
@@ -268,15 +274,18 @@ class Session:
             store,
             self.generators,
             self._buffer,
-            self._tell_weights,
+            self._tell,
             self.config.generator.verify_weights,
+            self._turns,
         )
-        if self.step > 0 or not is_first:
+        if self._turns is not None:
+            self._turns.wake = self._weights.wake
+        if self.step > 0 or not is_first or self._turns is not None:
             self._weights.is_changed = True
             await self._weights.publish(self.step)
             await self._weights.delivered()
 
-    def _tell_weights(self, text: str) -> None:
+    def _tell(self, text: str) -> None:
         logger.info("%s", text)
         self.metrics.say(text)
 
@@ -341,6 +350,8 @@ class Session:
     def remaining_steps(self) -> Iterator[int]:
         """The steps that are still to be done, from 1. The first one's time counts from here."""
         self._step_ended = time.perf_counter()
+        if self._turns is not None:
+            self._turns.metrics()  # what was before
         return iter(range(self.step + 1, self.config.trainer.training.steps + 1))
 
     async def train_step(
@@ -411,6 +422,8 @@ class Session:
         timing = {"time/step_s": now - self._step_ended, "time/checkpoint_s": self._checkpoint_s}
         if self._weights is not None:
             timing["time/weight_sync_s"] = self._weights.seconds
+        if self._turns is not None:
+            timing |= self._turns.metrics()
         self._step_ended, self._checkpoint_s = now, 0.0
         self.step = step
         self._recoveries.step_done()
@@ -484,6 +497,9 @@ class Session:
         if not await self.save_to_leave():
             raise RuntimeError(f"the state after the last step cannot be saved in {self.run_dir.checkpoints}")
         await self.trainers.export(self.run_dir.export)
+        if self._turns is not None:
+            async with self._turns.generating():  # an engine that sleeps does not end in good order
+                pass
         if self._held_out_documents:
             loss = await self._validation_loss()
             if self.needs.generators == "after":

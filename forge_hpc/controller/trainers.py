@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +30,16 @@ class Trainers:
         Exception: from every call: the first rank's error.
     """
 
-    def __init__(self, mesh: Any, timeout_s: float, lost: asyncio.Future[str]) -> None:
+    def __init__(
+        self,
+        mesh: Any,
+        timeout_s: float,
+        lost: asyncio.Future[str],
+        turn: Callable[[], contextlib.AbstractAsyncContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
         self._mesh = mesh
         self._lost = lost
+        self._turn = turn  # entered around what computes: ``Turns.training`` where the GPUs are shared
         self.timeout_s = timeout_s
 
     # ---- what recipes ask for
@@ -45,29 +53,38 @@ class Trainers:
         model: str = POLICY,
     ) -> dict[str, float]:
         """One optimizer step of a trained model, as ``TrainEngine.train_step``; its metrics."""
-        return await self._call("train_step", documents, update, max_mismatch, model)
+        async with self._turn():
+            return await self._call("train_step", documents, update, max_mismatch, model)
 
     async def logprobs(self, documents: Sequence[Document], model: str = POLICY) -> list[np.ndarray]:
         """Log-probabilities of the documents' tokens under a model, trained or frozen, at the training temperature:
         [L] float32 each, at the tokens of the loss mask, 0 elsewhere."""
-        return await self._call("logprobs", documents, model)
+        async with self._turn():
+            return await self._call("logprobs", documents, model)
 
     async def values(self, documents: Sequence[Document], model: str = "critic") -> list[np.ndarray]:
         """What a model with a value head says: [L] float32 for each document, at a token of the loss mask the value of
         what stands before it, 0 elsewhere."""
-        return await self._call("values", documents, model)
+        async with self._turn():
+            return await self._call("values", documents, model)
 
     async def eval_loss(self, documents: Sequence[Document]) -> float:
         """Mean negative log-likelihood of the documents' trained tokens under the policy, nats."""
-        return await self._call("eval_loss", documents)
+        async with self._turn():
+            return await self._call("eval_loss", documents)
 
     # ---- what the session does with them
 
     async def start(
         self, model_dirs: Mapping[str, Path], file_store: Path, checkpoint: Path | None, timeout_s: float
-    ) -> None:
+    ) -> str:
         """As ``actors.trainer.Trainer.start``."""
-        await self._call("start", model_dirs, file_store, checkpoint, timeout_s=timeout_s)
+        async with self._turn():
+            return await self._call("start", model_dirs, file_store, checkpoint, timeout_s=timeout_s)
+
+    async def release(self) -> str:
+        """Give back the GPU memory that no step needs after the last one; the first rank's line about it."""
+        return await self._call("release")
 
     async def publish(
         self,
@@ -109,7 +126,8 @@ class Trainers:
 
     async def export(self, directory: Path) -> None:
         """Write the policy in Hugging Face format."""
-        await self._call("export", directory)
+        async with self._turn():  # ranks gather one tensor after the other on their GPUs
+            await self._call("export", directory)
 
     async def leave(self, timeout_s: float) -> None:
         """Leave the process group: the last call."""

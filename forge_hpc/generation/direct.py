@@ -56,7 +56,7 @@ def load_offer(worker: Any, offer: Offer, dtype: torch.dtype, tied_head: bool) -
             with torch.no_grad(), Recorder(model) as recorder:
                 model.load_weights(recorder.tensors(tensors))
             if (copies := recorder.copies()) is not None and weights.dtypes == {dtype}:
-                _replays[model] = Replay(model, copies, offer.layouts)
+                _replays[model] = Replay(model, copies, recorder.padding, offer.layouts)
         else:
             head = ((TIED_HEAD, weights.tensor(EMBEDDING).to(dtype)) for _ in range(tied_head))
             worker.reload_weights(weights_iterator=itertools.chain(tensors, head))

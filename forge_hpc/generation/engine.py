@@ -7,6 +7,8 @@ between two steps while others decode. New weights are loaded between two steps 
 them, keep the KV cache they have (the usual thing in asynchronous RL) and report both versions; requests that start
 later never share a prefix that older weights computed, because the number of loads salts the prefix cache.
 
+Where trainers use the same GPU (``cluster.colocate``) the engine sleeps while they compute (``sleep``): requests wait.
+
 If the thread fails, every caller that waits, and every later one, gets a GenerationError.
 """
 
@@ -36,6 +38,7 @@ from forge_hpc.generation.checkpoint import check_shapes, checkpoint_shapes, com
 from forge_hpc.generation.direct import load_offer, try_to_open
 from forge_hpc.generation.options import engine_arguments, prepare_environment
 from forge_hpc.generation.seeds import sample_seed
+from forge_hpc.generation.sleep import SleepingEngine
 from forge_hpc.generation.staging import staged_checkpoint
 from forge_hpc.weights.memory import Unreachable
 from forge_hpc.weights.snapshots import Offer
@@ -271,6 +274,28 @@ class GenerationEngine:
         self._post(lambda: self._label(version, done), [done])
         await self._answers([done])
 
+    async def sleep(self) -> str:
+        """End all requests, and give up the GPU memory of KV cache and weights (``generator.engine.sleep_level``); what
+        that came to. Safe to repeat. Raises as ``load_weights``."""
+        return await self._told(self._sleep)
+
+    async def wake(self) -> str:
+        """Serve again; what that came to. Safe to repeat. Weights that were given up have to be loaded before.
+
+        Raises:
+            ValueError: they were not.
+            TimeoutError, GenerationError: as ``load_weights``.
+        """
+        return await self._told(self._wake)
+
+    async def _told(self, command: Callable[[Future[Any]], None]) -> str:
+        done = _future()
+        self._post(lambda: command(done), [done])
+        [said] = await self._answers([done])
+        if isinstance(said, ValueError):
+            raise said
+        return said
+
     def abort(self) -> None:
         """End all requests; their callers get GenerationError."""
         self._post(lambda: self._abort(set(self._unfinished())), [])
@@ -418,7 +443,8 @@ class GenerationEngine:
         try:
             while not self._closing:
                 self._take_commands()
-                self._admit()
+                if not self._sleeping.is_asleep:
+                    self._admit()
                 if self._running:
                     self._step()
         except BaseException as error:  # handed to every caller, now and later: none may wait for a dead thread
@@ -456,10 +482,11 @@ class GenerationEngine:
         self._tied_head = bool(getattr(model.hf_text_config, "tie_word_embeddings", False))
         self._max_num_seqs: int = self._engine.vllm_config.scheduler_config.max_num_seqs
         self._tokenizer = self._engine.get_tokenizer()
+        self._sleeping = SleepingEngine(self._engine, self._config.generator.engine.sleep_level, self._device)
 
     def _take_commands(self) -> None:
         """Run what callers sent; waits for it only where there is nothing else to do."""
-        if not self._running and not self._pending:
+        if not self._running and (self._sleeping.is_asleep or not self._pending):
             self._inbox.get()()
         while not self._inbox.empty():
             self._inbox.get()()
@@ -520,7 +547,9 @@ class GenerationEngine:
     def _load(self, version: int, arguments: dict[str, Any], done: Future[Any]) -> None:
         start = time.perf_counter()
         self._settle()
+        self._sleeping.make_room_for_weights()
         self._engine.collective_rpc("reload_weights", kwargs=arguments)
+        self._sleeping.has_weights = True
         self._num_weight_loads += 1
         self._weight_load_s += time.perf_counter() - start
         self._label(version, done)
@@ -533,14 +562,29 @@ class GenerationEngine:
                 done.set_result(reasons[0])
                 return
         self._settle()
+        self._sleeping.make_room_for_weights()
         try:
             self._engine.collective_rpc(cast(Any, load_offer), args=(offer, self._dtype, self._tied_head))
         except Unreachable as error:
             done.set_result(str(error))
             return
+        self._sleeping.has_weights = True
         self._num_weight_loads += 1
         self._weight_load_s += time.perf_counter() - start
         self._label(offer.version, done)
+
+    def _sleep(self, done: Future[Any]) -> None:
+        # Whoever asked for what is still under way has gone: it was cancelled, or its turn would not be over.
+        self._abort(set(self._unfinished()), GenerationError("the generation engine was put to sleep"))
+        for _ in range(self._engine.vllm_config.max_concurrent_batches):  # what the GPU is still to do
+            self._step()
+        done.set_result(self._sleeping.sleep())
+
+    def _wake(self, done: Future[Any]) -> None:
+        try:
+            done.set_result(self._sleeping.wake())
+        except (ValueError, UserError) as error:
+            done.set_exception(error)
 
     def _label(self, version: int, done: Future[Any]) -> None:
         self._engine.set_weight_version(str(version))

@@ -65,6 +65,7 @@ def engine_arguments(model_dir: str | Path, config: Config, device: str) -> dict
     else:
         arguments["enforce_eager"] = engine.enforce_eager
         arguments["gpu_memory_utilization"] = engine.gpu_memory_utilization
+        arguments["enable_sleep_mode"] = config.cluster.colocate
         if config.model.dtype != "float32":  # which FlashAttention does not take: vLLM chooses
             arguments["attention_backend"] = "FLASH_ATTN"
             arguments["hf_overrides"] = {"head_dtype": config.model.head_dtype}

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from forge_hpc.weights.snapshots import Opened
 
 _WRITES_PADDING = {"aten::fill_", "aten::zero_"}
-"""What they write does not depend on the weights, so it is there from the first load on."""
+"""What they write does not depend on the weights, and is repeated with them: an engine that has slept has lost it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Recorder(TorchDispatchMode):
         self._own = _storages(model)
         self._copies: list[_Copy] | None = []
         self._current: tuple[str, torch.Tensor] | None = None
+        self.padding: list[tuple[torch.Tensor, Any]] = []
+        """What was filled, and with what."""
 
     def tensors(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors, each remembered while the model loads it."""
@@ -64,7 +66,10 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
-        if func._schema.is_mutable and name not in _WRITES_PADDING and self._is_own(args):
+        if name in _WRITES_PADDING and self._is_own(args):
+            if args[0].numel():
+                self.padding.append((args[0].detach(), args[1] if len(args) > 1 else 0))
+        elif func._schema.is_mutable and self._is_own(args):
             copy = self._copy(args[0], args[1]) if name == "aten::copy_" else None
             if copy is None:
                 self._copies = None
@@ -105,13 +110,19 @@ class Replay:
     """The copies of a load, for weights that lie as those did which were watched.
 
     Args:
-        copies: a ``Recorder``'s.
+        copies, padding: a ``Recorder``'s.
         layouts: of the offer that was loaded.
     """
 
-    def __init__(self, model: nn.Module, copies: list[_Copy], layouts: tuple[bytes, ...]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        copies: list[_Copy],
+        padding: list[tuple[torch.Tensor, Any]],
+        layouts: tuple[bytes, ...],
+    ) -> None:
         self._places, self._layouts = _places(model), layouts
-        self._copies = copies
+        self._copies, self._padding = copies, padding
         self._pairs: list[tuple[torch.Tensor, int, int, tuple[int, ...], tuple[int, ...]]] | None = None
 
     def fits(self, model: nn.Module, layouts: tuple[bytes, ...]) -> bool:
@@ -119,7 +130,7 @@ class Replay:
         return self._layouts == layouts and self._places == _places(model)
 
     def load(self, weights: Opened, dtype: torch.dtype) -> None:
-        """Copy everything. ``dtype`` is that of the weights where they were watched."""
+        """Write everything. ``dtype`` is that of the weights where they were watched."""
         if self._pairs is None:
             self._pairs = [pair for copy in self._copies for pair in _pairs(copy, weights)]
         blocks = [data.view(dtype) for data in weights.data]
@@ -127,6 +138,8 @@ class Replay:
             blocks[rank].as_strided(shape, stride, start // dtype.itemsize)
             for _, rank, start, shape, stride in self._pairs
         ]
+        for target, value in self._padding:
+            target.fill_(value)
         torch._foreach_copy_([target for target, *_ in self._pairs], sources)
 
 

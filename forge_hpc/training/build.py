@@ -30,7 +30,7 @@ from forge_hpc.models.head import LogprobHead
 from forge_hpc.models.spec import ModelSpec, load_spec
 from forge_hpc.models.value_head import with_value_head
 from forge_hpc.training.lora import add_adapters
-from forge_hpc.training.memory import RESERVE_BYTES, MicrobatchPlan, plan_microbatch
+from forge_hpc.training.memory import RESERVE_BYTES, MicrobatchPlan, plan_microbatch, plan_turns
 
 logger = logging.getLogger(__name__)
 
@@ -65,15 +65,15 @@ class Shape:
             parallelism=self.parallelism,
         )
 
-    def state_bytes(self, spec: ModelSpec, need: ModelNeed) -> int:
+    def state_bytes(self, spec: ModelSpec, need: ModelNeed, *, between_steps: bool = False) -> int:
         """What a model takes of this rank's GPU beside its activations. Weights, gradients and two moments in the
         training dtype, weights in the compute dtype where one rank keeps them, and those that generators read; a frozen
-        one has the weights in the compute dtype alone."""
+        one has the weights in the compute dtype alone. Between steps there are no gradients (``Models.release``)."""
         if need.offload:
             return 0
         with torch.device("meta"):
             num_params = sum(parameter.numel() for parameter in spec.config.build().parameters())
-        num_copies = (2 if self.cfg.trainer.lora.enable else 4) if need.trained else 0
+        num_copies = (2 if self.cfg.trainer.lora.enable else 3 if between_steps else 4) if need.trained else 0
         itemsize = TORCH_DTYPE_MAP[self.cfg.trainer.training.dtype].itemsize
         # What generators read is a copy (`weights.snapshots`), made when weights are published first.
         is_published = need.trained and need.path is None and needs_of(self.cfg).generators == "beside"
@@ -88,12 +88,21 @@ class Shape:
         free, total = torch.cuda.mem_get_info()
         cluster = self.cfg.cluster
         gpus = cluster.gpus_per_node if cluster.gpus_per_node is not None else torch.cuda.device_count()
-        if placement(self.cfg, gpus).shared_gpus:  # with a generator, which may not have taken its share yet
+        # With a generator, which may not have taken its share yet; one that takes turns sleeps while this is asked.
+        if not cluster.colocate and placement(self.cfg, gpus).shared_gpus:
             free = min(free, int(total * (1 - self.cfg.generator.engine.gpu_memory_utilization)))
         states = sum(self.state_bytes(self.spec(directory), need) for directory, need in models.values())
         available = torch.tensor(free - states - RESERVE_BYTES, device=local_device())
         dist.all_reduce(available, dist.ReduceOp.MIN)
         return int(available)
+
+    def turns(self, models: Mapping[str, tuple[Path, ModelNeed]]) -> str:
+        """How this rank's GPU is shared with a generator, in a line. Raises UserError: there is not enough of it."""
+        kept = sum(self.state_bytes(self.spec(place), need, between_steps=True) for place, need in models.values())
+        _, total = torch.cuda.mem_get_info()
+        said = plan_turns(total, self.cfg.generator.engine.gpu_memory_utilization, kept)
+        logger.info("%s", said)
+        return said
 
     def plan(self, spec: ModelSpec, available_bytes: int) -> MicrobatchPlan:
         """What a microbatch of the model is."""

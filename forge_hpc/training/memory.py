@@ -8,8 +8,11 @@ Qwen3 0.6B (H100), MiB a token: 1.20 without checkpointing, 0.50 selective, 0.09
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
+
+from forge_hpc.config.errors import UserError
 
 MODES = ("none", "selective", "full")
 """From the one that keeps everything to the one that keeps least."""
@@ -64,6 +67,34 @@ def plan_microbatch(
     least = modes[-1]  # fewer rows of it, and at least one: only a try tells
     rows = num_rows or max(1, min(wanted, available_bytes // costs[least]))
     return MicrobatchPlan(rows, least, rows * costs[least], available_bytes)
+
+
+def plan_turns(total_bytes: int, engine_share: float, kept_bytes: int) -> str:
+    """A GPU on which a trainer and a generator take turns, in a line.
+
+    Args:
+        engine_share: ``generator.engine.gpu_memory_utilization``.
+        kept_bytes: what the trainer holds while the generator computes.
+
+    Raises:
+        UserError: that is too much together.
+    """
+    gib = 2**30
+    engine_bytes = int(total_bytes * engine_share)
+    sums = (
+        f"of {total_bytes / gib:.1f} GiB of a GPU the generator takes {engine_bytes / gib:.1f} "
+        f"(generator.engine.gpu_memory_utilization={engine_share:g}), the trainer keeps {kept_bytes / gib:.1f} all "
+        f"the time, and {RESERVE_BYTES / gib:.1f} are for contexts, CUDA graphs and NCCL"
+    )
+    missing = engine_bytes + kept_bytes + RESERVE_BYTES - total_bytes
+    if missing <= 0:
+        return f"in turns: {sums}"
+    fits = math.floor(100 * (total_bytes - kept_bytes - RESERVE_BYTES) / total_bytes) / 100
+    more = "take more GPUs, which share the trainer's part"
+    raise UserError(
+        f"cluster.colocate: {sums}: {missing / gib:.1f} GiB too much",
+        f"set generator.engine.gpu_memory_utilization to {fits:g} or less, or {more}" if fits > 0 else more,
+    )
 
 
 def token_bytes(hf: dict[str, Any], mode: str) -> int:

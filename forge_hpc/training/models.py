@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import torch
 
 from forge_hpc.checkpoint import FileRecord
 from forge_hpc.config.errors import UserError
@@ -41,6 +42,9 @@ class Models:
             if cfg.trainer.lora.enable and not need.trained and places[name] == places[POLICY]
         }
         own = {name: (places[name], need) for name, need in needs.items() if name not in shares}
+        shares_gpu = cfg.cluster.colocate and torch.cuda.is_available()
+        self.turns = Shape.of(cfg).turns(own) if shares_gpu else ""
+        """How the GPU is shared with a generator, in a line; empty where it is not."""
         available = Shape.of(cfg).activation_bytes(own) if len(own) > 1 else None
         self.trained = {
             name: TrainEngine(cfg, place, need, available) for name, (place, need) in own.items() if need.trained
@@ -77,6 +81,16 @@ class Models:
     def values(self, name: str, documents: Sequence[Document]) -> list[np.ndarray]:
         """As ``ModelShard.values``, of a model with a value head."""
         return _find(self.trained, name, "trained").values(documents)
+
+    def release(self) -> str:
+        """Give back the memory that outlives a step for nothing: gradients, and what is cached. What that came to."""
+        for engine in self.trained.values():
+            engine.optimizers.zero_grad()
+        if not torch.cuda.is_available():
+            return "no GPU"
+        torch.cuda.empty_cache()
+        kept, (free, _) = torch.cuda.memory_reserved(), torch.cuda.mem_get_info()
+        return f"trainer 0 keeps {kept / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
 
     # ---- checkpoints
 
