@@ -37,6 +37,7 @@ from forge_hpc.generation.direct import load_offer, try_to_open
 from forge_hpc.generation.options import engine_arguments, prepare_environment
 from forge_hpc.generation.seeds import sample_seed
 from forge_hpc.generation.staging import staged_checkpoint
+from forge_hpc.observability.performance import EngineCounts
 from forge_hpc.weights.memory import Unreachable
 from forge_hpc.weights.snapshots import Offer
 
@@ -123,6 +124,7 @@ class GenerationEngine:
         self._num_finished = self._num_generated_tokens = self._num_prompt_tokens = 0
         self._num_steps = self._num_weight_loads = 0
         self._busy_s = self._weight_load_s = 0.0
+        self._counts = EngineCounts()
 
         started: Future[None] = Future()
         self._thread = threading.Thread(
@@ -301,6 +303,11 @@ class GenerationEngine:
             weight_load_s=self._weight_load_s,
         )
 
+    def take_counts(self) -> EngineCounts:
+        """What has been done since the last call; cheap, from the event loop."""
+        counts, self._counts = self._counts, EngineCounts()
+        return counts
+
     def _group(
         self,
         prompt: Prompt | Turn,
@@ -456,6 +463,18 @@ class GenerationEngine:
         self._tied_head = bool(getattr(model.hf_text_config, "tie_word_embeddings", False))
         self._max_num_seqs: int = self._engine.vllm_config.scheduler_config.max_num_seqs
         self._tokenizer = self._engine.get_tokenizer()
+        self._scheduler = cast(Any, self._engine.engine_core).engine_core.scheduler
+        self._count_preemptions()
+
+    def _count_preemptions(self) -> None:
+        """vLLM 0.32 counts them only where it logs all of its statistics, some of them at every token."""
+        preempt = self._scheduler._preempt_request
+
+        def counted(*args: Any, **options: Any) -> Any:
+            self._counts.num_preemptions += 1
+            return preempt(*args, **options)
+
+        self._scheduler._preempt_request = counted
 
     def _take_commands(self) -> None:
         """Run what callers sent; waits for it only where there is nothing else to do."""
@@ -488,8 +507,15 @@ class GenerationEngine:
         start = time.perf_counter()
         for output in self._engine.step():
             self._finish(output)
+        seconds = time.perf_counter() - start
         self._num_steps += 1
-        self._busy_s += time.perf_counter() - start
+        self._busy_s += seconds
+        counts = self._counts  # the event loop may put another in its place
+        counts.num_steps += 1
+        counts.busy_s += seconds
+        counts.running += len(self._scheduler.running)
+        counts.waiting += len(self._pending) + len(self._running) - len(self._scheduler.running)
+        counts.kv_cache_usage = max(counts.kv_cache_usage, self._scheduler.kv_cache_manager.usage)
 
     def _finish(self, output: Any) -> None:
         """Book one finished request; the last of a group answers its caller."""
@@ -514,6 +540,10 @@ class GenerationEngine:
         self._num_finished += 1
         self._num_generated_tokens += len(token_ids)
         self._num_prompt_tokens += len(group.prompt.token_ids)
+        counts = self._counts
+        counts.num_generated_tokens += len(token_ids)
+        counts.num_prompt_tokens += len(group.prompt.token_ids)
+        counts.num_cached_tokens += output.num_cached_tokens or 0
         if len(group.completions) == len(group.sampling_params):
             group.future.set_result([group.completions[i] for i in range(len(group.completions))])
 
