@@ -29,6 +29,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 
+from forge_hpc.cluster.stacks import stand_by_worker
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config, SamplingConfig
 from forge_hpc.data.types import Completion, Prompt, Turn
@@ -465,6 +466,8 @@ class GenerationEngine:
         self._tokenizer = self._engine.get_tokenizer()
         self._scheduler = cast(Any, self._engine.engine_core).engine_core.scheduler
         self._count_preemptions()
+        if self._config.generator.engine.tensor_parallel_size > 1:  # processes of their own
+            self._engine.collective_rpc(cast(Any, stand_by_worker))
 
     def _count_preemptions(self) -> None:
         """vLLM 0.32 counts them only where it logs all of its statistics, some of them at every token."""
