@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from forge_hpc.data.packing import pack, unpack
+from forge_hpc.data.packing import PackedBatch, balanced, pack, unpack
 from forge_hpc.data.types import Document
 
 
@@ -115,3 +115,45 @@ def test_sequences_are_counted_that_have_a_trained_token() -> None:
 
 def test_the_longest_document_that_fits_has_one_token_more_than_the_row() -> None:
     assert pack(documents_of([33]), 32).fill == 1.0
+
+
+def lognormal_documents(num: int, seed: int) -> list[Document]:
+    """Of 2 to 2049 tokens, mean 200, sigma 1."""
+    lengths = np.random.default_rng(seed).lognormal(np.log(200) - 0.5, 1.0, num).clip(1, 2048).astype(int)
+    return [Document(np.zeros(n + 1, np.int32), np.ones(n + 1, bool), None, 1.0) for n in lengths]
+
+
+def attention_costs(batch: PackedBatch, num_ranks: int, num_together: int) -> np.ndarray:
+    """Of each rank: the squares of its documents' lengths."""
+    costs = np.zeros(num_ranks)
+    for row, ids in enumerate(batch.segment_ids):
+        costs[row // num_together % num_ranks] += (np.bincount(ids)[1:].astype(float) ** 2).sum()
+    return costs
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lognormal_lengths_fill_rows_and_cost_all_ranks_the_same(seed: int) -> None:
+    documents = lognormal_documents(1024, seed)
+    assert pack(documents, 2048).fill >= 0.97
+    for num_ranks, num_together in ((2, 1), (4, 1), (8, 1), (2, 4), (8, 4)):
+        options = {"num_rows_multiple": num_ranks * num_together}
+        plain, dealt = pack(documents, 2048, **options), pack(documents, 2048, **options, num_ranks=num_ranks)
+        costs = attention_costs(dealt, num_ranks, num_together)
+        assert costs.max() / costs.mean() <= 1.03, (num_ranks, num_together)
+        assert costs.sum() == attention_costs(plain, 1, 1).sum() and dealt.fill == plain.fill
+        for document, (row, start) in zip(documents, dealt.placements, strict=True):
+            num_slots = len(document.token_ids) - 1
+            assert (dealt.positions[row, start : start + num_slots] == np.arange(num_slots)).all()
+
+
+def test_rows_of_one_rank_stay_where_they_are() -> None:
+    documents = lognormal_documents(64, 0)
+    assert pack(documents, 2048, num_ranks=1).placements == pack(documents, 2048).placements
+
+
+def test_equal_parts_are_found_where_the_costliest_first_does_not_find_them() -> None:
+    parts = balanced([8, 7, 6, 5, 4, 3, 2, 1, 9, 9], 2)
+    assert sorted(map(len, parts)) == [5, 5] and sorted(index for part in parts for index in part) == list(range(10))
+    costs = [8, 7, 6, 5, 4, 3, 2, 1, 9, 9]
+    assert [sum(costs[index] for index in part) for part in parts] == [27, 27]
+    assert balanced([5, 0, 0, 0], 4) == [[0], [1], [2], [3]]

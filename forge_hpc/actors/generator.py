@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from monarch.actor import Actor, Port, endpoint
 from monarch.actor.concurrent import concurrent_endpoint
 
+from forge_hpc.cluster.worker import visible_gpus
 from forge_hpc.config import Config
 from forge_hpc.config.schema import SamplingConfig
 from forge_hpc.data.types import Completion, Prompt, Turn
+from forge_hpc.observability.gpu import GpuMonitor
 from forge_hpc.observability.logs import setup_logging
+from forge_hpc.observability.performance import EngineCounts
 
 if TYPE_CHECKING:
     from forge_hpc.weights import Offer, StoreSpec
@@ -38,6 +42,7 @@ class Generator(Actor):
         from forge_hpc.models.device import device_type
 
         self._engine = await asyncio.to_thread(GenerationEngine, model_dir, self._config, device=device_type())
+        self._gpus = GpuMonitor(visible_gpus() if device_type() == "cuda" else [])
 
     @concurrent_endpoint
     async def generate(
@@ -164,6 +169,11 @@ class Generator(Actor):
     async def wake(self) -> str:
         """Take it back. Where the weights were given up too, ``load`` comes first."""
         return await self._engine.wake()
+
+    @concurrent_endpoint
+    async def counts(self) -> EngineCounts:
+        """What the engine has done since the last call."""
+        return replace(self._engine.take_counts(), gpu_utilization=self._gpus.utilization())
 
     @endpoint
     async def abort(self) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from forge_hpc.checkpoint import FileRecord
+    from forge_hpc.training.engine import TrainEngine
     from forge_hpc.weights import Part, Snapshots, StoreSpec
     from forge_hpc.weights.checksum import Checksum
 
@@ -71,9 +72,21 @@ class Trainer(Actor):
             logger.info("loss %s, advantage %s", self._config.algorithm.loss, check_loss_fits(self._config))
         init_distributed(file_store, self._rank, self._world_size, self._local_rank)
         self._models = Models(self._config, self._needs, model_dirs)
+        self._watch_gpu()
         if checkpoint is not None:
             self._models.load(checkpoint)
         return self._models.turns
+
+    def _watch_gpu(self) -> None:
+        import torch
+
+        from forge_hpc.cluster.worker import visible_gpus
+        from forge_hpc.models.device import local_device
+        from forge_hpc.observability.gpu import GpuMonitor
+
+        device = local_device()
+        self._gpu_name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self._gpu = GpuMonitor([visible_gpus()[device.index or 0]] if device.type == "cuda" else [])
 
     @concurrent_endpoint
     async def train_step(
@@ -90,7 +103,23 @@ class Trainer(Actor):
     ) -> dict[str, float]:
         start = time.perf_counter()
         metrics = self._models.train_step(model, documents, update=update, max_mismatch=max_mismatch)
-        return metrics | {"time/train_s": time.perf_counter() - start}
+        seconds = time.perf_counter() - start
+        return metrics | {"time/train_s": seconds} | self._performance(self._models.trained[model], seconds)
+
+    def _performance(self, engine: TrainEngine, seconds: float) -> dict[str, float]:
+        """Figures of a step's speed, of this rank. The gradient's norm has been read by now, so that the device is at
+        the optimizer's last kernels; it is not waited for."""
+        from forge_hpc.observability.gpu import memory_figures
+        from forge_hpc.training.flops import peak_flops
+
+        work, num_ranks = engine.work, self._world_size
+        figures = {"perf/trainer_tokens_per_s": work.num_tokens / seconds / num_ranks} | memory_figures()
+        is_16_bit = engine.shape.param_dtype.itemsize == 2
+        if self._gpu_name and is_16_bit and (peak := peak_flops(self._gpu_name)) is not None:
+            figures["perf/mfu"] = work.flops / seconds / (peak * num_ranks)
+        if (utilization := self._gpu.utilization()) is not None:
+            figures["perf/trainer_gpu_utilization"] = utilization
+        return figures
 
     @concurrent_endpoint
     async def logprobs(self, documents: Sequence[Document], model: str) -> list[np.ndarray]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from forge_hpc.cluster.processes import die_with_parent
 from forge_hpc.cluster.rendezvous import Rendezvous
+from forge_hpc.cluster.stacks import stand_by
 
 
 def listening_port(deadline_s: float = 30.0) -> int:
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--parent", type=int, required=True)
     args = parser.parse_args(argv)
     die_with_parent(args.parent)
+    stand_by(f"worker-{args.node}")
 
     from monarch.actor import enable_transport, start_worker_loop_forever
 

@@ -69,6 +69,15 @@ class Placement:
         return len(self.rollout_nodes) * len(self.replica_gpus)
 
     @property
+    def num_devices(self) -> int:
+        """GPUs at work in the whole run, or without any its trainer processes and generator replicas."""
+        if not self.gpus_per_node:
+            return self.trainer_procs + (0 if self.generate_after_training else self.replicas)
+        shared = len(self.shared_gpus) * len(set(self.trainer_nodes) & set(self.rollout_nodes))
+        generators = 0 if self.generate_after_training else len(self.rollout_nodes) * len(_all(self.replica_gpus))
+        return len(self.trainer_nodes) * len(_all(self.trainer_gpus)) + generators - shared
+
+    @property
     def tensor_parallel_size(self) -> int:
         """GPUs of one generator replica, 1 on the CPU."""
         return max((len(gpus) for gpus in self.replica_gpus), default=1) or 1

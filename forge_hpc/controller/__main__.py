@@ -32,6 +32,7 @@ from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import Config, UserError, plan, read_config
 from forge_hpc.controller.recovery import Departure, Leave, Recoveries
 from forge_hpc.controller.service import ActorLost, cause_of, is_loss, reason_of
+from forge_hpc.controller.stacks import joined, prepare_stacks, write_stacks
 from forge_hpc.observability.logs import Terminal, setup_logging
 from forge_hpc.observability.wandb import finish_runs
 from forge_hpc.run_dir import RunDir
@@ -186,6 +187,7 @@ async def join_nodes(config: Config, rendezvous: Rendezvous, log_dir: Path, faul
     """Wait for the workers of all nodes, attach to them, and decide what runs where."""
     timeout_s = config.cluster.start_timeout_s
     [start] = await asyncio.to_thread(rendezvous.wait, ["start"], timeout_s)  # published before it started us
+    joined(start["num_nodes"])
     names = [f"worker-{node}" for node in range(start["num_nodes"])]
     workers = await asyncio.to_thread(rendezvous.wait, names, timeout_s)
     hosts = await attach([worker["address"] for worker in workers], start["address"], timeout_s)
@@ -236,6 +238,7 @@ async def main() -> int:
     args = parser.parse_args()
     die_with_parent(args.parent)
     run_dir, rendezvous = RunDir(args.run_dir), Rendezvous(args.rendezvous)
+    prepare_stacks(rendezvous, args.log_dir)
     terminal = setup_logging(args.log_dir / "controller.log", "controller")
 
     task, leave = asyncio.current_task(), Leave()
@@ -254,6 +257,8 @@ async def main() -> int:
             outcome = {"code": ControllerExit.FAILED, "message": cause.message, "hint": cause.hint}
         else:
             message = str(cause) if isinstance(cause, ActorLost) else f"{type(cause).__name__}: {cause}"
+            if isinstance(cause, TimeoutError):
+                message += await write_stacks(message)
             outcome = {
                 "code": ControllerExit.FAILED,
                 "message": " ".join(message.split())[:MAX_MESSAGE],

@@ -17,6 +17,8 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
+from forge_hpc.controller.stacks import write_stacks
+
 _LOSSES = frozenset(
     {
         "torch.AcceleratorError",
@@ -61,7 +63,8 @@ async def answer(call: Awaitable[Any], lost: asyncio.Future[str], timeout_s: flo
     """The result of a call to an actor.
 
     Raises:
-        ActorLost: the actor was lost (``lost`` has its reason), or did not answer within ``timeout_s``.
+        ActorLost: the actor was lost (``lost`` has its reason), or did not answer within ``timeout_s``: then the stacks
+            of all processes have been written.
         Exception: what the actor raised.
     """
     task = asyncio.ensure_future(call)
@@ -69,11 +72,16 @@ async def answer(call: Awaitable[Any], lost: asyncio.Future[str], timeout_s: flo
         await asyncio.wait({task, lost}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise ActorLost(f"{who}: {lost.result()}" if lost.done() else f"{who} did not answer within {timeout_s:g} s")
+        if lost.done():
+            raise ActorLost(f"{who}: {lost.result()}")
+        silence = f"{who} did not answer within {timeout_s:g} s"
+        raise ActorLost(silence + await write_stacks(silence))
     except Exception as error:
         if isinstance(error, ActorLost) or not is_loss(error):
             raise
-        raise ActorLost(f"{who}: {reason_of(error)}") from error
+        loss = f"{who}: {reason_of(error)}"
+        stacks = await write_stacks(loss) if isinstance(cause_of(error), TimeoutError) else ""
+        raise ActorLost(loss + stacks) from error
     finally:
         task.cancel()
 

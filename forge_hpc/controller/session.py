@@ -37,6 +37,7 @@ from forge_hpc.data.source import load_eval_examples
 from forge_hpc.data.types import Document, Group, Prompt
 from forge_hpc.evaluation.evaluator import Evaluator
 from forge_hpc.observability.logger import MetricLogger
+from forge_hpc.observability.performance import EngineCounts, engine_figures
 from forge_hpc.rewards import RewardPool
 from forge_hpc.rollouts.buffer import EpisodeBuffer, episode_buffer
 from forge_hpc.rollouts.mismatch import MismatchWatch
@@ -100,6 +101,7 @@ class Session:
         self._closing: list[Callable[[], Awaitable[Any]]] = []
         self._step_ended = time.perf_counter()
         self._checkpoint_s = 0.0
+        self._engine_counts: asyncio.Future[list[EngineCounts]] | None = None
 
     # ---- before the recipe runs
 
@@ -375,12 +377,33 @@ class Session:
             self._saver.trained(time.perf_counter() - start)
             return {f"{model}/{key}": value for key, value in metrics.items()}
         bounds = self._mismatch.bounds(step, documents)
+        self._ask_engines()
         metrics = await self.trainers.train_step(documents, update, bounds.largest)
         self._saver.trained(time.perf_counter() - start)
         self._mismatch.check(step, metrics, bounds)
         if self._weights is not None and metrics["tokens/trained"]:
             self._weights.is_changed = True
         return metrics
+
+    def _ask_engines(self) -> None:
+        """Have the generators say what they have done since the step before, while the trainers train: what has not
+        come by the end of the step is not waited for."""
+        if self._generators is not None and (self._engine_counts is None or self._engine_counts.done()):
+            self._engine_counts = asyncio.ensure_future(self._generators.counts.fanout())
+
+    def _performance(self, step_s: float, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Figures of the step's speed, beside those of the trainers."""
+        placement = self.cluster.placement
+        figures = {}
+        if (num_tokens := metrics.get("tokens/generated")) is None and "perf/trainer_tokens_per_s" in metrics:
+            num_tokens = metrics["perf/trainer_tokens_per_s"] * metrics["time/train_s"] * placement.trainer_procs
+        if num_tokens is not None:
+            figures["perf/tokens_per_s"] = num_tokens / step_s / placement.num_devices
+        if (asked := self._engine_counts) is not None and asked.done():
+            self._engine_counts = None
+            if not asked.cancelled() and asked.exception() is None:
+                figures |= engine_figures(asked.result(), placement.tensor_parallel_size)
+        return figures
 
     async def _begin_step(self, step: int) -> None:
         await self._stay()
@@ -427,6 +450,7 @@ class Session:
         self._step_ended, self._checkpoint_s = now, 0.0
         self.step = step
         self._recoveries.step_done()
+        timing |= self._performance(timing["time/step_s"], metrics)
         counts = {"checkpoint/failed": float(self._saver.num_failed)} | self._recoveries.metrics()
         self.metrics.log(step, {"policy_version": step, **metrics, **timing, **counts})
         self._status.update(step=step, policy_version=step)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from forge_hpc.config.needs import POLICY
 from forge_hpc.controller.service import answer
 from forge_hpc.data.types import Document
+from forge_hpc.observability.performance import over_ranks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,7 +55,7 @@ class Trainers:
     ) -> dict[str, float]:
         """One optimizer step of a trained model, as ``TrainEngine.train_step``; its metrics."""
         async with self._turn():
-            return await self._call("train_step", documents, update, max_mismatch, model)
+            return over_ranks(await self._call_all("train_step", documents, update, max_mismatch, model))
 
     async def logprobs(self, documents: Sequence[Document], model: str = POLICY) -> list[np.ndarray]:
         """Log-probabilities of the documents' tokens under a model, trained or frozen, at the training temperature:

@@ -19,6 +19,8 @@ from forge_hpc.data.types import Document
 
 FIELDS = ("generator_logprobs", "ref_logprobs")
 """Of a document, beside ``advantage``: columns that have a field of their own."""
+_EVEN = 0.002
+"""What costs so little more than the mean is even enough."""
 _ROWS = ("input_ids", "labels", "positions", "segment_ids", "group_ids", "mask")
 RESERVED = frozenset((*_ROWS, *FIELDS, "logprobs", "old_logprobs", "entropy", "normalizer"))
 """What a column may not be called."""
@@ -83,7 +85,12 @@ class PackedBatch:
 
 
 def pack(
-    documents: Sequence[Document], seq_len: int, *, num_rows_multiple: int = 1, row_len_multiple: int = 8
+    documents: Sequence[Document],
+    seq_len: int,
+    *,
+    num_rows_multiple: int = 1,
+    row_len_multiple: int = 8,
+    num_ranks: int = 1,
 ) -> PackedBatch:
     """Pack documents into as few rows as hold them, evenly, and trim the rows to the longest.
 
@@ -95,6 +102,8 @@ def pack(
         seq_len: largest number of slots in a row.
         num_rows_multiple: the number of rows is a multiple of this: data-parallel ranks times rows of a microbatch.
             With few documents some rows may stay empty.
+        num_ranks: data-parallel ranks, which take ``num_rows_multiple / num_ranks`` rows each in turn: rows are dealt
+            so that attention, whose cost grows with the square of a document, takes all about as long.
         row_len_multiple: the row length is a multiple of this; it may exceed ``seq_len`` by the rounding.
 
     Raises:
@@ -114,6 +123,8 @@ def pack(
         if max(loads) <= seq_len:
             break
         num_rows += num_rows_multiple
+    if num_ranks > 1:
+        unit_places, loads = _dealt(units, unit_places, lengths, loads, num_ranks, num_rows_multiple // num_ranks)
     row_len = -(-max(loads) // row_len_multiple) * row_len_multiple
     placements = [(0, 0)] * len(documents)
     for unit, (row, start) in zip(units, unit_places, strict=True):
@@ -206,6 +217,63 @@ def _spread(lengths: list[int], num_rows: int) -> tuple[list[tuple[int, int]], l
     for load, row in heap:
         loads[row] = load
     return placements, loads
+
+
+def _dealt(
+    units: list[list[int]],
+    places: list[tuple[int, int]],
+    lengths: list[int],
+    loads: list[int],
+    num_ranks: int,
+    num_together: int,
+) -> tuple[list[tuple[int, int]], list[int]]:
+    """The same rows in another order: the ranks', which take ``num_together`` each in turn, cost about the same, and
+    what they compute at the same time too."""
+    costs = [0] * len(loads)
+    for unit, (row, _) in zip(units, places, strict=True):
+        costs[row] += sum(lengths[index] ** 2 for index in unit)
+    num_turns = len(loads) // (num_ranks * num_together)
+    order = [0] * len(loads)
+    for rank, rows in enumerate(balanced(costs, num_ranks)):
+        rows.sort(key=lambda row: (-costs[row], row))
+        for turn in range(num_turns):
+            first = (turn * num_ranks + rank) * num_together
+            order[first : first + num_together] = rows[turn * num_together : (turn + 1) * num_together]
+    place_of = {row: place for place, row in enumerate(order)}
+    return [(place_of[row], start) for row, start in places], [loads[row] for row in order]
+
+
+def balanced(costs: Sequence[int], num_parts: int) -> list[list[int]]:
+    """Indices of ``costs`` in parts of equal number, whose sums are nearly equal: the costliest first to the cheapest
+    part that has room, then exchanges between the costliest part and others for as long as they help and are needed."""
+    size = len(costs) // num_parts
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    sums = [0] * num_parts
+    for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
+        part = min((part for part in range(num_parts) if len(parts[part]) < size), key=lambda part: (sums[part], part))
+        parts[part].append(index)
+        sums[part] += costs[index]
+    for _ in range(len(costs)):
+        high = max(range(num_parts), key=lambda part: sums[part])
+        if sums[high] * num_parts <= (1 + _EVEN) * sum(costs):
+            break
+        best = (0, 0, 0, 0)
+        for low in range(num_parts):
+            gap = sums[high] - sums[low]
+            for i, one in enumerate(parts[high]):
+                for j, other in enumerate(parts[low]):
+                    moved = costs[one] - costs[other]
+                    gain = min(moved, gap - moved)  # of the costliest of the two
+                    if gain > best[0]:
+                        best = (gain, low, i, j)
+        gain, low, i, j = best
+        if not gain:
+            break
+        moved = costs[parts[high][i]] - costs[parts[low][j]]
+        parts[high][i], parts[low][j] = parts[low][j], parts[high][i]
+        sums[high] -= moved
+        sums[low] += moved
+    return parts
 
 
 def _fill_rows(

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from forge_hpc.cluster.stacks import stand_by
 from forge_hpc.environments.base import Environment, EnvironmentFull, Step
 from forge_hpc.environments.isolation import Generators, isolate
 from forge_hpc.environments.load import load_environment
@@ -103,6 +104,7 @@ def _load(request: dict[str, Any]) -> tuple[Callable[[], Environment] | None, An
 
 def main() -> None:
     keep()
+    stand_by("environment")
     channel = Channel()
     isolate()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

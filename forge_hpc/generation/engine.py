@@ -31,6 +31,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 
+from forge_hpc.cluster.stacks import stand_by_worker
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config, SamplingConfig
 from forge_hpc.data.types import Completion, Prompt, Turn
@@ -40,6 +41,7 @@ from forge_hpc.generation.options import engine_arguments, prepare_environment
 from forge_hpc.generation.seeds import sample_seed
 from forge_hpc.generation.sleep import SleepingEngine
 from forge_hpc.generation.staging import staged_checkpoint
+from forge_hpc.observability.performance import EngineCounts
 from forge_hpc.weights.memory import Unreachable
 from forge_hpc.weights.snapshots import Offer
 
@@ -126,6 +128,7 @@ class GenerationEngine:
         self._num_finished = self._num_generated_tokens = self._num_prompt_tokens = 0
         self._num_steps = self._num_weight_loads = 0
         self._busy_s = self._weight_load_s = 0.0
+        self._counts = EngineCounts()
 
         started: Future[None] = Future()
         self._thread = threading.Thread(
@@ -326,6 +329,11 @@ class GenerationEngine:
             weight_load_s=self._weight_load_s,
         )
 
+    def take_counts(self) -> EngineCounts:
+        """What has been done since the last call; cheap, from the event loop."""
+        counts, self._counts = self._counts, EngineCounts()
+        return counts
+
     def _group(
         self,
         prompt: Prompt | Turn,
@@ -483,6 +491,20 @@ class GenerationEngine:
         self._max_num_seqs: int = self._engine.vllm_config.scheduler_config.max_num_seqs
         self._tokenizer = self._engine.get_tokenizer()
         self._sleeping = SleepingEngine(self._engine, self._config.generator.engine.sleep_level, self._device)
+        self._scheduler = cast(Any, self._engine.engine_core).engine_core.scheduler
+        self._count_preemptions()
+        if self._config.generator.engine.tensor_parallel_size > 1:  # processes of their own
+            self._engine.collective_rpc(cast(Any, stand_by_worker))
+
+    def _count_preemptions(self) -> None:
+        """vLLM 0.32 counts them only where it logs all of its statistics, some of them at every token."""
+        preempt = self._scheduler._preempt_request
+
+        def counted(*args: Any, **options: Any) -> Any:
+            self._counts.num_preemptions += 1
+            return preempt(*args, **options)
+
+        self._scheduler._preempt_request = counted
 
     def _take_commands(self) -> None:
         """Run what callers sent; waits for it only where there is nothing else to do."""
@@ -515,8 +537,15 @@ class GenerationEngine:
         start = time.perf_counter()
         for output in self._engine.step():
             self._finish(output)
+        seconds = time.perf_counter() - start
         self._num_steps += 1
-        self._busy_s += time.perf_counter() - start
+        self._busy_s += seconds
+        counts = self._counts  # the event loop may put another in its place
+        counts.num_steps += 1
+        counts.busy_s += seconds
+        counts.running += len(self._scheduler.running)
+        counts.waiting += len(self._pending) + len(self._running) - len(self._scheduler.running)
+        counts.kv_cache_usage = max(counts.kv_cache_usage, self._scheduler.kv_cache_manager.usage)
 
     def _finish(self, output: Any) -> None:
         """Book one finished request; the last of a group answers its caller."""
@@ -541,6 +570,10 @@ class GenerationEngine:
         self._num_finished += 1
         self._num_generated_tokens += len(token_ids)
         self._num_prompt_tokens += len(group.prompt.token_ids)
+        counts = self._counts
+        counts.num_generated_tokens += len(token_ids)
+        counts.num_prompt_tokens += len(group.prompt.token_ids)
+        counts.num_cached_tokens += output.num_cached_tokens or 0
         if len(group.completions) == len(group.sampling_params):
             group.future.set_result([group.completions[i] for i in range(len(group.completions))])
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, TextIO
 
+from forge_hpc.cluster.stacks import stand_by
 from forge_hpc.run_dir import make_private_dir, open_private
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ def setup_logging(log_file: Path, role: str, capture_output: bool = True) -> Ter
     sys.excepthook = _log_uncaught
     threading.excepthook = _log_uncaught_in_thread
     faulthandler.enable(stream)
+    stand_by(role)
     return terminal
 
 

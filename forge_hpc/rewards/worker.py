@@ -11,6 +11,7 @@ import inspect
 import resource
 from typing import Any
 
+from forge_hpc.cluster.stacks import stand_by
 from forge_hpc.rewards.compute import compute, compute_async
 from forge_hpc.rewards.load import Reward, load_reward
 from forge_hpc.workers.channel import Answer, Channel, refusal
@@ -19,6 +20,7 @@ from forge_hpc.workers.keeper import keep
 
 def main() -> None:
     keep()
+    stand_by("reward")
     channel = Channel()
     first = channel.receive()
     if first is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from forge_hpc.checkpoint.store import steps_in
 from forge_hpc.cluster.rendezvous import Rendezvous
+from forge_hpc.cluster.stacks import StackWriter
 from forge_hpc.config import Config, UserError
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.files import in_thread
@@ -50,12 +51,16 @@ class ControllerProcess:
         return cls(process, node, requests, lock)
 
     def wait(
-        self, worker: subprocess.Popen[bytes], rendezvous: Rendezvous, heartbeat_timeout_s: float
+        self,
+        worker: subprocess.Popen[bytes],
+        rendezvous: Rendezvous,
+        heartbeat_timeout_s: float,
+        stacks: StackWriter | None = None,
     ) -> StopRequest | None:
         """Wait for its end, and pass on to it what is wanted of the run; returns the last request.
 
         It is killed when the time that a request gives it is over, when it gives no heartbeat, and when another start
-        has taken the run over.
+        has taken the run over. Where it, or one of its actors, hangs ``stacks`` are written before.
         """
         reported, heartbeat, looked = False, HeartbeatMonitor(self._run_dir), time.monotonic()
         while self.process.poll() is None:
@@ -67,7 +72,11 @@ class ControllerProcess:
                 looked = time.monotonic()
                 if (silent_s := heartbeat.silent_s()) > heartbeat_timeout_s and self._can_write():
                     self.hung = f"the controller gave no sign of life for {silent_s:.0f} s"
+                    if stacks is not None:
+                        self.hung += stacks.write_all(self.hung, self._node.allocation.num_nodes)
                     self.process.kill()
+                elif stacks is not None:
+                    stacks.look_in_time()
             if self._lock.lost.is_set():
                 self.process.kill()
                 return StopRequest(Cause.TAKEN_OVER, f"another start has taken {self._run_dir} over", None)

@@ -137,7 +137,8 @@ class FirstNode:
             if ending is not None:
                 return ending
         controller = ControllerProcess.start(self._node, requests, self.lock, rendezvous, tls, log_dir)
-        request = controller.wait(worker, rendezvous, deadlines.heartbeat_timeout_s(config))
+        stacks = self._node.stack_writer(rendezvous, log_dir)
+        request = controller.wait(worker, rendezvous, deadlines.heartbeat_timeout_s(config), stacks)
         return self._ending_of(config, controller, request, rendezvous, [node["slurm_name"] for node in nodes])
 
     def _ending_of(

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from forge_hpc.cluster import stacks
 from forge_hpc.cluster.allocation import Allocation, host_address, interface_of
 from forge_hpc.cluster.identity import tls_environment
 from forge_hpc.cluster.processes import end_descendants
@@ -62,6 +63,7 @@ class Node:
         supervision = {"HYPERACTOR_MESH_SUPERVISION_POLL_FREQUENCY": "1s"}  # how soon a dead process is noticed
         self._scratch = self._scratch or Path(tempfile.mkdtemp(prefix="forge-hpc-"))
         scratch = {"TMPDIR": str(self._scratch)}  # what dead processes leave there goes with us
+        scratch[stacks.FOLDER] = str(stacks.folder_in(self._scratch))
         compiled = compile_cache() if visible_gpus() else {}  # on CPUs nothing is compiled
         return {**interface, **os.environ, **supervision, **compiled, **scratch, **tls_environment(tls)}
 
@@ -79,6 +81,11 @@ class Node:
                 start_new_session=True,
                 env=self.environment(tls),
             )
+
+    def stack_writer(self, rendezvous: Rendezvous, log_dir: Path) -> stacks.StackWriter:
+        """Writes the stacks of what this node has started."""
+        assert self._scratch is not None, "nothing has been started"
+        return stacks.StackWriter(rendezvous, self.allocation.node_id, self._scratch, log_dir)
 
     def report_worker_ended(self, rendezvous: Rendezvous, worker: subprocess.Popen[bytes]) -> None:
         """Tell the controller, which would notice much later, that nothing runs on this node any more."""

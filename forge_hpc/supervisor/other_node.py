@@ -29,6 +29,7 @@ def serve_node(node: Node, requests: StopRequests) -> int:
     if "code" in start:
         return start["code"]
     worker = node.start_worker(rendezvous, address, Path(start["tls"]), Path(start["log_dir"]))
+    stacks = node.stack_writer(rendezvous, Path(start["log_dir"]))
     heartbeat, reported = HeartbeatMonitor(node.run_dir), False
     while True:
         requests.check_interrupt()
@@ -40,7 +41,9 @@ def serve_node(node: Node, requests: StopRequests) -> int:
             return Exit.FAILED
         except OSError:  # a pause of the file server: it counts as silence
             pass
-        if outcome is not None:
+        if outcome is None:
+            stacks.look_in_time()
+        else:
             return Exit.FAILED if outcome["code"] else Exit.DONE
         if worker.poll() is not None and not reported:
             if worker.returncode == 0:

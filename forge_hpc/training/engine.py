@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,19 @@ from forge_hpc.losses.base import accepted, columns_of
 from forge_hpc.losses.build import LossFn
 from forge_hpc.training.checkpointer import TrainerCheckpointer
 from forge_hpc.training.export import export_model
+from forge_hpc.training.flops import step_flops
 from forge_hpc.training.lora import init_adapters, merge_adapters
 from forge_hpc.training.shard import ModelShard
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a step had to do, on all ranks together."""
+
+    num_tokens: int = 0
+    """In the rows, prompts included."""
+    flops: float = 0.0
+    """That the model needs for them (``flops.step_flops``)."""
 
 
 class TrainEngine(ModelShard, Stateful):
@@ -61,6 +73,8 @@ class TrainEngine(ModelShard, Stateful):
         super().__init__(cfg, model_dir, need, sampling_of(cfg, need), available_bytes)
         self.step = 0
         """Optimizer steps taken."""
+        self.work = Work()
+        """Of the last step."""
         init_adapters(self.model, cfg.seed)
         self.optimizers = _build_optimizers(cfg, self.model, need.lr)
         self.lr_schedulers = _build_lr_schedulers(cfg, self.optimizers)
@@ -111,6 +125,7 @@ class TrainEngine(ModelShard, Stateful):
         if num_trained == 0:
             raise ValueError("no token of the documents is trained: every loss mask is empty")
         self._check_columns(batch)
+        self.work = self._work_of(documents, num_trained)
         counts = (num_trained, batch.num_trained_sequences, batch.num_trained_groups)
         normalizer = step_normalizer(self.loss_fn, *counts)
         self.optimizers.zero_grad()
@@ -134,6 +149,13 @@ class TrainEngine(ModelShard, Stateful):
         self.lr_schedulers.step()
         self.step += 1
         return metrics | {"grad_norm": grad_norm, "lr": lr, "tokens/trained": num_trained, "tokens/fill": batch.fill}
+
+    def _work_of(self, documents: Sequence[Document], num_trained: int) -> Work:
+        lengths = [len(document.token_ids) - 1 for document in documents]
+        outputs = None if self.spec.has_logprobs else 1
+        lora = self.cfg.trainer.lora.enable
+        flops = step_flops(self.spec.hf_config, lengths, num_trained, vocab_size=outputs, lora=lora)
+        return Work(sum(lengths), flops)
 
     def _check_mismatch(self, metrics: dict[str, float], largest: float) -> None:
         mismatch = metrics.get("mismatch/logprob_abs_mean", 0.0)

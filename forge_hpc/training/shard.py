@@ -114,6 +114,7 @@ class ModelShard:
             self.cfg.trainer.training.seq_len,
             num_rows_multiple=self._data_parallel_degree * self.microbatch.num_rows,
             row_len_multiple=self.shape.row_len_multiple,
+            num_ranks=self._data_parallel_degree,
         )
 
     @property

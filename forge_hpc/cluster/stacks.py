@@ -1,0 +1,189 @@
+"""The stacks of all processes of a run, written before what hangs is ended: afterwards nobody can ask it any more.
+
+    who sees it ─► stacks-1 in the rendezvous ─► each node's supervisor ─► a signal to every process below it
+                                                   └─► stacks-NODE.log, and stacked-1-NODE in the rendezvous
+
+A process ``stands by``: at ``SIGNAL`` the C code of faulthandler writes the Python stacks of all its threads, also where
+one hangs in C code or holds the interpreter, into a file in the node's scratch folder that was opened beforehand. What
+runs no handler (stopped, or asleep in the kernel) and what is not Python shows where the kernel has its threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import re
+import signal
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from forge_hpc.cluster.rendezvous import Rendezvous
+from forge_hpc.files import in_thread
+from forge_hpc.run_dir import open_private
+
+if TYPE_CHECKING:
+    import psutil
+
+SIGNAL = signal.SIGRTMIN + 5
+"""One that no library takes. Who does not stand by is not signalled: it would die of it."""
+FOLDER = "FORGE_HPC_STACKS"
+"""Names the folder to whatever a node's supervisor starts."""
+DUMP_S = 2.0
+"""A process writes its stacks within this time, or not at all."""
+WRITE_S = 8.0
+"""A node's supervisor waits so long for them, and for the file system."""
+ANSWER_S = 8.0
+"""All nodes have written theirs within this time, or it is gone on without."""
+_file: IO[str] | None = None  # faulthandler keeps its number alone
+
+
+def stand_by(role: str) -> None:
+    """Answer to ``SIGNAL`` from now on. Below no supervisor nothing happens. To be called again after a fork."""
+    global _file
+    folder = os.environ.get(FOLDER)
+    if folder is None:
+        return
+    with contextlib.suppress(OSError):  # of a full disk: the run is not to fail for it
+        Path(folder).mkdir(mode=0o700, exist_ok=True)
+        before, _file = _file, Path(folder, f"{os.getpid()}.{role}").open("w")  # noqa: SIM115
+        faulthandler.register(SIGNAL, _file, all_threads=True)
+        if before is not None:
+            before.close()
+
+
+def stand_by_worker(worker: Any) -> None:
+    """``stand_by`` of a tensor-parallel worker of vLLM."""
+    stand_by(f"vllm-worker-{worker.rank}")
+
+
+def collect(folder: Path, processes: Sequence[psutil.Process]) -> str:
+    """What the processes do now, a paragraph each; ``folder`` is where those that stand by write."""
+    roles = {path.name.partition(".")[0]: path for path in folder.iterdir()} if folder.is_dir() else {}
+    files = {process.pid: roles.get(str(process.pid)) for process in processes}
+    sizes = {}
+    for process in processes:
+        file = files[process.pid]
+        if file is not None and _catches_signal(process.pid):
+            with contextlib.suppress(OSError):
+                sizes[process.pid] = file.stat().st_size
+                os.kill(process.pid, SIGNAL)
+    _wait_for_growth({file: sizes[pid] for pid, file in files.items() if file is not None and pid in sizes})
+    paragraphs = []
+    for process in processes:
+        file, stacks = files[process.pid], ""
+        if file is not None and process.pid in sizes:
+            with contextlib.suppress(OSError):
+                stacks = file.read_bytes()[sizes[process.pid] :].decode(errors="replace")
+            stacks = stacks or f"(no answer within {DUMP_S:g} s)\n"
+        role = file.name.partition(".")[2] if file is not None else "process"
+        paragraphs.append(f"--- {role}, pid {process.pid}: {_command(process)}\n{_kernel(process.pid)}{stacks}")
+    return "\n".join(paragraphs)
+
+
+def _catches_signal(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        caught = re.search(r"^SigCgt:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+        return caught is not None and bool(int(caught[1], 16) >> (SIGNAL - 1) & 1)
+    return False
+
+
+def _wait_for_growth(sizes: dict[Path, int]) -> None:
+    """Until all files have grown, and none grows any more."""
+    deadline, before = time.monotonic() + DUMP_S, dict[Path, int]()
+    while time.monotonic() < deadline:
+        now = {file: file.stat().st_size for file in sizes if file.exists()}
+        if now == before and all(size > sizes[file] for file, size in now.items()):
+            return
+        before = now
+        time.sleep(0.05)
+
+
+def _command(process: psutil.Process) -> str:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())[:200]
+    return "has ended"
+
+
+def _kernel(pid: int) -> str:
+    """A line for each thread that is not asleep in the usual way, and one for the first: its state, and the kernel's
+    function that it waits in."""
+    lines = []
+    with contextlib.suppress(OSError):
+        for task in sorted(Path(f"/proc/{pid}/task").iterdir(), key=lambda path: int(path.name)):
+            with contextlib.suppress(OSError):
+                name, state = re.findall(r"^(?:Name|State):\s*(.*)$", (task / "status").read_text(), re.MULTILINE)
+                if task.name == str(pid) or state[0] not in "SR":
+                    place = (task / "wchan").read_text()
+                    lines.append(f"    {name}: {state}{f' in {place}' if place not in ('', '0') else ''}\n")
+    return "".join(lines[:20])
+
+
+class StackWriter:
+    """A node's supervisor's part: writes what is below it when somebody asks."""
+
+    def __init__(self, rendezvous: Rendezvous, node: int, scratch: Path, log_dir: Path) -> None:
+        self.file = log_dir / f"stacks-{node}.log"
+        self._rendezvous, self._node, self._folder = rendezvous, node, folder_in(scratch)
+        self._written = 0
+
+    def look_in_time(self) -> None:
+        """``look``; a file system that hangs or fails is no reason to hang or fail."""
+        with contextlib.suppress(OSError):  # at the next look, then
+            in_thread(self.look, within_s=WRITE_S)
+
+    def write_all(self, why: str, num_nodes: int) -> str:
+        """Have them written on all nodes, this one first. What to tell of it, as ``ask``."""
+        told = ""
+        with contextlib.suppress(OSError):  # what hangs is to end all the same
+            in_thread(lambda: self.write(why), within_s=WRITE_S)
+            told = written(self.file.parent)
+            if num_nodes > 1:
+                others = lambda: ask(self._rendezvous, why, num_nodes - 1, self.file.parent)  # noqa: E731
+                in_thread(others, within_s=ANSWER_S + WRITE_S)
+        return told
+
+    def look(self) -> None:
+        """Write them where that has been asked for since the last look."""
+        if (request := self._rendezvous.look(f"stacks-{self._written + 1}")) is None:
+            return
+        self._written += 1
+        self.write(request["why"])
+        self._rendezvous.publish(f"stacked-{self._written}-{self._node}", {})
+
+    def write(self, why: str) -> None:
+        """Append them to ``file``. Raises OSError."""
+        import psutil
+
+        processes = sorted(psutil.Process().children(recursive=True), key=lambda process: process.pid)
+        text = collect(self._folder, processes)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        with os.fdopen(open_private(self.file, os.O_WRONLY | os.O_APPEND), "w", encoding="utf-8") as file:
+            file.write(f"=== {now}, node {self._node}: {why}\n\n{text}\n")
+
+
+def folder_in(scratch: Path) -> Path:
+    """Where a node's processes write, in its scratch folder."""
+    return scratch / "stacks"
+
+
+def ask(rendezvous: Rendezvous, why: str, num_nodes: int, log_dir: Path) -> str:
+    """Have the supervisors of all nodes write the stacks of their processes. What to tell of it, to follow a message;
+    empty where no node has answered. Blocks for at most ``ANSWER_S``. Raises OSError."""
+    number = 1 + len(rendezvous.names("stacks-"))
+    rendezvous.publish(f"stacks-{number}", {"why": why})
+    deadline, answers = time.monotonic() + ANSWER_S, 0
+    while answers < num_nodes and time.monotonic() < deadline:
+        time.sleep(0.1)
+        answers = len(rendezvous.names(f"stacked-{number}-"))
+    return written(log_dir) if answers else ""
+
+
+def written(log_dir: Path) -> str:
+    """The message of where the stacks are."""
+    return f"; the stacks of all processes: {log_dir}/stacks-*.log"

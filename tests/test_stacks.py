@@ -1,0 +1,161 @@
+"""What hangs leaves stacks behind: of processes that really hang, in Python, in C and stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+from runs import PROJECT, REWARD, run_local, small_run, status, wait_for
+
+from forge_hpc.cluster import stacks
+from forge_hpc.cluster.rendezvous import Rendezvous
+
+HANGS = {
+    "in-c": "import re\ndef backtrack():\n    re.match('(a+)+$', 'a' * 60 + 'b')\nready()\nbacktrack()",
+    "in-python": "import threading\nlock = threading.Lock()\nlock.acquire()\ndef deadlock():\n    ready()\n"
+    "    lock.acquire()\ndeadlock()",
+    "in-a-thread": "import threading, time\ndef lost():\n    ready()\n    time.sleep(3600)\n"
+    "threading.Thread(target=lost).start()",
+}
+READY = "def ready():\n    print('ready', flush=True)\n"
+STAND_BY = "from forge_hpc.cluster.stacks import stand_by\nstand_by({!r})\n"
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., psutil.Process]]:
+    """Start a Python program that says when it is ready."""
+    started = []
+
+    def make(source: str, role: str | None = None) -> psutil.Process:
+        code = (STAND_BY.format(role) if role else "") + READY + source
+        env = {**os.environ, "PYTHONPATH": str(PROJECT), stacks.FOLDER: str(stacks.folder_in(tmp_path))}
+        process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        return psutil.Process(process.pid)
+
+    yield make
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def paragraph(text: str, process: psutil.Process) -> str:
+    [found] = [part for part in text.split("--- ") if f", pid {process.pid}:" in part]
+    return found
+
+
+def test_a_process_shows_its_python_stacks_wherever_it_hangs(
+    start: Callable[..., psutil.Process], tmp_path: Path
+) -> None:
+    hanging = {role: start(source, role) for role, source in HANGS.items()}
+    text = stacks.collect(stacks.folder_in(tmp_path), list(hanging.values()))
+    for role, function in {"in-c": "backtrack", "in-python": "deadlock", "in-a-thread": "lost"}.items():
+        shown = paragraph(text, hanging[role])
+        assert shown.startswith(f"{role}, pid") and f" in {function}\n" in shown, shown
+        assert hanging[role].is_running()  # it is for others to end
+    again = stacks.collect(stacks.folder_in(tmp_path), [hanging["in-c"]])
+    assert again.count(" in backtrack\n") == 1  # what it does now, and not what it did
+
+
+def test_what_cannot_answer_shows_its_state_and_what_does_not_stand_by_lives(
+    start: Callable[..., psutil.Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stacks, "DUMP_S", 0.3)
+    stopped, stranger = start("ready()\nimport time; time.sleep(3600)", "trainer-0"), start("ready()\ninput()")
+    stopped.send_signal(signal.SIGSTOP)
+    wait_for(lambda: stopped.status() == psutil.STATUS_STOPPED, "the stop", 60)
+    ended = start("ready()", "generator-0")
+    ended.wait(60)
+    text = stacks.collect(stacks.folder_in(tmp_path), [stopped, stranger, ended])
+    assert "T (stopped)" in paragraph(text, stopped) and "no answer within 0.3 s" in paragraph(text, stopped)
+    assert paragraph(text, stranger).startswith("process, pid") and stranger.is_running()
+    assert "has ended" in paragraph(text, ended)
+
+
+def test_the_supervisors_of_all_nodes_write_what_is_below_them_when_they_are_asked(
+    start: Callable[..., psutil.Process], tmp_path: Path
+) -> None:
+    hanging = start(HANGS["in-c"], "trainer-0")
+    rendezvous, logs = Rendezvous(tmp_path / "rendezvous"), tmp_path / "logs"
+    logs.mkdir()
+    writers = [stacks.StackWriter(rendezvous, node, tmp_path, logs) for node in range(2)]
+    told: list[str] = []
+
+    def told_by(why: str) -> None:
+        told.append(stacks.ask(rendezvous, why, 2, logs))
+
+    for number, why in enumerate(("the trainers did not answer", "nor did they later"), 1):
+        asking = threading.Thread(target=told_by, args=(why,))
+        asking.start()
+        wait_for(partial(rendezvous.look, f"stacks-{number}"), "the request", 60)
+        for writer in writers:
+            writer.look()
+            writer.look()  # once each
+        asking.join()
+        for node, writer in enumerate(writers):
+            text = writer.file.read_text()
+            assert text.count("=== ") == number and f"node {node}: {why}\n" in text
+            assert f"trainer-0, pid {hanging.pid}" in text and text.count(" in backtrack\n") == number
+            assert writer.file.stat().st_mode & 0o077 == 0
+    assert told == [f"; the stacks of all processes: {logs}/stacks-*.log"] * 2
+
+
+def test_a_supervisor_writes_them_itself_where_its_controller_hangs(tmp_path: Path) -> None:
+    writer = stacks.StackWriter(Rendezvous(tmp_path / "rendezvous"), 0, tmp_path, tmp_path)
+    told = writer.write_all("the controller gave no sign of life", 1)
+    assert told.endswith(f"{tmp_path}/stacks-*.log")
+    assert "node 0: the controller gave no sign of life\n" in writer.file.read_text()
+    assert writer.write_all("again", 1) and writer.file.read_text().count("=== ") == 2
+    writer.file.unlink()
+    writer.file.mkdir()  # what cannot be written is not told of, and holds nothing up
+    assert writer.write_all("once more", 1) == ""
+
+
+HANGING_LOSS = """
+import re, torch
+from forge_hpc.losses.base import LossOutput
+
+calls = 0
+
+def backtrack(logprobs, mask, advantages, normalizer, **given):
+    global calls
+    calls += 1
+    if calls > 3:
+        re.match("(a+)+$", "a" * 60 + "b")
+    return LossOutput(-torch.where(mask, logprobs * advantages, 0).sum() / normalizer, {})
+"""
+
+
+@pytest.mark.training
+def test_a_run_whose_trainer_hangs_in_c_code_names_the_file_that_says_where(tmp_path: Path) -> None:
+    (tmp_path / "loss.py").write_text(HANGING_LOSS)
+    loss = f"algorithm.loss={tmp_path}/loss.py:backtrack"
+    run_dir, limits = tmp_path / "run", ("trainer.timeout_s=20", "cluster.max_restarts=0", loss)
+    result = run_local(run_dir, small_run(tmp_path, 8, REWARD, *limits))
+    assert result.returncode == 1
+    assert "did not answer within 20 s; the stacks of all processes: " in status(run_dir)["message"]
+    [file] = run_dir.glob("logs/*/stacks-0.log")
+    assert str(file).replace("-0.log", "-*.log") in result.stderr
+    text = file.read_text()
+    assert " in backtrack\n" in text.split("--- trainer-0, pid ")[1].split("--- ")[0]
+    assert all(f"--- {role}, pid " in text for role in ("controller", "generator-0", "worker-0"))
+
+
+def test_where_nobody_answers_there_is_nothing_to_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stacks, "ANSWER_S", 0.2)
+    assert stacks.ask(Rendezvous(tmp_path / "rendezvous"), "it hangs", 2, tmp_path) == ""
+
+
+def test_a_process_below_no_supervisor_stands_by_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(stacks.FOLDER, raising=False)
+    stacks.stand_by("somebody")
+    assert not stacks._catches_signal(os.getpid())
