@@ -33,7 +33,7 @@ def configuration(max_staleness: int, window: int, **options: bool) -> Config:
     config.trainer.training.steps = STEPS
     config.algorithm.dynamic_sampling = options.get("dynamic", False)
     config.data.curriculum.enable = options.get("curriculum", False)
-    config.data.curriculum.rest_epochs = 1
+    config.data.curriculum.rest_epochs = 3
     return config
 
 
