@@ -62,6 +62,23 @@ def assert_agrees(model: torch.nn.Module, prompt: Prompt, completion: Completion
 
 
 @torch.no_grad()
+def assert_changed_weights_between(
+    old: torch.nn.Module, new: torch.nn.Module, prompt: Prompt, completion: Completion
+) -> None:
+    """Each log-probability is that of the weights which sampled the token, on the KV cache that was there."""
+    given = torch.tensor(completion.logprobs)
+    is_old = (reference_logprobs(old, prompt, completion) - given).abs() < 1e-4
+    num_old = is_old.tolist().index(False)
+    assert num_old > 0
+    tokens = torch.tensor([prompt.token_ids + completion.token_ids])
+    num_cached = len(prompt.token_ids) + num_old - 1
+    cache = old(tokens[:, :num_cached], use_cache=True).past_key_values
+    logits = new(tokens[:, num_cached:], past_key_values=cache, use_cache=True).logits[0, :-1].float()
+    expected = logits.log_softmax(-1).gather(-1, tokens[0, num_cached + 1 :, None])[:, 0]
+    torch.testing.assert_close(given[num_old:], expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
 def perturbed(model: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
     """Change the model's weights in place; returns them by name, a tied head left out."""
     generator = torch.Generator().manual_seed(seed)
@@ -238,6 +255,8 @@ def test_requests_join_while_others_decode_and_weights_change_between_their_toke
     assert all(completion.policy_versions == (10, 10) for completion in short)
     whole = [completion for completion in long if completion.finish_reason == "length"]
     assert whole and all(completion.policy_versions == (10, 11) for completion in whole)
+    for completion in whole:
+        assert_changed_weights_between(reference_model(model_dir), model, slow, completion)
 
 
 def test_requests_wait_while_the_engine_sleeps_and_it_does_not_wake_without_weights(

@@ -250,6 +250,9 @@ class RolloutConfig:
     max_staleness: int = setting(0, NOT_NEGATIVE)
     """Largest number of optimizer steps between the policy that began an episode and the one that trains on it.
     0 is synchronous and repeats exactly under one seed."""
+    window: int = setting(1, POSITIVE)
+    """1: steps take their prompts strictly in order. Above it, at most ``max_staleness`` + 1, a step need not wait for
+    a group that is late: those of up to so many steps less one overtake it. Every prompt is trained on once."""
     sync_interval: int = setting(1, POSITIVE)
     """Publish new weights to the generators every so many optimizer steps."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

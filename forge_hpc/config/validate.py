@@ -161,6 +161,12 @@ def _check_algorithm(cfg: Config) -> None:
             f"rollout.max_staleness={r.max_staleness} allows",
             f"set rollout.sync_interval to {r.max_staleness + 1} or less, or raise rollout.max_staleness",
         )
+    if r.window > r.max_staleness + 1:
+        raise UserError(
+            f"rollout.window={r.window} lets a late group be overtaken for {r.window - 1} steps, and after "
+            f"rollout.max_staleness={r.max_staleness} it is too old",
+            f"set rollout.window to {r.max_staleness + 1} or less, or raise rollout.max_staleness",
+        )
 
 
 def _check_dynamic_sampling(cfg: Config) -> None:

@@ -264,7 +264,7 @@ class Session:
         sleep for the trainers to start) are brought up to date.
         """
         if self.needs.learns_from == "samples":
-            self._buffer = episode_buffer(self.config, self.step, self._prompts.position)
+            self._buffer = episode_buffer(self.config, self.step, self._prompts.position, self._prompts.ahead)
             self._buffer.restore(self._restored_groups, self.state)
         name = f"volume{self._suffix}"
         volumes = self._spawned(name, self.cluster.spawn_volumes(name))

@@ -1,13 +1,14 @@
 """Curriculum by reward: a prompt whose last group was too hard or too easy rests for some epochs.
 
-What counts when the prompts of step s are drawn are the rewards of the steps up to s - 1 - max_staleness: those are in
-before generation for s may begin, and later ones may not be. So the draw is a function of the saved state, whether
-generation runs ahead or not, and a resumed run draws what the interrupted one would have drawn.
+What counts when the prompts of step s are drawn are the rewards of the steps up to s - max_staleness - window (1 where
+steps take their prompts in order): those are in before generation for s may begin, and later ones may not be. So the
+draw is a function of the saved state, whether generation runs ahead or not, and a resumed run draws what the one before
+it would have drawn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from forge_hpc.config.schema import Config
@@ -19,7 +20,7 @@ class Curriculum:
     def __init__(self, config: Config) -> None:
         self.config = config.data.curriculum
         self._prompts_per_step = config.rollout.prompts_per_step
-        self._max_staleness = config.rollout.max_staleness
+        self._num_unknown = config.rollout.max_staleness + config.rollout.window - 1  # steps
         self._origins: dict[int, tuple[int, int, int]] = {}  # by position: source, index, epoch; reward not yet counted
         self._rewards: dict[int, float] = {}  # by position
         self._wakes: dict[tuple[int, int], int] = {}  # by source and index: the epoch in which it is drawn again
@@ -28,7 +29,7 @@ class Curriculum:
         """Before the prompt at ``position`` is drawn: take into account the rewards that count for it."""
         if not self.config.enable:
             return
-        known = (position // self._prompts_per_step - self._max_staleness) * self._prompts_per_step
+        known = (position // self._prompts_per_step - self._num_unknown) * self._prompts_per_step
         for old in [p for p in self._origins if p < known]:
             source, index, epoch = self._origins.pop(old)
             reward = self._rewards.get(old)
@@ -38,7 +39,7 @@ class Curriculum:
             if not self.config.low <= reward <= self.config.high:
                 self._wakes[source, index] = epoch + 1 + self.config.rest_epochs
         # A checkpoint of a step that is still being trained needs the rewards that its prompts were drawn without.
-        forgotten = known - (self._max_staleness + 2) * self._prompts_per_step
+        forgotten = known - (self._num_unknown + 2) * self._prompts_per_step
         for old in [p for p in self._rewards if p < forgotten]:
             del self._rewards[old]
 
@@ -64,9 +65,10 @@ class Curriculum:
             "wakes": [[*key, epoch] for key, epoch in self._wakes.items()],
         }
 
-    def with_rewards(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """A state saved when prompts were drawn, with the rewards that have been reported for them since."""
-        return {**state, "rewards": self._rewards_of(origin[0] for origin in state["origins"])}
+    def with_rewards(self, state: Mapping[str, Any], ahead: Iterable[int] = ()) -> dict[str, Any]:
+        """A state saved when prompts were drawn, with the rewards that have been reported since for them, and for those
+        at the positions ``ahead``."""
+        return {**state, "rewards": self._rewards_of([*(origin[0] for origin in state["origins"]), *ahead])}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state."""

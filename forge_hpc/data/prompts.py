@@ -142,9 +142,13 @@ class PromptStream(_Stream[Prompt]):
         self._renderers = [PromptRenderer(tokenizer, source.data) for source, _ in sources]
         self._may_be_empty = config.environment.name is not None  # which opens the episode itself
         self._max_tokens = config.rollout.max_prompt_tokens
-        # A step takes so many prompts, or with dynamic sampling as many as it needs: then it may end after any of them.
+        # A step takes so many prompts in order, or with dynamic sampling as many as it needs, or where late ones may be
+        # overtaken any: then what is done with may end after any of them.
         self._num_drawn = 0
-        self._step_size = 1 if config.algorithm.dynamic_sampling else config.rollout.prompts_per_step
+        ends_anywhere = config.algorithm.dynamic_sampling or config.rollout.window > 1
+        self._step_size = 1 if ends_anywhere else config.rollout.prompts_per_step
+        self.ahead: set[int] = set()
+        """Positions to come that steps have been trained on before: ``draw`` leaves them out."""
         self._states: dict[int, dict[str, Any]] = {}  # by position of a prompt that may be the last of its step
         self.limit = f"rollout.max_prompt_tokens={self._max_tokens}"
 
@@ -153,23 +157,37 @@ class PromptStream(_Stream[Prompt]):
 
         A stream that draws begins with the first prompt of a step, or was loaded where one ended.
         """
-        prompts = []
-        for _ in range(num):
-            prompts.append(next(self))
-            self._num_drawn += 1
+        prompts: list[Prompt] = []
+        if not self._states:
+            self._states[self.position - 1] = self.state_dict()
+        while len(prompts) < num:
+            prompt = next(self)
+            if prompt.position not in self.ahead:
+                prompts.append(prompt)
+                self._num_drawn += 1
             if self._num_drawn % self._step_size == 0:
-                self._states[prompts[-1].position] = self.state_dict()
+                self._states[prompt.position] = self.state_dict()
         return prompts
 
-    def state_after(self, position: int) -> dict[str, Any]:
+    def state_after(self, position: int, ahead: Sequence[int] = ()) -> dict[str, Any]:
         """Where the stream stood after the prompt at ``position``, the last of a step, with the rewards reported since:
         what goes on exactly. Those of earlier steps are forgotten.
 
-        Raises KeyError where it was not drawn, or no step can end there.
+        Args:
+            ahead: later positions that are done with too.
+
+        Raises KeyError where ``position`` was not drawn, or no step can end there.
         """
         state = self._states[position]
         self._states = {end: later for end, later in self._states.items() if end >= position}
-        return {**state, "curriculum": self._curriculum.with_rewards(state["curriculum"])}
+        state = {**state, "curriculum": self._curriculum.with_rewards(state["curriculum"], ahead)}
+        return state | ({"ahead": list(ahead)} if ahead else {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Self:
+        self.ahead = set(state.get("ahead", ()))
+        if self.ahead:
+            self._step_size = 1
+        return super().load_state_dict(state)
 
     def metrics(self) -> dict[str, float]:
         return {"prompts/too_long": self.num_too_long, "prompts/bad": self.num_bad}

@@ -167,7 +167,7 @@ def _rollout(episode: Episode) -> dict[str, object]:
         "prompt": episode.prompt.text,
         "target": episode.prompt.target,
         "completion": completion.text,
-        "num_tokens": len(completion.token_ids),
+        "num_tokens": completion.num_tokens,
         "finish_reason": completion.finish_reason,
         "reward": episode.reward,
         "rewards": episode.rewards,

@@ -33,14 +33,16 @@ def to_documents(groups: Sequence[Group], *, drop_zero_signal: bool = False) -> 
 
 def to_document(episode: Episode) -> Document:
     """Prompt and response; what the policy wrote of it is trained."""
-    prompt, response = episode.prompt.token_ids, episode.completion.token_ids
-    logprobs = np.zeros(len(prompt) + len(response), dtype=np.float32)
-    logprobs[len(prompt) :] = episode.completion.logprobs
-    loss_mask = np.arange(len(logprobs)) >= len(prompt)
+    prompt, (response, sampled_logprobs) = episode.prompt.token_ids, episode.completion.arrays()
+    token_ids = np.empty(len(prompt) + len(response), dtype=np.int32)
+    token_ids[: len(prompt)], token_ids[len(prompt) :] = prompt, response
+    logprobs = np.zeros(len(token_ids), dtype=np.float32)
+    logprobs[len(prompt) :] = sampled_logprobs
+    loss_mask = np.arange(len(token_ids)) >= len(prompt)
     if episode.completion.loss_mask is not None:
         loss_mask[len(prompt) :] = episode.completion.loss_mask
     return Document(
-        token_ids=np.array(prompt + response, dtype=np.int32),
+        token_ids=token_ids,
         loss_mask=loss_mask,
         generator_logprobs=logprobs,
         advantage=episode.advantage,

@@ -63,9 +63,9 @@ async def _score(prompt: Prompt, sample: Sample, rewards: RewardPool) -> _Scored
     if isinstance(sample, Exception):
         return RewardError(str(sample), "environment")
     episode = sample if isinstance(sample, Episode) else Episode(prompt, sample, 0.0)
-    if not episode.completion.token_ids:
+    if not episode.completion.num_tokens:
         return RewardError("the completion is empty", "empty")
-    if not (np.abs(episode.completion.logprobs) <= _LARGEST).all():
+    if not (np.abs(episode.completion.arrays()[1]) <= _LARGEST).all():
         return RewardError("the generator gave a log-probability that is not finite", "logprobs")
     try:
         total, terms = await rewards.score(episode.prompt, episode.completion)

@@ -6,15 +6,17 @@
 
 New weights in the generators make room in the buffer, and with dynamic sampling every group that carries no signal, in
 whose place a further prompt is drawn. With ``rollout.max_staleness`` 0 generation and training take turns; above it
-generation runs ahead.
+generation runs ahead. Where late groups may be overtaken (``rollout.window``) a prompt is begun when a generator has
+places for its samples, on the newest weights that there are, so that it may take the longer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 from forge_hpc.config import Config
 from forge_hpc.data.prompts import PromptStream
@@ -24,6 +26,8 @@ from forge_hpc.rollouts.buffer import EpisodeBuffer
 from forge_hpc.rollouts.checks import EpisodeWatch
 from forge_hpc.rollouts.figures import RolloutClock
 from forge_hpc.rollouts.groups import make_groups
+
+T = TypeVar("T")
 
 
 class RolloutStream:
@@ -55,13 +59,14 @@ class RolloutStream:
         self._clock = RolloutClock()
         self._watch = EpisodeWatch(warn)
         self._step = buffer.step
-        self._last_position = -1
+        self._num_places = config.generator.engine.max_num_seqs * num_generators
+        self._num_open = 0  # samples that are being generated
+        self._sampled = asyncio.Event()
 
     async def take(self) -> list[Group]:
         """The groups of the next step, in the order of their prompts, none older than ``rollout.max_staleness``."""
         self._step = self._buffer.step
         groups = await self._buffer.take()
-        self._last_position = groups[-1].prompt.position
         self._prompts.report(groups)
         self._watch.check(self._step, groups)
         return groups
@@ -72,22 +77,43 @@ class RolloutStream:
 
     def state_dict(self) -> dict[str, Any]:
         """What a run that trained on the step that was taken last needs to go on after it; JSON."""
-        return {"prompts": self._prompts.state_after(self._last_position)} | self._buffer.state_dict()
+        buffer = self._buffer
+        return {"prompts": self._prompts.state_after(buffer.position - 1, buffer.ahead)} | buffer.state_dict()
 
     async def run(self) -> None:
         """Generate, for as long as this is not cancelled."""
         synchronous, num = self._config.rollout.max_staleness == 0, self._num_generators
         async with asyncio.TaskGroup() as tasks:
             while True:
-                batch = self._buffer.begin(self._prompts.draw(await self._buffer.room()))
+                batch = self._buffer.begin(self._prompts.draw(await self._room()))
                 # Synchronous: a generator admits all its prompts at once, so that the run repeats exactly.
                 shares = [batch[i::num] for i in range(num) if batch[i::num]] if synchronous else [[p] for p in batch]
+                self._num_open += len(batch) * self._config.rollout.group_size
                 started = self._clock.begin(len(shares))
                 for key, share in enumerate(shares):
                     tasks.create_task(self._roll_out(share, key if synchronous else None, started))
 
+    async def _room(self) -> int:
+        """Wait until prompts may be drawn, and return how many."""
+        room = await self._buffer.room()
+        if self._config.rollout.window == 1:
+            return room
+        if (num_again := self._buffer.num_to_draw_again) > 0:  # they had places before
+            return min(room, num_again)
+        while self._num_open >= self._num_places:
+            self._sampled.clear()
+            await self._sampled.wait()
+        num_free = self._num_places - self._num_open
+        return min(room, math.ceil(num_free / self._config.rollout.group_size))
+
+    async def _counted(self, samples: AsyncIterator[T]) -> AsyncIterator[T]:
+        async for sample in samples:
+            self._num_open -= 1
+            self._sampled.set()
+            yield sample
+
     async def _roll_out(self, share: list[Prompt], key: int | None, started: float) -> None:
-        samples = self._sample(share, key=key)
+        samples = self._counted(self._sample(share, key=key))
         async with aclosing(make_groups(share, samples, self._rewards, self._config)) as groups:
             async for group in groups:
                 await self._buffer.put(group)
