@@ -177,7 +177,9 @@ class Trainer(Actor):
             self._server = self._serve(self._snapshots)
         parameters, weights = policy.model.parameters(), partial(policy.hf_state_dict, cast=False)
         part = self._snapshots.take(version, weights, parameters, in_use=in_use, with_checksum=with_checksum)
-        return part and replace(part, address=self._server and self._server.address)
+        if part is None or self._server is None:
+            return part
+        return replace(part, address=self._server.address)
 
     def _serve(self, snapshots: Snapshots) -> Server | None:
         """Let other hosts have the snapshots, where the run has several: on the address that Monarch listens on."""

@@ -19,7 +19,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ class Served:
             return None
         data = found[1]
         if data.device.type == "cpu":
-            return memoryview(data.numpy())[start:stop]
+            return _view(data)[start:stop]
         with self._lock:
             mirror = self._mirrors.setdefault(data.data_ptr(), _Mirror(data))
         return mirror.piece(version, start, stop)
@@ -95,8 +95,7 @@ def _find_on_gpu(old: torch.Tensor, new: torch.Tensor) -> tuple[np.ndarray, np.n
         places = (old != new).nonzero().flatten()
         if len(places) > len(old) * coding.WORTHWHILE:
             return None
-        places, before, after = (found.cpu().numpy() for found in (places, old[places], new[places]))
-        return places, before, after
+        return places.cpu().numpy(), old[places].cpu().numpy(), new[places].cpu().numpy()
 
 
 @dataclass
@@ -127,7 +126,11 @@ class _Mirror:
                 with _beside(self._data.device):
                     self._host[start:stop].copy_(self._data[start:stop], non_blocking=True)
                 self._pieces.add((start, stop))
-            return memoryview(self._host.numpy())[start:stop]
+            return _view(self._host)[start:stop]
+
+
+def _view(data: torch.Tensor) -> memoryview:
+    return memoryview(cast(Any, data.numpy()))
 
 
 @contextlib.contextmanager
