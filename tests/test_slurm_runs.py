@@ -34,6 +34,7 @@ def check_run(run_dir: Path, steps: int) -> None:
     names = {path.name for path in start.iterdir()}
     assert {"trainer-0.log", "trainer-1.log", "generator-0.log", "generator-1.log"} <= names
     assert "dp_shard=2" in (start / "trainer-1.log").read_text()  # one model over two nodes
+    assert "weights: TLS streams\n" in (start / "controller.log").read_text()
     assert all(record["mismatch/logprob_abs_mean"] < 1e-5 for record in read(run_dir))
 
 
@@ -59,7 +60,7 @@ def test_submit_runs_grpo_from_its_warm_start_on_four_nodes(slurm_cluster: Slurm
 def test_sbatch_runs_grpo_on_four_nodes(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     command = ["sbatch", "--wait", "--nodes=4", f"--output={tmp_path}/slurm-%j.out", "sbatch/grpo.sh"]
-    command += ["--run-dir", str(run_dir), *SPLIT, *small_run(tmp_path)]
+    command += ["--run-dir", str(run_dir), *SPLIT, "generator.send_changes=true", *small_run(tmp_path)]
     result = slurm_cluster.run(*command, env=environment(slurm_cluster), cwd=PROJECT, timeout_s=600, check=False)
     assert result.returncode == 0, result.stderr + log(run_dir)
     check_run(run_dir, steps=4)

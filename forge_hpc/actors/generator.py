@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from forge_hpc.observability.logs import setup_logging
 from forge_hpc.observability.performance import EngineCounts
 
 if TYPE_CHECKING:
-    from forge_hpc.weights import Offer, StoreSpec
+    from forge_hpc.weights import Offer, RemoteReader, StoreSpec
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,10 @@ class Generator(Actor):
     def __init__(self, config: Config, replica: int, log_dir: Path) -> None:
         setup_logging(log_dir / f"generator-{replica}.log", f"generator-{replica}")
         self._config = config
-        self._can_read_offers = True
+        self._remote: RemoteReader | None = None
+        self._loading = asyncio.Lock()  # what was received is read before the next is
+        self._proven: Hashable = None  # the trainers whose offers could be read,
+        self._unreachable: Hashable = None  # and those whose could not
         self._waits_for_store = False
 
     @endpoint
@@ -115,8 +119,8 @@ class Generator(Actor):
             again: everybody is asked a second time, and only who answered None the first time is meant.
 
         Returns:
-            How the weights came (``CUDA IPC``, ``shared memory``, ``messages``). None where this process cannot read
-            what is offered: nothing was loaded, and the store is to have it.
+            How the weights came (``CUDA IPC``, ``shared memory``, ``TLS streams``, ``messages``). None where this
+            process cannot read what is offered: nothing was loaded, and the store is to have it.
         """
         from forge_hpc.weights import Unreachable, pull, reads_shared_memory
 
@@ -129,30 +133,60 @@ class Generator(Actor):
             return "shared memory" if reads_shared_memory(store) else "messages"
         self._waits_for_store = True
         try:
-            way = await self._load_offer(offer)
+            if self._unreachable == offer.origin:
+                return None
+            async with self._loading:
+                way = await self._load_offer(offer)
         except Unreachable as error:
-            if self._can_read_offers:
-                logger.warning("the trainers' memory cannot be read from here, the store serves: %s", error)
-            self._can_read_offers = False
+            logger.warning("the trainers' memory cannot be read from here, the store serves: %s", error)
+            if offer.origin != self._proven:
+                self._unreachable = offer.origin
             return None
+        self._proven = offer.origin
         self._waits_for_store = False
         return way
 
     async def _load_offer(self, offer: Offer) -> str:
         """Raises Unreachable."""
         from forge_hpc.models.device import device_type
-        from forge_hpc.weights import Unreachable, opened
+        from forge_hpc.weights import Unreachable
 
-        if not self._can_read_offers or not offer.is_within_reach(device_type()):
+        if offer.is_within_reach(device_type()):
+            await self._load_here(offer)
+            return "CUDA IPC" if device_type() == "cuda" else "shared memory"
+        if not offer.has_streams:
             raise Unreachable("another host or device")
+        local = await asyncio.to_thread(self._receive, offer)
+        await self._load_here(local)
+        return "TLS streams"
+
+    def _receive(self, offer: Offer) -> Offer:
+        """Bring an offer of another host here. Raises Unreachable."""
+        from forge_hpc.weights import RemoteReader, Unreachable
+        from forge_hpc.wire.tls import Certificates
+
+        if self._remote is None:
+            if (certificates := Certificates.from_environment()) is None:
+                raise Unreachable("another host, and no certificates here")
+            self._remote = RemoteReader(certificates)
+        start = time.perf_counter()
+        local, num_bytes = self._remote.receive(offer)
+        duration, whole = time.perf_counter() - start, sum(part.handle.num_bytes for part in local.parts)
+        logger.info("version %d: %.1f of %.1f MB came in %.3f s", offer.version, num_bytes / 1e6, whole / 1e6, duration)
+        return local
+
+    async def _load_here(self, offer: Offer) -> None:
+        """Raises Unreachable."""
+        from forge_hpc.models.device import device_type
+        from forge_hpc.weights import opened
+
         if device_type() == "cuda":
             await self._engine.load_offer(offer)
-            return "CUDA IPC"
+            return
         with opened(offer) as weights:
             weights.verify()
             tensors = {name: weights.tensor(name) for name in offer.shapes}
             await self._engine.load_weights(offer.version, tensors.items())
-        return "shared memory"
 
     @concurrent_endpoint
     async def relabel(self, version: int) -> None:
@@ -183,5 +217,7 @@ class Generator(Actor):
     @endpoint
     async def leave(self) -> None:
         """End the engine and its processes."""
+        if self._remote is not None:
+            self._remote.close()
         if hasattr(self, "_engine"):
             await asyncio.to_thread(self._engine.close)

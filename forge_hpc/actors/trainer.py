@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from forge_hpc.training.engine import TrainEngine
     from forge_hpc.weights import Part, Snapshots, StoreSpec
     from forge_hpc.weights.checksum import Checksum
+    from forge_hpc.wire.server import Server
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -47,6 +48,7 @@ class Trainer(Actor):
         self._needs = needs_of(config).models if models is None else models
         self._publishing = Publishing()
         self._snapshots: Snapshots | None = None
+        self._server: Server | None = None  # where generators have hosts of their own
         self._stored: int | None = None  # the version that was put into the store last
         # One thread for all of torch: OpenMP's pool and the current CUDA device belong to a thread.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="torch")
@@ -206,9 +208,27 @@ class Trainer(Actor):
         policy = self._models.policy
         if self._snapshots is None:
             dtype = TORCH_DTYPE_MAP[self._config.model.dtype]
-            self._snapshots = Snapshots(self._rank, dtype, local_device(), bucket_limit(store, self._rank))
+            limit, changes = bucket_limit(store, self._rank), self._config.generator.send_changes
+            self._snapshots = Snapshots(self._rank, dtype, local_device(), limit, keeps_previous=changes)
+            self._server = self._serve(self._snapshots)
         parameters, weights = policy.model.parameters(), partial(policy.hf_state_dict, cast=False)
-        return self._snapshots.take(version, weights, parameters, in_use=in_use, with_checksum=with_checksum)
+        part = self._snapshots.take(version, weights, parameters, in_use=in_use, with_checksum=with_checksum)
+        if part is None or self._server is None:
+            return part
+        return replace(part, address=self._server.address)
+
+    def _serve(self, snapshots: Snapshots) -> Server | None:
+        """Let other hosts have the snapshots, where the run has several: on the address that Monarch listens on."""
+        from forge_hpc.cluster.allocation import host_address
+        from forge_hpc.weights import Served
+        from forge_hpc.wire.server import Server
+        from forge_hpc.wire.tls import Certificates
+
+        certificates = Certificates.from_environment()
+        if self._config.cluster.nodes == 1 or certificates is None:
+            return None
+        served = Served(snapshots, self._config.generator.send_changes)
+        return Server(served, host_address(self._config.cluster.nodes), certificates)
 
     def _weights(self, copies: bool) -> dict[str, torch.Tensor]:
         """The weights by name; copies where training goes on while they are published."""
@@ -247,5 +267,7 @@ class Trainer(Actor):
         """Leave the process group."""
         import torch.distributed as dist
 
+        if self._server is not None:
+            self._server.close()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from forge_hpc.weights.checksum import CorruptWeightsError
 from forge_hpc.weights.layout import IncompleteVersionError
 from forge_hpc.weights.memory import Unreachable
+from forge_hpc.weights.remote import RemoteReader, Served
 from forge_hpc.weights.snapshots import Offer, Opened, Part, Snapshots, opened
 from forge_hpc.weights.store import (
     StoreSpec,
@@ -22,6 +23,8 @@ __all__ = [
     "Offer",
     "Opened",
     "Part",
+    "RemoteReader",
+    "Served",
     "Snapshots",
     "StoreSpec",
     "Unreachable",

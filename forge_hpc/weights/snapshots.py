@@ -18,7 +18,7 @@ import contextlib
 import functools
 import logging
 import pickle
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,6 +26,7 @@ import torch
 from forge_hpc.weights import memory
 from forge_hpc.weights.checksum import Checksum, checksum, compare
 from forge_hpc.weights.layout import Index, Manifest, Shard, build_index, distinct, plan
+from forge_hpc.wire.messages import Address
 
 logger = logging.getLogger(__name__)
 _MAX_BLOCKS = 2
@@ -40,6 +41,8 @@ class Part:
     layout: bytes
     """The pickled manifest; the same bytes for every version, so that a reader makes the index of them once."""
     checksum: Checksum | None
+    address: Address | None = None
+    """Where other hosts get the bytes behind the handle."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,16 @@ class Offer:
     def is_within_reach(self, device_type: str) -> bool:
         """Whether a process that computes on ``device_type`` may be able to open all parts."""
         return all(memory.is_within_reach(part.handle, device_type) for part in self.parts)
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether other hosts can get all parts."""
+        return all(part.address is not None for part in self.parts)
+
+    @property
+    def origin(self) -> Hashable:
+        """Equal where two versions lie in the same processes."""
+        return tuple((part.handle.host, part.address) for part in self.parts)
 
     @property
     def layouts(self) -> tuple[bytes, ...]:
@@ -86,9 +99,18 @@ class Snapshots:
         dtype: floating-point tensors are stored in it.
         device: where they are, and the copies too.
         max_bucket_bytes: of what goes into the store, where a generator is out of reach.
+        keeps_previous: where there is memory for a second block, the version before the newest stays to be compared.
     """
 
-    def __init__(self, rank: int, dtype: torch.dtype, device: torch.device, max_bucket_bytes: int) -> None:
+    def __init__(
+        self,
+        rank: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_bucket_bytes: int,
+        keeps_previous: bool = False,
+    ) -> None:
+        self._keeps_previous = keeps_previous
         self._rank, self._dtype, self._device, self._max_bucket_bytes = rank, dtype, device, max_bucket_bytes
         self._blocks: list[_Block] = []
         self._places: tuple[int, ...] = ()
@@ -160,11 +182,18 @@ class Snapshots:
         return manifest, sources
 
     def _free_block(self, num_bytes: int, in_use: Collection[int]) -> _Block | None:
-        for block in self._blocks:
-            if block.version not in in_use:
+        free = [block for block in self._blocks if block.version not in in_use]
+        if self._keeps_previous and len(self._blocks) < _MAX_BLOCKS:
+            if (block := self._new_block(num_bytes)) is not None:
                 return block
-        if len(self._blocks) == _MAX_BLOCKS:
-            return None
+            self._keeps_previous = False
+        if self._keeps_previous:  # the older goes
+            free.sort(key=lambda block: -1 if block.version is None else block.version)
+        if free:
+            return free[0]
+        return self._new_block(num_bytes) if len(self._blocks) < _MAX_BLOCKS else None
+
+    def _new_block(self, num_bytes: int) -> _Block | None:
         data = memory.allocate(max(num_bytes, 64), self._device)
         if data is None:
             logger.warning("no memory for a copy of the weights of %.1f GiB to be read in place", num_bytes / 2**30)

@@ -1,0 +1,279 @@
+"""Weights between two hosts on the CPU, mutual TLS on: ours against four plain TLS streams.
+
+    python benchmarks/wire.py [--megabytes 1200] [--rounds 5] [--json FILE]
+
+As root: it makes two network namespaces, each a host with a Monarch worker. The model is bfloat16 and changes wholly
+every round. A round brings it over by ``plain`` (four streams of Python's ssl, from a buffer into a buffer), by
+``streams`` (what generators use) and by ``messages`` (TorchStore's volumes, the way of last resort, and the only one
+before there were streams), one after the other. Seconds are the reader's until all bytes are in its memory; connections
+and memory are warm, but for ``messages``, which keeps none. Medians in MB/s (10^6 bytes), and ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from monarch.actor import Actor, default_bootstrap_cmd, endpoint
+
+from forge_hpc.cluster.identity import make_job_identity, tls_environment
+from forge_hpc.cluster.meshes import attach
+from forge_hpc.cluster.rendezvous import Rendezvous
+from forge_hpc.weights import Offer, Part, RemoteReader, Served, Snapshots, StoreSpec, WeightStore, publish, pull
+from forge_hpc.wire.server import Server
+from forge_hpc.wire.tls import Certificates, prepare
+
+ADDRESSES = ("198.18.7.1", "198.18.7.2")  # of the range that is set aside for benchmarks
+NUM_PLAIN = 4
+
+
+def certificates() -> Certificates:
+    found = Certificates.from_environment()
+    assert found is not None
+    return found
+
+
+# ---- the limit: four plain streams, a process on each side
+
+
+def plain_send(num_bytes: int) -> None:
+    """Print the port; whenever a byte comes on a stream, send its share of the buffer."""
+    data, context = memoryview(bytearray(os.urandom(1 << 20)) * (num_bytes >> 20)), certificates().server()
+    listener = socket.create_server((ADDRESSES[0], 0))
+    print(listener.getsockname()[1], flush=True)
+
+    def serve(connection: socket.socket) -> None:
+        prepare(connection)
+        with context.wrap_socket(connection, server_side=True) as stream:
+            while place := stream.recv(1):
+                share = len(data) // NUM_PLAIN
+                stream.sendall(data[place[0] * share : (place[0] + 1) * share])
+
+    def accept() -> None:
+        while True:
+            threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    sys.stdin.read()  # until the owner has ended
+
+
+def plain_receive(num_bytes: int, port: int) -> None:
+    """For each line of the standard input print how many seconds all shares took."""
+    data, context = memoryview(bytearray(b"\1") * (num_bytes >> 20 << 20)), certificates().client()
+    share, streams = len(data) // NUM_PLAIN, []
+    for _ in range(NUM_PLAIN):
+        connection = socket.create_connection((ADDRESSES[0], port))
+        prepare(connection)
+        streams.append(context.wrap_socket(connection, server_hostname=ADDRESSES[0]))
+
+    def fetch(place: int) -> None:
+        streams[place].sendall(bytes([place]))
+        view = data[place * share : (place + 1) * share]
+        while view:
+            view = view[streams[place].recv_into(view) :]
+
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        threads = [threading.Thread(target=fetch, args=(place,)) for place in range(NUM_PLAIN)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        print(time.perf_counter() - start, flush=True)
+
+
+class Plain(Actor):
+    """Owns the process of one side."""
+
+    @endpoint
+    async def start(self, *args: str) -> str:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        return self.process.stdout.readline() if args[0] == "--plain-send" else ""
+
+    @endpoint
+    async def fetch(self) -> float:
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return float(await asyncio.to_thread(self.process.stdout.readline))
+
+    @endpoint
+    async def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+# ---- ours
+
+
+class Trainer(Actor):
+    @endpoint
+    async def build(self, num_bytes: int, changes: bool) -> None:
+        self.weights = {f"w{i}": torch.randn(num_bytes // 2 // 100).bfloat16() for i in range(100)}
+        self.snapshots = Snapshots(0, torch.bfloat16, torch.device("cpu"), 1 << 24, keeps_previous=changes)
+        self.server = Server(Served(self.snapshots, changes), ADDRESSES[0], certificates())
+
+    @endpoint
+    async def offer(self, version: int) -> tuple[Part, float]:
+        for tensor in self.weights.values():
+            tensor.add_(1)
+        start = time.perf_counter()
+        part = self.snapshots.take(version, lambda: self.weights, self.weights.values(), with_checksum=version == 0)
+        assert part is not None
+        return replace(part, address=self.server.address), time.perf_counter() - start
+
+    @endpoint
+    async def publish(self, spec: StoreSpec, version: int) -> None:
+        await publish(spec, version, self.weights, rank=0)
+
+
+class Generator(Actor):
+    @endpoint
+    async def receive(self, offer: Offer) -> float:
+        if not hasattr(self, "reader"):
+            self.reader = RemoteReader(certificates())
+        start = time.perf_counter()
+        await asyncio.to_thread(self.reader.receive, offer)
+        return time.perf_counter() - start
+
+    @endpoint
+    async def pull(self, spec: StoreSpec, version: int) -> float:
+        start = time.perf_counter()
+        await pull(spec, version)
+        return time.perf_counter() - start
+
+    @endpoint
+    async def end(self) -> None:
+        self.reader.close()
+
+
+async def measure(args: argparse.Namespace, workers: list[str]) -> None:
+    hosts = await attach(workers, ADDRESSES[0], 120)
+    folders = os.pathsep.join([str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)])
+    command = default_bootstrap_cmd().with_env({"OMP_NUM_THREADS": "2", "PYTHONPATH": folders})
+
+    def spawn(host: int, name: str, actor: Any) -> Any:
+        procs = hosts.slice(hosts=slice(host, host + 1)).spawn_procs(
+            per_host={"procs": 1}, name=f"{name}s", bootstrap_command=command
+        )
+        return procs if actor is None else procs.spawn(name, actor)
+
+    sender, receiver = spawn(0, "plain0", Plain), spawn(1, "plain1", Plain)
+    trainer, generator = spawn(0, "trainer", Trainer), spawn(1, "generator", Generator)
+    num_bytes = args.megabytes * 10**6
+    port = await sender.start.call_one("--plain-send", str(num_bytes))
+    await receiver.start.call_one("--plain-receive", str(num_bytes), port.strip())
+    await trainer.build.call_one(num_bytes, False)
+    store = await WeightStore.start(spawn(0, "volume", None), 1, keep=1, share_memory=False)
+    seconds: dict[str, list[float]] = {"plain": [], "messages": [], "streams": []}
+    for version in range(args.rounds + 1):
+        part, _ = await trainer.offer.call_one(version)
+        seconds["plain"].append(await receiver.fetch.call_one())
+        seconds["streams"].append(await generator.receive.call_one(Offer(version, (part,))))
+        await trainer.publish.call_one(store.spec, version)
+        await store.commit(version)
+        seconds["messages"].append(await generator.pull.call_one(store.spec, version))
+        print({way: round(found[-1], 3) for way, found in seconds.items()}, flush=True)
+    rates = {way: num_bytes / 1e6 / statistics.median(found[1:]) for way, found in seconds.items()}
+    print(f"{args.megabytes} MB, {os.cpu_count()} cores for both hosts, median of {args.rounds}")
+    for way, rate in rates.items():
+        ratio = f"{rate / rates['plain']:6.2f} of plain, {rate / rates['messages']:6.1f} times messages"
+        print(f"{way:10}{rate:8.0f} MB/s {ratio}")
+    if args.json is not None:
+        args.json.write_text(json.dumps({"megabytes": args.megabytes, "seconds": seconds, "mb_per_s": rates}, indent=1))
+    await asyncio.gather(sender.end.call_one(), receiver.end.call_one(), generator.end.call_one())
+    await hosts.shutdown()
+
+
+# ---- two hosts
+
+
+@contextlib.contextmanager
+def namespaces() -> Iterator[list[str]]:
+    """Two network namespaces, joined by a cable. The kernel ends them with the last process in them."""
+    names = [f"wire{secrets.token_hex(2)}{side}" for side in "ab"]
+
+    def ip(*command: str) -> None:
+        subprocess.run(["ip", *command], check=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+            ip("-n", name, "link", "set", "lo", "up")
+        ip("-n", names[0], "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", names[1])
+        for name, address in zip(names, ADDRESSES, strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", "cable")
+            ip("-n", name, "link", "set", "cable", "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+def run_on_two_hosts(arguments: list[str]) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    with tempfile.TemporaryDirectory(prefix="forge-hpc-wire-") as folder, namespaces() as names:
+        make_job_identity(Path(folder) / "tls", [*ADDRESSES, "localhost", "127.0.0.1"])
+        environment = {**os.environ, **tls_environment(Path(folder) / "tls")}
+        rendezvous = Rendezvous(Path(folder) / "rendezvous")
+        workers = []
+        try:
+            for node, (name, address) in enumerate(zip(names, ADDRESSES, strict=True)):
+                command = ["ip", "netns", "exec", name, sys.executable, "-m", "forge_hpc.cluster.worker"]
+                command += ["--rendezvous", str(rendezvous.directory), "--node", str(node)]
+                command += ["--address", address, "--parent", str(os.getpid())]
+                workers.append(subprocess.Popen(command, env=environment))
+            found = [record["address"] for record in rendezvous.wait(["worker-0", "worker-1"], 120)]
+            command = ["ip", "netns", "exec", names[0], sys.executable, __file__, *arguments]
+            subprocess.run([*command, "--workers", *found], env=environment, check=True)
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Weights between two hosts on the CPU.")
+    parser.add_argument("--megabytes", type=int, default=1200)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--workers", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--plain-send", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--plain-receive", type=int, nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.plain_send is not None:
+        plain_send(args.plain_send)
+    elif args.plain_receive is not None:
+        plain_receive(*args.plain_receive)
+    elif args.workers is not None:
+        asyncio.run(measure(args, args.workers))
+    else:
+        run_on_two_hosts(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    # The processes import this file by its name.
+    folders = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+    os.environ["PYTHONPATH"] = os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])
+    sys.path[:0] = folders
+    import wire
+
+    wire.main()

@@ -1,0 +1,218 @@
+"""Weights of another host, brought over TLS streams into memory of this one.
+
+    trainer rank                                     generator's host
+    Snapshots ◄── Served ◄── wire.Server ──streams──► wire.receiver ──► memory ──► opened(offer)
+
+The bytes lie here as they do there, so that an offer of what came is read like one of this host; every tensor-parallel
+worker takes its shards of the one copy. Where a trainer dies in the middle nothing has been loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from forge_hpc.weights import memory
+from forge_hpc.weights.memory import Unreachable
+from forge_hpc.weights.snapshots import Offer, Snapshots
+from forge_hpc.wire import changes as coding
+from forge_hpc.wire.receiver import Wanted
+from forge_hpc.wire.tls import Certificates
+
+logger = logging.getLogger(__name__)
+
+
+class Served:
+    """A rank's snapshots, as a server sends them (``wire.server.Source``).
+
+    Args:
+        sends_changes: find what changed since the version before, where that is still there.
+    """
+
+    def __init__(self, snapshots: Snapshots, sends_changes: bool) -> None:
+        self._snapshots, self._sends_changes = snapshots, sends_changes
+        self._mirrors: dict[int, _Mirror] = {}
+        self._changes: dict[tuple[int, int, int, int], _Changes] = {}
+        self._lock = threading.Lock()
+
+    def is_there(self, version: int) -> bool:
+        """Whether nobody has begun to overwrite the version."""
+        return self._snapshots.find(version) is not None
+
+    def piece(self, version: int, start: int, stop: int) -> memoryview | None:
+        """Bytes of a version, on the CPU; None where it is not there."""
+        if (found := self._snapshots.find(version)) is None:
+            return None
+        data = found[1]
+        if data.device.type == "cpu":
+            return _view(data)[start:stop]
+        with self._lock:
+            mirror = self._mirrors.setdefault(data.data_ptr(), _Mirror(data))
+        return mirror.piece(version, start, stop)
+
+    def changes(self, held: int, version: int, start: int, stop: int) -> bytes | None:
+        """What changed in a piece; None where an end of it is not there, or the bytes are fewer."""
+        if not self._sends_changes:
+            return None
+        with self._lock:
+            if any(key[1] != version for key in self._changes):
+                self._changes.clear()
+            changes = self._changes.setdefault((held, version, start, stop), _Changes())
+        with changes.lock:  # one thread finds them for all that ask
+            if not changes.are_known:
+                changes.encoded, changes.are_known = self._find(held, version, start, stop), True
+        return changes.encoded
+
+    def _find(self, held: int, version: int, start: int, stop: int) -> bytes | None:
+        old, new = self._snapshots.find(held), self._snapshots.find(version)
+        if old is None or new is None:
+            return None
+        before, after = (block[1][start:stop].view(torch.int16) for block in (old, new))
+        if before.device.type == "cpu":
+            found = coding.find(before.numpy(), after.numpy())
+        else:
+            found = _find_on_gpu(before, after)
+        encoded = coding.encode(*found) if found is not None else None
+        is_less = encoded is not None and len(encoded) < stop - start
+        return encoded if is_less and self.is_there(held) else None
+
+
+def _find_on_gpu(old: torch.Tensor, new: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """As ``changes.find``."""
+    with _beside(old.device):
+        places = (old != new).nonzero().flatten()
+        if len(places) > len(old) * coding.WORTHWHILE:
+            return None
+        return places.cpu().numpy(), old[places].cpu().numpy(), new[places].cpu().numpy()
+
+
+@dataclass
+class _Changes:
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    are_known: bool = False
+    encoded: bytes | None = None
+
+
+class _Mirror:
+    """A block of GPU memory on the host, page-locked: each piece is copied when it is first asked for."""
+
+    def __init__(self, data: torch.Tensor) -> None:
+        self._data = data
+        self._host: torch.Tensor | None = None
+        self._version: int | None = None
+        self._pieces: set[tuple[int, int]] = set()
+        self._lock = threading.Lock()
+
+    def piece(self, version: int, start: int, stop: int) -> memoryview:
+        with self._lock:
+            if self._host is None:
+                self._host = torch.empty(self._data.numel(), dtype=torch.uint8, pin_memory=True)
+            if self._version != version:
+                self._version = version
+                self._pieces.clear()
+            if (start, stop) not in self._pieces:
+                with _beside(self._data.device):
+                    self._host[start:stop].copy_(self._data[start:stop], non_blocking=True)
+                self._pieces.add((start, stop))
+            return _view(self._host)[start:stop]
+
+
+def _view(data: torch.Tensor) -> memoryview:
+    return memoryview(cast(Any, data.numpy()))
+
+
+@contextlib.contextmanager
+def _beside(device: torch.device) -> Iterator[None]:
+    """The body runs beside the training on the GPU, and is done when it ends."""
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+
+
+class RemoteReader:
+    """Brings offers of other hosts here, with one receiver that lives as long as it works.
+
+    Example:
+        >>> reader = RemoteReader(certificates)
+        >>> local, num_bytes = reader.receive(offer)  # valid until the next
+        >>> with opened(local) as weights: ...
+    """
+
+    def __init__(self, certificates: Certificates) -> None:
+        self._certificates = certificates
+        self._process: subprocess.Popen[str] | None = None
+        self._blocks: list[torch.Tensor] = []
+        self._ids = itertools.count()
+        self._memory_ids: list[int] = []
+
+    def receive(self, offer: Offer) -> tuple[Offer, int]:
+        """An offer of the same version in memory of this host, and how many bytes came over the wire. It blocks.
+
+        Raises:
+            Unreachable: it did not come. Nothing that was received before is valid any more.
+        """
+        sizes = [part.handle.num_bytes for part in offer.parts]
+        if sizes != [block.numel() for block in self._blocks]:
+            self._blocks.clear()
+            self._blocks = [_allocate(size) for size in sizes]
+            self._memory_ids = [next(self._ids) for _ in sizes]
+        handles = [memory.share(block) for block in self._blocks]
+        wanted = []
+        for part, handle, memory_id in zip(offer.parts, handles, self._memory_ids, strict=True):
+            if part.address is None:
+                raise Unreachable("the trainers serve no streams")
+            into = (offer.version, handle.num_bytes, handle.where, memory_id)
+            wanted.append(asdict(Wanted(part.address.host, part.address.port, part.address.token, *into)))
+        answer = self._ask(wanted)
+        if "error" in answer:
+            raise Unreachable(answer["error"])
+        parts = zip(offer.parts, handles, strict=True)
+        return Offer(offer.version, tuple(replace(part, handle=handle) for part, handle in parts)), answer["num_bytes"]
+
+    def _ask(self, wanted: list[dict[str, Any]]) -> dict[str, Any]:
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "forge_hpc.wire.receiver", str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **self._certificates.environment()},
+            )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(wanted) + "\n")
+            self._process.stdin.flush()
+            if line := self._process.stdout.readline():
+                return json.loads(line)
+        except OSError:
+            pass
+        return {"error": f"the receiver has ended with {self._process.wait()}"}
+
+    def close(self) -> None:
+        """End the receiver."""
+        if self._process is not None:
+            assert self._process.stdin is not None and self._process.stdout is not None
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+            self._process.kill()
+            self._process.wait()
+            self._process.stdout.close()
+
+
+def _allocate(num_bytes: int) -> torch.Tensor:
+    data = memory.allocate(num_bytes, torch.device("cpu"))
+    assert data is not None, "the CPU's memory is promised, never refused"
+    return data

@@ -1,0 +1,389 @@
+"""Weights between hosts: TLS streams between real processes, changes to the last bit, and ends in the middle."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from runs import PROJECT
+
+from forge_hpc.cluster.identity import make_job_identity
+from forge_hpc.weights import Offer, Part, RemoteReader, Served, Snapshots, Unreachable, memory, opened
+from forge_hpc.weights.memory import Handle
+from forge_hpc.wire import changes, messages
+from forge_hpc.wire.server import Server
+from forge_hpc.wire.tls import Certificates
+
+CPU = torch.device("cpu")
+NUM = 600_000
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return identity(tmp_path_factory.mktemp("tls"))
+
+
+def identity(directory: Path) -> Certificates:
+    make_job_identity(directory, ["127.0.0.1", "localhost"])
+    return Certificates(directory / "ca.pem", directory / "cert.pem", directory / "key.pem")
+
+
+@pytest.fixture
+def reader(certificates: Certificates) -> Iterator[RemoteReader]:
+    remote = RemoteReader(certificates)
+    yield remote
+    remote.close()
+
+
+class Rank:
+    """A trainer rank that serves its snapshots, here in this process."""
+
+    def __init__(self, certificates: Certificates, sends_changes: bool = False, seed: int = 0, num: int = NUM) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.weights = {
+            "a": torch.randn(num // 100, 100, generator=generator).mul_(0.02).bfloat16(),
+            "b": torch.randn(7, generator=generator).bfloat16(),
+        }
+        self.snapshots = Snapshots(0, torch.bfloat16, CPU, 1 << 24, keeps_previous=sends_changes)
+        self.server = Server(Served(self.snapshots, sends_changes), "127.0.0.1", certificates)
+
+    def offer(self, version: int, **options: Any) -> Offer:
+        part = self.snapshots.take(version, lambda: self.weights, self.weights.values(), **options)
+        assert part is not None
+        return Offer(version, (replace(part, address=self.server.address),))
+
+
+def read(offer: Offer) -> dict[str, torch.Tensor]:
+    with opened(offer) as weights:
+        weights.verify()
+        return {name: weights.tensor(name).clone() for name in offer.shapes}
+
+
+def equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    """To the last bit: a NaN is itself, and -0 is not 0."""
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[name].view(torch.int16), tensor.view(torch.int16)) for name, tensor in expected.items()
+    )
+
+
+SERVER = """
+import sys, threading
+import numpy as np
+from forge_hpc.wire.server import Server
+from forge_hpc.wire.tls import Certificates
+
+data, stops_at = np.random.default_rng(int(sys.argv[1])).bytes(int(sys.argv[2])), int(sys.argv[3])
+
+class Fixed:
+    def piece(self, version, start, stop):
+        if 0 < stops_at <= start:
+            print("stopped", flush=True)
+            threading.Event().wait()
+        return memoryview(data)[start:stop]
+    def changes(self, held, version, start, stop):
+        return None
+    def is_there(self, version):
+        return True
+
+address = Server(Fixed(), "127.0.0.1", Certificates.from_environment()).address
+print(address.host, address.port, address.token, flush=True)
+sys.stdin.read()
+"""
+
+
+class Processes:
+    """Servers in processes of their own, of bytes from a seed."""
+
+    def __init__(self, certificates: Certificates) -> None:
+        self._environment = {**os.environ, **certificates.environment()}
+        self.started: list[subprocess.Popen[str]] = []
+
+    def start(self, seed: int, num_bytes: int, stops_at: int = 0) -> Part:
+        command = [sys.executable, "-c", SERVER, str(seed), str(num_bytes), str(stops_at)]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=self._environment, cwd=PROJECT)
+        self.started.append(process)
+        assert process.stdout is not None
+        host, port, token = process.stdout.readline().split()
+        handle = Handle("another host", "cpu", num_bytes, None)
+        return Part(1, handle, b"", None, messages.Address(host, int(port), token))
+
+    def close(self) -> None:
+        for process in self.started:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def processes(certificates: Certificates) -> Iterator[Processes]:
+    servers = Processes(certificates)
+    yield servers
+    servers.close()
+
+
+def bytes_of(seed: int, num_bytes: int) -> bytes:
+    return np.random.default_rng(seed).bytes(num_bytes)
+
+
+def held(part: Part) -> bytes:
+    return memory.open_memory(part.handle).numpy().tobytes()
+
+
+# ---- whole versions
+
+
+def test_a_version_of_another_process_arrives_whole_and_in_the_same_memory_every_time(
+    certificates: Certificates, reader: RemoteReader
+) -> None:
+    rank, handles = Rank(certificates), []
+    for version in range(3):
+        rank.weights["a"].add_(version)
+        local, num_bytes = reader.receive(rank.offer(version, with_checksum=True))
+        assert equal(read(local), rank.weights)
+        assert num_bytes > 2 * NUM
+        handles.append(local.parts[0].handle)
+    assert handles[0] == handles[1] == handles[2]
+    rank.server.close()
+
+
+@pytest.mark.parametrize("sizes", [(64,), (40_000_000,), (20_000_000, 128, 999_936, 64, 64)])
+def test_the_parts_of_other_processes_arrive_together(
+    processes: Processes, reader: RemoteReader, sizes: tuple[int, ...]
+) -> None:
+    offer = Offer(1, tuple(processes.start(seed, size) for seed, size in enumerate(sizes)))
+    local, num_bytes = reader.receive(offer)
+    assert [held(part) for part in local.parts] == [bytes_of(seed, size) for seed, size in enumerate(sizes)]
+    assert num_bytes >= sum(sizes)
+
+
+def test_a_trainer_that_dies_in_the_middle_leaves_nothing_to_load_and_the_next_one_serves(
+    processes: Processes, reader: RemoteReader
+) -> None:
+    part = processes.start(1, 40_000_000, stops_at=messages.PIECE_BYTES)
+    [process] = processes.started
+
+    def kill_in_the_middle() -> None:
+        assert process.stdout is not None and process.stdout.readline() == "stopped\n"
+        process.kill()
+
+    end = threading.Thread(target=kill_in_the_middle)
+    end.start()
+    with pytest.raises(Unreachable):
+        reader.receive(Offer(1, (part,)))
+    end.join()
+    local, num_bytes = reader.receive(Offer(1, (processes.start(2, 40_000_000),)))
+    assert held(local.parts[0]) == bytes_of(2, 40_000_000)
+    assert num_bytes >= 40_000_000  # what came from the dead one counts for nothing
+
+
+def test_a_receiver_that_was_killed_is_started_again(certificates: Certificates, reader: RemoteReader) -> None:
+    rank = Rank(certificates, sends_changes=True)
+    reader.receive(rank.offer(1))
+    assert reader._process is not None
+    reader._process.kill()
+    reader._process.wait()
+    local, num_bytes = reader.receive(rank.offer(2))
+    assert equal(read(local), rank.weights) and num_bytes > 2 * NUM
+    rank.server.close()
+
+
+def test_the_receiver_ends_with_its_owner(certificates: Certificates) -> None:
+    code = (
+        "import os, subprocess, sys; "
+        "p = subprocess.Popen([sys.executable, '-m', 'forge_hpc.wire.receiver', str(os.getpid())], "
+        "stdin=subprocess.PIPE); print(p.pid, flush=True); sys.stdin.read()"
+    )
+    environment = {**os.environ, **certificates.environment()}
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    )
+    assert owner.stdout is not None
+    receiver = os.pidfd_open(int(owner.stdout.readline()))
+    owner.kill()
+    owner.communicate()
+    assert select.select([receiver], [], [], 60)[0], "it lives on"
+    os.close(receiver)
+
+
+def test_a_version_that_is_overwritten_while_it_is_sent_is_refused(
+    certificates: Certificates, reader: RemoteReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = Rank(certificates)
+    served = rank.server._source
+    offer, piece = rank.offer(1), served.piece
+
+    def slow(version: int, start: int, stop: int) -> memoryview | None:
+        found = piece(version, start, stop)
+        rank.offer(2)  # the controller would not have it so
+        return found
+
+    monkeypatch.setattr(served, "piece", slow)
+    with pytest.raises(Unreachable, match="no longer in the trainers' memory"):
+        reader.receive(offer)
+    monkeypatch.undo()
+    local, _ = reader.receive(rank.offer(3))
+    assert equal(read(local), rank.weights)
+    rank.server.close()
+
+
+def test_a_server_that_is_gone_is_unreachable_at_once(certificates: Certificates, reader: RemoteReader) -> None:
+    rank = Rank(certificates)
+    offer = rank.offer(1)
+    rank.server.close()
+    with pytest.raises(Unreachable, match="refused"):
+        reader.receive(offer)
+
+
+# ---- who may read
+
+
+def test_a_certificate_of_another_job_is_refused_on_both_sides(
+    certificates: Certificates, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    foreign = identity(tmp_path / "foreign")
+    rank = Rank(certificates)
+    for ca in (foreign.ca, certificates.ca):  # neither knows the other; then it trusts us, and we do not know it
+        stranger = RemoteReader(replace(foreign, ca=ca))
+        with pytest.raises(Unreachable):
+            stranger.receive(rank.offer(1))
+        stranger.close()
+    assert "a connection from 127.0.0.1 was refused" in caplog.text
+    rank.server.close()
+
+
+def test_a_peer_without_a_certificate_or_without_tls_learns_nothing(certificates: Certificates) -> None:
+    rank = Rank(certificates)
+    rank.offer(1)
+    where = (rank.server.address.host, rank.server.address.port)
+    context = ssl.create_default_context(cafile=str(certificates.ca))
+    raw = socket.create_connection(where, timeout=10)
+    with pytest.raises(OSError), context.wrap_socket(raw, server_hostname="127.0.0.1") as stream:
+        stream.sendall(messages.REQUEST.pack(bytes.fromhex(rank.server.address.token), 1, messages.NOTHING, 0, 64))
+        if not stream.recv(1):  # TLS 1.3 tells the client of its refusal with the first read
+            raise ConnectionResetError
+    raw.close()
+    with socket.create_connection(where, timeout=10) as plain:
+        plain.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        try:
+            answer = plain.recv(64)
+        except ConnectionResetError:
+            answer = b""
+        assert answer == b"" or answer[0] == 21  # closed, or a TLS alert
+    rank.server.close()
+
+
+def test_who_knows_not_the_token_gets_nothing(certificates: Certificates, reader: RemoteReader) -> None:
+    rank = Rank(certificates)
+    part = rank.offer(1).parts[0]
+    assert part.address is not None
+    other: Part = replace(part, address=replace(part.address, token="0" * 32))
+    with pytest.raises(Unreachable, match="no longer"):
+        reader.receive(Offer(1, (other,)))
+    rank.server.close()
+
+
+# ---- changes
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-5, 0.001, 0.03, 0.3, 1.0])
+def test_changes_make_the_new_version_to_the_last_bit(share: float) -> None:
+    random = np.random.default_rng(int(share * 1e6))
+    for size in (1, 255, 256, 257, 100_000):
+        old = random.integers(-(2**15), 2**15, size).astype(np.int16)
+        new, places = old.copy(), random.random(size) < share
+        steps = random.choice([-1, 1, 100, -128, 127, 128, 30_000], size).astype(np.int16)
+        new[places] += steps[places]
+        places = np.flatnonzero(old != new)
+        encoded = changes.encode(places, old[places], new[places])
+        found = old.copy()
+        changes.apply(found, encoded)
+        assert np.array_equal(found, new)
+
+
+def test_a_change_far_away_and_a_new_sign_and_a_nan_are_carried() -> None:
+    old = torch.zeros(100_000).bfloat16()
+    new = old.clone()
+    new[0], new[254], new[255], new[511], new[99_999] = -0.0, 1e-40, float("nan"), float("-inf"), 2.0
+    before, after = (tensor.view(torch.int16).numpy() for tensor in (old, new))
+    found = changes.find(before, after)
+    assert found is not None and found[0].tolist() == [0, 254, 255, 511, 99_999]
+    changes.apply(before, changes.encode(*found))
+    assert np.array_equal(before, after)
+
+
+def test_only_what_an_optimizer_changed_is_sent_and_the_result_is_the_same(
+    certificates: Certificates, reader: RemoteReader
+) -> None:
+    num = 9_000_000  # more than a piece
+    rank = Rank(certificates, sends_changes=True, num=num)
+    master = rank.weights["a"].float()
+    optimizer = torch.optim.AdamW([parameter := torch.nn.Parameter(master)], lr=1e-6, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(1)
+    sent = []
+    for version in range(3):
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+        rank.weights["a"].copy_(parameter.detach())
+        local, num_bytes = reader.receive(rank.offer(version))
+        assert equal(read(local), rank.weights)
+        sent.append(num_bytes / (2 * num))
+    assert sent[0] > 1 and max(sent[1:]) < 0.05
+
+
+def test_where_most_has_changed_all_of_it_is_sent(certificates: Certificates, reader: RemoteReader) -> None:
+    rank = Rank(certificates, sends_changes=True)
+    for version in range(3):
+        rank.weights["a"].normal_()
+        local, num_bytes = reader.receive(rank.offer(version))
+        assert equal(read(local), rank.weights)
+        assert 2 * NUM < num_bytes < 2.01 * NUM
+
+
+def test_who_missed_a_version_or_holds_one_of_other_trainers_gets_all_of_it(
+    certificates: Certificates, reader: RemoteReader
+) -> None:
+    rank = Rank(certificates, sends_changes=True)
+    late = RemoteReader(certificates)
+    received = {}
+    for version in range(4):
+        rank.weights["a"][version] += 1
+        offer = rank.offer(version)
+        local, received[version] = reader.receive(offer)
+        assert equal(read(local), rank.weights)
+        if version in (0, 2):
+            local, num_bytes = late.receive(offer)
+            assert equal(read(local), rank.weights)
+            assert num_bytes > 2 * NUM
+    assert received[0] > 2 * NUM and max(received[1], received[2], received[3]) < 10_000
+    late.close()
+    other = Rank(certificates, sends_changes=True, seed=7)  # goes on from version 3 of its own
+    other.offer(3)
+    local, num_bytes = reader.receive(other.offer(4))
+    assert equal(read(local), other.weights) and num_bytes > 2 * NUM
+    rank.server.close()
+    other.server.close()
+
+
+def test_without_memory_for_a_second_copy_all_is_sent(
+    certificates: Certificates, reader: RemoteReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = Rank(certificates, sends_changes=True)
+    reader.receive(rank.offer(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "allocate", lambda num_bytes, device: None)
+        offer = rank.offer(2)
+    local, num_bytes = reader.receive(offer)
+    assert equal(read(local), rank.weights) and num_bytes > 2 * NUM
+    rank.server.close()
