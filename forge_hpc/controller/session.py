@@ -185,6 +185,8 @@ class Session:
         self._mismatch = MismatchWatch(config, bool(self.cluster.placement.gpus_per_node), self.warn)
         file_store = self.log_dir / f"process-group{self._suffix}"
         checkpoint = self._resume_from / "trainer" if self._resume_from else None
+        if self._turns is not None:  # vLLM plans with the memory that is free while it starts: trainers come after it
+            await self._pool.start(self.model_dir)
         said = await self._trainers.start(await self._model_dirs(), file_store, checkpoint, timeout_s)
         if said:
             self._tell(said)
