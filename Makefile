@@ -7,6 +7,8 @@
 # make openenv  the environments of the docs against published OpenEnv servers, installed in a temporary folder
 # make light  the tests that need no torch, with another Python: PYTHON=python3.12, or SLURM=24.11 with its 3.13
 # make nfs    the run directory on real NFS, in virtual machines (root once; it takes minutes; ARGS="-k name")
+# make bench  what needs no GPU, measured: a table and runs/bench.json (at most 20 minutes; ARGS="--only packing.py")
+# make gpu-check  the same on a machine with GPUs, in the Python it has: PYTHON=python3, ARGS="--part trainer"
 # make lint   ruff and mypy
 # make requirements  write the exact versions of this environment to requirements/
 # make configuration  write docs/configuration.md from the schema
@@ -16,7 +18,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-apptainer endings light chaos nfs openenv lint configuration requirements clean setup debian
+.PHONY: help demo bench gpu-check test test-apptainer endings light chaos nfs openenv lint configuration requirements clean setup debian
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -68,6 +70,13 @@ light: setup
 
 test-apptainer: setup
 	@exec tests/apptainer.sh $(BIN)/python -m pytest tests/test_sandbox_apptainer.py $(ARGS)
+
+bench: setup
+	@exec $(BIN)/python benchmarks/bench.py $(ARGS)
+
+# Whatever is installed on such a machine is used as it is.
+gpu-check:
+	@exec $(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .

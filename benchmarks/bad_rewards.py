@@ -1,6 +1,6 @@
 """What a reward costs that hangs, raises, gives NaN and kills its process, against the same reward that does not.
 
-    python benchmarks/bad_rewards.py [--steps 40] [--share 0.06] [--ahead 2] [key=value ...]
+    python benchmarks/bad_rewards.py [--steps 40] [--share 0.06] [--ahead 2] [--rounds 1] [key=value ...]
 
 Runs of a small model that writes some 100 tokens a completion, synchronous and two steps ahead, each with and without
 misbehaviour; a quarter of the ``--share`` of all completions meets each kind. Prints the mean and the median step, and
@@ -19,6 +19,8 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from rows import row
 
 PROJECT = Path(__file__).resolve().parent.parent
 WARM_UP_STEPS = 5
@@ -66,19 +68,26 @@ def main() -> None:
     parser.add_argument(
         "--ahead", type=int, default=2, metavar="STEPS", help="rollout.max_staleness; 0: synchronous alone"
     )
+    parser.add_argument("--rounds", type=int, default=1, help="of both, in turns")
     parser.add_argument("overrides", nargs="*", help="of the configuration, such as reward.0.workers=16")
     args = parser.parse_args()
     for staleness in sorted({0, args.ahead}):
         with tempfile.TemporaryDirectory(prefix="forge-hpc-benchmark-") as directory:
-            good, bad = (
-                run(Path(directory), args.steps, share, staleness, args.overrides) for share in (0.0, args.share)
-            )
+            records: dict[float, list[dict[str, float]]] = {0.0: [], args.share: []}
+            for number in range(args.rounds):
+                for share, found in records.items():
+                    place = Path(directory, str(number))
+                    place.mkdir(exist_ok=True)
+                    found += run(place, args.steps, share, staleness, args.overrides)
+            good, bad = records[0.0], records[args.share]
         print("synchronous" if staleness == 0 else f"{staleness} steps ahead", f"({len(bad)} steps)")
         failed = {kind: sum(values(bad, f"rewards/failed_{kind}")) for kind in KINDS}
         print("  left out:", ", ".join(f"{num:.0f} {kind}" for kind, num in failed.items()))
         for name, average in (("mean", statistics.mean), ("median", statistics.median)):
             good_s, bad_s = (average(values(records, "time/step_s")) for records in (good, bad))
             print(f"  {name} step: {bad_s:.2f} s, {good_s:.2f} s without, ratio {bad_s / good_s:.2f}", flush=True)
+        row(f"a step whose rewards misbehave, {staleness} ahead", bad_s, good_s, unit="s", better="less",
+            peer="s without")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from monarch.actor import default_bootstrap_cmd, endpoint, this_host
+from rows import row
 
 from forge_hpc.actors.generator import Generator
 from forge_hpc.actors.trainer import Trainer
@@ -270,6 +271,9 @@ def show(result: dict[str, Any]) -> None:
         )
     print(f"store ÷ offer: {medians['store']['total_s'] / medians['offer']['total_s']:.1f}")
     result["medians"] = medians
+    target = {"0.6b": 0.06, "8b": 0.4}.get(result["model"])
+    row(f"weights, {result['model']}, {result['gpus']}: publish to loaded", medians["offer"]["total_s"], target=target,
+        better="less", unit="s", note=f"by the store {medians['store']['total_s']:.3f} s")  # fmt: skip
 
 
 def main() -> None:

@@ -13,6 +13,8 @@ import resource
 import time
 from collections.abc import Awaitable, Callable
 
+from rows import row
+
 from forge_hpc.config.schema import SandboxConfig
 from forge_hpc.sandbox import Case, Sandbox
 
@@ -30,6 +32,7 @@ async def measure(what: str, times: int, job: Callable[[], Awaitable[object]]) -
     start, cpu_before = time.perf_counter(), cpu_s()
     await asyncio.gather(*(job() for _ in range(times)))
     wall, cpu = (time.perf_counter() - start) / times, (cpu_s() - cpu_before) / times
+    row(what, 1 / wall, unit="a second", note=f"{1e3 * cpu:.1f} ms of CPU each")
     print(f"{what:<44} {1 / wall:8.1f} a second {1e3 * wall:8.1f} ms {1e3 * cpu:8.1f} ms of CPU")
 
 

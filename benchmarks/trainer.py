@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rows import row
 
 import forge_hpc.models  # noqa: F401  (before torchtitan is imported)
 from forge_hpc.config import load_config
@@ -96,6 +97,9 @@ def compare(args: argparse.Namespace, model_dir: Path, documents: list[Document]
     except torch.OutOfMemoryError as error:
         result["error"] = str(error).split(".")[0]
     print(json.dumps(result), flush=True)
+    what = f"trainer, {result['rows']} rows of {args.seq_len}, activation checkpointing {result['ac']}"
+    row(what, result.get("ours/tokens_per_s"), result.get("theirs/tokens_per_s"), target=0.97,
+        unit="tokens/s", peer="TorchTitan", note=result.get("error", ""))  # fmt: skip
     ours = theirs = steps = None  # type: ignore[assignment]
     free()
 
@@ -253,6 +257,8 @@ def head(num_tokens: int, vocab_size: int) -> None:
     seconds = statistics.median(seconds for seconds, _ in times[1:])
     result = {"head": num_tokens, "vocab": vocab_size, "gib_above_inputs": round(times[-1][1] - inputs, 2)}
     print(json.dumps(result | {"ms": round(1000 * seconds, 1), "first_s": round(times[0][0], 2)}), flush=True)
+    row(f"memory of the head above its inputs, {num_tokens:,} tokens, vocabulary of {vocab_size:,}",
+        result["gib_above_inputs"], target=1.4, better="less", unit="GiB")  # fmt: skip
 
 
 def timed(step: Any) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from monarch.actor import Actor, endpoint, this_host
+from rows import row
 
 from forge_hpc.weights import StoreSpec, WeightStore, publish, pull
 from forge_hpc.weights.store import _Client
@@ -98,6 +99,9 @@ async def measure(args: argparse.Namespace) -> None:
             f"{name:38}{put:10.3f}{num_bytes / put / 1e6:8.0f}{baseline[0] / put:7.1f}"
             f"{get:10.3f}{num_bytes / get / 1e6:8.0f}{baseline[1] / get:7.1f}"
         )
+        if name != STOCK:
+            row(f"weights, publish and pull: {name}", num_bytes / (put + get) / 1e6, num_bytes / sum(baseline) / 1e6,
+                unit="MB/s", peer="TorchStore as it is")  # fmt: skip
         await store.stop()
 
     compute_s = 3.0

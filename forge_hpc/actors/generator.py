@@ -20,6 +20,7 @@ from forge_hpc.data.types import Completion, Prompt, Turn
 from forge_hpc.observability.gpu import GpuMonitor
 from forge_hpc.observability.logs import setup_logging
 from forge_hpc.observability.performance import EngineCounts
+from forge_hpc.observability.traces import start_trace, stop_trace
 
 if TYPE_CHECKING:
     from forge_hpc.weights import Offer, RemoteReader, StoreSpec
@@ -33,6 +34,7 @@ class Generator(Actor):
     def __init__(self, config: Config, replica: int, log_dir: Path) -> None:
         setup_logging(log_dir / f"generator-{replica}.log", f"generator-{replica}")
         self._config = config
+        self._replica = replica
         self._remote: RemoteReader | None = None
         self._loading = asyncio.Lock()  # what was received is read before the next is
         self._proven: Hashable = None  # the trainers whose offers could be read,
@@ -208,6 +210,16 @@ class Generator(Actor):
     async def counts(self) -> EngineCounts:
         """What the engine has done since the last call."""
         return replace(self._engine.take_counts(), gpu_utilization=self._gpus.utilization())
+
+    @concurrent_endpoint
+    async def start_trace(self) -> None:
+        """Trace the engine from now on."""
+        await self._engine.call_workers(start_trace)
+
+    @concurrent_endpoint
+    async def stop_trace(self, directory: Path) -> None:
+        """Write the trace."""
+        await self._engine.call_workers(stop_trace, directory / f"generator-{self._replica}.json.gz")
 
     @endpoint
     async def abort(self) -> None:

@@ -21,6 +21,7 @@ from forge_hpc.config.needs import POLICY, ModelNeed
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.data.types import Document
 from forge_hpc.observability.logs import setup_logging
+from forge_hpc.observability.traces import trace_dir, traced
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,6 +46,7 @@ class Trainer(Actor):
         self._local_rank = self._rank % point.extent["procs"]
         setup_logging(log_dir / f"trainer-{self._rank}.log", f"trainer-{self._rank}")
         self._config = config
+        self._log_dir = log_dir
         self._needs = needs_of(config).models if models is None else models
         self._publishing = Publishing()
         self._snapshots: Snapshots | None = None
@@ -104,9 +106,18 @@ class Trainer(Actor):
         self, documents: Sequence[Document], update: bool, max_mismatch: float, model: str
     ) -> dict[str, float]:
         start = time.perf_counter()
-        metrics = self._models.train_step(model, documents, update=update, max_mismatch=max_mismatch)
+        with traced(self._trace_of(model)):
+            metrics = self._models.train_step(model, documents, update=update, max_mismatch=max_mismatch)
         seconds = time.perf_counter() - start
         return metrics | {"time/train_s": seconds} | self._performance(self._models.trained[model], seconds)
+
+    def _trace_of(self, model: str) -> Path | None:
+        """The file for a trace of the model's next step; None where ``profile.steps`` does not name it."""
+        step = self._models.trained[model].step + 1 if model in self._models.trained else 0
+        if step not in self._config.profile.steps:
+            return None
+        suffix = "" if model == POLICY else f"-{model}"
+        return trace_dir(self._log_dir, step) / f"trainer-{self._rank}{suffix}.json.gz"
 
     def _performance(self, engine: TrainEngine, seconds: float) -> dict[str, float]:
         """Figures of a step's speed, of this rank. The gradient's norm has been read by now, so that the device is at

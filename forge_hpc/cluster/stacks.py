@@ -1,10 +1,10 @@
 """The stacks of all processes of a run, written before what hangs is ended: afterwards nobody can ask it any more.
 
-    who sees it ─► stacks-1 in the rendezvous ─► each node's supervisor ─► a signal to every process below it
+    who sees it ─► stacks-1 in the rendezvous ─► each node's supervisor ─► a signal to all processes below it
                                                    └─► stacks-NODE.log, and stacked-1-NODE in the rendezvous
 
-A process ``stands by``: at ``SIGNAL`` the C code of faulthandler writes the Python stacks of all threads, also where
-one hangs in C code or holds the interpreter, into a file in the node's scratch folder that was opened beforehand. What
+A process ``stands by``: at ``SIGNAL`` faulthandler's C code writes the Python stacks of all its threads, also where one
+hangs in C code or holds the interpreter, into a file in the node's scratch folder that was opened beforehand. What
 runs no handler (stopped, or asleep in the kernel) and what is not Python shows where the kernel has its threads.
 """
 

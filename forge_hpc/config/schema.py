@@ -554,6 +554,13 @@ class LoggingConfig:
 
 
 @dataclass
+class ProfileConfig:
+    steps: list[int] = field(default_factory=list)
+    """Optimizer steps of which trainers, generators and controller write traces, one file a process, into
+    ``profile-step-N`` beside their logs; see docs/performance.md. Such a step is slower than others."""
+
+
+@dataclass
 class Config:
     """A whole run. ``key=value`` overrides use these names: ``trainer.optimizer.lr=1e-6``."""
 
@@ -583,3 +590,4 @@ class Config:
     slurm: SlurmConfig = setting(factory=SlurmConfig, resume=FREE)
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     logging: LoggingConfig = setting(factory=LoggingConfig, resume=FREE)
+    profile: ProfileConfig = setting(factory=ProfileConfig, resume=FREE)

@@ -38,6 +38,7 @@ from forge_hpc.data.types import Document, Group, Prompt
 from forge_hpc.evaluation.evaluator import Evaluator
 from forge_hpc.observability.logger import MetricLogger
 from forge_hpc.observability.performance import EngineCounts, engine_figures
+from forge_hpc.observability.traces import Spans, trace_dir
 from forge_hpc.rewards import RewardPool
 from forge_hpc.rollouts.buffer import EpisodeBuffer, episode_buffer
 from forge_hpc.rollouts.mismatch import MismatchWatch
@@ -101,6 +102,7 @@ class Session:
         self._closing: list[Callable[[], Awaitable[Any]]] = []
         self._step_ended = time.perf_counter()
         self._checkpoint_s = 0.0
+        self._spans = Spans()
         self._engine_counts: asyncio.Future[list[EngineCounts]] | None = None
 
     # ---- before the recipe runs
@@ -343,6 +345,7 @@ class Session:
         stream = RolloutStream(
             self.config, self._prompts, sample, len(self.generators), self._rewards, self._buffer, self.warn
         )
+        await self._begin_trace(self.step + 1)
         async with background(stream.run()):
             yield stream
 
@@ -380,12 +383,29 @@ class Session:
             return {f"{model}/{key}": value for key, value in metrics.items()}
         bounds = self._mismatch.bounds(step, documents)
         self._ask_engines()
-        metrics = await self.trainers.train_step(documents, update, bounds.largest)
+        with self._spans.span("train_step"):
+            metrics = await self.trainers.train_step(documents, update, bounds.largest)
         self._saver.trained(time.perf_counter() - start)
         self._mismatch.check(step, metrics, bounds)
         if self._weights is not None and metrics["tokens/trained"]:
             self._weights.is_changed = True
+        await self._end_trace(step)
+        await self._begin_trace(step + 1)
         return metrics
+
+    async def _begin_trace(self, step: int) -> None:
+        """Have the generators trace what they do for a step of ``profile.steps``; its trainers know by themselves."""
+        if step in self.config.profile.steps and not self._spans.is_recording:
+            self._spans.begin()
+            if self._generators is not None:
+                await self._generators.start_trace.fanout()
+
+    async def _end_trace(self, step: int) -> None:
+        if step in self.config.profile.steps:
+            directory = trace_dir(self.log_dir, step)
+            await asyncio.to_thread(self._spans.end, directory / "controller.json.gz")
+            if self._generators is not None:
+                await self._generators.stop_trace.fanout(directory)
 
     def _ask_engines(self) -> None:
         """Have the generators say what they have done since the step before, while the trainers train: what has not
@@ -414,6 +434,7 @@ class Session:
             await self._saver.saved()
             self._checkpoint_s += time.perf_counter() - start
             await self._stay()
+        await self._begin_trace(step)  # of the first step, where nothing else has
         self._between_steps.clear()
 
     async def publish(self, step: int) -> None:
@@ -422,9 +443,10 @@ class Session:
         assert self._weights is not None, "start() comes first"
         rollout, evaluates = self.config.rollout, self._evaluation_is_due(step)
         if evaluates or step % rollout.sync_interval == 0:
-            await self._weights.publish(step)
-            if evaluates or rollout.max_staleness == 0:
-                await self._weights.delivered()
+            with self._spans.span("publish"):
+                await self._weights.publish(step)
+                if evaluates or rollout.max_staleness == 0:
+                    await self._weights.delivered()
 
     async def end_step(
         self, step: int, metrics: Mapping[str, float], state: Mapping[str, Any], groups: Sequence[Group] = ()
@@ -435,9 +457,10 @@ class Session:
         self._record(step, metrics, groups)
         self.state = dict(state)
         start = time.perf_counter()
-        if self._saver.is_due(step):
-            await self._saver.save(self.trainers, step, self.state)
-        await self._saver.export_if_due(self.trainers, step, leaving=self._leave.requested.is_set())
+        with self._spans.span("save"):
+            if self._saver.is_due(step):
+                await self._saver.save(self.trainers, step, self.state)
+            await self._saver.export_if_due(self.trainers, step, leaving=self._leave.requested.is_set())
         self._checkpoint_s += time.perf_counter() - start
         self._between_steps.set()
         await self._stay()

@@ -299,6 +299,17 @@ class GenerationEngine:
             raise said
         return said
 
+    async def call_workers(self, function: Callable[..., Any], *args: Any) -> None:
+        """Call ``function(worker, *args)`` in each of vLLM's workers between two steps. Raises as ``load_weights``."""
+        done = _future()
+
+        def call() -> None:
+            self._engine.collective_rpc(cast(Any, function), args=args)
+            done.set_result(None)
+
+        self._post(call, [done])
+        await self._answers([done])
+
     def abort(self) -> None:
         """End all requests; their callers get GenerationError."""
         self._post(lambda: self._abort(set(self._unfinished())), [])

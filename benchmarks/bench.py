@@ -1,0 +1,42 @@
+"""All benchmarks that need no GPU, in one table and one JSON file: `make bench`, at most 20 minutes.
+
+    python benchmarks/bench.py [--out FILE] [--only sandbox.py ...]
+
+A benchmark is a script of this folder that hands over its lines by ``rows.row``, each a median of runs in turns
+(A B A B). To add one, add a line to ``SCRIPTS``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+from rows import PROJECT, Script, run
+
+TOTAL_S = 1200.0
+SCRIPTS = (
+    Script("packing.py", limit_s=60),
+    Script("sandbox.py", ("--programs", "100"), limit_s=120),
+    Script("weight_sync.py", ("--megabytes", "100", "--repeats", "3"), limit_s=180),
+    Script("checkpoint.py", ("--steps", "40", "--rounds", "2"), limit_s=420),
+    Script("bad_rewards.py", ("--steps", "25", "--rounds", "2", "--ahead", "0"), limit_s=420),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=PROJECT / "runs/bench.json")
+    parser.add_argument("--only", nargs="*", metavar="SCRIPT")
+    args = parser.parse_args()
+    scripts = [script for script in SCRIPTS if not args.only or script.file in args.only]
+    about = {"date": time.strftime("%Y-%m-%d"), "host": platform.processor() or platform.machine()}
+    about |= {"cores": str(len(os.sched_getaffinity(0))), "python": platform.python_version()}
+    return run(scripts, TOTAL_S, args.out, about=about)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""What a machine with GPUs must show, in one table and one JSON file: `make gpu-check`.
+
+    python benchmarks/gpu_check.py [--part trainer weights run] [--out FILE]
+
+It takes the Python that it is started with (torch, vllm, torchtitan, monarch) and 1, 2 or 4 GPUs as it finds them;
+nothing is set up, nothing is downloaded. A part takes at most ten minutes:
+
+    trainer   TrainEngine beside TorchTitan's own model and step; the head's memory                  trainer.py
+    weights   publish → loaded, between processes on one GPU, and on two                             engine_weights.py
+    run       a whole run of a model of 0.4 B with random weights, synchronous and a step ahead      whole_run.py
+
+Without a GPU everything runs on the CPU with tiny models, for its own sake, and targets say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from rows import PROJECT, Script, run
+
+PART_S = 600.0
+
+
+def parts(num_gpus: int) -> dict[str, list[Script]]:
+    """The scripts of each part on so many GPUs."""
+    if num_gpus == 0:
+        tiny = ("--tiny",)
+        return {
+            "trainer": [Script("trainer.py", (*tiny, "--steps", "2")), Script("trainer.py", (*tiny, "--head", "256"))],
+            "weights": [Script("engine_weights.py", ("--model", "tiny", "--rounds", "2"))],
+            "run": [Script("whole_run.py", ("--tiny",))],
+        }
+    apart = "split" if num_gpus == 2 else "fsdp2"
+    weights = [Script("engine_weights.py", ("--model", "0.6b", "--gpus", "shared"))]
+    if num_gpus > 1:
+        weights.append(Script("engine_weights.py", ("--model", "0.6b", "--gpus", apart)))
+    return {
+        # as the plan of a shipped configuration has it, and the same shape for both
+        "trainer": [Script("trainer.py", ("--rows", "0", "--ac", "auto")), Script("trainer.py", ("--head", "32768"))],
+        "weights": weights,
+        "run": [Script("whole_run.py")],
+    }
+
+
+def gpus() -> list[str]:
+    """Names of the GPUs."""
+    import torch
+
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="*", choices=("trainer", "weights", "run"))
+    parser.add_argument("--out", type=Path, default=PROJECT / "runs/gpu-check.json")
+    args = parser.parse_args()
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
+    try:
+        found = gpus()
+        import monarch.actor  # noqa: F401
+        import torchtitan  # noqa: F401
+        import vllm  # noqa: F401
+    except ImportError as error:
+        print(f"error: {sys.executable} lacks {error.name}", file=sys.stderr)
+        print(
+            "hint: name another Python: make gpu-check PYTHON=...; `make setup EXTRA=cuda` makes one", file=sys.stderr
+        )
+        return 2
+    print(f"{len(found)} GPUs: {', '.join(sorted(set(found)))}" if found else "no GPU: on the CPU", file=sys.stderr)
+    scripts, code = parts(len(found)), 0
+    for part in args.part or scripts:
+        about = {"date": time.strftime("%Y-%m-%d"), "gpus": found, "part": part, "python": sys.executable}
+        out = args.out.with_name(f"{args.out.stem}-{part}{args.out.suffix}")
+        code |= run(scripts[part], PART_S, out, about=about)
+    return code if found else 0  # what a CPU shows of targets for GPUs is nothing
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""Episodes a second beside TRL's GRPOTrainer on this machine's CPU, in turns: `A B A B`, medians.
+
+    python benchmarks/trl.py [--task short|long] [--steps 20] [--rounds 2] [key=value ...]
+
+TRL 1.16 and accelerate go into a temporary folder, without their dependencies: it runs on the torch and transformers of
+this environment. Both sides take the same model (random weights), prompts, group size and limits, 128 episodes a step:
+
+    short   the demo's model and task, at most 8 tokens a response
+    long    a model of 25 M whose responses end with probability 1/128 a token, at most 512
+
+Ours is a whole run (vLLM in a process of its own); theirs generates with transformers, in the trainer's process. The
+first steps do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from rows import PROJECT, median, row
+
+from forge_hpc.data.builtin import write_tiny_qwen3
+
+EPISODES, GROUP_SIZE, WARM_UP_STEPS = 128, 8, 4
+TASKS = {"short": (8, {}), "long": (512, {"dim": 448, "hidden_dim": 1344, "num_layers": 9, "num_heads": 14})}
+TARGETS = {"short": 1.2, "long": 2.5}
+REWARD = "def length(prompt, response, target, **fields):\n    return len(response) / 100\n"
+THEIRS = """
+import json, sys, time
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+model, prompts, out, steps, length, episodes, group_size = json.loads(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+seconds = []
+
+class Clock(TrainerCallback):
+    def on_step_begin(self, *args, **options):
+        self.start = time.perf_counter()
+
+    def on_step_end(self, *args, **options):
+        seconds.append(time.perf_counter() - self.start)
+
+trainer = GRPOTrainer(
+    AutoModelForCausalLM.from_pretrained(model),
+    reward_funcs=lambda completions, **fields: [len(text) / 100 for text in completions],
+    train_dataset=Dataset.from_dict({"prompt": prompts}),
+    processing_class=tokenizer,
+    callbacks=[Clock()],
+    args=GRPOConfig(
+        output_dir=out, per_device_train_batch_size=episodes, num_generations=group_size, max_steps=steps, beta=0.0,
+        max_completion_length=length, temperature=1.0, learning_rate=1e-6, use_cpu=True, bf16=False, report_to=[],
+        save_strategy="no", logging_strategy="no", gradient_checkpointing=False, disable_tqdm=True,
+        shuffle_dataset=False,
+    ),
+)
+trainer.train()
+print("seconds: " + json.dumps(seconds))
+"""
+
+
+def install(directory: Path) -> Path:
+    """A folder with TRL."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(directory)]
+    subprocess.run([*command, "trl==1.16.*", "accelerate"], check=True)
+    return directory
+
+
+def environ(*folders: Path) -> dict[str, str]:
+    paths = os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
+
+
+def ours(directory: Path, name: str, args: argparse.Namespace) -> list[float]:
+    """Seconds of our steps; the parts of a step are printed."""
+    length, run_dir = TASKS[args.task][0], directory / name
+    command = [sys.executable, "-m", "forge_hpc.submit", "--cluster", "local", "--run-dir", str(run_dir)]
+    command += ["--config", str(PROJECT / "configs/grpo/demo.yaml"), f"model.path={directory / 'model'}"]
+    command += [f"reward=[{{name: {directory / 'reward.py'}:length}}]", f"rollout.group_size={GROUP_SIZE}"]
+    command += [f"rollout.prompts_per_step={EPISODES // GROUP_SIZE}", f"rollout.max_response_tokens={length}"]
+    command += [f"trainer.training.steps={args.steps + WARM_UP_STEPS}", "trainer.optimizer.lr=1e-6"]
+    command += ["evaluation.num_prompts=0", "checkpoint.interval=0", "algorithm.max_steps_without_signal=1000000"]
+    command += [f"trainer.training.seq_len={max(512, 2 * length)}", "algorithm.drop_zero_signal_groups=false"]
+    subprocess.run([*command, *args.overrides], check=True, stdout=subprocess.DEVNULL, env=environ(PROJECT))
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][WARM_UP_STEPS:]
+    keys = ("step", "generate", "train", "weight_sync")
+    parts = {key: round(median([record[f"time/{key}_s"] for record in records]), 4) for key in keys}
+    print("ours", parts, "tokens", median([record["tokens/generated"] for record in records]), flush=True)
+    return [record["time/step_s"] for record in records]
+
+
+def theirs(directory: Path, name: str, args: argparse.Namespace, package: Path) -> list[float]:
+    """Seconds of TRL's steps."""
+    length, prompts = TASKS[args.task][0], [f"{a}+{b}=" for a in range(10, 60) for b in range(10, 60)]
+    given = [str(directory / "model"), prompts, str(directory / name), args.steps + WARM_UP_STEPS, length]
+    process = subprocess.run(
+        [sys.executable, "-c", THEIRS, json.dumps([*given, EPISODES, GROUP_SIZE])],
+        text=True, stdout=subprocess.PIPE, check=True, env=environ(package),
+    )  # fmt: skip
+    [line] = [line for line in process.stdout.splitlines() if line.startswith("seconds: ")]
+    return list(json.loads(line.removeprefix("seconds: ")))[WARM_UP_STEPS:]
+
+
+def measure(args: argparse.Namespace, directory: Path) -> tuple[list[float], list[float]]:
+    write_tiny_qwen3(directory / "model", seed=0, **TASKS[args.task][1])
+    (directory / "reward.py").write_text(REWARD)
+    package = Path(args.trl) if args.trl else install(directory / "trl")
+    ours_s: list[float] = []
+    theirs_s: list[float] = []
+    for number in range(args.rounds):
+        theirs_s += theirs(directory, f"theirs-{number}", args, package)
+        print(f"TRL {median(theirs_s):.4f} s a step", flush=True)
+        ours_s += ours(directory, f"ours-{number}", args)
+    return ours_s, theirs_s
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, default="short")
+    parser.add_argument("--steps", type=int, default=20, help="that count, of each run")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--trl", help="a folder that has TRL already")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of ours")
+    args = parser.parse_intermixed_args(argv)
+    with tempfile.TemporaryDirectory(prefix="forge-hpc-benchmark-") as name:
+        ours_s, theirs_s = measure(args, Path(name))
+    row(f"episodes a second, {args.task} responses on the CPU", EPISODES / median(ours_s), EPISODES / median(theirs_s),
+        target=TARGETS[args.task], peer="TRL 1.16")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""A whole run of the shipped loop on random weights, synchronous and a step ahead in turns: speed, and how much of
+training and generation overlap.
+
+    python benchmarks/whole_run.py [--tiny] [--steps 6] [--rounds 2] [key=value ...]
+
+A model of 0.4 B that adds numbers badly, at most 512 tokens a response; ``--tiny`` is one for the CPU. The reward is
+the length of the answer, so that every step trains. The first two steps of each run, in which things are compiled, do
+not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from rows import PROJECT, median, row
+
+from forge_hpc.data.builtin import write_tiny_qwen3
+
+WARM_UP_STEPS = 2
+REWARD = "def length(prompt, response, target, **fields):\n    return len(response) / 100\n"
+LARGE = {"dim": 1024, "hidden_dim": 3072, "num_layers": 28, "num_heads": 16, "num_kv_heads": 8, "head_dim": 128}
+
+
+def run(directory: Path, name: str, staleness: int, args: argparse.Namespace) -> list[dict[str, float]]:
+    """The records of a run's steps, without the first ones."""
+    length = 32 if args.tiny else 512
+    command = [sys.executable, "-m", "forge_hpc.submit", "--cluster", "local", "--run-dir", str(directory / name)]
+    command += ["--config", str(PROJECT / "configs/grpo/demo.yaml"), f"model.path={directory / 'model'}"]
+    command += [f"reward=[{{name: {directory / 'reward.py'}:length}}]", f"rollout.max_staleness={staleness}"]
+    command += [f"trainer.training.steps={args.steps + WARM_UP_STEPS}", f"rollout.max_response_tokens={length}"]
+    command += ["evaluation.num_prompts=0", "checkpoint.interval=0", "trainer.optimizer.lr=1e-6"]
+    command += ["algorithm.max_steps_without_signal=1000000", "rollout.sampling.temperature=1.0"]
+    if not args.tiny:
+        command += ["model.dtype=bfloat16", "trainer.training.seq_len=4096", "rollout.prompts_per_step=32"]
+    else:
+        command += ["rollout.prompts_per_step=8", "generator.engine.kv_cache_memory_gib=0.25"]
+    paths = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
+    environ = {**os.environ, "PYTHONPATH": paths}
+    subprocess.run([*command, *args.overrides], check=True, stdout=subprocess.DEVNULL, env=environ)
+    lines = (directory / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines][WARM_UP_STEPS:]
+
+
+def of(records: Sequence[dict[str, float]], key: str) -> float | None:
+    found = [record[key] for record in records if key in record]
+    return median(found) if found else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--steps", type=int, default=6, help="of each run that count")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    records: dict[int, list[dict[str, float]]] = {0: [], 1: []}
+    with tempfile.TemporaryDirectory(prefix="forge-hpc-benchmark-") as name:
+        directory = Path(name)
+        write_tiny_qwen3(directory / "model", seed=0, **({} if args.tiny else LARGE))
+        (directory / "reward.py").write_text(REWARD)
+        for number in range(args.rounds):
+            for staleness, found in records.items():
+                found += run(directory, f"run-{staleness}-{number}", staleness, args)
+    synchronous, ahead = records[0], records[1]
+    for name, found in (("synchronous", synchronous), ("a step ahead", ahead)):
+        row(f"whole run, {name}: generated", of(found, "perf/tokens_per_s"), unit="tokens/s a GPU")
+    row("whole run, synchronous: MFU of the trainer", of(synchronous, "perf/mfu") or 0.0)
+    parts = {key: of(synchronous, f"time/{key}_s") or 0.0 for key in ("step", "generate", "train", "weight_sync")}
+    note = ", ".join(f"{key} {seconds:.3f} s" for key, seconds in parts.items())
+    longest = max(parts["generate"], parts["train"])
+    row("overlap, a step ahead: the longer of generation and training over the step", longest,
+        of(ahead, "time/step_s"), target=0.95, unit="s", peer="s the step", note=f"synchronous: {note}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
