@@ -1,6 +1,6 @@
 """What a rollout costs the controller: CPU time from a generator's message to the documents that the trainers have.
 
-    python benchmarks/controller.py [--rollouts 1024] [--tokens 128 4096] [--repeats 3] [--trainers 1]
+    python benchmarks/controller.py [--rollouts 1024] [--tokens 128 4096] [--repeats 3] [--trainers 1] [--batch 1]
 
 The generator is an actor in a process of its own that has its completions ready; everything else is the run's own:
 service, rewards (`exact`), groups, buffer, advantages, documents, and the call of a trainer actor on each rank. Prints
@@ -47,7 +47,8 @@ class Generator(Actor):
     """Its answers cost nothing; they come as those of ``actors.generator`` do."""
 
     @endpoint
-    async def start(self, num_tokens: int, group_size: int) -> None:
+    async def start(self, num_tokens: int, group_size: int, batch: int) -> None:
+        self._batch = batch
         rng = np.random.default_rng(0)
         self._samples = [
             Completion(
@@ -69,9 +70,11 @@ class Generator(Actor):
     @concurrent_endpoint
     async def generate(self, prompts: Sequence[Prompt], port: Port[Any]) -> int:
         port.return_undeliverable = False
-        for place in range(len(prompts)):
-            for index, sample in enumerate(self._samples):
-                port.send([((place, index), sample)])
+        pairs = [
+            ((place, index), sample) for place in range(len(prompts)) for index, sample in enumerate(self._samples)
+        ]
+        for start in range(0, len(pairs), self._batch):
+            port.send(pairs[start : start + self._batch])
         return len(prompts) * len(self._samples)
 
 
@@ -101,14 +104,14 @@ class Clock:
         self.parts.setdefault(name, []).append((cpu_s() - cpu, time.perf_counter() - wall))
 
 
-async def run(num_rollouts: int, num_tokens: int, repeats: int, num_trainers: int) -> Clock:
+async def run(num_rollouts: int, num_tokens: int, repeats: int, num_trainers: int, batch: int) -> Clock:
     config = Config(reward=[RewardConfig(name="exact")])
     config.data.path, config.data.chat_template = "builtin:addition", False
     config.rollout.prompts_per_step = num_rollouts // config.rollout.group_size
     config.trainer.training.steps = repeats + 1
     meshes = [this_host().spawn_procs(per_host={"gpus": num}) for num in (1, num_trainers)]
     generator, trainer = meshes[0].spawn("generator", Generator), meshes[1].spawn("trainer", Trainer)
-    await generator.start.call_one(num_tokens, config.rollout.group_size)
+    await generator.start.call_one(num_tokens, config.rollout.group_size, batch)
     service = Service("generator", 1, 600, print)
     await service.admit(0, generator)
     trainers = Trainers(trainer, 600, asyncio.get_running_loop().create_future())
@@ -139,7 +142,7 @@ async def run(num_rollouts: int, num_tokens: int, repeats: int, num_trainers: in
 
 async def compare(args: argparse.Namespace) -> None:
     for num_tokens in args.tokens:
-        clock = await run(args.rollouts, num_tokens, args.repeats, args.trainers)
+        clock = await run(args.rollouts, num_tokens, args.repeats, args.trainers, args.batch)
         print(f"{args.rollouts} rollouts of {num_tokens} tokens, {args.trainers} trainers, median of {args.repeats}")
         total = [0.0, 0.0]
         for name, measured in clock.parts.items():
@@ -155,6 +158,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 4096])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--trainers", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=1, help="completions that are done at the same time")
     asyncio.run(compare(parser.parse_args()))
 
 

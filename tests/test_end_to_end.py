@@ -198,6 +198,7 @@ def test_an_asynchronous_run_on_several_processes_keeps_the_staleness_bound(tmp_
             6,
             BAD_REWARD,
             "rollout.max_staleness=2",
+            "rollout.window=2",
             "trainer.processes_per_node=2",
             "generator.replicas=2",
             "reference.enable=true",

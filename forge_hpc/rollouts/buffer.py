@@ -24,6 +24,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from forge_hpc.config import Config
@@ -262,7 +263,8 @@ def episode_buffer(config: Config, steps_done: int, position: int, ahead: Iterab
     """The buffer of a run whose ``steps_done`` steps took all prompts before ``position``, and those ``ahead``."""
     a, rollout, last_step = config.algorithm, config.rollout, config.trainer.training.steps
     size, window = rollout.prompts_per_step, rollout.window
-    counts = {"counts": has_signal, "max_uncounted": a.max_steps_without_signal * size} if a.dynamic_sampling else {}
-    return EpisodeBuffer(
-        size, rollout.max_staleness, steps_done, position, last_step, window=window, ahead=ahead, **counts
-    )
+    make = partial(EpisodeBuffer, size, rollout.max_staleness, steps_done, position, last_step)
+    if not a.dynamic_sampling:
+        return make(window=window, ahead=ahead)
+    limit = a.max_steps_without_signal * size
+    return make(has_signal, limit, window, ahead)
