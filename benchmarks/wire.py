@@ -1,6 +1,10 @@
 """Weights between two hosts on the CPU, mutual TLS on: ours against four plain TLS streams.
 
     python benchmarks/wire.py [--megabytes 1200] [--rounds 5] [--json FILE]
+    python benchmarks/wire.py --changes [--json FILE]
+
+With --changes: what share of the bytes is sent in steps 20 to 40 of a small Qwen3 from random weights, bfloat16 out of
+float32 masters, AdamW at 1e-6, where only what changed is; each version is compared bit by bit. One process, no wire.
 
 As root: it makes two network namespaces, each a host with a Monarch worker. The model is bfloat16 and changes wholly
 every round. A round brings it over by ``plain`` (four streams of Python's ssl, from a buffer into a buffer), by
@@ -37,6 +41,8 @@ from forge_hpc.cluster.identity import make_job_identity, tls_environment
 from forge_hpc.cluster.meshes import attach
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.weights import Offer, Part, RemoteReader, Served, Snapshots, StoreSpec, WeightStore, publish, pull
+from forge_hpc.wire.changes import apply
+from forge_hpc.wire.messages import ANSWER, PIECE_BYTES
 from forge_hpc.wire.server import Server
 from forge_hpc.wire.tls import Certificates, prepare
 
@@ -203,6 +209,47 @@ async def measure(args: argparse.Namespace, workers: list[str]) -> None:
     await hosts.shutdown()
 
 
+# ---- what changes in a step
+
+
+def measure_changes(json_file: Path | None) -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(1)
+    shape = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=8, head_dim=32)
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=8192, num_key_value_heads=4, tie_word_embeddings=True, **shape))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0)
+    snapshots = Snapshots(0, torch.bfloat16, torch.device("cpu"), 1 << 24, keeps_previous=True)
+    served, shares, held = Served(snapshots, sends_changes=True), [], torch.Tensor()
+    tokens = torch.randint(0, 2048, (41, 8, 65)).cumsum(-1) % 8192  # not all alike, something to learn
+    for step in range(41):
+        loss = model(input_ids=tokens[step], labels=tokens[step]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        part = snapshots.take(step, lambda: dict(model.state_dict()), model.parameters())
+        assert part is not None
+        size, found = part.handle.num_bytes, snapshots.find(step)
+        assert found is not None
+        if step:
+            num_bytes = 0
+            for start in range(0, size, PIECE_BYTES):
+                stop = min(start + PIECE_BYTES, size)
+                if (encoded := served.changes(step - 1, step, start, stop)) is None:
+                    held[start:stop] = found[1][start:stop]
+                else:
+                    apply(held[start:stop].view(torch.int16).numpy(), encoded)
+                num_bytes += (stop - start if encoded is None else len(encoded)) + ANSWER.size + 1
+            assert torch.equal(held, found[1])
+            shares.append(num_bytes / size)
+        held = found[1].clone()
+    share = statistics.median(shares[19:])
+    print(f"{size / 1e6:.1f} MB, steps 20 to 40: {share:.4f} of the bytes (step 1: {shares[0]:.4f}), bitwise the same")
+    if json_file is not None:
+        json_file.write_text(json.dumps({"num_bytes": size, "shares": shares, "median": share}, indent=1))
+
+
 # ---- two hosts
 
 
@@ -255,6 +302,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=1200)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--changes", action="store_true")
     parser.add_argument("--workers", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--plain-send", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--plain-receive", type=int, nargs=2, help=argparse.SUPPRESS)
@@ -263,6 +311,8 @@ def main() -> None:
         plain_send(args.plain_send)
     elif args.plain_receive is not None:
         plain_receive(*args.plain_receive)
+    elif args.changes:
+        measure_changes(args.json)
     elif args.workers is not None:
         asyncio.run(measure(args, args.workers))
     else:
