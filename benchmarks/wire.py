@@ -9,8 +9,8 @@ float32 masters, AdamW at 1e-6, where only what changed is; each version is comp
 As root: it makes two network namespaces, each a host with a Monarch worker. The model is bfloat16 and changes wholly
 every round. A round brings it over by ``plain`` (four streams of Python's ssl, from a buffer into a buffer), by
 ``streams`` (what generators use) and by ``messages`` (TorchStore's volumes, the way of last resort, and the only one
-before there were streams), one after the other. Seconds are the reader's until all bytes are in its memory; connections
-and memory are warm, but for ``messages``, which keeps none. Medians in MB/s (10^6 bytes), and ratios.
+before there were streams), one after the other. Seconds are from the trainer's weights to the reader's memory, copies
+included; connections and memory are warm, but for ``messages``, which keeps none. Medians in MB/s (10^6 bytes), ratios.
 """
 
 from __future__ import annotations
@@ -188,15 +188,17 @@ async def measure(args: argparse.Namespace, workers: list[str]) -> None:
     port = await sender.start.call_one("--plain-send", str(num_bytes))
     await receiver.start.call_one("--plain-receive", str(num_bytes), port.strip())
     await trainer.build.call_one(num_bytes, False)
-    store = await WeightStore.start(spawn(0, "volume", None), 1, keep=1, share_memory=False)
+    store = await WeightStore.start(spawn(0, "volume", None), 1, keep=1)
     seconds: dict[str, list[float]] = {"plain": [], "messages": [], "streams": []}
     for version in range(args.rounds + 1):
-        part, _ = await trainer.offer.call_one(version)
+        part, snapshot_s = await trainer.offer.call_one(version)
         seconds["plain"].append(await receiver.fetch.call_one())
-        seconds["streams"].append(await generator.receive.call_one(Offer(version, (part,))))
+        seconds["streams"].append(snapshot_s + await generator.receive.call_one(Offer(version, (part,))))
+        start = time.perf_counter()
         await trainer.publish.call_one(store.spec, version)
         await store.commit(version)
-        seconds["messages"].append(await generator.pull.call_one(store.spec, version))
+        stored_s = time.perf_counter() - start
+        seconds["messages"].append(stored_s + await generator.pull.call_one(store.spec, version))
         print({way: round(found[-1], 3) for way, found in seconds.items()}, flush=True)
     rates = {way: num_bytes / 1e6 / statistics.median(found[1:]) for way, found in seconds.items()}
     print(f"{args.megabytes} MB, {os.cpu_count()} cores for both hosts, median of {args.rounds}")
@@ -284,7 +286,9 @@ def run_on_two_hosts(arguments: list[str]) -> None:
         workers = []
         try:
             for node, (name, address) in enumerate(zip(names, ADDRESSES, strict=True)):
-                command = ["ip", "netns", "exec", name, sys.executable, "-m", "forge_hpc.cluster.worker"]
+                rename = f'echo {name} > /proc/sys/kernel/hostname; exec "$@"'  # memory is not shared between hosts
+                command = ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", rename, "sh"]
+                command += [sys.executable, "-m", "forge_hpc.cluster.worker"]
                 command += ["--rendezvous", str(rendezvous.directory), "--node", str(node)]
                 command += ["--address", address, "--parent", str(os.getpid())]
                 workers.append(subprocess.Popen(command, env=environment))
