@@ -1,12 +1,16 @@
 """Weights between two hosts on the CPU, mutual TLS on: ours against four plain TLS streams.
 
     python benchmarks/wire.py [--megabytes 1200] [--rounds 5] [--json FILE]
+    python benchmarks/wire.py --changes [--json FILE]
+
+With --changes: what share of the bytes is sent in steps 20 to 40 of a small Qwen3 from random weights, bfloat16 out of
+float32 masters, AdamW at 1e-6, where only what changed is; each version is compared bit by bit. One process, no wire.
 
 As root: it makes two network namespaces, each a host with a Monarch worker. The model is bfloat16 and changes wholly
 every round. A round brings it over by ``plain`` (four streams of Python's ssl, from a buffer into a buffer), by
 ``streams`` (what generators use) and by ``messages`` (TorchStore's volumes, the way of last resort, and the only one
-before there were streams), one after the other. Seconds are the reader's until all bytes are in its memory; connections
-and memory are warm, but for ``messages``, which keeps none. Medians in MB/s (10^6 bytes), and ratios.
+before there were streams), one after the other. Seconds are from the trainer's weights to the reader's memory, copies
+included; connections and memory are warm, but for ``messages``, which keeps none. Medians in MB/s (10^6 bytes), ratios.
 """
 
 from __future__ import annotations
@@ -37,6 +41,8 @@ from forge_hpc.cluster.identity import make_job_identity, tls_environment
 from forge_hpc.cluster.meshes import attach
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.weights import Offer, Part, RemoteReader, Served, Snapshots, StoreSpec, WeightStore, publish, pull
+from forge_hpc.wire.changes import apply
+from forge_hpc.wire.messages import ANSWER, PIECE_BYTES
 from forge_hpc.wire.server import Server
 from forge_hpc.wire.tls import Certificates, prepare
 
@@ -182,15 +188,17 @@ async def measure(args: argparse.Namespace, workers: list[str]) -> None:
     port = await sender.start.call_one("--plain-send", str(num_bytes))
     await receiver.start.call_one("--plain-receive", str(num_bytes), port.strip())
     await trainer.build.call_one(num_bytes, False)
-    store = await WeightStore.start(spawn(0, "volume", None), 1, keep=1, share_memory=False)
+    store = await WeightStore.start(spawn(0, "volume", None), 1, keep=1)
     seconds: dict[str, list[float]] = {"plain": [], "messages": [], "streams": []}
     for version in range(args.rounds + 1):
-        part, _ = await trainer.offer.call_one(version)
+        part, snapshot_s = await trainer.offer.call_one(version)
         seconds["plain"].append(await receiver.fetch.call_one())
-        seconds["streams"].append(await generator.receive.call_one(Offer(version, (part,))))
+        seconds["streams"].append(snapshot_s + await generator.receive.call_one(Offer(version, (part,))))
+        start = time.perf_counter()
         await trainer.publish.call_one(store.spec, version)
         await store.commit(version)
-        seconds["messages"].append(await generator.pull.call_one(store.spec, version))
+        stored_s = time.perf_counter() - start
+        seconds["messages"].append(stored_s + await generator.pull.call_one(store.spec, version))
         print({way: round(found[-1], 3) for way, found in seconds.items()}, flush=True)
     rates = {way: num_bytes / 1e6 / statistics.median(found[1:]) for way, found in seconds.items()}
     print(f"{args.megabytes} MB, {os.cpu_count()} cores for both hosts, median of {args.rounds}")
@@ -201,6 +209,47 @@ async def measure(args: argparse.Namespace, workers: list[str]) -> None:
         args.json.write_text(json.dumps({"megabytes": args.megabytes, "seconds": seconds, "mb_per_s": rates}, indent=1))
     await asyncio.gather(sender.end.call_one(), receiver.end.call_one(), generator.end.call_one())
     await hosts.shutdown()
+
+
+# ---- what changes in a step
+
+
+def measure_changes(json_file: Path | None) -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(1)
+    shape = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=8, head_dim=32)
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=8192, num_key_value_heads=4, tie_word_embeddings=True, **shape))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0)
+    snapshots = Snapshots(0, torch.bfloat16, torch.device("cpu"), 1 << 24, keeps_previous=True)
+    served, shares, held = Served(snapshots, sends_changes=True), [], torch.Tensor()
+    tokens = torch.randint(0, 2048, (41, 8, 65)).cumsum(-1) % 8192  # not all alike, something to learn
+    for step in range(41):
+        loss = model(input_ids=tokens[step], labels=tokens[step]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        part = snapshots.take(step, lambda: dict(model.state_dict()), model.parameters())
+        assert part is not None
+        size, found = part.handle.num_bytes, snapshots.find(step)
+        assert found is not None
+        if step:
+            num_bytes = 0
+            for start in range(0, size, PIECE_BYTES):
+                stop = min(start + PIECE_BYTES, size)
+                if (encoded := served.changes(step - 1, step, start, stop)) is None:
+                    held[start:stop] = found[1][start:stop]
+                else:
+                    apply(held[start:stop].view(torch.int16).numpy(), encoded)
+                num_bytes += (stop - start if encoded is None else len(encoded)) + ANSWER.size + 1
+            assert torch.equal(held, found[1])
+            shares.append(num_bytes / size)
+        held = found[1].clone()
+    share = statistics.median(shares[19:])
+    print(f"{size / 1e6:.1f} MB, steps 20 to 40: {share:.4f} of the bytes (step 1: {shares[0]:.4f}), bitwise the same")
+    if json_file is not None:
+        json_file.write_text(json.dumps({"num_bytes": size, "shares": shares, "median": share}, indent=1))
 
 
 # ---- two hosts
@@ -237,7 +286,9 @@ def run_on_two_hosts(arguments: list[str]) -> None:
         workers = []
         try:
             for node, (name, address) in enumerate(zip(names, ADDRESSES, strict=True)):
-                command = ["ip", "netns", "exec", name, sys.executable, "-m", "forge_hpc.cluster.worker"]
+                rename = f'echo {name} > /proc/sys/kernel/hostname; exec "$@"'  # memory is not shared between hosts
+                command = ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", rename, "sh"]
+                command += [sys.executable, "-m", "forge_hpc.cluster.worker"]
                 command += ["--rendezvous", str(rendezvous.directory), "--node", str(node)]
                 command += ["--address", address, "--parent", str(os.getpid())]
                 workers.append(subprocess.Popen(command, env=environment))
@@ -255,6 +306,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=1200)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--changes", action="store_true")
     parser.add_argument("--workers", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--plain-send", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--plain-receive", type=int, nargs=2, help=argparse.SUPPRESS)
@@ -263,6 +315,8 @@ def main() -> None:
         plain_send(args.plain_send)
     elif args.plain_receive is not None:
         plain_receive(*args.plain_receive)
+    elif args.changes:
+        measure_changes(args.json)
     elif args.workers is not None:
         asyncio.run(measure(args, args.workers))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import select
 import socket
@@ -387,3 +388,58 @@ def test_without_memory_for_a_second_copy_all_is_sent(
     local, num_bytes = reader.receive(offer)
     assert equal(read(local), rank.weights) and num_bytes > 2 * NUM
     rank.server.close()
+
+
+# ---- the generator
+
+
+class FakeEngine:
+    """What a generator loads into."""
+
+    def __init__(self) -> None:
+        self.loaded: dict[int, dict[str, torch.Tensor]] = {}
+
+    async def load_weights(self, version: int, tensors: Any) -> None:
+        self.loaded[version] = {name: tensor.clone() for name, tensor in tensors}
+
+
+def test_a_generator_takes_streams_where_it_can_and_tries_again_after_a_break_but_not_where_none_came_through(
+    certificates: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from forge_hpc.actors.generator import Generator
+    from forge_hpc.config import Config
+
+    for name, value in certificates.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("forge_hpc.actors.generator.setup_logging", lambda *args: None)
+    generator, engine = Generator(Config(), 0, tmp_path), FakeEngine()
+    generator._engine = engine  # type: ignore[assignment]
+    load = Generator.load._method.__wrapped__  # type: ignore[attr-defined]
+
+    def elsewhere(offer: Offer) -> Offer:
+        [part] = offer.parts
+        return Offer(offer.version, (replace(part, handle=replace(part.handle, host="another")),))
+
+    async def scenario() -> None:
+        rank = Rank(certificates)
+        first = elsewhere(rank.offer(1, with_checksum=True))
+        assert await load(generator, None, 1, first) == "TLS streams"
+        assert equal(engine.loaded[1], rank.weights)
+        second = elsewhere(rank.offer(2))
+        rank.offer(3)  # 2 is gone
+        assert await load(generator, None, 2, second) is None and 2 not in engine.loaded
+        assert await load(generator, None, 4, elsewhere(rank.offer(4))) == "TLS streams"
+        assert await load(generator, None, 4, None, True) == ""  # it does not wait for the store
+        rank.server.close()
+        deaf = Rank(certificates)
+        offer = elsewhere(deaf.offer(5))
+        deaf.server.close()
+        assert await load(generator, None, 5, offer) is None
+        assert generator._unreachable == offer.origin  # from now on the store, without a try
+        silent = Rank(certificates).snapshots.take(6, lambda: deaf.weights, deaf.weights.values())
+        assert silent is not None
+        assert await load(generator, None, 6, elsewhere(Offer(6, (silent,)))) is None  # served to nobody
+
+    asyncio.run(scenario())
+    assert generator._remote is not None
+    generator._remote.close()

@@ -239,7 +239,11 @@ class Trainer(Actor):
         if self._config.cluster.nodes == 1 or certificates is None:
             return None
         served = Served(snapshots, self._config.generator.send_changes)
-        return Server(served, host_address(self._config.cluster.nodes), certificates)
+        try:
+            return Server(served, host_address(self._config.cluster.nodes), certificates)
+        except OSError as error:
+            logger.warning("no streams to other hosts, the store serves them: %s", error)
+            return None
 
     def _weights(self, copies: bool) -> dict[str, torch.Tensor]:
         """The weights by name; copies where training goes on while they are published."""

@@ -260,8 +260,8 @@ class GeneratorPool:
 class WeightSync:
     """Brings each policy version from the trainers to all generators, beside the training where staleness allows.
 
-    Generators on the trainers' host read the version where the trainers have copied it; for others, and where that does
-    not work, the trainers put it into the store too. Who reads is known here, so the trainers are told which copy must
+    Generators read the version where the trainers have copied it, those of other hosts over streams; where neither
+    works, the trainers put it into the store too. Who reads is known here, so the trainers are told which copy must
     stay.
 
     Args:
