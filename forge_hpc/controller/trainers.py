@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from forge_hpc.config.needs import POLICY
+from forge_hpc.config.needs import POLICY, REFERENCE
 from forge_hpc.controller.service import answer
 from forge_hpc.data.types import Document
 
@@ -19,8 +20,19 @@ if TYPE_CHECKING:
     from forge_hpc.weights import Offer, StoreSpec
 
 
+class ModelsApart(Protocol):
+    """Frozen models that have processes of their own (``controller.frozen``), as they are asked."""
+
+    models: frozenset[str]
+
+    async def logprobs(self, documents: Sequence[Document], model: str) -> list[np.ndarray]: ...
+
+    async def values(self, documents: Sequence[Document], model: str) -> list[np.ndarray]: ...
+
+
 class Trainers:
-    """The training mesh as one: calls go to all ranks, results are those of rank 0 unless all are asked for.
+    """The training mesh as one: calls go to all ranks, results are those of rank 0 unless all are asked for. What is
+    asked of a frozen model that has processes of its own goes there.
 
     ``model`` is the name of one of the models that the recipe needs (``ModelNeed``).
 
@@ -29,8 +41,12 @@ class Trainers:
         Exception: from every call: the first rank's error.
     """
 
-    def __init__(self, mesh: Any, timeout_s: float, lost: asyncio.Future[str]) -> None:
+    def __init__(
+        self, mesh: Any, timeout_s: float, lost: asyncio.Future[str], frozen: ModelsApart | None = None
+    ) -> None:
         self._mesh = mesh
+        self._frozen = frozen
+        self._apart = frozen.models if frozen is not None else frozenset[str]()
         self._lost = lost
         self.timeout_s = timeout_s
 
@@ -45,16 +61,23 @@ class Trainers:
         model: str = POLICY,
     ) -> dict[str, float]:
         """One optimizer step of a trained model, as ``TrainEngine.train_step``; its metrics."""
+        if model == POLICY and REFERENCE in self._apart:  # a reference beside the policy is asked there
+            logprobs = await self.logprobs(documents, REFERENCE)
+            documents = [replace(own, ref_logprobs=ref) for own, ref in zip(documents, logprobs, strict=True)]
         return await self._call("train_step", documents, update, max_mismatch, model)
 
     async def logprobs(self, documents: Sequence[Document], model: str = POLICY) -> list[np.ndarray]:
         """Log-probabilities of the documents' tokens under a model, trained or frozen, at the training temperature:
         [L] float32 each, at the tokens of the loss mask, 0 elsewhere."""
+        if self._frozen is not None and model in self._apart:
+            return await self._frozen.logprobs(documents, model)
         return await self._call("logprobs", documents, model)
 
     async def values(self, documents: Sequence[Document], model: str = "critic") -> list[np.ndarray]:
         """What a model with a value head says: [L] float32 for each document, at a token of the loss mask the value of
         what stands before it, 0 elsewhere."""
+        if self._frozen is not None and model in self._apart:
+            return await self._frozen.values(documents, model)
         return await self._call("values", documents, model)
 
     async def eval_loss(self, documents: Sequence[Document]) -> float:

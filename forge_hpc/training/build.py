@@ -87,7 +87,8 @@ class Shape:
         free, total = torch.cuda.mem_get_info()
         cluster = self.cfg.cluster
         gpus = cluster.gpus_per_node if cluster.gpus_per_node is not None else torch.cuda.device_count()
-        if placement(self.cfg, gpus).shared_gpus:  # with a generator, which may not have taken its share yet
+        trains = any(need.trained for _, need in models.values())  # else it has processes of its own
+        if trains and placement(self.cfg, gpus).shared_gpus:  # with a generator, which may not have taken its share yet
             free = min(free, int(total * (1 - self.cfg.generator.engine.gpu_memory_utilization)))
         states = sum(self.state_bytes(self.spec(directory), need) for directory, need in models.values())
         available = torch.tensor(free - states - RESERVE_BYTES, device=local_device())
