@@ -13,6 +13,7 @@ from runs import PROJECT, REWARD, left_over, processes, read, run_local, small_r
 from test_docs import DOCS, FILE
 from tiny_models import random_documents
 
+from forge_hpc.cluster.meshes import Cluster
 from forge_hpc.config import Config, UserError, load_config, plan, validate
 from forge_hpc.config.needs import ModelNeed
 from forge_hpc.config.recipes import needs_of
@@ -85,6 +86,13 @@ def test_a_place_that_does_not_add_up_is_refused(overrides: list[str], gpus: int
     assert refused.value.hint
 
 
+def test_ranks_are_told_how_many_gpus_a_node_has_for_they_see_their_own_alone() -> None:
+    cfg = config("cluster.frozen_processes=1")
+    nodes: dict[str, Any] = {"hosts": None, "cpus": 1, "gpu_names": [], "log_dir": Path(), "faults": None}
+    told = Cluster(placement=plan(cfg, 2), **nodes).told(cfg)
+    assert cfg.cluster.gpus_per_node is None and plan(told, told.cluster.gpus_per_node) == plan(cfg, 2)
+
+
 # ---- the controller's side
 
 
@@ -130,6 +138,9 @@ class FakeCluster:
             watched=watched, watch=watched.__setitem__, forget=lambda name: None, ended_nodes=set[int]()
         )
         self.num_losses, self.node_is_gone, self.stores = num_losses, node_is_gone, list[str]()
+
+    def told(self, config: Config) -> Config:
+        return config
 
     def spawn_frozen(self, name: str) -> Procs:
         return Procs(self, self.node_is_gone and bool(self.stores))

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forge_hpc.cluster.faults import Faults
+from forge_hpc.config.schema import Config
 from forge_hpc.config.split import Placement
 
 if TYPE_CHECKING:
@@ -85,6 +86,10 @@ class Cluster:
         hosts = self.hosts.slice(hosts=slice(node, node + 1))
         command = self._command(node, self.placement.replica_gpus[slot])
         return hosts.spawn_procs(per_host={"procs": 1}, name=name, bootstrap_command=command)
+
+    def told(self, config: Config) -> Config:
+        """The configuration for processes that see no GPU but their own, and go by how many a node has."""
+        return replace(config, cluster=replace(config.cluster, gpus_per_node=self.placement.gpus_per_node))
 
     async def can_spawn(self, node: int, timeout_s: float) -> bool:
         """Whether a process can be started on a node."""

@@ -143,7 +143,7 @@ class FrozenProcesses:
             await asyncio.wait_for(self._procs.initialized, SPAWN_S)
         except Exception as error:
             raise await why_not_spawned(self._cluster, nodes, "frozen models", error) from error
-        mesh = self._procs.spawn(self._name, Frozen, self._config, self._log_dir)
+        mesh = self._procs.spawn(self._name, Frozen, self._cluster.told(self._config), self._log_dir)
         call = mesh.start.call(self._model_dirs, self._log_dir / f"process-group-{self._name}")
         await answer(call, lost, self._config.cluster.start_timeout_s, "the frozen models, start()")
         return mesh

@@ -181,7 +181,7 @@ class Session:
             raise await why_not_spawned(self.cluster, nodes, "trainers", error) from error
         apart = frozen_apart(config, self.needs)
         here = {name: need for name, need in self.needs.models.items() if name not in apart}
-        mesh = procs.spawn(name, Trainer, config, self.log_dir, here)
+        mesh = procs.spawn(name, Trainer, self.cluster.told(config), self.log_dir, here)
         self._trainers = Trainers(mesh, config.trainer.timeout_s, self.lost, self._frozen)
         self._mismatch = MismatchWatch(config, bool(self.cluster.placement.gpus_per_node), self.warn)
         file_store = self.log_dir / f"process-group{self._suffix}"
