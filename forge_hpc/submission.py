@@ -334,7 +334,7 @@ def _set_nodes(cfg: Config, nodes: int, overrides: Sequence[str]) -> None:
     if nodes < 1:
         raise UserError(f"--nodes {nodes}", "give 1 or more")
     cluster.nodes = nodes
-    working = nodes - cluster.spare_nodes
+    working = nodes - cluster.spare_nodes - cluster.frozen_nodes
     given = [n for n in (cluster.trainer_nodes, cluster.rollout_nodes) if n is not None]
     by_hand = any(o.partition("=")[0] in ("cluster.trainer_nodes", "cluster.rollout_nodes") for o in overrides)
     if by_hand or not given or (len(given) == 1 and given[0] < working) or (len(given) == 2 and sum(given) == working):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from slurm_cluster import SlurmCluster, missing_requirement
@@ -22,6 +23,28 @@ os.umask(UMASK)
 def ordinary_umask() -> None:
     """A test may have called what makes this process private (``setup_logging``): the next one begins as the first."""
     os.umask(UMASK)
+
+
+@pytest.fixture(scope="module")
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """This process is the only rank of the trainers."""
+    import torch.distributed as dist
+
+    from forge_hpc.training.distributed import init_distributed
+
+    init_distributed(tmp_path_factory.mktemp("store") / "store", rank=0, world_size=1, local_rank=0, timeout_s=60)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3 of random weights, its embeddings tied."""
+    from tiny_models import write_model
+
+    directory = tmp_path_factory.mktemp("model")
+    write_model(directory, "qwen3", tied=True)
+    return directory
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from tiny_models import random_documents, write_model
 from transformers import AutoModelForCausalLM
@@ -23,16 +21,10 @@ from forge_hpc.config.schema import Config
 from forge_hpc.data.builtin import char_tokenizer
 from forge_hpc.export import export
 from forge_hpc.run_dir import RunDir
-from forge_hpc.training.distributed import init_distributed
 from forge_hpc.training.engine import TrainEngine
 from forge_hpc.training.export import export_hf
 
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    init_distributed(tmp_path_factory.mktemp("store") / "store", rank=0, world_size=1, local_rank=0, timeout_s=60)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def configure(model_dir: Path, *overrides: str) -> Config:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config
 from forge_hpc.training.distributed import init_distributed
 from forge_hpc.training.engine import TrainEngine
+
+pytestmark = pytest.mark.usefixtures("process_group")
 
 RANK, ALPHA = 4, 12.0
 
@@ -49,13 +50,6 @@ def adapters(engine: TrainEngine) -> dict[str, torch.Tensor]:
 
 def documents() -> Any:
     return random_documents(9, with_logprobs=False)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    init_distributed(tmp_path_factory.mktemp("store") / "store", rank=0, world_size=1, local_rank=0, timeout_s=60)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

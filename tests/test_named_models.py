@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,8 @@ from forge_hpc.training.models import Models
 from forge_hpc.weights import Offer, VersionNotFoundError, opened
 from forge_hpc.weights.layout import Manifest
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 CRITIC = {"policy": ModelNeed(), "critic": ModelNeed(head="value", lr=2e-2)}
 
 
@@ -44,20 +45,6 @@ def config(**parallelism: int) -> Config:
     for name, value in parallelism.items():
         setattr(cfg.trainer.parallelism, name, value)
     return cfg
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    init_distributed(tmp_path_factory.mktemp("store") / "store", rank=0, world_size=1, local_rank=0, timeout_s=60)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    write_model(directory, "qwen3", tied=True)
-    return directory
 
 
 def with_returns(num: int = 8) -> Any:

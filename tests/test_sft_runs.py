@@ -76,19 +76,36 @@ def test_what_has_learned_chats_stops_at_the_end_of_its_turn(tmp_path: Path) -> 
     assert len(tokens) < len(prompt["input_ids"][0]) + 10 and tokens[-1] == end
 
 
-def test_an_interrupted_run_validates_goes_on_exactly_and_exports(tmp_path: Path) -> None:
-    run_dir, overrides = tmp_path / "run", sft_run(tmp_path)
+def interrupted(run_dir: Path, overrides: list[str], step: int) -> int:
+    """Start a run, and stop it once it has done ``step`` steps; how many it has."""
     run = start_local(run_dir, overrides)
     try:
-        wait_for(lambda: len(read(run_dir)) >= 6 or run.poll() is not None, "six steps")
+        wait_for(lambda: len(read(run_dir)) >= step or run.poll() is not None, f"step {step}")
         run.send_signal(signal.SIGINT)
-        run.communicate(timeout=120)
+        out, err = run.communicate(timeout=120)
     finally:
         run.kill()
-    assert status(run_dir)["state"] == "cancelled"
+    assert status(run_dir)["state"] == "cancelled", out + err
+    assert step <= len(read(run_dir)) == status(run_dir)["step"] < STEPS
+    return len(read(run_dir))
+
+
+def test_a_run_stopped_on_one_rank_and_again_on_two_validates_goes_on_with_one_and_exports(tmp_path: Path) -> None:
+    """What nodes with another number of GPUs are to a run: ranks, each with its shards of what others have saved."""
+    run_dir, overrides = tmp_path / "run", sft_run(tmp_path)
+    first = interrupted(run_dir, overrides, 4)
+    second = interrupted(run_dir, [*overrides, "trainer.processes_per_node=2"], first + 4)
     again = run_local(run_dir, overrides)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "resuming after step" in (run_dir / "logs/local.1/controller.log").read_text()
+    for start, (step, ranks) in enumerate(((0, 1), (first, 2), (second, 1))):
+        logs = run_dir / f"logs/local.{start}"
+        assert {path.stem for path in logs.glob("trainer-*.log")} == {f"trainer-{rank}" for rank in range(ranks)}
+        assert step == 0 or f"resuming after step {step} from" in (logs / "controller.log").read_text()
+    changed = [record["changes"] for record in read(run_dir, "starts.jsonl") if record["event"] == "changed"]
+    assert changed == [
+        ["trainer.processes_per_node: null -> 2 (may change the last bit)"],
+        ["trainer.processes_per_node: 2 -> null (may change the last bit)"],
+    ]
 
     assert not unexplained_metrics(run_dir)
     metrics, evaluations, weights = in_one_process(run_dir, tmp_path)

@@ -5,39 +5,24 @@ from __future__ import annotations
 import asyncio
 import math
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from runs import check_contract, read, run_local, small_run, start_local, wait_for
 from test_end_to_end import check_same
-from tiny_models import random_documents, write_model
+from tiny_models import random_documents
 
 from forge_hpc.config.schema import Config
 from forge_hpc.controller.generators import WeightSync
 from forge_hpc.data.types import Document
 from forge_hpc.rollouts.buffer import EpisodeBuffer
-from forge_hpc.training.distributed import init_distributed
 from forge_hpc.training.engine import TrainEngine
 from forge_hpc.weights import Offer
 
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    init_distributed(tmp_path_factory.mktemp("store") / "store", rank=0, world_size=1, local_rank=0, timeout_s=60)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    write_model(directory, "qwen3", tied=True)
-    return directory
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def configuration(kl_coef: float = 0.0) -> Config:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,8 @@ from forge_hpc.data.types import Document
 from forge_hpc.losses import GRPOLoss
 from forge_hpc.training.distributed import init_distributed
 from forge_hpc.training.engine import TrainEngine
+
+pytestmark = pytest.mark.usefixtures("process_group")
 
 NUM_DOCUMENTS = 13
 
@@ -73,19 +74,11 @@ def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
     assert_close(actual, expected, atol=0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    init_distributed(tmp_path_factory.mktemp("store") / "store", rank=0, world_size=1, local_rank=0, timeout_s=60)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    write_model(directory, "qwen3", tied=True)
-    (directory / "tokenizer.json").write_text("{}")
-    return directory
+def model_dir(model_dir: Path) -> Path:
+    """With a file that the export copies."""
+    (model_dir / "tokenizer.json").write_text("{}")
+    return model_dir
 
 
 @pytest.fixture(scope="module")

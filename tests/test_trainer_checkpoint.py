@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_models import random_documents, write_model
+from tiny_models import random_documents
 
 from forge_hpc.checkpoint import CheckpointError, CheckpointStore, verify
 from forge_hpc.config.schema import Config
@@ -118,13 +118,6 @@ def load_on_ranks(rank: int, model_dir: Path, directory: Path) -> dict[str, Any]
     engine = engine_on(model_dir)
     engine.load(directory)
     return {"weights": weights(engine), "losses": [train(engine) for _ in range(2)], "step": engine.step}
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    write_model(directory, "qwen3", tied=True)
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 hosts = await attach(addresses, own_address, timeout_s)
 cluster = Cluster(hosts, placement, cpus, log_dir)
-trainers = cluster.spawn_trainers("trainer")        # one mesh over all trainer nodes
+trainers = cluster.spawn_trainers("trainer")        # one mesh over all trainer nodes; spawn_frozen likewise
 replica = cluster.spawn_generator("generator0", 0)  # one mesh a replica, so that one can fail alone
 
 Meshes are named by the caller: what Monarch reports of one is told to who watches that name (``faults``).
@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forge_hpc.cluster.faults import Faults
+from forge_hpc.config.schema import Config
 from forge_hpc.config.split import Placement
 
 if TYPE_CHECKING:
@@ -56,15 +57,19 @@ class Cluster:
 
     def spawn_trainers(self, name: str) -> ProcMesh:
         """One process a trainer rank, as one mesh with dimensions ``hosts`` and ``procs``."""
-        nodes = self.placement.trainer_nodes
-        gpus = [gpu for process in self.placement.trainer_gpus for gpu in process]
-        procs = {"procs": self.placement.trainer_procs_per_node}
+        return self._spawn_ranks(name, self.placement.trainer_nodes, self.placement.trainer_gpus)
+
+    def spawn_frozen(self, name: str) -> ProcMesh:
+        """The same for the frozen models that have processes of their own."""
+        return self._spawn_ranks(name, self.placement.frozen_nodes, self.placement.frozen_gpus)
+
+    def _spawn_ranks(self, name: str, nodes: range, gpus: Sequence[Sequence[int]]) -> ProcMesh:
         hosts = self.hosts.slice(hosts=slice(nodes.start, nodes.stop))
 
         def command(point: Point) -> BootstrapCommand:
-            return self._command(nodes.start + point["hosts"], gpus)
+            return self._command(nodes.start + point["hosts"], [gpu for process in gpus for gpu in process])
 
-        return hosts.spawn_procs(per_host=procs, name=name, bootstrap_command=command)
+        return hosts.spawn_procs(per_host={"procs": len(gpus)}, name=name, bootstrap_command=command)
 
     def spawn_volumes(self, name: str) -> ProcMesh:
         """One process a trainer node that does nothing but hold published weights."""
@@ -81,6 +86,10 @@ class Cluster:
         hosts = self.hosts.slice(hosts=slice(node, node + 1))
         command = self._command(node, self.placement.replica_gpus[slot])
         return hosts.spawn_procs(per_host={"procs": 1}, name=name, bootstrap_command=command)
+
+    def told(self, config: Config) -> Config:
+        """The configuration for processes that see no GPU but their own, and go by how many a node has."""
+        return replace(config, cluster=replace(config.cluster, gpus_per_node=self.placement.gpus_per_node))
 
     async def can_spawn(self, node: int, timeout_s: float) -> bool:
         """Whether a process can be started on a node."""

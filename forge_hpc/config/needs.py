@@ -19,7 +19,7 @@ HEADS = ("lm", "value")
 
 @dataclass(frozen=True)
 class ModelNeed:
-    """A model beside the others, sharded as they are.
+    """A model beside the others, sharded as they are; a frozen one may have processes of its own, as the cluster says.
 
     Example:
         models = {"policy": ModelNeed(), "critic": ModelNeed(head="value"), "teacher": ModelNeed(False, "org/large")}
@@ -57,7 +57,7 @@ class Needs:
     """What a recipe needs of a run, under one configuration."""
 
     models: Mapping[str, ModelNeed] = field(default_factory=lambda: {POLICY: ModelNeed()})
-    """By name, in the trainers. None: a run without trainers, whose steps are none."""
+    """By name. None: a run without trainers, whose steps are none."""
     generators: Literal["beside", "after", "none"] = "beside"
     """``beside`` the trainers; ``after`` them, on a node that they have left; or none."""
     learns_from: Literal["samples", "examples", "nothing"] = "samples"
@@ -66,6 +66,9 @@ class Needs:
     """Without a reward, or an environment that gives one, there is nothing to do."""
     environments: bool = True
     """Whether it can play ``environment``."""
+    columns: tuple[str, ...] | None = None
+    """Columns of documents that it fills: a loss that takes another one is refused before the run is queued. None: not
+    said, then it is found at the first step."""
 
     @property
     def trains(self) -> bool:

@@ -459,6 +459,12 @@ class ClusterConfig:
     colocate: bool = setting(False, resume=ROUNDING)
     """Every GPU has a trainer and a generator, which take turns: the engines sleep while the trainers compute
     (docs/colocate.md). Synchronous runs alone (``rollout.max_staleness=0``)."""
+    frozen_nodes: int = setting(0, NOT_NEGATIVE, resume=ROUNDING)
+    """Nodes that hold nothing but the recipe's frozen models (a teacher, a reference), which are too large to stand
+    beside the policy. 0: they stand beside it, in the trainers."""
+    frozen_processes: int | None = setting(None, POSITIVE, resume=ROUNDING)
+    """Processes for the frozen models on a node, a GPU each; by default one for each GPU of their nodes, and 1 on the
+    CPU. On a single node this is what takes them out of the trainers."""
     spare_nodes: int = setting(0, NOT_NEGATIVE)
     """Nodes kept to replace lost rollout nodes. With any, the job outlives a node that dies (--no-kill)."""
     max_restarts: int = setting(3, NOT_NEGATIVE)

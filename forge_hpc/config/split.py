@@ -1,14 +1,17 @@
 """Placement: which nodes and GPUs train, which generate. Pure arithmetic, used by the dry run and to build meshes.
 
-Hosts stand in the order of the allocation: trainers first, then rollout nodes, then spares. Every node of a role looks
-the same, so one list of GPUs per role says it all. On a single node both roles share the node, and its GPUs are split;
-a single GPU is shared by both.
+Hosts stand in the order of the allocation: trainers first, then rollout nodes, those of frozen models, then spares.
+Every node of a role looks the same, so one list of GPUs per role says it all. On a single node the roles share the
+node, and its GPUs are split; a single GPU is shared by trainer and generator.
 
 The recipe says what it needs. Models beside generators split the nodes by ``cluster.trainer_nodes`` and
 ``cluster.rollout_nodes``, or by ``cluster.rollout_ratio`` where neither is given; with ``cluster.colocate`` both are on
 every node and every GPU, and take turns. Models alone have every node; a
 generator that is needed only once the trainers have gone starts on the last trainer node, on the first
 ``tensor_parallel_size`` of its GPUs. Generators alone have every node too.
+
+Frozen models with processes of their own take ``cluster.frozen_nodes`` nodes, or the last ``cluster.frozen_processes``
+GPUs of the only node.
 
 No node and no GPU is left idle silently: numbers that do not add up are a UserError.
 """
@@ -18,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.needs import Needs
+from forge_hpc.config.needs import ModelNeed, Needs
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.config.schema import Config
 
@@ -44,11 +47,15 @@ class Placement:
     """The generator starts for the evaluation, when the trainers have ended."""
     takes_turns: bool = False
     """Trainers and generators are on the same nodes and GPUs, and compute one after the other."""
+    frozen_nodes: range = range(0)
+    """Nodes with frozen models in processes of their own; the trainers' node where they share it."""
+    frozen_gpus: _Gpus = ()
+    """GPUs of each of these processes of a node, by local rank; () is a process on the CPU."""
 
     @property
     def nodes(self) -> int:
         """Nodes of the allocation."""
-        return len({*self.trainer_nodes, *self.rollout_nodes, *self.spare_nodes})
+        return len({*self.trainer_nodes, *self.rollout_nodes, *self.frozen_nodes, *self.spare_nodes})
 
     @property
     def trainer_procs_per_node(self) -> int:
@@ -90,10 +97,11 @@ class Placement:
         return tuple(sorted(_all(self.trainer_gpus) & _all(self.replica_gpus)))
 
     def processes_on(self, node: int) -> int:
-        """Trainer processes and generator replicas that work on `node` at the same time."""
+        """Processes of models and generator replicas that work on `node` at the same time."""
         trainers = self.trainer_procs_per_node * (node in self.trainer_nodes)
         generators = self.replicas_per_node * (node in self.rollout_nodes)
-        return max(trainers, generators) if self.generate_after_training else trainers + generators
+        frozen = len(self.frozen_gpus) * (node in self.frozen_nodes)
+        return frozen + (max(trainers, generators) if self.generate_after_training else trainers + generators)
 
     def threads_per_process(self, cpus: int, node: int, extra_processes: int = 0) -> int:
         """CPU threads for each process on `node`, at least 1.
@@ -120,6 +128,8 @@ class Placement:
             elif self.shared_gpus:
                 line += f", sharing {_gpus(self.shared_gpus)} with the trainer"
             lines.append(line)
+        if self.frozen_nodes:
+            lines.append(_line(self.frozen_nodes, "frozen", self.frozen_gpus, "process", "processes"))
         if self.spare_nodes:
             lines.append(f"  {_nodes(self.spare_nodes):<14} {'spares':<11} replace lost nodes")
         return "\n".join(lines)
@@ -138,10 +148,23 @@ def plan(cfg: Config, gpus_per_node: int | None) -> Placement:
     needs = needs_of(cfg)
     trainer_nodes, rollout_nodes, spare_nodes = _split_nodes(cfg, needs)
     after = needs.generators == "after"
+    frozen_nodes = _frozen_nodes(cfg, needs, spare_nodes)
     if gpus_per_node is None:
-        return Placement(trainer_nodes, rollout_nodes, spare_nodes, None, (), (), after, cfg.cluster.colocate)
+        return Placement(
+            trainer_nodes,
+            rollout_nodes,
+            spare_nodes,
+            None,
+            generate_after_training=after,
+            takes_turns=cfg.cluster.colocate,
+            frozen_nodes=frozen_nodes,
+        )
     if gpus_per_node < 0:
         raise UserError(f"cluster.gpus_per_node is {gpus_per_node}", "0 is the CPU")
+    frozen_gpus = _frozen_gpus(cfg, gpus_per_node) if frozen_nodes else ()
+    node_gpus = gpus_per_node
+    if not cfg.cluster.frozen_nodes:  # theirs are those of this node
+        gpus_per_node -= len(_all(frozen_gpus))
     trainer_gpus: _Gpus = ()
     if not needs.models:
         replica_gpus = _replicas(cfg, gpus_per_node, len(rollout_nodes))
@@ -155,8 +178,18 @@ def plan(cfg: Config, gpus_per_node: int | None) -> Placement:
         trainer_gpus, replica_gpus = _on_many_nodes(cfg, gpus_per_node, len(rollout_nodes))
     if not rollout_nodes:
         replica_gpus = ()
-    nodes = (trainer_nodes, rollout_nodes, spare_nodes)
-    placement = Placement(*nodes, gpus_per_node, trainer_gpus, replica_gpus, after, cfg.cluster.colocate)
+    placement = Placement(
+        trainer_nodes,
+        rollout_nodes,
+        spare_nodes,
+        node_gpus,
+        trainer_gpus,
+        replica_gpus,
+        after,
+        cfg.cluster.colocate,
+        frozen_nodes,
+        frozen_gpus,
+    )
     if needs.models:
         _check_degrees(cfg, placement, needs)
     return placement
@@ -167,13 +200,14 @@ def plan(cfg: Config, gpus_per_node: int | None) -> Placement:
 
 def _split_nodes(cfg: Config, needs: Needs) -> tuple[range, range, range]:
     c = cfg.cluster
-    working = c.nodes - c.spare_nodes
+    working = c.nodes - c.spare_nodes - c.frozen_nodes
     if c.spare_nodes < 0 or working < 1:
+        frozen = f" and cluster.frozen_nodes={c.frozen_nodes}" if c.frozen_nodes else ""
         raise UserError(
-            f"{_count(c.nodes, 'node')} with cluster.spare_nodes={c.spare_nodes} leaves none to work",
-            "raise cluster.nodes (--nodes) or lower cluster.spare_nodes",
+            f"{_count(c.nodes, 'node')} with cluster.spare_nodes={c.spare_nodes}{frozen} leaves none to work",
+            f"raise cluster.nodes (--nodes) or lower cluster.spare_nodes{' or cluster.frozen_nodes' if frozen else ''}",
         )
-    spares = range(working, c.nodes)
+    spares = range(working + c.frozen_nodes, c.nodes)
     if c.colocate:
         _check_colocate(cfg, needs)
         return range(working), range(working), spares
@@ -249,6 +283,38 @@ def _check_colocate(cfg: Config, needs: Needs) -> None:
             "are none",
             "set cluster.spare_nodes=0: after the loss of a node the run comes back on the others",
         )
+
+
+def frozen_apart(cfg: Config, needs: Needs) -> dict[str, ModelNeed]:
+    """The models that have processes of their own: all frozen ones, where the cluster has a place for them. With LoRA
+    not those that are the policy without its adapters."""
+    if not (cfg.cluster.frozen_nodes or cfg.cluster.frozen_processes):
+        return {}
+    return {
+        name: need
+        for name, need in needs.models.items()
+        if not need.trained and not (cfg.trainer.lora.enable and need.path in (None, cfg.model.path))
+    }
+
+
+def _frozen_nodes(cfg: Config, needs: Needs, spares: range) -> range:
+    c = cfg.cluster
+    if not (c.frozen_nodes or c.frozen_processes):
+        return range(0)
+    if not frozen_apart(cfg, needs):
+        given = f"cluster.frozen_nodes={c.frozen_nodes}" if c.frozen_nodes else "cluster.frozen_processes"
+        raise UserError(
+            f"{given}, and recipe={cfg.recipe} has no frozen model of weights of its own",
+            f"leave {given.partition('=')[0]} out",
+        )
+    if c.frozen_nodes:
+        return range(spares.start - c.frozen_nodes, spares.start)
+    if spares.start > 1:
+        raise UserError(
+            f"cluster.frozen_processes={c.frozen_processes} without nodes for them, on {_count(spares.start, 'node')}",
+            "set cluster.frozen_nodes, and leave cluster.frozen_processes out where nodes have GPUs",
+        )
+    return range(1)
 
 
 def _share(total: int, ratio: float) -> int:
@@ -385,6 +451,27 @@ def _check_degrees(cfg: Config, placement: Placement, needs: Needs) -> None:
             f"{what} = {batch} is less than the {ranks} data-parallel ranks: some would never have work",
             "raise the batch, or use fewer trainer nodes or more tensor parallelism",
         )
+
+
+def _frozen_gpus(cfg: Config, gpus: int) -> _Gpus:
+    """The processes of frozen models of a node: all its GPUs, or the last ones of the only node."""
+    num = cfg.cluster.frozen_processes
+    if gpus == 0:
+        return ((),) * (num or 1)
+    if cfg.cluster.frozen_nodes:
+        if num not in (None, gpus):
+            raise UserError(
+                f"cluster.frozen_processes={num}, a node of frozen models has {_count(gpus, 'GPU')}",
+                "leave cluster.frozen_processes out: each GPU has one",
+            )
+        return _one_each(range(gpus))
+    assert num is not None
+    if num >= gpus:
+        raise UserError(
+            f"cluster.frozen_processes={num} of the {_count(gpus, 'GPU')} of the node leave none to train",
+            "give fewer, or leave it out: the frozen models then stand beside the policy",
+        )
+    return _one_each(range(gpus - num, gpus))
 
 
 def _all_gpus_train(cfg: Config, gpus: int) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from forge_hpc.config.algorithm import LossFacts, check_fit, check_loss, loss_facts, resolve_advantage
+from forge_hpc.config.columns import check_columns
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.fields import walk
 from forge_hpc.config.models import KNOWN_MODEL_TYPES, check_tokenizer, check_weights, looks_local, read_model_config
@@ -61,6 +62,7 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
         _check_other_models(needs)
         _check_data(cfg)
         _check_files(cfg)
+        check_columns(cfg, needs)
 
 
 def walltime_s(text: str) -> float:

@@ -42,6 +42,7 @@ from forge_hpc.supervisor.starts import StartLog
 from forge_hpc.user_files import check_files, keep_files
 
 if TYPE_CHECKING:  # they load torch: only once the nodes have been joined
+    from forge_hpc.controller.frozen import FrozenProcesses
     from forge_hpc.controller.generators import GeneratorPool
     from forge_hpc.controller.session import Session
 
@@ -56,6 +57,7 @@ MAX_MESSAGE = 1000
 
 async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, terminal: Terminal, leave: Leave) -> bool:
     """Attach, and run the recipe to its end (True) or until the run is to leave; lost trainers cost an attempt."""
+    from forge_hpc.controller.frozen import FrozenProcesses
     from forge_hpc.controller.generators import GeneratorPool, NodeLost
     from forge_hpc.controller.session import Session, background
 
@@ -71,11 +73,14 @@ async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, termin
             leave.request(Departure(Cause.NODE_LOST, f"node {node} is lost: {reason}", silent))
 
         pool = GeneratorPool(config, cluster, log_dir, recoveries, node_lost)
+        frozen = None
+        if cluster.placement.frozen_nodes:
+            frozen = FrozenProcesses(config, cluster, log_dir, recoveries, node_lost)
         done, number = False, 0
         while not done and not leave.requested.is_set():
-            session = Session(config, run_dir, log_dir, cluster, pool, recoveries, leave, number, status)
+            session = Session(config, run_dir, log_dir, cluster, pool, recoveries, leave, number, status, frozen)
             faults.begin()
-            faults.watch_nodes(partial(on_ended_node, session, pool, node_lost))
+            faults.watch_nodes(partial(on_ended_node, session, pool, frozen, node_lost))
             try:
                 done = await attempt(session, pool, terminal, leave, status)
             except NodeLost as error:
@@ -93,6 +98,8 @@ async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, termin
             async with asyncio.timeout(CLOSE_S):
                 await session.close()
                 await pool.close()
+                if frozen is not None:
+                    await frozen.close()
                 await cluster.hosts.shutdown()
         except Exception as error:  # of a node that was lost on the way, say: the run is done
             logger.warning("ending the nodes: %s", reason_of(error))
@@ -129,6 +136,9 @@ async def attempt(
             if (error := work.exception()) is None:
                 return True
             if isinstance(cause := cause_of(error), NodeLost):
+                if session.is_between_steps:  # of frozen models: the trainers can still save
+                    with contextlib.suppress(ActorLost):
+                        await session.save_to_leave()
                 raise cause
             await asyncio.wait(losses, timeout=REPORT_S, return_when=asyncio.FIRST_COMPLETED)
             if not any(loss.done() for loss in losses):
@@ -160,7 +170,12 @@ async def run_recipe(session: Session, terminal: Terminal, status: StatusWriter)
 
 
 def on_ended_node(
-    session: Session, pool: GeneratorPool, node_lost: Callable[[int, str], None], node: int, reason: str
+    session: Session,
+    pool: GeneratorPool,
+    frozen: FrozenProcesses | None,
+    node_lost: Callable[[int, str], None],
+    node: int,
+    reason: str,
 ) -> None:
     """A node's Monarch worker has ended, and with it all that ran there."""
     placement = session.cluster.placement
@@ -169,6 +184,8 @@ def on_ended_node(
         node_lost(node, reason)
     if node in placement.rollout_nodes:
         pool.lose_node(node, reason)
+    if frozen is not None:
+        frozen.lose_node(node, reason)
 
 
 def take_user_files(config: Config, run_dir: RunDir) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,13 @@ class NodeLost(RuntimeError):
     def __init__(self, node: int, reason: str) -> None:
         super().__init__(f"node {node} is lost: {reason}")
         self.node = node
+
+
+async def why_not_spawned(cluster: Cluster, nodes: Sequence[int], who: str, error: Exception) -> Exception:
+    """Why processes of ``nodes`` cannot be spawned: NodeLost where a node starts none, else ActorLost."""
+    answers = await asyncio.gather(*(cluster.can_spawn(node, SPAWN_S) for node in nodes))
+    silent = [node for node, answer in zip(nodes, answers, strict=True) if not answer]
+    return NodeLost(silent[0], reason_of(error)) if silent else ActorLost(f"{who}: {reason_of(error)}")
 
 
 @dataclass

@@ -23,11 +23,13 @@ from forge_hpc.cluster.meshes import Cluster
 from forge_hpc.config import Config, UserError
 from forge_hpc.config.needs import POLICY
 from forge_hpc.config.recipes import load_recipe
-from forge_hpc.controller.generators import SPAWN_S, STOP_S, GeneratorPool, NodeLost, WeightSync
+from forge_hpc.config.split import frozen_apart
+from forge_hpc.controller.frozen import FrozenProcesses
+from forge_hpc.controller.generators import SPAWN_S, STOP_S, GeneratorPool, WeightSync, why_not_spawned
 from forge_hpc.controller.recovery import Leave, Recoveries
 from forge_hpc.controller.resume import find_checkpoint
 from forge_hpc.controller.saving import Saver
-from forge_hpc.controller.service import ActorLost, Service, reason_of
+from forge_hpc.controller.service import Service
 from forge_hpc.controller.trainers import Trainers
 from forge_hpc.controller.turns import Turns
 from forge_hpc.data.hub import load_tokenizer, resolve_model
@@ -68,6 +70,7 @@ class Session:
         leave: Leave,
         attempt: int = 0,
         status: StatusWriter | None = None,
+        frozen: FrozenProcesses | None = None,
     ) -> None:
         self.config = config
         self.recipe = load_recipe(config)
@@ -82,6 +85,7 @@ class Session:
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Resolved with the reason when trainers or the store of the weights are lost: the attempt is over."""
         self._pool = pool
+        self._frozen = frozen
         self._recoveries = recoveries
         self._leave = leave
         self._status = status or StatusWriter(run_dir)
@@ -179,18 +183,25 @@ class Session:
         try:
             await asyncio.wait_for(procs.initialized, SPAWN_S)
         except Exception as error:
-            raise await self._which_node_is_lost(error) from error
-        mesh = procs.spawn(name, Trainer, config, self.log_dir, self.needs.models)
+            nodes = self.cluster.placement.trainer_nodes
+            raise await why_not_spawned(self.cluster, nodes, "trainers", error) from error
+        apart = frozen_apart(config, self.needs)
+        here = {name: need for name, need in self.needs.models.items() if name not in apart}
+        mesh = procs.spawn(name, Trainer, self.cluster.told(config), self.log_dir, here)
         self._turns = self._pool.turns
         turn = self._turns.training if self._turns is not None else contextlib.nullcontext
-        self._trainers = Trainers(mesh, config.trainer.timeout_s, self.lost, turn)
+        self._trainers = Trainers(mesh, config.trainer.timeout_s, self.lost, turn, self._frozen)
         self._mismatch = MismatchWatch(config, bool(self.cluster.placement.gpus_per_node), self.warn)
         file_store = self.log_dir / f"process-group{self._suffix}"
         checkpoint = self._resume_from / "trainer" if self._resume_from else None
+        model_dirs = await self._model_dirs()
         if self._turns is not None:  # vLLM plans with the memory that is free while it starts: trainers come after it
             await self._pool.start(self.model_dir)
-        said = await self._trainers.start(await self._model_dirs(), file_store, checkpoint, timeout_s)
-        if said:
+        async with asyncio.TaskGroup() as tasks:
+            if self._frozen is not None:
+                tasks.create_task(self._frozen.start(model_dirs))
+            started = tasks.create_task(self._trainers.start(model_dirs, file_store, checkpoint, timeout_s))
+        if said := started.result():
             self._tell(said)
         self._on_close(lambda: self.trainers.leave(timeout_s=10))
 
@@ -211,13 +222,6 @@ class Session:
                     "take one with the same tokenizer",
                 )
         return {POLICY: self.model_dir} | found
-
-    async def _which_node_is_lost(self, error: Exception) -> Exception:
-        """Why the trainers' processes cannot be spawned: NodeLost where a node starts none, else ActorLost."""
-        nodes = self.cluster.placement.trainer_nodes
-        answers = await asyncio.gather(*(self.cluster.can_spawn(node, SPAWN_S) for node in nodes))
-        silent = [node for node, answer in zip(nodes, answers, strict=True) if not answer]
-        return NodeLost(silent[0], reason_of(error)) if silent else ActorLost(f"trainers: {reason_of(error)}")
 
     @property
     def trainers(self) -> Trainers:

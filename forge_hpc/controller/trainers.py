@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from forge_hpc.config.needs import POLICY
+from forge_hpc.config.needs import POLICY, REFERENCE
 from forge_hpc.controller.service import answer
 from forge_hpc.data.types import Document
 from forge_hpc.observability.performance import over_ranks
@@ -21,8 +22,19 @@ if TYPE_CHECKING:
     from forge_hpc.weights import Offer, StoreSpec
 
 
+class ModelsApart(Protocol):
+    """Frozen models that have processes of their own (``controller.frozen``), as they are asked."""
+
+    models: frozenset[str]
+
+    async def logprobs(self, documents: Sequence[Document], model: str) -> list[np.ndarray]: ...
+
+    async def values(self, documents: Sequence[Document], model: str) -> list[np.ndarray]: ...
+
+
 class Trainers:
-    """The training mesh as one: calls go to all ranks, results are those of rank 0 unless all are asked for.
+    """The training mesh as one: calls go to all ranks, results are those of rank 0 unless all are asked for. What is
+    asked of a frozen model that has processes of its own goes there.
 
     ``model`` is the name of one of the models that the recipe needs (``ModelNeed``).
 
@@ -37,8 +49,11 @@ class Trainers:
         timeout_s: float,
         lost: asyncio.Future[str],
         turn: Callable[[], contextlib.AbstractAsyncContextManager[None]] = contextlib.nullcontext,
+        frozen: ModelsApart | None = None,
     ) -> None:
         self._mesh = mesh
+        self._frozen = frozen
+        self._apart = frozen.models if frozen is not None else frozenset[str]()
         self._lost = lost
         self._turn = turn  # entered around what computes: ``Turns.training`` where the GPUs are shared
         self.timeout_s = timeout_s
@@ -54,18 +69,25 @@ class Trainers:
         model: str = POLICY,
     ) -> dict[str, float]:
         """One optimizer step of a trained model, as ``TrainEngine.train_step``; its metrics."""
+        if model == POLICY and REFERENCE in self._apart:  # a reference beside the policy is asked there
+            logprobs = await self.logprobs(documents, REFERENCE)
+            documents = [replace(own, ref_logprobs=ref) for own, ref in zip(documents, logprobs, strict=True)]
         async with self._turn():
             return over_ranks(await self._call_all("train_step", documents, update, max_mismatch, model))
 
     async def logprobs(self, documents: Sequence[Document], model: str = POLICY) -> list[np.ndarray]:
         """Log-probabilities of the documents' tokens under a model, trained or frozen, at the training temperature:
         [L] float32 each, at the tokens of the loss mask, 0 elsewhere."""
+        if self._frozen is not None and model in self._apart:
+            return await self._frozen.logprobs(documents, model)
         async with self._turn():
             return await self._call("logprobs", documents, model)
 
     async def values(self, documents: Sequence[Document], model: str = "critic") -> list[np.ndarray]:
         """What a model with a value head says: [L] float32 for each document, at a token of the loss mask the value of
         what stands before it, 0 elsewhere."""
+        if self._frozen is not None and model in self._apart:
+            return await self._frozen.values(documents, model)
         async with self._turn():
             return await self._call("values", documents, model)
 

@@ -33,11 +33,9 @@ from typing import Any
 
 import torch
 
+from forge_hpc.config.columns import ARGUMENTS, OUTPUTS
+
 MAX_LOG_RATIO = 20.0
-ARGUMENTS = ("advantages", "mask", "generator_logprobs", "ref_logprobs", "segment_ids", "group_ids", "normalizer")
-"""What every loss is called with, beside columns."""
-OUTPUTS = {"lm": ("logprobs", "old_logprobs", "entropy"), "value": ("values",)}
-"""And what of the model, by its head."""
 
 
 @dataclass

@@ -23,7 +23,7 @@ class GRPO(Recipe):
         models = {POLICY: ModelNeed()}
         if config.reference.enable:
             models[REFERENCE] = ModelNeed(trained=False, offload=config.reference.device == "cpu")
-        return Needs(models)
+        return Needs(models, columns=())
 
     def check(self, config: Config) -> None:
         """An advantage compares."""

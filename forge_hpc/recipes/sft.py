@@ -23,7 +23,7 @@ class SFT(Recipe):
         """The policy; then a generator, where held-out prompts have a reference answer to compare with."""
         answers = config.evaluation.num_prompts > 0 and config.data.target_field is not None and bool(config.reward)
         after: Literal["after", "none"] = "after" if answers else "none"
-        return Needs({POLICY: ModelNeed(loss="sft")}, after, "examples", rewards=False, environments=False)
+        return Needs({POLICY: ModelNeed(loss="sft")}, after, "examples", rewards=False, environments=False, columns=())
 
     async def run(self, session: Session) -> None:
         """The loop."""

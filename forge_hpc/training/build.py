@@ -88,8 +88,9 @@ class Shape:
         free, total = torch.cuda.mem_get_info()
         cluster = self.cfg.cluster
         gpus = cluster.gpus_per_node if cluster.gpus_per_node is not None else torch.cuda.device_count()
+        trains = any(need.trained for _, need in models.values())  # else it has processes of its own
         # With a generator, which may not have taken its share yet; one that takes turns sleeps while this is asked.
-        if not cluster.colocate and placement(self.cfg, gpus).shared_gpus:
+        if trains and not cluster.colocate and placement(self.cfg, gpus).shared_gpus:
             free = min(free, int(total * (1 - self.cfg.generator.engine.gpu_memory_utilization)))
         states = sum(self.state_bytes(self.spec(directory), need) for directory, need in models.values())
         available = torch.tensor(free - states - RESERVE_BYTES, device=local_device())
