@@ -24,6 +24,12 @@ SCRIPTS = (
     Script("weight_sync.py", ("--megabytes", "100", "--repeats", "3"), limit_s=180),
     Script("checkpoint.py", ("--steps", "40", "--rounds", "2"), limit_s=420),
     Script("bad_rewards.py", ("--steps", "25", "--rounds", "2", "--ahead", "0"), limit_s=420),
+    Script("save.py", ("runs", "--gb", "1"), limit_s=120),
+    Script("flow.py", limit_s=240),
+    Script("controller.py", ("--batch", "8"), limit_s=120),
+    Script("wire.py", ("--changes",), limit_s=120),
+    *([Script("wire.py", ("--megabytes", "300"), limit_s=180)] if os.geteuid() == 0 else []),  # it joins namespaces
+    Script("trl.py", limit_s=300),
 )
 
 

@@ -28,6 +28,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from rows import row
+
 from forge_hpc.config import Config
 from forge_hpc.data.builtin import char_tokenizer
 from forge_hpc.data.mixture import open_sources
@@ -211,6 +213,9 @@ def main() -> None:
                     f"{found[0].bound:5.2f}  {whole:6.1f}  {first:5.3f}",
                     flush=True,
                 )
+                if (longest, max_staleness, window) == (4 * MEAN, 2, 2):
+                    what = f"a step beside saturated generators, {num_saturating} of 256 answers saturate them"
+                    row(what, step, found[0].bound, target=1.08, better="less", peer="what staleness 2 allows")
 
 
 if __name__ == "__main__":

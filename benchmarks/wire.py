@@ -36,6 +36,7 @@ from typing import Any
 
 import torch
 from monarch.actor import Actor, default_bootstrap_cmd, endpoint
+from rows import row
 
 from forge_hpc.cluster.identity import make_job_identity, tls_environment
 from forge_hpc.cluster.meshes import attach
@@ -205,6 +206,8 @@ async def measure(args: argparse.Namespace, workers: list[str]) -> None:
     for way, rate in rates.items():
         ratio = f"{rate / rates['plain']:6.2f} of plain, {rate / rates['messages']:6.1f} times messages"
         print(f"{way:10}{rate:8.0f} MB/s {ratio}")
+    row("weights between hosts", rates["streams"], rates["plain"], target=0.8, unit="MB/s", peer="plain streams")
+    row("weights between hosts", rates["streams"], rates["messages"], target=5, unit="MB/s", peer="messages")
     if args.json is not None:
         args.json.write_text(json.dumps({"megabytes": args.megabytes, "seconds": seconds, "mb_per_s": rates}, indent=1))
     await asyncio.gather(sender.end.call_one(), receiver.end.call_one(), generator.end.call_one())
@@ -248,6 +251,7 @@ def measure_changes(json_file: Path | None) -> None:
         held = found[1].clone()
     share = statistics.median(shares[19:])
     print(f"{size / 1e6:.1f} MB, steps 20 to 40: {share:.4f} of the bytes (step 1: {shares[0]:.4f}), bitwise the same")
+    row("bytes of changed weights ÷ all", share, target=0.05, better="less")
     if json_file is not None:
         json_file.write_text(json.dumps({"num_bytes": size, "shares": shares, "median": share}, indent=1))
 

@@ -52,7 +52,7 @@ class ModelConfig:
     """dtype of the generator's weights and of the export: float32 or bfloat16."""
     head_dtype: str = setting("float32", choices=DTYPES)
     """dtype of the logits, on GPUs, of generators and trainers: float32 keeps them as the matrix product sums them;
-    bfloat16 rounds them to 8 bits, which is most of what generators and trainers differ by."""
+    bfloat16 rounds them to 8 bits."""
 
 
 @dataclass
