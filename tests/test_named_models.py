@@ -222,10 +222,11 @@ class GatedStore:
 def trainer_on(cfg: Config, model_dir: Path) -> Any:
     """The actor without its process: its endpoints are called as they stand."""
     trainer: Any = object.__new__(Trainer)
-    trainer._config, trainer._rank, trainer._publishing = cfg, 0, Publishing()
+    trainer._config, trainer._rank, trainer._world_size, trainer._publishing = cfg, 0, 1, Publishing()
     trainer._snapshots = trainer._stored = None
     trainer._thread = ThreadPoolExecutor(1)
     trainer._models = Models(cfg, CRITIC, {"policy": model_dir})
+    trainer._watch_gpu()
     return trainer
 
 
