@@ -1,0 +1,23 @@
+"""The commands of ``forge-hpc``, a file each: ``arguments(parser)`` says what one takes, ``run(args)`` does it and
+returns its exit code. No file is imported but that of the command which is run, and none loads torch.
+
+To add one, add its file and its line here.
+"""
+
+from __future__ import annotations
+
+COMMANDS = {
+    "submit": "start a run: queue it on Slurm, or run it here",
+    "status": "state, step and heartbeat of a run",
+    "logs": "the end of a log of the newest start",
+    "watch": "status, curve and last steps, drawn again until the run ends",
+    "cancel": "end a run and wait until it has ended",
+    "resume": "go on with a run, or (--from) begin a new one from a checkpoint of it",
+    "report": "what a run achieved and where its time went",
+    "reward": "score a JSONL of prompts, responses and targets, without a run",
+    "env": "play an environment by hand: you write the responses",
+    "export": "write the model of a checkpoint for transformers and vLLM, also while the run goes on",
+    "doctor": "whether this machine has what a run needs",
+}
+"""Each with what it does, in a line."""
+INTERNAL = {"prepare": "(sbatch/common.sh) in a job: make the run directory, print the command that starts the run"}
