@@ -195,7 +195,7 @@ def test_a_load_that_was_watched_once_is_repeated_to_the_last_bit(num_ranks: int
         model.load_weights(recorder.tensors((name, first.tensor(name)) for name in first._offer.shapes))
     copies = recorder.copies()
     assert copies is not None
-    replay = Replay(model, copies, first._offer.layouts)
+    replay = Replay(model, copies, recorder.padding, first._offer.layouts)
     for _ in range(2):
         full = full_weights()
         second = cut_into_ranks(full, num_ranks)
