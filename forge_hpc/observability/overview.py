@@ -41,8 +41,8 @@ class RunLine:
     """Its directory."""
     state: str
     """As in ``status.json``; ``unreadable`` where that is damaged, or another user's."""
-    lost: bool
-    """It has died without a word: its state is not an end, and neither its job nor its heartbeat lives."""
+    lost: str | None
+    """Where it has died without a word, and its state is no end: how that is seen."""
     step: int
     total_steps: int | None
     reward: float | None
@@ -156,19 +156,20 @@ def _line(files: _Files, jobs: dict[str, QueuedJob] | None) -> RunLine:
     run_dir, status = files.run_dir, files.status
     if status is None:
         return RunLine(
-            str(run_dir), "unreadable", False, 0, None, None, 0, None, None, None, None, None, None, files.problem
+            str(run_dir), "unreadable", None, 0, None, None, 0, None, None, None, None, None, None, files.problem
         )
     on_slurm = is_job_id(status.job_id) and not status.is_terminal
     job = (jobs or {}).get(status.job_id or "") if on_slurm else None
     age_s = max(0.0, time.time() - status.heartbeat) if status.heartbeat else None
+    lost = None
     if on_slurm and jobs is not None:
-        lost = (job is None or not job.is_active) and (age_s or 0.0) > _NEW_S
-        if lost:  # it may have ended, or come back, since it was read
-            now = _read(run_dir)
+        if (job is None or not job.is_active) and (age_s or 0.0) > _NEW_S:
+            lost = f"job {status.job_id} is {job.state if job else 'not known to Slurm any more'}"
+            now = _read(run_dir)  # it may have ended, or come back, since
             if now.status is not None and (now.status.is_terminal or now.status.job_id != status.job_id):
                 return _line(now, jobs)
-    else:
-        lost = not status.is_terminal and status.state not in ("pending", "preempted") and (age_s or 0.0) > SILENT_S
+    elif not status.is_terminal and status.state not in ("pending", "preempted") and (age_s or 0.0) > SILENT_S:
+        lost = "silent: has it died?"
     waits = job is not None and job.waits
     return RunLine(
         run=str(run_dir),

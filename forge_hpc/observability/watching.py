@@ -104,13 +104,7 @@ def _job_text(line: RunLine) -> str:
 
 def _sign_of_life(line: RunLine) -> str:
     said = f"{format_duration(line.heartbeat_age_s or 0.0)} ago"
-    if not line.lost:
-        return said
-    if line.slurm_state is None and line.job_id:
-        return f"{said}  (lost: job {line.job_id} is not in Slurm's queue; forge-hpc resume goes on)"
-    if line.slurm_state is not None:
-        return f"{said}  (lost: job {line.job_id} is {line.slurm_state}; forge-hpc resume goes on)"
-    return f"{said}  (silent: has the run died? forge-hpc resume goes on from the last checkpoint)"
+    return said if line.lost is None else f"{said}  ({line.lost}; forge-hpc resume goes on from the last checkpoint)"
 
 
 def _speed(records: Sequence[dict[str, Any]]) -> str:
