@@ -56,7 +56,7 @@ def _run(name: str, argv: list[str]) -> int:
 
 def _overview() -> str:
     lines = ["usage: forge-hpc COMMAND [...]", ""]
-    lines += [f"  {name:<8} {what}" for name, what in COMMANDS.items()]
+    lines += [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
     lines += ["", "RUN_DIR defaults to the newest run under runs/. forge-hpc COMMAND --help says more."]
     return "\n".join(lines)
 

@@ -19,7 +19,7 @@ from forge_hpc.run_dir import RunDir
 from forge_hpc.supervisor.controller_process import ControllerProcess, cancelled
 from forge_hpc.supervisor.deadlines import STOP_S
 from forge_hpc.supervisor.ending import Cause
-from forge_hpc.supervisor.signals import StopRequest
+from forge_hpc.supervisor.signals import Stopped, StopRequest
 from forge_hpc.supervisor.supervisor import Supervisor
 
 
@@ -71,6 +71,27 @@ def test_the_first_ctrl_c_asks_to_save_and_the_second_ends_at_once(
     assert lines.read_text().splitlines() == ["leave stopped by SIGINT", "stop"]
     said = capsys.readouterr().err
     assert "in at most 60 s" in said and "Ctrl-C again ends at once, and 7 optimizer steps will be done again" in said
+
+
+def test_a_cancelled_run_that_is_then_preempted_has_less_time_and_stays_cancelled(supervisor: Supervisor) -> None:
+    controller = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    try:
+        watched = ControllerProcess(controller, supervisor.node, supervisor.requests, supervisor.first.lock)
+        watched._pass_on(StopRequest(Cause.CANCELLED, "stopped by SIGINT", 600.0))
+        watched._pass_on(StopRequest(Cause.PREEMPTED, "preempted by another job", 20.0))
+        assert supervisor.requests.current is not None and supervisor.requests.current.cancels
+        assert watched._deadline is not None and watched._deadline < time.monotonic() + 20
+    finally:
+        controller.kill()
+        controller.wait()
+
+
+def test_in_slurm_the_first_node_alone_decides_what_an_interrupt_means(supervisor: Supervisor) -> None:
+    interrupt(supervisor)
+    with pytest.raises(Stopped):  # somebody at the terminal of this node
+        supervisor.requests.check_interrupt()
+    supervisor.job.allocation = Allocation("7", 1, 2, 0)
+    supervisor.requests.check_interrupt()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from forge_hpc.config import UserError, read_config
-from forge_hpc.control import find_run
+from forge_hpc.finding import find_run
 from forge_hpc.run_dir import RunDir
 
 PROJECT = Path(__file__).resolve().parents[1]

@@ -21,8 +21,9 @@ from forge_hpc.evaluation.figures import (
 )
 from forge_hpc.generation.seeds import sample_seed
 from forge_hpc.observability.logger import MetricLogger
-from forge_hpc.observability.report import render_report, render_status
+from forge_hpc.observability.report import render_report
 from forge_hpc.observability.summary import final_summary
+from forge_hpc.observability.watching import render_status
 from forge_hpc.run_dir import RunDir
 
 RIGHT, WRONG = Graded(True, 1.0), Graded(False, 0.0)

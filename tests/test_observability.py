@@ -27,9 +27,10 @@ from forge_hpc.observability.console import ConsoleProgress, format_duration
 from forge_hpc.observability.jsonl import JsonlWriter, read_jsonl
 from forge_hpc.observability.logger import MetricLogger
 from forge_hpc.observability.metrics import METRIC_KEYS
-from forge_hpc.observability.report import quantile, render_report, render_status, render_watch, sparkline
+from forge_hpc.observability.report import quantile, render_report, sparkline
 from forge_hpc.observability.summary import final_summary, read_figures
 from forge_hpc.observability.wandb import finish_runs
+from forge_hpc.observability.watching import render_status, render_watch
 from forge_hpc.run_dir import RunDir
 
 QUIET = LoggingConfig(console="none")
@@ -493,7 +494,7 @@ def test_status_and_watch_name_the_state_and_a_silent_run(finished: RunDir, monk
     text = render_watch(finished, num_steps=3)
     for part in ("running  all well", "12/20", "77", "0s ago", "0.180"):
         assert part in text
-    assert len([line for line in text.splitlines() if line.startswith("| ")]) == 5
+    assert [line.split()[0] for line in text.splitlines()[-4:]] == ["step", "18", "19", "20"]
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 600)
     assert "10m00s ago  (silent" in render_status(finished)

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 COMMANDS = {
     "submit": "start a run: queue it on Slurm, or run it here",
-    "status": "state, step and heartbeat of a run",
-    "logs": "the end of a log of the newest start",
-    "watch": "status, curve and last steps, drawn again until the run ends",
-    "cancel": "end a run and wait until it has ended",
+    "status": "state, step, reward, time left and sign of life: of a run, a job, or (--all) of all runs",
+    "watch": "progress, curves, where the time goes, last events; of a queued job why it waits",
+    "logs": "what a role's processes say, on all nodes",
+    "stacks": "where every process of a running run stands",
+    "attach": "a shell, or a command, on a node of the run's job",
+    "cancel": "have a run save and end, and wait until it has ended",
     "resume": "go on with a run, or (--from) begin a new one from a checkpoint of it",
     "report": "what a run achieved and where its time went",
     "reward": "score a JSONL of prompts, responses and targets, without a run",
     "env": "play an environment by hand: you write the responses",
     "export": "write the model of a checkpoint for transformers and vLLM, also while the run goes on",
     "doctor": "whether this machine has what a run needs",
+    "completion": "what bash or zsh completes: source <(forge-hpc completion bash)",
 }
 """Each with what it does, in a line."""
 INTERNAL = {"prepare": "(sbatch/common.sh) in a job: make the run directory, print the command that starts the run"}

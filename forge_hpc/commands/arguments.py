@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def add_run_dir(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", nargs="?", type=Path, metavar="RUN_DIR", help="default: the newest under runs/")
+    parser.add_argument("run_dir", nargs="?", type=Path, metavar="RUN_DIR|JOB", help="default: the newest under runs/")
 
 
 def add_overrides(parser: argparse.ArgumentParser, example: str) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from forge_hpc.control import cancel_run, find_run
+from forge_hpc.cancel import cancel_runs
+from forge_hpc.finding import find_runs
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")  # never a guess
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR|JOB")  # never a guess
+    parser.add_argument("--now", action="store_true", help="end it without waiting for its step and a save")
 
 
 def run(args: argparse.Namespace) -> int:
-    return cancel_run(find_run(args.run_dir))
+    return cancel_runs([run_dir for what in args.runs for run_dir in find_runs(what)], now=args.now)

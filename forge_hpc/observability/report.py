@@ -1,14 +1,12 @@
 """Texts about a run for the command line, made from its directory alone (no torch).
 
-``render_status(run_dir)`` is a few lines for ``forge-hpc status``; ``render_watch(run_dir)`` adds the last steps, for
-``forge-hpc watch`` to draw again and again; ``render_report(run_dir)`` is ``forge-hpc report``, readable as text and as
-Markdown. All take a ``RunDir`` and return a string without a final newline.
+``render_report(run_dir)`` is ``forge-hpc report``, readable as text and as Markdown: a string without a final newline.
+How a run stands now: ``watching``.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -21,9 +19,6 @@ from forge_hpc.observability.jsonl import read_jsonl
 from forge_hpc.observability.summary import next_commands, read_evaluations, read_figures, series
 from forge_hpc.observability.tables import evaluation_table, table
 from forge_hpc.run_dir import RunDir, Status
-
-_SILENT_S = 180.0
-"""A run whose heartbeat is older than this has probably died without a word."""
 
 _QUANTILES = (0.1, 0.5, 0.9, 1.0)
 
@@ -47,45 +42,6 @@ def quantile(values: Sequence[float], share: float) -> float:
     return low + (high - low) * (place - math.floor(place))
 
 
-def render_status(run_dir: RunDir) -> str:
-    """State, step, heartbeat, reward and next commands of a run.
-
-    Raises:
-        UserError: there is no run in the directory.
-    """
-    status = _status_of(run_dir)
-    total = _total_steps(run_dir, status)
-    age_s = max(0.0, time.time() - status.heartbeat)
-    lines = [("run", f"{run_dir.name}  {run_dir}")]
-    lines.append(("state", f"{status.state}  {status.message}".rstrip()))
-    if status.job_id:
-        lines.append(("job", status.job_id))
-    if total != 0:
-        progress = f"{status.step}{f'/{total}' if total else ''}  policy version {status.policy_version}"
-        lines.append(("step", f"{progress}  restarts {status.restarts}"))
-    heartbeat = f"{format_duration(age_s)} ago"
-    if not status.is_terminal and status.state not in ("pending", "preempted") and age_s > _SILENT_S:
-        heartbeat += "  (silent: has the job died? forge-hpc resume goes on from the last checkpoint)"
-    lines.append(("heartbeat", heartbeat))
-    figures = read_figures(run_dir)
-    if figures.reward_last is not None:
-        lines.append(("reward", f"{figures.reward_last:.3f}  mean of the last 5 steps"))
-    elif figures.loss_last is not None:
-        lines.append(("loss", f"{figures.loss_last:.3f}  mean of the last 5 steps"))
-    if figures.tokens_per_s is not None:
-        lines.append(("speed", f"{figures.tokens_per_s:,.0f} tokens/s"))
-    return "\n".join(f"{name:<10} {text}" for name, text in lines)
-
-
-def render_watch(run_dir: RunDir, num_steps: int = 10) -> str:
-    """``render_status``, the curve of the run, and its last ``num_steps`` steps."""
-    records = list(read_jsonl(run_dir.metrics))
-    lines = [render_status(run_dir)]
-    if records:
-        lines += ["", *_curves(records), "", *_steps_table(records[-num_steps:])]
-    return "\n".join(lines)
-
-
 def render_report(run_dir: RunDir) -> str:
     """The whole story of a run.
 
@@ -95,7 +51,7 @@ def render_report(run_dir: RunDir) -> str:
     status = _status_of(run_dir)
     records = list(read_jsonl(run_dir.metrics))
     figures = read_figures(run_dir)
-    total = _total_steps(run_dir, status)
+    total = total_steps(run_dir, status)
     lines = [f"# {run_dir.name}", "", f"{run_dir}", ""]
     step = f" at step {status.step}{f' of {total}' if total else ''}" if total != 0 else ""
     lines.append(f"{status.state}{step}, {status.restarts} restarts")
@@ -125,7 +81,7 @@ def _status_of(run_dir: RunDir) -> Status:
     return status
 
 
-def _total_steps(run_dir: RunDir, status: Status) -> int | None:
+def total_steps(run_dir: RunDir, status: Status) -> int | None:
     """Optimizer steps of the whole run, 0 for one that trains nothing, None before its configuration is written."""
     if status.total_steps is not None:
         return status.total_steps

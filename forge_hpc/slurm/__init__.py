@@ -3,6 +3,7 @@
 client       asks (`ask`), and tells a Slurm that refuses from one that is silent
 facts        reads: of a job (`JobFacts`), of the cluster (`ClusterFacts`)
 job          why a job is signalled, its requeue, its state, its end
+queue        many jobs by one question (`forge-hpc status`)
 preemption   what a release does with a preempted job
 successor    another job in place of one that is not requeued
 partitions   whether a job can ever run (`forge-hpc submit`)

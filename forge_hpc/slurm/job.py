@@ -59,8 +59,9 @@ from forge_hpc.slurm.client import ANSWER_S, PATIENT_S, SlurmAbsent, SlurmRefuse
 from forge_hpc.slurm.facts import JobFacts
 from forge_hpc.supervisor.ending import Cause
 
-ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
-          "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT", "RESV_DEL_HOLD")  # fmt: skip
+_ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
+          "PREEMPTED", "RECONFIG_FAIL", "REVOKED", "TIMEOUT")  # fmt: skip
+_WAITS = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 
 
 def job_facts(job_id: str, timeout_s: float = ANSWER_S) -> JobFacts | None:
@@ -154,8 +155,20 @@ def _hosts(nodes: str) -> set[str]:
 
 
 def is_job_id(job_id: str | None) -> TypeGuard[str]:
-    """Whether a run's ``job_id`` is one of Slurm's, and not None or ``local``; ``ARRAY_TASK`` names an array's task."""
-    return re.fullmatch(r"\d+(_\d+)?", job_id or "") is not None
+    """Whether a run's ``job_id`` is one of Slurm's, and not None or ``local``; ``ARRAY_TASK`` names an array's task,
+    ``LEADER+COMPONENT`` a part of a heterogeneous job."""
+    return re.fullmatch(r"\d+([_+]\d+)?", job_id or "") is not None
+
+
+def is_active_state(state: str) -> bool:
+    """Whether a job in this state waits, runs, or may run again. What a later release adds counts as that: the names of
+    ends are as old as Slurm, those on the way (EXPEDITING, in 26.05) are not."""
+    return state not in _ENDED
+
+
+def is_waiting_state(state: str) -> bool:
+    """Whether a job in this state is in the queue and nothing of it runs."""
+    return state in _WAITS
 
 
 def job_state(job_id: str) -> tuple[str, str] | None:
@@ -179,10 +192,21 @@ def job_state(job_id: str) -> tuple[str, str] | None:
 def is_active(job_id: str) -> bool:
     """Whether the job waits, runs, or may run again."""
     state = job_state(job_id)
-    return state is not None and state[0] in ACTIVE
+    return state is not None and is_active_state(state[0])
 
 
 def cancel_job(job_id: str) -> None:
     """End the job, also one that is held or that would be requeued. Raises UserError where Slurm refuses."""
     with at_a_terminal("try again"):
         ask("scancel", job_id, timeout_s=PATIENT_S)
+
+
+def ask_to_cancel(job_id: str) -> None:
+    """Have the run of the job save and end as cancelled: SIGINT to its steps, not to the job script. A step that ends
+    already has had it. Raises UserError where Slurm refuses."""
+    with at_a_terminal("forge-hpc cancel --now ends it at once"):
+        try:
+            ask("scancel", "--signal=INT", job_id, timeout_s=PATIENT_S)
+        except SlurmRefused as refused:
+            if "already complet" not in str(refused):
+                raise

@@ -99,13 +99,16 @@ class ControllerProcess:
             self._announce(within_s)
         if request.cancels or self._requests.current is None:
             self._send("stop" if ends_now else f"leave {request.message}")
-        self._requests.current = request
+        # Whoever has cancelled a run that is then preempted does not want it back; there is only less time.
+        if request.cancels or self._requests.current is None or not self._requests.current.cancels:
+            self._requests.current = request
 
     def _announce(self, within_s: float | None) -> None:
-        """Tell whoever pressed Ctrl-C what happens now, and what a second one costs."""
+        """Tell whoever cancels the run what happens now, and what it costs to ask again."""
         step, saved = steps_done(self._run_dir)
         what = f"stopping: what is under way is finished and saved, in at most {within_s or 0:.0f} s"
-        cost = f"Ctrl-C again ends at once, and {_steps_again(step - saved)}"
+        again = "forge-hpc cancel --now" if self._node.allocation.in_slurm else "Ctrl-C again"
+        cost = f"{again} ends at once, and {_steps_again(step - saved)}"
         print(f"{what}; {cost}", file=sys.stderr, flush=True)
 
     def _send(self, line: str) -> None:

@@ -1,8 +1,9 @@
 """Signals, and what they mean: what is wanted of the run, by whom, and how much time there is for it.
 
 Handlers only set a flag, and only the first node acts on it: it asks Slurm what the signal means. A ``scancel`` ends
-the run; Ctrl-C lets it finish its step and save, and a second one ends it at once; preemption, the walltime and what
-nobody explains let it save and leave, and the job is requeued. The walltime is also seen coming by our own clock.
+the run; SIGINT, of Ctrl-C or ``forge-hpc cancel``, lets it finish its step and save, and a second one ends it at once;
+preemption, the walltime and what nobody explains let it save and leave, and the job is requeued. The walltime is also
+seen coming by our own clock.
 """
 
 from __future__ import annotations
@@ -89,7 +90,10 @@ class StopRequests:
             raise Stopped(request)
 
     def check_interrupt(self) -> None:
-        """On the other nodes: the first one decides; only who sits at a terminal is obeyed."""
+        """On the other nodes: the first one decides, and in Slurm it has every signal too; elsewhere who sits at a
+        terminal is obeyed."""
+        if self._job.allocation.in_slurm:
+            return
         if {signal.SIGINT, signal.SIGHUP} & {signum for signum, _ in self._signals}:
             raise Stopped(StopRequest(Cause.CANCELLED, "stopped by hand", None))
 

@@ -1,0 +1,62 @@
+"""``forge-hpc attach``: a shell, or a command, beside a run on a node of its allocation."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+
+from forge_hpc.config.errors import UserError
+from forge_hpc.run_dir import RunDir
+from forge_hpc.slurm.client import PATIENT_S, SlurmAbsent, ask, at_a_terminal
+from forge_hpc.slurm.job import is_job_id
+from forge_hpc.slurm.queue import queued_jobs
+
+
+def attach(run_dir: RunDir, node: str | None, command: Sequence[str]) -> None:
+    """Become srun. ``node`` is a name, or a number from 0; by default the first, which has the controller.
+
+    Raises:
+        UserError: there is no allocation to attach to, or no such node in it.
+    """
+    status = run_dir.read_status()
+    job_id = status.job_id if status else None
+    if status is not None and status.is_terminal:
+        raise UserError(f"{run_dir} is {status.state}: it has no nodes any more", "forge-hpc logs shows what it said")
+    if not is_job_id(job_id):
+        raise UserError(
+            f"{run_dir} is not a job of Slurm",
+            "it runs on the machine that it was started on: a shell there is beside it",
+        )
+    if not command and not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise UserError("a shell needs a terminal", f"or give a command: forge-hpc attach {run_dir} -- nvidia-smi")
+    with at_a_terminal("attach works where Slurm's commands do"):
+        job = queued_jobs([job_id]).get(job_id)
+        if job is None or not job.is_active:
+            raise UserError(f"job {job_id} has left the queue", f"forge-hpc status {run_dir}")
+        if not job.nodes:
+            raise UserError(f"job {job_id} has no nodes yet: {job.waits_for()}", f"forge-hpc watch {run_dir}")
+        nodes = ask("scontrol", "show", "hostnames", job.nodes, timeout_s=PATIENT_S).split()
+        if shutil.which("srun") is None:
+            raise SlurmAbsent("there is no srun here")
+    where = nodes[0] if node is None else nodes[int(node)] if node.isdigit() and int(node) < len(nodes) else node
+    if where not in nodes:
+        raise UserError(
+            f"job {job_id} has no node {node}", f"it has {', '.join(nodes[:8])}{' …' if len(nodes) > 8 else ''}"
+        )
+    line = srun(job_id, where, command)
+    os.execvpe(line[0], line, environment(os.environ))
+
+
+def srun(job_id: str, node: str, command: Sequence[str]) -> list[str]:
+    """The step shares all that the run's own has (--overlap), its GPUs too."""
+    shell = os.environ.get("SHELL", "/bin/bash")
+    options = [f"--jobid={job_id}", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={node}", "--cpu-bind=none"]
+    return ["srun", *options, *(command or ("--pty", shell, "-l"))]
+
+
+def environment(environ: dict[str, str] | os._Environ[str]) -> dict[str, str]:
+    """Without the variables of a job that we may be in, which srun would take for options."""
+    kept = ("SLURM_CONF", "SLURM_CLUSTERS")
+    return {name: value for name, value in environ.items() if name in kept or not name.startswith(("SLURM_", "SRUN_"))}

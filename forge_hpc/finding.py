@@ -1,0 +1,111 @@
+"""Which runs somebody means who names a run directory, a job of Slurm, or nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from forge_hpc.config.errors import UserError
+from forge_hpc.files import Look, is_there, look, reading
+from forge_hpc.run_dir import RunDir, Status
+from forge_hpc.slurm.client import PATIENT_S, SlurmRefused, ask
+from forge_hpc.slurm.facts import JobFacts
+from forge_hpc.slurm.job import is_job_id
+
+RUNS = Path("runs")
+"""Where runs lie unless somebody says otherwise."""
+
+
+def find_run(what: Path | None) -> RunDir:
+    """The run in the directory ``what``, that of the job ``what``, or where it is None the newest under ``runs/``.
+
+    Raises:
+        UserError: there is no run, or there are several.
+    """
+    if what is None:
+        return _newest()
+    runs = find_runs(what)
+    if len(runs) > 1:
+        raise UserError(f"job {what} has {len(runs)} runs", f"name one of them, such as {runs[0]}")
+    return runs[0]
+
+
+def find_runs(what: Path) -> list[RunDir]:
+    """The same for those who take several: the job of an array has a run each task.
+
+    Raises:
+        UserError: there is no run.
+    """
+    if is_job_id(str(what)) and not is_there(what):
+        return _of_job(str(what))
+    run_dir = RunDir(what)
+    if not run_dir.has_config and run_dir.read_status() is None:
+        raise UserError(f"no run in {run_dir}", "a run directory holds config.yaml and status.json")
+    return [run_dir]
+
+
+def runs_in(folder: Path) -> list[RunDir]:
+    """The runs whose directories lie in ``folder``, those that wrote their status last first.
+
+    Raises:
+        UserError: there is none, or the folder is another user's.
+    """
+    with reading(folder):
+        folders = list(folder.iterdir()) if is_there(folder) and folder.is_dir() else []
+    found = {path: status.mtime_ns for path in folders if (status := _look(path / "status.json")) is not None}
+    if not found:
+        raise UserError(f"no run in {folder}/", "name the folder that run directories lie in, or a run directory")
+    return [RunDir(path) for path in sorted(found, key=lambda path: -found[path])]
+
+
+def _look(path: Path) -> Look | None:
+    try:
+        return look(path)
+    except (PermissionError, NotADirectoryError):  # another user's run, a file
+        return None
+
+
+def _newest() -> RunDir:
+    try:
+        return runs_in(RUNS)[0]
+    except UserError:
+        raise UserError("no run directory given, and no run in runs/", "name one: forge-hpc status RUN_DIR") from None
+
+
+def _of_job(job_id: str) -> list[RunDir]:
+    """Among those under ``runs/``, else as the job says: its output is in ``RUN_DIR/logs``, its script has a
+    ``--run-dir``, or it lies in ``runs/`` where the job was submitted."""
+    runs = list(_runs_here())
+    job = re.compile(rf"{re.escape(job_id)}([_+]\d+)?")
+    if found := [run for run in runs if (status := _status(run)) and job.fullmatch(status.job_id or "")]:
+        return sorted(found, key=lambda run: run.name)
+    if found := [run for run in runs if any(run.logs.glob(f"{job_id}.*"))]:  # an earlier one of the run
+        return found
+    try:
+        facts = JobFacts.parse(ask("scontrol", "show", "job", job_id, timeout_s=PATIENT_S), job_id)
+    except SlurmRefused as refused:
+        why = "and Slurm does not know it" if "Invalid job id" in str(refused) else f"and {refused}"
+        raise UserError(f"no run of job {job_id} in runs/, {why}", "name its run directory") from None
+    places = [Path(facts.said.get("StdOut", "")).parent.parent]
+    work_dir = Path(facts.said.get("WorkDir", "."))
+    places += [work_dir / path for path in re.findall(r"--run-dir[ =](\S+)", facts.said.get("Command", ""))]
+    places += work_dir.joinpath(RUNS).glob(f"*-{facts.job_id}")
+    for place in places:
+        if (run_dir := RunDir(place)).has_config:
+            return [run_dir]
+    raise UserError(f"no run of job {job_id} in runs/", "name its run directory: forge-hpc status RUN_DIR")
+
+
+def _runs_here() -> Iterator[RunDir]:
+    try:
+        yield from runs_in(RUNS)
+    except UserError:
+        return
+
+
+def _status(run_dir: RunDir) -> Status | None:
+    try:
+        return run_dir.read_status()
+    except UserError:
+        return None
