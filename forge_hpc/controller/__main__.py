@@ -209,6 +209,7 @@ async def join_nodes(config: Config, rendezvous: Rendezvous, log_dir: Path, faul
     workers = await asyncio.to_thread(rendezvous.wait, names, timeout_s)
     hosts = await attach([worker["address"] for worker in workers], start["address"], timeout_s)
     config.cluster.nodes = len(workers)  # a run may come back on another number of nodes
+    config.cluster.spare_nodes = max(0, config.cluster.spare_nodes - start["left_out"])
     gpus, found = config.cluster.gpus_per_node, min(len(worker["gpus"]) for worker in workers)
     if gpus is not None and gpus > found:
         raise UserError(f"cluster.gpus_per_node is {gpus}, a node has {found}", "lower it, or leave it out")

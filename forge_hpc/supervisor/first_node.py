@@ -1,6 +1,6 @@
 """The first node: it holds the run's lock, runs the controller, and leaves the truth in the run directory.
 
-lock ─ certificates ─ worker ─ (warm start) ─ controller ─► Ending ─► starts.jsonl, status.json ─► coming back
+lock ─ gate ─ certificates ─ worker ─ (warm start) ─ controller ─► Ending ─► starts.jsonl, status.json ─► coming back
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import traceback
 from functools import partial
 from pathlib import Path
 
+from forge_hpc.cluster.allocation import host_address
 from forge_hpc.cluster.identity import make_job_identity
 from forge_hpc.cluster.processes import end_descendants
 from forge_hpc.cluster.rendezvous import Rendezvous, RendezvousTimeout
 from forge_hpc.config import Config, UserError, read_config
 from forge_hpc.files import in_thread
+from forge_hpc.gate.complaints import ComplaintsDesk
 from forge_hpc.observability.summary import final_summary
 from forge_hpc.run_lock import RunDirLock
 from forge_hpc.status_writer import StatusWriter
@@ -26,6 +28,7 @@ from forge_hpc.supervisor import deadlines
 from forge_hpc.supervisor.coming_back import come_back, is_to_come_back
 from forge_hpc.supervisor.controller_process import ControllerProcess, cancelled
 from forge_hpc.supervisor.ending import EXITS, FAILURES, RULES, Cause, ControllerExit, Ending, Exit
+from forge_hpc.supervisor.gate import judge_nodes
 from forge_hpc.supervisor.job import OwnJob
 from forge_hpc.supervisor.lead import lead_s
 from forge_hpc.supervisor.node import Node
@@ -123,14 +126,29 @@ class FirstNode:
     # ---- the start
 
     def start(self, config: Config, rendezvous: Rendezvous, tls: Path, log_dir: Path) -> Ending:
-        """Bring the nodes together, make the warm start, and run the controller to its end."""
+        """Bring the nodes together, leave out who is not fit, make the warm start, and run the controller to its end."""
         allocation, requests = self.allocation, self._requests
-        address = self._node.introduce(rendezvous)
-        names = [f"node-{n}" for n in range(allocation.num_nodes)]
-        nodes = rendezvous.wait(names, config.cluster.start_timeout_s, requests.check)
+        num_nodes = allocation.num_nodes
+        with ComplaintsDesk(host_address(num_nodes)) as desk:
+            rendezvous.publish("gate", {"desk": desk.where})
+            address = self._node.introduce(rendezvous, config.cluster.start_timeout_s)
+            verdict = judge_nodes(config, rendezvous, num_nodes, desk, requests.check)
+        if (ending := verdict.ending(config.cluster.spare_nodes)) is not None:
+            return ending
+        if verdict.unfit:
+            with best_effort():
+                StartLog(self.run_dir).left_out({verdict.named(node): why for node, why in verdict.unfit.items()})
+            print(f"{verdict.describe()}; the start goes on without", file=sys.stderr, flush=True)
+        nodes = list(verdict.introductions.values())
         make_job_identity(tls, [name for node in nodes for name in node["names"]])
-        start = {"num_nodes": allocation.num_nodes, "address": address, "tls": str(tls), "log_dir": str(log_dir)}
-        rendezvous.publish("start", start)
+        start = {
+            "members": verdict.members,
+            "left_out": len(verdict.unfit),
+            "num_nodes": len(nodes),
+            "address": address,
+        }
+        rendezvous.publish("start", start | {"tls": str(tls), "log_dir": str(log_dir)})
+        self._node.join(verdict.members)
         worker = self._node.start_worker(rendezvous, address, tls, log_dir)
         if config.model.path == "warmstart":
             ending = warm_start(self.run_dir, config, requests, self.status)
