@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 PRODUCT_SIZE = 256
-NUM_PRODUCTS = 40
+NUM_PRODUCTS = 100
 BLOCK_BYTES = 1 << 20
 NUM_BLOCKS = 4
 
@@ -133,16 +133,19 @@ def main() -> None:
     parser.add_argument("--address", required=True)
     parser.add_argument("--patience", type=float, required=True, help="seconds to wait for nodes that come late")
     parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--began", type=float, required=True, help="when this process was asked for, unix seconds")
     args = parser.parse_args()
     die_with_parent(args.parent)
     node, rendezvous, port = args.node, Rendezvous(args.rendezvous), Port(args.address)
     seconds = product_s()
-    rendezvous.publish(f"port-{node}", port.where | {"product_s": seconds})
+    rendezvous.publish(f"port-{node}", port.where | {"product_s": seconds, "took_s": time.time() - args.began})
     answering = threading.Thread(target=port.answer, args=(node, args.patience), daemon=True)
     answering.start()
     [where] = rendezvous.wait([f"port-{(node + 1) % args.num_nodes}"], args.patience)
     try:
         outcome: float | str = ask(where, node, EXCHANGE_S)
+    except TimeoutError:  # who has waited for it knows what that means
+        return
     except OSError as error:
         outcome = f"{type(error).__name__}: {error}"
     rendezvous.publish(f"link-{node}", {"outcome": outcome})

@@ -14,13 +14,11 @@ import traceback
 from functools import partial
 from pathlib import Path
 
-from forge_hpc.cluster.allocation import host_address
 from forge_hpc.cluster.identity import make_job_identity
 from forge_hpc.cluster.processes import end_descendants
 from forge_hpc.cluster.rendezvous import Rendezvous, RendezvousTimeout
 from forge_hpc.config import Config, UserError, read_config
 from forge_hpc.files import in_thread
-from forge_hpc.gate.complaints import ComplaintsDesk
 from forge_hpc.observability.summary import final_summary
 from forge_hpc.run_lock import RunDirLock
 from forge_hpc.status_writer import StatusWriter
@@ -28,7 +26,7 @@ from forge_hpc.supervisor import deadlines
 from forge_hpc.supervisor.coming_back import come_back, is_to_come_back
 from forge_hpc.supervisor.controller_process import ControllerProcess, cancelled
 from forge_hpc.supervisor.ending import EXITS, FAILURES, RULES, Cause, ControllerExit, Ending, Exit
-from forge_hpc.supervisor.gate import judge_nodes
+from forge_hpc.supervisor.gate import open_gate
 from forge_hpc.supervisor.job import OwnJob
 from forge_hpc.supervisor.lead import lead_s
 from forge_hpc.supervisor.node import Node
@@ -126,13 +124,9 @@ class FirstNode:
     # ---- the start
 
     def start(self, config: Config, rendezvous: Rendezvous, tls: Path, log_dir: Path) -> Ending:
-        """Bring the nodes together, leave out who is not fit, make the warm start, and run the controller to its end."""
-        allocation, requests = self.allocation, self._requests
-        num_nodes = allocation.num_nodes
-        with ComplaintsDesk(host_address(num_nodes)) as desk:
-            rendezvous.publish("gate", {"desk": desk.where})
-            address = self._node.introduce(rendezvous, config.cluster.start_timeout_s)
-            verdict = judge_nodes(config, rendezvous, num_nodes, desk, requests.check)
+        """Bring the nodes that are fit together, make the warm start, and run the controller to its end."""
+        requests = self._requests
+        address, verdict = open_gate(self._node, config, rendezvous, requests.check)
         if (ending := verdict.ending(config.cluster.spare_nodes)) is not None:
             return ending
         if verdict.unfit:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +86,7 @@ class Node:
         command = [sys.executable, "-m", "forge_hpc.gate.neighbours", "--rendezvous", str(rendezvous.directory)]
         command += ["--node", str(self.allocation.node_id), "--num-nodes", str(self.allocation.num_nodes)]
         command += ["--address", address, "--patience", str(patience_s), "--parent", str(os.getpid())]
+        command += ["--began", str(time.time())]
         self._comparing = subprocess.Popen(ignoring_signals(command), stdin=subprocess.DEVNULL, start_new_session=True)
 
     def join(self, members: Sequence[int]) -> bool:
