@@ -91,7 +91,8 @@ def test_an_orphan_of_an_earlier_start_of_this_run_is_ended_and_nobody_else(
     tmp_path: Path, orphan: Callable[[str], int]
 ) -> None:
     earlier, ours, others = orphan("7.0.0"), orphan("7.1.0"), orphan("../../other/tls/7.0.0")
-    assert end_orphans(tmp_path / "tls", "7.1.0") == [f"pid {earlier} (sleep 600)"]
+    [ended] = end_orphans(tmp_path / "tls", "7.1.0")
+    assert ended.startswith(f"pid {earlier} (")
     for pid, lives in ((earlier, False), (ours, True), (others, True)):
         state = Path(f"/proc/{pid}/stat")
         assert (state.exists() and state.read_text().split()[2] != "Z") == lives

@@ -19,6 +19,7 @@ from forge_hpc.cluster.processes import end_descendants
 from forge_hpc.cluster.rendezvous import Rendezvous, RendezvousTimeout
 from forge_hpc.config import Config, UserError, read_config
 from forge_hpc.files import in_thread
+from forge_hpc.observability.phases import StartPhases
 from forge_hpc.observability.summary import final_summary
 from forge_hpc.run_lock import RunDirLock
 from forge_hpc.status_writer import StatusWriter
@@ -125,8 +126,10 @@ class FirstNode:
 
     def start(self, config: Config, rendezvous: Rendezvous, tls: Path, log_dir: Path) -> Ending:
         """Bring the nodes that are fit together, make the warm start, and run the controller to its end."""
-        requests = self._requests
+        requests, ago_s = self._requests, time.monotonic() - self._started
+        phases = StartPhases(self._job.waited_s(ago_s), time.time() - ago_s)
         address, verdict = open_gate(self._node, config, rendezvous, requests.check)
+        phases.end("gate")
         if (ending := verdict.ending(config.cluster.spare_nodes)) is not None:
             return ending
         if verdict.unfit:
@@ -148,6 +151,8 @@ class FirstNode:
             ending = warm_start(self.run_dir, config, requests, self.status)
             if ending is not None:
                 return ending
+            phases.end("warm start")
+        rendezvous.publish("phases", phases.as_record())
         controller = ControllerProcess.start(self._node, requests, self.lock, rendezvous, tls, log_dir)
         stacks = self._node.stack_writer(rendezvous, log_dir)
         request = controller.wait(worker, rendezvous, deadlines.heartbeat_timeout_s(config), stacks)

@@ -74,6 +74,10 @@ class StartLog:
         """The start that began last goes on without these nodes, for these reasons."""
         self._append({"event": "left out", "nodes": dict(nodes)})
 
+    def phases(self, seconds: Mapping[str, float]) -> None:
+        """How long the start that began last took to come to its first step, by phase."""
+        self._append({"event": "phases", "seconds": {name: round(value, 3) for name, value in seconds.items()}})
+
     def forked(self, source: str, step: int, optimizer: bool, changes: Sequence[str]) -> None:
         """The run begins with a checkpoint of another one, in ``source``; ``changes`` is what differs from it."""
         record = {"event": "forked", "from": source, "step": step, "optimizer": optimizer, "changes": list(changes)}
