@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +51,31 @@ class Rendezvous:
         ``stop`` is called at each look and may raise, so that a signal ends the wait. A look that the file system fails
         has seen nothing. Raises RendezvousTimeout, and FileNotFoundError where a newer start has removed the directory.
         """
+        found = self.gather(names, timeout_s, stop)
+        if missing := [name for name in names if name not in found]:
+            shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+            raise RendezvousTimeout(f"after {timeout_s:.0f} s still missing in {self.directory}: {shown}")
+        return [found[name] for name in names]
+
+    def gather(
+        self,
+        names: Sequence[str],
+        timeout_s: float,
+        stop: Callable[[], None] | None = None,
+        without: Callable[[], Collection[str]] = tuple,
+    ) -> dict[str, Any]:
+        """Wait for the records as ``wait`` does, but for those that ``without()`` names; after the timeout go on with
+        those that are there."""
         found: dict[str, Any] = {}
 
         def look() -> bool:
             for name in names:
                 if name not in found and (record := self.look(name)) is not None:
                     found[name] = record
-            return len(found) == len(names)
+            return found.keys() | set(without()) >= set(names)
 
-        if not _poll(look, timeout_s, stop):
-            missing = [name for name in names if name not in found]
-            shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-            raise RendezvousTimeout(f"after {timeout_s:.0f} s still missing in {self.directory}: {shown}")
-        return [found[name] for name in names]
+        _poll(look, timeout_s, stop)
+        return found
 
     def wait_for_any(self, names: Sequence[str], timeout_s: float, stop: Callable[[], None] | None = None) -> Any:
         """Wait for the first of the records. Otherwise as ``wait``."""

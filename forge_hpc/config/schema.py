@@ -474,6 +474,9 @@ class ClusterConfig:
     """GPUs used on each node; 0 is the CPU; by default what the node has."""
     start_timeout_s: float = setting(600.0, POSITIVE)
     """All nodes must have joined, and all actors be ready, in this time."""
+    slow_node_factor: float = setting(3.0, NOT_NEGATIVE)
+    """A node whose matrix product at the start takes so many times as long as the others' (their median) is left out
+    (docs/gate.md); 0 has none left out, as for nodes of several kinds."""
 
 
 @dataclass

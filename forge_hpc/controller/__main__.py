@@ -34,6 +34,7 @@ from forge_hpc.controller.recovery import Departure, Leave, Recoveries
 from forge_hpc.controller.service import ActorLost, cause_of, is_loss, reason_of
 from forge_hpc.controller.stacks import joined, prepare_stacks, write_stacks
 from forge_hpc.observability.logs import Terminal, setup_logging
+from forge_hpc.observability.phases import StartPhases
 from forge_hpc.observability.wandb import finish_runs
 from forge_hpc.run_dir import RunDir
 from forge_hpc.status_writer import StatusWriter
@@ -65,7 +66,7 @@ async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, termin
     await asyncio.to_thread(take_user_files, config, run_dir)
     faults, status = Faults(rendezvous), StatusWriter(run_dir)
     async with background(heartbeat(status), faults.look_for_ended_nodes()):
-        cluster = await join_nodes(config, rendezvous, log_dir, faults)
+        cluster, phases = await join_nodes(config, rendezvous, log_dir, faults)
         recoveries = Recoveries(config.cluster.max_restarts)
 
         def node_lost(node: int, reason: str) -> None:
@@ -79,6 +80,7 @@ async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, termin
         done, number = False, 0
         while not done and not leave.requested.is_set():
             session = Session(config, run_dir, log_dir, cluster, pool, recoveries, leave, number, status, frozen)
+            session.phases = phases if number == 0 else None
             faults.begin()
             faults.watch_nodes(partial(on_ended_node, session, pool, frozen, node_lost))
             try:
@@ -200,22 +202,29 @@ def take_user_files(config: Config, run_dir: RunDir) -> None:
     keep_files(config, run_dir)
 
 
-async def join_nodes(config: Config, rendezvous: Rendezvous, log_dir: Path, faults: Faults) -> Cluster:
-    """Wait for the workers of all nodes, attach to them, and decide what runs where."""
+async def join_nodes(
+    config: Config, rendezvous: Rendezvous, log_dir: Path, faults: Faults
+) -> tuple[Cluster, StartPhases]:
+    """Wait for the workers of all nodes, attach to them, and decide what runs where; the time until then."""
     timeout_s = config.cluster.start_timeout_s
     [start] = await asyncio.to_thread(rendezvous.wait, ["start"], timeout_s)  # published before it started us
+    [record] = await asyncio.to_thread(rendezvous.wait, ["phases"], timeout_s)
+    phases = StartPhases.resume(record)
     joined(start["num_nodes"])
     names = [f"worker-{node}" for node in range(start["num_nodes"])]
     workers = await asyncio.to_thread(rendezvous.wait, names, timeout_s)
+    phases.end("environment")
     hosts = await attach([worker["address"] for worker in workers], start["address"], timeout_s)
+    phases.end("attach")
     config.cluster.nodes = len(workers)  # a run may come back on another number of nodes
+    config.cluster.spare_nodes = max(0, config.cluster.spare_nodes - start["left_out"])
     gpus, found = config.cluster.gpus_per_node, min(len(worker["gpus"]) for worker in workers)
     if gpus is not None and gpus > found:
         raise UserError(f"cluster.gpus_per_node is {gpus}, a node has {found}", "lower it, or leave it out")
     placement = plan(config, found if gpus is None else gpus)
     logger.info("attached to %d nodes\n%s", len(workers), placement.describe())
     cpus = min(worker["cpus"] for worker in workers)
-    return Cluster(hosts, placement, cpus, [worker["gpus"] for worker in workers], log_dir, faults)
+    return Cluster(hosts, placement, cpus, [worker["gpus"] for worker in workers], log_dir, faults), phases
 
 
 async def heartbeat(status: StatusWriter) -> None:

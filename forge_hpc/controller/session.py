@@ -40,6 +40,7 @@ from forge_hpc.data.types import Document, Group, Prompt
 from forge_hpc.evaluation.evaluator import Evaluator
 from forge_hpc.observability.logger import MetricLogger
 from forge_hpc.observability.performance import EngineCounts, engine_figures
+from forge_hpc.observability.phases import StartPhases
 from forge_hpc.observability.traces import Spans, trace_dir
 from forge_hpc.rewards import RewardPool
 from forge_hpc.rollouts.buffer import EpisodeBuffer, episode_buffer
@@ -47,6 +48,7 @@ from forge_hpc.rollouts.mismatch import MismatchWatch
 from forge_hpc.rollouts.stream import RolloutStream
 from forge_hpc.run_dir import RunDir
 from forge_hpc.status_writer import StatusWriter
+from forge_hpc.supervisor.starts import StartLog
 from forge_hpc.weights import WeightStore
 
 if TYPE_CHECKING:
@@ -84,6 +86,8 @@ class Session:
         """The recipe's state as of ``step``; empty in a fresh run."""
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Resolved with the reason when trainers or the store of the weights are lost: the attempt is over."""
+        self.phases: StartPhases | None = None
+        """Of a start that has not come to its first step yet."""
         self._pool = pool
         self._frozen = frozen
         self._recoveries = recoveries
@@ -130,6 +134,7 @@ class Session:
         found = await asyncio.to_thread(find_checkpoint, self._saver.checkpoints, config, self.run_dir)
         if found is not None:
             await asyncio.to_thread(self._restore, *found)
+        self._phase("model")
 
     def _restore(self, checkpoint: Path, record: Mapping[str, Any]) -> None:
         self._resume_from, self.step, self.state = checkpoint, record["step"], record["recipe"]
@@ -159,6 +164,7 @@ class Session:
         if self.needs.generators != "beside":
             self._held_out_documents = await asyncio.to_thread(self._load_held_out_documents)
             await self._start_trainers()
+            self._phase("engine")
             return
         if self.needs.learns_from == "samples":
             self._prompts = await asyncio.to_thread(self._load_prompts)
@@ -170,10 +176,12 @@ class Session:
             if self.needs.models:
                 tasks.create_task(self._start_trainers())
             generators = tasks.create_task(self._start_generators(self.model_dir))
+        self._phase("engine")
         self._player = self._episode_player(generators.result(), environments)
         self._evaluator = self._evaluator_of(held_out, self._rewards, self._player)
         if self.needs.models:
             await self._connect()
+            self._phase("weights")
 
     async def _start_trainers(self) -> None:
         """Spawn the trainers and load their weights."""
@@ -295,6 +303,22 @@ class Session:
             await self._weights.publish(self.step)
             await self._weights.delivered()
 
+    def _phase(self, name: str) -> None:
+        if self.phases is not None:
+            self.phases.end(name)
+
+    async def _tell_phases(self) -> None:
+        """The first step is done: say what the time went to, once."""
+        if (phases := self.phases) is None:
+            return
+        phases.end("step")
+        self.phases = None
+        self._tell(phases.describe())
+        try:
+            await asyncio.to_thread(StartLog(self.run_dir).phases, phases.seconds)
+        except OSError as error:
+            logger.warning("the phases of the start are not in starts.jsonl: %s", error)
+
     def _tell(self, text: str) -> None:
         logger.info("%s", text)
         self.metrics.say(text)
@@ -379,6 +403,7 @@ class Session:
         whatever is killed, no more than ``checkpoint.interval`` steps are lost.
         """
         if self.is_between_steps:  # another model's may have begun it
+            self._phase("rollout" if self.needs.generators == "beside" else "data")
             await self._begin_step(step)
         start = time.perf_counter()
         if model != POLICY:
@@ -459,6 +484,7 @@ class Session:
         ``checkpoint.interval`` steps and at the last one: what was written before is on disk when the checkpoint is.
         """
         self._record(step, metrics, groups)
+        await self._tell_phases()
         self.state = dict(state)
         start = time.perf_counter()
         with self._spans.span("save"):
@@ -505,6 +531,7 @@ class Session:
         """The figures of the policy after ``step``, written too: by answers where there are generators, else the loss
         on held-out documents, of the last step by ``finish``. Empty where none is due, or it was done before."""
         figures = await self._evaluate(step)
+        self._phase("evaluation")
         if figures:
             await self._keep_best(step, figures)
             self._step_ended = time.perf_counter()

@@ -16,6 +16,7 @@ import yaml
 from forge_hpc.config.errors import UserError
 from forge_hpc.observability.console import format_duration, tokens_per_second
 from forge_hpc.observability.jsonl import read_jsonl
+from forge_hpc.observability.phases import start_table
 from forge_hpc.observability.summary import next_commands, read_evaluations, read_figures, series
 from forge_hpc.observability.tables import evaluation_table, table
 from forge_hpc.run_dir import RunDir, Status
@@ -69,6 +70,8 @@ def render_report(run_dir: RunDir) -> str:
         lines += ["", "## Where the time goes", "", *_time_table(records)]
         lines += ["", "## Quantiles over steps", "", *_quantile_table(records)]
         lines += ["", "## Last steps", "", *_steps_table(records[-5:])]
+    if starts := start_table(run_dir):
+        lines += ["", "## Start", "", *starts]
     lines += ["", *_log_lines(run_dir, status.state)]
     lines += ["## Next", "", *(f"    {command}" for command in next_commands(run_dir) if "report" not in command)]
     return "\n".join(lines).rstrip()

@@ -14,7 +14,7 @@ site         site profiles
 from forge_hpc.slurm.client import SlurmRefused, SlurmSilent
 from forge_hpc.slurm.environment import corrections, own_job_id
 from forge_hpc.slurm.facts import JobFacts, controller_release, controller_time, parse_release
-from forge_hpc.slurm.job import cause_of, forbid_requeue, job_facts, requeue
+from forge_hpc.slurm.job import cause_of, forbid_requeue, host_names, job_facts, requeue
 from forge_hpc.slurm.preemption import Preemption, known_of, preemption, release_text
 from forge_hpc.slurm.successor import CONTINUE, script_arguments, submit_successor
 
@@ -29,6 +29,7 @@ __all__ = [
     "controller_time",
     "corrections",
     "forbid_requeue",
+    "host_names",
     "job_facts",
     "known_of",
     "own_job_id",

@@ -137,9 +137,9 @@ def exclusion(facts: JobFacts, nodes: tuple[str, ...]) -> str:
     if not nodes:
         return ""
     everything = ",".join([*filter(None, [facts.excluded]), *nodes])
-    excluded = _hosts(everything)
+    excluded = set(host_names(everything))
     known = set(ask("sinfo", "--noheader", "--Node", f"--partition={facts.partition}", "--format=%N").split())
-    if asked := _hosts(facts.said.get("ReqNodeList", "")) & excluded:
+    if asked := excluded.intersection(host_names(facts.said.get("ReqNodeList", ""))):
         reason = f"job {facts.job_id} asks for {','.join(sorted(asked))}"
     elif len(known - excluded) < facts.num_nodes:
         reason = f"partition {facts.partition} has {len(known)} nodes, and job {facts.job_id} needs {facts.num_nodes}"
@@ -149,9 +149,9 @@ def exclusion(facts: JobFacts, nodes: tuple[str, ...]) -> str:
     return ""
 
 
-def _hosts(nodes: str) -> set[str]:
-    """The names in Slurm's list."""
-    return set(ask("scontrol", "show", "hostnames", nodes).split()) if nodes else set()
+def host_names(nodes: str) -> list[str]:
+    """The names in Slurm's list, in its order. Raises SlurmRefused."""
+    return ask("scontrol", "show", "hostnames", nodes).split() if nodes else []
 
 
 def is_job_id(job_id: str | None) -> TypeGuard[str]:

@@ -60,6 +60,8 @@ class Cause(StrEnum):
     """The run has found out that a node is lost, or cut off."""
     NODE_FAIL = "node_fail"
     """Slurm says that a node is lost, and has not requeued the job."""
+    GATE = "gate"
+    """Before anything has begun, a node was found not to be fit."""
     CRASH = "crash"
     """The machinery has failed: a process, a device, a network, a file system."""
     TAKEN_OVER = "taken over"
@@ -109,6 +111,7 @@ RULES = {
     Cause.UNKNOWN: Rule("preempted", Return.REQUEUE, True, "failed", "asked to leave"),
     Cause.NODE_LOST: Rule("preempted", Return.REQUEUE, True, "failed", "a node is lost"),
     Cause.NODE_FAIL: Rule("preempted", Return.REQUEUE, True, "failed", "a node is lost"),
+    Cause.GATE: Rule("preempted", Return.REQUEUE, True, "failed", "a node is not fit"),
     Cause.CRASH: Rule("preempted", Return.REQUEUE, True, "failed"),
     Cause.TAKEN_OVER: Rule("", Return.NEVER),
 }

@@ -1,6 +1,6 @@
 """The first node: it holds the run's lock, runs the controller, and leaves the truth in the run directory.
 
-lock ─ certificates ─ worker ─ (warm start) ─ controller ─► Ending ─► starts.jsonl, status.json ─► coming back
+lock ─ gate ─ certificates ─ worker ─ (warm start) ─ controller ─► Ending ─► starts.jsonl, status.json ─► coming back
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from forge_hpc.cluster.processes import end_descendants
 from forge_hpc.cluster.rendezvous import Rendezvous, RendezvousTimeout
 from forge_hpc.config import Config, UserError, read_config
 from forge_hpc.files import in_thread
+from forge_hpc.observability.phases import StartPhases
 from forge_hpc.observability.summary import final_summary
 from forge_hpc.run_lock import RunDirLock
 from forge_hpc.status_writer import StatusWriter
@@ -26,6 +27,7 @@ from forge_hpc.supervisor import deadlines
 from forge_hpc.supervisor.coming_back import come_back, is_to_come_back
 from forge_hpc.supervisor.controller_process import ControllerProcess, cancelled
 from forge_hpc.supervisor.ending import EXITS, FAILURES, RULES, Cause, ControllerExit, Ending, Exit
+from forge_hpc.supervisor.gate import open_gate
 from forge_hpc.supervisor.job import OwnJob
 from forge_hpc.supervisor.lead import lead_s
 from forge_hpc.supervisor.node import Node
@@ -123,19 +125,34 @@ class FirstNode:
     # ---- the start
 
     def start(self, config: Config, rendezvous: Rendezvous, tls: Path, log_dir: Path) -> Ending:
-        """Bring the nodes together, make the warm start, and run the controller to its end."""
-        allocation, requests = self.allocation, self._requests
-        address = self._node.introduce(rendezvous)
-        names = [f"node-{n}" for n in range(allocation.num_nodes)]
-        nodes = rendezvous.wait(names, config.cluster.start_timeout_s, requests.check)
+        """Bring the nodes that are fit together, make the warm start, and run the controller to its end."""
+        requests, ago_s = self._requests, time.monotonic() - self._started
+        phases = StartPhases(self._job.waited_s(ago_s), time.time() - ago_s)
+        address, verdict = open_gate(self._node, config, rendezvous, requests.check)
+        phases.end("gate")
+        if (ending := verdict.ending(config.cluster.spare_nodes)) is not None:
+            return ending
+        if verdict.unfit:
+            with best_effort():
+                StartLog(self.run_dir).left_out({verdict.named(node): why for node, why in verdict.unfit.items()})
+            print(f"{verdict.describe()}; the start goes on without", file=sys.stderr, flush=True)
+        nodes = list(verdict.introductions.values())
         make_job_identity(tls, [name for node in nodes for name in node["names"]])
-        start = {"num_nodes": allocation.num_nodes, "address": address, "tls": str(tls), "log_dir": str(log_dir)}
-        rendezvous.publish("start", start)
+        start = {
+            "members": verdict.members,
+            "left_out": len(verdict.unfit),
+            "num_nodes": len(nodes),
+            "address": address,
+        }
+        rendezvous.publish("start", start | {"tls": str(tls), "log_dir": str(log_dir)})
+        self._node.join(verdict.members)
         worker = self._node.start_worker(rendezvous, address, tls, log_dir)
         if config.model.path == "warmstart":
             ending = warm_start(self.run_dir, config, requests, self.status)
             if ending is not None:
                 return ending
+            phases.end("warm start")
+        rendezvous.publish("phases", phases.as_record())
         controller = ControllerProcess.start(self._node, requests, self.lock, rendezvous, tls, log_dir)
         stacks = self._node.stack_writer(rendezvous, log_dir)
         request = controller.wait(worker, rendezvous, deadlines.heartbeat_timeout_s(config), stacks)

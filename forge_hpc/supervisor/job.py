@@ -39,6 +39,15 @@ class OwnJob:
         self.walltime = Walltime(self.allocation.job_id, lead_s, self.clock)
         self.facts = self.walltime.facts or self.facts
 
+    def waited_s(self, ago_s: float) -> dict[str, float]:
+        """How long the job waited in the queue, and how long it took until ``ago_s`` seconds before now to come from
+        there to its first node; nothing where Slurm has not told."""
+        facts = self.facts
+        if facts is None or facts.start_time is None or not (submitted := facts.said.get("SubmitTime", "")).isdigit():
+            return {}
+        queue, launch = facts.start_time - float(submitted), self.clock.now() - ago_s - facts.start_time
+        return {"queue": max(0.0, queue), "launch": max(0.0, launch)}
+
     def ask(self) -> slurm.JobFacts | None:
         """What Slurm says of the job now."""
         facts = slurm.job_facts(self.allocation.job_id, timeout_s=deadlines.ANSWER_S)

@@ -8,7 +8,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from forge_hpc.cluster import stacks
 from forge_hpc.cluster.allocation import Allocation, host_address, interface_of
@@ -16,6 +20,9 @@ from forge_hpc.cluster.identity import tls_environment
 from forge_hpc.cluster.processes import end_descendants
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.cluster.worker import visible_gpus
+from forge_hpc.files import in_thread
+from forge_hpc.gate.deadlines import OWN_S
+from forge_hpc.gate.own import look_at_node
 from forge_hpc.run_dir import RunDir
 from forge_hpc.supervisor.compile_cache import compile_cache
 from forge_hpc.supervisor.robust import how_it_ended
@@ -29,6 +36,7 @@ class Node:
         self.run_dir = run_dir
         self.allocation = allocation
         self._scratch: Path | None = None
+        self._comparing: subprocess.Popen[bytes] | None = None
 
     def close(self) -> None:
         """End all processes below this one, and remove what dead ones have left in the scratch folder."""
@@ -46,14 +54,52 @@ class Node:
         """Where the nodes of this start find each other."""
         return Rendezvous(self.run_dir.rendezvous / (key or self.key))
 
-    def introduce(self, rendezvous: Rendezvous) -> str:
-        """Tell the first node by which names the others reach this one, and Slurm's name of it."""
+    @property
+    def slurm_name(self) -> str:
+        """What Slurm calls this node."""
+        return os.environ.get("SLURMD_NODENAME", socket.gethostname())
+
+    def introduce(self, rendezvous: Rendezvous, patience_s: float) -> str:
+        """Tell the first node by which names the others reach this one, Slurm's name of it, and whether it is fit; then
+        look at it beside the others, who come within ``patience_s``."""
         address = host_address(self.allocation.num_nodes)
         names = [address, socket.gethostname(), "localhost"]
-        slurm_name = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-        record = {"address": address, "names": names, "slurm_name": slurm_name}
+        record = {"address": address, "names": names, "slurm_name": self.slurm_name, "report": self._report(rendezvous)}
         rendezvous.publish(f"node-{self.allocation.node_id}", record)
+        if self.allocation.num_nodes > 1:
+            self._start_comparing(rendezvous, address, patience_s)
         return address
+
+    def _report(self, rendezvous: Rendezvous) -> dict[str, Any]:
+        """What is found of this node by itself."""
+        start, alone = rendezvous.directory.name, self.allocation.num_nodes == 1
+
+        def look() -> dict[str, Any]:
+            return look_at_node(rendezvous.directory, self.run_dir.tls, start, visible_gpus(), alone)
+
+        try:
+            return in_thread(look, within_s=OWN_S)
+        except TimeoutError:
+            return {"problems": [f"its disks or its GPUs' driver have not answered for {OWN_S:.0f} s"]}
+
+    def _start_comparing(self, rendezvous: Rendezvous, address: str, patience_s: float) -> None:
+        command = [sys.executable, "-m", "forge_hpc.gate.neighbours", "--rendezvous", str(rendezvous.directory)]
+        command += ["--node", str(self.allocation.node_id), "--num-nodes", str(self.allocation.num_nodes)]
+        command += ["--address", address, "--patience", str(patience_s), "--parent", str(os.getpid())]
+        command += ["--began", str(time.time())]
+        self._comparing = subprocess.Popen(ignoring_signals(command), stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def join(self, members: Sequence[int]) -> bool:
+        """The gate is over: of its members, in the order of the allocation, this node is one from now on. False where
+        it is not."""
+        if self._comparing is not None:
+            self._comparing.kill()
+            self._comparing.wait()
+        if self.allocation.node_id not in members:
+            return False
+        place = members.index(self.allocation.node_id)
+        self.allocation = replace(self.allocation, node_id=place, num_nodes=len(members))
+        return True
 
     def environment(self, tls: Path) -> dict[str, str]:
         """Environment of the node's processes. Raises OSError where no temporary directory can be written."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -69,6 +69,14 @@ class StartLog:
     def changed(self, changes: Sequence[str]) -> None:
         """The next start has another configuration than the last."""
         self._append({"event": "changed", "changes": list(changes)})
+
+    def left_out(self, nodes: Mapping[str, str]) -> None:
+        """The start that began last goes on without these nodes, for these reasons."""
+        self._append({"event": "left out", "nodes": dict(nodes)})
+
+    def phases(self, seconds: Mapping[str, float]) -> None:
+        """How long the start that began last took to come to its first step, by phase."""
+        self._append({"event": "phases", "seconds": {name: round(value, 3) for name, value in seconds.items()}})
 
     def forked(self, source: str, step: int, optimizer: bool, changes: Sequence[str]) -> None:
         """The run begins with a checkpoint of another one, in ``source``; ``changes`` is what differs from it."""

@@ -1,0 +1,8 @@
+"""The node gate: what is looked at on every node before engines and trainers start (docs/gate.md).
+
+    node's supervisor   own ─► its report in node-N         (disk, memory, clock, GPUs, orphans, environment)
+    a process beside it neighbours ─► pace-N                (a matrix product, an all-reduce with the next node)
+    first node          verdict: which nodes are not fit ─► left out, or the job is requeued without them
+
+A node that cannot write its report tells the first one over TCP (``complaints``).
+"""

@@ -1,0 +1,133 @@
+"""The first node's part in the gate: it gathers what all nodes have found, and decides who takes part.
+
+node-N (all are there) ─► port-N, link-N within ``GATE_S`` ─► Verdict ─► members of the start, or an ending
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from forge_hpc import slurm
+from forge_hpc.cluster.allocation import host_address
+from forge_hpc.cluster.rendezvous import Rendezvous
+from forge_hpc.config import Config
+from forge_hpc.gate.complaints import ComplaintsDesk
+from forge_hpc.gate.deadlines import CALM_S, GATE_S, PRODUCT_S
+from forge_hpc.gate.verdict import cut_off_nodes, own_problems, slow_nodes
+from forge_hpc.supervisor.ending import Cause, Ending
+from forge_hpc.supervisor.node import Node
+
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Who takes part in a start, and who does not."""
+
+    members: list[int]
+    """Nodes of the allocation that are fit, in order."""
+    unfit: dict[int, str]
+    """The others, each with its problem."""
+    introductions: dict[int, dict[str, Any]]
+    """Records of the members, by node."""
+    slurm_names: dict[int, str]
+    """Of every node that is known by one."""
+
+    def ending(self, num_spares: int) -> Ending | None:
+        """Why the start cannot go on with its members; None where it can: spare nodes take the place of the unfit ones,
+        and the first node, which holds the run, is fit."""
+        if 0 not in self.unfit and len(self.unfit) <= num_spares:
+            return None
+        all_of_many = len(self.unfit) > 1 and not self.members  # then it is not the nodes: they are not shut out
+        lost = () if all_of_many else tuple(self.slurm_names[n] for n in sorted(self.unfit) if n in self.slurm_names)
+        return Ending(Cause.GATE, self.describe(), None, lost)
+
+    def describe(self) -> str:
+        """In words, the nodes by name."""
+        named = [f"{self.named(node)} is not fit: {why}" for node, why in sorted(self.unfit.items())]
+        return ". ".join(named[:_SHOWN]) + (f". And {len(named) - _SHOWN} more" if len(named) > _SHOWN else "")
+
+    def named(self, node: int) -> str:
+        """A node as Slurm and we call it."""
+        name = self.slurm_names.get(node)
+        return f"node {node}" + (f" ({name})" if name else "")
+
+
+def open_gate(node: Node, config: Config, rendezvous: Rendezvous, stop: Callable[[], None]) -> tuple[str, Verdict]:
+    """Introduce the first node, wait for what all have found, and judge: its address, and who takes part. Raises what
+    ``stop`` raises."""
+    num_nodes = node.allocation.num_nodes
+    with ComplaintsDesk(host_address(num_nodes)) as desk:
+        rendezvous.publish("gate", {"desk": desk.where})
+        address = node.introduce(rendezvous, config.cluster.start_timeout_s)
+        return address, _judge(config, rendezvous, num_nodes, desk, stop)
+
+
+def _judge(
+    config: Config, rendezvous: Rendezvous, num_nodes: int, desk: ComplaintsDesk, stop: Callable[[], None]
+) -> Verdict:
+    nodes, timeout_s = range(num_nodes), config.cluster.start_timeout_s
+    complained = lambda prefix: {f"{prefix}-{node}" for node in desk.complaints}  # noqa: E731
+    found = rendezvous.gather([f"node-{n}" for n in nodes], timeout_s, stop, lambda: complained("node"))
+    introductions = {node: found[f"node-{node}"] for node in nodes if f"node-{node}" in found}
+    problems = own_problems(
+        {node: record["report"] for node, record in introductions.items()},
+        whole_nodes=config.slurm.exclusive,
+        gpus=config.cluster.gpus_per_node,
+    )
+    for node in nodes:
+        if node in desk.complaints:
+            problems[node] = [desk.complaints[node]["problem"]]
+        elif node not in introductions:
+            problems[node] = [f"it has not come within {timeout_s:.0f} s"]
+    unfit = {node: "; ".join(texts) for node, texts in problems.items() if texts}
+    if num_nodes > 1:
+        _compare(config, rendezvous, num_nodes, unfit, stop)
+    names = {node: record["slurm_name"] for node, record in introductions.items()}
+    names |= {node: said["slurm_name"] for node, said in desk.complaints.items()}
+    if unfit.keys() - names.keys():
+        names = dict(enumerate(_host_names(num_nodes))) | names
+    for node, record in introductions.items():
+        for orphan in record["report"].get("orphans", ()):
+            print(f"node {node} ({names[node]}): ended {orphan}, left over by an earlier start", file=sys.stderr)
+    members = [node for node in nodes if node not in unfit]
+    return Verdict(members, unfit, {node: introductions[node] for node in members}, names)
+
+
+def _compare(
+    config: Config, rendezvous: Rendezvous, num_nodes: int, unfit: dict[int, str], stop: Callable[[], None]
+) -> None:
+    """Add those to ``unfit`` that are slow or cut off, in at most ``GATE_S``."""
+    until = time.monotonic() + GATE_S
+    fit = [node for node in range(num_nodes) if node not in unfit]
+    ports = rendezvous.gather([f"port-{node}" for node in fit], PRODUCT_S, stop)
+    # Where those that have answered took long, all wait for the file server, or for a crowded machine.
+    is_calm = bool(ports) and median(record["took_s"] for record in ports.values()) <= CALM_S
+    if is_calm:
+        late = f"it has not multiplied two matrices after {PRODUCT_S:.0f} s"
+        unfit |= {node: late for node in fit if f"port-{node}" not in ports}
+    products = {node: ports[f"port-{node}"]["product_s"] for node in fit if f"port-{node}" in ports}
+    # Who is slow still adds up: a neighbour's link is no worse for it.
+    pairs = [node for node in products if (node + 1) % num_nodes in products]
+    links = rendezvous.gather([f"link-{node}" for node in pairs], max(0.0, until - time.monotonic()), stop)
+    outcomes = {node: links[f"link-{node}"]["outcome"] for node in pairs if f"link-{node}" in links}
+    if is_calm:
+        outcomes = {node: "no answer" for node in pairs} | outcomes
+    for found in (slow_nodes(products, config.cluster.slow_node_factor), cut_off_nodes(outcomes, num_nodes)):
+        unfit |= {node: why for node, why in found.items() if node not in unfit}
+
+
+def _host_names(num_nodes: int) -> list[str]:
+    """Slurm's names of the nodes in the order of its tasks; none where it does not tell."""
+    listed = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
+    with contextlib.suppress(slurm.SlurmRefused):
+        if listed and len(names := slurm.host_names(listed)) == num_nodes:
+            return names
+    return []

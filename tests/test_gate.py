@@ -1,0 +1,399 @@
+"""The node gate: each look finds the real thing that it is for, and who is not fit is named and left out."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from disks import set_read_only, small_disk
+from runs import PROJECT, wait_for
+
+from forge_hpc.cluster.allocation import Allocation
+from forge_hpc.cluster.rendezvous import Rendezvous
+from forge_hpc.config import Config, save_config
+from forge_hpc.gate.complaints import ComplaintsDesk, complain
+from forge_hpc.gate.environment import differences, environment
+from forge_hpc.gate.neighbours import Port, ask
+from forge_hpc.gate.nvml import GpuHealth
+from forge_hpc.gate.orphans import end_orphans
+from forge_hpc.gate.own import MIN_SCRATCH_BYTES, clock_offset_s, full, look_at_node, short_of_memory
+from forge_hpc.gate.verdict import cut_off_nodes, own_problems, slow_nodes
+from forge_hpc.run_dir import RunDir
+from forge_hpc.supervisor.ending import Cause
+from forge_hpc.supervisor.gate import Verdict, open_gate
+from forge_hpc.supervisor.node import Node
+
+MIB = 1 << 20
+
+# ---- what a node finds by itself
+
+
+def test_a_disk_that_is_full_or_read_only_is_found_and_one_with_space_is_not(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 2 * MIN_SCRATCH_BYTES) as disk:
+        assert full(disk, "its disk", MIN_SCRATCH_BYTES) is None
+        (disk / "file").write_bytes(bytes(MIN_SCRATCH_BYTES + MIB))
+        why = f"its disk {disk} "
+        assert full(disk, "its disk", MIN_SCRATCH_BYTES) == f"{why}is full: 63 MiB are free"
+        (disk / "rest").write_bytes(bytes(63 * MIB))
+        assert full(disk, "its disk", MIN_SCRATCH_BYTES) == f"{why}cannot be written: No space left on device"
+        (disk / "rest").unlink()
+        set_read_only(disk)
+        assert full(disk, "its disk", MIN_SCRATCH_BYTES) == f"{why}cannot be written: Read-only file system"
+        assert not list(disk.glob("forge-hpc-gate-*"))
+
+
+def test_a_healthy_node_has_no_problem_and_its_report_takes_little_time(tmp_path: Path) -> None:
+    cpu = time.process_time()
+    report = look_at_node(tmp_path, tmp_path / "tls", "7.0.0", [], alone=False)
+    assert time.process_time() - cpu < 1
+    assert report["problems"] == [] and report["orphans"] == []
+    assert report["environment"]["torch"] and report["environment"]["python"]
+    assert abs(report["clock_s"]) < 5
+
+
+def test_a_clock_before_the_file_servers_is_measured(tmp_path: Path) -> None:
+    assert 899 < clock_offset_s(tmp_path, now=lambda: time.time() + 900) < 905
+
+
+def test_a_node_with_next_to_no_memory_says_how_much_it_has() -> None:
+    assert short_of_memory(100 * MIB) == "it is short of memory: 100 MiB are available"
+    assert short_of_memory(8 << 30) is None
+
+
+@pytest.fixture
+def orphan(tmp_path: Path) -> Iterator[Callable[[str], int]]:
+    """Starts a process with the certificates of a start that is nobody's child of ours; its pid."""
+    pids: list[int] = []
+
+    def start(of: str) -> int:
+        env = os.environ | {"HYPERACTOR_TLS_KEY": str(tmp_path / "tls" / of / "key.pem")}
+        script = "sleep 600 >/dev/null 2>&1 & echo $!"  # the shell ends, and init has the rest
+        pids.append(int(subprocess.run(["sh", "-c", script], env=env, capture_output=True, text=True).stdout))
+        return pids[-1]
+
+    yield start
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_an_orphan_of_an_earlier_start_of_this_run_is_ended_and_nobody_else(
+    tmp_path: Path, orphan: Callable[[str], int]
+) -> None:
+    earlier, ours, others = orphan("7.0.0"), orphan("7.1.0"), orphan("../../other/tls/7.0.0")
+    [ended] = end_orphans(tmp_path / "tls", "7.1.0")
+    assert ended.startswith(f"pid {earlier} (")
+    wait_for(lambda: not lives(earlier), "the end of the orphan", 60)
+    assert lives(ours) and lives(others)
+
+
+def lives(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_what_a_supervisor_of_an_earlier_start_still_owns_is_its_own(tmp_path: Path) -> None:
+    key = str(tmp_path / "tls/7.0.0/key.pem")
+    script = f"""
+import os, subprocess
+process = subprocess.Popen(["sleep", "600"], env=os.environ | {{"HYPERACTOR_TLS_KEY": {key!r}}})
+print(process.pid, flush=True)
+process.wait()
+"""
+    # Its command line is that of a supervisor: python -m forge_hpc.run --run-dir D
+    command = [sys.executable, "-c", script, "forge_hpc.run", "--run-dir", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    try:
+        assert end_orphans(tmp_path / "tls", "7.1.0") == []
+        assert process.poll() is None
+    finally:
+        os.kill(child, signal.SIGKILL)
+        process.wait()
+
+
+class FakeNvml:
+    """The driver's library, with GPUs that are as they are told to be."""
+
+    def __init__(self, *gpus: dict[str, Any]) -> None:
+        self.gpus = gpus
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        return lambda *arguments: 0 if name in ("nvmlInit_v2", "nvmlShutdown") else 3
+
+    def nvmlDeviceGetHandleByIndex_v2(self, index: int, handle: Any) -> int:
+        if index >= len(self.gpus) or self.gpus[index].get("lost"):
+            return 15
+        handle._obj.value = index + 1
+        return 0
+
+    def nvmlDeviceGetMemoryInfo(self, handle: ctypes.c_void_p, memory: Any) -> int:
+        memory[0], memory[2] = 80 << 30, self._of(handle).get("used", 0)
+        return 0
+
+    def nvmlDeviceGetRemappedRows(self, handle: ctypes.c_void_p, *rows: Any) -> int:
+        rows[2]._obj.value, rows[3]._obj.value = self._of(handle).get("pending", 0), self._of(handle).get("failed", 0)
+        return 0
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: ctypes.c_void_p, reasons: Any) -> int:
+        reasons._obj.value = self._of(handle).get("reasons", 0x1)  # idle
+        return 0
+
+    def _of(self, handle: ctypes.c_void_p) -> dict[str, Any]:
+        assert handle.value is not None
+        return self.gpus[handle.value - 1]
+
+
+def test_a_gpu_is_found_that_is_lost_or_faulty_or_hot_or_used_by_somebody() -> None:
+    gpus = [{}, {"lost": True}, {"failed": 1}, {"pending": 1}, {"reasons": 0x40}, {"used": 60 << 30}]
+    health = GpuHealth([str(index) for index in range(6)], load=lambda name: FakeNvml(*gpus))
+    assert health.working == 5
+    assert health.problems == [
+        "GPU 2: a faulty row of its memory could not be remapped",
+        "GPU 3: a faulty row of its memory waits for a reset to be remapped",
+        "GPU 4: thermal slowdown",
+        "GPU 5: 60.0 of 80.0 GiB are in use",
+    ]
+
+
+def test_where_there_is_no_driver_nothing_is_said_of_gpus() -> None:
+    assert GpuHealth(["0"], load=lambda name: ctypes.CDLL("no-such-library.so")).working is None
+
+
+# ---- beside the others
+
+
+def report(**more: Any) -> dict[str, Any]:
+    healthy = {"problems": [], "gpus": 0, "working_gpus": None, "memory_bytes": 64 << 30, "clock_s": 0.0}
+    return healthy | {"environment": {"python": "3.12.3", "torch": "2.9.0"}} | more
+
+
+@pytest.mark.parametrize(
+    ("odd", "problem"),
+    [
+        ({"memory_bytes": 16 << 30}, "16.0 GiB of memory are available, elsewhere 64.0"),
+        ({"clock_s": -400.0}, "its clock is 400 s slow"),
+        (
+            {"environment": {"python": "3.12.3", "torch": "2.8.0"}},
+            "its environment is another: torch 2.8.0, elsewhere 2.9.0",
+        ),
+        ({"problems": ["its disk is full"]}, "its disk is full"),
+    ],
+)
+def test_the_odd_one_of_four_nodes_is_named(odd: dict[str, Any], problem: str) -> None:
+    found = own_problems({0: report(), 1: report(), 2: report(**odd), 3: report()})
+    assert found == {0: [], 1: [], 2: [problem], 3: []}
+
+
+def test_gpus_that_do_not_answer_are_the_nodes_fault_and_too_many_asked_for_are_not() -> None:
+    four = {"gpus": 4, "working_gpus": 4}
+    assert own_problems({0: report(**four), 1: report(gpus=4, working_gpus=3)})[1] == ["3 of its 4 GPUs answer"]
+    assert own_problems({0: report(**four), 1: report(gpus=4)})[1] == ["its GPUs' driver does not answer"]
+    assert own_problems({0: report(**four), 1: report(**four)}, gpus=8) == {0: [], 1: []}
+    assert own_problems({0: report(**four), 1: report(gpus=8, working_gpus=8)}, gpus=8)[0] == ["it has 4 of 8 GPUs"]
+
+
+def test_memory_that_other_jobs_have_is_no_fault() -> None:
+    assert own_problems({0: report(), 1: report(memory_bytes=2 << 30)}, whole_nodes=False) == {0: [], 1: []}
+
+
+def test_a_slow_node_is_slow_beside_the_median_and_of_two_the_slower_one() -> None:
+    assert slow_nodes({0: 1.0, 1: 1.1, 2: 4.4, 3: 0.9}, 3.0) == {
+        2: "it is slow: a matrix product takes 4.4 times as long as elsewhere"
+    }
+    assert slow_nodes({0: 4.0, 1: 1.0}, 3.0).keys() == {0}
+    assert slow_nodes({0: 4.0, 1: 1.0}, 0.0) == {}
+    assert slow_nodes({0: 1.0}, 3.0) == {}
+
+
+def test_who_has_more_broken_links_is_cut_off_and_of_two_alike_not_the_first() -> None:
+    fine = 1e9
+    assert cut_off_nodes({0: fine, 1: "reset", 2: "refused", 3: fine}, 4) == {
+        2: "numbers cannot be added up with node 1: reset"
+    }
+    assert cut_off_nodes({0: "refused", 1: "refused"}, 2).keys() == {1}
+    assert cut_off_nodes({0: fine, 1: 1.2e7, 2: fine, 3: fine}, 4).keys() == {2}
+    assert cut_off_nodes({0: fine, 1: fine / 9, 2: fine}, 3) == {}
+
+
+def test_the_environment_of_most_is_the_right_one() -> None:
+    ours = environment()
+    assert differences({0: ours, 1: ours}) == {}
+    assert differences({0: ours | {"forge_hpc": "edited"}, 1: ours, 2: ours})[0].startswith(
+        f"its environment is another: forge_hpc edited, elsewhere {ours['forge_hpc']}"
+    )
+
+
+def test_two_neighbours_add_up_their_numbers_and_a_stranger_is_sent_away() -> None:
+    import socket
+    import threading
+
+    port = Port("127.0.0.1")
+    answering = threading.Thread(target=port.answer, args=(1, 30.0), daemon=True)
+    answering.start()
+    with socket.create_connection(("127.0.0.1", port.where["port"])) as stranger:
+        stranger.sendall(b"x" * len(port.token))
+        assert stranger.recv(1) == b""
+    assert ask(port.where, 0, 30.0) > 0
+    answering.join(30)
+    assert not answering.is_alive()
+
+
+def test_complaints_come_by_tcp_and_only_from_who_has_read_the_token() -> None:
+    with ComplaintsDesk("127.0.0.1") as desk:
+        complain(desk.where | {"token": "guessed"}, {"node": 1, "slurm_name": "n1", "problem": "none"})
+        complain(desk.where, {"node": 2, "slurm_name": "n2", "problem": "cannot write"})
+        deadline = time.monotonic() + 30
+        while not desk.complaints and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert {node: said["problem"] for node, said in desk.complaints.items()} == {2: "cannot write"}
+    with pytest.raises(OSError):
+        complain(desk.where, {"node": 1})
+
+
+# ---- the verdict
+
+
+def verdict(*unfit: int, nodes: int = 4) -> Verdict:
+    members = [node for node in range(nodes) if node not in unfit]
+    return Verdict(members, dict.fromkeys(unfit, "its disk is full"), {}, {node: f"n{node}" for node in range(nodes)})
+
+
+def test_spare_nodes_take_the_place_of_unfit_ones_else_the_job_comes_back_without_them() -> None:
+    assert verdict().ending(0) is None
+    assert verdict(2).ending(1) is None
+    ending = verdict(2).ending(0)
+    assert ending is not None and (ending.cause, ending.lost_nodes) == (Cause.GATE, ("n2",))
+    assert ending.message == "node 2 (n2) is not fit: its disk is full"
+    first = verdict(0).ending(1)  # it holds the run, and cannot be left out
+    assert first is not None and first.lost_nodes == ("n0",)
+
+
+def test_where_no_node_is_fit_none_is_shut_out() -> None:
+    ending = verdict(0, 1, 2, 3).ending(0)
+    assert ending is not None and ending.lost_nodes == ()
+    alone = verdict(0, nodes=1).ending(0)
+    assert alone is not None and alone.lost_nodes == ("n0",)
+
+
+# ---- four emulated nodes: each a supervisor's process, one of them sick
+
+NODE = """
+import sys
+from pathlib import Path
+from forge_hpc.cluster.allocation import Allocation
+from forge_hpc.run_dir import RunDir
+from forge_hpc.supervisor.node import Node
+from forge_hpc.supervisor.other_node import serve_node
+class Requests:
+    has_signals = True  # look often
+    def check_interrupt(self): pass
+sys.exit(serve_node(Node(RunDir(Path(sys.argv[1])), Allocation("7", int(sys.argv[2]), 4, 0)), Requests()))
+"""
+
+
+class Nodes:
+    """Nodes 1 to 3 of four; node 2 is sick."""
+
+    def __init__(self, run_dir: RunDir) -> None:
+        self.run_dir = run_dir
+        self._processes: list[subprocess.Popen[str]] = []
+
+    def start(self, wrapper: Sequence[str] = (), **variables: str) -> None:
+        for number in (1, 2, 3):
+            sick = number == 2
+            command = [*(wrapper if sick else ()), sys.executable, "-c", NODE, str(self.run_dir.path), str(number)]
+            env = os.environ | {"PYTHONPATH": str(PROJECT), "SLURMD_NODENAME": f"n{number}"}
+            self._processes.append(subprocess.Popen(command, env=env | (variables if sick else {}), text=True))
+
+    def judged(self, config: Config) -> Verdict:
+        node = Node(self.run_dir, Allocation("7", 0, 4, 0))
+        _, verdict = open_gate(node, config, node.rendezvous(), lambda: None)
+        node.join(verdict.members)
+        return verdict
+
+    def end(self) -> list[int]:
+        """Tell the others that the start is over; their exit codes."""
+        Rendezvous(self.run_dir.rendezvous / "7.0.0").publish("outcome", {"code": 0, "message": ""})
+        return [process.wait(60) for process in self._processes]
+
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def config() -> Config:
+    config = Config()
+    config.cluster.nodes = 4
+    return config
+
+
+@pytest.fixture
+def nodes(tmp_path: Path, config: Config) -> Iterator[Nodes]:
+    nodes = Nodes(RunDir(tmp_path / "run").create())
+    save_config(config, nodes.run_dir.config)
+    nodes.run_dir.status.write_text('{"state": "starting"}')
+    try:
+        yield nodes
+    finally:
+        nodes.kill()
+
+
+def test_four_healthy_nodes_all_take_part(nodes: Nodes, config: Config) -> None:
+    nodes.start()
+    verdict = nodes.judged(config)
+    assert (verdict.members, verdict.unfit) == ([0, 1, 2, 3], {})
+    assert verdict.slurm_names[2] == "n2"
+    assert nodes.end() == [0, 0, 0]
+
+
+def test_a_node_whose_temporary_directory_is_full_is_named(nodes: Nodes, config: Config, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 8 * MIB) as disk:
+        nodes.start(TMPDIR=str(disk))
+        verdict = nodes.judged(config)
+        assert verdict.unfit == {2: f"its temporary directory {disk} is full: 8 MiB are free"}
+        assert verdict.members == [0, 1, 3]
+        assert nodes.end() == [0, 0, 0]
+
+
+def test_a_node_that_cannot_write_to_the_run_directory_is_named(nodes: Nodes, config: Config) -> None:
+    run_dir = shlex.quote(str(nodes.run_dir.path))
+    read_only = f'mount --bind {run_dir} {run_dir} && mount -o remount,bind,ro {run_dir} && exec "$@"'
+    if subprocess.run(["unshare", "--mount", "sh", "-c", read_only, "sh", "true"], capture_output=True).returncode:
+        pytest.skip("mounting takes root")
+    nodes.start(["unshare", "--mount", "sh", "-c", read_only, "sh"])
+    verdict = nodes.judged(config)
+    problem = f"it cannot write to the run directory {nodes.run_dir}: Read-only file system"
+    assert (verdict.unfit, verdict.slurm_names[2]) == ({2: problem}, "n2")
+    assert nodes.end() == [0, 0, 0]
+
+
+def test_a_node_with_another_version_of_a_package_is_named(nodes: Nodes, config: Config, tmp_path: Path) -> None:
+    (tmp_path / "site/torch-0.1.0.dist-info").mkdir(parents=True)
+    nodes.start(PYTHONPATH=f"{tmp_path / 'site'}:{PROJECT}")
+    [(node, problem)] = nodes.judged(config).unfit.items()
+    assert node == 2
+    assert problem == f"its environment is another: torch 0.1.0, elsewhere {environment()['torch']}"
+    assert nodes.end() == [0, 0, 0]
+
+
+def test_a_node_that_computes_slowly_is_named(nodes: Nodes, config: Config) -> None:
+    config.cluster.slow_node_factor = 1.7
+    nodes.start(OPENBLAS_CORETYPE="Prescott")  # as a processor without vector instructions wider than 128 bits
+    [(node, problem)] = nodes.judged(config).unfit.items()
+    assert node == 2
+    assert problem.startswith("it is slow: a matrix product takes ")
+    assert nodes.end() == [0, 0, 0]
