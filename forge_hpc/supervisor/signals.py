@@ -89,8 +89,8 @@ class StopRequests:
             raise Stopped(request)
 
     def check_interrupt(self) -> None:
-        """On the other nodes: the first one decides; only who sits at a terminal is obeyed."""
-        if {signal.SIGINT, signal.SIGHUP} & {signum for signum, _ in self._signals}:
+        """On the other nodes: the first one decides, of Ctrl-C too; only a terminal that is closed is obeyed."""
+        if any(signum == signal.SIGHUP for signum, _ in self._signals):
             raise Stopped(StopRequest(Cause.CANCELLED, "stopped by hand", None))
 
     def _meaning(self, signum: int, came: float) -> StopRequest:
