@@ -11,7 +11,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date, datetime
@@ -73,17 +73,34 @@ class Checked:
     def is_complete(self) -> bool:
         return _is_complete(self.cfg, self.run_dir.read_status())
 
-    def make(self) -> Callable[[], None]:
-        """Create or renew its directory; returns what leaves it as it was found, for a job that Slurm refuses."""
+    def make(self) -> None:
+        """Create its directory, or renew what a new start needs."""
+        prepare(self.cfg, self.run_dir, None, self.warm, self.fork)
+        _record(self.changes, self.run_dir)
+
+    def queue(self, options: Sequence[str]) -> str:
+        """Make it and queue its job, with these options of sbatch besides its own; the job's id.
+
+        Raises:
+            UserError: Slurm refuses it, and the directory is as it was.
+        """
+        from launchers.slurm import RunExecutor
+
         run_dir = self.run_dir
         is_new, before = not run_dir.exists, read_config(run_dir.config) if run_dir.has_config else None
         ended, files = run_dir.read_status(), kept_files(run_dir)
         prepare(self.cfg, run_dir, None, self.warm, self.fork)
-        return lambda: _undo(run_dir, is_new, before, ended, files)
+        try:
+            job_id = RunExecutor(self.cfg, run_dir.path, options).submit_run()
+        except UserError:
+            _undo(run_dir, is_new, before, ended, files)
+            raise
+        _record(self.changes, run_dir)
+        self.is_job(job_id)
+        return job_id
 
-    def queued(self, job_id: str) -> None:
+    def is_job(self, job_id: str) -> None:
         """It waits as this job."""
-        _record(self.changes, self.run_dir)
         status = self.run_dir.read_status()
         if status and status.state == "pending":  # a job that has begun already wrote its id itself
             self.run_dir.write_status(job_id=job_id)
@@ -115,16 +132,13 @@ def resolve_config(request: Request) -> Config:
     return cfg
 
 
-def submit(
-    request: Request, *, dry_run: bool = False, fresh: bool = False, follow: bool = False, behind: bool = False
-) -> int:
+def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, follow: bool = False) -> int:
     """Queue the run on Slurm, or run it here; the exit code for the shell.
 
     Args:
         dry_run: print the job script and the node split, queue and create nothing.
         fresh: move a completed run away from ``request.run_dir`` first.
         follow: show the job's output until the run ends.
-        behind: return at once also where it runs here.
 
     Raises:
         UserError: anything that would keep the run from starting, before anything is queued.
@@ -138,7 +152,7 @@ def submit(
         run = check_run(request, place, cfg, run_dir, fork)
         if dry_run:
             return _show(request, place, run)
-        return _begin(request, place, run, follow=follow, behind=behind)
+        return _begin(request, place, run, follow=follow)
 
 
 @dataclass(frozen=True)
@@ -274,8 +288,8 @@ def check_start(request: Request, place: Place, run: Checked) -> list[str]:
     return request.queueing.options() if place.on_slurm else []
 
 
-def _begin(request: Request, place: Place, run: Checked, *, follow: bool, behind: bool) -> int:
-    from launchers import local, slurm
+def _begin(request: Request, place: Place, run: Checked, *, follow: bool) -> int:
+    from launchers import local
 
     cfg, run_dir = run.cfg, run.run_dir
     options = check_start(request, place, run)
@@ -283,21 +297,11 @@ def _begin(request: Request, place: Place, run: Checked, *, follow: bool, behind
         print(f"{run_dir} is complete: nothing to do (another --run-dir begins a new run)")
         return 0
     _say_all(run.changes)
-    undo = run.make()
     if not place.on_slurm:
-        _record(run.changes, run_dir)
+        run.make()
         print(f"run directory  {run_dir}\n{_split(cfg)}", flush=True)
-        start = place.start(cfg, run_dir)
-        if not behind:
-            return local.run_here(cfg, run_dir.path, start)
-        local.run_behind(run_dir.path, start)
-        return 0
-    try:
-        job_id = slurm.RunExecutor(cfg, run_dir.path, options).submit_run()
-    except UserError:
-        undo()
-        raise
-    run.queued(job_id)
+        return local.run_here(cfg, run_dir.path, place.start(cfg, run_dir))
+    job_id = run.queue(options)
     where = shlex.quote(str(run_dir))
     print(f"job            {job_id}")
     print(f"run directory  {run_dir}")

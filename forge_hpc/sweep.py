@@ -126,7 +126,7 @@ def submit_sweep(
         shutil.rmtree(sweep.directory.path)
         raise
     for number, run in enumerate(sweep.runs):
-        run.queued(f"{job_id}_{number}")
+        run.is_job(f"{job_id}_{number}")
     print(f"job array      {job_id}\nsweep          {sweep.directory}")
     print(_table(sweep, job_id))
     first = shlex.quote(str(sweep.runs[0].run_dir))
