@@ -21,6 +21,8 @@ from pathlib import Path
 import yaml
 
 from forge_hpc.config import UserError
+from forge_hpc.run_dir import make_private_dir
+from forge_hpc.several import check_unused, name_of, run_in_turn
 from forge_hpc.submission import (
     Checked,
     Place,
@@ -29,7 +31,6 @@ from forge_hpc.submission import (
     check_start,
     default_run_dir,
     find_place,
-    resolve_config,
     tool,
 )
 from forge_hpc.sweep_dir import SweepDir
@@ -90,6 +91,7 @@ class Sweep:
         """Create the directories of all runs."""
         for run in self.runs:
             run.make()
+            make_private_dir(run.run_dir.logs)  # Slurm opens the output of a task there
         self.directory.write(self.overrides)
 
 
@@ -116,7 +118,8 @@ def submit_sweep(
     sweep.make()
     if not place.on_slurm:
         print(f"sweep          {sweep.directory}  ({len(sweep.runs)} runs, one after another)", flush=True)
-        return _run_in_turn(place, sweep)
+        titles = [" ".join(overrides) for overrides in sweep.overrides]
+        return run_in_turn(place, list(zip(titles, sweep.runs, strict=True)), is_chain=False)
     from launchers.slurm import SweepExecutor
 
     try:
@@ -135,12 +138,9 @@ def submit_sweep(
 
 
 def _check(request: Request, place: Place, overrides: list[list[str]]) -> Sweep:
-    directory = SweepDir(request.run_dir or default_run_dir(_name(request, overrides[0])))
-    if directory.path.exists() and (not directory.path.is_dir() or any(directory.path.iterdir())):
-        raise UserError(
-            f"{directory} is there already, and a sweep begins in a directory of its own",
-            f"choose another --run-dir; one of its runs goes on with {tool()} resume {directory}/0",
-        )
+    first = replace(request, overrides=(*request.overrides, *overrides[0]))
+    directory = SweepDir(request.run_dir or default_run_dir(name_of(first)))
+    check_unused(directory.path, "a sweep")
     if place.on_slurm and len(overrides) > (limit := _max_array_size()):
         raise UserError(
             f"{len(overrides)} runs, and an array of this cluster has {limit} tasks at most (MaxArraySize)",
@@ -155,11 +155,6 @@ def _check(request: Request, place: Place, overrides: list[list[str]]) -> Sweep:
     if runs[0].cfg.slurm.extra.get("array"):
         raise UserError("slurm.extra.array: a sweep is an array itself", "leave it out; --at-once N is its %N")
     return Sweep(directory, overrides, runs)
-
-
-def _name(request: Request, overrides: list[str]) -> str:
-    with redirect_stderr(io.StringIO()):
-        return resolve_config(replace(request, overrides=(*request.overrides, *overrides))).name
 
 
 def _max_array_size() -> int:
@@ -194,24 +189,3 @@ def _table(sweep: Sweep, job_id: str | None = None) -> str:
 
 def _shown(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def _run_in_turn(place: Place, sweep: Sweep) -> int:
-    """One run that fails keeps no other from its turn; one that is stopped ends the sweep."""
-    from launchers import local
-
-    failed = 0
-    for number, (run, overrides) in enumerate(zip(sweep.runs, sweep.overrides, strict=True), 1):
-        print(
-            f"\n== run {number} of {len(sweep.runs)}: {' '.join(overrides)}\nrun directory  {run.run_dir}", flush=True
-        )
-        code = local.run_here(run.cfg, run.run_dir.path, place.start(run.cfg, run.run_dir))
-        status = run.run_dir.read_status()
-        if status is not None and status.state in ("cancelled", "preempted"):
-            left = len(sweep.runs) - number
-            print(f"the sweep ends here, {left} runs have not begun", file=sys.stderr)
-            return code
-        failed += code != 0
-    if failed:
-        print(f"{failed} of {len(sweep.runs)} runs have failed", file=sys.stderr)
-    return 1 if failed else 0

@@ -40,6 +40,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="a run for each combination of these values, with --run-dir as the directory of them all",
     )
     several.add_argument("--at-once", type=int, metavar="N", help="run no more than N of them at the same time")
+    several.add_argument(
+        "--then",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="afterwards a run of this configuration, with the model that the one before trained; may be repeated",
+    )
     add_overrides(parser, "such as trainer.optimizer.lr=1e-6")
 
 
@@ -55,12 +63,16 @@ def run(args: argparse.Namespace) -> int:
         args.name,
         queueing=queueing,
     )
-    if not args.sweep:
-        if args.at_once is not None:
-            raise UserError("--at-once is for the runs of a --sweep", "leave it out")
+    if args.at_once is not None and not args.sweep:
+        raise UserError("--at-once is for the runs of a --sweep", "leave it out")
+    if not args.sweep and not args.then:
         return submit(request, dry_run=args.dry_run, fresh=args.fresh, follow=args.follow)
-    if args.follow or args.fresh:
-        raise UserError("--follow and --fresh are for one run", "leave them out with --sweep")
+    if args.follow or args.fresh or (args.sweep and args.then):
+        raise UserError("--follow, --fresh, --sweep and --then are each without the others", "leave some of them out")
+    if args.then:
+        from forge_hpc.pipeline import submit_pipeline
+
+        return submit_pipeline(request, args.then, dry_run=args.dry_run)
     from forge_hpc.sweep import submit_sweep
 
     return submit_sweep(request, args.sweep, at_once=args.at_once, dry_run=args.dry_run)
