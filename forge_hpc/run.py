@@ -19,6 +19,7 @@ def main() -> int:
     """Door of ``python -m forge_hpc.run``."""
     parser = argparse.ArgumentParser(description="Run a run directory on this node of its allocation.")
     parser.add_argument("--run-dir", type=Path, required=True, help="a directory with config.yaml, made by submit")
+    parser.add_argument("--array", action="store_true", help="D is a sweep, the run that of this task of the array")
     parser.add_argument("--no-summary", action="store_true", help="print no figures at the end")
     parser.add_argument("--after", type=int, metavar="CODE", help="(the job script) srun has ended with CODE")
     parser.add_argument("--parent", type=int, help="end when this process, which started us, does")
@@ -26,7 +27,8 @@ def main() -> int:
     if args.parent is not None:
         die_with_parent(args.parent)
     os.umask(0o077)  # all that a run writes is its owner's alone
-    supervisor = Supervisor(RunDir(args.run_dir), Allocation.from_environment(), summary=not args.no_summary)
+    run_dir = args.run_dir / os.environ["SLURM_ARRAY_TASK_ID"] if args.array else args.run_dir
+    supervisor = Supervisor(RunDir(run_dir), Allocation.from_environment(), summary=not args.no_summary)
     if args.after is None:
         return supervisor.run()
     try:

@@ -16,18 +16,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from forge_hpc.config import Config, UserError, load_config, plan, read_config, safe_changes, save_config, validate
 from forge_hpc.config.recipes import needs_of, resolve_recipe_args
 from forge_hpc.files import is_there
 from forge_hpc.fork import Fork, begin_with, open_fork
+from forge_hpc.queueing import AT_ONCE, Queueing
 from forge_hpc.run_dir import RunDir, Status
 from forge_hpc.supervisor.starts import StartLog
 from forge_hpc.user_files import check_files, keep_files, kept_files, restore_kept
 
 if TYPE_CHECKING:
     from forge_hpc.slurm import JobFacts
+    from forge_hpc.slurm.partitions import Partition
+    from launchers.command import Start
 
 PROJECT = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = PROJECT / "configs" / "grpo" / "demo.yaml"
@@ -51,6 +54,56 @@ class Request:
     """The run that a new one begins from, with its configuration and a checkpoint of it."""
     source_step: int | None = None
     keep_optimizer: bool = True
+    queueing: Queueing = AT_ONCE
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A run that can be made, and of which nothing is written yet."""
+
+    cfg: Config
+    run_dir: RunDir
+    warm: Config | None
+    """Of its warm start, where it has one that it has not saved yet."""
+    changes: tuple[str, ...]
+    """What differs from its earlier configuration."""
+    fork: Fork | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        return _is_complete(self.cfg, self.run_dir.read_status())
+
+    def make(self) -> None:
+        """Create its directory, or renew what a new start needs."""
+        prepare(self.cfg, self.run_dir, None, self.warm, self.fork)
+        _record(self.changes, self.run_dir)
+
+    def queue(self, options: Sequence[str]) -> str:
+        """Make it and queue its job, with these options of sbatch besides its own; the job's id.
+
+        Raises:
+            UserError: Slurm refuses it, and the directory is as it was.
+        """
+        from launchers.slurm import RunExecutor
+
+        run_dir = self.run_dir
+        is_new, before = not run_dir.exists, read_config(run_dir.config) if run_dir.has_config else None
+        ended, files = run_dir.read_status(), kept_files(run_dir)
+        prepare(self.cfg, run_dir, None, self.warm, self.fork)
+        try:
+            job_id = RunExecutor(self.cfg, run_dir.path, options).submit_run()
+        except UserError:
+            _undo(run_dir, is_new, before, ended, files)
+            raise
+        _record(self.changes, run_dir)
+        self.is_job(job_id)
+        return job_id
+
+    def is_job(self, job_id: str) -> None:
+        """It waits as this job."""
+        status = self.run_dir.read_status()
+        if status and status.state == "pending":  # a job that has begun already wrote its id itself
+            self.run_dir.write_status(job_id=job_id)
 
 
 def resolve_config(request: Request) -> Config:
@@ -90,103 +143,171 @@ def submit(request: Request, *, dry_run: bool = False, fresh: bool = False, foll
     Raises:
         UserError: anything that would keep the run from starting, before anything is queued.
     """
-    from forge_hpc.slurm import partitions
-    from launchers import slurm
-
     if fresh and not dry_run and request.run_dir:
         _move_completed_run_aside(RunDir(request.run_dir))
-    cfg = resolve_config(request)
-    on_slurm = request.cluster != "local" and partitions.slurm_is_here()
-    if request.cluster == "local" and cfg.cluster.nodes > 1:
-        raise UserError(
-            f"--cluster local has 1 node, {cfg.cluster.nodes} are asked for", "--nodes 1, or --cluster slurm"
-        )
-    if not on_slurm and not dry_run and (request.cluster == "slurm" or cfg.cluster.nodes > 1):
-        raise UserError(
-            f"{cfg.cluster.nodes} nodes need Slurm, and there is none here"
-            if cfg.cluster.nodes > 1
-            else "there is no Slurm here",
-            "submit from a login node of a cluster, or use --cluster local; --dry-run shows the job script anywhere",
-        )
-    known = partitions.partitions() if on_slurm else []
-    if on_slurm and (ignored := slurm.adopt_shell(cfg)):
-        _say(f"not passed on to sbatch: {', '.join(ignored)} (see slurm.extra)")
-    if on_slurm and cfg.cluster.gpus_per_node is None:
-        cfg.cluster.gpus_per_node = partitions.gpus_per_node(cfg, known)
-    run_dir = RunDir(request.run_dir or _default_run_dir(cfg.name))
+    place = find_place(request, dry_run=dry_run)
+    cfg = place.configuration(request)
+    run_dir = RunDir(request.run_dir or default_run_dir(cfg.name))
     with _fork(request, cfg, run_dir) as fork:
-        return _submit(request, cfg, run_dir, fork, known, on_slurm=on_slurm, dry_run=dry_run, follow=follow)
+        run = check_run(request, place, cfg, run_dir, fork)
+        if dry_run:
+            return _show(request, place, run)
+        return _begin(request, place, run, follow=follow)
 
 
-def _submit(
-    request: Request,
-    cfg: Config,
-    run_dir: RunDir,
-    fork: Fork | None,
-    known: list[Any],
-    *,
-    on_slurm: bool,
-    dry_run: bool,
-    follow: bool,
-) -> int:
+@dataclass(frozen=True)
+class Place:
+    """Where runs are started: as jobs of Slurm, in the allocation that this shell is in, or on this machine."""
+
+    as_jobs: bool
+    """A dry run shows jobs where there is no Slurm, too."""
+    on_slurm: bool
+    allocation: JobFacts | None = None
+    partitions: tuple[Partition, ...] = ()
+
+    def configuration(self, request: Request) -> Config:
+        """`resolve_config`, with what the place adds to it.
+
+        Raises:
+            UserError: as `resolve_config`, or the place cannot run it.
+        """
+        from forge_hpc.slurm import partitions
+        from launchers import slurm
+
+        if self.allocation is not None:
+            request = replace(request, nodes=request.nodes or self.allocation.num_nodes)
+        cfg = resolve_config(request)
+        self._check_nodes(request, cfg.cluster.nodes)
+        if self.on_slurm and (ignored := slurm.adopt_shell(cfg)):
+            _say(f"not passed on to sbatch: {', '.join(ignored)} (see slurm.extra)")
+        if self.on_slurm and cfg.cluster.gpus_per_node is None:
+            cfg.cluster.gpus_per_node = partitions.gpus_per_node(cfg, list(self.partitions))
+        return cfg
+
+    def _check_nodes(self, request: Request, nodes: int) -> None:
+        if self.allocation is not None and nodes > (there := self.allocation.num_nodes):
+            raise UserError(
+                f"{nodes} nodes are asked for, and this shell's allocation (job {self.allocation.job_id}) has {there}",
+                f"--nodes {there} or fewer, or --cluster slurm for a job of its own",
+            )
+        if request.cluster == "local" and nodes > 1:
+            raise UserError(f"--cluster local has 1 node, {nodes} are asked for", "--nodes 1, or --cluster slurm")
+        if not self.as_jobs and self.allocation is None and (request.cluster == "slurm" or nodes > 1):
+            raise UserError(
+                f"{nodes} nodes need Slurm, and there is none here" if nodes > 1 else "there is no Slurm here",
+                "submit from a login node of a cluster, or use --cluster local; --dry-run shows the script anywhere",
+            )
+
+    def start(self, cfg: Config, run_dir: RunDir) -> Start:
+        """What starts a run from here, where it is no job of its own."""
+        from forge_hpc.slurm import corrections
+        from launchers.command import start_here, start_in_allocation
+
+        if self.allocation is None:
+            return start_here(cfg, run_dir.path)
+        return start_in_allocation(cfg, run_dir.path, corrections(self.allocation))
+
+
+def find_place(request: Request, *, dry_run: bool = False) -> Place:
+    """Where the runs that are asked for are to start.
+
+    Raises:
+        UserError: an allocation is asked for, and there is none here; Slurm does not answer.
+    """
     from forge_hpc.slurm import partitions
-    from launchers import local, slurm
-    from launchers.command import run_command
+    from forge_hpc.slurm.interactive import own_allocation
+
+    if request.cluster in ("auto", "allocation"):
+        allocation = own_allocation(of_batch_jobs=request.cluster == "allocation")
+        if allocation is not None:
+            return Place(as_jobs=False, on_slurm=False, allocation=allocation)
+        if request.cluster == "allocation":
+            raise UserError("this shell is in no allocation of Slurm", "salloc, or --cluster slurm for a job")
+    on_slurm = request.cluster != "local" and partitions.slurm_is_here()
+    as_jobs = on_slurm or (dry_run and request.cluster != "local")
+    return Place(as_jobs, on_slurm, partitions=tuple(partitions.partitions()) if on_slurm else ())
+
+
+def check_run(request: Request, place: Place, cfg: Config, run_dir: RunDir, fork: Fork | None = None) -> Checked:
+    """Check what can be checked of a run before anything is written.
+
+    Raises:
+        UserError: it cannot run.
+    """
+    from launchers import slurm
 
     file_changes = check_files(cfg, run_dir, accept=request.accept_changes)
     warm = _check(cfg, run_dir if fork is None else fork.source)
     _fix_date(cfg, run_dir)
     changes = _changes(cfg, run_dir) + file_changes
-    if on_slurm or (dry_run and request.cluster != "local"):
+    if place.as_jobs:
         slurm.check_share(cfg)
         slurm.check_array(cfg)
-    if on_slurm or request.cluster != "local":
+    if request.cluster != "local":
         _warn_of_shared_nodes(cfg)
+    return Checked(cfg, run_dir, warm, tuple(changes), fork)
 
-    if dry_run:
-        if request.cluster == "local":
-            print(shlex.join(run_command(run_dir.path)))
-        else:
-            print(slurm.RunExecutor(cfg, run_dir.path).script())
-        print(_split(cfg, "# "))
-        _say_all(changes)
-        if on_slurm:
-            partitions.check_job(cfg, known)
-        elif request.cluster != "local":
-            _say("There is no Slurm here: the site's checks (partition, nodes, time limit) are left out.")
-        _say("Dry run: nothing was created or queued.")
-        return 0
 
-    if on_slurm:
-        partitions.check_job(cfg, known)
-    _refuse_busy(run_dir)
-    ended = run_dir.read_status()
-    if _is_complete(cfg, ended):
+def _show(request: Request, place: Place, run: Checked) -> int:
+    """The dry run."""
+    from forge_hpc.slurm import partitions
+    from launchers import slurm
+
+    if place.as_jobs:
+        print(slurm.RunExecutor(run.cfg, run.run_dir.path).script())
+        if options := request.queueing.options():
+            print(f"# sbatch {shlex.join(options)}")
+    else:
+        print(shlex.join(place.start(run.cfg, run.run_dir).command))
+    print(_split(run.cfg, "# "))
+    _say_all(run.changes)
+    if place.on_slurm:
+        partitions.check_job(run.cfg, list(place.partitions))
+    elif place.as_jobs:
+        _say("There is no Slurm here: the site's checks (partition, nodes, time limit) are left out.")
+    _say("Dry run: nothing was created or queued.")
+    return 0
+
+
+def check_start(request: Request, place: Place, run: Checked) -> list[str]:
+    """Check that a run may be started now, and return options of sbatch for its job.
+
+    Raises:
+        UserError: no partition can run it, or another start has its directory, or it can never begin.
+    """
+    from forge_hpc.slurm import partitions
+
+    if place.on_slurm:
+        partitions.check_job(run.cfg, list(place.partitions))
+    else:
+        request.queueing.check_here()
+    own = place.allocation.job_id if place.allocation is not None else None
+    _refuse_busy(run.run_dir, own)
+    if own is not None and run.run_dir.is_locked():
+        raise UserError(f"a step of this allocation works on {run.run_dir} already", "wait for it")
+    return request.queueing.options() if place.on_slurm else []
+
+
+def _begin(request: Request, place: Place, run: Checked, *, follow: bool) -> int:
+    from launchers import local
+
+    cfg, run_dir = run.cfg, run.run_dir
+    options = check_start(request, place, run)
+    if run.is_complete:
         print(f"{run_dir} is complete: nothing to do (another --run-dir begins a new run)")
         return 0
-    _say_all(changes)
-    is_new, before = not run_dir.exists, read_config(run_dir.config) if run_dir.has_config else None
-    files = kept_files(run_dir)
-    prepare(cfg, run_dir, None, warm, fork)
-    if not on_slurm:
-        _record(changes, run_dir)
+    _say_all(run.changes)
+    if not place.on_slurm:
+        run.make()
         print(f"run directory  {run_dir}\n{_split(cfg)}", flush=True)
-        return local.run_here(cfg, run_dir.path)
-    try:
-        job_id = slurm.RunExecutor(cfg, run_dir.path).submit_run()
-    except UserError:
-        _undo(run_dir, is_new, before, ended, files)
-        raise
-    _record(changes, run_dir)
-    status = run_dir.read_status()
-    if status and status.state == "pending":  # a job that has begun already wrote its id itself
-        run_dir.write_status(job_id=job_id)
+        return local.run_here(cfg, run_dir.path, place.start(cfg, run_dir))
+    job_id = run.queue(options)
     where = shlex.quote(str(run_dir))
     print(f"job            {job_id}")
     print(f"run directory  {run_dir}")
     print(_split(cfg))
-    print(f"next           {_tool()} watch {where}\n               {_tool()} logs --follow {where}")
-    print(f"               {_tool()} cancel {where}", flush=True)
+    print(f"next           {tool()} watch {where}\n               {tool()} logs --follow {where}")
+    print(f"               {tool()} cancel {where}", flush=True)
     if follow:
         from forge_hpc.control import follow_run
 
@@ -369,7 +490,7 @@ def _changes(cfg: Config, run_dir: RunDir) -> list[str]:
         cfg,
         status.step if status is not None else 0,
         f"{run_dir} belongs to another configuration",
-        f"choose another --run-dir, or go on with its own: {_tool()} resume {shlex.quote(str(run_dir))}",
+        f"choose another --run-dir, or go on with its own: {tool()} resume {shlex.quote(str(run_dir))}",
     )
 
 
@@ -407,7 +528,7 @@ def _refuse_busy(run_dir: RunDir, own_job_id: str | None = None) -> None:
     for job_id in sorted(filter(None, job_ids)):
         if is_active(job_id):
             where = shlex.quote(str(run_dir))
-            raise UserError(f"job {job_id} works on {run_dir} already", f"wait for it, or {_tool()} cancel {where}")
+            raise UserError(f"job {job_id} works on {run_dir} already", f"wait for it, or {tool()} cancel {where}")
     if holder and not job_ids and run_dir.is_locked():
         raise UserError(f"process {holder['pid']} on {holder['host']} works on {run_dir} already", "wait for it")
 
@@ -441,7 +562,8 @@ def _split(cfg: Config, prefix: str = "") -> str:
     return "\n".join(prefix + line for line in plan(cfg, cfg.cluster.gpus_per_node).describe().splitlines())
 
 
-def _default_run_dir(name: str) -> Path:
+def default_run_dir(name: str) -> Path:
+    """``runs/NAME-TIMESTAMP``, where nothing is yet."""
     return _unused(Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
 
 
@@ -464,7 +586,7 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def _tool() -> str:
+def tool() -> str:
     """How to call `forge-hpc` from this shell."""
     ours, found = Path(sys.executable).with_name("forge-hpc"), shutil.which("forge-hpc")
     if found and Path(found).absolute() == ours:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from forge_hpc.config import Config
 
-_OPTIONS_OF_SRUN = (
+OPTIONS_OF_SRUN = (
     *("SLURM_EXPORT_ENV", "SRUN_EXPORT_ENV"),  # of sbatch --export: the tasks have the batch shell's environment
     *("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_OVERCOMMIT", "SLURM_DISTRIBUTION", "SLURM_HINT", "SLURM_THREADS_PER_CORE"),
     *(f"SLURM_NTASKS_PER_{what}" for what in ("CORE", "GPU", "NODE", "SOCKET", "TRES")),
@@ -23,9 +25,12 @@ _OPTIONS_OF_SRUN = (
 Without them a step has all that its job has (seen with Slurm 22.05, 24.11 and 26.05)."""
 
 
-def run_command(run_dir: Path, python: str = sys.executable) -> list[str]:
-    """What starts the run on a node: the run directory alone says what to do, also after a requeue."""
-    return [python, "-u", "-m", "forge_hpc.run", "--run-dir", str(run_dir)]
+def run_command(run_dir: Path, python: str = sys.executable, *, array: bool = False) -> list[str]:
+    """What starts the run on a node: the run directory alone says what to do, also after a requeue.
+
+    With ``array`` it is that of the task of an array, in the sweep ``run_dir``.
+    """
+    return [python, "-u", "-m", "forge_hpc.run", "--run-dir", str(run_dir), *["--array"] * array]
 
 
 def with_setup(command: Sequence[str], setup: Sequence[str]) -> list[str]:
@@ -35,27 +40,63 @@ def with_setup(command: Sequence[str], setup: Sequence[str]) -> list[str]:
     return ["bash", "-c", "\n".join(["set -e", *setup, f'exec {shlex.join(command)} "$@"']), "bash"]
 
 
-def job_command(cfg: Config, run_dir: Path) -> str:
-    """The lines of a job script that start the run on every node of the allocation, once a node.
+def srun_options(cfg: Config) -> list[str]:
+    """Options of the srun that starts the run on every node of the allocation, once a node.
 
     One failed task ends the others (--kill-on-bad-exit); one that ends well does not (--wait=0: generators may leave
     before the controller has written the export). The run sizes its threads itself, so no task is bound to cores. Where
     nodes are kept in reserve the others go on without a node that dies (--no-kill).
+    """
+    # Not --unbuffered: it gives the tasks a terminal, and a terminal gets a progress bar.
+    flags = ["--ntasks-per-node=1", "--kill-on-bad-exit=1", "--wait=0", "--cpu-bind=none"]
+    return [*flags, "--no-kill"] if cfg.cluster.spare_nodes else flags
+
+
+def job_command(cfg: Config, run_dir: Path, *, array: bool = False) -> str:
+    """The lines of a job script that start the run; with ``array``, that of its task in the sweep ``run_dir``.
 
     Where srun does not end well the batch shell sees whether the run knows how it ended (--after): the supervisor of
     the first node, which sees to all else, may be what has died, or was killed by srun when another's had died.
     """
-    # Not --unbuffered: it gives the tasks a terminal, and a terminal gets a progress bar.
-    flags = ["--ntasks-per-node=1", "--kill-on-bad-exit=1", "--wait=0", "--cpu-bind=none"]
-    if cfg.cluster.spare_nodes:
-        flags.append("--no-kill")
-    run, setup = run_command(run_dir), cfg.slurm.setup
+    run, setup = run_command(run_dir, array=array), cfg.slurm.setup
     after = shlex.join(with_setup([*run, "--after"], setup))
-    start = f"{shlex.join(['srun', *flags, *with_setup(run, setup)])} || {after} $?"
-    return f"unset {' '.join(_OPTIONS_OF_SRUN)}\n{start}"
+    start = f"{shlex.join(['srun', *srun_options(cfg), *with_setup(run, setup)])} || {after} $?"
+    return f"unset {' '.join(OPTIONS_OF_SRUN)}\n{start}"
 
 
 def with_variables(variables: Mapping[str, str | None], command: str) -> str:
     """`command` after shell lines that set these variables; None unsets one."""
     lines = [f"unset {name}" if value is None else f"export {name}={value}" for name, value in variables.items()]
     return "\n".join([*lines, command])
+
+
+@dataclass(frozen=True)
+class Start:
+    """What starts a run from this process."""
+
+    command: list[str]
+    environ: dict[str, str]
+    after: list[str] | None = None
+    """What is told the exit code of `command` where it does not end well."""
+
+
+def start_here(cfg: Config, run_dir: Path) -> Start:
+    """On this machine: inside an allocation, too, it must not take itself for one task of several."""
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    return Start(with_setup(run_command(run_dir), cfg.slurm.setup), environ)
+
+
+def start_in_allocation(cfg: Config, run_dir: Path, variables: Mapping[str, str | None]) -> Start:
+    """On ``cluster.nodes`` nodes of the allocation that this process is in.
+
+    Args:
+        variables: of Slurm's, those that are another job's, by `corrections`.
+    """
+    right = os.environ | variables
+    environ = {key: value for key, value in right.items() if value is not None and key not in OPTIONS_OF_SRUN}
+    # A shell that srun has started may hold all that the allocation has; Ctrl-C is for the run, not to show its state.
+    options = [f"--nodes={cfg.cluster.nodes}", "--overlap", "--disable-status", *srun_options(cfg)]
+    run, setup = run_command(run_dir), cfg.slurm.setup
+    first_node = ["env", "SLURM_PROCID=0"]
+    after = [*first_node, *with_setup([*run, "--after"], setup)]
+    return Start(["srun", *options, *with_setup(run, setup)], environ, after)

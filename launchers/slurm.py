@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,10 @@ class RunExecutor(SlurmExecutor):
         job_id = executor.submit_run()
     """
 
-    def __init__(self, cfg: Config, run_dir: Path) -> None:
+    def __init__(self, cfg: Config, run_dir: Path, options: Sequence[str] = ()) -> None:
+        """``options`` go to sbatch and not into the script: a successor has the script, and not these."""
         super().__init__(folder=run_dir / "logs")
+        self._options = options
         self._command = job_command(cfg, run_dir)
         self.parameters = job_parameters(cfg, run_dir)
 
@@ -45,6 +47,9 @@ class RunExecutor(SlurmExecutor):
     def script(self) -> str:
         """The job script."""
         return self._make_submission_file_text(self._command, uid="")
+
+    def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+        return ["sbatch", *self._options, str(submission_file_path)]
 
     def submit_run(self) -> str:
         """Queue the job and return its id; the script is kept as ``RUN_DIR/logs/JOBID_submission.sh``.
@@ -64,11 +69,35 @@ class RunExecutor(SlurmExecutor):
         return job.job_id
 
 
-def job_parameters(cfg: Config, run_dir: Path) -> dict[str, Any]:
-    """The parameters of submitit for `cfg`; ``slurm.extra`` has the last word."""
+class SweepExecutor(RunExecutor):
+    """Renders and submits the job array of a sweep: task N is the run in ``SWEEP_DIR/N``.
+
+    Example:
+        executor = SweepExecutor([cfg_0, cfg_1, cfg_2], sweep_dir, at_once=2)
+        array_id = executor.submit_run()
+    """
+
+    def __init__(
+        self, cfgs: Sequence[Config], sweep_dir: Path, at_once: int | None = None, options: Sequence[str] = ()
+    ) -> None:
+        super().__init__(cfgs[0], sweep_dir, options)
+        self._command = job_command(cfgs[0], sweep_dir, array=True)
+        tasks = f"0-{len(cfgs) - 1}{f'%{at_once}' if at_once else ''}"
+        self.parameters = job_parameters(cfgs[0], sweep_dir, tasks)
+        self.parameters["signal_delay_s"] = max(lead_s(cfg, RunDir(sweep_dir)) for cfg in cfgs)
+
+
+def job_parameters(cfg: Config, run_dir: Path, sweep: str | None = None) -> dict[str, Any]:
+    """The parameters of submitit for `cfg`; ``slurm.extra`` has the last word.
+
+    Args:
+        sweep: the tasks of an array, ``0-5%2``, each with a run directory of its own in `run_dir`.
+    """
     slurm = cfg.slurm
     options = _extra(cfg)
     log = run_dir / "logs" / f"slurm-{'%A_%a' if options.get('array') else '%j'}.out"
+    if sweep is not None:
+        log = run_dir / "%a" / "logs" / "slurm-%A_%a.out"
     parameters: dict[str, Any] = {
         "job_name": cfg.name,
         "nodes": cfg.cluster.nodes,
@@ -89,7 +118,8 @@ def job_parameters(cfg: Config, run_dir: Path) -> dict[str, Any]:
         "use_srun": False,  # the command brings its own
         "setup": ["umask 077"],
     }
-    extra: dict[str, Any] = {"output": str(log), "requeue" if slurm.requeue == "auto" else "no-requeue": True}
+    requeue = "requeue" if slurm.requeue == "auto" else "no-requeue"
+    extra: dict[str, Any] = {"array": sweep, "output": str(log), requeue: True}
     if cfg.cluster.spare_nodes:
         extra["no-kill"] = True
     extra |= options
@@ -119,7 +149,7 @@ def check_array(cfg: Config) -> None:
     if array and not re.fullmatch(r"\d+|.+%1", array):
         raise UserError(
             f"slurm.extra.array={array}: its tasks would all be this one run, which only one of them can have",
-            "a sweep is a job script with a run directory a task (docs/jobs.md); one run in jobs after one another is "
+            "a sweep is --sweep key=a,b, with a run directory a task; one run in jobs after one another is "
             f"{array.partition('%')[0]}%1",
         )
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import PROJECT, read, status, wait_for
+from runs import PROJECT, read, wait_for
 from slurm_cluster import SlurmCluster
 
 from forge_hpc.cluster.allocation import Allocation
@@ -186,26 +185,3 @@ def test_a_task_of_an_array_goes_by_the_array_and_its_number() -> None:
     assert Allocation.from_environment(last).job_id == "70_3"
     assert corrections(None, last) == {}
     assert [jobs.is_job_id(job_id) for job_id in ("70", "70_3", "local", None, "")] == [True, True, False, False, False]
-
-
-@pytest.mark.slurm
-def test_each_run_of_a_sweep_that_does_not_fit_at_once_completes(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
-    script = tmp_path / "sweep.sh"
-    sft = PROJECT / "sbatch/sft.sh"
-    script.write_text(
-        f"#!/bin/bash\n#SBATCH --nodes=1 --exclusive --mem=0 --output={tmp_path}/slurm-%A_%a.out\n"
-        f"project={PROJECT}; source {sft.with_name('common.sh')}\n"
-        f"run_recipe sft --run-dir {tmp_path}/run-$SLURM_ARRAY_TASK_ID trainer.optimizer.lr=1e-$SLURM_ARRAY_TASK_ID "
-        "trainer.training.steps=2 trainer.lr_scheduler.warmup_steps=0 evaluation.num_prompts=0\n"
-    )
-    env = {**slurm_cluster.env, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
-    command = ["sbatch", "--parsable", "--array=1-2%1", str(script)]
-    array = slurm_cluster.run(*command, env=env, cwd=PROJECT).stdout.strip()
-    runs = {task: tmp_path / f"run-{task}" for task in (1, 2)}
-    for task, run_dir in runs.items():
-        wait_for(lambda name=f"{array}_{task}": slurm_cluster.job(name)["JobState"] in DONE, "the end", 400)
-        log = (tmp_path / f"slurm-{array}_{task}.out").read_text()
-        assert (status(run_dir)["state"], status(run_dir)["job_id"]) == ("completed", f"{array}_{task}"), log
-        assert slurm_cluster.job(f"{array}_{task}")["Restarts"] == "0"
-        assert json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
-        assert (run_dir / "logs" / f"{array}_{task}.0").is_dir()

@@ -15,7 +15,8 @@ def add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
 
 
 def add_cluster(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cluster", choices=("auto", "slurm", "local"), default="auto", help="auto: Slurm where it is")
+    help = "auto: within salloc its nodes, else Slurm where it is; allocation: those of any job that this shell is in"
+    parser.add_argument("--cluster", choices=("auto", "slurm", "allocation", "local"), default="auto", help=help)
     parser.add_argument("--site", metavar="NAME", help="site profile; default $FORGE_HPC_SITE")
 
 

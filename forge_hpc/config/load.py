@@ -175,6 +175,13 @@ def typed_options(cls: type[T], values: dict[str, Any], prefix: str, where: str,
 # --- files and overrides
 
 
+def override_of(key: str, value: Any) -> str:
+    """``key=value`` as on a command line, of a value of Python: a number, text, a list, a mapping, a path, None."""
+    plain = os.fspath(value) if isinstance(value, os.PathLike) else value
+    text = yaml.dump(plain, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=float("inf"))
+    return f"{key}={text.removesuffix('...' + chr(10)).strip()}"
+
+
 def _merge_file(cfg: DictConfig, path: Path, seen: tuple[Path, ...], keep_paths: bool) -> None:
     real = path.resolve()
     if real in seen:

@@ -7,6 +7,7 @@ queue        many jobs by one question (`forge-hpc status`)
 preemption   what a release does with a preempted job
 successor    another job in place of one that is not requeued
 partitions   whether a job can ever run (`forge-hpc submit`)
+interactive  the allocation of salloc that a shell is in
 environment  what Slurm's variables say, and what they do not
 site         site profiles
 """

@@ -46,6 +46,11 @@ class JobFacts:
     said: Mapping[str, str] = field(repr=False)
     """All of `scontrol show job`, by key."""
 
+    @property
+    def is_batch(self) -> bool:
+        """It has a script; a job of salloc or srun has none, and Slurm starts it no second time."""
+        return self.said.get("BatchFlag", "1") != "0"
+
     @classmethod
     def parse(cls, text: str, job_id: str | None = None) -> JobFacts:
         """Read the output of `scontrol show job` with times as unix seconds (SLURM_TIME_FORMAT=%s).

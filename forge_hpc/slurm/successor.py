@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from forge_hpc.files import atomic_write_text
-from forge_hpc.slurm.client import ANSWER_S, ask
+from forge_hpc.slurm.client import ANSWER_S, SlurmRefused, ask
 from forge_hpc.slurm.facts import JobFacts
 from forge_hpc.slurm.job import exclusion
 
@@ -68,7 +68,27 @@ def submit_successor(
         )
     successor = answer.strip().partition(";")[0]
     _, of_array, task = facts.job_id.partition("_")
-    return f"{successor}{of_array}{task}"
+    successor = f"{successor}{of_array}{task}"
+    with contextlib.suppress(SlurmRefused):  # the run itself goes on all the same
+        move_dependents(facts.job_id, successor)
+    return successor
+
+
+def move_dependents(job_id: str, successor: str) -> list[str]:
+    """Have the user's jobs that wait for this job to end well (``afterok``) wait for its successor; their ids.
+
+    Raises:
+        SlurmRefused: one of them was not moved; SlurmSilent where Slurm does not answer.
+    """
+    moved = []
+    for line in ask("squeue", "--noheader", "--me", "--states=PENDING", "--format=%i|%E").splitlines():
+        dependent, _, waits_for = line.partition("|")
+        waiting = [item.partition("(")[0] for item in waits_for.split(",") if item.endswith("(unfulfilled)")]
+        if f"afterok:{job_id}" in waiting:
+            new = ",".join(f"afterok:{successor}" if item == f"afterok:{job_id}" else item for item in waiting)
+            ask("scontrol", "update", f"JobId={dependent}", f"Dependency={new}")
+            moved.append(dependent)
+    return moved
 
 
 @contextmanager

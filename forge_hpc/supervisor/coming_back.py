@@ -33,6 +33,8 @@ def come_back(
     by_hand = f"go on with forge-hpc resume {run_dir}"
     if RULES[ending.cause].comes_back is Return.SLURM:
         return "Slurm starts it again", None
+    if job.is_interactive:
+        return f"nobody starts an interactive job again: {by_hand}", None
     if not is_to_come_back(config):
         return f"slurm.requeue={config.slurm.requeue}: {by_hand}", None
     facts, requeues = job.facts, config.slurm.requeue == "auto"

@@ -249,7 +249,7 @@ class FirstNode:
 
     def _state_after(self, config: Config, ending: Ending, starts: StartLog) -> tuple[str, str]:
         """State and message that follow from how the start has ended."""
-        comes_back = self.allocation.in_slurm and is_to_come_back(config)
+        comes_back = self.allocation.in_slurm and not self._job.is_interactive and is_to_come_back(config)
         state, message = RULES[ending.cause].state_left(comes_back=comes_back), ending.message
         if state == "preempted" and ending.cause in FAILURES:
             failures = 1

@@ -30,6 +30,11 @@ class OwnJob:
         """Of the job script."""
         self._preemption: slurm.Preemption | None = None
 
+    @property
+    def is_interactive(self) -> bool:
+        """Of salloc or srun: nobody starts it again."""
+        return self.facts is not None and not self.facts.is_batch
+
     def remember_arguments(self) -> None:
         """To be called early: a job that is preempted or cancelled loses its script first."""
         self.arguments = slurm.script_arguments(os.environ["SLURM_JOB_ID"])

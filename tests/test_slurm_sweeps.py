@@ -1,0 +1,226 @@
+"""Sweeps, jobs that wait for others, and runs within an allocation, on a real cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import PROJECT, left_over, read, run_local, status, wait_for
+from slurm_cluster import SlurmCluster
+
+from forge_hpc import Run
+from forge_hpc.config import UserError
+from forge_hpc.slurm.successor import move_dependents
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+SFT = PROJECT / "configs/sft/demo.yaml"
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "PREEMPTED")
+SHORT = ["trainer.lr_scheduler.warmup_steps=0", "evaluation.num_prompts=0"]
+NOT_STARTED = "slurm.setup=['exit 3']"
+"""These are about how a run gets there."""
+
+
+def submit(cluster: SlurmCluster, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "forge_hpc.cli", "submit", "--config", str(SFT), *arguments]
+    env = {**cluster.env, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    return cluster.run(*command, env=env, cwd=PROJECT, check=check, timeout_s=300)
+
+
+def job_of(run_dir: Path) -> str:
+    return str(status(run_dir)["job_id"])
+
+
+def learned(run_dir: Path) -> list[dict[str, Any]]:
+    """What a run has measured, but for how long it took."""
+    untold = ("time/", "perf/", "wall_time", "memory/")
+    return [{k: v for k, v in record.items() if not k.startswith(untold)} for record in read(run_dir)]
+
+
+def assert_equal_to_one_alone(run_dir: Path, alone: Path, overrides: list[str]) -> None:
+    """To the last bit, in its figures and its model."""
+    done = run_local(alone, overrides, config=SFT)
+    assert done.returncode == 0, done.stderr
+    assert learned(run_dir) == learned(alone) != []
+    models = [(folder / "export/model.safetensors").read_bytes() for folder in (run_dir, alone)]
+    assert models[0] == models[1]
+
+
+def test_each_run_of_a_sweep_is_a_task_that_is_what_it_is_alone(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
+    sweep, overrides = tmp_path / "sweep", ["trainer.training.steps=2", *SHORT]
+    said = submit(slurm_cluster, "--run-dir", str(sweep), *overrides, "--sweep", "seed=0,1", "--at-once=1")
+    array = job_of(sweep / "0").partition("_")[0]
+    assert f"job array      {array}" in said.stdout
+    assert json.loads((sweep / "sweep.json").read_text())["runs"] == [["seed=0"], ["seed=1"]]
+    assert slurm_cluster.job(f"{array}_1").get("ArrayTaskThrottle", "1") == "1"
+    for number in (0, 1):
+        wait_for(lambda n=number: slurm_cluster.job(f"{array}_{n}")["JobState"] in ENDED, "the end", 600)
+        run_dir = sweep / str(number)
+        log = (run_dir / f"logs/slurm-{array}_{number}.out").read_text()
+        assert (status(run_dir)["state"], job_of(run_dir)) == ("completed", f"{array}_{number}"), log
+        assert (run_dir / f"logs/{array}_{number}.0").is_dir()
+    assert learned(sweep / "0") != learned(sweep / "1")
+    assert_equal_to_one_alone(sweep / "1", tmp_path / "alone", [*overrides, "seed=1"])
+
+
+@pytest.mark.training  # 14 starts
+@pytest.mark.timeout(3600)
+def test_six_runs_on_four_hosts_two_of_them_preempted_are_what_they_are_alone(
+    slurm_cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    overrides = ["trainer.training.steps=10", "trainer.training.global_batch_size=512", *SHORT]
+    sweep, values = tmp_path / "sweep", ["trainer.optimizer.lr=1e-3,3e-3", "seed=0,1,2"]
+    submit(slurm_cluster, "--run-dir", str(sweep), *overrides, "slurm.partition=spot", "--sweep", *values)
+    runs = json.loads((sweep / "sweep.json").read_text())["runs"]
+    array = job_of(sweep / "0").partition("_")[0]
+    assert len(runs) == 6
+    wait_for(lambda: sum(bool(read(sweep / str(n))) for n in range(4)) >= 2, "a step of two runs", 900)
+    victims = [n for n in range(4) if read(sweep / str(n))][:2]
+    hosts = [slurm_cluster.job(f"{array}_{n}")["NodeList"] for n in victims]
+    urgent = ["sbatch", "--wait", "--partition=urgent", "--nodes=2", "--exclusive", f"--nodelist={','.join(hosts)}"]
+    slurm_cluster.run(*urgent, "--wrap=true", f"--output={tmp_path}/urgent.out", timeout_s=300)
+    for number, changes in enumerate(runs):
+        run_dir = sweep / str(number)
+        wait_for(lambda n=number: slurm_cluster.job(f"{array}_{n}")["JobState"] in ENDED, "the end", 1800)
+        ends = [
+            (record["state"], record["cause"]) for record in read(run_dir, "starts.jsonl") if record["event"] == "end"
+        ]
+        preempted = [("preempted", "preempted")] * (number in victims)
+        assert ends == [*preempted, ("completed", "completed")], status(run_dir)
+        assert slurm_cluster.job(f"{array}_{number}")["Restarts"] == str(len(preempted))
+        print(f"run {number} {' '.join(changes)}: {ends}, {len(learned(run_dir))} steps")
+    for number, changes in enumerate(runs):
+        assert_equal_to_one_alone(sweep / str(number), tmp_path / f"alone-{number}", [*overrides, *changes])
+        print(f"run {number} is equal to one alone")
+
+
+def test_a_sweep_larger_than_arrays_may_be_is_refused(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
+    values = ",".join(map(str, range(1002)))
+    refused = submit(slurm_cluster, "--run-dir", str(tmp_path / "sweep"), "--sweep", f"seed={values}", check=False)
+    assert refused.returncode == 2 and "1001 tasks at most (MaxArraySize)" in refused.stderr
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_jobs_begin_after_others_when_released_and_not_before_their_time(
+    slurm_cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    runs = {name: tmp_path / name for name in ("held", "later", "after", "last")}
+    submit(slurm_cluster, "--run-dir", str(runs["held"]), NOT_STARTED, "--hold")
+    submit(slurm_cluster, "--run-dir", str(runs["later"]), NOT_STARTED, "--begin=now+2hours")
+    held, later = job_of(runs["held"]), job_of(runs["later"])
+    submit(slurm_cluster, "--run-dir", str(runs["after"]), NOT_STARTED, "--after", str(runs["held"]), "--after", later)
+    after = job_of(runs["after"])
+    said = submit(slurm_cluster, "--dry-run", NOT_STARTED, "--after", after).stdout
+    assert f"# sbatch --dependency=afterok:{after}" in said and "#SBATCH --dependency" not in said
+    assert slurm_cluster.job(held)["Reason"] == "JobHeldUser"
+    assert slurm_cluster.job(later)["Reason"] == "BeginTime"
+    waits_for = slurm_cluster.job(after)["Dependency"]
+    assert waits_for == f"afterok:{held}(unfulfilled),afterok:{later}(unfulfilled)"
+    slurm_cluster.run("scancel", held, later, after)
+    refused = submit(slurm_cluster, NOT_STARTED, "--after", str(runs["held"]), check=False)
+    assert refused.returncode == 2 and "is pending, and no job goes on with it" in refused.stderr
+
+
+def test_who_waits_for_a_job_waits_for_its_successor(
+    slurm_cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", str(slurm_cluster.conf))
+
+    def held(*options: str) -> str:
+        command = ["sbatch", "--parsable", "--hold", "--output=/dev/null", *options, "--wrap=true"]
+        return slurm_cluster.run(*command).stdout.strip()
+
+    job, other = held(), held()
+    successor, waits, apart = (
+        held(f"--dependency=afterany:{job}"),
+        held(f"-dafterok:{other}:{job}"),
+        held(f"-dafterok:{other}"),
+    )
+    assert move_dependents(job, successor) == [waits]
+    for name, waits_for in ((waits, [other, successor]), (apart, [other])):
+        wanted = ",".join(f"afterok:{job_id}(unfulfilled)" for job_id in waits_for)
+        assert slurm_cluster.job(name)["Dependency"] == wanted
+    assert slurm_cluster.job(successor)["Dependency"] == f"afterany:{job}(unfulfilled)"
+    slurm_cluster.run("scancel", job, other, successor, waits, apart)
+
+
+def test_the_stages_of_a_pipeline_wait_for_each_other(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
+    stages = [str(PROJECT / f"configs/{name}/demo.yaml") for name in ("grpo", "eval")]
+    submit(slurm_cluster, "--run-dir", str(tmp_path / "p"), "--hold", "--then", stages[0], "--then", stages[1])
+    runs = [tmp_path / "p" / name for name in ("1-demo-sft", "2-demo", "3-eval-demo")]
+    jobs = [job_of(run) for run in runs]
+    assert slurm_cluster.job(jobs[0])["Reason"] == "JobHeldUser"
+    for job, before in zip(jobs[1:], jobs, strict=False):
+        assert slurm_cluster.job(job)["Dependency"] == f"afterok:{before}(unfulfilled)"
+    assert f"path: {runs[1]}/export" in (runs[2] / "config.yaml").read_text()
+    slurm_cluster.run("scancel", *jobs)
+
+
+def test_a_run_object_is_its_job(slurm_cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in slurm_cluster.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    run = Run.submit(SFT, run_dir=tmp_path / "run", on="slurm", **{"slurm.setup": ["echo started", "sleep 600"]})
+    assert run.job_id is not None and run.state == "pending" and run.metrics().empty
+    wait_for(lambda: "started" in run.logs(), "its output", 120)
+    with pytest.raises(TimeoutError):
+        run.wait(timeout_s=1)
+    Run(tmp_path / "run").cancel()
+    assert (run.wait(), slurm_cluster.job(run.job_id)["JobState"]) == ("cancelled", "CANCELLED")
+    dead = Run.submit(SFT, run_dir=tmp_path / "dead", on="slurm", **{"slurm.setup": ["exit 3"]})
+    with pytest.raises(UserError, match=r"has died: job .* is no longer active"):
+        dead.wait(timeout_s=120)
+
+
+def test_what_is_submitted_within_an_allocation_runs_on_its_nodes_at_once(
+    slurm_cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    run_dir, host = tmp_path / "run", "slurm.setup=['echo on $(hostname) as $SLURM_PROCID of $SLURM_JOB_ID; exit 3']"
+    command = [sys.executable, "-m", "forge_hpc.cli", "submit", "--config", str(SFT), "--run-dir", str(run_dir), host]
+    env = {**slurm_cluster.env, "PYTHONPATH": str(PROJECT)}
+    salloc = ["salloc", "--nodes=2", "--exclusive", "--mem=0"]
+    done = slurm_cluster.run(*salloc, *command, env=env, cwd=PROJECT, check=False, timeout_s=300)
+    lines = sorted(
+        {line for line in done.stdout.splitlines() if line.startswith("on ")}, key=lambda line: line.split()[3]
+    )
+    assert [line.split()[3] for line in lines] == ["0", "1"], done.stdout + done.stderr
+    assert len({line.split()[1] for line in lines}) == 2, "two hosts"
+    assert len({line.split()[5] for line in lines}) == 1, "no job but the allocation"
+    assert done.returncode == 3 and "2 nodes" in done.stdout
+    done = slurm_cluster.run(*salloc, *command, "--nodes=3", env=env, cwd=PROJECT, check=False, timeout_s=300)
+    assert done.returncode == 2 and "3 nodes are asked for, and this shell's allocation" in done.stderr
+
+
+def test_a_run_in_an_allocation_saves_when_it_is_interrupted_and_its_allocation_stays(
+    slurm_cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "forge_hpc.cli", "submit", "--config", str(SFT), "--run-dir", str(run_dir)]
+    script = tmp_path / "shell.sh"
+    script.write_text(
+        f"#!/bin/bash\necho $$ $SLURM_JOB_ID > {tmp_path}/shell\n{' '.join([*command, *SHORT])} &\n"
+        f"echo $! > {tmp_path}/pid; wait $!; echo $? > {tmp_path}/code\n"
+        f"squeue --noheader --jobs=$SLURM_JOB_ID --format=%T > {tmp_path}/state\n"
+    )
+    env = {**slurm_cluster.env, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    salloc = ["salloc", "--nodes=1", "--exclusive", "--mem=0", "bash", str(script)]
+    with subprocess.Popen(
+        salloc, env=env, cwd=PROJECT, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as shell:
+        try:
+            wait_for(lambda: len(read(run_dir)) >= 2, "two steps", 300)
+            os.kill(int((tmp_path / "pid").read_text()), signal.SIGINT)
+            out, err = shell.communicate(timeout=120)
+        finally:
+            shell.terminate()
+    assert status(run_dir)["state"] == "cancelled", out + err
+    assert (tmp_path / "code").read_text() == "130\n"
+    assert (tmp_path / "state").read_text() == "RUNNING\n"
+    [end] = [record for record in read(run_dir, "starts.jsonl") if record["event"] == "end"]
+    assert end["step"] == len(read(run_dir)) >= 2, "the last step was saved"
+    assert not left_over(run_dir)
