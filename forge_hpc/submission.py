@@ -129,7 +129,7 @@ def _submit(
     dry_run: bool,
     follow: bool,
 ) -> int:
-    from forge_hpc.slurm import partitions
+    from forge_hpc.before_queue import check_queue, look_ahead
     from launchers import local, slurm
     from launchers.command import run_command
 
@@ -137,40 +137,41 @@ def _submit(
     warm = _check(cfg, run_dir if fork is None else fork.source)
     _fix_date(cfg, run_dir)
     changes = _changes(cfg, run_dir) + file_changes
-    if on_slurm or (dry_run and request.cluster != "local"):
+    for_slurm = on_slurm or (dry_run and request.cluster != "local")
+    if for_slurm:
         slurm.check_share(cfg)
         slurm.check_array(cfg)
     if on_slurm or request.cluster != "local":
         _warn_of_shared_nodes(cfg)
+    outlook = look_ahead(cfg, run_dir, known, for_slurm=for_slurm, model=None if warm is None else warm.model.path)
 
     if dry_run:
         if request.cluster == "local":
             print(shlex.join(run_command(run_dir.path)))
         else:
             print(slurm.RunExecutor(cfg, run_dir.path).script())
-        print(_split(cfg, "# "))
-        _say_all(changes)
+        print(outlook.table("# "))
+        _say_all([*changes, *outlook.warnings])
         if on_slurm:
-            partitions.check_job(cfg, known)
+            _say(check_queue(cfg, run_dir, known))
         elif request.cluster != "local":
             _say("There is no Slurm here: the site's checks (partition, nodes, time limit) are left out.")
         _say("Dry run: nothing was created or queued.")
         return 0
 
-    if on_slurm:
-        partitions.check_job(cfg, known)
     _refuse_busy(run_dir)
     ended = run_dir.read_status()
     if _is_complete(cfg, ended):
         print(f"{run_dir} is complete: nothing to do (another --run-dir begins a new run)")
         return 0
-    _say_all(changes)
+    _say_all([*changes, *outlook.warnings])
+    starts = check_queue(cfg, run_dir, known) if on_slurm else ""
     is_new, before = not run_dir.exists, read_config(run_dir.config) if run_dir.has_config else None
     files = kept_files(run_dir)
     prepare(cfg, run_dir, None, warm, fork)
     if not on_slurm:
         _record(changes, run_dir)
-        print(f"run directory  {run_dir}\n{_split(cfg)}", flush=True)
+        print(f"run directory  {run_dir}\n{outlook.table()}", flush=True)
         return local.run_here(cfg, run_dir.path)
     try:
         job_id = slurm.RunExecutor(cfg, run_dir.path).submit_run()
@@ -184,7 +185,8 @@ def _submit(
     where = shlex.quote(str(run_dir))
     print(f"job            {job_id}")
     print(f"run directory  {run_dir}")
-    print(_split(cfg))
+    print(outlook.table())
+    print(starts)
     print(f"next           {_tool()} watch {where}\n               {_tool()} logs --follow {where}")
     print(f"               {_tool()} cancel {where}", flush=True)
     if follow:
@@ -437,8 +439,8 @@ def _undo(run_dir: RunDir, is_new: bool, config: Config | None, status: Status |
         run_dir.write_status(state=status.state, message=status.message, job_id=status.job_id or "")
 
 
-def _split(cfg: Config, prefix: str = "") -> str:
-    return "\n".join(prefix + line for line in plan(cfg, cfg.cluster.gpus_per_node).describe().splitlines())
+def _split(cfg: Config) -> str:
+    return plan(cfg, cfg.cluster.gpus_per_node).describe()
 
 
 def _default_run_dir(name: str) -> Path:

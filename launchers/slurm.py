@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,12 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from forge_hpc.config import Config, UserError
 from forge_hpc.run_dir import RunDir
+from forge_hpc.slurm.client import SlurmRefused
+from forge_hpc.slurm.expected_start import expected_start
 from forge_hpc.supervisor.lead import lead_s
 from launchers.command import job_command
+
+_REFUSED = "see `sinfo`, and the keys slurm.*"
 
 
 class RunExecutor(SlurmExecutor):
@@ -46,6 +51,20 @@ class RunExecutor(SlurmExecutor):
         """The job script."""
         return self._make_submission_file_text(self._command, uid="")
 
+    def expected_start(self) -> str | None:
+        """When Slurm would start the job; None where it does not say.
+
+        Raises:
+            UserError: it would refuse the job.
+        """
+        with _private_and_outside_jobs(), tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+            file.write(self.script())
+            file.flush()
+            try:
+                return expected_start(file.name)
+            except SlurmRefused as refused:
+                raise UserError(f"Slurm refused the job: {refused}", _REFUSED) from None
+
     def submit_run(self) -> str:
         """Queue the job and return its id; the script is kept as ``RUN_DIR/logs/JOBID_submission.sh``.
 
@@ -58,7 +77,7 @@ class RunExecutor(SlurmExecutor):
                 job = self._submit_command(self._command)
             except (FailedJobError, FailedSubmissionError) as error:
                 reason = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-                raise UserError(f"Slurm refused the job: {reason}", "see `sinfo`, and the keys slurm.*") from None
+                raise UserError(f"Slurm refused the job: {reason}", _REFUSED) from None
         for link in self.folder.glob(".submission_file_*.sh"):
             link.unlink()
         return job.job_id

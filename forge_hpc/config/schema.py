@@ -472,6 +472,8 @@ class ClusterConfig:
     between; being preempted is no failure."""
     gpus_per_node: int | None = setting(None, NOT_NEGATIVE, resume=ROUNDING)
     """GPUs used on each node; 0 is the CPU; by default what the node has."""
+    gpu_memory_gib: float | None = setting(None, POSITIVE)
+    """Memory of a GPU, for the memory plan of `forge-hpc submit`; by default that of the GPU's type in Slurm."""
     start_timeout_s: float = setting(600.0, POSITIVE)
     """All nodes must have joined, and all actors be ready, in this time."""
 

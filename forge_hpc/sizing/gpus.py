@@ -1,0 +1,48 @@
+"""GPUs by the names that sites give them in Slurm (``gres:gpu:h100:8``): their memory, and how fast they read it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU."""
+
+    name: str
+    """As ``training.flops.PEAK_FLOPS`` has it."""
+    memory_gib: float
+    """That CUDA shows: less than is printed on the box."""
+    bytes_per_s: float
+    """Of its memory, by its maker's data sheet."""
+
+
+_GPUS = {
+    "gb200": Gpu("GB200", 184.0, 8.0e12),
+    "b200": Gpu("B200", 178.0, 8.0e12),
+    "h200": Gpu("H200", 139.8, 4.8e12),
+    "h100": Gpu("H100", 79.1, 3.35e12),
+    "h800": Gpu("H800", 79.1, 3.35e12),
+    "h20": Gpu("H20", 95.0, 4.0e12),
+    "a100": Gpu("A100", 0.0, 1.555e12),  # of 40 or of 80 GB: only a name that says which has a memory
+    "a800": Gpu("A800", 79.1, 2.0e12),
+    "l40s": Gpu("L40S", 44.4, 0.864e12),
+    "l4": Gpu("L4", 22.0, 0.3e12),
+    "a10": Gpu("A10", 22.0, 0.6e12),
+}
+_SHOWN = 0.985
+"""Share of the GB in a name that CUDA shows in GiB: 79.1 of 80."""
+
+
+def gpu_named(name: str) -> Gpu | None:
+    """The GPU that a name such as ``nvidia_h100_80gb_hbm3`` stands for; None for one that is not in the table.
+
+    ``memory_gib`` is 0 where the name leaves it open. A part of a GPU (``h100_1g.10gb``) has its own memory.
+    """
+    words = re.split(r"[^a-z0-9.]+", name.lower())
+    found = next((_GPUS[word] for word in words if word in _GPUS), None)
+    if found is None:
+        return None
+    said = [float(size) for word in words for size in re.findall(r"(?:^|\.)(\d+)gb?$", word)]
+    return Gpu(found.name, round(said[-1] * _SHOWN, 1), found.bytes_per_s) if said else found
