@@ -9,8 +9,8 @@ import functools
 import math
 import os
 import resource
-import statistics
 import tempfile
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +19,11 @@ from forge_hpc.config import Config, Placement, UserError, plan, walltime_s
 from forge_hpc.config.fields import walk
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.files import is_there
+from forge_hpc.observability.jsonl import read_jsonl
 from forge_hpc.run_dir import RunDir
 from forge_hpc.sizing.gpus import Gpu, gpu_named
 from forge_hpc.sizing.memory import MemoryPlan, plan_memory
 from forge_hpc.sizing.model import ModelSize, model_size
-from forge_hpc.sizing.speed import estimated, last_metrics
 from forge_hpc.sizing.table import split_table
 from forge_hpc.slurm.accounts import check_account
 from forge_hpc.slurm.partitions import Partition, candidates, check_job, gpu_types, slurm_is_here
@@ -150,6 +150,8 @@ def _first_checkpoint(
         return
     step_s, source = measured_step_s(run_dir), "in the last start"
     if step_s is None and gpu is not None and size is not None and needs.learns_from == "samples":
+        from forge_hpc.sizing.speed import estimated
+
         speed = estimated(cfg, size, gpu)
         step_s, source = speed.step_s(placement, needs, synchronous=cfg.rollout.max_staleness == 0)[0], "estimated"
     if step_s is None:
@@ -169,8 +171,9 @@ def _first_checkpoint(
 
 def measured_step_s(run_dir: RunDir) -> float | None:
     """Median seconds of the last steps that the run has done; None where it has done none."""
-    times = [record["time/step_s"] for record in last_metrics(run_dir, 20) if "time/step_s" in record]
-    return statistics.median(times) if times else None
+    records = deque(read_jsonl(run_dir.metrics), maxlen=20)
+    times = sorted(record["time/step_s"] for record in records if "time/step_s" in record)
+    return times[len(times) // 2] if times else None
 
 
 def _span(seconds: float) -> str:

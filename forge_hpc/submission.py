@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 from forge_hpc.config import Config, UserError, load_config, plan, read_config, safe_changes, save_config, validate
 from forge_hpc.config.recipes import needs_of, resolve_recipe_args
 from forge_hpc.files import is_there
-from forge_hpc.fork import Fork, begin_with, open_fork
 from forge_hpc.run_dir import RunDir, Status
 from forge_hpc.supervisor.starts import StartLog
 from forge_hpc.user_files import check_files, keep_files, kept_files, restore_kept
 
 if TYPE_CHECKING:
+    from forge_hpc.fork import Fork
     from forge_hpc.slurm import JobFacts
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -278,6 +278,8 @@ def prepare(
     """
     run_dir.create()
     if fork is not None:
+        from forge_hpc.fork import begin_with
+
         begin_with(fork, cfg, run_dir)
         StartLog(run_dir).forked(str(fork.source), fork.step, fork.keeps_optimizer, fork.changes(cfg))
     save_config(cfg, run_dir.config)
@@ -383,6 +385,8 @@ def _fork(request: Request, cfg: Config, run_dir: RunDir) -> Iterator[Fork | Non
         return
     if run_dir.has_config:
         raise UserError(f"{run_dir} is a run already, and --from begins a new one", "choose another --run-dir")
+    from forge_hpc.fork import open_fork
+
     source = RunDir(request.source)
     with open_fork(source, request.source_step, read_config(source.config), cfg, request.keep_optimizer) as fork:
         optimizer = "" if fork.keeps_optimizer else ", without its optimizer's state"

@@ -1,9 +1,32 @@
-"""GPUs by the names that sites give them in Slurm (``gres:gpu:h100:8``): their memory, and how fast they read it."""
+"""GPUs by the names that sites give them in Slurm (``gres:gpu:h100:8``): their memory, and how fast they are."""
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
+from functools import cache
+
+logger = logging.getLogger(__name__)
+
+PEAK_FLOPS = {
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800 PCIe": 756e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+}
+"""Dense 16-bit FLOP/s (without sparsity) by a part of the name that CUDA gives a GPU; of its maker's data sheets."""
 
 
 @dataclass(frozen=True)
@@ -11,7 +34,7 @@ class Gpu:
     """One kind of GPU."""
 
     name: str
-    """As ``training.flops.PEAK_FLOPS`` has it."""
+    """As ``PEAK_FLOPS`` has it."""
     memory_gib: float
     """That CUDA shows: less than is printed on the box."""
     bytes_per_s: float
@@ -46,3 +69,14 @@ def gpu_named(name: str) -> Gpu | None:
         return None
     said = [float(size) for word in words for size in re.findall(r"(?:^|\.)(\d+)gb?$", word)]
     return Gpu(found.name, round(said[-1] * _SHOWN, 1), found.bytes_per_s) if said else found
+
+
+@cache
+def peak_flops(gpu: str) -> float | None:
+    """Dense 16-bit FLOP/s of a GPU by its name; None where it is not in the table, which is logged once."""
+    words = gpu.replace("-", " ").split()
+    for name, flops in PEAK_FLOPS.items():
+        if all(word in words for word in name.split()):
+            return flops
+    logger.info("the peak FLOP/s of a %s are not known here (sizing/gpus.py): there is no perf/mfu", gpu)
+    return None

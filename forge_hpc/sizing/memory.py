@@ -11,8 +11,8 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.config.needs import Needs
 from forge_hpc.config.schema import Config
 from forge_hpc.config.split import Placement
+from forge_hpc.sizing.microbatch import RESERVE_BYTES, plan_microbatch, plan_turns
 from forge_hpc.sizing.model import ModelSize
-from forge_hpc.training.memory import RESERVE_BYTES, plan_microbatch, plan_turns
 
 GIB = 2**30
 COLUMNS = ("weights", "optimizer", "activations", "KV cache", "other")

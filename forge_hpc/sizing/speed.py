@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from forge_hpc.config import Config, Placement, UserError, plan, read_config
 from forge_hpc.config.needs import Needs
 from forge_hpc.observability.jsonl import read_jsonl
 from forge_hpc.run_dir import RunDir
-from forge_hpc.sizing.gpus import Gpu
+from forge_hpc.sizing.gpus import Gpu, peak_flops
 from forge_hpc.sizing.model import ModelSize
 
 _PARAMS, _GPU, _FLOPS, _BYTES = 596e6, "H200", 989e12, 4.8e12
@@ -47,11 +45,6 @@ class Speed:
         return (generate_s + train_s if synchronous else max(generate_s, train_s)), generate_s, train_s
 
 
-def last_metrics(run_dir: RunDir, number: int) -> Sequence[dict[str, Any]]:
-    """The last records of ``metrics.jsonl``."""
-    return deque(read_jsonl(run_dir.metrics), maxlen=number)
-
-
 def measured(run_dir: RunDir, cfg: Config) -> Speed:
     """What a run has measured, for the episodes of a step of `cfg`.
 
@@ -60,7 +53,7 @@ def measured(run_dir: RunDir, cfg: Config) -> Speed:
     """
     if not run_dir.has_config:
         raise UserError(f"{run_dir} is no run directory", "give the directory of a run that has trained")
-    records = last_metrics(run_dir, 50)
+    records = deque(read_jsonl(run_dir.metrics), maxlen=50)
     before = read_config(run_dir.config)
 
     def median(key: str) -> float:
@@ -85,8 +78,6 @@ def measured(run_dir: RunDir, cfg: Config) -> Speed:
 def estimated(cfg: Config, size: ModelSize, gpu: Gpu) -> Speed:
     """Scaled from one measurement by parameters, and by what bounds each: arithmetic the trainers, memory the
     generators. Raises UserError: nothing is known of the GPU's arithmetic."""
-    from forge_hpc.training.flops import peak_flops
-
     flops = peak_flops(gpu.name)
     if flops is None:
         raise UserError(f"the speed of a {gpu.name} is not known here", "measure a run: --from RUN_DIR")
