@@ -61,19 +61,13 @@ def look_ahead(
         UserError: the run directory cannot be written, or a GPU is too small.
     """
     check_writable(run_dir.path)
-    placement, own = plan(cfg, cfg.cluster.gpus_per_node), model or cfg.model.path
-
-    @functools.cache
-    def size_of(path: str | None) -> ModelSize | None:
-        return model_size(path or own)
-
-    gpu, memory = gpu_of(cfg, known), None
-    if gpu_gib := cfg.cluster.gpu_memory_gib or (gpu and gpu.memory_gib):
-        memory = plan_memory(cfg, needs_of(cfg), placement, gpu_gib, size_of)
+    placement, model = plan(cfg, cfg.cluster.gpus_per_node), model or cfg.model.path
+    gpu = gpu_of(cfg, known)
+    memory = memory_of(cfg, placement, gpu, model)
     warnings = [] if memory is None else list(memory.warnings)
     if for_slurm:
         warnings += _not_shared(cfg, run_dir)
-        warnings += _first_checkpoint(cfg, run_dir, placement, gpu, size_of(None))
+        warnings += _first_checkpoint(cfg, run_dir, placement, gpu, model_size(model))
     else:
         warnings += _ends_long_processes()
     return Outlook(placement, memory, tuple(f"warning: {text}" for text in warnings))
@@ -91,6 +85,17 @@ def check_queue(cfg: Config, run_dir: RunDir, known: Sequence[Partition]) -> str
     check_account(cfg, [partition.name for partition in candidates(cfg, list(known))])
     start = RunExecutor(cfg, run_dir.path).expected_start()
     return f"starts         {start}, as things are" if start else "starts         Slurm does not say when"
+
+
+def memory_of(cfg: Config, placement: Placement, gpu: Gpu | None, model: str) -> MemoryPlan | None:
+    """The memory plan, where the memory of a GPU and the sizes of the models are known. Raises as ``plan_memory``."""
+    gpu_gib = cfg.cluster.gpu_memory_gib or (gpu and gpu.memory_gib)
+
+    @functools.cache
+    def size_of(path: str | None) -> ModelSize | None:
+        return model_size(path or model)
+
+    return plan_memory(cfg, needs_of(cfg), placement, gpu_gib, size_of) if gpu_gib else None
 
 
 def gpu_of(cfg: Config, known: Sequence[Partition]) -> Gpu | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 COMMANDS = {
     "submit": "start a run: queue it on Slurm, or run it here",
+    "plan": "which nodes should train and which generate, and why",
     "status": "state, step and heartbeat of a run",
     "logs": "the end of a log of the newest start",
     "watch": "status, curve and last steps, drawn again until the run ends",
