@@ -49,6 +49,7 @@ def job_command(cfg: Config, run_dir: Path) -> str:
     flags = ["--ntasks-per-node=1", "--kill-on-bad-exit=1", "--wait=0", "--cpu-bind=none"]
     if cfg.cluster.spare_nodes:
         flags.append("--no-kill")
+    flags += cfg.slurm.srun
     run, setup = run_command(run_dir), cfg.slurm.setup
     after = shlex.join(with_setup([*run, "--after"], setup))
     start = f"{shlex.join(['srun', *flags, *with_setup(run, setup)])} || {after} $?"

@@ -40,6 +40,7 @@ class RunExecutor(SlurmExecutor):
     def __init__(self, cfg: Config, run_dir: Path) -> None:
         super().__init__(folder=run_dir / "logs")
         self._command = job_command(cfg, run_dir)
+        self._site_script = None if cfg.slurm.script is None else Path(cfg.slurm.script).expanduser()
         self.parameters = job_parameters(cfg, run_dir)
 
     @classmethod
@@ -48,8 +49,15 @@ class RunExecutor(SlurmExecutor):
         return 2
 
     def script(self) -> str:
-        """The job script."""
+        """The job script. Raises UserError: the site's own cannot be read, or leaves something out."""
         return self._make_submission_file_text(self._command, uid="")
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        text = super()._make_submission_file_text(command, uid)
+        if self._site_script is None:
+            return text
+        options = "\n".join(line for line in text.splitlines() if line.startswith("#SBATCH"))
+        return fill_script(self._site_script, options, "\n".join([*self.parameters["setup"], command]))
 
     def expected_start(self) -> str | None:
         """When Slurm would start the job; None where it does not say.
@@ -83,6 +91,26 @@ class RunExecutor(SlurmExecutor):
         return job.job_id
 
 
+def fill_script(file: Path, options: str, command: str) -> str:
+    """The site's own job script with the options and the command of a run.
+
+    Raises:
+        UserError: it cannot be read, or has no place for one of them.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"slurm.script: cannot read {file}: {error}", "give the site's job script") from None
+    for mark, given in (("@OPTIONS@", options), ("@COMMAND@", command)):
+        if text.count(mark) != 1:
+            raise UserError(
+                f"slurm.script: {file} has {mark} {text.count(mark)} times",
+                "write each of @OPTIONS@ and @COMMAND@ once, on a line of its own",
+            )
+        text = text.replace(mark, given)
+    return text
+
+
 def job_parameters(cfg: Config, run_dir: Path) -> dict[str, Any]:
     """The parameters of submitit for `cfg`; ``slurm.extra`` has the last word."""
     slurm = cfg.slurm
@@ -100,7 +128,7 @@ def job_parameters(cfg: Config, run_dir: Path) -> dict[str, Any]:
         "exclusive": slurm.exclusive or None,
         "cpus_per_task": slurm.cpus_per_task,
         "mem": "0" if slurm.exclusive and not _sizes_memory(cfg) else slurm.mem,  # whole nodes, whole memory
-        "gpus_per_node": cfg.cluster.gpus_per_node or None,
+        "gpus_per_node": None if slurm.gres else cfg.cluster.gpus_per_node or None,
         # Rendered as --signal=USR2@…: to the tasks, not to the batch shell.
         "signal_delay_s": lead_s(cfg, RunDir(run_dir)),
         "stderr_to_stdout": True,
@@ -109,6 +137,8 @@ def job_parameters(cfg: Config, run_dir: Path) -> dict[str, Any]:
         "setup": ["umask 077"],
     }
     extra: dict[str, Any] = {"output": str(log), "requeue" if slurm.requeue == "auto" else "no-requeue": True}
+    if slurm.gres:
+        extra["gres"] = slurm.gres
     if cfg.cluster.spare_nodes:
         extra["no-kill"] = True
     extra |= options

@@ -18,6 +18,7 @@ COMMANDS = {
     "reward": "score a JSONL of prompts, responses and targets, without a run",
     "env": "play an environment by hand: you write the responses",
     "export": "write the model of a checkpoint for transformers and vLLM, also while the run goes on",
+    "site": "write down what is the same for every run on this cluster",
     "doctor": "whether this machine has what a run needs",
 }
 """Each with what it does, in a line."""

@@ -506,8 +506,15 @@ class SlurmConfig:
     that forbid requeueing); never stays down until it is resumed by hand."""
     setup: list[str] = field(default_factory=list)
     """Shell lines run on each node first (module load …)."""
+    gres: str | None = None
+    """GPUs in the notation of ``--gres`` (``gpu:h100:8``), for sites that do not take ``--gpus-per-node``."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further sbatch options, name: value. Numbers keep their text; true gives an option without a value."""
+    srun: list[str] = field(default_factory=list)
+    """Further srun options, as they are: ``[--container-image=/images/a.sqsh]``."""
+    script: str | None = setting(None, path=True)
+    """The site's own job script: a file in which ``@OPTIONS@`` stands for the #SBATCH lines, and ``@COMMAND@`` for what
+    starts the run."""
 
 
 @dataclass
