@@ -26,7 +26,7 @@ from forge_hpc.sizing.memory import MemoryPlan, plan_memory
 from forge_hpc.sizing.model import ModelSize, model_size
 from forge_hpc.sizing.table import split_table
 from forge_hpc.slurm.accounts import check_account
-from forge_hpc.slurm.partitions import Partition, candidates, check_job, gpu_types, slurm_is_here
+from forge_hpc.slurm.partitions import Partition, candidates, check_job, gpu_types
 from forge_hpc.supervisor.lead import lead_s
 
 _OWN_DISKS = ("/tmp", "/var/tmp", "/dev/shm", "/run")
@@ -142,7 +142,7 @@ def _ends_long_processes() -> Iterator[str]:
     limit_s, _ = resource.getrlimit(resource.RLIMIT_CPU)
     if limit_s != resource.RLIM_INFINITY:
         yield f"this machine ends processes after {limit_s} s of CPU (ulimit -t), and the run is one: queue it instead"
-    elif "SLURM_JOB_ID" not in os.environ and slurm_is_here():
+    elif "SLURM_JOB_ID" not in os.environ and Path(os.environ.get("SLURM_CONF", "/etc/slurm/slurm.conf")).exists():
         yield "the run is a process of this machine: a login node may end it; --cluster slurm queues it"
 
 

@@ -59,7 +59,8 @@ def plan_memory(
     Raises:
         UserError: weights alone do not fit, or not all that a single sequence takes.
     """
-    if not placement.gpus_per_node or any(size_of(need.path) is None for need in needs.models.values()):
+    paths = [None, *(need.path for need in needs.models.values())]
+    if not placement.gpus_per_node or any(size_of(path) is None for path in paths):
         return None
     roles, warnings = {}, []
     shared = bool(placement.shared_gpus) and not placement.takes_turns
