@@ -14,9 +14,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from forge_hpc.cancel import cancel_runs
 from forge_hpc.config import UserError
 from forge_hpc.config.load import override_of
-from forge_hpc.control import Liveness, StatusReader, cancel_run, find_run
+from forge_hpc.control import Liveness, StatusReader, find_run
 from forge_hpc.files import is_there
 from forge_hpc.observability.jsonl import read_jsonl
 from forge_hpc.run_dir import RunDir, Status
@@ -181,15 +182,15 @@ class Run:
             return self._process.poll() is not None
         return not is_job_id(status.job_id)
 
-    def cancel(self) -> None:
-        """End the run, and return when it has ended: a run of this process, or of this machine, saves first.
+    def cancel(self, *, now: bool = False) -> None:
+        """Have the run save and end, and return when it has ended; ``now`` does not wait for the save.
 
         Raises:
             UserError: it cannot be ended from here.
         """
-        if self._process is not None and self._process.poll() is None:
+        if self._process is not None and self._process.poll() is None and not now:
             self._process.send_signal(signal.SIGINT)
             self.wait()
             return
-        with contextlib.redirect_stdout(io.StringIO()):
-            cancel_run(self._run_dir)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            cancel_runs([self._run_dir], now=now)

@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING
 from forge_hpc.config import Config, UserError, load_config, plan, read_config, safe_changes, save_config, validate
 from forge_hpc.config.recipes import needs_of, resolve_recipe_args
 from forge_hpc.files import is_there
-from forge_hpc.fork import Fork, begin_with, open_fork
 from forge_hpc.queueing import AT_ONCE, Queueing
 from forge_hpc.run_dir import RunDir, Status
 from forge_hpc.supervisor.starts import StartLog
 from forge_hpc.user_files import check_files, keep_files, kept_files, restore_kept
 
 if TYPE_CHECKING:
+    from forge_hpc.before_queue import Outlook
+    from forge_hpc.fork import Fork
     from forge_hpc.slurm import JobFacts
     from forge_hpc.slurm.partitions import Partition
     from launchers.command import Start
@@ -67,6 +68,7 @@ class Checked:
     """Of its warm start, where it has one that it has not saved yet."""
     changes: tuple[str, ...]
     """What differs from its earlier configuration."""
+    outlook: Outlook
     fork: Fork | None = None
 
     @property
@@ -234,6 +236,7 @@ def check_run(request: Request, place: Place, cfg: Config, run_dir: RunDir, fork
     Raises:
         UserError: it cannot run.
     """
+    from forge_hpc.before_queue import look_ahead
     from launchers import slurm
 
     file_changes = check_files(cfg, run_dir, accept=request.accept_changes)
@@ -245,12 +248,15 @@ def check_run(request: Request, place: Place, cfg: Config, run_dir: RunDir, fork
         slurm.check_array(cfg)
     if request.cluster != "local":
         _warn_of_shared_nodes(cfg)
-    return Checked(cfg, run_dir, warm, tuple(changes), fork)
+    outlook = look_ahead(
+        cfg, run_dir, place.partitions, for_slurm=place.as_jobs, model=None if warm is None else warm.model.path
+    )
+    return Checked(cfg, run_dir, warm, tuple(changes), outlook, fork)
 
 
 def _show(request: Request, place: Place, run: Checked) -> int:
     """The dry run."""
-    from forge_hpc.slurm import partitions
+    from forge_hpc.before_queue import check_queue, starts
     from launchers import slurm
 
     if place.as_jobs:
@@ -259,10 +265,11 @@ def _show(request: Request, place: Place, run: Checked) -> int:
             print(f"# sbatch {shlex.join(options)}")
     else:
         print(shlex.join(place.start(run.cfg, run.run_dir).command))
-    print(_split(run.cfg, "# "))
-    _say_all(run.changes)
+    print(run.outlook.table("# "))
+    _say_all([*run.changes, *run.outlook.warnings])
     if place.on_slurm:
-        partitions.check_job(run.cfg, list(place.partitions))
+        check_queue(run.cfg, place.partitions)
+        _say(starts(run.cfg, run.run_dir, request.queueing.options()))
     elif place.as_jobs:
         _say("There is no Slurm here: the site's checks (partition, nodes, time limit) are left out.")
     _say("Dry run: nothing was created or queued.")
@@ -273,12 +280,12 @@ def check_start(request: Request, place: Place, run: Checked) -> list[str]:
     """Check that a run may be started now, and return options of sbatch for its job.
 
     Raises:
-        UserError: no partition can run it, or another start has its directory, or it can never begin.
+        UserError: no partition can run it, its account may not, another start has its directory, or it can never begin.
     """
-    from forge_hpc.slurm import partitions
+    from forge_hpc.before_queue import check_queue
 
     if place.on_slurm:
-        partitions.check_job(run.cfg, list(place.partitions))
+        check_queue(run.cfg, place.partitions)
     else:
         request.queueing.check_here()
     own = place.allocation.job_id if place.allocation is not None else None
@@ -289,6 +296,7 @@ def check_start(request: Request, place: Place, run: Checked) -> list[str]:
 
 
 def _begin(request: Request, place: Place, run: Checked, *, follow: bool) -> int:
+    from forge_hpc.before_queue import starts
     from launchers import local
 
     cfg, run_dir = run.cfg, run.run_dir
@@ -296,16 +304,18 @@ def _begin(request: Request, place: Place, run: Checked, *, follow: bool) -> int
     if run.is_complete:
         print(f"{run_dir} is complete: nothing to do (another --run-dir begins a new run)")
         return 0
-    _say_all(run.changes)
+    _say_all([*run.changes, *run.outlook.warnings])
     if not place.on_slurm:
         run.make()
-        print(f"run directory  {run_dir}\n{_split(cfg)}", flush=True)
+        print(f"run directory  {run_dir}\n{run.outlook.table()}", flush=True)
         return local.run_here(cfg, run_dir.path, place.start(cfg, run_dir))
+    begins = starts(cfg, run_dir, options)
     job_id = run.queue(options)
     where = shlex.quote(str(run_dir))
     print(f"job            {job_id}")
     print(f"run directory  {run_dir}")
-    print(_split(cfg))
+    print(run.outlook.table())
+    print(begins)
     print(f"next           {tool()} watch {where}\n               {tool()} logs --follow {where}")
     print(f"               {tool()} cancel {where}", flush=True)
     if follow:
@@ -397,6 +407,8 @@ def prepare(
     """
     run_dir.create()
     if fork is not None:
+        from forge_hpc.fork import begin_with
+
         begin_with(fork, cfg, run_dir)
         StartLog(run_dir).forked(str(fork.source), fork.step, fork.keeps_optimizer, fork.changes(cfg))
     save_config(cfg, run_dir.config)
@@ -502,6 +514,8 @@ def _fork(request: Request, cfg: Config, run_dir: RunDir) -> Iterator[Fork | Non
         return
     if run_dir.has_config:
         raise UserError(f"{run_dir} is a run already, and --from begins a new one", "choose another --run-dir")
+    from forge_hpc.fork import open_fork
+
     source = RunDir(request.source)
     with open_fork(source, request.source_step, read_config(source.config), cfg, request.keep_optimizer) as fork:
         optimizer = "" if fork.keeps_optimizer else ", without its optimizer's state"
@@ -558,8 +572,8 @@ def _undo(run_dir: RunDir, is_new: bool, config: Config | None, status: Status |
         run_dir.write_status(state=status.state, message=status.message, job_id=status.job_id or "")
 
 
-def _split(cfg: Config, prefix: str = "") -> str:
-    return "\n".join(prefix + line for line in plan(cfg, cfg.cluster.gpus_per_node).describe().splitlines())
+def _split(cfg: Config) -> str:
+    return plan(cfg, cfg.cluster.gpus_per_node).describe()
 
 
 def default_run_dir(name: str) -> Path:

@@ -49,7 +49,7 @@ def srun_options(cfg: Config) -> list[str]:
     """
     # Not --unbuffered: it gives the tasks a terminal, and a terminal gets a progress bar.
     flags = ["--ntasks-per-node=1", "--kill-on-bad-exit=1", "--wait=0", "--cpu-bind=none"]
-    return [*flags, "--no-kill"] if cfg.cluster.spare_nodes else flags
+    return [*flags, *["--no-kill"] * bool(cfg.cluster.spare_nodes), *cfg.slurm.srun]
 
 
 def job_command(cfg: Config, run_dir: Path, *, array: bool = False) -> str:

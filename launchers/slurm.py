@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,12 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from forge_hpc.config import Config, UserError
 from forge_hpc.run_dir import RunDir
+from forge_hpc.slurm.client import SlurmRefused
+from forge_hpc.slurm.expected_start import expected_start
 from forge_hpc.supervisor.lead import lead_s
 from launchers.command import job_command
+
+_REFUSED = "see `sinfo`, and the keys slurm.*"
 
 
 class RunExecutor(SlurmExecutor):
@@ -37,6 +42,7 @@ class RunExecutor(SlurmExecutor):
         super().__init__(folder=run_dir / "logs")
         self._options = options
         self._command = job_command(cfg, run_dir)
+        self._site_script = None if cfg.slurm.script is None else Path(cfg.slurm.script).expanduser()
         self.parameters = job_parameters(cfg, run_dir)
 
     @classmethod
@@ -45,11 +51,32 @@ class RunExecutor(SlurmExecutor):
         return 2
 
     def script(self) -> str:
-        """The job script."""
+        """The job script. Raises UserError: the site's own cannot be read, or leaves something out."""
         return self._make_submission_file_text(self._command, uid="")
 
     def _make_submission_command(self, submission_file_path: Path) -> list[str]:
         return ["sbatch", *self._options, str(submission_file_path)]
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        text = super()._make_submission_file_text(command, uid)
+        if self._site_script is None:
+            return text
+        options = "\n".join(line for line in text.splitlines() if line.startswith("#SBATCH"))
+        return fill_script(self._site_script, options, "\n".join([*self.parameters["setup"], command]))
+
+    def expected_start(self) -> str | None:
+        """When Slurm would start the job; None where it does not say.
+
+        Raises:
+            UserError: it would refuse the job.
+        """
+        with _private_and_outside_jobs(), tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+            file.write(self.script())
+            file.flush()
+            try:
+                return expected_start([*self._options, file.name])
+            except SlurmRefused as refused:
+                raise UserError(f"Slurm refused the job: {refused}", _REFUSED) from None
 
     def submit_run(self) -> str:
         """Queue the job and return its id; the script is kept as ``RUN_DIR/logs/JOBID_submission.sh``.
@@ -63,10 +90,30 @@ class RunExecutor(SlurmExecutor):
                 job = self._submit_command(self._command)
             except (FailedJobError, FailedSubmissionError) as error:
                 reason = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-                raise UserError(f"Slurm refused the job: {reason}", "see `sinfo`, and the keys slurm.*") from None
+                raise UserError(f"Slurm refused the job: {reason}", _REFUSED) from None
         for link in self.folder.glob(".submission_file_*.sh"):
             link.unlink()
         return job.job_id
+
+
+def fill_script(file: Path, options: str, command: str) -> str:
+    """The site's own job script with the options and the command of a run.
+
+    Raises:
+        UserError: it cannot be read, or has no place for one of them.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"slurm.script: cannot read {file}: {error}", "give the site's job script") from None
+    for mark, given in (("@OPTIONS@", options), ("@COMMAND@", command)):
+        if text.count(mark) != 1:
+            raise UserError(
+                f"slurm.script: {file} has {mark} {text.count(mark)} times",
+                "write each of @OPTIONS@ and @COMMAND@ once, on a line of its own",
+            )
+        text = text.replace(mark, given)
+    return text
 
 
 class SweepExecutor(RunExecutor):
@@ -110,7 +157,7 @@ def job_parameters(cfg: Config, run_dir: Path, sweep: str | None = None) -> dict
         "exclusive": slurm.exclusive or None,
         "cpus_per_task": slurm.cpus_per_task,
         "mem": "0" if slurm.exclusive and not _sizes_memory(cfg) else slurm.mem,  # whole nodes, whole memory
-        "gpus_per_node": cfg.cluster.gpus_per_node or None,
+        "gpus_per_node": None if slurm.gres else cfg.cluster.gpus_per_node or None,
         # Rendered as --signal=USR2@…: to the tasks, not to the batch shell.
         "signal_delay_s": lead_s(cfg, RunDir(run_dir)),
         "stderr_to_stdout": True,
@@ -120,6 +167,8 @@ def job_parameters(cfg: Config, run_dir: Path, sweep: str | None = None) -> dict
     }
     requeue = "requeue" if slurm.requeue == "auto" else "no-requeue"
     extra: dict[str, Any] = {"array": sweep, "output": str(log), requeue: True}
+    if slurm.gres:
+        extra["gres"] = slurm.gres
     if cfg.cluster.spare_nodes:
         extra["no-kill"] = True
     extra |= options

@@ -20,7 +20,7 @@ from forge_hpc.controller.service import ActorLost, Service
 from forge_hpc.controller.turns import Turns
 from forge_hpc.generation.options import engine_arguments
 from forge_hpc.generation.sleep import SleepingEngine
-from forge_hpc.training.memory import plan_turns
+from forge_hpc.sizing.microbatch import plan_turns
 from forge_hpc.weights import VersionNotFoundError
 
 GIB = 2**30

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from forge_hpc.training.memory import plan_microbatch, token_bytes
+from forge_hpc.sizing.microbatch import plan_microbatch, token_bytes
 
 GIB = 2**30
 QWEN3_0_6B = {

@@ -18,7 +18,8 @@ from forge_hpc.data.builtin import write_tiny_qwen3
 from forge_hpc.generation import GenerationEngine
 from forge_hpc.observability.gpu import GpuMonitor
 from forge_hpc.observability.performance import EngineCounts, engine_figures, over_ranks
-from forge_hpc.training.flops import peak_flops, step_flops
+from forge_hpc.sizing.gpus import peak_flops
+from forge_hpc.training.flops import step_flops
 
 HF = dict(
     hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

@@ -123,7 +123,7 @@ class Trainer(Actor):
         """Figures of a step's speed, of this rank. The gradient's norm has been read by now, so that the device is at
         the optimizer's last kernels; it is not waited for."""
         from forge_hpc.observability.gpu import memory_figures
-        from forge_hpc.training.flops import peak_flops
+        from forge_hpc.sizing.gpus import peak_flops
 
         work, num_ranks = engine.work, self._world_size
         figures = {"perf/trainer_tokens_per_s": work.num_tokens / seconds / num_ranks} | memory_figures()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 COMMANDS = {
     "submit": "start a run: queue it on Slurm, or run it here",
+    "plan": "which nodes should train and which generate, and why",
     "status": "state, step, reward, time left and sign of life: of a run, a job, or (--all) of all runs",
     "watch": "progress, curves, where the time goes, last events; of a queued job why it waits",
     "logs": "what a role's processes say, on all nodes",
@@ -19,6 +20,7 @@ COMMANDS = {
     "reward": "score a JSONL of prompts, responses and targets, without a run",
     "env": "play an environment by hand: you write the responses",
     "export": "write the model of a checkpoint for transformers and vLLM, also while the run goes on",
+    "site": "write down what is the same for every run on this cluster",
     "doctor": "whether this machine has what a run needs",
     "completion": "what bash or zsh completes: source <(forge-hpc completion bash)",
 }

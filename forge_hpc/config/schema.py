@@ -472,6 +472,8 @@ class ClusterConfig:
     between; being preempted is no failure."""
     gpus_per_node: int | None = setting(None, NOT_NEGATIVE, resume=ROUNDING)
     """GPUs used on each node; 0 is the CPU; by default what the node has."""
+    gpu_memory_gib: float | None = setting(None, POSITIVE)
+    """Memory of a GPU, for the memory plan of `forge-hpc submit`; by default that of the GPU's type in Slurm."""
     start_timeout_s: float = setting(600.0, POSITIVE)
     """All nodes must have joined, and all actors be ready, in this time."""
     slow_node_factor: float = setting(3.0, NOT_NEGATIVE)
@@ -507,8 +509,15 @@ class SlurmConfig:
     that forbid requeueing); never stays down until it is resumed by hand."""
     setup: list[str] = field(default_factory=list)
     """Shell lines run on each node first (module load …)."""
+    gres: str | None = None
+    """GPUs in the notation of ``--gres`` (``gpu:h100:8``), for sites that do not take ``--gpus-per-node``."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further sbatch options, name: value. Numbers keep their text; true gives an option without a value."""
+    srun: list[str] = field(default_factory=list)
+    """Further srun options, as they are: ``[--container-image=/images/a.sqsh]``."""
+    script: str | None = setting(None, path=True)
+    """The site's own job script: a file in which ``@OPTIONS@`` stands for the #SBATCH lines, and ``@COMMAND@`` for what
+    starts the run."""
 
 
 @dataclass

@@ -9,7 +9,9 @@ successor    another job in place of one that is not requeued
 partitions   whether a job can ever run (`forge-hpc submit`)
 interactive  the allocation of salloc that a shell is in
 environment  what Slurm's variables say, and what they do not
-site         site profiles
+accounts     whom a user may charge
+expected_start  when Slurm would start a job
+site         site profiles; site_init writes one
 """
 
 from forge_hpc.slurm.client import SlurmRefused, SlurmSilent

@@ -38,6 +38,13 @@ def ask(
 ) -> str:
     """What a command of Slurm prints. Raises SlurmRefused with what it says where it fails, SlurmSilent where Slurm
     does not answer."""
+    return ask_both(*command, timeout_s=timeout_s, env=env, cwd=cwd)[0]
+
+
+def ask_both(
+    *command: str, timeout_s: float = ANSWER_S, env: Mapping[str, str] | None = None, cwd: str | None = None
+) -> tuple[str, str]:
+    """The same with what it prints on stderr."""
     name = " ".join(command[:2])
     # Slurm signals every process of a step, this command too: it is born with the signals blocked.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _OURS)
@@ -67,7 +74,7 @@ def ask(
     if process.returncode != 0:
         said = " ".join((err or out).split()) or f"exit code {process.returncode}"
         raise (SlurmSilent if _SILENCE.search(said) else SlurmRefused)(f"{name}: {said}")
-    return out
+    return out, err
 
 
 @contextmanager

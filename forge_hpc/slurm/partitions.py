@@ -22,6 +22,8 @@ class Kind:
     gpus: int
     """Of each node."""
     features: frozenset[str] = frozenset()
+    gpu: str = ""
+    """The GPUs' type, as ``gres:gpu:TYPE:8`` has it; empty where the site gives none, or several."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Partition:
     time_limit_s: float
     """inf where there is none."""
     kinds: tuple[Kind, ...]
+    max_nodes: float = math.inf
+    """Of one job."""
 
     @property
     def nodes(self) -> int:
@@ -76,15 +80,15 @@ def slurm_is_here() -> bool:
 def partitions() -> list[Partition]:
     """All partitions of the cluster. Raises UserError where Slurm does not answer."""
     with at_a_terminal(_HINT):
-        answer = ask("sinfo", "--noheader", "--all", "--format=%P|%a|%D|%l|%G|%f", timeout_s=PATIENT_S)
+        answer = ask("sinfo", "--noheader", "--all", "--format=%P|%a|%D|%l|%s|%G|%f", timeout_s=PATIENT_S)
     found: dict[str, Partition] = {}
     for line in answer.splitlines():
-        name, up, nodes, limit, gres, features = line.split("|", 5)  # one line for each kind of node
+        name, up, nodes, limit, size, gres, features = line.split("|", 6)  # one line for each kind of node
         is_default, name = name.endswith("*"), name.removesuffix("*")
-        kind = Kind(int(nodes), _gpus(gres), frozenset(features.split(",")) - {"(null)"})
+        kind = Kind(int(nodes), _gpus(gres), frozenset(features.split(",")) - {"(null)"}, _gpu_type(gres))
         before = found[name].kinds if name in found else ()
         kinds = (*before, kind) if kind.nodes else before
-        found[name] = Partition(name, is_default, up == "up", _limit_s(limit), kinds)
+        found[name] = Partition(name, is_default, up == "up", _limit_s(limit), kinds, _max_nodes(size))
     return list(found.values())
 
 
@@ -113,6 +117,12 @@ def gpus_per_node(cfg: Config, known: list[Partition]) -> int | None:
     return min(found, default=0) or None
 
 
+def gpu_types(cfg: Config, known: list[Partition]) -> set[str]:
+    """Types of the GPUs that the job may get; "" among them for those that the site does not name."""
+    kinds = [kind for partition in candidates(cfg, known) for kind in partition._kinds(cfg.slurm.constraint)]
+    return {kind.gpu for kind in kinds if kind.gpus and kind.gpus >= (cfg.cluster.gpus_per_node or 1)}
+
+
 def check_job(cfg: Config, known: list[Partition]) -> None:
     """Raise a UserError if no partition that the job asks for can ever run it."""
     reasons = [_misfit(cfg, partition) for partition in candidates(cfg, known)]
@@ -128,6 +138,11 @@ def _misfit(cfg: Config, partition: Partition) -> UserError | None:
         return UserError(
             f"{nodes} nodes asked for, partition {name} has {partition.nodes}",
             f"--nodes {partition.nodes} or fewer, or another slurm.partition",
+        )
+    if partition.max_nodes < nodes:
+        return UserError(
+            f"{nodes} nodes asked for, partition {name} allows {partition.max_nodes:g} to one job",
+            f"--nodes {partition.max_nodes:g} or fewer, or another slurm.partition",
         )
     if (wanted_s or math.inf) > partition.time_limit_s:
         return UserError(
@@ -152,6 +167,17 @@ def _gpus(gres: str) -> int:
     """GPUs in Slurm's list of generic resources, such as ``gpu:h100:8(S:0-1),nvme:1``."""
     counts = re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)", gres)
     return sum(map(int, counts))
+
+
+def _gpu_type(gres: str) -> str:
+    types = set(re.findall(r"(?:^|,)gpu:([^:,(]*[^:,(\d][^:,(]*):\d+", gres))
+    return types.pop() if len(types) == 1 else ""
+
+
+def _max_nodes(size: str) -> float:
+    """Of ``sinfo``'s job sizes: ``1-infinite``, ``2-8``, ``4``."""
+    most = size.rpartition("-")[2]
+    return int(most) if most.isdigit() else math.inf
 
 
 def _limit_s(text: str) -> float:

@@ -29,8 +29,8 @@ from forge_hpc.models.device import device_type, local_device
 from forge_hpc.models.head import LogprobHead
 from forge_hpc.models.spec import ModelSpec, load_spec
 from forge_hpc.models.value_head import with_value_head
+from forge_hpc.sizing.microbatch import RESERVE_BYTES, MicrobatchPlan, plan_microbatch, plan_turns
 from forge_hpc.training.lora import add_adapters
-from forge_hpc.training.memory import RESERVE_BYTES, MicrobatchPlan, plan_microbatch, plan_turns
 
 logger = logging.getLogger(__name__)
 

@@ -7,44 +7,10 @@ appendix B, https://arxiv.org/abs/2204.02311.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
-
-logger = logging.getLogger(__name__)
-
-PEAK_FLOPS = {
-    "GB200": 2.5e15,
-    "B200": 2.25e15,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H800 PCIe": 756e12,
-    "H800": 989e12,
-    "H20": 148e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-}
-"""Dense 16-bit FLOP/s (without sparsity) by a part of the name that CUDA gives a GPU; of its maker's data sheets."""
-
-
-@cache
-def peak_flops(gpu: str) -> float | None:
-    """Dense 16-bit FLOP/s of a GPU by its name; None where it is not in the table, which is logged once."""
-    words = gpu.replace("-", " ").split()
-    for name, flops in PEAK_FLOPS.items():
-        if all(word in words for word in name.split()):
-            return flops
-    logger.info("the peak FLOP/s of a %s are not known here (training/flops.py): there is no perf/mfu", gpu)
-    return None
 
 
 def step_flops(

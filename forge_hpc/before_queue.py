@@ -1,0 +1,192 @@
+"""What can be known on the login node of a job that would not run: said before anything is queued.
+
+What is certain is a UserError, what is likely a line of warning. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import resource
+import tempfile
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from forge_hpc.config import Config, Placement, UserError, plan, walltime_s
+from forge_hpc.config.fields import walk
+from forge_hpc.config.recipes import needs_of
+from forge_hpc.files import is_there
+from forge_hpc.observability.jsonl import read_jsonl
+from forge_hpc.run_dir import RunDir
+from forge_hpc.sizing.gpus import Gpu, gpu_named
+from forge_hpc.sizing.memory import MemoryPlan, plan_memory
+from forge_hpc.sizing.model import ModelSize, model_size
+from forge_hpc.sizing.table import split_table
+from forge_hpc.slurm.accounts import check_account
+from forge_hpc.slurm.partitions import Partition, candidates, check_job, gpu_types
+from forge_hpc.supervisor.lead import lead_s
+
+_OWN_DISKS = ("/tmp", "/var/tmp", "/dev/shm", "/run")
+_START_S = 180.0
+"""From the start of a job to its first step, where it was not measured: what 0.6B took without caches."""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """A job before it is queued: its split, its memory, and what will hardly work."""
+
+    placement: Placement
+    memory: MemoryPlan | None
+    warnings: tuple[str, ...]
+
+    def table(self, prefix: str = "") -> str:
+        """The split, with the memory of each GPU where it can be estimated."""
+        return "\n".join(prefix + line for line in split_table(self.placement, self.memory))
+
+
+def look_ahead(
+    cfg: Config, run_dir: RunDir, known: Sequence[Partition], *, for_slurm: bool, model: str | None = None
+) -> Outlook:
+    """What can be said of the job of `cfg`.
+
+    Args:
+        known: the cluster's partitions.
+        for_slurm: it goes to other machines.
+        model: the policy's model, where ``model.path`` is a warm start.
+
+    Raises:
+        UserError: the run directory cannot be written, or a GPU is too small.
+    """
+    check_writable(run_dir.path)
+    placement, model = plan(cfg, cfg.cluster.gpus_per_node), model or cfg.model.path
+    gpu = gpu_of(cfg, known)
+    memory = memory_of(cfg, placement, gpu, model)
+    warnings = [] if memory is None else list(memory.warnings)
+    if for_slurm:
+        warnings += _not_shared(cfg, run_dir)
+        warnings += _first_checkpoint(cfg, run_dir, placement, gpu, model_size(model))
+    else:
+        warnings += _ends_long_processes()
+    return Outlook(placement, memory, tuple(f"warning: {text}" for text in warnings))
+
+
+def check_queue(cfg: Config, known: Sequence[Partition]) -> None:
+    """Raise a UserError where no partition can ever run the job, or its account or QOS may not."""
+    check_job(cfg, list(known))
+    check_account(cfg, [partition.name for partition in candidates(cfg, list(known))])
+
+
+def starts(cfg: Config, run_dir: RunDir, options: Sequence[str] = ()) -> str:
+    """When Slurm would start the job, in a line.
+
+    Args:
+        options: of sbatch, besides the job's own.
+
+    Raises:
+        UserError: Slurm would refuse it.
+    """
+    from launchers.slurm import RunExecutor
+
+    start = RunExecutor(cfg, run_dir.path, options).expected_start()
+    return f"starts         {start}, as things are" if start else "starts         Slurm does not say when"
+
+
+def memory_of(cfg: Config, placement: Placement, gpu: Gpu | None, model: str) -> MemoryPlan | None:
+    """The memory plan, where the memory of a GPU and the sizes of the models are known. Raises as ``plan_memory``."""
+    gpu_gib = cfg.cluster.gpu_memory_gib or (gpu and gpu.memory_gib)
+
+    @functools.cache
+    def size_of(path: str | None) -> ModelSize | None:
+        return model_size(path or model)
+
+    return plan_memory(cfg, needs_of(cfg), placement, gpu_gib, size_of) if gpu_gib else None
+
+
+def gpu_of(cfg: Config, known: Sequence[Partition]) -> Gpu | None:
+    """The smallest GPU that the job may get, by the types that Slurm or the constraint names; None where one of them is
+    not known."""
+    if cfg.cluster.gpus_per_node == 0:
+        return None
+    names = (gpu_types(cfg, list(known)) if known else set()) or {""}
+    if names == {""}:  # the site counts GPUs without a type, but nodes may have a feature
+        names = {f"{cfg.slurm.constraint} {cfg.slurm.extra.get('gres')}"}
+    found = [gpu_named(name) for name in names]
+    gpus = [gpu for gpu in found if gpu is not None]
+    return min(gpus, key=lambda gpu: gpu.memory_gib) if len(gpus) == len(found) else None
+
+
+def check_writable(path: Path) -> None:
+    """Raise a UserError unless the directory can be made, or written. It is tried, where permissions say less: a
+    read-only or special file system, a full quota. Nothing stays."""
+    there = next(folder for folder in (path, *path.parents) if is_there(folder))
+    what = "run directory" if there == path else f"run directory {path}:"
+    if not there.is_dir():
+        raise UserError(f"{what} {there} is not a directory", "choose another --run-dir")
+    try:
+        Path(tempfile.mkdtemp(prefix=".forge-hpc-", dir=there)).rmdir()
+    except OSError as error:
+        raise UserError(f"{what} {there} cannot be written: {error.strerror}", "choose another --run-dir") from None
+
+
+def _not_shared(cfg: Config, run_dir: RunDir) -> Iterator[str]:
+    """Paths on disks that are this machine's own. Not certain: a site may share /tmp."""
+    named = {f"{key}=": Path(value) for key, value, rule in walk(cfg) if rule.path and value}
+    for what, path in {"run directory ": run_dir.path, **named}.items():
+        if any(path.is_relative_to(disk) for disk in _own_disks()):
+            yield f"{what}{path} is on a disk of this machine: compute nodes see it only where your site shares it"
+
+
+def _own_disks() -> set[str]:
+    own = {os.environ.get("TMPDIR", ""), os.environ.get("XDG_RUNTIME_DIR", "")} - {"", "/"}
+    return {*_OWN_DISKS, *own}
+
+
+def _ends_long_processes() -> Iterator[str]:
+    """A run in the foreground of a machine that is not meant for it."""
+    limit_s, _ = resource.getrlimit(resource.RLIMIT_CPU)
+    if limit_s != resource.RLIM_INFINITY:
+        yield f"this machine ends processes after {limit_s} s of CPU (ulimit -t), and the run is one: queue it instead"
+    elif "SLURM_JOB_ID" not in os.environ and Path(os.environ.get("SLURM_CONF", "/etc/slurm/slurm.conf")).exists():
+        yield "the run is a process of this machine: a login node may end it; --cluster slurm queues it"
+
+
+def _first_checkpoint(
+    cfg: Config, run_dir: RunDir, placement: Placement, gpu: Gpu | None, size: ModelSize | None
+) -> Iterator[str]:
+    """A job that is over before the first save of its schedule: a crash then takes all its work with it."""
+    needs = needs_of(cfg)
+    if not needs.trains:
+        return
+    step_s, source = measured_step_s(run_dir), "in the last start"
+    if step_s is None and gpu is not None and size is not None and needs.learns_from == "samples":
+        from forge_hpc.sizing.speed import estimated
+
+        speed = estimated(cfg, size, gpu)
+        step_s, source = speed.step_s(placement, needs, synchronous=cfg.rollout.max_staleness == 0)[0], "estimated"
+    if step_s is None:
+        return
+    steps, interval, time = cfg.trainer.training.steps, cfg.checkpoint.interval, cfg.slurm.time
+    until_s, left_s = (
+        _START_S + min(interval or steps, steps) * step_s,
+        (walltime_s(time) or math.inf) - lead_s(cfg, run_dir),
+    )
+    if until_s > left_s:
+        yield (
+            f"checkpoint.interval={interval} saves first after some {_span(until_s)} ({step_s:.1f} s a step, {source}) "
+            f"and slurm.time={time} is over before: the job saves at its end alone, and a crash loses it all; "
+            f"checkpoint.interval={max(1, int(left_s / 4 / step_s))} saves four times"
+        )
+
+
+def measured_step_s(run_dir: RunDir) -> float | None:
+    """Median seconds of the last steps that the run has done; None where it has done none."""
+    records = deque(read_jsonl(run_dir.metrics), maxlen=20)
+    times = sorted(record["time/step_s"] for record in records if "time/step_s" in record)
+    return times[len(times) // 2] if times else None
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"

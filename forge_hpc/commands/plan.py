@@ -1,0 +1,61 @@
+"""``forge-hpc plan``."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+from forge_hpc.before_queue import gpu_of, memory_of
+from forge_hpc.commands.arguments import add_overrides
+from forge_hpc.config import Config, UserError
+from forge_hpc.run_dir import RunDir
+from forge_hpc.sizing.gpus import Gpu, gpu_named
+from forge_hpc.sizing.model import model_size
+from forge_hpc.sizing.proposal import describe, proposals
+from forge_hpc.sizing.speed import Speed, estimated, measured
+from forge_hpc.sizing.table import split_table
+from forge_hpc.slurm import partitions
+from forge_hpc.submission import Request, resolve_config
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, metavar="FILE", help="configuration; default configs/grpo/demo.yaml")
+    parser.add_argument("--nodes", type=int, metavar="N", help="nodes to split, over cluster.nodes")
+    parser.add_argument("--from", dest="source", type=Path, metavar="RUN_DIR", help="take what this run has measured")
+    parser.add_argument("--gpu", metavar="NAME", help="such as h100; by default as Slurm or the constraint names it")
+    parser.add_argument("--site", metavar="NAME", help="site profile; default $FORGE_HPC_SITE")
+    add_overrides(parser, "such as cluster.gpus_per_node=8")
+
+
+def run(args: argparse.Namespace) -> int:
+    config = args.config
+    if config is None and args.source is not None and RunDir(args.source).has_config:
+        config = RunDir(args.source).config
+    cfg = resolve_config(Request(config, tuple(args.overrides), nodes=args.nodes, site=args.site))
+    known = partitions.partitions() if partitions.slurm_is_here() else []
+    if known and cfg.cluster.gpus_per_node is None:
+        cfg.cluster.gpus_per_node = partitions.gpus_per_node(cfg, known)
+    if cfg.cluster.gpus_per_node is None:
+        raise UserError("how many GPUs a node has is not known here", "set cluster.gpus_per_node=8")
+    gpu = gpu_of(cfg, known) if args.gpu is None else gpu_named(args.gpu)
+    speed = measured(RunDir(args.source), cfg) if args.source is not None else _estimated(cfg, gpu, args.gpu)
+    found = proposals(cfg, speed, lambda changed, placement: memory_of(changed, placement, gpu, cfg.model.path))
+    best = found[0]
+    memory = memory_of(best.config, best.placement, gpu, cfg.model.path)
+    print("\n".join([*split_table(best.placement, memory), "", *describe(found, speed)]))
+    nodes = f" --nodes {cfg.cluster.nodes}" if args.nodes else ""
+    given = f" --config {shlex.quote(str(args.config))}" if args.config else ""
+    print(f"\nforge-hpc submit{given}{nodes} {shlex.join([*args.overrides, *best.overrides])}")
+    return 0
+
+
+def _estimated(cfg: Config, gpu: Gpu | None, name: str | None) -> Speed:
+    if gpu is None:
+        what = f"--gpu {name}: no such GPU is known here" if name else "which GPUs the nodes have is not known here"
+        raise UserError(what, "--gpu h100, or --from RUN_DIR takes what a run has measured")
+    if (size := model_size(cfg.model.path)) is None:
+        raise UserError(
+            f"the size of model.path={cfg.model.path} is not known here", "--from RUN_DIR takes what a run has measured"
+        )
+    return estimated(cfg, size, gpu)

@@ -1,0 +1,98 @@
+"""`forge-hpc plan`: which nodes should train and which generate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from runs import PROJECT
+
+from forge_hpc import cli
+from forge_hpc.config import Config, UserError, load_config, save_config
+from forge_hpc.run_dir import RunDir
+from forge_hpc.sizing.proposal import Proposal, proposals
+from forge_hpc.sizing.speed import Speed, measured
+
+
+def speed(generated_per_s: float, trained_per_s: float) -> Speed:
+    return Speed(generated_per_s, trained_per_s, generated=1000, trained=1000, source="a test")
+
+
+def splits(cfg: Config, measured_speed: Speed) -> list[Proposal]:
+    return proposals(cfg, measured_speed, lambda config, placement: None)
+
+
+def nodes(number: int, *overrides: str) -> Config:
+    return load_config(
+        None, ["rollout.max_staleness=1", "cluster.gpus_per_node=1", f"cluster.nodes={number}", *overrides]
+    )
+
+
+def test_the_side_that_is_slower_gets_more_nodes() -> None:
+    best = splits(nodes(8), speed(generated_per_s=1, trained_per_s=3))[0]
+    assert best.overrides == ("cluster.rollout_nodes=6", "cluster.trainer_nodes=2")
+    assert best.step_s == pytest.approx(max(1000 / 6, 1000 / 6))
+    other = splits(nodes(8), speed(generated_per_s=3, trained_per_s=1))[0]
+    assert other.overrides == ("cluster.rollout_nodes=2", "cluster.trainer_nodes=6")
+
+
+def test_in_turns_both_times_add_up_and_all_gpus_do_both_where_that_is_quicker() -> None:
+    cfg = nodes(2, "rollout.max_staleness=0", "cluster.gpus_per_node=8")
+    apart, together = sorted(splits(cfg, speed(10, 10)), key=lambda each: each.placement.takes_turns)
+    assert apart.step_s == pytest.approx(apart.generate_s + apart.train_s)
+    assert together.overrides == ("cluster.colocate=true",)
+    assert together.step_s < apart.step_s
+
+
+def test_spares_stay_out_of_the_split_and_a_split_that_does_not_fit_is_left_out() -> None:
+    cfg = nodes(4, "cluster.spare_nodes=1")
+    assert {each.placement.spare_nodes for each in splits(cfg, speed(1, 1))} == {range(3, 4)}
+
+    def refuse(config: Config, placement: object) -> None:
+        if config.cluster.rollout_nodes == 2:
+            raise UserError("too large")
+
+    [left] = proposals(cfg, speed(1, 1), refuse)
+    assert left.config.cluster.rollout_nodes == 1
+    with pytest.raises(UserError, match="no generators beside trainers"):
+        splits(load_config(PROJECT / "configs/sft/demo.yaml"), speed(1, 1))
+
+
+def finished_run(tmp_path: Path) -> RunDir:
+    run_dir = RunDir(tmp_path / "run").create()
+    save_config(load_config(PROJECT / "configs/grpo/demo.yaml"), run_dir.config)
+    record = {
+        "perf/trainer_tokens_per_s": 500.0,
+        "perf/generator_tokens_per_s": 300.0,
+        "tokens/generated": 1200,
+        "time/train_s": 4.0,
+    }
+    run_dir.metrics.write_text("".join(json.dumps({"step": step} | record) + "\n" for step in range(1, 5)))
+    return run_dir
+
+
+def test_a_run_that_has_measured_its_speed_says_it_for_another_batch(tmp_path: Path) -> None:
+    run_dir = finished_run(tmp_path)
+    cfg = load_config(PROJECT / "configs/grpo/demo.yaml", ["rollout.prompts_per_step=128"])  # twice the run's
+    found = measured(run_dir, cfg)
+    assert (found.generated_per_s, found.trained_per_s) == (300, 500)
+    assert (found.generated, found.trained) == (2400, 4000)
+    run_dir.metrics.unlink()
+    with pytest.raises(UserError, match="has measured no perf/trainer_tokens_per_s"):
+        measured(run_dir, cfg)
+
+
+def test_the_command_explains_what_it_proposes_and_how_to_submit_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", "--nodes", "4", "--from", str(finished_run(tmp_path).path), "slurm.time=60"]) == 0
+    said = capsys.readouterr().out
+    assert "4 nodes, no GPU" in said
+    assert f"measured: the last 4 steps of {tmp_path / 'run'}" in said
+    assert said.splitlines()[-1].endswith("--nodes 4 slurm.time=60 cluster.rollout_nodes=2 cluster.trainer_nodes=2")
+    config = str(PROJECT / "configs/grpo/qwen3_8b.yaml")
+    assert cli.main(["plan", "--config", config, "--gpu", "h100"]) == 0
+    assert "an estimate: docs/performance.md has 75,600 tokens/s trained" in capsys.readouterr().out
+    assert cli.main(["plan", "--config", config, "--gpu", "abacus"]) == 2
+    assert "no such GPU is known here" in capsys.readouterr().err
