@@ -492,7 +492,7 @@ def test_bash_completes_commands_options_choices_and_keys(tmp_path: Path, capsys
     tried = {
         "st": "status stacks",
         "status --a": "--all",
-        "submit --cluster ": "auto slurm local",
+        "submit --cluster ": "auto slurm allocation local",
         "submit trainer.optimizer.l": "trainer.optimizer.lr=",
         "submit --config ": "",
         "completion z": "zsh",
