@@ -99,7 +99,9 @@ def test_an_orphan_of_an_earlier_start_of_this_run_is_ended_and_nobody_else(
 
 
 def lives(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def test_what_a_supervisor_of_an_earlier_start_still_owns_is_its_own(tmp_path: Path) -> None:
