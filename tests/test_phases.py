@@ -43,12 +43,9 @@ def test_the_table_has_a_column_for_each_start_that_came_to_a_step(tmp_path: Pat
     starts = StartLog(run_dir)
     starts.phases({"gate": 1.0, "rollout": 2.0})
     starts.phases({"queue": 9.0, "gate": 0.25})
-    text = "\n".join(start_table(run_dir))
-    assert [line.split() for line in text.splitlines() if line.split()[0] in ("gate", "rollout", "queue")] == [
-        ["gate", "1.0", "0.2"],
-        ["rollout", "2.0"],
-        ["queue", "9.0"],
-    ]
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in start_table(run_dir)]
+    assert ["gate", "1.0", "0.2"] in rows and ["rollout", "2.0"] in [row[:2] for row in rows]
+    assert ["queue", "", "9.0"] in rows
 
 
 def test_the_wait_in_the_queue_is_what_slurm_tells_by_its_own_clock() -> None:
