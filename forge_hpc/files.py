@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, TypeVar
 from forge_hpc.config.errors import UserError
 
 T = TypeVar("T")
-_POLL_S = 0.1
+POLL_S = 0.1
+"""How often ``in_thread`` looks."""
 
 
 def make_private_dir(path: Path) -> Path:
@@ -240,7 +241,7 @@ def in_thread(work: Callable[[], T], stop: Callable[[], None] | None = None, wit
 
     threading.Thread(target=run, name="file-system", daemon=True).start()
     until = None if within_s is None else time.monotonic() + within_s
-    while not done.wait(_POLL_S):
+    while not done.wait(POLL_S):
         if stop is not None:
             stop()
         if until is not None and time.monotonic() > until:

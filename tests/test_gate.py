@@ -30,6 +30,8 @@ from forge_hpc.gate.orphans import end_orphans
 from forge_hpc.gate.own import MIN_SCRATCH_BYTES, clock_offset_s, full, look_at_node, short_of_memory
 from forge_hpc.gate.verdict import cut_off_nodes, own_problems, slow_nodes
 from forge_hpc.run_dir import RunDir
+from forge_hpc.supervisor import gate
+from forge_hpc.supervisor import node as node_module
 from forge_hpc.supervisor.ending import Cause
 from forge_hpc.supervisor.gate import Verdict, open_gate
 from forge_hpc.supervisor.node import Node
@@ -99,7 +101,9 @@ def test_an_orphan_of_an_earlier_start_of_this_run_is_ended_and_nobody_else(
 
 
 def lives(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def test_what_a_supervisor_of_an_earlier_start_still_owns_is_its_own(tmp_path: Path) -> None:
@@ -260,6 +264,27 @@ def test_complaints_come_by_tcp_and_only_from_who_has_read_the_token() -> None:
         assert {node: said["problem"] for node, said in desk.complaints.items()} == {2: "cannot write"}
     with pytest.raises(OSError):
         complain(desk.where, {"node": 1})
+
+
+@pytest.mark.parametrize(("took_s", "blamed"), [(0.5, [2]), (30.0, [])])
+def test_a_node_that_says_nothing_is_not_fit_unless_the_others_took_long_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, took_s: float, blamed: list[int]
+) -> None:
+    monkeypatch.setattr(gate, "PRODUCT_S", 0.1)
+    rendezvous = Rendezvous(tmp_path / "rendezvous")
+    for node in (0, 1):
+        rendezvous.publish(f"port-{node}", {"product_s": 1e-3, "took_s": took_s})
+    rendezvous.publish("link-0", {"outcome": 1e9})
+    unfit: dict[int, str] = {}
+    gate._compare(Config(), rendezvous, 3, unfit, lambda: None)
+    assert list(unfit) == blamed
+
+
+def test_a_look_that_hangs_is_a_problem_of_its_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_module, "OWN_S", 0.3)
+    monkeypatch.setattr(node_module, "look_at_node", lambda *arguments: time.sleep(60))
+    node = Node(RunDir(tmp_path).create(), Allocation("7", 0, 1, 0))
+    assert node._report(node.rendezvous())["problems"] == ["its disks or its GPUs' driver have not answered for 0 s"]
 
 
 # ---- the verdict

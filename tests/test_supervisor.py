@@ -233,7 +233,7 @@ def test_the_other_nodes_bear_a_pause_of_the_file_server(
     save_config(config, supervisor.run_dir.config)
     monkeypatch.setattr(deadlines, "LOOK_S", 0.01)
     rendezvous = supervisor.node.rendezvous()
-    rendezvous.publish("start", {"tls": str(tmp_path), "log_dir": str(tmp_path)})
+    rendezvous.publish("start", {"members": [0, 1], "tls": str(tmp_path), "log_dir": str(tmp_path)})
     worker = subprocess.Popen(["sleep", "600"])
     monkeypatch.setattr(supervisor.node, "start_worker", lambda *args: worker)
     look, looks = Rendezvous.look, []
@@ -472,7 +472,7 @@ def test_a_node_that_is_not_the_first_and_has_no_temporary_directory_says_so(
     supervisor = supervise(Allocation("31", 1, 2, 2))
     monkeypatch.setattr(supervision, "become_subreaper", lambda: None)
     save_config(load_config(None, ["model.path=builtin:qwen3-tiny"]), supervisor.run_dir.config)
-    supervisor.node.rendezvous().publish("start", {"tls": str(tmp_path), "log_dir": str(tmp_path)})
+    supervisor.node.rendezvous().publish("start", {"members": [0, 1], "tls": str(tmp_path), "log_dir": str(tmp_path)})
 
     def refuse(**options: object) -> str:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))

@@ -114,14 +114,16 @@ def _compare(
         late = f"it has not multiplied two matrices after {PRODUCT_S:.0f} s"
         unfit |= {node: late for node in fit if f"port-{node}" not in ports}
     products = {node: ports[f"port-{node}"]["product_s"] for node in fit if f"port-{node}" in ports}
+    for node, why in slow_nodes(products, config.cluster.slow_node_factor).items():
+        unfit.setdefault(node, why)
+    if not is_calm:  # times and timeouts say nothing then; the product is the best of many
+        return
     # Who is slow still adds up: a neighbour's link is no worse for it.
     pairs = [node for node in products if (node + 1) % num_nodes in products]
     links = rendezvous.gather([f"link-{node}" for node in pairs], max(0.0, until - time.monotonic()), stop)
-    outcomes = {node: links[f"link-{node}"]["outcome"] for node in pairs if f"link-{node}" in links}
-    if is_calm:
-        outcomes = {node: "no answer" for node in pairs} | outcomes
-    for found in (slow_nodes(products, config.cluster.slow_node_factor), cut_off_nodes(outcomes, num_nodes)):
-        unfit |= {node: why for node, why in found.items() if node not in unfit}
+    outcomes = {node: links.get(f"link-{node}", {"outcome": "no answer"})["outcome"] for node in pairs}
+    for node, why in cut_off_nodes(outcomes, num_nodes).items():
+        unfit.setdefault(node, why)
 
 
 def _host_names(num_nodes: int) -> list[str]:

@@ -20,7 +20,7 @@ from forge_hpc.cluster.identity import tls_environment
 from forge_hpc.cluster.processes import end_descendants
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.cluster.worker import visible_gpus
-from forge_hpc.files import in_thread
+from forge_hpc.files import POLL_S, in_thread
 from forge_hpc.gate.deadlines import OWN_S
 from forge_hpc.gate.own import look_at_node
 from forge_hpc.run_dir import RunDir
@@ -77,8 +77,14 @@ class Node:
         def look() -> dict[str, Any]:
             return look_at_node(rendezvous.directory, self.run_dir.tls, start, visible_gpus(), alone)
 
+        waits = iter(range(round(OWN_S / POLL_S)))  # counted, since on a crowded machine each one is longer
+
+        def wait_on() -> None:
+            if next(waits, None) is None:
+                raise TimeoutError
+
         try:
-            return in_thread(look, within_s=OWN_S)
+            return in_thread(look, wait_on)
         except TimeoutError:
             return {"problems": [f"its disks or its GPUs' driver have not answered for {OWN_S:.0f} s"]}
 
