@@ -303,7 +303,7 @@ def test_cancel_ends_a_local_run(tmp_path):
             text=True,
         )
         assert run.wait(20) == 0  # reaped here, so that it is gone for the other side too
-        assert done.communicate(timeout=20)[0] == f"{tmp_path}/r: cancelled  by Ctrl-C\n"
+        assert done.communicate(timeout=20)[0].strip().endswith("cancelled  by Ctrl-C")
     finally:
         run.kill()
         run.wait()

@@ -40,7 +40,8 @@ def test_a_job_that_waits_says_why_and_is_cancelled_at_once(user: User) -> None:
     held = ("slurm.extra={hold: true}", "model.path=builtin:qwen3-tiny")
     user("submit", "--nodes", "4", "--run-dir", "runs/held", *held)
     job = status(user.folder / "runs/held")["job_id"]
-    assert f"{job}  PENDING: JobHeldUser; Slurm has not planned its start" in user("status", job).stdout
+    shown = user("status", job).stdout
+    assert f"{job}  PENDING, 4 nodes\n" in shown and "waits for  JobHeldUser; Slurm has not planned its start" in shown
     [row] = user("status", "--all").stdout.splitlines()[1:]
     assert row.split()[:3] == ["held", "pending,", "queued"]
     said = json.loads(user("status", "--json").stdout)

@@ -47,6 +47,8 @@ def render_status(run_dir: RunDir, line: RunLine | None = None) -> str:
     lines = [("run", f"{run_dir.name}  {run_dir}"), ("state", f"{line.state}  {line.message}".rstrip())]
     if line.job_id:
         lines.append(("job", f"{line.job_id}{_job_text(line)}"))
+        if line.waits_for:
+            lines.append(("waits for", line.waits_for))
     elif line.nodes is not None and line.nodes > 1:
         lines.append(("nodes", str(line.nodes)))
     if line.total_steps != 0:
@@ -67,8 +69,6 @@ def render_watch(run_dir: RunDir, num_steps: int = 8, width: int | None = None) 
     events, in lines of at most ``width`` characters."""
     line, records = _with_total(run_dir, _overview_of(run_dir)), list(read_jsonl(run_dir.metrics))
     lines = render_status(run_dir, line).splitlines()
-    if line.waits_for:
-        lines.append(f"{'waits for':<{_LABEL}}{line.waits_for}")
     if records:
         lines += ["", *_progress(line, records, width), *_curves(records, width), *_time(records)]
         lines += ["", *_steps_table(records[-num_steps:], width)]
@@ -94,8 +94,6 @@ def _steps(line: RunLine) -> str:
 
 
 def _job_text(line: RunLine) -> str:
-    if line.waits_for:
-        return f"  {line.slurm_state}: {line.waits_for}"
     parts = [line.slurm_state or "", f"{line.nodes} node{'s' * (line.nodes != 1)}" if line.nodes else ""]
     parts.append(f"{format_duration(line.time_left_s)} left" if line.time_left_s is not None else "")
     said = ", ".join(filter(None, parts))
