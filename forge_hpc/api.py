@@ -18,7 +18,6 @@ from forge_hpc.cancel import cancel_runs
 from forge_hpc.config import UserError
 from forge_hpc.config.load import override_of
 from forge_hpc.control import Liveness, StatusReader, find_run
-from forge_hpc.files import is_there
 from forge_hpc.observability.jsonl import read_jsonl
 from forge_hpc.run_dir import RunDir, Status
 from forge_hpc.slurm.job import is_job_id
@@ -139,7 +138,7 @@ class Run:
         """The figures of every step (docs/metrics.md), a row a step, so far."""
         import pandas as pd
 
-        records = list(read_jsonl(self._run_dir.metrics)) if is_there(self._run_dir.metrics) else []
+        records = list(read_jsonl(self._run_dir.metrics))
         return pd.DataFrame.from_records(records, columns=None if records else ["step"]).set_index("step")
 
     def logs(self, role: str = "controller") -> str:

@@ -114,7 +114,7 @@ def submit_sweep(
     sweep = _check(request, place, combinations(arguments))
     if dry_run:
         return _show(request, place, sweep, at_once)
-    options = [check_start(request, place, run) for run in sweep.runs]
+    options = check_start(request, place, sweep.runs[0])  # the others have the same job
     sweep.make()
     if not place.on_slurm:
         print(f"sweep          {sweep.directory}  ({len(sweep.runs)} runs, one after another)", flush=True)
@@ -124,7 +124,7 @@ def submit_sweep(
 
     try:
         cfgs = [run.cfg for run in sweep.runs]
-        job_id = SweepExecutor(cfgs, sweep.directory.path, at_once, options[0]).submit_run()
+        job_id = SweepExecutor(cfgs, sweep.directory.path, at_once, options).submit_run()
     except UserError:
         shutil.rmtree(sweep.directory.path)
         raise

@@ -42,30 +42,45 @@ def learned(run_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if not k.startswith(untold)} for record in read(run_dir)]
 
 
-def assert_equal_to_one_alone(run_dir: Path, alone: Path, overrides: list[str]) -> None:
+def assert_equal_to_one_alone(run_dir: Path, alone: Path) -> None:
     """To the last bit, in its figures and its model."""
-    done = run_local(alone, overrides, config=SFT)
-    assert done.returncode == 0, done.stderr
     assert learned(run_dir) == learned(alone) != []
     models = [(folder / "export/model.safetensors").read_bytes() for folder in (run_dir, alone)]
     assert models[0] == models[1]
+
+
+def wait_for_end(run_dir: Path, timeout_s: float = 600) -> None:
+    """By its own status: hundreds of questions would keep Slurm from its work."""
+    wait_for(
+        lambda: status(run_dir).get("state") in ("completed", "failed", "cancelled"), f"the end of {run_dir}", timeout_s
+    )
+    assert status(run_dir)["state"] == "completed", "".join(log.read_text() for log in run_dir.glob("logs/*.out"))
 
 
 def test_each_run_of_a_sweep_is_a_task_that_is_what_it_is_alone(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
     sweep, overrides = tmp_path / "sweep", ["trainer.training.steps=2", *SHORT]
     said = submit(slurm_cluster, "--run-dir", str(sweep), *overrides, "--sweep", "seed=0,1", "--at-once=1")
     array = job_of(sweep / "0").partition("_")[0]
-    assert f"job array      {array}" in said.stdout
+    assert f"job array      {array}" in said.stdout and "#SBATCH --array=0-1%1" in script_of(sweep)
     assert json.loads((sweep / "sweep.json").read_text())["runs"] == [["seed=0"], ["seed=1"]]
-    assert slurm_cluster.job(f"{array}_1").get("ArrayTaskThrottle", "1") == "1"
+    alone = run_local(tmp_path / "alone", [*overrides, "seed=1"], config=SFT)
+    assert alone.returncode == 0, alone.stderr
     for number in (0, 1):
-        wait_for(lambda n=number: slurm_cluster.job(f"{array}_{n}")["JobState"] in ENDED, "the end", 600)
         run_dir = sweep / str(number)
-        log = (run_dir / f"logs/slurm-{array}_{number}.out").read_text()
-        assert (status(run_dir)["state"], job_of(run_dir)) == ("completed", f"{array}_{number}"), log
+        wait_for_end(run_dir)
+        assert job_of(run_dir) == f"{array}_{number}"
+        assert (run_dir / f"logs/slurm-{array}_{number}.out").exists()
         assert (run_dir / f"logs/{array}_{number}.0").is_dir()
+    starts = [read(sweep / str(number), "starts.jsonl") for number in (0, 1)]
+    begins, ends = ([r["time"] for run in starts for r in run if r["event"] == event] for event in ("begin", "end"))
+    assert begins[1] > ends[0] or begins[0] > ends[1], "one at once"
     assert learned(sweep / "0") != learned(sweep / "1")
-    assert_equal_to_one_alone(sweep / "1", tmp_path / "alone", [*overrides, "seed=1"])
+    assert_equal_to_one_alone(sweep / "1", tmp_path / "alone")
+
+
+def script_of(directory: Path) -> str:
+    [script] = (directory / "logs").glob("*_submission.sh")
+    return script.read_text()
 
 
 @pytest.mark.training  # 14 starts
@@ -73,7 +88,7 @@ def test_each_run_of_a_sweep_is_a_task_that_is_what_it_is_alone(slurm_cluster: S
 def test_six_runs_on_four_hosts_two_of_them_preempted_are_what_they_are_alone(
     slurm_cluster: SlurmCluster, tmp_path: Path
 ) -> None:
-    overrides = ["trainer.training.steps=10", "trainer.training.global_batch_size=512", *SHORT]
+    overrides = ["trainer.training.steps=10", *SHORT]
     sweep, values = tmp_path / "sweep", ["trainer.optimizer.lr=1e-3,3e-3", "seed=0,1,2"]
     submit(slurm_cluster, "--run-dir", str(sweep), *overrides, "slurm.partition=spot", "--sweep", *values)
     runs = json.loads((sweep / "sweep.json").read_text())["runs"]
@@ -84,18 +99,16 @@ def test_six_runs_on_four_hosts_two_of_them_preempted_are_what_they_are_alone(
     hosts = [slurm_cluster.job(f"{array}_{n}")["NodeList"] for n in victims]
     urgent = ["sbatch", "--wait", "--partition=urgent", "--nodes=2", "--exclusive", f"--nodelist={','.join(hosts)}"]
     slurm_cluster.run(*urgent, "--wrap=true", f"--output={tmp_path}/urgent.out", timeout_s=300)
+    for number in range(6):
+        wait_for_end(sweep / str(number), 1800)
+        ends = [record["cause"] for record in read(sweep / str(number), "starts.jsonl") if record["event"] == "end"]
+        assert ends == [*["preempted"] * (number in victims), "completed"]
+        assert slurm_cluster.job(f"{array}_{number}")["Restarts"] == str(int(number in victims))
+        print(f"run {number} {' '.join(runs[number])}: {', '.join(ends)}, {len(learned(sweep / str(number)))} steps")
     for number, changes in enumerate(runs):
-        run_dir = sweep / str(number)
-        wait_for(lambda n=number: slurm_cluster.job(f"{array}_{n}")["JobState"] in ENDED, "the end", 1800)
-        ends = [
-            (record["state"], record["cause"]) for record in read(run_dir, "starts.jsonl") if record["event"] == "end"
-        ]
-        preempted = [("preempted", "preempted")] * (number in victims)
-        assert ends == [*preempted, ("completed", "completed")], status(run_dir)
-        assert slurm_cluster.job(f"{array}_{number}")["Restarts"] == str(len(preempted))
-        print(f"run {number} {' '.join(changes)}: {ends}, {len(learned(run_dir))} steps")
-    for number, changes in enumerate(runs):
-        assert_equal_to_one_alone(sweep / str(number), tmp_path / f"alone-{number}", [*overrides, *changes])
+        alone = run_local(tmp_path / f"alone-{number}", [*overrides, *changes], config=SFT)
+        assert alone.returncode == 0, alone.stderr
+        assert_equal_to_one_alone(sweep / str(number), tmp_path / f"alone-{number}")
         print(f"run {number} is equal to one alone")
 
 
@@ -185,12 +198,10 @@ def test_what_is_submitted_within_an_allocation_runs_on_its_nodes_at_once(
     env = {**slurm_cluster.env, "PYTHONPATH": str(PROJECT)}
     salloc = ["salloc", "--nodes=2", "--exclusive", "--mem=0"]
     done = slurm_cluster.run(*salloc, *command, env=env, cwd=PROJECT, check=False, timeout_s=300)
-    lines = sorted(
-        {line for line in done.stdout.splitlines() if line.startswith("on ")}, key=lambda line: line.split()[3]
-    )
-    assert [line.split()[3] for line in lines] == ["0", "1"], done.stdout + done.stderr
-    assert len({line.split()[1] for line in lines}) == 2, "two hosts"
-    assert len({line.split()[5] for line in lines}) == 1, "no job but the allocation"
+    tasks = {tuple(line.split()[1::2]) for line in done.stdout.splitlines() if line.startswith("on fhpc")}
+    hosts, numbers, jobs = (set(column) for column in zip(*tasks, strict=True))
+    assert numbers == {"0", "1"} and len(hosts) == 2, done.stdout + done.stderr
+    assert len(jobs) == 1, "no job but the allocation"
     assert done.returncode == 3 and "2 nodes" in done.stdout
     done = slurm_cluster.run(*salloc, *command, "--nodes=3", env=env, cwd=PROJECT, check=False, timeout_s=300)
     assert done.returncode == 2 and "3 nodes are asked for, and this shell's allocation" in done.stderr

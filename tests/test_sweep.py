@@ -146,7 +146,7 @@ def test_a_notebook_starts_a_run_sees_its_figures_and_loads_neither_torch_nor_pa
     again = Run(tmp_path / "run")
     assert (again.state, again.status.step, again.job_id) == ("completed", 2, None)
     assert list(again.metrics().index) == [1, 2] and again.metrics()["loss"].notna().all()
-    assert "forge_hpc.controller" in again.logs() and "loss" not in again.logs("trainer-0")[:0]
+    assert "forge_hpc.controller" in again.logs()
     with pytest.raises(UserError, match="no log trainer-7"):
         run.logs("trainer-7")
     assert not left_over(run.path)
