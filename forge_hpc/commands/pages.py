@@ -10,9 +10,9 @@ from forge_hpc.config.errors import UserError, print_error
 from forge_hpc.files import atomic_write_text
 
 
-def write_page(path: Path, render: Callable[[], str], *, is_asked_for: bool) -> int:
-    """Write what ``render`` makes and print where it is. What keeps it from being written fails the command only where
-    the page ``is_asked_for``; the text has been printed.
+def write_page(path: Path, render: Callable[[], str], *, is_asked_for: bool, is_quiet: bool = False) -> int:
+    """Write what ``render`` makes and, unless ``is_quiet``, print where it is. What keeps it from being written fails
+    the command only where the page ``is_asked_for``; the text has been printed.
 
     Returns:
         The exit code.
@@ -28,5 +28,6 @@ def write_page(path: Path, render: Callable[[], str], *, is_asked_for: bool) -> 
             return print_error(error)
         print(f"note: no page was written: {error.message}; {error.hint}", file=sys.stderr)
         return 0
-    print(f"\npage: {path.absolute()} ({len(page.encode()) / 1024:,.0f} KiB)")
+    if not is_quiet:
+        print(f"\npage: {path.absolute()} ({len(page.encode()) / 1024:,.0f} KiB)")
     return 0

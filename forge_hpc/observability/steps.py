@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,6 +79,7 @@ class Steps:
     """
 
     MOST_MENDED = 200
+    ENDS = 5
 
     def __init__(self, most: int = 200) -> None:
         self.buckets: list[Bucket] = []
@@ -88,6 +90,9 @@ class Steps:
         """The newest value of every key."""
         self.whole: dict[str, Span] = {}
         """Every key over the whole run."""
+        self.oldest: list[Mapping[str, Any]] = []
+        """The records of the first ``ENDS`` steps."""
+        self.newest: deque[Mapping[str, Any]] = deque(maxlen=self.ENDS)
         self._most = most
         self._size = 1
 
@@ -104,6 +109,9 @@ class Steps:
         step, end = int(record["step"]), float(record.get("wall_time") or 0.0)
         self._see_mended(step, end, values)
         self.last |= values
+        if self.num < self.ENDS:
+            self.oldest.append(record)
+        self.newest.append(record)
         self.num += 1
         spans = {key: Span(1, value, value, value) for key, value in values.items()}
         for key, value in values.items():
