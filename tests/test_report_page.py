@@ -101,7 +101,7 @@ def test_text_of_a_run_stays_text_wherever_it_stands(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "run", text=HOSTILE))
     harmless = page_of(write_run(tmp_path / "other", text="harmless"))
     assert page.tags == harmless.tags
-    assert page.text.count(plain(HOSTILE)) >= harmless.text.count("harmless") > 40
+    assert page.text.count(plain(HOSTILE)) >= harmless.text.count("harmless") >= 28
     assert "\x1b" not in page.text and "\u202e" not in page.text
 
 

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -42,7 +42,8 @@ class Interval:
         mean, num = fmean(values), len(values)
         if num < 2:
             return cls(mean, None, None, num)
-        half = student_t(num - 1) * stdev(values) / math.sqrt(num)
+        deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (num - 1))
+        half = student_t(num - 1) * deviation / math.sqrt(num)
         return cls(mean, mean - half, mean + half, num)
 
     def __str__(self) -> str:
@@ -94,7 +95,11 @@ class Group:
 
 def student_t(freedom: int) -> float:
     """Student's t at 97.5 %; for more than 10 degrees of freedom by its expansion about the normal distribution."""
-    return _T[freedom - 1] if freedom <= len(_T) else 1.95996 + 2.37227 / freedom + 2.8225 / freedom**2
+    return (
+        _T[freedom - 1]
+        if freedom <= len(_T)
+        else 1.95996 + 2.37227 / freedom + 2.8225 / freedom**2 + 2.556 / freedom**3
+    )
 
 
 def find_runs(paths: Iterable[RunDir]) -> list[RunDir]:
