@@ -4,6 +4,7 @@
 # make endings  what Slurm (SLURM=24.11) does with preempted jobs however they end: the tables of docs/slurm.md
 # make test-apptainer  the sandbox under a real Apptainer (root; a folder of Debian sid is made once)
 # make chaos  faults against a run on a real Slurm cluster on this machine (root; SEED=n, ARGS='"fault"')
+# make browser  the pages of report and compare in a real browser, as wide as a phone and a desk (root once: Debian's Chromium)
 # make openenv  the environments of the docs against published OpenEnv servers, installed in a temporary folder
 # make light  the tests that need no torch, with another Python: PYTHON=python3.12, or SLURM=24.11 with its 3.13
 # make nfs    the run directory on real NFS, in virtual machines (root once; it takes minutes; ARGS="-k name")
@@ -18,7 +19,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help demo bench gpu-check test test-apptainer endings light chaos nfs openenv lint configuration requirements clean setup debian
+.PHONY: help demo browser bench gpu-check test test-apptainer endings light chaos nfs openenv lint configuration requirements clean setup debian
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -105,6 +106,10 @@ chaos: setup debian
 
 openenv: setup
 	@exec $(BIN)/python -m pytest -m openenv tests/test_openenv_servers.py $(ARGS)
+
+browser: DEBIAN_PACKAGES = chromium-headless-shell
+browser: setup debian
+	@exec $(BIN)/python -m pytest tests/test_report_browser.py $(ARGS)
 
 nfs: DEBIAN_PACKAGES = $(NFS_PACKAGES)
 nfs: setup debian

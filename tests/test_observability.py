@@ -27,9 +27,9 @@ from forge_hpc.observability.console import ConsoleProgress, format_duration
 from forge_hpc.observability.jsonl import JsonlWriter, read_jsonl
 from forge_hpc.observability.logger import MetricLogger
 from forge_hpc.observability.metrics import METRIC_KEYS
+from forge_hpc.observability.remote import finish_runs
 from forge_hpc.observability.report import quantile, render_report, sparkline
 from forge_hpc.observability.summary import final_summary, read_figures
-from forge_hpc.observability.wandb import finish_runs
 from forge_hpc.observability.watching import render_status, render_watch
 from forge_hpc.run_dir import RunDir
 

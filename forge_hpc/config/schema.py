@@ -36,6 +36,7 @@ from forge_hpc.config.registry import (
 
 # vLLM takes what is below 0.01 for 0.01, and refuses what is above 2.
 TEMPERATURE = Range("from 0.01 to 2, or 0 (greedy)", lambda v: v == 0 or 0.01 <= v <= 2)
+PORT = Range("from 1 to 65535", lambda v: 1 <= v <= 65535)
 ALL_OR_POSITIVE = Range("-1 (all) or greater than 0", lambda v: v == -1 or v > 0)
 REST_OR_POSITIVE = Range("-1 or greater than 0", lambda v: v == -1 or v > 0)
 TOKEN_IDS = Range("token ids, 0 or more", lambda v: v >= 0)
@@ -563,6 +564,13 @@ class LoggingConfig:
     """Write event files to RUN_DIR/tensorboard."""
     wandb: bool = False
     """Send the metrics to Weights & Biases as well (offline where WANDB_MODE says so)."""
+    mlflow: bool = False
+    """Send them to MLflow as well (to the server that MLFLOW_TRACKING_URI names)."""
+    prometheus_port: int | None = setting(None, PORT)
+    """Serve the newest value of every figure on this port of the first node, at /metrics, for Prometheus to scrape;
+    null serves nothing."""
+    prometheus_host: str = "127.0.0.1"
+    """Address on which that is served. On any other than this one, whoever reaches the node can read the figures."""
     num_rollouts_per_step: int = setting(2, NOT_NEGATIVE)
     """Rollouts of each step kept in rollouts.jsonl: the first one of each of the first groups."""
     num_groups_per_step: int = setting(0, NOT_NEGATIVE)

@@ -33,9 +33,10 @@ from forge_hpc.config import Config, UserError, plan, read_config
 from forge_hpc.controller.recovery import Departure, Leave, Recoveries
 from forge_hpc.controller.service import ActorLost, cause_of, is_loss, reason_of
 from forge_hpc.controller.stacks import joined, prepare_stacks, write_stacks
+from forge_hpc.observability.environment import write_environment
 from forge_hpc.observability.logs import Terminal, setup_logging
 from forge_hpc.observability.phases import StartPhases
-from forge_hpc.observability.wandb import finish_runs
+from forge_hpc.observability.remote import finish_runs
 from forge_hpc.run_dir import RunDir
 from forge_hpc.status_writer import StatusWriter
 from forge_hpc.supervisor.ending import Cause, ControllerExit
@@ -64,6 +65,7 @@ async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, termin
 
     config = read_config(run_dir.config)
     await asyncio.to_thread(take_user_files, config, run_dir)
+    await asyncio.to_thread(write_environment, log_dir)
     faults, status = Faults(rendezvous), StatusWriter(run_dir)
     async with background(heartbeat(status), faults.look_for_ended_nodes()):
         cluster, phases = await join_nodes(config, rendezvous, log_dir, faults)

@@ -19,10 +19,15 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     except (FileNotFoundError, NotADirectoryError):
         return
     with file:
-        for line in file:
-            record = _parse(line)
-            if record is not None:
-                yield record
+        yield from read_lines(file)
+
+
+def read_lines(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The objects on the whole ones of ``lines``."""
+    for line in lines:
+        record = _parse(line)
+        if record is not None:
+            yield record
 
 
 class JsonlWriter:

@@ -75,6 +75,14 @@ class MetricLogger:
             from forge_hpc.observability.wandb import WandbWriter
 
             self._curves.append(WandbWriter(run_dir, resume_step))
+        if config.mlflow:
+            from forge_hpc.observability.mlflow import MlflowWriter
+
+            self._curves.append(MlflowWriter(run_dir, resume_step))
+        if config.prometheus_port is not None:
+            from forge_hpc.observability.prometheus import PrometheusWriter
+
+            self._curves.append(PrometheusWriter(config.prometheus_host, config.prometheus_port, run_dir.name))
         self._console = ConsoleProgress(config.console, total_steps, resume_step, label, stream)
 
     @property
@@ -140,7 +148,7 @@ class MetricLogger:
         self._console.say(text)
 
     def close(self) -> None:
-        """Close all files; the progress bar stays as it is. W&B may still be sending: ``wandb.finish_runs`` waits."""
+        """Close all files; the progress bar stays as it is. W&B may still be sending: ``remote.finish_runs`` waits."""
         self._console.close()
         for lines in (self._metrics, self._rollouts, self._evaluations):
             lines.close()

@@ -1,0 +1,68 @@
+"""The page of several runs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from forge_hpc.observability.compare import Group, Interval
+from forge_hpc.observability.page.charts import Line, line_chart
+from forge_hpc.observability.page.curves import PANELS
+from forge_hpc.observability.page.markup import document, element, picture, section, table
+
+_NUM_POINTS = 150
+
+
+def render_comparison_page(groups: Sequence[Group]) -> str:
+    """Table and curves of the groups, with intervals over the runs of each.
+
+    Raises:
+        UserError: Matplotlib is not installed.
+    """
+    figures = [group.figures() for group in groups]
+    names = list({name: None for each in figures for name in each})
+    rows = [
+        [group.label, len(group.runs), group.states, group.steps, *(each.get(name, "") for name in names)]
+        for group, each in zip(groups, figures, strict=True)
+    ]
+    charts = [
+        picture(line_chart(lines), f"{panel.title}: {key}{f' ({panel.unit})' if panel.unit else ''}", f"{key} by group")
+        for panel in PANELS
+        for key in panel.keys
+        if (lines := [line for group in groups if (line := _line(group, key)) is not None])
+    ]
+    runs = [(group.label, run.run_dir, run.state, run.config.get("seed", "")) for group in groups for run in group.runs]
+    note = "Bands and brackets: 95 % intervals over the runs of a group (Student's t). Dotted: not all runs are so far."
+    return document(
+        f"{sum(len(group.runs) for group in groups)} runs compared",
+        element("h1", "Runs compared"),
+        element("p", note, class_="quiet"),
+        section("Figures", table(("group", "runs", "state", "steps", *names), rows, text_columns=(0,))),
+        section("Curves", element("div", *charts, class_="charts")),
+        section("Runs", table(("group", "run directory", "state", "seed"), runs, text_columns=(0, 1))),
+    )
+
+
+def _line(group: Group, key: str) -> Line | None:
+    """The mean of the runs that have come so far, with its interval; a single run is its own mean."""
+    curves = [curve for run in group.runs if (curve := run.steps.curve(key))]
+    if not curves:
+        return None
+    places = [[step for step, _ in curve] for curve in curves]
+    values = [[span.mean for _, span in curve] for curve in curves]
+    if len(curves) == 1:
+        return Line(group.label, places[0], values[0])
+    grid = np.linspace(min(place[0] for place in places), max(place[-1] for place in places), _NUM_POINTS)
+    reached = [
+        np.interp(grid, place, value, left=np.nan, right=np.nan) for place, value in zip(places, values, strict=True)
+    ]
+    x, intervals = [], []
+    for at, column in zip(grid, np.stack(reached, axis=1), strict=True):
+        if known := [float(value) for value in column if not np.isnan(value)]:
+            x.append(float(at))
+            intervals.append(Interval.of(known))
+    y = [each.mean for each in intervals]
+    low = [each.mean if each.low is None else each.low for each in intervals]
+    high = [each.mean if each.high is None else each.high for each in intervals]
+    return Line(group.label, x, y, low, high, sure_to=min(place[-1] for place in places))
