@@ -3,6 +3,7 @@
 where it is                    saves first                          --now
 a job that waits               scancel: there is nothing to save    the same
 a job that runs                SIGINT to its steps (signals.py)     scancel
+within salloc                  SIGINT, and the allocation stays     scancel, which ends the allocation
 a process on this machine      SIGINT                               SIGINT until it has ended
 """
 
@@ -19,7 +20,15 @@ from pathlib import Path
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.run_dir import RunDir
-from forge_hpc.slurm.job import ask_to_cancel, cancel_job, is_active_state, is_job_id, is_waiting_state, job_state
+from forge_hpc.slurm.job import (
+    ask_to_cancel,
+    cancel_job,
+    is_active_state,
+    is_job_id,
+    is_waiting_state,
+    job_facts,
+    job_state,
+)
 from forge_hpc.supervisor.deadlines import SILENT_S
 
 _POLL_S = 0.5
@@ -63,11 +72,15 @@ def _ask(run_dir: RunDir, *, now: bool) -> Callable[[], None] | None:
 
 
 def _ask_job(run_dir: RunDir, job_id: str, *, saves: bool) -> Callable[[], None]:
+    facts = job_facts(job_id) if saves else None
+    outlives_the_run = facts is not None and not facts.is_batch
     ask_to_cancel(job_id) if saves else cancel_job(job_id)
     if saves:
         _say_that_it_saves(run_dir)
 
     def has_left() -> bool:
+        if outlives_the_run and not run_dir.is_locked():
+            return True
         state = job_state(job_id)
         if state is None or not is_active_state(state[0]):
             return True

@@ -207,8 +207,9 @@ def test_what_is_submitted_within_an_allocation_runs_on_its_nodes_at_once(
     assert done.returncode == 2 and "3 nodes are asked for, and this shell's allocation" in done.stderr
 
 
+@pytest.mark.parametrize("by", ["Ctrl-C", "forge-hpc cancel"])
 def test_a_run_in_an_allocation_saves_when_it_is_interrupted_and_its_allocation_stays(
-    slurm_cluster: SlurmCluster, tmp_path: Path
+    slurm_cluster: SlurmCluster, tmp_path: Path, by: str
 ) -> None:
     run_dir = tmp_path / "run"
     command = [sys.executable, "-m", "forge_hpc.cli", "submit", "--config", str(SFT), "--run-dir", str(run_dir)]
@@ -225,7 +226,10 @@ def test_a_run_in_an_allocation_saves_when_it_is_interrupted_and_its_allocation_
     ) as shell:
         try:
             wait_for(lambda: len(read(run_dir)) >= 2, "two steps", 300)
-            os.kill(int((tmp_path / "pid").read_text()), signal.SIGINT)
+            if by == "Ctrl-C":
+                os.kill(int((tmp_path / "pid").read_text()), signal.SIGINT)
+            else:
+                slurm_cluster.run(sys.executable, "-m", "forge_hpc.cli", "cancel", str(run_dir), env=env, cwd=PROJECT)
             out, err = shell.communicate(timeout=120)
         finally:
             shell.terminate()
