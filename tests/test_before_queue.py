@@ -12,6 +12,7 @@ import pytest
 from runs import PROJECT
 from slurm_cluster import SlurmCluster, missing_requirement
 
+from forge_hpc import before_queue
 from forge_hpc.before_queue import check_writable, look_ahead
 from forge_hpc.config import Config, UserError, load_config
 from forge_hpc.run_dir import RunDir
@@ -85,14 +86,15 @@ def test_looking_whether_a_directory_can_be_written_leaves_nothing_there(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_lies_on_a_disk_of_the_login_node_is_named(tmp_path: Path) -> None:
+def test_what_lies_on_a_disk_of_the_login_node_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = large("model.path=/dev/shm/model", "cluster.gpus_per_node=8")
     said = outlook(cfg, tmp_path).warnings
     assert [text.split(" is on a disk")[0] for text in said] == [
         f"warning: run directory {tmp_path / 'run'}",
         "warning: model.path=/dev/shm/model",
     ]
-    home = look_ahead(large(), RunDir(PROJECT / "run"), (), for_slurm=True)
+    monkeypatch.setattr(before_queue, "_own_disks", lambda: {"/dev/shm"})
+    home = look_ahead(large(), RunDir(tmp_path / "run"), (), for_slurm=True)
     assert home.warnings == ()
 
 
