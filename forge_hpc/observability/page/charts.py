@@ -17,7 +17,7 @@ from forge_hpc.observability.page.markup import plain
 COLORS = ("#0b62a4", "#d1600a", "#2d8a4e", "#8a4fbf", "#a8324a", "#5b6470", "#9a7d0a", "#14828c")
 NARROW, WIDE = (4.2, 2.4), (12.0, 2.6)
 """Inches: of a picture in the grid, and of the time line on a desk."""
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "forge_hpc",
     "font.family": "sans-serif",
@@ -86,8 +86,12 @@ def require_matplotlib() -> None:
         raise UserError("a page needs Matplotlib, and it is not installed", "pip install 'matplotlib>=3.10'") from None
 
 
-def line_chart(lines: Sequence[Line], marks: Sequence[Mark] = ()) -> str:
-    """Curves over steps; a point each where there are few, a vertical line at each mark."""
+def line_chart(lines: Sequence[Line], marks: Sequence[Mark] = (), *, names: bool = True) -> str:
+    """Curves over steps; a point each where there are few, a vertical line at each mark.
+
+    Args:
+        names: the lines' labels stand in the chart, where it has several.
+    """
     with _figure(NARROW) as (figure, render):
         axes = figure.subplots()
         for index, line in enumerate(lines):
@@ -104,7 +108,7 @@ def line_chart(lines: Sequence[Line], marks: Sequence[Mark] = ()) -> str:
         _mark(axes, marks)
         axes.set_xlabel("step")
         axes.ticklabel_format(useOffset=False)
-        if len(lines) > 1:
+        if names and len(lines) > 1:
             _legend(axes)
         return render()
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from forge_hpc.observability.compare import Group, Interval
-from forge_hpc.observability.page.charts import Line, line_chart
+from forge_hpc.observability.page.charts import COLORS, Line, line_chart
 from forge_hpc.observability.page.curves import PANELS
-from forge_hpc.observability.page.markup import document, element, picture, section, table
+from forge_hpc.observability.page.markup import color_key, document, element, picture, section, table
 
 _NUM_POINTS = 150
 
@@ -26,12 +26,16 @@ def render_comparison_page(groups: Sequence[Group]) -> str:
         [group.label, len(group.runs), group.states, group.steps, *(each.get(name, "") for name in names)]
         for group, each in zip(groups, figures, strict=True)
     ]
-    charts = [
-        picture(line_chart(lines), f"{panel.title}: {key}{f' ({panel.unit})' if panel.unit else ''}", f"{key} by group")
-        for panel in PANELS
-        for key in panel.keys
-        if (lines := [line for group in groups if (line := _line(group, key)) is not None])
-    ]
+    charts = []
+    for panel in PANELS:
+        for figure in panel.keys:
+            lines = [_line(group, figure) for group in groups]
+            if any(line.x for line in lines):
+                unit = f" ({panel.unit})" if panel.unit else ""
+                chart = line_chart(lines, names=False)
+                charts.append(picture(chart, f"{panel.title}: {figure}{unit}", f"{figure} by group"))
+    colors = [COLORS[number % len(COLORS)] for number in range(len(groups))]  # as the charts have them
+    key = color_key("groups", [group.label for group in groups], colors)
     runs = [(group.label, run.run_dir, run.state, run.config.get("seed", "")) for group in groups for run in group.runs]
     note = "Bands and brackets: 95 % intervals over the runs of a group (Student's t). Dotted: not all runs are so far."
     return document(
@@ -39,16 +43,17 @@ def render_comparison_page(groups: Sequence[Group]) -> str:
         element("h1", "Runs compared"),
         element("p", note, class_="quiet"),
         section("Figures", table(("group", "runs", "state", "steps", *names), rows, text_columns=(0,))),
-        section("Curves", element("div", *charts, class_="charts")),
+        section("Curves", key, element("div", *charts, class_="charts")),
         section("Runs", table(("group", "run directory", "state", "seed"), runs, text_columns=(0, 1))),
     )
 
 
-def _line(group: Group, key: str) -> Line | None:
-    """The mean of the runs that have come so far, with its interval; a single run is its own mean."""
+def _line(group: Group, key: str) -> Line:
+    """The mean of the runs that have come so far, with its interval; a single run is its own mean. Empty where no run
+    has the figure."""
     curves = [curve for run in group.runs if (curve := run.steps.curve(key))]
     if not curves:
-        return None
+        return Line(group.label, (), ())
     places = [[step for step, _ in curve] for curve in curves]
     values = [[span.mean for _, span in curve] for curve in curves]
     if len(curves) == 1:
