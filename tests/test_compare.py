@@ -11,6 +11,7 @@ from report_runs import metrics, write_lines, write_run
 
 from forge_hpc.cli import main
 from forge_hpc.observability.compare import Interval, compare, find_runs, student_t
+from forge_hpc.observability.page.charts import COLORS
 from forge_hpc.run_dir import RunDir
 
 
@@ -91,7 +92,9 @@ def test_the_page_has_a_curve_of_each_group(sweep: Path, tmp_path: Path) -> None
     file = tmp_path / "page.html"
     assert main(["compare", str(sweep), "--html", str(file)]) == 0
     page = Page(file)
-    assert all("lr=1e-6" in svg and "lr=3e-6" in svg for svg in page.pictures())
+    blue, orange = COLORS[:2]
+    assert all(blue in svg and orange in svg for svg in page.pictures())
+    assert page.text.count("lr=1e-6") == page.text.count("lr=3e-6") - 1 >= 4, "in the key, the table and the runs"
     assert len(page.pictures()) > 5 and "10 to 40" in page.text
 
 

@@ -73,7 +73,7 @@ def test_a_run_is_looked_at_by_its_job_and_cancel_saves_its_last_step(user: User
 
     done = user("cancel", job)
     assert f"at once: forge-hpc cancel --now {run_dir}" in done.stderr
-    [_, end] = read(run_dir, "starts.jsonl")
+    [end] = [record for record in read(run_dir, "starts.jsonl") if record["event"] == "end"]
     assert (end["state"], end["cause"]) == ("cancelled", "cancelled"), log(run_dir)
     assert end["step"] == read(run_dir)[-1]["step"] and "which is saved" in done.stdout, "the last step was saved"
     job_now = cluster.job(job)

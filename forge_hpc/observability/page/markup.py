@@ -24,7 +24,7 @@ p{margin:6px 0;overflow-wrap:anywhere}
 .cards b{display:block;font-size:1.1rem}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,360px),1fr));gap:12px}
 figure{margin:0}figcaption{font-size:.9rem;overflow-wrap:anywhere}
-.key span{margin-right:14px;white-space:nowrap;font-size:.85rem}
+.key span{margin-right:14px;display:inline-block;max-width:100%;overflow-wrap:anywhere;font-size:.85rem}
 .key i{display:inline-block;width:11px;height:11px;margin-right:4px;border-radius:2px}
 img{display:block;width:100%;height:auto}
 .scroll{overflow-x:auto;max-width:100%}
