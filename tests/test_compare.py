@@ -94,7 +94,8 @@ def test_the_page_has_a_curve_of_each_group(sweep: Path, tmp_path: Path) -> None
     page = Page(file)
     blue, orange = COLORS[:2]
     assert all(blue in svg and orange in svg for svg in page.pictures())
-    assert page.text.count("lr=1e-6") == page.text.count("lr=3e-6") - 1 >= 4, "in the key, the table and the runs"
+    key = page.text.partition("groups:")[2][:100]
+    assert "lr=1e-6" in key and "lr=3e-6" in key
     assert len(page.pictures()) > 5 and "10 to 40" in page.text
 
 

@@ -19,9 +19,7 @@ def expected_start(command: Sequence[str], now: float | None = None) -> str | No
         out, err = ask_both("sbatch", "--test-only", *command, timeout_s=PATIENT_S)
     except SlurmSilent:
         return None  # whether it is down is told by who asks next
-    found = re.search(
-        r"to start at (\S+)(?: .*)? using (\d+) processors on nodes (\S+)", err or out
-    )  # 26.05: "a using"
+    found = re.search(r"to start at (\S+)(?: .*)? using (\d+) processors on nodes (\S+)", err or out)
     return None if found is None else f"{_when(found[1], time.time() if now is None else now)} on {found[3]}"
 
 
