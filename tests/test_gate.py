@@ -239,6 +239,13 @@ def test_the_environment_of_most_is_the_right_one() -> None:
     )
 
 
+def test_what_a_process_has_imported_is_not_its_environment() -> None:
+    code = (
+        "from forge_hpc.gate.environment import environment as e; before = e(); import setuptools; print(before == e())"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True\n"
+
+
 def test_two_neighbours_add_up_their_numbers_and_a_stranger_is_sent_away() -> None:
     import socket
     import threading

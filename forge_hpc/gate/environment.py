@@ -6,8 +6,9 @@ Only names of folders and our own sources are read: no metadata of packages, and
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
-import sys
+import site
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,14 +19,21 @@ import forge_hpc
 def environment() -> dict[str, str]:
     """Versions by name: of Python, of every package that is installed, and a checksum of forge_hpc's sources."""
     found: dict[str, str] = {}
-    for place in sys.path:
-        folder = Path(place)
+    for folder in map(Path, _places()):
         if not folder.is_dir():
             continue
         for path in folder.glob("*.dist-info"):
             name, _, version = path.name.removesuffix(".dist-info").partition("-")
             found.setdefault(name.lower(), version)  # the first on the path is the one that is imported
     return found | {"python": platform.python_version(), "forge_hpc": _sources()}
+
+
+def _places() -> list[str]:
+    """Where packages are installed, in the order of ``sys.path``; not that itself, which packages extend on import
+    (setuptools, by what it brings along), so that it depends on what a process has done."""
+    named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    own = [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
+    return [place for place in [*named, *own, *site.getsitepackages()] if place]
 
 
 def _sources() -> str:
