@@ -71,7 +71,7 @@ def test_slurm_says_what_kinds_of_nodes_a_partition_has(
     for key, value in gpu_cluster.env.items():
         monkeypatch.setenv(key, value)
     [main] = [partition for partition in partitions.partitions() if partition.name == "main"]
-    assert (main.kinds, main.nodes, main.gpus_on(4)) == ((Kind(4, 4),), 4, 4)
+    assert (main.kinds, main.nodes, main.gpus_on(4)) == ((Kind(4, 4, gpu="h100"),), 4, 4)
 
 
 def test_part_of_a_node_is_not_asked_for_without_saying_how_much() -> None:
