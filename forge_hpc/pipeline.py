@@ -17,7 +17,7 @@ from pathlib import Path
 from forge_hpc.config import UserError
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.run_dir import RunDir
-from forge_hpc.several import check_unused, name_of, run_in_turn
+from forge_hpc.several import check_unused, name_of, run_in_turn, say_warnings
 from forge_hpc.submission import Checked, Place, Request, check_run, check_start, default_run_dir, find_place, tool
 
 
@@ -35,6 +35,7 @@ def submit_pipeline(request: Request, then: Sequence[Path], *, dry_run: bool = F
     directory = request.run_dir or default_run_dir(name_of(request))
     check_unused(directory, "a pipeline")
     stages = _check(request, place, [request.config, *then], directory)
+    say_warnings(stages)
     titles = [f"{stage.cfg.recipe}, model.path={stage.cfg.model.path}" for stage in stages]
     if dry_run:
         return _show(request, place, stages, titles)

@@ -27,6 +27,12 @@ def check_unused(directory: Path, what: str) -> None:
         )
 
 
+def say_warnings(runs: Sequence[Checked]) -> None:
+    """What will hardly work, each thing once."""
+    for warning in dict.fromkeys(text for run in runs for text in run.outlook.warnings):
+        print(warning, file=sys.stderr)
+
+
 def run_in_turn(place: Place, runs: Sequence[tuple[str, Checked]], *, is_chain: bool) -> int:
     """Run each, named by its title, to its end; the exit code for the shell.
 

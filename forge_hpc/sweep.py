@@ -22,7 +22,7 @@ import yaml
 
 from forge_hpc.config import UserError
 from forge_hpc.run_dir import make_private_dir
-from forge_hpc.several import check_unused, name_of, run_in_turn
+from forge_hpc.several import check_unused, name_of, run_in_turn, say_warnings
 from forge_hpc.submission import (
     Checked,
     Place,
@@ -112,9 +112,10 @@ def submit_sweep(
         raise UserError(f"--at-once {at_once}", "give 1 or more")
     place = find_place(request, dry_run=dry_run)
     sweep = _check(request, place, combinations(arguments))
+    say_warnings(sweep.runs[:1])  # the others have the same job
     if dry_run:
         return _show(request, place, sweep, at_once)
-    options = check_start(request, place, sweep.runs[0])  # the others have the same job
+    options = check_start(request, place, sweep.runs[0])
     sweep.make()
     if not place.on_slurm:
         print(f"sweep          {sweep.directory}  ({len(sweep.runs)} runs, one after another)", flush=True)
@@ -133,7 +134,7 @@ def submit_sweep(
     print(f"job array      {job_id}\nsweep          {sweep.directory}")
     print(_table(sweep, job_id))
     first = shlex.quote(str(sweep.runs[0].run_dir))
-    print(f"next           {tool()} watch {first}\n               scancel {job_id}")
+    print(f"next           {tool()} watch {first}\n               {tool()} cancel {job_id}")
     return 0
 
 
