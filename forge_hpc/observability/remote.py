@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from queue import SimpleQueue
 from typing import ClassVar, Protocol
@@ -26,7 +27,7 @@ class RemoteRun(Protocol):
     def finish(self) -> None: ...
 
 
-class RemoteWriter:
+class RemoteWriter(ABC):
     """Sends scalars to one run at a server, which ``_start`` begins or finds again.
 
     All calls are made in a thread of their own: one that fails or hangs is said once in the log, costs the curves there
@@ -80,8 +81,8 @@ class RemoteWriter:
         finally:
             self._started.set()
 
-    def _start(self) -> RemoteRun:
-        raise NotImplementedError
+    @abstractmethod
+    def _start(self) -> RemoteRun: ...
 
 
 class _Thread(threading.Thread):
