@@ -21,7 +21,7 @@ import torch
 from runs import PROJECT
 
 from forge_hpc.cluster.identity import make_job_identity
-from forge_hpc.weights import Offer, Part, RemoteReader, Served, Snapshots, Unreachable, memory, opened
+from forge_hpc.weights import LinkReader, Offer, Part, RemoteReader, Served, Snapshots, Unreachable, memory, opened
 from forge_hpc.weights.memory import Handle
 from forge_hpc.wire import changes, messages
 from forge_hpc.wire.server import Server
@@ -176,7 +176,7 @@ def test_a_trainer_that_dies_in_the_middle_leaves_nothing_to_load_and_the_next_o
     [process] = processes.started
 
     def kill_in_the_middle() -> None:
-        assert process.stdout is not None and process.stdout.readline() == "stopped\n"
+        assert process.stdout is not None and process.stdout.readline().startswith("stopped")
         process.kill()
 
     end = threading.Thread(target=kill_in_the_middle)
@@ -443,3 +443,82 @@ def test_a_generator_takes_streams_where_it_can_and_tries_again_after_a_break_bu
     asyncio.run(scenario())
     assert generator._remote is not None
     generator._remote.close()
+
+
+# ---- links: from GPU to GPU over NCCL; here, from memory to memory over gloo
+
+
+class LinkedRank(Rank):
+    def __init__(self, certificates: Certificates, links: Path | None, seed: int = 0, num: int = NUM) -> None:
+        super().__init__(certificates, seed=seed, num=num)
+        self.server.close()
+        self.server = Server(Served(self.snapshots, False, links), "127.0.0.1", certificates)
+
+
+def test_versions_come_over_a_link_that_stays_open(certificates: Certificates, tmp_path: Path) -> None:
+    rank = LinkedRank(certificates, tmp_path)
+    reader = LinkReader(certificates, tmp_path, CPU)
+    for version in range(3):
+        rank.weights["a"].add_(1)
+        local, num_bytes = reader.receive(rank.offer(version, with_checksum=True))
+        assert equal(read(local), rank.weights)
+        assert num_bytes == local.parts[0].handle.num_bytes
+        assert len(list(tmp_path.iterdir())) == 1  # the file by which they found each other
+    reader.close()
+    rank.server.close()
+
+
+def test_each_rank_sends_its_part_over_a_link_of_its_own(certificates: Certificates, tmp_path: Path) -> None:
+    ranks = [LinkedRank(certificates, tmp_path, seed, NUM + 100 * seed) for seed in range(2)]
+    reader = LinkReader(certificates, tmp_path, CPU)
+    offer = Offer(1, tuple(rank.offer(1).parts[0] for rank in ranks))
+    local, _ = reader.receive(offer)
+    for rank, part in zip(ranks, local.parts, strict=True):
+        assert equal(read(Offer(1, (part,))), rank.weights)
+    reader.close()
+    for rank in ranks:
+        rank.server.close()
+
+
+def test_a_trainer_without_links_a_version_that_is_gone_and_a_trainer_that_ended_are_unreachable(
+    certificates: Certificates, tmp_path: Path
+) -> None:
+    reader = LinkReader(certificates, tmp_path, CPU)
+    rank = LinkedRank(certificates, None)
+    with pytest.raises(Unreachable, match="sends nothing over NCCL"):
+        reader.receive(rank.offer(1))
+    rank.server.close()
+    rank = LinkedRank(certificates, tmp_path)
+    offer = rank.offer(1)
+    rank.offer(2)
+    with pytest.raises(Unreachable, match="no longer there"):
+        reader.receive(offer)
+    local, _ = reader.receive(rank.offer(3))  # by a new link
+    assert equal(read(local), rank.weights)
+    offer = rank.offer(4)
+    rank.server.close()
+    with pytest.raises(Unreachable):
+        reader.receive(offer)
+    reader.close()
+
+
+def test_a_reader_that_dies_in_the_middle_leaves_the_others_their_links(
+    certificates: Certificates, tmp_path: Path, processes: Processes
+) -> None:
+    rank = LinkedRank(certificates, tmp_path)
+    other = LinkReader(certificates, tmp_path, CPU)
+    other.receive(rank.offer(1))
+    offer = rank.offer(2)
+    context = certificates.client()
+    address = offer.parts[0].address
+    assert address is not None
+    with socket.create_connection((address.host, address.port)) as connection:
+        stream = context.wrap_socket(connection, server_hostname=address.host)
+        token = bytes.fromhex(address.token)
+        stream.sendall(messages.REQUEST.pack(token, 1, messages.LINK, 0, 1))  # and never makes its end
+        assert messages.read_struct(stream, messages.ANSWER)[0] == messages.LINKED
+        stream.close()
+    local, _ = other.receive(offer)
+    assert equal(read(local), rank.weights)
+    other.close()
+    rank.server.close()

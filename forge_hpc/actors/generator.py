@@ -23,7 +23,8 @@ from forge_hpc.observability.performance import EngineCounts
 from forge_hpc.observability.traces import start_trace, stop_trace
 
 if TYPE_CHECKING:
-    from forge_hpc.weights import Offer, RemoteReader, StoreSpec
+    from forge_hpc.weights import LinkReader, Offer, RemoteReader, StoreSpec
+    from forge_hpc.wire.tls import Certificates
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,10 @@ class Generator(Actor):
     def __init__(self, config: Config, replica: int, log_dir: Path) -> None:
         setup_logging(log_dir / f"generator-{replica}.log", f"generator-{replica}")
         self._config = config
+        self._log_dir = log_dir
         self._replica = replica
+        self._links: LinkReader | None = None
+        self._unlinked: Hashable = None  # trainers with which NCCL did not work
         self._remote: RemoteReader | None = None
         self._loading = asyncio.Lock()  # what was received is read before the next is
         self._proven: Hashable = None  # the trainers whose offers could be read,
@@ -121,8 +125,8 @@ class Generator(Actor):
             again: everybody is asked a second time, and only who answered None the first time is meant.
 
         Returns:
-            How the weights came (``CUDA IPC``, ``shared memory``, ``TLS streams``, ``messages``). None where this
-            process cannot read what is offered: nothing was loaded, and the store is to have it.
+            How the weights came (``CUDA IPC``, ``shared memory``, ``NCCL``, ``TLS streams``, ``messages``). None where
+            this process cannot read what is offered: nothing was loaded, and the store is to have it.
         """
         from forge_hpc.weights import Unreachable, pull, reads_shared_memory
 
@@ -158,24 +162,42 @@ class Generator(Actor):
             return "CUDA IPC" if device_type() == "cuda" else "shared memory"
         if not offer.has_streams:
             raise Unreachable("another host or device")
-        local = await asyncio.to_thread(self._receive, offer)
+        local, way = await asyncio.to_thread(self._receive, offer)
         await self._load_here(local)
-        return "TLS streams"
+        return way
 
-    def _receive(self, offer: Offer) -> Offer:
-        """Bring an offer of another host here. Raises Unreachable."""
-        from forge_hpc.weights import RemoteReader, Unreachable
+    def _receive(self, offer: Offer) -> tuple[Offer, str]:
+        """Bring an offer of another host here, and how. Raises Unreachable."""
+        from forge_hpc.weights import Unreachable
         from forge_hpc.wire.tls import Certificates
 
-        if self._remote is None:
-            if (certificates := Certificates.from_environment()) is None:
-                raise Unreachable("another host, and no certificates here")
-            self._remote = RemoteReader(certificates)
+        if (certificates := Certificates.from_environment()) is None:
+            raise Unreachable("another host, and no certificates here")
         start = time.perf_counter()
-        local, num_bytes = self._remote.receive(offer)
+        local, num_bytes, way = self._bring(offer, certificates)
         duration, whole = time.perf_counter() - start, sum(part.handle.num_bytes for part in local.parts)
-        logger.info("version %d: %.1f of %.1f MB came in %.3f s", offer.version, num_bytes / 1e6, whole / 1e6, duration)
-        return local
+        figures = offer.version, num_bytes / 1e6, whole / 1e6, duration, way
+        logger.info("version %d: %.1f of %.1f MB came in %.3f s by %s", *figures)
+        return local, way
+
+    def _bring(self, offer: Offer, certificates: Certificates) -> tuple[Offer, int, str]:
+        """Raises Unreachable."""
+        from forge_hpc.weights import LinkReader, RemoteReader, Unreachable
+
+        if self._config.generator.weight_transport == "nccl" and self._unlinked != offer.origin:
+            import torch
+
+            if self._links is None:
+                device = torch.device("cuda", torch.cuda.current_device())
+                self._links = LinkReader(certificates, self._log_dir, device)
+            try:
+                return *self._links.receive(offer), "NCCL"
+            except Unreachable as error:
+                logger.warning("no weights over NCCL, TLS streams serve: %s", error)
+                self._unlinked = offer.origin
+        if self._remote is None:
+            self._remote = RemoteReader(certificates)
+        return *self._remote.receive(offer), "TLS streams"
 
     async def _load_here(self, offer: Offer) -> None:
         """Raises Unreachable."""
@@ -229,7 +251,8 @@ class Generator(Actor):
     @endpoint
     async def leave(self) -> None:
         """End the engine and its processes."""
-        if self._remote is not None:
-            self._remote.close()
+        for reader in (self._links, self._remote):
+            if reader is not None:
+                reader.close()
         if hasattr(self, "_engine"):
             await asyncio.to_thread(self._engine.close)

@@ -109,6 +109,7 @@ class Trainer(Actor):
         with traced(self._trace_of(model)):
             metrics = self._models.train_step(model, documents, update=update, max_mismatch=max_mismatch)
         seconds = time.perf_counter() - start
+        self._models.trained[model].prepare_to_save()
         return metrics | {"time/train_s": seconds} | self._performance(self._models.trained[model], seconds)
 
     def _trace_of(self, model: str) -> Path | None:
@@ -238,7 +239,8 @@ class Trainer(Actor):
         certificates = Certificates.from_environment()
         if self._config.cluster.nodes == 1 or certificates is None:
             return None
-        served = Served(snapshots, self._config.generator.send_changes)
+        links = self._log_dir if self._config.generator.weight_transport == "nccl" else None
+        served = Served(snapshots, self._config.generator.send_changes, links)
         try:
             return Server(served, host_address(self._config.cluster.nodes), certificates)
         except OSError as error:

@@ -290,6 +290,10 @@ class GeneratorConfig:
     """A request that takes longer than this has a stuck generator."""
     verify_weights: bool = setting(False, resume=FREE)
     """Compare a checksum of the weights on both sides at every delivery; at the first it is done always."""
+    weight_transport: str = setting("tls", choices=("tls", "nccl"), resume=FREE)
+    """How weights reach generators of other hosts. ``tls``: encrypted streams through the hosts' memory. ``nccl``: from
+    GPU to GPU over the network that NCCL finds; it neither encrypts nor authenticates, so it is for networks that you
+    trust. A generator's GPU then holds the weights twice. Where NCCL does not work the streams serve."""
     send_changes: bool = setting(False, resume=FREE)
     """Between hosts send what has changed since the version before, where that is less; the result is the same to the
     last bit. Worth it on a slow network at a small learning rate (1e-6 in bfloat16 changes a few percent of the

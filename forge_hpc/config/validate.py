@@ -57,6 +57,7 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
     recipe.check(cfg)
     plan(cfg, cfg.cluster.gpus_per_node)
     _check_sleep(cfg)
+    _check_transport(cfg)
     if check_paths:
         _check_model(cfg, needs)
         _check_other_models(needs)
@@ -279,6 +280,19 @@ def _check_sleep(cfg: Config) -> None:
         raise UserError(
             "cluster.colocate has generators sleep, and generator.engine.extra.enable_sleep_mode=false forbids it",
             "leave enable_sleep_mode out",
+        )
+
+
+def _check_transport(cfg: Config) -> None:
+    if cfg.generator.weight_transport == "nccl" and cfg.generator.send_changes:
+        raise UserError(
+            "generator.send_changes is of TLS streams, and generator.weight_transport=nccl sends all of the weights",
+            hint="leave one of the two out: nccl on a fast network, send_changes on a slow one",
+        )
+    if cfg.generator.weight_transport == "nccl" and cfg.cluster.gpus_per_node == 0:
+        raise UserError(
+            "generator.weight_transport=nccl is between GPUs, and cluster.gpus_per_node is 0",
+            hint="leave it out: the weights go over TLS streams",
         )
 
 

@@ -19,6 +19,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -51,7 +52,7 @@ if TYPE_CHECKING:  # they load torch: only once the nodes have been joined
 logger = logging.getLogger("forge_hpc.controller")
 HEARTBEAT_S = 5.0
 FLUSH_S = 2.0
-CLOSE_S = 8.0
+CLOSE_S, SHUTDOWN_S = 8.0, 1.0
 REPORT_S = 3.0
 """An error may be the echo of a dead process: its report comes within this time."""
 MAX_MESSAGE = 1000
@@ -98,15 +99,19 @@ async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, termin
             number += 1
     # In good order only where all went well: after a failure the supervisors end what is left, and faster.
     if done:
+        start = time.perf_counter()
         try:
             async with asyncio.timeout(CLOSE_S):
                 await session.close()
                 await pool.close()
                 if frozen is not None:
                     await frozen.close()
-                await cluster.hosts.shutdown()
         except Exception as error:  # of a node that was lost on the way, say: the run is done
-            logger.warning("ending the nodes: %s", reason_of(error))
+            logger.warning("ending the actors: %s", reason_of(error))
+        closed = time.perf_counter()
+        with contextlib.suppress(Exception):  # processes may take long to give back a GPU, and have nothing to lose
+            await asyncio.wait_for(cluster.hosts.shutdown(), SHUTDOWN_S)
+        logger.info("actors ended in %.1f s, nodes in %.1f s", closed - start, time.perf_counter() - closed)
     with contextlib.suppress(OSError, UserError):  # the supervisor writes the last one
         await asyncio.to_thread(status.flush, FLUSH_S)
     return done

@@ -102,6 +102,7 @@ class Session:
         self._buffer: EpisodeBuffer | None = None
         self._weights: WeightSync | None = None
         self._turns: Turns | None = None
+        self._starting_store: asyncio.Task[WeightStore] | None = None
         self._evaluator: Evaluator | None = None
         self._held_out_documents: list[Document] = []
         self._resume_from: Path | None = None
@@ -128,9 +129,9 @@ class Session:
             self.model_dir = await asyncio.to_thread(
                 resolve_model, config.model.path, config.seed, self.run_dir.path / "model"
             )
-        self.tokenizer = await asyncio.to_thread(load_tokenizer, self.model_dir)
-        if self.needs.generators == "beside":  # they take as long to start as a large checkpoint takes to verify
+        if self.needs.generators == "beside":  # their start is the longest of all: everything else goes on beside it
             self._pool.begin(self.model_dir)
+        self.tokenizer = await asyncio.to_thread(load_tokenizer, self.model_dir)
         found = await asyncio.to_thread(find_checkpoint, self._saver.checkpoints, config, self.run_dir)
         if found is not None:
             await asyncio.to_thread(self._restore, *found)
@@ -193,6 +194,9 @@ class Session:
         except Exception as error:
             nodes = self.cluster.placement.trainer_nodes
             raise await why_not_spawned(self.cluster, nodes, "trainers", error) from error
+        if self.needs.generators == "beside":
+            self._starting_store = asyncio.create_task(self._start_store())  # imports take as long as the models
+            self._on_close(self._end_store)
         apart = frozen_apart(config, self.needs)
         here = {name: need for name, need in self.needs.models.items() if name not in apart}
         mesh = procs.spawn(name, Trainer, self.cluster.told(config), self.log_dir, here)
@@ -282,10 +286,8 @@ class Session:
         if self.needs.learns_from == "samples":
             self._buffer = episode_buffer(self.config, self.step, self._prompts.position, self._prompts.ahead)
             self._buffer.restore(self._restored_groups, self.state)
-        name = f"volume{self._suffix}"
-        volumes = self._spawned(name, self.cluster.spawn_volumes(name))
-        start = WeightStore.start(volumes, self.cluster.placement.trainer_procs)
-        store = await with_timeout(start, self.config.cluster.start_timeout_s, "the weight store did not start")
+        assert self._starting_store is not None, "the trainers have been started"
+        store = await self._starting_store
         is_first = self._pool.weights is None
         self._weights = self._pool.weights = WeightSync(
             self.trainers,
@@ -302,6 +304,20 @@ class Session:
             self._weights.is_changed = True
             await self._weights.publish(self.step)
             await self._weights.delivered()
+
+    async def _start_store(self) -> WeightStore:
+        name = f"volume{self._suffix}"
+        volumes = self._spawned(name, self.cluster.spawn_volumes(name))
+        start = WeightStore.start(volumes, self.cluster.placement.trainer_procs)
+        return await with_timeout(start, self.config.cluster.start_timeout_s, "the weight store did not start")
+
+    async def _end_store(self) -> None:
+        """Its processes are ended with the others; what became of its start tells nobody anything any more."""
+        assert self._starting_store is not None
+        self._starting_store.cancel()
+        await asyncio.wait({self._starting_store})
+        if not self._starting_store.cancelled():
+            self._starting_store.exception()
 
     def _phase(self, name: str) -> None:
         if self.phases is not None:
@@ -574,9 +590,12 @@ class Session:
         Raises:
             RuntimeError: the final state could not be saved.
         """
+        start = time.perf_counter()
         if not await self.save_to_leave():
             raise RuntimeError(f"the state after the last step cannot be saved in {self.run_dir.checkpoints}")
+        saved = time.perf_counter()
         await self.trainers.export(self.run_dir.export)
+        logger.info("saved in %.1f s, exported in %.1f s", saved - start, time.perf_counter() - saved)
         if self._turns is not None:
             async with self._turns.generating():  # an engine that sleeps does not end in good order
                 pass

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 from forge_hpc.config.schema import Config
+from forge_hpc.sizing.memory import holds_a_copy
 
 _GIB = 1 << 30
 _MIN_BATCHED_TOKENS = 8192
@@ -64,9 +66,21 @@ def engine_arguments(model_dir: str | Path, config: Config, device: str) -> dict
         arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_memory_gib * _GIB)
     else:
         arguments["enforce_eager"] = engine.enforce_eager
-        arguments["gpu_memory_utilization"] = engine.gpu_memory_utilization
+        copy = _copy_share(Path(model_dir), config) if holds_a_copy(config) else 0.0
+        arguments["gpu_memory_utilization"] = engine.gpu_memory_utilization - copy
         arguments["enable_sleep_mode"] = config.cluster.colocate
         if config.model.dtype != "float32":  # which FlashAttention does not take: vLLM chooses
             arguments["attention_backend"] = "FLASH_ATTN"
             arguments["hf_overrides"] = {"head_dtype": config.model.head_dtype}
     return arguments | engine.extra
+
+
+def _copy_share(model_dir: Path, config: Config) -> float:
+    """The share of a GPU's memory that the weights take as they come from another host."""
+    import torch
+
+    from forge_hpc.generation.checkpoint import checkpoint_shapes
+
+    num = sum(math.prod(shape) for shape in checkpoint_shapes(model_dir).values())
+    itemsize = getattr(torch, config.model.dtype).itemsize
+    return num * itemsize / torch.cuda.get_device_properties(0).total_memory

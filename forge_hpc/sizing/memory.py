@@ -143,9 +143,16 @@ def _state_gib(
     return weights, optimizer
 
 
+def holds_a_copy(cfg: Config) -> bool:
+    """Whether the GPUs of generators on other hosts hold the weights a second time, as they come."""
+    return cfg.generator.weight_transport == "nccl" and cfg.cluster.nodes > 1
+
+
 def _generators(cfg: Config, placement: Placement, share_gib: float, size: ModelSize) -> RoleMemory:
     engine, itemsize, tp = cfg.generator.engine, _ITEMSIZE[cfg.model.dtype], placement.tensor_parallel_size
     weights = size.num_params * itemsize / tp / GIB
+    copy = size.num_params * itemsize / GIB if holds_a_copy(cfg) else 0.0
+    share_gib -= copy
     if weights > share_gib:
         raise UserError(
             f"a generator's weights take {weights:.1f} GiB of each GPU, and vLLM may take {share_gib:.1f} of it "
@@ -171,6 +178,6 @@ def _generators(cfg: Config, placement: Placement, share_gib: float, size: Model
         )
     together = int(cache / one)
     return RoleMemory(
-        {"weights": weights, "KV cache": cache, "other": other},
+        {"weights": weights + copy, "KV cache": cache, "other": other},
         f"holds {together} sequence{'s' * (together != 1)} of {longest} tokens",
     )

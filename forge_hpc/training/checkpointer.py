@@ -106,8 +106,7 @@ class TrainerCheckpointer(CheckpointManager):
             CheckpointError: this save failed or, where saving is asynchronous, the one before; told once.
         """
         self.saved()
-        state: dict[str, Any] = dict(self.states[MODEL].state_dict())
-        state |= {key: value.state_dict() for key, value in self.states.items() if key != MODEL}
+        state = self._state()
         if self._staging is None:
             self._saving = Future()
             self._saving.set_result(self._write(state, directory))
@@ -118,6 +117,15 @@ class TrainerCheckpointer(CheckpointManager):
         except Exception as error:  # of memory
             state, failure = {}, error
         self._saving = self._writer.submit(self._write, state, directory, failure)
+
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = dict(self.states[MODEL].state_dict())
+        return state | {key: value.state_dict() for key, value in self.states.items() if key != MODEL}
+
+    def reserve(self) -> None:
+        """Begin to take the host memory that saves are staged in, beside the training. The optimizer has its state."""
+        if self._staging is not None and not self._staging.is_reserved and torch.cuda.is_available():
+            self._staging.reserve(self._state())
 
     def saved(self) -> dict[str, FileRecord]:
         """Wait until the last save is on disk.

@@ -268,6 +268,11 @@ class TrainEngine(ModelShard, Stateful):
         self._materialize_optimizer_state()
         self._checkpointer.save_to(directory)
 
+    def prepare_to_save(self) -> None:
+        """After a step: see that the first save is held up no longer than the others. Cheap to repeat."""
+        if any(optimizer.state for optimizer in self.optimizers.optimizers):
+            self._checkpointer.reserve()
+
     def wait_for_save(self) -> dict[str, FileRecord]:
         """Return when the last save is on disk: the files that this rank wrote, as ``CheckpointStore.commit`` wants
         them. Not a collective call; it may run in another thread, beside the training.

@@ -2,6 +2,7 @@
 
 from forge_hpc.weights.checksum import CorruptWeightsError
 from forge_hpc.weights.layout import IncompleteVersionError
+from forge_hpc.weights.links import LinkReader
 from forge_hpc.weights.memory import Unreachable
 from forge_hpc.weights.remote import RemoteReader, Served
 from forge_hpc.weights.snapshots import Offer, Opened, Part, Snapshots, opened
@@ -20,6 +21,7 @@ from forge_hpc.weights.store import (
 __all__ = [
     "CorruptWeightsError",
     "IncompleteVersionError",
+    "LinkReader",
     "Offer",
     "Opened",
     "Part",

@@ -6,6 +6,8 @@ writes when is the business of ``snapshots``.
 
 from __future__ import annotations
 
+import secrets
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +31,11 @@ class Handle:
     num_bytes: int
     where: Any
     """A path on the CPU, the arguments of ``rebuild_cuda_tensor`` on a GPU."""
+    name: str = ""
+    """By which the process that made it finds its own memory: CUDA opens none of the same process."""
+
+
+_own: weakref.WeakValueDictionary[str, torch.Tensor] = weakref.WeakValueDictionary()
 
 
 def allocate(num_bytes: int, device: torch.device) -> torch.Tensor | None:
@@ -58,7 +65,8 @@ def share(memory: torch.Tensor) -> Handle:
     from torch.multiprocessing.reductions import reduce_tensor
 
     _, arguments = reduce_tensor(memory)
-    return Handle(host, "cuda", memory.numel(), arguments)
+    _own[name := secrets.token_hex(8)] = memory
+    return Handle(host, "cuda", memory.numel(), arguments, name)
 
 
 def is_within_reach(handle: Handle, device_type: str) -> bool:
@@ -78,6 +86,8 @@ def open_memory(handle: Handle) -> torch.Tensor:
     try:
         if handle.device == "cpu":
             return shared_memory.map_path(handle.where, handle.num_bytes)
+        if (own := _own.get(handle.name)) is not None:
+            return own
         from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
         arguments = list(handle.where)

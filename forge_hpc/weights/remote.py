@@ -17,14 +17,17 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 
 from forge_hpc.weights import memory
+from forge_hpc.weights.links import Sender, link_file
 from forge_hpc.weights.memory import Unreachable
 from forge_hpc.weights.snapshots import Offer, Snapshots
 from forge_hpc.wire import changes as coding
@@ -39,10 +42,11 @@ class Served:
 
     Args:
         sends_changes: find what changed since the version before, where that is still there.
+        links: where the ends of links (``links``) find each other; None: there are none.
     """
 
-    def __init__(self, snapshots: Snapshots, sends_changes: bool) -> None:
-        self._snapshots, self._sends_changes = snapshots, sends_changes
+    def __init__(self, snapshots: Snapshots, sends_changes: bool, links: Path | None = None) -> None:
+        self._snapshots, self._sends_changes, self._links = snapshots, sends_changes, links
         self._mirrors: dict[int, _Mirror] = {}
         self._changes: dict[tuple[int, int, int, int], _Changes] = {}
         self._lock = threading.Lock()
@@ -61,6 +65,12 @@ class Served:
         with self._lock:
             mirror = self._mirrors.setdefault(data.data_ptr(), _Mirror(data))
         return mirror.piece(version, start, stop)
+
+    def link(self, name: int) -> Callable[[], Sender] | None:
+        """What makes the rank's end of a link; None where there are no links."""
+        if self._links is None:
+            return None
+        return partial(Sender, self._snapshots, link_file(self._links, name))
 
     def changes(self, held: int, version: int, start: int, stop: int) -> bytes | None:
         """What changed in a piece; None where an end of it is not there, or the bytes are fewer."""

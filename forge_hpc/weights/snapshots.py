@@ -111,7 +111,8 @@ class Snapshots:
         keeps_previous: bool = False,
     ) -> None:
         self._keeps_previous = keeps_previous
-        self._rank, self._dtype, self._device, self._max_bucket_bytes = rank, dtype, device, max_bucket_bytes
+        self._rank, self._dtype, self._max_bucket_bytes = rank, dtype, max_bucket_bytes
+        self.device = device
         self._blocks: list[_Block] = []
         self._places: tuple[int, ...] = ()
         self._sources: dict[Shard, torch.Tensor] = {}
@@ -152,8 +153,8 @@ class Snapshots:
         if block.targets:
             torch._foreach_copy_(block.targets, list(sources.values()))
         total = checksum(source.to(shard.dtype) for shard, source in sources.items()) if with_checksum else None
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()  # readers wait for no event of ours
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # readers wait for no event of ours
         block.version = version
         return Part(version, block.handle, self._layout, total)
 
@@ -194,7 +195,7 @@ class Snapshots:
         return self._new_block(num_bytes) if len(self._blocks) < _MAX_BLOCKS else None
 
     def _new_block(self, num_bytes: int) -> _Block | None:
-        data = memory.allocate(max(num_bytes, 64), self._device)
+        data = memory.allocate(max(num_bytes, 64), self.device)
         if data is None:
             logger.warning("no memory for a copy of the weights of %.1f GiB to be read in place", num_bytes / 2**30)
             self.is_possible = bool(self._blocks)

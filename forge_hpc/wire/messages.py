@@ -4,6 +4,10 @@
     answer    kind ‖ number of bytes ‖ bytes ‖ whole
 
 ``whole`` comes last: false where the memory was overwritten while it was being sent.
+
+Two more requests, in place of the version held, are for bytes that go another way (``weights.links``): LINK makes a
+link of the stream, whose name stands in place of the version; SEND has a whole version sent over it. Both are answered
+before it is done, with the number of bytes; ``whole`` follows SEND, when they have left.
 """
 
 from __future__ import annotations
@@ -14,10 +18,10 @@ from dataclasses import dataclass
 
 REQUEST = struct.Struct("!16sqqQQ")
 ANSWER = struct.Struct("!BQ")
-GONE, BYTES, CHANGES = range(3)
-"""Kinds of an answer: the version is not there, its bytes, what differs from the version held."""
-NOTHING = -1
-"""The version held, of who holds none."""
+GONE, BYTES, CHANGES, LINKED = range(4)
+"""Kinds of an answer: the version is not there, its bytes, what differs from the version held, by the link."""
+NOTHING, LINK, SEND = -1, -2, -3
+"""The version held, of who holds none; a link is asked for, and a version over it."""
 PIECE_BYTES = 16 * 2**20
 """Of a request. A multiple of 2."""
 

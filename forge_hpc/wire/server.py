@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
+import select
 import socket
 import ssl
 import threading
+from collections.abc import Callable
 from typing import Protocol
 
 from forge_hpc.wire import messages, tls
@@ -18,6 +20,21 @@ from forge_hpc.wire.messages import Address
 
 logger = logging.getLogger(__name__)
 HANDSHAKE_S = 10.0
+CLOSE_S = 5.0
+"""A thread that makes a link whose other end is gone may not hear of it."""
+
+
+class Link(Protocol):
+    """Another way for the bytes, between this process and the one at the other end of a stream."""
+
+    def find(self, version: int) -> int:
+        """The bytes of a version; 0 where it is not there."""
+
+    def send(self, version: int, is_open: Callable[[], bool]) -> None:
+        """Send what was found, as long as the stream is open. Raises OSError."""
+
+    def end(self) -> None:
+        """Give it up."""
 
 
 class Source(Protocol):
@@ -31,6 +48,9 @@ class Source(Protocol):
 
     def is_there(self, version: int) -> bool:
         """Whether nobody has begun to overwrite the version."""
+
+    def link(self, name: int) -> Callable[[], Link] | None:
+        """What makes a link of this name, once the other end makes it too; None where there are none."""
 
 
 class Server:
@@ -59,7 +79,7 @@ class Server:
         for thread, stream in list(self._streams.items()):
             with contextlib.suppress(OSError):
                 stream.shutdown(socket.SHUT_RDWR)
-            thread.join()
+            thread.join(CLOSE_S)
 
     def _accept(self) -> None:
         while True:
@@ -93,16 +113,41 @@ class Server:
                 del self._streams[threading.current_thread()]
 
     def _answer(self, stream: ssl.SSLSocket) -> None:
-        data = bytearray(messages.REQUEST.size)
-        messages.read_exactly(stream, memoryview(data))
-        token, version, held, start, stop = messages.REQUEST.unpack(data)
+        is_ours, version, held, start, stop = self._next_request(stream)
+        if is_ours and held == messages.LINK:
+            self._serve_link(stream, version)
+            return
         kind, body = messages.GONE, None
-        if token.hex() == self.address.token and start < stop:
+        if is_ours and start < stop:
             kind, body = self._look_up(version, held, start, stop)
         stream.sendall(messages.ANSWER.pack(kind, len(body or b"")))
         if body is not None:
             stream.sendall(body)
         stream.sendall(bytes([body is not None and self._source.is_there(version)]))
+
+    def _next_request(self, stream: ssl.SSLSocket) -> tuple[bool, int, int, int, int]:
+        data = bytearray(messages.REQUEST.size)
+        messages.read_exactly(stream, memoryview(data))
+        token, *numbers = messages.REQUEST.unpack(data)
+        return (token.hex() == self.address.token, *numbers)
+
+    def _serve_link(self, stream: ssl.SSLSocket, name: int) -> None:
+        """Until the stream ends, or the link breaks; then the stream ends too. Raises OSError."""
+        make = self._source.link(name)
+        stream.sendall(messages.ANSWER.pack(messages.GONE if make is None else messages.LINKED, 0))
+        if make is None:
+            return
+        link = make()
+        try:
+            while not self._closed.is_set():
+                is_ours, version, held, _, _ = self._next_request(stream)
+                num_bytes = link.find(version) if is_ours and held == messages.SEND else 0
+                stream.sendall(messages.ANSWER.pack(messages.LINKED if num_bytes else messages.GONE, num_bytes))
+                if num_bytes:
+                    link.send(version, lambda: is_open(stream))
+                    stream.sendall(bytes([self._source.is_there(version)]))
+        finally:
+            link.end()
 
     def _look_up(self, version: int, held: int, start: int, stop: int) -> tuple[int, memoryview | bytes | None]:
         if held != messages.NOTHING:
@@ -113,3 +158,10 @@ class Server:
         if piece is None or len(piece) != stop - start:
             return messages.GONE, None
         return messages.BYTES, piece
+
+
+def is_open(stream: socket.socket) -> bool:
+    """Whether the other side has neither closed a stream nor said anything."""
+    poll = select.poll()
+    poll.register(stream, select.POLLIN)
+    return not poll.poll(0)

@@ -1,0 +1,131 @@
+"""What a fault costs a run: a generator killed, a trainer rank killed, SIGTERM; seconds until the next new step.
+
+    python benchmarks/faults.py --config configs/grpo/qwen3_0_6b.yaml [--run-dir D] [key=value ...]
+
+It submits the run on this machine, and of each kind waits for three more steps, then does it. The step that would have
+been under way is counted as one median step. SIGTERM comes last: the run saves and leaves, and is submitted again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rows import PROJECT, row
+
+WAIT_S = 300.0
+CALM = 3
+
+
+class Watched:
+    """A run of its own, on this machine."""
+
+    def __init__(self, run_dir: Path, config: str, overrides: list[str]) -> None:
+        self.run_dir = run_dir
+        self._command = [sys.executable, "-m", "forge_hpc.submit", "--cluster", "local", "--run-dir", str(run_dir)]
+        self._command += ["--config", config, *overrides]
+        self._environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])}
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with (self.run_dir.parent / "output").open("ab") as output:
+            self.process = subprocess.Popen(
+                self._command, env=self._environ, stdout=output, stderr=output, start_new_session=True
+            )
+
+    def steps(self) -> list[dict[str, Any]]:
+        path = self.run_dir / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def wait_for(self, step: int) -> list[dict[str, Any]]:
+        end = time.monotonic() + WAIT_S
+        while not (found := self.steps()) or found[-1]["step"] < step:
+            assert self.process is not None
+            if self.process.poll() is not None or time.monotonic() > end:
+                output = (self.run_dir.parent / "output").read_text(errors="replace").splitlines()
+                raise SystemExit("\n".join(output[-30:]) + f"\nno step {step}: {self.process.poll()}")
+            time.sleep(0.05)
+        return found
+
+    def pid_of(self, role: str) -> int:
+        """The process of a role, as `forge-hpc stacks` names it."""
+        command = [sys.executable, "-m", "forge_hpc.cli", "stacks", str(self.run_dir), "--json"]
+        out = subprocess.run(command, env=self._environ, check=True, capture_output=True, text=True).stdout
+        return next(each["pid"] for each in json.loads(out) if each["role"] == role)
+
+    def kill(self, role: str) -> float:
+        """Seconds lost: until the next step, less a median one."""
+        pid, before = self.pid_of(role), self.wait_for(self.steps()[-1]["step"] + CALM)
+        os.kill(pid, signal.SIGKILL)
+        killed = time.time()
+        last = before[-1]["step"]
+        after = self.wait_for(last + 2)  # the next may have been finished before
+        usual = statistics.median(b["wall_time"] - a["wall_time"] for a, b in itertools.pairwise(before))
+        times = [each["wall_time"] for each in after if each["step"] >= last]
+        gaps = [b - a for a, b in itertools.pairwise(times)]
+        worst = max(gaps) - usual
+        print(f"{role} (pid {pid}) killed after step {last}: {worst:.1f} s lost, usual step {usual:.2f} s, gaps "
+              f"{[round(gap, 2) for gap in gaps]}, next step {times[1] - killed:.1f} s after", flush=True)  # fmt: skip
+        return worst
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    parser = argparse.ArgumentParser(description="What a fault costs a run.")
+    parser.add_argument("--config", default=str(PROJECT / "configs/grpo/demo.yaml"))
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_intermixed_args()
+    with tempfile.TemporaryDirectory(prefix="forge-hpc-faults-") as name:
+        run = Watched(Path(name) / "run", args.config, args.overrides)
+        run.start()
+        try:
+            measure(run)
+        finally:
+            if run.process is not None and run.process.poll() is None:
+                run.process.terminate()
+                run.process.wait(120)
+            logs = "\n".join(
+                line
+                for path in sorted(run.run_dir.glob("logs/*/controller.log"))
+                for line in path.read_text(errors="replace").splitlines()
+                if any(word in line for word in ("lost", "replaced", "resum", "attempt", "starts again", "ready"))
+            )
+            print(logs[-6000:], flush=True)
+
+
+def measure(run: Watched) -> None:
+    run.wait_for(CALM)
+    generator_s = run.kill("generator-0")
+    trainer_s = run.kill("trainer-0")
+    last = run.wait_for(run.steps()[-1]["step"] + CALM)[-1]["step"]
+    assert run.process is not None
+    start = time.time()
+    run.process.send_signal(signal.SIGTERM)
+    code = run.process.wait(WAIT_S)
+    left_s = time.time() - start
+    status = json.loads((run.run_dir / "status.json").read_text())
+    before = run.steps()
+    run.start()
+    after = run.wait_for(before[-1]["step"] + 1)
+    again_s = next(each["wall_time"] for each in after if each["step"] > before[-1]["step"]) - start
+    print(f"SIGTERM after step {last}: exit code {code} after {left_s:.1f} s, state {status['state']} at step "
+          f"{status['step']} of {before[-1]['step']}; the next new step {again_s:.1f} s after", flush=True)  # fmt: skip
+    row("a generator killed: lost beside a usual step", generator_s, target=1.0, better="less", unit="s")
+    row("a trainer rank killed: lost beside a usual step", trainer_s, unit="s", note="20 s and the load are the target")
+    row("SIGTERM: steps repeated", before[-1]["step"] - status["step"], target=0, better="less")
+    row("SIGTERM: until it has saved and left", left_s, unit="s", note=f"exit code {code}")
+    row("SIGTERM: until the next new step", again_s, unit="s")
+
+
+if __name__ == "__main__":
+    main()
