@@ -182,14 +182,14 @@ class Generator(Actor):
 
     def _bring(self, offer: Offer, certificates: Certificates) -> tuple[Offer, int, str]:
         """Raises Unreachable."""
-        from forge_hpc.weights import LinkReader, RemoteReader, Unreachable
+        from forge_hpc.weights import LinkReader, RemoteReader, Unreachable, links_dir
 
         if self._config.generator.weight_transport == "nccl" and self._unlinked != offer.origin:
             import torch
 
             if self._links is None:
                 device = torch.device("cuda", torch.cuda.current_device())
-                self._links = LinkReader(certificates, self._log_dir, device)
+                self._links = LinkReader(certificates, links_dir(self._log_dir), device)
             try:
                 return *self._links.receive(offer), "NCCL"
             except Unreachable as error:

@@ -232,14 +232,14 @@ class Trainer(Actor):
     def _serve(self, snapshots: Snapshots) -> Server | None:
         """Let other hosts have the snapshots, where the run has several: on the address that Monarch listens on."""
         from forge_hpc.cluster.allocation import host_address
-        from forge_hpc.weights import Served
+        from forge_hpc.weights import Served, links_dir
         from forge_hpc.wire.server import Server
         from forge_hpc.wire.tls import Certificates
 
         certificates = Certificates.from_environment()
         if self._config.cluster.nodes == 1 or certificates is None:
             return None
-        links = self._log_dir if self._config.generator.weight_transport == "nccl" else None
+        links = links_dir(self._log_dir) if self._config.generator.weight_transport == "nccl" else None
         served = Served(snapshots, self._config.generator.send_changes, links)
         try:
             return Server(served, host_address(self._config.cluster.nodes), certificates)

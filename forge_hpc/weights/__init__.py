@@ -2,7 +2,7 @@
 
 from forge_hpc.weights.checksum import CorruptWeightsError
 from forge_hpc.weights.layout import IncompleteVersionError
-from forge_hpc.weights.links import LinkReader
+from forge_hpc.weights.links import LinkReader, links_dir
 from forge_hpc.weights.memory import Unreachable
 from forge_hpc.weights.remote import RemoteReader, Served
 from forge_hpc.weights.snapshots import Offer, Opened, Part, Snapshots, opened
@@ -34,6 +34,7 @@ __all__ = [
     "VersionNotFoundError",
     "WeightStore",
     "bucket_limit",
+    "links_dir",
     "opened",
     "publish",
     "publish_buckets",

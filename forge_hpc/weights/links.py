@@ -50,13 +50,19 @@ class Link:
         file: both ends name the same; it must not exist yet.
         end: 0 sends, 1 receives.
         device: where the bytes are. On the CPU, which tests use, the group is gloo's.
+
+    Raises:
+        LinkBroken: the other end has not come.
     """
 
     def __init__(self, file: Path, end: int, device: torch.device) -> None:
         store = dist.FileStore(str(file), 2)
         store.set_timeout(timedelta(seconds=CONNECT_S))
         self._device = device
-        self._group: Any = _group(store, end, device)
+        try:
+            self._group: Any = _group(store, end, device)
+        except RuntimeError as error:
+            raise LinkBroken(_first_line(error)) from error
 
     def send(self, data: torch.Tensor, is_open: Callable[[], bool]) -> None:
         """Bytes [num_bytes] to the other end; they have left when it returns. Raises LinkBroken."""
@@ -92,7 +98,7 @@ class Link:
             raise
         except RuntimeError as error:  # also torch.distributed's own
             self.end()
-            raise LinkBroken(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+            raise LinkBroken(_first_line(error)) from error
 
     def end(self) -> None:
         """Give it up, in the middle of a transfer too."""
@@ -100,6 +106,10 @@ class Link:
         if group is not None:
             with contextlib.suppress(RuntimeError):
                 group.abort()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _group(store: dist.Store, end: int, device: torch.device) -> Any:
@@ -123,6 +133,12 @@ def _environment(**values: str) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def links_dir(log_dir: Path) -> Path:
+    """Where the links of a start find each other; it is there."""
+    (directory := log_dir / "links").mkdir(exist_ok=True)
+    return directory
 
 
 def link_file(directory: Path, name: int) -> Path:
