@@ -1,9 +1,10 @@
 """What a fault costs a run: a generator killed, a trainer rank killed, SIGTERM; seconds until the next new step.
 
-    python benchmarks/faults.py --config configs/grpo/qwen3_0_6b.yaml [--run-dir D] [key=value ...]
+    python benchmarks/faults.py [--config configs/grpo/qwen3_0_6b.yaml] [key=value ...]
 
-It submits the run on this machine, and of each kind waits for three more steps, then does it. The step that would have
-been under way is counted as one median step. SIGTERM comes last: the run saves and leaves, and is submitted again.
+It submits a run on this machine (of a model with random weights, a step ahead, with two generators), and of each kind
+waits for three more steps, then does it; lost is the longest time between two steps, less a usual one. SIGTERM comes
+last: the run saves and leaves, and is submitted again.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from rows import PROJECT, row
+from whole_run import LARGE, REWARD
+
+from forge_hpc.data.builtin import write_tiny_qwen3
 
 WAIT_S = 300.0
 CALM = 3
@@ -82,11 +86,14 @@ class Watched:
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     parser = argparse.ArgumentParser(description="What a fault costs a run.")
-    parser.add_argument("--config", default=str(PROJECT / "configs/grpo/demo.yaml"))
+    parser.add_argument("--config", help="of a run that has a model")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory(prefix="forge-hpc-faults-") as name:
-        run = Watched(Path(name) / "run", args.config, args.overrides)
+        config, overrides = args.config, list(args.overrides)
+        if config is None:
+            config, overrides = str(PROJECT / "configs/grpo/demo.yaml"), [*own_model(Path(name)), *overrides]
+        run = Watched(Path(name) / "run", config, overrides)
         run.start()
         try:
             measure(run)
@@ -101,6 +108,24 @@ def main() -> None:
                 if any(word in line for word in ("lost", "replaced", "resum", "attempt", "starts again", "ready"))
             )
             print(logs[-6000:], flush=True)
+
+
+def own_model(directory: Path) -> list[str]:
+    """Overrides for a run of a model that is made here; a step takes seconds on a GPU."""
+    is_large = gpus_of_this_machine() > 0
+    write_tiny_qwen3(directory / "model", seed=0, **(LARGE if is_large else {}))
+    (directory / "reward.py").write_text(REWARD)
+    overrides = [f"model.path={directory / 'model'}", f"reward=[{{name: {directory / 'reward.py'}:length}}]"]
+    overrides += ["trainer.training.steps=10000", "evaluation.num_prompts=0", "trainer.optimizer.lr=1e-6"]
+    overrides += ["rollout.max_staleness=1", "algorithm.max_steps_without_signal=1000000", "checkpoint.interval=5"]
+    large = ["model.dtype=bfloat16", "trainer.training.seq_len=4096", "rollout.max_response_tokens=512"]
+    return overrides + (large if is_large else ["generator.replicas=2"])
+
+
+def gpus_of_this_machine() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def measure(run: Watched) -> None:

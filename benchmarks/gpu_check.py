@@ -1,13 +1,16 @@
 """What a machine with GPUs must show, in one table and one JSON file: `make gpu-check`.
 
-    python benchmarks/gpu_check.py [--part trainer weights run] [--out FILE]
+    python benchmarks/gpu_check.py [--part trainer weights ranks run faults] [--out FILE]
 
 It takes the Python that it is started with (torch, vllm, torchtitan, monarch) and 1, 2 or 4 GPUs as it finds them;
 nothing is set up, nothing is downloaded. A part takes at most ten minutes:
 
     trainer   TrainEngine beside TorchTitan's own model and step; the head's memory                  trainer.py
     weights   publish → loaded, between processes on one GPU, and on two                             engine_weights.py
+              between two GPUs by NCCL over sockets, as between hosts                                links.py
+    ranks     FSDP over 2 and 4 GPUs beside one, and memory beside the plan                          ranks.py
     run       a whole run of a model of 0.4 B with random weights, synchronous and a step ahead      whole_run.py
+    faults    what a killed generator, a killed trainer rank and SIGTERM cost such a run             faults.py
 
 Without a GPU everything runs on the CPU with tiny models, for its own sake, and targets say nothing.
 """
@@ -32,17 +35,22 @@ def parts(num_gpus: int) -> dict[str, list[Script]]:
         return {
             "trainer": [Script("trainer.py", (*tiny, "--steps", "2")), Script("trainer.py", (*tiny, "--head", "256"))],
             "weights": [Script("engine_weights.py", ("--model", "tiny", "--rounds", "2"))],
+            "ranks": [Script("ranks.py", ("--ranks", "1", "2", "--steps", "2", "--recipe", "grpo"))],
             "run": [Script("whole_run.py", ("--tiny",))],
+            "faults": [Script("faults.py")],
         }
     apart = "split" if num_gpus == 2 else "fsdp2"
     weights = [Script("engine_weights.py", ("--model", "0.6b", "--gpus", "shared"))]
     if num_gpus > 1:
         weights.append(Script("engine_weights.py", ("--model", "0.6b", "--gpus", apart)))
+        weights.append(Script("links.py"))
     return {
         # as the plan of a shipped configuration has it, and the same shape for both
         "trainer": [Script("trainer.py", ("--rows", "0", "--ac", "auto")), Script("trainer.py", ("--head", "32768"))],
         "weights": weights,
+        "ranks": [Script("ranks.py", ("--ranks", *[str(n) for n in (1, 2, 4) if n <= num_gpus]))],
         "run": [Script("whole_run.py")],
+        "faults": [Script("faults.py")],
     }
 
 
@@ -55,7 +63,7 @@ def gpus() -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="*", choices=("trainer", "weights", "run"))
+    parser.add_argument("--part", nargs="*", choices=("trainer", "weights", "ranks", "run", "faults"))
     parser.add_argument("--out", type=Path, default=PROJECT / "runs/gpu-check.json")
     args = parser.parse_args()
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
