@@ -32,9 +32,12 @@ class Generator(Actor):
     """Serves completions of the policy. Calls run at once: requests join while others decode."""
 
     def __init__(self, config: Config, replica: int, log_dir: Path) -> None:
-        setup_logging(log_dir / f"generator-{replica}.log", f"generator-{replica}")
-        self._config = config
         self._replica = replica
+        self._begin(config, log_dir)
+
+    def _begin(self, config: Config, log_dir: Path) -> None:
+        setup_logging(log_dir / f"generator-{self._replica}.log", f"generator-{self._replica}")
+        self._config = config
         self._remote: RemoteReader | None = None
         self._loading = asyncio.Lock()  # what was received is read before the next is
         self._proven: Hashable = None  # the trainers whose offers could be read,
@@ -49,6 +52,15 @@ class Generator(Actor):
 
         self._engine = await asyncio.to_thread(GenerationEngine, model_dir, self._config, device=device_type())
         self._gpus = GpuMonitor(visible_gpus() if device_type() == "cuda" else [])
+
+    @endpoint
+    async def renew(self, config: Config, log_dir: Path, model_dir: Path) -> str:
+        """Serve another run from the weights in ``model_dir`` on, as a new replica would. Why that cannot be; empty
+        where it can (``GenerationEngine.renew``)."""
+        if self._remote is not None:
+            self._remote.close()
+        self._begin(config, log_dir)
+        return await self._engine.renew(model_dir, config)
 
     @concurrent_endpoint
     async def generate(
