@@ -119,7 +119,9 @@ def _where(body: str, command: str) -> tuple[str, str]:
 
 
 def _is_of_interest(file: str) -> bool:
-    waits = ("forge_hpc/actors/", "forge_hpc/cluster/", "forge_hpc/controller/__main__", "forge_hpc/workers/process")
+    loops = ("__main__", "conduct", "orders", "serve")
+    waits = ["forge_hpc/actors/", "forge_hpc/cluster/", "forge_hpc/workers/process"]
+    waits += [f"forge_hpc/controller/{loop}" for loop in loops]
     return not re.search(r"site-packages|/lib/python\d|<frozen", file) and not any(word in file for word in waits)
 
 

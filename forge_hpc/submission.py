@@ -313,15 +313,27 @@ def check_start(request: Request, place: Place, run: Checked) -> list[str]:
         check_queue(run.cfg, place.partitions)
     else:
         request.queueing.check_here()
-    if request.keep_s is not None:
-        from forge_hpc.kept.ending import refuse_busy
-
-        refuse_busy(place.engines())
+    if not place.on_slurm:
+        _look_at_kept_engines(request, place)
     own = place.allocation.job_id if place.allocation is not None else None
     _refuse_busy(run.run_dir, own)
     if own is not None and run.run_dir.is_locked():
         raise UserError(f"a step of this allocation works on {run.run_dir} already", "wait for it")
     return request.queueing.options() if place.on_slurm else []
+
+
+def _look_at_kept_engines(request: Request, place: Place) -> None:
+    """Refuse those that are at work; say that there are some where they are not asked for, since they hold memory.
+
+    Raises:
+        UserError: they are at work for another run.
+    """
+    from forge_hpc.kept.ending import is_alive, refuse_busy
+
+    if request.keep_s is not None:
+        refuse_busy(place.engines())
+    elif place.engines().state() is not None and is_alive(place.engines()):
+        _say(f"engines of an earlier run are kept here, and hold memory: {tool()} engines --end")
 
 
 def _begin(request: Request, place: Place, run: Checked, *, follow: bool) -> int:
