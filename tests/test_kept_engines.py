@@ -106,8 +106,8 @@ def test_a_run_on_kept_engines_equals_one_on_new_ones_whatever_ran_in_between(fo
     assert learned(folder.path / "runs/again") == first != []
     models = [(folder.path / f"runs/{name}/export/model.safetensors").read_bytes() for name in ("first", "again")]
     assert models[0] == models[1]
-    answers = [folder.path / f"runs/{name}/evaluations/step-2.jsonl" for name in ("first", "again")]
-    assert answers[0].read_text() == answers[1].read_text()
+    answers = [sorted((folder.path / f"runs/{name}/evaluations").iterdir()) for name in ("first", "again")]
+    assert [file.read_text() for file in answers[0]] == [file.read_text() for file in answers[1]] != []
     phases = [next(r for r in read(folder.path / "runs" / name, "starts.jsonl") if r["event"] == "phases")
               for name in ("first", "again")]  # fmt: skip
     assert "gate" in phases[0]["seconds"] and "gate" not in phases[1]["seconds"]
@@ -121,13 +121,12 @@ def test_a_run_that_goes_on_takes_kept_engines_too(folder: Folder) -> None:
 
 
 def test_other_options_of_the_engine_take_a_new_one_and_a_line_says_which(folder: Folder) -> None:
+    num = len(processes(folder.engines, "generator-0"))
     said = folder.submit(
         "engine", "generator.engine.max_num_seqs=100", "trainer.training.steps=1", "checkpoint.interval=1"
     )
     assert "generator 0: a new engine, other max_num_seqs" in said
-    assert len(processes(folder.engines, "generator-0")) == 1, "the other one has ended"
-    said = folder.submit("back", "trainer.training.steps=1", "checkpoint.interval=1")
-    assert "a new engine, other max_num_seqs" in said
+    assert len(processes(folder.engines, "generator-0")) == num, "the other one has ended"
 
 
 def test_engines_outlive_a_run_that_fails_and_one_that_is_cancelled(folder: Folder) -> None:
