@@ -114,7 +114,10 @@ def _where(body: str, command: str) -> tuple[str, str]:
     elif threads and threads[-1]:  # the last one is the main thread
         file, line, function = threads[-1][0]
     else:
-        return command, kernel.strip() or ("does not answer" if "no answer" in body else "says nothing of itself")
+        module = re.search(r" -m (\S+)", command)
+        return module[1] if module else command, kernel.strip() or (
+            "does not answer" if "no answer" in body else "says nothing of itself"
+        )
     return function, f"{_short(file)}:{line}{kernel}"
 
 

@@ -156,6 +156,7 @@ class Session:
     def _add(self, text: str) -> None:
         text = text.replace(f"{Path(sys.executable).parent}/", "")
         text = text.replace(str(self.home), "~").replace(str(PROJECT), "~/forge_hpc")
+        text = text.replace(f"Cluster {self.cluster.bridge}", "Cluster lab")
         text = re.sub(rf"{self.cluster.bridge}-?n?(\d)", r"node\1", text)
         text = text.replace(os.uname().nodename, "login")
         self.page.append(text)
@@ -173,7 +174,7 @@ def session(s: Session) -> None:
     s.file("reward.py", REWARD)
     s.file("answers.jsonl", ANSWERS)
     s("forge-hpc reward answers.jsonl --config short.yaml")
-    s("forge-hpc plan --config short.yaml --nodes 4")
+    s("forge-hpc plan --config forge_hpc/configs/grpo/qwen3_8b.yaml --nodes 2 --gpu h100 cluster.gpus_per_node=8")
     s("forge-hpc submit --config short.yaml --nodes 4 --dry-run")
     s("printf '3\\n8\\n' | forge-hpc env environment.name=guessing | head -20")
     s.say("## A run that is looked at, cancelled, and goes on")
@@ -191,7 +192,8 @@ def session(s: Session) -> None:
     s.wait_for(lambda: s.state("a") in ("completed", "failed"))
     s("forge-hpc status runs/a")
     s("forge-hpc report runs/a")
-    s("forge-hpc export runs/a --step 2")
+    s("forge-hpc plan --config short.yaml --nodes 4 --from runs/a")
+    s("forge-hpc export runs/a")
     s.say("## Several runs")
     sweep = "--sweep trainer.optimizer.lr=1e-3,1e-2 seed=0,1 --at-once 2"
     s(f"forge-hpc submit --config short.yaml --run-dir runs/lr {sweep}")
