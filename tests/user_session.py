@@ -91,7 +91,8 @@ class Session:
     def file(self, name: str, text: str) -> None:
         """A file that the user writes."""
         (self.home / name).write_text(text)
-        self._add(f'\n```yaml title="{name}"\n{text}```\n')
+        kind = {".py": "python", ".jsonl": "json"}.get(Path(name).suffix, "yaml")
+        self._add(f"\n`{name}`:\n\n```{kind}\n{text}```\n")
 
     def __call__(self, line: str, code: int = 0, timeout_s: float = 600, shown: Callable[[str], str] = str) -> str:
         """A command, as it is typed."""

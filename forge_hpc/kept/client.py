@@ -37,7 +37,7 @@ TAKEN_S = 10.0
 START_S = 120.0
 """A keeper that was just started: srun may wait for its nodes."""
 SILENT_S = 60.0
-POLL_S = 0.05
+POLL_S = 0.1
 
 
 class Client:

@@ -28,7 +28,7 @@ ENGINES = ".engines"
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 _OF_THE_SHELL = re.compile(
     r"_|PWD|OLDPWD|SHLVL|TERM|COLUMNS|LINES|COLORTERM|DISPLAY|WINDOWID|PS\d|HIST.*|SSH_.*|TMUX.*|STY|XDG_SESSION_.*"
-    r"|DBUS_.*|PYTEST_.*|FORGE_HPC_SUBMIT.*"
+    r"|DBUS_.*|PYTEST_CURRENT_TEST"
 )
 """Variables that no process of a run looks at."""
 

@@ -1,4 +1,4 @@
-"""The keeper of engines: ``python -m forge_hpc.kept.keeper --engines D --keep SECONDS`` on every node.
+"""The keeper of engines: ``python -m forge_hpc.kept.keeper --engines D`` on every node.
 
     submit ──► mailbox: request ──► keeper (node 0) ──► KeptRun ──► answer ──► … until the deadline ──► all ends
 
@@ -41,7 +41,8 @@ FIRST_S = 60.0
 """Whoever has started the keeper asks for a run within this time."""
 SILENT_S = 60.0
 """A run whose submit shows no sign of life for so long is asked to leave, as if its terminal had been closed."""
-POLL_S = 0.1
+POLL_S = 0.25
+"""A look at the mailbox is one listing of a directory, perhaps on a file server, for as long as engines are kept."""
 
 
 class Keeper:
@@ -54,6 +55,7 @@ class Keeper:
         self._job_id = allocation.job_id if allocation.in_slurm else None
         self._asked_to_end = False
         self._since = time.time()
+        self._said: dict[str, Any] = {}
         run_dir = directory.run_dir
         node = Node(run_dir, allocation)
         rendezvous = node.rendezvous(None if self._job_id else f"local.{os.getpid()}")
@@ -77,8 +79,8 @@ class Keeper:
                 code = self._serve(request)
                 ends = time.time() + request["keep_s"]
                 self._say(None, ends, what)  # before the answer: whoever has it may ask for the next
-                self._mailbox.publish(f"answer-{request['id']}", {"code": code})
                 self._listen()
+                self._mailbox.publish(f"answer-{request['id']}", {"code": code})
         finally:
             self.close()
         return Exit.DONE
@@ -115,7 +117,7 @@ class Keeper:
     def _say(self, run: str | None, ends: float | None, what: str) -> None:
         said = {"pid": os.getpid(), "host": os.uname().nodename, "since": self._since, "run": run, "ends": ends}
         said |= {"what": what, "nodes": self._allocation.num_nodes}
-        if said != getattr(self, "_said", None):
+        if said != self._said:
             with contextlib.suppress(OSError):
                 self.directory.write("state", said)
                 self._said = said
@@ -123,11 +125,12 @@ class Keeper:
     def _next_request(self) -> dict[str, Any] | None:
         time.sleep(POLL_S)
         with contextlib.suppress(OSError):
-            if self._mailbox.names("end-"):
+            names = self._mailbox.names("")
+            if any(name.startswith("end-") for name in names):
                 self._asked_to_end = True
                 return None
-            for name in self._mailbox.names("request-"):
-                if (request := self._mailbox.look(name)) is not None:
+            for name in names:
+                if name.startswith("request-") and (request := self._mailbox.look(name)) is not None:
                     self._mailbox.publish(f"taken-{request['id']}", {})
                     (self._mailbox.directory / f"{name}.json").unlink(missing_ok=True)
                     return request
@@ -163,9 +166,12 @@ class _Signals:
             while (record := self._mailbox.look(f"signal-{self._id}-{self._num}")) is not None:
                 self._num += 1
                 signals.append(int(record["signal"]))
-            alive, now = self._mailbox.look(f"alive-{self._id}"), time.monotonic()
-            self._silent_s = 0.0 if alive != self._alive else self._silent_s + min(now - self._looked, 1.0)
-            self._alive, self._looked = alive, now
+            if (now := time.monotonic()) - self._looked > deadlines.LOOK_S:
+                alive = self._mailbox.look(f"alive-{self._id}")
+                # Time in which this process stood still counts as one look.
+                waited = min(now - self._looked, 2 * deadlines.LOOK_S)
+                self._silent_s = 0.0 if alive != self._alive else self._silent_s + waited
+                self._alive, self._looked = alive, now
         if self._silent_s > SILENT_S and not self._told:
             self._told = True
             signals.append(signal.SIGTERM)

@@ -103,10 +103,13 @@ class KeptRun(FirstNode):
         """They stay."""
 
     def start(self, config: Config, rendezvous: Rendezvous, tls: Path, log_dir: Path) -> Ending:
-        engines = self._engines
-        ending = self._start(config, rendezvous, log_dir)
-        engines.is_doubtful = engines.is_doubtful or ending.cause in DOUBTFUL or engines.controller is None
-        return ending
+        ending: Ending | None = None
+        try:
+            ending = self._start(config, rendezvous, log_dir)
+            return ending
+        finally:  # half a start is none
+            if self._engines.controller is None or (ending is not None and ending.cause in DOUBTFUL):
+                self._engines.is_doubtful = True
 
     def _start(self, config: Config, rendezvous: Rendezvous, log_dir: Path) -> Ending:
         engines = self._engines
