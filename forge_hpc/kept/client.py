@@ -26,7 +26,7 @@ from typing import IO, Any
 from forge_hpc.config import UserError, print_error
 from forge_hpc.files import make_private_dir, open_private
 from forge_hpc.kept.directory import EnginesDir, origin_of, why_not
-from forge_hpc.kept.ending import end_engines
+from forge_hpc.kept.ending import WAIT_S, end_engines
 from forge_hpc.run_dir import RunDir
 from forge_hpc.supervisor import deadlines
 from forge_hpc.supervisor.ending import Exit
@@ -108,6 +108,9 @@ class Client:
             UserError: it does not begin.
         """
         directory = self._directory
+        until = time.monotonic() + WAIT_S  # earlier ones may be ending
+        while directory.run_dir.is_locked() and time.monotonic() < until:
+            time.sleep(POLL_S)
         shutil.rmtree(directory.mailbox.directory, ignore_errors=True)
         directory.forget()
         shutil.copyfile(self._run_dir.config, directory.run_dir.config)
