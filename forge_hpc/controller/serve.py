@@ -35,6 +35,8 @@ from forge_hpc.user_files import named_files
 
 logger = logging.getLogger("forge_hpc.controller")
 FLUSH_S = 2.0
+HAND_OVER_S = 120.0
+"""A run's processes have given up what is not kept within this time."""
 
 
 async def serve(orders: Orders, rendezvous: Rendezvous) -> int:
@@ -59,7 +61,12 @@ async def serve(orders: Orders, rendezvous: Rendezvous) -> int:
             if outcome.get("is_loss") or outcome.get("cause") == Cause.NODE_LOST or server.faults.ended_nodes:
                 finish_runs()
                 return ControllerExit.FAILED
-            await crew.hand_over(server.kept)
+            try:
+                async with asyncio.timeout(HAND_OVER_S):
+                    await crew.hand_over(server.kept)
+            except Exception:  # whatever it is, what would be kept is not in order
+                logger.exception("nothing is kept")
+                return ControllerExit.FAILED
             finish_runs()
             del crew, work
             gc.collect()
