@@ -64,7 +64,7 @@ ANSWERS = """\
 {"prompt": "1+1=", "response": "2", "target": "2"}
 {"prompt": "2+2=", "response": "5", "target": "4"}
 """
-MAX_LINES = 40
+MAX_LINES = 50
 """Of the output of one command."""
 
 
@@ -158,7 +158,8 @@ class Session:
         text = text.replace(f"{Path(sys.executable).parent}/", "")
         text = text.replace(str(self.home), "~").replace(str(PROJECT), "~/forge_hpc")
         text = text.replace(f"Cluster {self.cluster.bridge}", "Cluster lab")
-        text = re.sub(rf"{self.cluster.bridge}-?n?(\d)", r"node\1", text)
+        text = text.replace(f"{self.cluster.bridge}n", "node")
+        text = re.sub(r"\broot(?=[@_])|(?<=/tmp/)root\b", "ada", text)
         text = text.replace(os.uname().nodename, "login")
         self.page.append(text)
         print(text, end="", flush=True)
@@ -206,13 +207,18 @@ def session(s: Session) -> None:
     s("forge-hpc submit --config short.yaml --run-dir runs/later --begin now+2hours")
     s("forge-hpc status --all")
     s("forge-hpc cancel runs/held && forge-hpc cancel runs/later")
+    allocation(s)
+    s.say("## The shell")
+    s("source <(forge-hpc completion bash); complete -p forge-hpc")
+
+
+def allocation(s: Session) -> None:
+    """Two runs in one."""
     s.say("## In an allocation, where engines are kept")
     shell = "forge-hpc submit --config short.yaml --keep-engines 10m trainer.training.steps=2 --run-dir runs"
     lines = [f"{shell}/one", f"{shell}/two trainer.optimizer.lr=1e-2", "forge-hpc engines --end"]
     (s.home / "lines.sh").write_text("\n".join(f"echo '$ {line}'\n{line}" for line in lines) + "\n")
-    s("salloc --nodes=2 --exclusive bash lines.sh")
-    s.say("## The shell")
-    s("source <(forge-hpc completion bash); complete -p forge-hpc")
+    s("salloc --nodes=2 --exclusive bash lines.sh | grep -v '^|'")
 
 
 def main() -> int:

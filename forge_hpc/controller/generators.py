@@ -30,6 +30,8 @@ SPAWN_S = 60.0
 """A process starts on a node within this time, or the node is lost."""
 END_S, PROBE_S = 5.0, 20.0
 """A replica that has not ended after END_S on a node that starts no process within PROBE_S went with its node."""
+START_S = 90.0
+"""An engine that is still starting when its run ends is kept where it is there within this time."""
 STORE_S = 120.0
 """A replacement waits so long for the weight store of restarted trainers."""
 
@@ -196,7 +198,10 @@ class GeneratorPool:
 
     async def hand_over(self, kept: KeptMeshes) -> None:
         """The run is over: leave the engines for the next, and end what cannot be left."""
-        for task in (*self._tasks, *([self._starting] if self._starting is not None else [])):
+        if self._starting is not None:  # the next run needs them as much as this one, which failed early
+            await asyncio.wait({self._starting}, timeout=START_S)
+            self._starting.cancel()
+        for task in self._tasks:
             task.cancel()
         serving = set(self.service.serving) if self.turns is None else set()  # one that sleeps is not asked
         for index, slot in self._slots.items():
