@@ -165,7 +165,7 @@ def test_engines_end_at_their_deadline_with_all_processes(folder: Folder) -> Non
 def test_a_keeper_that_is_killed_takes_all_with_it_and_the_next_run_starts_anew(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     run = folder.begin("one", "trainer.training.steps=2000", "algorithm.max_steps_without_signal=1000")
-    wait_for(lambda: len(read(tmp_path / "runs/one")) >= 1, "a step")
+    wait_for(lambda: processes(folder.engines, "forge_hpc.controller"), "the start of the controller")
     psutil.Process(folder.state()["pid"]).kill()
     out, err = run.communicate(timeout=60)
     assert run.returncode == 1 and "the keeper of the engines has died" in err, out + err
@@ -217,6 +217,7 @@ def test_a_keeper_that_has_died_keeps_nobody_away(tmp_path: Path) -> None:
 
 
 @pytest.mark.slurm
+@pytest.mark.training
 def test_engines_are_kept_within_an_allocation_on_all_its_nodes(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
     forge = [sys.executable, "-m", "forge_hpc.cli"]
     submit = " ".join(
