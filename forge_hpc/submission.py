@@ -264,6 +264,8 @@ def check_run(request: Request, place: Place, cfg: Config, run_dir: RunDir, fork
     from forge_hpc.before_queue import look_ahead
     from launchers import slurm
 
+    if request.keep_s is not None:
+        place.engines()
     file_changes = check_files(cfg, run_dir, accept=request.accept_changes)
     warm = _check(cfg, run_dir if fork is None else fork.source)
     _fix_date(cfg, run_dir)

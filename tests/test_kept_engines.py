@@ -19,6 +19,7 @@ from runs import DEMO, PROJECT, left_over, processes, read, small_run, status, w
 from slurm_cluster import SlurmCluster
 from test_slurm_sweeps import learned
 
+from forge_hpc.cli import main
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.user_code import forget_user_code, load_user_code
 from forge_hpc.kept.directory import EnginesDir, keep_s_of, origin_of, why_not
@@ -204,6 +205,14 @@ def test_how_long_engines_are_kept_is_said_with_a_unit(text: str, seconds: float
     for wrong in (text[:-1], f"-{text}", "0s", "soon"):
         with pytest.raises(UserError, match="is no time"):
             keep_s_of(wrong)
+
+
+def test_a_job_of_its_own_keeps_no_engines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", "--cluster", "slurm", "--dry-run", "--config", str(DEMO), "--keep-engines", "30m"]) == 2
+    said = capsys.readouterr().err
+    assert "this one would be a job of its own" in said and "salloc first, or --cluster local" in said
+    assert main(["submit", "--keep-engines", "30m", "--sweep", "seed=0,1"]) == 2
+    assert "--keep-engines is for one run at a time" in capsys.readouterr().err
 
 
 def test_a_keeper_that_has_died_keeps_nobody_away(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ class Client:
 
     def _wait_until_taken(self, within_s: float) -> bool:
         until = time.monotonic() + within_s
-        while self._directory.mailbox.look(f"taken-{self._id}") is None:
+        while self._look(self._directory.mailbox, f"taken-{self._id}") is None:
             if time.monotonic() > until or (self._keeper is not None and self._keeper.poll() is not None):
                 return False
             time.sleep(POLL_S)
