@@ -8,6 +8,7 @@
 # make openenv  the environments of the docs against published OpenEnv servers, installed in a temporary folder
 # make light  the tests that need no torch, with another Python: PYTHON=python3.12, or SLURM=24.11 with its 3.13
 # make nfs    the run directory on real NFS, in virtual machines (root once; it takes minutes; ARGS="-k name")
+# make session  every command of forge-hpc on a real Slurm cluster on this machine: docs/session.md (root; ARGS=)
 # make bench  what needs no GPU, measured: a table and runs/bench.json (at most 20 minutes; ARGS="--only packing.py")
 # make gpu-check  the same on a machine with GPUs, in the Python it has: PYTHON=python3, ARGS="--part trainer"
 # make lint   ruff and mypy
@@ -19,7 +20,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help demo browser bench gpu-check test test-apptainer endings light chaos nfs openenv lint configuration requirements clean setup debian
+.PHONY: help demo browser session bench gpu-check test test-apptainer endings light chaos nfs openenv lint configuration requirements clean setup debian
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -106,6 +107,9 @@ chaos: setup debian
 
 openenv: setup
 	@exec $(BIN)/python -m pytest -m openenv tests/test_openenv_servers.py $(ARGS)
+
+session: setup debian
+	@exec $(BIN)/python tests/user_session.py --write docs/session.md $(ARGS)
 
 browser: DEBIAN_PACKAGES = chromium-headless-shell
 browser: setup debian

@@ -65,6 +65,7 @@ class Run:
         on: str = "auto",
         site: str | None = None,
         after: tuple[str, ...] = (),
+        keep_engines: str | None = None,
         **overrides: Any,
     ) -> Self:
         """Start a run and return at once, as ``forge-hpc submit`` does: on Slurm where it is, within salloc there.
@@ -77,6 +78,7 @@ class Run:
             run_dir: where it lives; by default ``runs/NAME-TIMESTAMP``.
             on: ``auto``, ``slurm``, ``allocation`` or ``local``, as ``--cluster``.
             after: run directories and jobs that must have ended well, as ``--after``.
+            keep_engines: how long engines stay for the next run, ``"30m"`` say, as ``--keep-engines``.
             overrides: keys of the configuration: ``seed=1``, ``trainer={"training": {"steps": 20}}``, or with dots
                 ``**{"trainer.training.steps": 20}``.
 
@@ -84,6 +86,7 @@ class Run:
             UserError: anything that would keep the run from starting.
         """
         from forge_hpc import submission
+        from forge_hpc.kept.directory import keep_s_of
         from forge_hpc.queueing import Queueing
         from launchers.local import run_behind
 
@@ -95,6 +98,7 @@ class Run:
             cluster=on,
             site=site,
             queueing=Queueing(tuple(map(str, after))),
+            keep_s=None if keep_engines is None else keep_s_of(keep_engines),
         )
         place = submission.find_place(request)
         cfg = place.configuration(request)
@@ -105,7 +109,7 @@ class Run:
                 checked.queue(options)
             else:
                 checked.make()
-                process = run_behind(checked.run_dir.path, place.start(cfg, checked.run_dir))
+                process = run_behind(checked.run_dir.path, place.start(cfg, checked.run_dir, request.keep_s))
         run = cls(checked.run_dir.path)
         run._process = process
         return run

@@ -91,6 +91,8 @@ def starts(cfg: Config, run_dir: RunDir, options: Sequence[str] = ()) -> str:
     from launchers.slurm import RunExecutor
 
     start = RunExecutor(cfg, run_dir.path, options).expected_start()
+    if "--hold" in options:
+        return "starts         when it is released: scontrol release JOB"
     return f"starts         {start}, as things are" if start else "starts         Slurm does not say when"
 
 

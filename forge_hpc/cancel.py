@@ -105,7 +105,7 @@ def _ask_process(run_dir: RunDir, holder: dict[str, object], *, now: bool) -> Ca
         _say_that_it_saves(run_dir)
 
     def has_ended() -> bool:
-        if not Path(f"/proc/{pid}").exists():
+        if not Path(f"/proc/{pid}").exists() or not run_dir.is_locked():  # a keeper of engines stays
             return True
         if now:
             _interrupt(pid)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from forge_hpc import slurm
 from forge_hpc.config import UserError, load_config
+from forge_hpc.observability.console import format_duration
 from forge_hpc.sandbox import Sandbox
 from forge_hpc.slurm import partitions
 from forge_hpc.slurm.site import site_overrides
@@ -115,7 +116,7 @@ def _slurm() -> Iterator[Finding]:
             limit = (
                 "no time limit"
                 if partition.time_limit_s == float("inf")
-                else f"at most {partition.time_limit_s / 3600:g} h"
+                else f"at most {format_duration(partition.time_limit_s)}"
             )
             state = "" if partition.is_up else ", down"
             default = ", default" if partition.is_default else ""

@@ -114,12 +114,17 @@ def _where(body: str, command: str) -> tuple[str, str]:
     elif threads and threads[-1]:  # the last one is the main thread
         file, line, function = threads[-1][0]
     else:
-        return command, kernel.strip() or ("does not answer" if "no answer" in body else "says nothing of itself")
+        module = re.search(r" -m (\S+)", command)
+        return module[1] if module else command, kernel.strip() or (
+            "does not answer" if "no answer" in body else "says nothing of itself"
+        )
     return function, f"{_short(file)}:{line}{kernel}"
 
 
 def _is_of_interest(file: str) -> bool:
-    waits = ("forge_hpc/actors/", "forge_hpc/cluster/", "forge_hpc/controller/__main__", "forge_hpc/workers/process")
+    loops = ("__main__", "conduct", "orders", "serve")
+    waits = ["forge_hpc/actors/", "forge_hpc/cluster/", "forge_hpc/workers/process"]
+    waits += [f"forge_hpc/controller/{loop}" for loop in loops]
     return not re.search(r"site-packages|/lib/python\d|<frozen", file) and not any(word in file for word in waits)
 
 

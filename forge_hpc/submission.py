@@ -29,6 +29,7 @@ from forge_hpc.user_files import check_files, keep_files, kept_files, restore_ke
 if TYPE_CHECKING:
     from forge_hpc.before_queue import Outlook
     from forge_hpc.fork import Fork
+    from forge_hpc.kept.directory import EnginesDir
     from forge_hpc.slurm import JobFacts
     from forge_hpc.slurm.partitions import Partition
     from launchers.command import Start
@@ -51,6 +52,8 @@ class Request:
     default_config: Path = DEFAULT_CONFIG
     accept_changes: bool = False
     """Go on with other files of the user's than those that the run began with."""
+    keep_s: float | None = None
+    """Keep the engines for so many seconds after the run, and take those that are kept."""
     source: Path | None = None
     """The run that a new one begins from, with its configuration and a checkpoint of it."""
     source_step: int | None = None
@@ -200,14 +203,36 @@ class Place:
                 "submit from a login node of a cluster, or use --cluster local; --dry-run shows the script anywhere",
             )
 
-    def start(self, cfg: Config, run_dir: RunDir) -> Start:
-        """What starts a run from here, where it is no job of its own."""
+    def start(self, cfg: Config, run_dir: RunDir, keep_s: float | None = None) -> Start:
+        """What starts a run from here, where it is no job of its own; with ``keep_s`` on engines that are kept for so
+        many seconds after it."""
         from forge_hpc.slurm import corrections
-        from launchers.command import start_here, start_in_allocation
+        from launchers.command import keeper_command, start_here, start_in_allocation, start_on_kept_engines
 
+        engines = self.engines() if keep_s is not None else None
+        keeper = None if engines is None else keeper_command(engines.path)
         if self.allocation is None:
-            return start_here(cfg, run_dir.path)
-        return start_in_allocation(cfg, run_dir.path, corrections(self.allocation))
+            start = start_here(cfg, run_dir.path, keeper)
+        else:
+            start = start_in_allocation(cfg, run_dir.path, corrections(self.allocation), keeper)
+        if engines is None or keep_s is None:
+            return start
+        return start_on_kept_engines(start, engines.path, run_dir.path, keep_s)
+
+    def engines(self) -> EnginesDir:
+        """Where engines of runs from here are kept.
+
+        Raises:
+            UserError: runs are jobs of their own, and their engines end with them.
+        """
+        from forge_hpc.kept.directory import EnginesDir
+
+        if self.as_jobs:
+            raise UserError(
+                "--keep-engines is for runs on this machine or within salloc, and this one would be a job of its own",
+                "salloc first, or --cluster local",
+            )
+        return EnginesDir.here(self.allocation.job_id if self.allocation is not None else None)
 
 
 def find_place(request: Request, *, dry_run: bool = False) -> Place:
@@ -239,6 +264,8 @@ def check_run(request: Request, place: Place, cfg: Config, run_dir: RunDir, fork
     from forge_hpc.before_queue import look_ahead
     from launchers import slurm
 
+    if request.keep_s is not None:
+        place.engines()
     file_changes = check_files(cfg, run_dir, accept=request.accept_changes)
     warm = _check(cfg, run_dir if fork is None else fork.source)
     _fix_date(cfg, run_dir)
@@ -264,7 +291,7 @@ def _show(request: Request, place: Place, run: Checked) -> int:
         if options := request.queueing.options():
             print(f"# sbatch {shlex.join(options)}")
     else:
-        print(shlex.join(place.start(run.cfg, run.run_dir).command))
+        print(shlex.join(place.start(run.cfg, run.run_dir, request.keep_s).command))
     print(run.outlook.table("# "))
     _say_all([*run.changes, *run.outlook.warnings])
     if place.on_slurm:
@@ -288,11 +315,27 @@ def check_start(request: Request, place: Place, run: Checked) -> list[str]:
         check_queue(run.cfg, place.partitions)
     else:
         request.queueing.check_here()
+    if not place.on_slurm:
+        _look_at_kept_engines(request, place)
     own = place.allocation.job_id if place.allocation is not None else None
     _refuse_busy(run.run_dir, own)
     if own is not None and run.run_dir.is_locked():
         raise UserError(f"a step of this allocation works on {run.run_dir} already", "wait for it")
     return request.queueing.options() if place.on_slurm else []
+
+
+def _look_at_kept_engines(request: Request, place: Place) -> None:
+    """Refuse those that are at work; say that there are some where they are not asked for, since they hold memory.
+
+    Raises:
+        UserError: they are at work for another run.
+    """
+    from forge_hpc.kept.ending import is_alive, refuse_busy
+
+    if request.keep_s is not None:
+        refuse_busy(place.engines())
+    elif place.engines().state() is not None and is_alive(place.engines()):
+        _say(f"engines of an earlier run are kept here, and hold memory: {tool()} engines --end")
 
 
 def _begin(request: Request, place: Place, run: Checked, *, follow: bool) -> int:
@@ -308,7 +351,7 @@ def _begin(request: Request, place: Place, run: Checked, *, follow: bool) -> int
     if not place.on_slurm:
         run.make()
         print(f"run directory  {run_dir}\n{run.outlook.table()}", flush=True)
-        return local.run_here(cfg, run_dir.path, place.start(cfg, run_dir))
+        return local.run_here(cfg, run_dir.path, place.start(cfg, run_dir, request.keep_s))
     begins = starts(cfg, run_dir, options)
     job_id = run.queue(options)
     where = shlex.quote(str(run_dir))

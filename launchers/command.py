@@ -80,17 +80,21 @@ class Start:
     """What is told the exit code of `command` where it does not end well."""
 
 
-def start_here(cfg: Config, run_dir: Path) -> Start:
-    """On this machine: inside an allocation, too, it must not take itself for one task of several."""
+def start_here(cfg: Config, run_dir: Path, run: Sequence[str] | None = None) -> Start:
+    """On this machine: inside an allocation, too, it must not take itself for one task of several. ``run`` is what is
+    started there, where it is not the run itself."""
     environ = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
-    return Start(with_setup(run_command(run_dir), cfg.slurm.setup), environ)
+    return Start(with_setup(run or run_command(run_dir), cfg.slurm.setup), environ)
 
 
-def start_in_allocation(cfg: Config, run_dir: Path, variables: Mapping[str, str | None]) -> Start:
+def start_in_allocation(
+    cfg: Config, run_dir: Path, variables: Mapping[str, str | None], started: Sequence[str] | None = None
+) -> Start:
     """On ``cluster.nodes`` nodes of the allocation that this process is in.
 
     Args:
         variables: of Slurm's, those that are another job's, by `corrections`.
+        started: what is started on them, where it is not the run itself.
     """
     right = os.environ | variables
     environ = {key: value for key, value in right.items() if value is not None and key not in OPTIONS_OF_SRUN}
@@ -99,4 +103,24 @@ def start_in_allocation(cfg: Config, run_dir: Path, variables: Mapping[str, str 
     run, setup = run_command(run_dir), cfg.slurm.setup
     first_node = ["env", "SLURM_PROCID=0"]
     after = [*first_node, *with_setup([*run, "--after"], setup)]
-    return Start(["srun", *options, *with_setup(run, setup)], environ, after)
+    return Start(["srun", *options, *with_setup(started or run, setup)], environ, after)
+
+
+def start_on_kept_engines(keeper: Start, engines: Path, run_dir: Path, keep_s: float) -> Start:
+    """On engines that are kept in a directory, and that are started as ``keeper`` says where there are none."""
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "forge_hpc.kept.client",
+        "--engines",
+        str(engines),
+        "--run-dir",
+        str(run_dir),
+    ]
+    return Start([*command, "--keep", str(keep_s), "--", *keeper.command], keeper.environ, keeper.after)
+
+
+def keeper_command(engines: Path, python: str = sys.executable) -> list[str]:
+    """What keeps engines on a node."""
+    return [python, "-u", "-m", "forge_hpc.kept.keeper", "--engines", str(engines)]

@@ -14,6 +14,7 @@ from _pytest.mark import ParameterSet
 from runs import PROJECT, left_over, read, small_run, status
 from sandboxes import needs_bubblewrap
 
+from forge_hpc.commands import COMMANDS as COMMANDS_OF_THE_TOOL
 from forge_hpc.config import load_config, validate
 from forge_hpc.data.builtin import char_tokenizer
 
@@ -110,3 +111,10 @@ def test_what_flows_through_a_run_is_imported_from_the_package_without_torch():
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
 def test_every_page_is_in_the_index(page: Path):
     assert page.name == "README.md" or f"({page.name})" in (DOCS / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_session_shows_every_command_with_output_and_no_path_of_the_machine_that_it_was_run_on():
+    page = (DOCS / "session.md").read_text(encoding="utf-8")
+    shown = re.findall(r"forge-hpc ([a-z]+)", "\n".join(re.findall(r"^\$ (.*)$", page, re.MULTILINE)))
+    assert {*COMMANDS_OF_THE_TOOL} <= {*shown}, "make session writes the page"
+    assert not re.search(r"(?<![\w.~])/(?:root|wt|var)/|fhpc", page)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -490,6 +491,16 @@ def test_attach_says_why_there_is_nothing_to_attach_to(
     for name, words in (("done", "is completed"), ("here", "is not a job of Slurm"), ("waits", "Priority")):
         assert main(["attach", f"runs/{name}", "--", "true"]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_attach_without_a_terminal_takes_a_command_alone(
+    make: Make, squeue: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make("runs", job_id="80")
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert main(["attach", "runs/runs"]) == 2
+    said = capsys.readouterr().err
+    assert "error: a shell needs a terminal" in said and "-- nvidia-smi" in said
 
 
 def test_bash_completes_commands_options_choices_and_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

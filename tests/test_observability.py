@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import signal
 import stat
@@ -15,6 +16,7 @@ import time
 import types
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -23,12 +25,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import LoggingConfig
 from forge_hpc.data.types import Completion, Episode, Group, Prompt
+from forge_hpc.observability.all_steps import MOST, AllSteps, Series, quantile
 from forge_hpc.observability.console import ConsoleProgress, format_duration
 from forge_hpc.observability.jsonl import JsonlWriter, read_jsonl
 from forge_hpc.observability.logger import MetricLogger
 from forge_hpc.observability.metrics import METRIC_KEYS
 from forge_hpc.observability.remote import finish_runs
-from forge_hpc.observability.report import quantile, render_report, sparkline
+from forge_hpc.observability.report import render_report, sparkline
 from forge_hpc.observability.summary import final_summary, read_figures
 from forge_hpc.observability.watching import render_status, render_watch
 from forge_hpc.run_dir import RunDir
@@ -514,3 +517,22 @@ def test_sparklines_and_quantiles_are_right_at_their_edges() -> None:
     assert sparkline([0, 0, 1, 1], width=2) == "▁█"
     assert len(sparkline(list(range(1000)), width=60)) == 60
     assert (quantile([3.0], 0.9), quantile([0, 1, 2], 0.5), quantile([0, 10], 0.25)) == (3.0, 1, 2.5)
+
+
+def test_the_figures_of_a_run_of_any_length_are_read_in_bounded_memory() -> None:
+    num = 3 * MOST
+    steps = AllSteps({"step": n, "loss": math.sin(n), "time/step_s": 2.0} for n in range(num))
+    loss = steps["loss"]
+    assert (steps.num, len(steps.newest), loss.count, len(loss.kept) <= MOST) == (num, 5, num, True)
+    assert loss.total == sum(math.sin(n) for n in range(num)) and steps["time/step_s"].total == 2.0 * num
+    assert steps.first("loss") == fmean(math.sin(n) for n in range(5))
+    assert steps.last("loss") == fmean(math.sin(n) for n in range(num - 5, num))
+    exact = [math.sin(n) for n in range(num)]
+    assert loss.quantile(1.0) == max(exact) and (loss.low, loss.high) == (min(exact), max(exact))
+    for share in (0.1, 0.5, 0.9):
+        assert abs(loss.quantile(share) - quantile(exact, share)) < 0.01
+    few = Series(most=4)
+    for value in range(10):
+        few.add(value)
+    assert list(few.kept) == [0, 4, 8], "every fourth"
+    assert steps["absent"].count == 0 and steps.first("absent") is None

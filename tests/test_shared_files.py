@@ -422,7 +422,7 @@ def test_work_in_a_thread_gives_its_result_its_error_or_is_left_behind() -> None
 def test_the_controllers_loop_turns_while_its_status_cannot_be_written(
     run_dir: RunDir, stalled: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from forge_hpc.controller import __main__ as controller
+    from forge_hpc.controller import conduct as controller
 
     monkeypatch.setattr(controller, "HEARTBEAT_S", 0.01)
 

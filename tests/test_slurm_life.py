@@ -80,3 +80,17 @@ def test_a_run_is_looked_at_by_its_job_and_cancel_saves_its_last_step(user: User
     assert job_now["JobState"] in ("FAILED", "CANCELLED") and job_now["Restarts"] == "0"
     assert "cancelled already" in user("cancel", job).stdout
     assert "it is cancelled" in user("stacks", job, code=2).stderr
+
+
+def test_a_login_node_that_kills_what_follows_a_run_takes_nothing_from_it(user: User) -> None:
+    run_dir = user.folder / "runs/followed"
+    waits = "slurm.setup=['touch begun; sleep 600']"
+    line = [sys.executable, "-m", "forge_hpc.cli", "submit", "--nodes=1", f"--run-dir={run_dir}", "--follow", waits]
+    line += ["model.path=builtin:qwen3-tiny"]
+    with subprocess.Popen(line, env=environment(user.cluster), cwd=user.folder, stdout=subprocess.DEVNULL) as follower:
+        wait_for(lambda: (user.folder / "begun").exists(), "the begin of the job", 120)
+        follower.kill()
+    job = status(run_dir)["job_id"]
+    assert user.cluster.job(job)["JobState"] == "RUNNING"
+    assert "RUNNING" in user("status", job).stdout
+    user("cancel", "--now", job)

@@ -139,7 +139,7 @@ def test_what_was_kept_can_be_put_back(code: Path, run_dir: RunDir) -> None:
 def test_a_node_keeps_the_files_of_a_run_that_was_made_before_and_refuses_others_later(
     code: Path, run_dir: RunDir
 ) -> None:
-    from forge_hpc.controller.__main__ import take_user_files
+    from forge_hpc.controller.conduct import take_user_files
 
     cfg = configuration(code)
     shutil.rmtree(run_dir.path / "code")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from forge_hpc.data.types import Completion, Prompt
 from forge_hpc.environments import EnvironmentFailed, EnvironmentPool
 from forge_hpc.rewards import RewardPool
 from forge_hpc.workers.pool import WorkerPool
+from forge_hpc.workers.process import WorkerProcess
 
 PROMPT = Prompt(0, "go", [5, 6], "", {}, "go")
 
@@ -191,3 +193,18 @@ def test_a_start_that_is_given_up_leaves_no_process(tmp_path: Path) -> None:
         await pool.close()
 
     asyncio.run(scenario((tmp_path / "up").exists))
+
+
+def test_a_worker_that_is_still_starting_ends_although_it_ignores_signals() -> None:
+    """As below a controller, which is deaf to them, and so is what it starts."""
+
+    async def scenario() -> None:
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            worker = await WorkerProcess.start("forge_hpc.rewards.worker")
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        worker.kill()
+        await asyncio.wait_for(worker.wait(), 60)
+
+    asyncio.run(scenario())

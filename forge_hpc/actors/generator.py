@@ -33,10 +33,13 @@ class Generator(Actor):
     """Serves completions of the policy. Calls run at once: requests join while others decode."""
 
     def __init__(self, config: Config, replica: int, log_dir: Path) -> None:
-        setup_logging(log_dir / f"generator-{replica}.log", f"generator-{replica}")
+        self._replica = replica
+        self._begin(config, log_dir)
+
+    def _begin(self, config: Config, log_dir: Path) -> None:
+        setup_logging(log_dir / f"generator-{self._replica}.log", f"generator-{self._replica}")
         self._config = config
         self._log_dir = log_dir
-        self._replica = replica
         self._links: LinkReader | None = None
         self._unlinked: Hashable = None  # trainers with which NCCL did not work
         self._remote: RemoteReader | None = None
@@ -53,6 +56,14 @@ class Generator(Actor):
 
         self._engine = await asyncio.to_thread(GenerationEngine, model_dir, self._config, device=device_type())
         self._gpus = GpuMonitor(visible_gpus() if device_type() == "cuda" else [])
+
+    @endpoint
+    async def renew(self, config: Config, log_dir: Path, model_dir: Path) -> str:
+        """Serve another run from the weights in ``model_dir`` on, as a new replica would. Why that cannot be; empty
+        where it can (``GenerationEngine.renew``)."""
+        self._close_readers()
+        self._begin(config, log_dir)
+        return await self._engine.renew(model_dir, config)
 
     @concurrent_endpoint
     async def generate(
@@ -251,8 +262,11 @@ class Generator(Actor):
     @endpoint
     async def leave(self) -> None:
         """End the engine and its processes."""
+        self._close_readers()
+        if hasattr(self, "_engine"):
+            await asyncio.to_thread(self._engine.close)
+
+    def _close_readers(self) -> None:
         for reader in (self._links, self._remote):
             if reader is not None:
                 reader.close()
-        if hasattr(self, "_engine"):
-            await asyncio.to_thread(self._engine.close)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +21,11 @@ from forge_hpc.actors.publishing import Publishing
 from forge_hpc.config import Config
 from forge_hpc.config.needs import POLICY, ModelNeed
 from forge_hpc.config.recipes import needs_of
+from forge_hpc.config.user_code import forget_user_code
 from forge_hpc.data.types import Document
 from forge_hpc.observability.logs import setup_logging
 from forge_hpc.observability.traces import trace_dir, traced
+from forge_hpc.user_files import named_files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,6 +48,11 @@ class Trainer(Actor):
         point = current_rank()
         self._rank, self._world_size = point.rank, point.extent.nelements
         self._local_rank = self._rank % point.extent["procs"]
+        # One thread for all of torch: OpenMP's pool and the current CUDA device belong to a thread.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="torch")
+        self._begin(config, log_dir, models)
+
+    def _begin(self, config: Config, log_dir: Path, models: Mapping[str, ModelNeed] | None) -> None:
         setup_logging(log_dir / f"trainer-{self._rank}.log", f"trainer-{self._rank}")
         self._config = config
         self._log_dir = log_dir
@@ -52,8 +61,6 @@ class Trainer(Actor):
         self._snapshots: Snapshots | None = None
         self._server: Server | None = None  # where generators have hosts of their own
         self._stored: int | None = None  # the version that was put into the store last
-        # One thread for all of torch: OpenMP's pool and the current CUDA device belong to a thread.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="torch")
 
     async def _in_thread(self, function: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
@@ -282,9 +289,46 @@ class Trainer(Actor):
     @endpoint
     async def leave(self) -> None:
         """Leave the process group."""
+        self._leave()
+
+    def _leave(self) -> None:
         import torch.distributed as dist
 
         if self._server is not None:
             self._server.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    # ---- from one run to the next (``controller.kept``)
+
+    @endpoint
+    async def rest(self) -> None:
+        """The run is over: ``leave``, and give up the models, for a process that is kept for the next one."""
+        self._leave()
+        await self._in_thread(self._forget_models)
+
+    def _forget_models(self) -> None:
+        import torch
+
+        self._snapshots = self._server = None
+        if hasattr(self, "_models"):
+            del self._models
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @endpoint
+    async def renew(self, config: Config, log_dir: Path, models: Mapping[str, ModelNeed]) -> None:
+        """Begin another run, as a new process would: only what was imported is still there. ``start`` comes next."""
+        forget_user_code(Path(file.path) for file in (*named_files(self._config), *named_files(config)))
+        self._begin(config, log_dir, models)
+        await self._in_thread(_forget_compiled)
+
+
+def _forget_compiled() -> None:
+    """Compile for the shapes that come first, as a new process does. Random numbers need nothing: each step is seeded
+    (``TrainEngine._seed_step``)."""
+    import torch
+
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

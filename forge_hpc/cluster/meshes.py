@@ -14,7 +14,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from forge_hpc.cluster.faults import Faults
 from forge_hpc.config.schema import Config
@@ -86,6 +86,21 @@ class Cluster:
         hosts = self.hosts.slice(hosts=slice(node, node + 1))
         command = self._command(node, self.placement.replica_gpus[slot])
         return hosts.spawn_procs(per_host={"procs": 1}, name=name, bootstrap_command=command)
+
+    def layout(self, role: str) -> Any:
+        """Where a role's processes run and on what: ``trainer``, ``volume`` or ``generatorN``. None where there are
+        none."""
+        place = self.placement
+        if role in ("trainer", "volume"):
+            nodes, gpus = place.trainer_nodes, place.trainer_gpus if role == "trainer" else ()
+            threads = place.threads_per_process(self.cpus, nodes.start) if role == "trainer" and nodes else 1
+            return (nodes, [[*map(str, names)] for names in gpus], threads) if nodes else None
+        replica = int(role.removeprefix("generator"))
+        if replica >= place.replicas:
+            return None
+        home, slot = divmod(replica, place.replicas_per_node)
+        node = place.rollout_nodes[home]
+        return node, [*place.replica_gpus[slot]], place.threads_per_process(self.cpus, node)
 
     def told(self, config: Config) -> Config:
         """The configuration for processes that see no GPU but their own, and go by how many a node has."""

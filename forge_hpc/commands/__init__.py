@@ -16,6 +16,7 @@ COMMANDS = {
     "attach": "a shell, or a command, on a node of the run's job",
     "cancel": "have a run save and end, and wait until it has ended",
     "resume": "go on with a run, or (--from) begin a new one from a checkpoint of it",
+    "engines": "engines that submit --keep-engines has left; --end ends them",
     "report": "what a run achieved and where its time went, as text and as a page (RUN_DIR/report.html)",
     "compare": "runs side by side, with intervals over those that differ only in their seed",
     "reward": "score a JSONL of prompts, responses and targets, without a run",

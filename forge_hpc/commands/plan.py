@@ -52,7 +52,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _estimated(cfg: Config, gpu: Gpu | None, name: str | None) -> Speed:
     if gpu is None:
-        what = f"--gpu {name}: no such GPU is known here" if name else "which GPUs the nodes have is not known here"
+        unknown = "which GPUs the nodes have is not known here"
+        if cfg.cluster.gpus_per_node == 0:
+            unknown = "the nodes have no GPU, and how fast their CPUs are is not known here"
+        what = f"--gpu {name}: no such GPU is known here" if name else unknown
         raise UserError(what, "--gpu h100, or --from RUN_DIR takes what a run has measured")
     if (size := model_size(cfg.model.path)) is None:
         raise UserError(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from forge_hpc.commands.arguments import add_cluster, add_follow, add_overrides
 from forge_hpc.config import UserError
+from forge_hpc.kept.directory import keep_s_of
 from forge_hpc.queueing import Queueing
 from forge_hpc.submission import Request, submit
 
@@ -20,6 +21,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-dir", type=Path, metavar="D", help="run directory; default runs/NAME-TIMESTAMP")
     add_follow(parser)
     parser.add_argument("--fresh", action="store_true", help="move a completed run in --run-dir aside first")
+    parser.add_argument(
+        "--keep-engines",
+        metavar="TIME",
+        help="take the engines that an earlier run has left, and leave them for so long: 90s, 30m, 2h",
+    )
     queue = parser.add_argument_group("when it begins")
     queue.add_argument(
         "--after",
@@ -62,7 +68,10 @@ def run(args: argparse.Namespace) -> int:
         args.site,
         args.name,
         queueing=queueing,
+        keep_s=None if args.keep_engines is None else keep_s_of(args.keep_engines),
     )
+    if request.keep_s is not None and (args.sweep or args.then):
+        raise UserError("--keep-engines is for one run at a time", "leave it out, or --sweep and --then")
     if args.at_once is not None and not args.sweep:
         raise UserError("--at-once is for the runs of a --sweep", "leave it out")
     if not args.sweep and not args.then:

@@ -10,7 +10,7 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.config.registry import ADVANTAGES, LOSSES
 from forge_hpc.config.schema import AlgorithmConfig, Config, MismatchConfig
 from forge_hpc.config.source import class_defaults
-from forge_hpc.config.user_code import load_user_code
+from forge_hpc.config.user_code import load_user_code, remembered
 
 _CLIPS = ("clip_low", "clip_high")
 _EVERY_LOSS = ("kl_coef", "kl_estimator", "entropy_coef", "normalization", "mismatch", "max_tokens")
@@ -69,7 +69,7 @@ def resolve_advantage(a: AlgorithmConfig) -> str:
     return a.advantage or _own_advantage(a.loss)
 
 
-@functools.cache
+@remembered
 def _own_advantage(loss: str) -> str:
     """A built-in loss's, or what a user's own says as ``advantage``."""
     if loss in LOSSES:

@@ -7,7 +7,6 @@ computes, not at its top.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +14,7 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.config.needs import Needs
 from forge_hpc.config.registry import RECIPES
 from forge_hpc.config.schema import Config
-from forge_hpc.config.user_code import find_user_code, load_user_code, nearest
+from forge_hpc.config.user_code import find_user_code, load_user_code, nearest, remembered
 
 
 class LoadedRecipe(Protocol):
@@ -69,7 +68,7 @@ def _recipe_class(name: str) -> type[Any]:
     return _load(place, file.stat().st_mtime_ns if file.suffix == ".py" and file.is_file() else 0)
 
 
-@functools.lru_cache(maxsize=8)
+@remembered
 def _load(place: str, written: int) -> type[Any]:
     """``written`` says which state of the file."""
     module, _, name = place.rpartition(":")

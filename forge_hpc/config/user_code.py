@@ -4,15 +4,38 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import importlib
 import importlib.util
 import symtable
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from forge_hpc.config.errors import UserError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_forget: list[Callable[[], None]] = []
+
+
+def remembered(function: Callable[P, T]) -> Callable[P, T]:
+    """``functools.cache`` for what follows from a user's code: ``forget_user_code`` empties it."""
+    cached = functools.cache(function)
+    _forget.append(cached.cache_clear)
+    return cached  # type: ignore[return-value]
+
+
+def forget_user_code(files: Iterable[Path]) -> None:
+    """Have the next ``load_user_code`` of this process read these files, and what follows from them, anew."""
+    paths = {str(file) for file in files}
+    for name, module in list(sys.modules.items()):
+        if getattr(module, "__file__", None) in paths:
+            del sys.modules[name]
+    importlib.invalidate_caches()
+    for forget in _forget:
+        forget()
 
 
 def find_user_code(key: str, file: Path, name: str) -> ast.stmt | None:

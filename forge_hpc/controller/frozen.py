@@ -85,6 +85,12 @@ class FrozenProcesses:
             await asyncio.wait_for(serving.result().leave.call(), 10)
         serving.cancel()
 
+    async def end(self) -> None:
+        """End their processes too."""
+        with contextlib.suppress(Exception):  # what counts is that they end
+            await self.close()
+        await self._end()
+
     async def _call(self, endpoint: str, *args: Any) -> Any:
         """What rank 0 answers, of these processes or of those that take their place.
 

@@ -8,13 +8,14 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from forge_hpc.actors.generator import Generator
 from forge_hpc.cluster.meshes import Cluster
 from forge_hpc.config import Config
+from forge_hpc.controller.kept import KeptMesh, KeptMeshes, stop_mesh
 from forge_hpc.controller.recovery import Recoveries
 from forge_hpc.controller.service import ActorLost, Service, answer, cause_of, reason_of
 from forge_hpc.controller.trainers import Trainers
@@ -29,6 +30,8 @@ SPAWN_S = 60.0
 """A process starts on a node within this time, or the node is lost."""
 END_S, PROBE_S = 5.0, 20.0
 """A replica that has not ended after END_S on a node that starts no process within PROBE_S went with its node."""
+START_S = 90.0
+"""An engine that is still starting when its run ends is kept where it is there within this time."""
 STORE_S = 120.0
 """A replacement waits so long for the weight store of restarted trainers."""
 
@@ -64,6 +67,7 @@ class GeneratorPool:
 
     Args:
         on_node_lost: called with a node on which a replica cannot be replaced, nor on a spare one, and the reason.
+        kept: what the run before has left, and where this one leaves its own.
     """
 
     def __init__(
@@ -73,10 +77,14 @@ class GeneratorPool:
         log_dir: Path,
         recoveries: Recoveries,
         on_node_lost: Callable[[int, str], None],
+        kept: KeptMeshes | None = None,
     ) -> None:
         self._config = config
         self._cluster = cluster
         self._log_dir = log_dir
+        self._kept = kept
+        self.said: list[str] = []
+        """What became of each kept engine, once it has been asked."""
         self._recoveries = recoveries
         self._on_node_lost = on_node_lost
         self._tasks: set[asyncio.Task[None]] = set()
@@ -156,7 +164,10 @@ class GeneratorPool:
             raise NodeLost(node, "no process starts there")
         if node in self._cluster.faults.ended_nodes:
             raise NodeLost(node, "its Monarch worker has ended")
-        slot.mesh = f"generator{index}" + (f"r{slot.starts}" if slot.starts else "")
+        if self._kept is not None and (actor := await self._take_kept(index, slot, self._kept)) is not None:
+            return actor
+        suffix = self._kept.suffix if self._kept is not None else ""
+        slot.mesh = f"generator{index}{suffix}" + (f"r{slot.starts}" if slot.starts else "")
         slot.starts += 1
         self._cluster.faults.watch(slot.mesh, lambda reason: self.service.lose(index, reason))
         slot.procs = self._cluster.spawn_generator(slot.mesh, index, slot.node)
@@ -167,6 +178,42 @@ class GeneratorPool:
         actor = slot.procs.spawn(slot.mesh, Generator, config, index, self._log_dir)
         await self._ask(index, actor.start.call_one(self._model_dir), config.cluster.start_timeout_s, "start()")
         return actor
+
+    async def _take_kept(self, index: int, slot: _ReplicaSlot, kept: KeptMeshes) -> Any | None:
+        """The kept replica of this place, once it serves this run; None where there is none, or it cannot."""
+        if (mesh := kept.take(f"generator{index}")) is None:
+            return None
+        slot.mesh, slot.procs = mesh.name, mesh.procs
+        self._cluster.faults.watch(mesh.name, lambda reason: self.service.lose(index, reason))
+        call = mesh.actor.renew.call_one(self._config, self._log_dir, self._model_dir)
+        try:
+            why = await self._ask(index, call, self._config.cluster.start_timeout_s, "renew()")
+        except ActorLost as error:
+            why = reason_of(error)
+        self.said.append(f"generator {index}: {f'a new engine, {why}' if why else 'its engine was kept'}")
+        if not why:
+            return mesh.actor
+        await self._end(index)
+        return None
+
+    async def hand_over(self, kept: KeptMeshes) -> None:
+        """The run is over: leave the engines for the next, and end what cannot be left."""
+        if self._starting is not None:  # the next run needs them as much as this one, which failed early
+            await asyncio.wait({self._starting}, timeout=START_S)
+            self._starting.cancel()
+        for task in self._tasks:
+            task.cancel()
+        serving = set(self.service.serving) if self.turns is None else set()  # one that sleeps is not asked
+        for index, slot in self._slots.items():
+            if slot.procs is None:
+                continue
+            mesh = KeptMesh(slot.mesh, slot.procs, None, None)
+            role = f"generator{index}"
+            if index in serving and slot.node is None:
+                actor = self.service.actor(index)
+                kept.put(role, replace(mesh, actor=actor, layout=self._cluster.layout(role)))
+            else:
+                await stop_mesh(self._cluster.faults, mesh)
 
     async def _ask(self, index: int, call: Any, timeout_s: float, what: str) -> Any:
         nothing: asyncio.Future[str] = asyncio.get_running_loop().create_future()

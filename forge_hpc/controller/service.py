@@ -141,6 +141,10 @@ class Service:
         """Indices of the replicas that serve."""
         return sorted(self._replicas)
 
+    def actor(self, index: int) -> Any:
+        """The actor that serves as replica ``index``."""
+        return self._replicas[index].actor
+
     async def admit(self, index: int, actor: Any) -> None:
         """``actor`` serves as replica ``index`` from the moment of the call."""
         self._replicas[index] = Replica(index, actor)

@@ -21,15 +21,16 @@ from forge_hpc.checkpoint import load_extra
 from forge_hpc.checkpoint.episodes import EPISODES, load_groups
 from forge_hpc.cluster.meshes import Cluster
 from forge_hpc.config import Config, UserError
-from forge_hpc.config.needs import POLICY
+from forge_hpc.config.needs import POLICY, ModelNeed
 from forge_hpc.config.recipes import load_recipe
 from forge_hpc.config.split import frozen_apart
 from forge_hpc.controller.frozen import FrozenProcesses
 from forge_hpc.controller.generators import SPAWN_S, STOP_S, GeneratorPool, WeightSync, why_not_spawned
+from forge_hpc.controller.kept import KeptMesh, KeptMeshes, stop_mesh
 from forge_hpc.controller.recovery import Leave, Recoveries
 from forge_hpc.controller.resume import find_checkpoint
 from forge_hpc.controller.saving import Saver
-from forge_hpc.controller.service import Service
+from forge_hpc.controller.service import ActorLost, Service, answer
 from forge_hpc.controller.trainers import Trainers
 from forge_hpc.controller.turns import Turns
 from forge_hpc.data.hub import load_tokenizer, resolve_model
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+REST_S = 20.0
+"""Trainers give their models up within this time, or they end."""
 
 
 class Session:
@@ -73,6 +76,7 @@ class Session:
         attempt: int = 0,
         status: StatusWriter | None = None,
         frozen: FrozenProcesses | None = None,
+        kept: KeptMeshes | None = None,
     ) -> None:
         self.config = config
         self.recipe = load_recipe(config)
@@ -94,7 +98,9 @@ class Session:
         self._leave = leave
         self._status = status or StatusWriter(run_dir)
         self._saver = Saver(config, run_dir, recoveries, self._status, self._finished_groups)
-        self._suffix = f"r{attempt}" if attempt else ""
+        self._kept = kept
+        self._hands_over = False
+        self._suffix = (kept.suffix if kept is not None else "") + (f"r{attempt}" if attempt else "")
         self._between_steps = asyncio.Event()
         self._between_steps.set()
         self._trainers: Trainers | None = None
@@ -108,6 +114,9 @@ class Session:
         self._resume_from: Path | None = None
         self._restored_groups: list[Group] = []
         self._meshes: dict[str, Any] = {}
+        self._trainer_mesh: KeptMesh
+        self._volumes: KeptMesh | None = None
+        self._store: WeightStore | None = None
         self._closing: list[Callable[[], Awaitable[Any]]] = []
         self._step_ended = time.perf_counter()
         self._checkpoint_s = 0.0
@@ -187,19 +196,22 @@ class Session:
     async def _start_trainers(self) -> None:
         """Spawn the trainers and load their weights."""
         config, timeout_s = self.config, self.config.cluster.start_timeout_s
-        name = f"trainer{self._suffix}"
-        procs = self._spawned(name, self.cluster.spawn_trainers(name))
-        try:
-            await asyncio.wait_for(procs.initialized, SPAWN_S)
-        except Exception as error:
-            nodes = self.cluster.placement.trainer_nodes
-            raise await why_not_spawned(self.cluster, nodes, "trainers", error) from error
+        apart = frozen_apart(config, self.needs)
+        here = {name: need for name, need in self.needs.models.items() if name not in apart}
+        mesh = await self._take_kept_trainers(here)
+        if mesh is None:
+            name = f"trainer{self._suffix}"
+            procs = self._spawned(name, self.cluster.spawn_trainers(name))
+            try:
+                await asyncio.wait_for(procs.initialized, SPAWN_S)
+            except Exception as error:
+                nodes = self.cluster.placement.trainer_nodes
+                raise await why_not_spawned(self.cluster, nodes, "trainers", error) from error
+            mesh = procs.spawn(name, Trainer, self.cluster.told(config), self.log_dir, here)
+            self._trainer_mesh = KeptMesh(name, procs, mesh, self.cluster.layout("trainer"))
         if self.needs.generators == "beside":
             self._starting_store = asyncio.create_task(self._start_store())  # imports take as long as the models
             self._on_close(self._end_store)
-        apart = frozen_apart(config, self.needs)
-        here = {name: need for name, need in self.needs.models.items() if name not in apart}
-        mesh = procs.spawn(name, Trainer, self.cluster.told(config), self.log_dir, here)
         self._turns = self._pool.turns
         turn = self._turns.training if self._turns is not None else contextlib.nullcontext
         self._trainers = Trainers(mesh, config.trainer.timeout_s, self.lost, turn, self._frozen)
@@ -215,7 +227,37 @@ class Session:
             started = tasks.create_task(self._trainers.start(model_dirs, file_store, checkpoint, timeout_s))
         if said := started.result():
             self._tell(said)
-        self._on_close(lambda: self.trainers.leave(timeout_s=10))
+        self._on_close(self._leave_trainers)
+
+    async def _take_kept_trainers(self, models: Mapping[str, ModelNeed]) -> Any | None:
+        """The processes that the run before has left; None where there are none, or they do not answer."""
+        if self._kept is None or (kept := self._kept.take("trainer")) is None:
+            return None
+        self._spawned(kept.name, kept.procs)
+        call = kept.actor.renew.call(self.cluster.told(self.config), self.log_dir, models)
+        try:
+            await answer(call, self.lost, SPAWN_S, "the kept trainers, renew()")
+        except ActorLost as error:
+            if self.lost.done():
+                raise
+            logger.warning("%s; others take their place", error)
+            del self._meshes[kept.name]
+            await stop_mesh(self.cluster.faults, kept)
+            return None
+        self._trainer_mesh = kept
+        return kept.actor
+
+    async def _leave_trainers(self) -> None:
+        if self._kept is None or not self._hands_over:
+            await self.trainers.leave(timeout_s=10)
+            return
+        await self.trainers.rest(timeout_s=REST_S)
+        self._keep("trainer", self._trainer_mesh)
+
+    def _keep(self, role: str, mesh: KeptMesh) -> None:
+        assert self._kept is not None
+        del self._meshes[mesh.name]
+        self._kept.put(role, mesh)
 
     async def _model_dirs(self) -> dict[str, Path]:
         """Where the weights of each model are; those of the policy are found already."""
@@ -251,6 +293,8 @@ class Session:
         Those of an earlier attempt stay, rid of their requests; ``_connect`` gives them this attempt's weights.
         """
         self._generators = await self._pool.start(model_dir)
+        while self._pool.said:
+            self._tell(self._pool.said.pop(0))
         await self._generators.abort.fanout()
         return self._generators
 
@@ -287,7 +331,7 @@ class Session:
             self._buffer = episode_buffer(self.config, self.step, self._prompts.position, self._prompts.ahead)
             self._buffer.restore(self._restored_groups, self.state)
         assert self._starting_store is not None, "the trainers have been started"
-        store = await self._starting_store
+        store = self._store = await self._starting_store
         is_first = self._pool.weights is None
         self._weights = self._pool.weights = WeightSync(
             self.trainers,
@@ -306,9 +350,12 @@ class Session:
             await self._weights.delivered()
 
     async def _start_store(self) -> WeightStore:
-        name = f"volume{self._suffix}"
-        volumes = self._spawned(name, self.cluster.spawn_volumes(name))
-        start = WeightStore.start(volumes, self.cluster.placement.trainer_procs)
+        kept = self._kept.take("volume") if self._kept is not None else None
+        if kept is None:
+            name = f"volume{self._suffix}"
+            kept = KeptMesh(name, self.cluster.spawn_volumes(name), None, self.cluster.layout("volume"))
+        self._volumes = kept
+        start = WeightStore.start(self._spawned(kept.name, kept.procs), self.cluster.placement.trainer_procs)
         return await with_timeout(start, self.config.cluster.start_timeout_s, "the weight store did not start")
 
     async def _end_store(self) -> None:
@@ -645,12 +692,28 @@ class Session:
         with contextlib.suppress(Exception):  # of trainers that are lost
             await self._saver.saved()
         await self.close()
-        for name, procs in self._meshes.items():
+        while self._meshes:
+            name, procs = self._meshes.popitem()
             self.cluster.faults.forget(name)
             try:
                 await with_timeout(procs.stop(), STOP_S, f"{name} did not end")
             except Exception as error:  # of a dead host, say: whether new ones can be started is what matters
                 logger.warning("ending %s: %s", name, error)
+
+    async def hand_over(self) -> None:
+        """The run is over, well or not: leave the trainers' processes for the next run, and end all else."""
+        if self._weights is not None:
+            self._weights.cancel()
+        with contextlib.suppress(Exception):  # it has been said
+            await self._saver.saved()
+        self._hands_over = True
+        await self.close()
+        if self._store is not None and self._volumes is not None and self._volumes.name in self._meshes:
+            with contextlib.suppress(Exception):  # then its processes are ended below
+                await asyncio.wait_for(self._store.stop(), REST_S)
+                self._keep("volume", self._volumes)
+        for name, procs in self._meshes.items():
+            await stop_mesh(self.cluster.faults, KeptMesh(name, procs, None, None))
 
     def _on_close(self, close: Callable[[], Awaitable[Any]]) -> None:
         """Have ``close`` called at the end, whatever it is; the last one registered first."""

@@ -152,6 +152,10 @@ class Trainers:
         async with self._turn():  # ranks gather one tensor after the other on their GPUs
             await self._call("export", directory)
 
+    async def rest(self, timeout_s: float) -> None:
+        """As ``actors.trainer.Trainer.rest``: the last call of a run whose trainers are kept."""
+        await self._call("rest", timeout_s=timeout_s)
+
     async def leave(self, timeout_s: float) -> None:
         """Leave the process group: the last call."""
         await self._call("leave", timeout_s=timeout_s)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -28,6 +29,26 @@ def checkpoint_shapes(model_dir: str | Path) -> dict[str, tuple[int, ...]]:
             header = json.loads(file.read(header_bytes))
         shapes.update({name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"})
     return shapes
+
+
+def checkpoint_tensors(model_dir: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a directory's safetensors files by Hugging Face name, on the CPU, one after the other."""
+    from safetensors import safe_open
+
+    for path in sorted(Path(model_dir).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_tensor(name)
+
+
+def model_files(model_dir: str | Path) -> dict[str, str]:
+    """SHA-256 of each file of a directory that says what the model is, but for its weights, by name: its shape, its
+    tokenizer, its chat template."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(Path(model_dir).iterdir())
+        if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model") and "index" not in path.name
+    }
 
 
 def complete_weights(

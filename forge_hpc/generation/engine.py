@@ -35,7 +35,13 @@ from forge_hpc.cluster.stacks import stand_by_worker
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config, SamplingConfig
 from forge_hpc.data.types import Completion, Prompt, Turn
-from forge_hpc.generation.checkpoint import check_shapes, checkpoint_shapes, complete_weights
+from forge_hpc.generation.checkpoint import (
+    check_shapes,
+    checkpoint_shapes,
+    checkpoint_tensors,
+    complete_weights,
+    model_files,
+)
 from forge_hpc.generation.direct import load_offer, try_to_open
 from forge_hpc.generation.options import engine_arguments, prepare_environment
 from forge_hpc.generation.seeds import sample_seed
@@ -115,6 +121,8 @@ class GenerationEngine:
         self._config = config
         self._device = device
         self._policy_version = policy_version
+        self._arguments = engine_arguments(model_dir, config, device)
+        self._model = model_files(model_dir)
         self._expected = checkpoint_shapes(model_dir)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._pending: deque[tuple[_Group, int]] = deque()
@@ -133,7 +141,7 @@ class GenerationEngine:
         started: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._run,
-            args=(engine_arguments(model_dir, config, device), started),
+            args=(self._arguments, started),
             name="generation",
             daemon=True,
         )
@@ -270,6 +278,46 @@ class GenerationEngine:
         [failure] = await self._answers([done])
         if failure is not None:
             raise Unreachable(failure)
+
+    async def renew(self, model_dir: str | Path, config: Config) -> str:
+        """Serve another run: what is under way ends, and the weights become those of ``model_dir``, version 0. What is
+        generated from here on is what a new engine would generate.
+
+        Returns:
+            Why that takes a new engine; empty where it does not. ``seed`` does not: each request has its own.
+
+        Raises:
+            UserError: the directory holds other tensors than it says.
+            TimeoutError, GenerationError: as ``generate``.
+        """
+        if why := self._differs(model_dir, config):
+            return why
+        self.abort()
+        self._config = config
+        try:
+            await self.load_weights(0, checkpoint_tensors(model_dir))
+        except ValueError as error:
+            raise UserError(f"{model_dir}: {error}") from None
+        self.take_counts()
+        return ""
+
+    def _differs(self, model_dir: str | Path, config: Config) -> str:
+        """What an engine is made of, and differs from this one's, by name."""
+        ours, theirs = self._arguments, engine_arguments(model_dir, config, self._device)
+        names = [
+            name
+            for name in sorted(ours.keys() | theirs.keys())
+            if name not in ("model", "seed") and ours.get(name) != theirs.get(name)
+        ]
+        if self._config.generator.engine.sleep_level != config.generator.engine.sleep_level:
+            names.append("sleep_level")
+        model = model_files(model_dir)
+        changed = [
+            name for name in sorted(model.keys() | self._model.keys()) if model.get(name) != self._model.get(name)
+        ]
+        if changed:
+            names.append(f"the model ({', '.join(changed[:3])}{', …' * (len(changed) > 3)})")
+        return f"other {', '.join(names)}" if names else ""
 
     async def relabel(self, version: int) -> None:
         """Make ``version`` the policy version of the weights that are in place. Raises as ``load_weights``."""

@@ -6,18 +6,18 @@ How a run stands now: ``watching``.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import Any
 
 import yaml
 
 from forge_hpc.config.errors import UserError
+from forge_hpc.observability.all_steps import AllSteps
 from forge_hpc.observability.console import format_duration, tokens_per_second
 from forge_hpc.observability.jsonl import read_jsonl
 from forge_hpc.observability.phases import start_table
-from forge_hpc.observability.summary import next_commands, read_evaluations, read_figures, series
+from forge_hpc.observability.summary import figures_of, next_commands, read_evaluations
 from forge_hpc.observability.tables import evaluation_table, table
 from forge_hpc.run_dir import RunDir, Status
 
@@ -35,14 +35,6 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
     return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / span) if span else 0] for value in means)
 
 
-def quantile(values: Sequence[float], share: float) -> float:
-    """The value below which ``share`` of ``values`` lies, interpolated. ``values`` must not be empty."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
-    return low + (high - low) * (place - math.floor(place))
-
-
 def render_report(run_dir: RunDir) -> str:
     """The whole story of a run.
 
@@ -50,26 +42,25 @@ def render_report(run_dir: RunDir) -> str:
         UserError: there is no run in the directory.
     """
     status = _status_of(run_dir)
-    records = list(read_jsonl(run_dir.metrics))
-    figures = read_figures(run_dir)
+    steps, evaluations = AllSteps(read_jsonl(run_dir.metrics)), read_evaluations(run_dir)
+    figures = figures_of(steps, evaluations)
     total = total_steps(run_dir, status)
     lines = [f"# {run_dir.name}", "", f"{run_dir}", ""]
     step = f" at step {status.step}{f' of {total}' if total else ''}" if total != 0 else ""
     lines.append(f"{status.state}{step}, {status.restarts} restarts")
     if status.message:
         lines.append(status.message)
-    evaluations = read_evaluations(run_dir)
     if evaluations:
         lines += ["", "## Evaluation", "", *evaluation_table(evaluations)]
-    if not records and total != 0:
+    if not steps.num and total != 0:
         lines += ["", "No training step has been logged yet."]
-    elif records:
-        lines += ["", "## Learning", "", *_curves(records)]
+    elif steps.num:
+        lines += ["", "## Learning", "", *_curves(steps)]
         if figures.reward_first is not None and figures.reward_last is not None:
             lines.append(f"reward: {figures.reward_first:.3f} first 5 steps, {figures.reward_last:.3f} last 5 steps")
-        lines += ["", "## Where the time goes", "", *_time_table(records)]
-        lines += ["", "## Quantiles over steps", "", *_quantile_table(records)]
-        lines += ["", "## Last steps", "", *_steps_table(records[-5:])]
+        lines += ["", "## Where the time goes", "", *_time_table(steps)]
+        lines += ["", "## Quantiles over steps", "", *_quantile_table(steps)]
+        lines += ["", "## Last steps", "", *_steps_table(steps.newest)]
     if starts := start_table(run_dir):
         lines += ["", "## Start", "", *starts]
     lines += ["", *_log_lines(run_dir, status.state)]
@@ -95,16 +86,20 @@ def total_steps(run_dir: RunDir, status: Status) -> int | None:
     return config.get("trainer", {}).get("training", {}).get("steps")
 
 
-def _curves(records: Sequence[dict[str, Any]]) -> list[str]:
+def _curves(steps: AllSteps) -> list[str]:
     lines = []
     for key in ("reward/mean", "loss", "entropy/mean"):
-        if values := series(records, key):
-            lines.append(f"{key:<13} {sparkline(values)}  {min(values):.3g} to {max(values):.3g}")
+        if (values := steps[key]).count:
+            lines.append(f"{key:<13} {sparkline(values.kept)}  {values.low:.3g} to {values.high:.3g}")
     return lines
 
 
-def _steps_table(records: Sequence[dict[str, Any]]) -> list[str]:
-    keys = [key for key in ("reward/mean", "loss", "grad_norm", "entropy/mean") if series(records, key)]
+def _steps_table(records: Collection[dict[str, Any]]) -> list[str]:
+    keys = [
+        key
+        for key in ("reward/mean", "loss", "grad_norm", "entropy/mean")
+        if any(record.get(key) is not None for record in records)
+    ]
     rows = []
     for record in records:
         cells = ["" if record.get(key) is None else f"{record[key]:.4g}" for key in keys]
@@ -116,25 +111,22 @@ def _number(record: dict[str, Any], key: str) -> str:
     return "" if record.get(key) is None else f"{record[key]:.3g}"
 
 
-def _time_table(records: Sequence[dict[str, Any]]) -> list[str]:
+def _time_table(steps: AllSteps) -> list[str]:
     """Each time of a step summed over the run. Parts that overlap add up to more than the whole."""
-    whole = sum(series(records, "time/step_s"))
-    keys = sorted({key for record in records for key in record if key.startswith("time/")} - {"time/step_s"})
-    sums = {key: sum(series(records, key)) for key in ("time/step_s", *keys)}
-    ordered = sorted(sums.items(), key=lambda item: -item[1])
+    whole = steps["time/step_s"].total
+    sums = {key: steps[key].total for key in {"time/step_s", *steps.names} if key.startswith("time/")}
+    ordered = sorted(sorted(sums.items()), key=lambda item: (-item[1], item[0] != "time/step_s"))
     rows = [(key, format_duration(total), f"{total / whole:.1%}" if whole else "") for key, total in ordered]
     return table(("part", "total", "of all steps"), rows)
 
 
-def _quantile_table(records: Sequence[dict[str, Any]]) -> list[str]:
-    keys = sorted({key for record in records for key in record} - {"step", "wall_time", "policy_version"})
-    rows = []
-    for key in keys:
-        if values := series(records, key):
-            rows.append((key, *(f"{quantile(values, share):.4g}" for share in _QUANTILES)))
-    speeds = [tokens_per_second(record) for record in records]
-    rows.append(("tokens/s", *(f"{quantile(speeds, share):.4g}" for share in _QUANTILES)))
-    return table(("metric", "10%", "median", "90%", "max"), rows)
+def _quantile_table(steps: AllSteps) -> list[str]:
+    rows = [(key, steps[key]) for key in steps.names if key not in ("step", "wall_time", "policy_version")]
+    cells = [
+        (key, *(f"{values.quantile(share):.4g}" for share in _QUANTILES))
+        for key, values in [*rows, ("tokens/s", steps.speed)]
+    ]
+    return table(("metric", "10%", "median", "90%", "max"), cells)
 
 
 def _log_lines(run_dir: RunDir, state: str) -> list[str]:

@@ -8,16 +8,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
+from forge_hpc.observability.all_steps import AllSteps
 from forge_hpc.observability.console import format_duration
 from forge_hpc.observability.jsonl import read_jsonl
 from forge_hpc.observability.tables import evaluation_table
 from forge_hpc.run_dir import RunDir
-
-_ENDS = 5
-"""Steps averaged at either end of a run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +48,24 @@ def read_evaluations(run_dir: RunDir) -> list[dict[str, Any]]:
 
 def read_figures(run_dir: RunDir) -> Figures:
     """The figures of ``run_dir`` so far."""
-    records = list(read_jsonl(run_dir.metrics))
-    rewards, losses = series(records, "reward/mean"), series(records, "loss")
-    evaluations = read_evaluations(run_dir)
+    return figures_of(AllSteps(read_jsonl(run_dir.metrics)), read_evaluations(run_dir))
+
+
+def figures_of(steps: AllSteps, evaluations: Sequence[dict[str, Any]]) -> Figures:
+    """The figures of a run by its steps and evaluations."""
     before = next((record["accuracy"] for record in evaluations if record["step"] == 0), None)
     after = next((record["accuracy"] for record in reversed(evaluations) if record["step"] > 0), None)
-    tokens = series(records, "tokens/generated") or series(records, "tokens/trained")
-    steps_s = sum(series(records, "time/step_s"))
+    tokens = steps["tokens/generated"] if steps["tokens/generated"].count else steps["tokens/trained"]
+    steps_s = steps["time/step_s"].total
     return Figures(
-        num_steps=len(records),
-        reward_first=_mean(rewards[:_ENDS]),
-        reward_last=_mean(rewards[-_ENDS:]),
-        loss_first=_mean(losses[:_ENDS]),
-        loss_last=_mean(losses[-_ENDS:]),
+        num_steps=steps.num,
+        reward_first=steps.first("reward/mean"),
+        reward_last=steps.last("reward/mean"),
+        loss_first=steps.first("loss"),
+        loss_last=steps.last("loss"),
         accuracy_before=before,
         accuracy_after=after,
-        tokens_per_s=sum(tokens) / steps_s if steps_s else None,
+        tokens_per_s=tokens.total / steps_s if steps_s else None,
         steps_s=steps_s,
     )
 
@@ -78,7 +77,8 @@ def final_summary(run_dir: RunDir, wall_s: float | None = None) -> str:
         run_dir: the finished run.
         wall_s: duration of the whole command, seconds; left out where None.
     """
-    figures, evaluations = read_figures(run_dir), read_evaluations(run_dir)
+    all_steps, evaluations = AllSteps(read_jsonl(run_dir.metrics)), read_evaluations(run_dir)
+    figures = figures_of(all_steps, evaluations)
     status = run_dir.read_status()
     steps = f" after {figures.num_steps} steps" if figures.num_steps or not evaluations else ""
     lines = [("run", f"{run_dir.name}: {status.state if status else 'unknown'}{steps}")]
@@ -88,7 +88,7 @@ def final_summary(run_dir: RunDir, wall_s: float | None = None) -> str:
         lines.append(("reward", _change(figures.reward_first, figures.reward_last, "first 5 steps", "last 5 steps")))
     elif figures.loss_first is not None:
         lines.append(("loss", _change(figures.loss_first, figures.loss_last, "first 5 steps", "last 5 steps")))
-    if (lost := _lost_episodes(list(read_jsonl(run_dir.metrics)))) is not None:
+    if (lost := _lost_episodes(all_steps)) is not None:
         lines.append(("episodes", lost))
     if evaluations and not figures.num_steps:
         lines += [("evaluation" if index == 0 else "", row) for index, row in enumerate(evaluation_table(evaluations))]
@@ -106,11 +106,9 @@ def final_summary(run_dir: RunDir, wall_s: float | None = None) -> str:
     return "\n".join(f"{name:<10} {text}" for name, text in lines)
 
 
-def _lost_episodes(records: Sequence[dict[str, Any]]) -> str | None:
+def _lost_episodes(steps: AllSteps) -> str | None:
     """How many episodes were left out, where those were most of them."""
-    records = [record for record in records if record.get("response/length_mean")]
-    num_failed = sum(series(records, "episodes/failed"))
-    num_kept = sum(record["tokens/generated"] / record["response/length_mean"] for record in records)
+    num_failed, num_kept = steps.num_failed_episodes, steps.num_kept_episodes
     if num_failed <= num_kept:
         return None
     return (
@@ -145,10 +143,6 @@ def _tool(name: str) -> str:
         return name
     near = ours.is_relative_to(Path.cwd())
     return shlex.quote(str(ours.relative_to(Path.cwd()) if near else ours))
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return fmean(values) if values else None
 
 
 def _change(before: float | None, after: float | None, before_name: str, after_name: str) -> str:

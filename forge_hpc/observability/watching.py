@@ -181,11 +181,18 @@ def _start_text(record: dict[str, Any]) -> str:
     if record["event"] == "begin":
         job = f", job {record['job_id']}" if record.get("job_id") else ""
         again = f"start {record.get('restart', 0) + 1}"
-        return f"{again} from step {record.get('step', 0)} on {record.get('nodes')} nodes{job}"
+        nodes = f"{record.get('nodes')} node{'s' * (record.get('nodes') != 1)}"
+        return f"{again} from step {record.get('step', 0)} on {nodes}{job}"
     if record["event"] == "end":
         return f"{record.get('state')} ({record.get('cause')}): {record.get('message')}"
     if record["event"] == "changed":
         return f"changed: {', '.join(record.get('changes', ()))}"
+    if record["event"] == "phases":
+        seconds = {phase: s for phase, s in record.get("seconds", {}).items() if phase != "queue"}
+        longest = max(seconds, key=lambda phase: seconds[phase], default="")
+        return f"first step after {sum(seconds.values()):.0f} s ({longest} {seconds.get(longest, 0.0):.0f} s)"
+    if record["event"] == "left out":
+        return f"left out: {', '.join(f'{node}: {why}' for node, why in record.get('nodes', {}).items())}"
     return f"{record['event']} {record.get('from', '')}".rstrip()
 
 

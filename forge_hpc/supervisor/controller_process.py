@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Self
 
 from forge_hpc.checkpoint.store import steps_in
 from forge_hpc.cluster.rendezvous import Rendezvous
@@ -40,11 +41,19 @@ class ControllerProcess:
 
     @classmethod
     def start(
-        cls, node: Node, requests: StopRequests, lock: RunDirLock, rendezvous: Rendezvous, tls: Path, log_dir: Path
-    ) -> ControllerProcess:
-        """Start it."""
+        cls,
+        node: Node,
+        requests: StopRequests,
+        lock: RunDirLock,
+        rendezvous: Rendezvous,
+        tls: Path,
+        log_dir: Path,
+        *options: str,
+    ) -> Self:
+        """Start it, with more ``options`` of its command line."""
         command = [sys.executable, "-m", "forge_hpc.controller", "--run-dir", str(node.run_dir.path)]
         command += ["--rendezvous", str(rendezvous.directory), "--log-dir", str(log_dir), "--parent", str(os.getpid())]
+        command += options
         process = subprocess.Popen(
             ignoring_signals(command), stdin=subprocess.PIPE, start_new_session=True, env=node.environment(tls)
         )
@@ -63,7 +72,7 @@ class ControllerProcess:
         has taken the run over. Where it, or one of its actors, hangs ``stacks`` are written before.
         """
         reported, heartbeat, looked = False, HeartbeatMonitor(self._run_dir), time.monotonic()
-        while self.process.poll() is None:
+        while not self.is_over():
             if (request := self._requests.next()) is not None:
                 self._pass_on(request)
             if self._deadline is not None and time.monotonic() > self._deadline:
@@ -89,6 +98,10 @@ class ControllerProcess:
             time.sleep(deadlines.POLL_S)
         return self._requests.current
 
+    def is_over(self) -> bool:
+        """Whether there is nothing more to wait for."""
+        return self.process.poll() is not None
+
     def _pass_on(self, request: StopRequest) -> None:
         ends_now = request.cancels and not request.within_s
         within_s = deadlines.STOP_S if request.cancels and request.within_s is None else request.within_s
@@ -98,7 +111,7 @@ class ControllerProcess:
         if request.cancels and not ends_now:
             self._announce(within_s)
         if request.cancels or self._requests.current is None:
-            self._send("stop" if ends_now else f"leave {request.message}")
+            self.send("stop" if ends_now else f"leave {request.message}")
         # Whoever has cancelled a run that is then preempted does not want it back; there is only less time.
         if request.cancels or self._requests.current is None or not self._requests.current.cancels:
             self._requests.current = request
@@ -111,7 +124,8 @@ class ControllerProcess:
         cost = f"{again} ends at once, and {_steps_again(step - saved)}"
         print(f"{what}; {cost}", file=sys.stderr, flush=True)
 
-    def _send(self, line: str) -> None:
+    def send(self, line: str) -> None:
+        """Tell it a line (``controller.orders``)."""
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it ends already
             self.process.stdin.write(f"{line}\n".encode())

@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import subprocess
 import sys
 import time
 import traceback
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from forge_hpc.cluster.identity import make_job_identity
 from forge_hpc.cluster.processes import end_descendants
@@ -88,7 +90,7 @@ class FirstNode:
             begin = partial(starts.begin, job_id=job_id, restart=restart, nodes=nodes, requeues=requeues)
             in_thread(begin, self._requests.check)
             began = True
-            rendezvous = self._node.rendezvous(None if job_id else f"local.{restart}.{os.getpid()}")
+            rendezvous = self._node.rendezvous(self.rendezvous_key(restart))
             self._clean(keep=rendezvous.directory.name)
             if job_id:
                 self._job.follow_walltime(partial(lead_s, config, run_dir))
@@ -106,7 +108,7 @@ class FirstNode:
             traceback.print_exc()
             ending = Ending(Cause.FAILED, f"{type(error).__name__}: {error}")
         finally:
-            end_descendants(grace_s=0)
+            self.end_processes()
             if rendezvous is not None:
                 shutil.rmtree(run_dir.tls / rendezvous.directory.name, ignore_errors=True)
         if rendezvous is not None:
@@ -114,6 +116,14 @@ class FirstNode:
                 if rendezvous.look("outcome") is None:
                     rendezvous.publish("outcome", {"code": ControllerExit.FAILED, "message": ending.message})
         return self.finish(config, ending, starts, log_dir, began=began)
+
+    def rendezvous_key(self, restart: int) -> str | None:
+        """What names this start on all nodes; None where Slurm does."""
+        return None if self.job_id else f"local.{restart}.{os.getpid()}"
+
+    def end_processes(self) -> None:
+        """The start is over: end what it has started."""
+        end_descendants(grace_s=0)
 
     def _clean(self, keep: str) -> None:
         """Remove what starts that were killed have left: keys, and records of who was where."""
@@ -126,9 +136,25 @@ class FirstNode:
 
     def start(self, config: Config, rendezvous: Rendezvous, tls: Path, log_dir: Path) -> Ending:
         """Bring the nodes that are fit together, make the warm start, and run the controller to its end."""
-        requests, ago_s = self._requests, time.monotonic() - self._started
-        phases = StartPhases(self._job.waited_s(ago_s), time.time() - ago_s)
-        address, verdict = open_gate(self._node, config, rendezvous, requests.check)
+        requests, phases = self._requests, self._begin_phases()
+        started = self._bring_together(self._node, config, rendezvous, tls, log_dir, phases)
+        if isinstance(started, Ending):
+            return started
+        worker, slurm_names, _ = started
+        if (ending := self._warm_start(config, phases)) is not None:
+            return ending
+        rendezvous.publish("phases", phases.as_record())
+        controller = ControllerProcess.start(self._node, requests, self.lock, rendezvous, tls, log_dir)
+        stacks = self._node.stack_writer(rendezvous, log_dir)
+        request = controller.wait(worker, rendezvous, deadlines.heartbeat_timeout_s(config), stacks)
+        return self._ending_of(config, controller, request, rendezvous, slurm_names)
+
+    def _bring_together(
+        self, node: Node, config: Config, rendezvous: Rendezvous, tls: Path, log_dir: Path, phases: StartPhases
+    ) -> Ending | tuple[subprocess.Popen[bytes], list[str], dict[str, Any]]:
+        """Through the gate: this node's worker, Slurm's names of the nodes that take part, and what they were told;
+        or how the start has ended."""
+        address, verdict = open_gate(node, config, rendezvous, self._requests.check)
         phases.end("gate")
         if (ending := verdict.ending(config.cluster.spare_nodes)) is not None:
             return ending
@@ -137,26 +163,31 @@ class FirstNode:
                 StartLog(self.run_dir).left_out({verdict.named(node): why for node, why in verdict.unfit.items()})
             print(f"{verdict.describe()}; the start goes on without", file=sys.stderr, flush=True)
         nodes = list(verdict.introductions.values())
-        make_job_identity(tls, [name for node in nodes for name in node["names"]])
+        make_job_identity(tls, [name for record in nodes for name in record["names"]])
         start = {
             "members": verdict.members,
             "left_out": len(verdict.unfit),
             "num_nodes": len(nodes),
             "address": address,
+            "tls": str(tls),
+            "log_dir": str(log_dir),
         }
-        rendezvous.publish("start", start | {"tls": str(tls), "log_dir": str(log_dir)})
-        self._node.join(verdict.members)
-        worker = self._node.start_worker(rendezvous, address, tls, log_dir)
-        if config.model.path == "warmstart":
-            ending = warm_start(self.run_dir, config, requests, self.status)
-            if ending is not None:
-                return ending
-            phases.end("warm start")
-        rendezvous.publish("phases", phases.as_record())
-        controller = ControllerProcess.start(self._node, requests, self.lock, rendezvous, tls, log_dir)
-        stacks = self._node.stack_writer(rendezvous, log_dir)
-        request = controller.wait(worker, rendezvous, deadlines.heartbeat_timeout_s(config), stacks)
-        return self._ending_of(config, controller, request, rendezvous, [node["slurm_name"] for node in nodes])
+        rendezvous.publish("start", start)
+        node.join(verdict.members)
+        worker = node.start_worker(rendezvous, address, tls, log_dir)
+        return worker, [record["slurm_name"] for record in nodes], start
+
+    def _begin_phases(self) -> StartPhases:
+        ago_s = time.monotonic() - self._started
+        return StartPhases(self._job.waited_s(ago_s), time.time() - ago_s)
+
+    def _warm_start(self, config: Config, phases: StartPhases) -> Ending | None:
+        """Make it, where there is one; how it has ended where it is not done."""
+        if config.model.path != "warmstart":
+            return None
+        ending = warm_start(self.run_dir, config, self._requests, self.status)
+        phases.end("warm start")
+        return ending
 
     def _ending_of(
         self,

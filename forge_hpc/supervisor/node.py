@@ -113,7 +113,7 @@ class Node:
         # Where the host's name resolves to loopback, gloo would listen where no other host reaches it.
         interface = {"GLOO_SOCKET_IFNAME": interface_of(address)} if self.allocation.num_nodes > 1 else {}
         supervision = {"HYPERACTOR_MESH_SUPERVISION_POLL_FREQUENCY": "1s"}  # how soon a dead process is noticed
-        folder = self._scratch_folder()  # what dead processes leave there goes with us
+        folder = self.scratch_folder()  # what dead processes leave there goes with us
         scratch = {"TMPDIR": str(folder), stacks.FOLDER: str(stacks.folder_in(folder))}
         compiled = compile_cache() if visible_gpus() else {}  # on CPUs nothing is compiled
         return {**interface, **os.environ, **supervision, **compiled, **scratch, **tls_environment(tls)}
@@ -135,9 +135,10 @@ class Node:
 
     def stack_writer(self, rendezvous: Rendezvous, log_dir: Path) -> stacks.StackWriter:
         """Writes the stacks of what this node has started."""
-        return stacks.StackWriter(rendezvous, self.allocation.node_id, self._scratch_folder(), log_dir)
+        return stacks.StackWriter(rendezvous, self.allocation.node_id, self.scratch_folder(), log_dir)
 
-    def _scratch_folder(self) -> Path:
+    def scratch_folder(self) -> Path:
+        """Goes with the node's processes."""
         self._scratch = self._scratch or Path(tempfile.mkdtemp(prefix="forge-hpc-"))
         return self._scratch
 

@@ -1,0 +1,238 @@
+"""A user's session with every command of ``forge-hpc``, on a real Slurm cluster of four hosts on this machine.
+
+    python tests/user_session.py                          # prints commands and output (root, Debian's Slurm)
+    python tests/user_session.py --write docs/session.md  # and writes them down, paths and names shortened
+
+``make session`` is the latter. It takes a quarter of an hour on two cores; a command that does not end with the exit
+code that is expected of it ends the session.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from slurm_cluster import SlurmCluster
+
+PROJECT = Path(__file__).resolve().parents[1]
+HEAD = """# A session
+
+Every command of `forge-hpc`, as a user gives them on a cluster, with its output: `make session` runs them on a real
+Slurm of four hosts on one machine (two cores, no GPU) and writes this page. The configuration is that of the demo with
+a model from random weights and a reward for length, so that each run takes seconds.
+"""
+REWARD = """\
+def length(prompt, response, target, **fields):
+    return len(response) / 6
+"""
+CONFIG = """\
+base: forge_hpc/configs/grpo/demo.yaml
+name: short
+model:
+  path: builtin:qwen3-tiny
+reward:
+  - name: reward.py:length
+rollout:
+  prompts_per_step: 16
+trainer:
+  lr_scheduler:
+    warmup_steps: 0
+  training:
+    steps: 4
+checkpoint:
+  interval: 2
+evaluation:
+  num_prompts: 20
+generator:
+  engine:
+    kv_cache_memory_gib: 0.25
+algorithm:
+  max_steps_without_signal: 1000
+"""
+ANSWERS = """\
+{"prompt": "1+1=", "response": "2", "target": "2"}
+{"prompt": "2+2=", "response": "5", "target": "4"}
+"""
+MAX_LINES = 50
+"""Of the output of one command."""
+
+
+class Session:
+    """Gives commands in a user's home, and keeps what was printed."""
+
+    def __init__(self, home: Path, cluster: SlurmCluster) -> None:
+        self.home, self.cluster = home, cluster
+        self.page = [HEAD]
+        tool = home / "bin/forge-hpc"  # works before the project is installed, too
+        tool.parent.mkdir()
+        tool.write_text(f'#!/bin/sh\nexec {sys.executable} -m forge_hpc.cli "$@"\n')
+        tool.chmod(0o755)
+        path = f"{tool.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self.env = {**cluster.env, "PATH": path, "PYTHONPATH": str(PROJECT), "HOME": str(home), "OMP_NUM_THREADS": "1"}
+        self.env |= {"COLUMNS": "110", "USER": "ada", "LOGNAME": "ada", "SHELL": "/bin/bash", "PS1": "$ "}
+        for name in ("XDG_CONFIG_HOME", "XDG_CACHE_HOME", "FORGE_HPC_SITE", "VIRTUAL_ENV"):
+            self.env.pop(name, None)
+
+    def say(self, text: str) -> None:
+        """A paragraph."""
+        self._add(f"\n{text}\n")
+
+    def file(self, name: str, text: str) -> None:
+        """A file that the user writes."""
+        (self.home / name).write_text(text)
+        kind = {".py": "python", ".jsonl": "json"}.get(Path(name).suffix, "yaml")
+        self._add(f"\n`{name}`:\n\n```{kind}\n{text}```\n")
+
+    def __call__(self, line: str, code: int = 0, timeout_s: float = 600, shown: Callable[[str], str] = str) -> str:
+        """A command, as it is typed."""
+        done = subprocess.run(
+            ["bash", "-c", line],
+            env=self.env,
+            cwd=self.home,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=timeout_s,
+        )
+        self._show(line, shown(done.stdout))
+        assert done.returncode == code, f"{line} ended with {done.returncode}, not {code}:\n{done.stdout}"
+        return done.stdout
+
+    def at_a_terminal(self, line: str, *typed: str, timeout_s: float = 120) -> str:
+        """A command in a terminal of its own, in which something is typed each time that a prompt is there."""
+        pid, fd = pty.fork()
+        if pid == 0:
+            os.chdir(self.home)
+            os.execvpe("bash", ["bash", "-c", line], {**self.env, "TERM": "dumb"})
+        said, waiting, until = "", list(typed), time.monotonic() + timeout_s
+        with contextlib.suppress(OSError):  # the other end is closed
+            while time.monotonic() < until:
+                ready, _, _ = select.select([fd], [], [], 2.0)
+                if ready:
+                    data = os.read(fd, 4096)
+                    if not data:
+                        break
+                    said += data.decode(errors="replace")
+                elif waiting:
+                    os.write(fd, waiting.pop(0).encode() + b"\n")
+        _, status = os.waitpid(pid, 0)
+        self._show(line, said.replace("\r", ""))
+        assert os.waitstatus_to_exitcode(status) == 0, said
+        return said
+
+    def wait_for(self, condition: Callable[[], object], timeout_s: float = 600) -> None:
+        """Nothing is typed until then."""
+        until = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < until, "it did not happen"
+            time.sleep(0.2)
+
+    def steps(self, run: str) -> int:
+        """Steps that a run has written."""
+        path = self.home / "runs" / run / "metrics.jsonl"
+        return path.read_text().count("\n") if path.exists() else 0
+
+    def state(self, run: str) -> str:
+        """Of a run."""
+        path = self.home / "runs" / run / "status.json"
+        return json.loads(path.read_text())["state"] if path.exists() else ""
+
+    def _show(self, line: str, output: str) -> None:
+        lines = [text.rstrip() for text in output.splitlines()]
+        if len(lines) > MAX_LINES:
+            lines = [*lines[: MAX_LINES - 8], f"[{len(lines) - MAX_LINES + 1} more lines]", *lines[-7:]]
+        self._add("\n```console\n$ " + "\n".join([line, *lines]).rstrip() + "\n```\n")
+
+    def _add(self, text: str) -> None:
+        text = text.replace(f"{Path(sys.executable).parent}/", "")
+        text = text.replace(str(self.home), "~").replace(str(PROJECT), "~/forge_hpc")
+        text = text.replace(f"Cluster {self.cluster.bridge}", "Cluster lab")
+        text = text.replace(f"{self.cluster.bridge}n", "node")
+        text = re.sub(r"\broot(?=[@_])|(?<=/tmp/)root\b", "ada", text)
+        text = text.replace(os.uname().nodename, "login")
+        self.page.append(text)
+        print(text, end="", flush=True)
+
+
+def session(s: Session) -> None:
+    """The whole of it."""
+    (s.home / "forge_hpc").symlink_to(PROJECT)
+    s.say("## Before the first run")
+    s("forge-hpc --help")
+    s("forge-hpc doctor")
+    s("forge-hpc site init lab --partition main && cat .config/forge_hpc/sites/lab.yaml")
+    s.file("short.yaml", CONFIG)
+    s.file("reward.py", REWARD)
+    s.file("answers.jsonl", ANSWERS)
+    s("forge-hpc reward answers.jsonl --config short.yaml")
+    s("forge-hpc plan --config forge_hpc/configs/grpo/qwen3_8b.yaml --nodes 2 --gpu h100 cluster.gpus_per_node=8")
+    s("forge-hpc submit --config short.yaml --nodes 4 --dry-run")
+    s("printf '3\\n8\\n' | forge-hpc env environment.name=guessing | head -20")
+    s.say("## A run that is looked at, cancelled, and goes on")
+    s("forge-hpc submit --config short.yaml --nodes 4 --run-dir runs/a trainer.training.steps=2000")
+    s.wait_for(lambda: s.steps("a") >= 3)
+    s("forge-hpc status runs/a")
+    s("timeout --signal=INT 8 forge-hpc watch runs/a", code=124)
+    s("forge-hpc logs runs/a -n 8")
+    s("forge-hpc stacks runs/a")
+    s("forge-hpc attach runs/a --node 1 -- hostname")
+    s.at_a_terminal("forge-hpc attach runs/a", "hostname; pgrep -fc forge_hpc.controller", "exit")
+    s("forge-hpc cancel runs/a")
+    steps = s.steps("a") + 2
+    s(f"forge-hpc resume runs/a trainer.training.steps={steps}")
+    s.wait_for(lambda: s.state("a") in ("completed", "failed"))
+    s("forge-hpc status runs/a")
+    s("forge-hpc report runs/a")
+    s("forge-hpc plan --config short.yaml --nodes 4 --from runs/a")
+    s("forge-hpc export runs/a")
+    s.say("## Several runs")
+    sweep = "--sweep trainer.optimizer.lr=1e-3,1e-2 seed=0,1 --at-once 2"
+    s(f"forge-hpc submit --config short.yaml --run-dir runs/lr {sweep}")
+    s.wait_for(lambda: all(s.state(f"lr/{n}") in ("completed", "failed") for n in range(4)), 1800)
+    s("forge-hpc compare runs/lr")
+    s("forge-hpc status runs/lr/0 --json | head -5")
+    s("forge-hpc submit --config short.yaml --run-dir runs/chain trainer.training.steps=2 --then short.yaml")
+    s("forge-hpc submit --config short.yaml --run-dir runs/held --hold")
+    s("forge-hpc submit --config short.yaml --run-dir runs/later --begin now+2hours")
+    s("forge-hpc status --all")
+    s("forge-hpc cancel runs/held && forge-hpc cancel runs/later")
+    allocation(s)
+    s.say("## The shell")
+    s("source <(forge-hpc completion bash); complete -p forge-hpc")
+
+
+def allocation(s: Session) -> None:
+    """Two runs in one."""
+    s.say("## In an allocation, where engines are kept")
+    shell = "forge-hpc submit --config short.yaml --keep-engines 10m trainer.training.steps=2 --run-dir runs"
+    lines = [f"{shell}/one", f"{shell}/two trainer.optimizer.lr=1e-2", "forge-hpc engines --end"]
+    (s.home / "lines.sh").write_text("\n".join(f"echo '$ {line}'\n{line}" for line in lines) + "\n")
+    s("salloc --nodes=2 --exclusive bash lines.sh | grep -v '^|'")
+
+
+def main() -> int:
+    """The exit code."""
+    parser = argparse.ArgumentParser(description="A user's session, with output.")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="the page")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="session-") as folder, SlurmCluster(nodes=4) as cluster:
+        s = Session(Path(folder), cluster)
+        session(s)
+    if args.write is not None:
+        args.write.write_text("".join(s.page))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
