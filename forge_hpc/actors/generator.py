@@ -31,10 +31,10 @@ logger = logging.getLogger(__name__)
 class Generator(Actor):
     """Serves completions of the policy. Calls run at once: requests join while others decode."""
 
-    def __init__(self, config: Config, replica: int, log_dir: Path) -> None:
-        setup_logging(log_dir / f"generator-{replica}.log", f"generator-{replica}")
+    def __init__(self, config: Config, replica: int, log_dir: Path, role: str = "generator") -> None:
+        self._name = f"{role}-{replica}"
+        setup_logging(log_dir / f"{self._name}.log", self._name)
         self._config = config
-        self._replica = replica
         self._remote: RemoteReader | None = None
         self._loading = asyncio.Lock()  # what was received is read before the next is
         self._proven: Hashable = None  # the trainers whose offers could be read,
@@ -219,7 +219,7 @@ class Generator(Actor):
     @concurrent_endpoint
     async def stop_trace(self, directory: Path) -> None:
         """Write the trace."""
-        await self._engine.call_workers(stop_trace, directory / f"generator-{self._replica}.json.gz")
+        await self._engine.call_workers(stop_trace, directory / f"{self._name}.json.gz")
 
     @endpoint
     async def abort(self) -> None:

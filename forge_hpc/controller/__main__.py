@@ -5,6 +5,7 @@ It reads the run directory, attaches to the workers of all nodes, runs the recip
 closing it tells that the supervisor is dead.
 
     lost generators ─► replaced beside the training (GeneratorPool)
+    lent generators ─► come and go (LentGenerators)
     lost trainers ───► a new attempt from the newest checkpoint; the generators stay
     a lost node ─────► save where that can be done, and leave
 """
@@ -33,6 +34,7 @@ from forge_hpc.config import Config, UserError, plan, read_config
 from forge_hpc.controller.recovery import Departure, Leave, Recoveries
 from forge_hpc.controller.service import ActorLost, cause_of, is_loss, reason_of
 from forge_hpc.controller.stacks import joined, prepare_stacks, write_stacks
+from forge_hpc.joining.door import DOOR
 from forge_hpc.observability.environment import write_environment
 from forge_hpc.observability.logs import Terminal, setup_logging
 from forge_hpc.observability.phases import StartPhases
@@ -61,13 +63,14 @@ async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, termin
     """Attach, and run the recipe to its end (True) or until the run is to leave; lost trainers cost an attempt."""
     from forge_hpc.controller.frozen import FrozenProcesses
     from forge_hpc.controller.generators import GeneratorPool, NodeLost
+    from forge_hpc.controller.lent import LentGenerators
     from forge_hpc.controller.session import Session, background
 
     config = read_config(run_dir.config)
     await asyncio.to_thread(take_user_files, config, run_dir)
     await asyncio.to_thread(write_environment, log_dir)
     faults, status = Faults(rendezvous), StatusWriter(run_dir)
-    async with background(heartbeat(status), faults.look_for_ended_nodes()):
+    async with background(heartbeat(status), faults.look_for_ended_nodes()) as tasks:
         cluster, phases = await join_nodes(config, rendezvous, log_dir, faults)
         recoveries = Recoveries(config.cluster.max_restarts)
 
@@ -76,6 +79,10 @@ async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, termin
             leave.request(Departure(Cause.NODE_LOST, f"node {node} is lost: {reason}", silent))
 
         pool = GeneratorPool(config, cluster, log_dir, recoveries, node_lost)
+        lending = None
+        if await asyncio.to_thread(rendezvous.look, DOOR) is not None:
+            lent = LentGenerators(config, cluster, pool, rendezvous, log_dir, lambda num: status.update(lent=num))
+            lending = tasks.create_task(lent.run())
         frozen = None
         if cluster.placement.frozen_nodes:
             frozen = FrozenProcesses(config, cluster, log_dir, recoveries, node_lost)
@@ -96,6 +103,8 @@ async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, termin
                     recoveries.use_retry("trainers", "trainers", str(error))
                     status.update(message=f"recovering: {error}")
             number += 1
+        if lending is not None:
+            lending.cancel()
     # In good order only where all went well: after a failure the supervisors end what is left, and faster.
     if done:
         try:
@@ -186,7 +195,7 @@ def on_ended_node(
     if node in placement.trainer_nodes:
         session.lose(f"node {node}: {reason}")
         node_lost(node, reason)
-    if node in placement.rollout_nodes:
+    if node in placement.rollout_nodes or node >= placement.nodes:  # or a lent one
         pool.lose_node(node, reason)
     if frozen is not None:
         frozen.lose_node(node, reason)

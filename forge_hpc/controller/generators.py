@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from forge_hpc.actors.generator import Generator
 from forge_hpc.cluster.meshes import Cluster
@@ -46,6 +46,19 @@ async def why_not_spawned(cluster: Cluster, nodes: Sequence[int], who: str, erro
     answers = await asyncio.gather(*(cluster.can_spawn(node, SPAWN_S) for node in nodes))
     silent = [node for node, answer in zip(nodes, answers, strict=True) if not answer]
     return NodeLost(silent[0], reason_of(error)) if silent else ActorLost(f"{who}: {reason_of(error)}")
+
+
+class Lending(Protocol):
+    """What the pool's service has beyond its own replicas (``lent.LentGenerators``)."""
+
+    @property
+    def num_devices(self) -> int: ...
+
+    def metrics(self) -> dict[str, float]: ...
+
+    def lose_generator(self, index: int, reason: str) -> None: ...
+
+    def lose_node(self, number: int, reason: str) -> None: ...
 
 
 @dataclass
@@ -98,12 +111,22 @@ class GeneratorPool:
             self.turns.sleep = self._sleep
         self._slots = {index: _ReplicaSlot() for index in range(placement.replicas)}
         self._starting: asyncio.Task[None] | None = None
+        self.model_dir = Path()
+        """What replicas start on."""
+        self.lent: Lending | None = None
+        """Those of other jobs, where the run takes them."""
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether all replicas have been started."""
+        started = self._starting
+        return started is not None and started.done() and not started.cancelled() and started.exception() is None
 
     def begin(self, model_dir: Path) -> None:
         """Begin to start all replicas on the weights of ``model_dir``, where that has not been begun. The start goes on
         when the attempt that began it is over, and serves the next one."""
         if self._starting is None:
-            self._model_dir = model_dir
+            self.model_dir = model_dir
             self._starting = asyncio.create_task(self._start())
 
     async def start(self, model_dir: Path) -> Service:
@@ -136,6 +159,8 @@ class GeneratorPool:
         for index, slot in self._slots.items():
             if self._home(index, slot) == node:
                 self.service.lose(index, reason)
+        if self.lent is not None:
+            self.lent.lose_node(node, reason)
 
     async def close(self) -> None:
         """End starts and replacements under way, and the engines."""
@@ -165,16 +190,20 @@ class GeneratorPool:
         except Exception as error:
             raise NodeLost(node, f"no process starts there: {reason_of(error)}") from error
         actor = slot.procs.spawn(slot.mesh, Generator, config, index, self._log_dir)
-        await self._ask(index, actor.start.call_one(self._model_dir), config.cluster.start_timeout_s, "start()")
+        await self.ask(index, actor.start.call_one(self.model_dir), config.cluster.start_timeout_s, "start()")
         return actor
 
-    async def _ask(self, index: int, call: Any, timeout_s: float, what: str) -> Any:
+    async def ask(self, index: int, call: Any, timeout_s: float, what: str) -> Any:
+        """The answer of a generator that does not serve yet. Raises ActorLost, or what it raises."""
         nothing: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         return await answer(call, nothing, timeout_s, f"generator {index}, {what}")
 
     # ---- replacement
 
     def _on_loss(self, index: int, reason: str) -> None:
+        if self.lent is not None and index >= self.service.size:
+            self.lent.lose_generator(index, reason)
+            return
         logger.error("generator %d is lost: %s", index, reason)
         task = asyncio.create_task(self._replace(index, f"generator {index}: {reason}"))
         self._tasks.add(task)
@@ -190,7 +219,7 @@ class GeneratorPool:
                     await self._end(index)
                     async with self._turn():
                         actor = await self._spawn(index)
-                        await self._bring_up_to_date(index, actor)
+                        await self.bring_up_to_date(index, actor)
                         await self.service.admit(index, actor)
                     break
                 except NodeLost as error:
@@ -231,7 +260,7 @@ class GeneratorPool:
         except Exception as error:  # what matters is whether another can be started
             logger.warning("ending %s: %s", slot.mesh, reason_of(error))
 
-    async def _bring_up_to_date(self, index: int, actor: Any) -> None:
+    async def bring_up_to_date(self, index: int, actor: Any) -> None:
         """Give a new replica the weights that the others hold; it returns in the same turn of the event loop in which
         that was found true, so that no delivery falls in between."""
         held: tuple[WeightSync, int | None] | None = None
@@ -242,13 +271,13 @@ class GeneratorPool:
                 if weights.label in (None, label):
                     return
                 label = weights.label
-                await self._ask(index, actor.relabel.call_one(label), self._config.generator.timeout_s, "relabel()")
+                await self.ask(index, actor.relabel.call_one(label), self._config.generator.timeout_s, "relabel()")
                 continue
             try:
 
                 async def load(*args: Any) -> Any:
                     call = actor.load.call_one(*args)
-                    return [await self._ask(index, call, self._config.generator.timeout_s, "load()")]
+                    return [await self.ask(index, call, self._config.generator.timeout_s, "load()")]
 
                 await weights.give(load)
                 held, label = wanted, wanted[1]
@@ -257,7 +286,7 @@ class GeneratorPool:
             except Exception as error:  # dropped for a newer version meanwhile, or the trainers' store is gone
                 logger.warning("generator %d: version %d: %s", index, wanted[1], reason_of(error))
                 if self.turns is not None and weights.is_over:  # the next trainers start once it sleeps, and bring them
-                    await self._ask(index, actor.sleep.call_one(), self._config.generator.timeout_s, "sleep()")
+                    await self.ask(index, actor.sleep.call_one(), self._config.generator.timeout_s, "sleep()")
                     return
                 async with asyncio.timeout(STORE_S):
                     while (self.weights, self.weights and self.weights.version) == wanted:

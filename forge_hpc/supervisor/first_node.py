@@ -18,7 +18,9 @@ from forge_hpc.cluster.identity import make_job_identity
 from forge_hpc.cluster.processes import end_descendants
 from forge_hpc.cluster.rendezvous import Rendezvous, RendezvousTimeout
 from forge_hpc.config import Config, UserError, read_config
+from forge_hpc.config.lending import takes_lent
 from forge_hpc.files import in_thread
+from forge_hpc.joining.desk import Desk
 from forge_hpc.observability.phases import StartPhases
 from forge_hpc.observability.summary import final_summary
 from forge_hpc.run_lock import RunDirLock
@@ -77,12 +79,13 @@ class FirstNode:
             print(f"{run_dir} is complete: nothing to do")
             self._node.rendezvous().publish("outcome", {"code": ControllerExit.DONE, "message": ""})
             return Exit.DONE
+        self._node.takes_lent = self.allocation.in_slurm and takes_lent(config)
         starts, log_dir, began = StartLog(run_dir), run_dir.logs, False
         rendezvous: Rendezvous | None = None
         try:
             restart = run_dir.next_restart(job_id)
             log_dir = run_dir.create_log_dir(job_id, restart)
-            self.status.update(state="starting", restarts=restart, job_id=job_id, message="")
+            self.status.update(state="starting", restarts=restart, job_id=job_id, message="", lent=0)
             in_thread(partial(self.status.flush, deadlines.SILENT_S), self._requests.check)
             nodes, requeues = self.allocation.num_nodes, self.allocation.requeues
             begin = partial(starts.begin, job_id=job_id, restart=restart, nodes=nodes, requeues=requeues)
@@ -137,7 +140,7 @@ class FirstNode:
                 StartLog(self.run_dir).left_out({verdict.named(node): why for node, why in verdict.unfit.items()})
             print(f"{verdict.describe()}; the start goes on without", file=sys.stderr, flush=True)
         nodes = list(verdict.introductions.values())
-        make_job_identity(tls, [name for node in nodes for name in node["names"]])
+        authority = make_job_identity(tls, [name for node in nodes for name in node["names"]])
         start = {
             "members": verdict.members,
             "left_out": len(verdict.unfit),
@@ -153,9 +156,12 @@ class FirstNode:
                 return ending
             phases.end("warm start")
         rendezvous.publish("phases", phases.as_record())
+        desk = None
+        if self._node.takes_lent:
+            desk = Desk(config, rendezvous, authority, nodes[0]["report"], len(nodes), log_dir)
         controller = ControllerProcess.start(self._node, requests, self.lock, rendezvous, tls, log_dir)
         stacks = self._node.stack_writer(rendezvous, log_dir)
-        request = controller.wait(worker, rendezvous, deadlines.heartbeat_timeout_s(config), stacks)
+        request = controller.wait(worker, rendezvous, deadlines.heartbeat_timeout_s(config), stacks, desk)
         return self._ending_of(config, controller, request, rendezvous, [node["slurm_name"] for node in nodes])
 
     def _ending_of(
