@@ -81,7 +81,9 @@ async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, termin
         pool = GeneratorPool(config, cluster, log_dir, recoveries, node_lost)
         lending = None
         if await asyncio.to_thread(rendezvous.look, DOOR) is not None:
-            lent = LentGenerators(config, cluster, pool, rendezvous, log_dir, lambda num: status.update(lent=num))
+            [start] = await asyncio.to_thread(rendezvous.wait, ["start"], config.cluster.start_timeout_s)
+            where = rendezvous, start["address"], log_dir
+            lent = LentGenerators(config, cluster, pool, *where, lambda num: status.update(lent=num))
             lending = tasks.create_task(lent.run())
         frozen = None
         if cluster.placement.frozen_nodes:

@@ -1,11 +1,11 @@
 """Generators that other jobs lend: they join the run's own, and may vanish at any time without harm.
 
     lent-N ─► attach to the node ─► start generators, give them the weights ─► the pool's service
-    lent-N-leaving, a dead worker, silence ─► its calls go to the others ─► lent-N-over
+    lent-N-leaving, its lifeline is cut ─► its calls go to the others ─► lent-N-over
 
-A generator that is lost on a node that lives is started again there, ``MAX_LOSSES`` times; after that, and where the node
-has gone, the run goes on without. None of that counts against ``cluster.max_restarts``. Nothing of the order of prompts
-depends on who generates: seeds are those of the prompts.
+A generator that is lost on a node that lives is started again there, ``MAX_LOSSES`` times; after that, and where the
+node has gone, the run goes on without. None of that counts against ``cluster.max_restarts``. Nothing of the order of
+prompts depends on who generates: seeds are those of the prompts.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from forge_hpc.controller.generators import END_S, PROBE_S, SPAWN_S, GeneratorPo
 from forge_hpc.controller.service import reason_of
 from forge_hpc.joining import door
 from forge_hpc.joining.door import Lent, Over
+from forge_hpc.joining.lifeline import LIFELINE, Lifelines
+from forge_hpc.wire.tls import Certificates
 
 logger = logging.getLogger(__name__)
 LOOK_S = 1.0
@@ -58,6 +60,7 @@ class LentGenerators:
     """All lent nodes of a start of a run.
 
     Args:
+        address: of this host, by which others reach it.
         on_change: called with the number of lent generators that serve, when it has changed.
     """
 
@@ -67,6 +70,7 @@ class LentGenerators:
         cluster: Cluster,
         pool: GeneratorPool,
         rendezvous: Rendezvous,
+        address: str,
         log_dir: Path,
         on_change: Callable[[int], None],
     ) -> None:
@@ -74,6 +78,7 @@ class LentGenerators:
         self._cluster = cluster
         self._pool = pool
         self._rendezvous = rendezvous
+        self._address = address
         self._log_dir = log_dir
         self._on_change = on_change
         self._nodes: dict[int, _Node] = {}
@@ -84,6 +89,7 @@ class LentGenerators:
 
     async def run(self) -> None:
         """See who comes and who leaves, for as long as the controller lives."""
+        await self._open_lifelines()
         try:
             while True:
                 try:
@@ -95,6 +101,21 @@ class LentGenerators:
         finally:
             for task in (*self._tasks, *(task for node in self._nodes.values() for task in node.tasks)):
                 task.cancel()
+
+    async def _open_lifelines(self) -> None:
+        certificates = Certificates.from_environment()
+        assert certificates is not None, "Monarch has them too"
+        self._lifelines = Lifelines(self._address, certificates, self._on_cut)
+        try:
+            record = await self._lifelines.open()
+            await asyncio.to_thread(self._rendezvous.publish, LIFELINE, record)
+        except OSError as error:
+            logger.warning("a lent node that dies is known of only when Monarch says so: %s", error)
+
+    def _on_cut(self, number: int) -> None:
+        self._known.add(number)  # also of one that has died before it was looked at
+        if (node := self._nodes.get(number)) is not None:
+            self._let_go(node, "its processes were killed, or its host is silent")
 
     async def _look(self, names: list[str]) -> None:
         numbers = {name: name.removeprefix("lent-").partition("-") for name in names}
@@ -188,7 +209,7 @@ class LentGenerators:
             await self._add(node, index, PROBE_S)
             logger.info("generator %d of %s is replaced", index, node)
         except Exception as error:
-            self._let_go(node, reason_of(error))
+            self._let_go(node, f"no generator starts there any more: {reason_of(error)}")
 
     def lose_node(self, number: int, reason: str) -> None:
         """The Monarch worker of a node has ended. Nothing happens where it is no lent one."""

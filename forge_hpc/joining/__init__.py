@@ -8,6 +8,7 @@
                                                                lent-N-over  ◄──── nothing of it is used any more
 
 door      where a start of the run takes asks, and what those records hold
+lifeline  a connection by which the controller knows at once that a node has gone
 desk      the first node's supervisor: who is let in
 node      the supervisor of a lent node
 command   from a command line to a queued job

@@ -31,12 +31,14 @@ from forge_hpc.config import UserError, read_config
 from forge_hpc.gate.own import look_at_node
 from forge_hpc.joining import coming_back, door
 from forge_hpc.joining.door import Answer, Ask, Door, Over, open_door
+from forge_hpc.joining.lifeline import LIFELINE, hold
 from forge_hpc.run_dir import RunDir
 from forge_hpc.supervisor import deadlines
 from forge_hpc.supervisor.ending import Exit
 from forge_hpc.supervisor.heartbeat import HeartbeatMonitor
 from forge_hpc.supervisor.node import Node
 from forge_hpc.supervisor.robust import how_it_ended
+from forge_hpc.wire.tls import Certificates
 
 AWAY_S = 900.0
 """A run that has been preempted, or starts, is waited for so long: a node that waits does nothing, and the run may be
@@ -44,8 +46,8 @@ waiting for just such nodes."""
 ANSWER_S = 60.0
 """The first node looks every two seconds; what has not answered by then is a start that has died."""
 LEAVE_S = 8.0
-"""So long the controller has to take a node's requests back. It looks every second, and Slurm kills after KillWait, which
-is 30 s unless the site says otherwise."""
+"""So long the controller has to take a node's requests back. It looks every second, and Slurm kills after KillWait,
+which is 30 s unless the site says otherwise."""
 
 
 class _Leave(Exception):
@@ -136,7 +138,7 @@ class LentNode:
             log_dir = Path(found.log_dir)
             worker = node.start_worker(rendezvous, address, scratch / "tls", log_dir)
             try:
-                self._look_after(node, rendezvous, worker, log_dir, silent_s)
+                self._look_after(node, rendezvous, worker, scratch / "tls", log_dir, silent_s)
             except _Leave:
                 self._give_back(rendezvous, number)
                 raise
@@ -187,9 +189,16 @@ class LentNode:
             raise _StartOver(outcome.get("message") or "the run has ended")
 
     def _look_after(
-        self, node: Node, rendezvous: Rendezvous, worker: subprocess.Popen[bytes], log_dir: Path, silent_s: float
+        self,
+        node: Node,
+        rendezvous: Rendezvous,
+        worker: subprocess.Popen[bytes],
+        tls: Path,
+        log_dir: Path,
+        silent_s: float,
     ) -> None:
-        number = node.allocation.node_id
+        """Return never; raise what ends it."""
+        number, line = node.allocation.node_id, None
         stacks, heartbeat = node.stack_writer(rendezvous, log_dir), HeartbeatMonitor(self.run_dir)
         while True:
             self._pause()
@@ -197,9 +206,11 @@ class LentNode:
             try:
                 self._check(rendezvous)
                 over = rendezvous.look(door.over_name(number))
+                if line is None and (record := rendezvous.look(LIFELINE)) is not None:
+                    line = hold(record, number, Certificates(*(tls / f"{kind}.pem" for kind in ("ca", "cert", "key"))))
             except FileNotFoundError:
                 raise
-            except OSError:  # a pause of the file server: it counts as silence
+            except OSError:  # a pause of the file server, or of the network: it counts as silence
                 pass
             if over is not None:
                 told = Over.of(over)
