@@ -138,7 +138,7 @@ class RunDir:
 
     @property
     def lent(self) -> Path:
-        """``JOB_submission.sh`` and ``slurm-JOB.out`` of the jobs that lend it nodes."""
+        """``JOB_submission.sh`` and ``lender-JOB.out`` of the jobs that lend it nodes."""
         return self.path / "lent"
 
     def checkpoint(self, step: int) -> Path:

@@ -146,7 +146,7 @@ class LentExecutor(RunExecutor):
         self.folder = RunDir(run_dir).lent
         self._command = lent_job_command(cfg, run_dir)
         more = self.parameters["additional_parameters"]
-        more |= {"output": str(self.folder / f"slurm-{'%A_%a' if array else '%j'}.out"), "no-kill": True}
+        more |= {"output": str(self.folder / f"lender-{'%A_%a' if array else '%j'}.out"), "no-kill": True}
         if array:
             more["array"] = array
 

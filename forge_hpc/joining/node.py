@@ -82,7 +82,7 @@ class LentNode:
                     rendezvous, found = self._next_start()
                     self._serve(rendezvous, found, deadlines.heartbeat_timeout_s(config))
                 except _StartOver as over:
-                    self._say(f"{over}; waiting for the next start of the run")
+                    self._say(f"{over}; waiting for the run to take it again")
         except _Over as over:
             self._say(str(over))
             return Exit.DONE
@@ -200,6 +200,7 @@ class LentNode:
         """Return never; raise what ends it."""
         number, line = node.allocation.node_id, None
         stacks, heartbeat = node.stack_writer(rendezvous, log_dir), HeartbeatMonitor(self.run_dir)
+        stacks.begin_now()
         while True:
             self._pause()
             over: Any = None
