@@ -1,4 +1,4 @@
-"""The jobs that lend a run nodes, as its directory and Slurm know them; for ``forge-hpc status`` and others. No torch."""
+"""The jobs that lend a run nodes, as its directory and Slurm know them; for `forge-hpc status` and others. No torch."""
 
 from __future__ import annotations
 
