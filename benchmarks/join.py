@@ -23,7 +23,7 @@ from pathlib import Path
 from rows import PROJECT, median, row
 
 sys.path.insert(0, str(PROJECT / "tests"))
-from slurm_cluster import SlurmCluster  # noqa: E402
+from slurm_cluster import SlurmCluster
 
 ENVIRONMENT = """
 import time

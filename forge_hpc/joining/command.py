@@ -63,17 +63,18 @@ def join(request: JoinRequest, *, dry_run: bool = False) -> int:
         return 0
     starts = executor.expected_start()
     job_id = executor.submit_run()
-    several = f" each of {request.array} jobs" if request.array else ""
+    what = _count(request.nodes, "node") + (f" in each of {_count(request.array, 'job')}" if request.array else "")
+    what = what if generators is None else f"{_count(generators, 'generator')} on {what}"
     print(f"{'job array' if request.array else 'job':<15}{job_id}")
-    print(f"lends          {generators} generator{'s' * (generators != 1)} on {request.nodes} node"
-          f"{'s' * (request.nodes != 1)}{several} to {run_dir}")  # fmt: skip
+    print(f"lends          {what} to {run_dir}")
     print(f"starts         {f'{starts}, as things are' if starts else 'Slurm does not say when'}")
     print(f"next           forge-hpc status {shlex.quote(str(run_dir))}\n               scancel {job_id}", flush=True)
     return 0
 
 
-def check_join(request: JoinRequest) -> tuple[Config, list[str], int]:
-    """The job's configuration, what will hardly work, and how many generators a job lends.
+def check_join(request: JoinRequest) -> tuple[Config, list[str], int | None]:
+    """The job's configuration, what will hardly work, and how many generators a job lends; None where that
+    is not known before it runs.
 
     Raises:
         UserError: as ``join``.
@@ -103,12 +104,12 @@ def check_join(request: JoinRequest) -> tuple[Config, list[str], int]:
     if cfg.cluster.gpus_per_node is None:
         cfg.cluster.gpus_per_node = partitions.gpus_per_node(cfg, list(known))
     run_gpus = run.cluster.gpus_per_node if found is None else found.gpus
-    per_node = 1
+    generators = None
     if run_gpus is not None and (run_gpus == 0 or cfg.cluster.gpus_per_node is not None):
-        per_node = len(lent_replicas(run, run_gpus, cfg.cluster.gpus_per_node or 0))
+        generators = request.nodes * len(lent_replicas(run, run_gpus, cfg.cluster.gpus_per_node or 0))
     check_queue(cfg, known)
     check_writable(run_dir.path)
-    return cfg, list(not_shared(cfg, run_dir)), per_node * request.nodes
+    return cfg, list(not_shared(cfg, run_dir)), generators
 
 
 def _check_owner(run_dir: RunDir) -> None:
@@ -171,3 +172,7 @@ def _configuration(request: JoinRequest, run_dir: RunDir) -> Config:
         extra = {name.lstrip("-").replace("_", "-"): value for name, value in cfg.slurm.extra.items()}
         cfg.slurm.extra = {name: value for name, value in extra.items() if name not in _NOT_A_LENDERS}
     return cfg
+
+
+def _count(num: int, what: str) -> str:
+    return f"{num} {what}{'s' * (num != 1)}"

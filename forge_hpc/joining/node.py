@@ -10,9 +10,9 @@ nothing of each other: each may go at any moment.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,7 +28,6 @@ from forge_hpc.cluster.processes import become_subreaper, end_descendants
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.cluster.worker import visible_gpus
 from forge_hpc.config import UserError, read_config
-from forge_hpc.gate.own import look_at_node
 from forge_hpc.joining import coming_back, door
 from forge_hpc.joining.door import Answer, Ask, Door, Over, open_door
 from forge_hpc.joining.lifeline import LIFELINE, hold
@@ -129,10 +128,13 @@ class LentNode:
 
     def _serve(self, rendezvous: Rendezvous, found: Door, silent_s: float) -> None:
         """Lend the node to a start of the run. Raises what ends that."""
-        node, scratch = Node(self.run_dir, self.allocation), Path(tempfile.mkdtemp(prefix="forge-hpc-lent-"))
+        node, scratch = (
+            Node(self.run_dir, self.allocation, takes_lent=True),
+            Path(tempfile.mkdtemp(prefix="forge-hpc-lent-")),
+        )
         try:
             address = host_address(2)
-            number = self._ask(rendezvous, address, scratch / "tls")
+            number = self._ask(node, rendezvous, address, scratch / "tls")
             node.allocation = replace(self.allocation, node_id=number, num_nodes=number + 1)
             self._say(f"lent to {self.run_dir} as its node {number}")
             log_dir = Path(found.log_dir)
@@ -152,22 +154,13 @@ class LentNode:
             node.close()
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def _ask(self, rendezvous: Rendezvous, address: str, tls: Path) -> int:
+    def _ask(self, node: Node, rendezvous: Rendezvous, address: str, tls: Path) -> int:
         """Ask to be let in, and keep the certificate; this node's number in the run."""
         key, request = new_request()
         name = f"{self.allocation.job_id}.{self.allocation.node_id}.{uuid.uuid4().hex[:8]}"
-        slurm_name = os.environ.get("SLURMD_NODENAME", "")
-        report = look_at_node(rendezvous.directory, self.run_dir.tls, rendezvous.directory.name, visible_gpus(), False)
-        host = os.uname().nodename
-        ask = Ask(
-            self.allocation.job_id,
-            slurm_name or host,
-            address,
-            [address, host, "localhost"],
-            request.decode(),
-            len(visible_gpus()),
-            report,
-        )
+        names = [address, socket.gethostname(), "localhost"]
+        about = len(visible_gpus()), node.report(rendezvous)
+        ask = Ask(self.allocation.job_id, node.slurm_name, address, names, request.decode(), *about)
         rendezvous.publish(door.ask_name(name), ask.as_record())
         until = time.monotonic() + ANSWER_S
         while (record := rendezvous.look(door.answer_name(name))) is None:
