@@ -279,7 +279,7 @@ class GeneratorPool:
                     call = actor.load.call_one(*args)
                     return [await self.ask(index, call, self._config.generator.timeout_s, "load()")]
 
-                await weights.give(load)
+                await weights.give(load, tells=False)
                 held, label = wanted, wanted[1]
             except ActorLost:
                 raise
@@ -374,8 +374,9 @@ class WeightSync:
         if self._delivery is not None:
             self._delivery.cancel()
 
-    async def give(self, load: Callable[..., Awaitable[list[str | None]]]) -> None:
-        """Have generators take the version; ``load`` calls ``Generator.load`` and returns what each said.
+    async def give(self, load: Callable[..., Awaitable[list[str | None]]], *, tells: bool = True) -> None:
+        """Have generators take the version; ``load`` calls ``Generator.load`` and returns what each said. It is told
+        how the weights came, unless that is said of one alone.
 
         Raises VersionNotFoundError where the next version is about to take its place.
         """
@@ -392,7 +393,8 @@ class WeightSync:
                 ways += await load(self._store.spec, version, None, True)
         finally:
             self._readers[version] -= 1
-        self._tell_ways({way for way in ways if way})
+        if tells:
+            self._tell_ways({way for way in ways if way})
 
     def _tell_ways(self, ways: set[str]) -> None:
         told = f"weights: {', '.join(sorted(ways))}"

@@ -146,7 +146,7 @@ def _check_environment(found: Door) -> None:
     if problem := differences({0: found.environment, 1: environment()}).get(1):
         raise UserError(
             f"this is another environment than the run's: {problem.partition(': ')[2]}".replace("elsewhere", "the run"),
-            "activate the one that the run was submitted with",
+            "take the environment and the clone of forge_hpc that the run was started with; an edited one is another",
         )
 
 
