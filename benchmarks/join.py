@@ -41,7 +41,7 @@ class Slow:
     async def close(self):
         pass
 """
-PROMPTS, GROUP = 4, 4
+PROMPTS, GROUP = 8, 2
 
 
 class Joined:
@@ -103,7 +103,7 @@ def wait_for(ready: Callable[[], object], timeout_s: float = 180.0) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lend", type=int, default=2, help="nodes, of one generator each")
-    parser.add_argument("--places", type=int, default=4, help="episodes at once for each generator")
+    parser.add_argument("--places", type=int, default=2, help="episodes at once for each generator")
     parser.add_argument("--seconds", type=float, default=30.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()

@@ -97,6 +97,8 @@ class LentGenerators:
                     await self._look(names)
                 except OSError as error:  # a shared file system stumbles; Monarch's own reports still come
                     logger.warning("%s cannot be read: %s", self._rendezvous.directory, error)
+                except Exception:  # whatever it is, it is of those who lend: the run does not end for it
+                    logger.exception("lent nodes could not be looked at")
                 await asyncio.sleep(LOOK_S)
         finally:
             for task in (*self._tasks, *(task for node in self._nodes.values() for task in node.tasks)):
