@@ -75,7 +75,10 @@ class Joined:
         return int(json.loads((self.run_dir / "status.json").read_text())["lent"])
 
     def lend(self, nodes: int) -> str:
-        job = self.forge("join", str(self.run_dir), "--nodes", str(nodes)).split()[1]
+        # Hosts of the cluster share this machine's cores: each lent node is given one, or all would use all of them.
+        one_core = f"taskset --pid --cpu-list $((SLURM_PROCID % {os.cpu_count()})) $$ > /dev/null"
+        setup = f"slurm.setup=['{one_core}']"
+        job = self.forge("join", str(self.run_dir), "--nodes", str(nodes), setup).split()[1]
         wait_for(lambda: self.lent() == nodes)
         return job
 
