@@ -66,7 +66,7 @@ def look_ahead(
     memory = memory_of(cfg, placement, gpu, model)
     warnings = [] if memory is None else list(memory.warnings)
     if for_slurm:
-        warnings += _not_shared(cfg, run_dir)
+        warnings += not_shared(cfg, run_dir)
         warnings += _first_checkpoint(cfg, run_dir, placement, gpu, model_size(model))
     else:
         warnings += _ends_long_processes()
@@ -133,7 +133,7 @@ def check_writable(path: Path) -> None:
         raise UserError(f"{what} {there} cannot be written: {error.strerror}", "choose another --run-dir") from None
 
 
-def _not_shared(cfg: Config, run_dir: RunDir) -> Iterator[str]:
+def not_shared(cfg: Config, run_dir: RunDir) -> Iterator[str]:
     """Paths on disks that are this machine's own. Not certain: a site may share /tmp."""
     named = {f"{key}=": Path(value) for key, value, rule in walk(cfg) if rule.path and value}
     for what, path in {"run directory ": run_dir.path, **named}.items():

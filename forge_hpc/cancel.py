@@ -53,6 +53,17 @@ def cancel_runs(run_dirs: Sequence[RunDir], *, now: bool) -> int:
     return 0
 
 
+def cancel_lending(run_dir: RunDir, job_id: str) -> int:
+    """End a job that lends the run nodes: they leave in a second or two, and the run goes on.
+
+    Raises:
+        UserError: Slurm refuses.
+    """
+    cancel_job(job_id)
+    print(f"job {job_id} is cancelled: {run_dir} goes on without its nodes")
+    return 0
+
+
 def _ask(run_dir: RunDir, *, now: bool) -> Callable[[], None] | None:
     """Have the run end; what waits for that, or None where it has ended already."""
     status, holder = run_dir.read_status(), run_dir.lock_holder()

@@ -3,6 +3,7 @@ run directory.
 
     logs/JOB.RESTART/ROLE.log, ROLE-RANK.log      controller, trainer-0, generator-3, worker-1 (of a node), stacks-1, …
     logs/slurm-JOB.out                            what the job prints
+    lent/lender-JOB.out                           what a job prints that lends nodes (docs/join.md)
 """
 
 from __future__ import annotations
@@ -100,6 +101,8 @@ def _all_files(run_dir: RunDir) -> Iterator[Path]:
     newest = run_dir.latest_log_dir()  # another user's directory is told of here
     if is_there(run_dir.logs):
         yield from run_dir.logs.glob("slurm-*.out")
+    if is_there(run_dir.lent):
+        yield from run_dir.lent.glob("lender-*.out")
     if newest:
         yield from newest.glob("*.log")
 

@@ -52,6 +52,8 @@ class Status:
     """Optimizer steps of the whole run, 0 where it trains nothing; None where that is not known yet."""
     lead_s: float = 0.0
     """Seconds that the run needs to finish a step, save and leave; measured, 0 before it was."""
+    lent: int = 0
+    """Generators that other jobs lend it now (docs/join.md)."""
 
     @property
     def is_terminal(self) -> bool:
@@ -133,6 +135,11 @@ class RunDir:
     @property
     def rendezvous(self) -> Path:
         return self.path / "rendezvous"
+
+    @property
+    def lent(self) -> Path:
+        """``JOB_submission.sh`` and ``lender-JOB.out`` of the jobs that lend it nodes."""
+        return self.path / "lent"
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
@@ -227,6 +234,7 @@ class RunDir:
         message: str | None = None,
         total_steps: int | None = None,
         lead_s: float | None = None,
+        lent: int | None = None,
     ) -> Status:
         """Replace ``status.json`` atomically; what is not given stays as it was, the heartbeat becomes now.
 
@@ -255,6 +263,7 @@ class RunDir:
             "message": message,
             "total_steps": total_steps,
             "lead_s": lead_s,
+            "lent": lent,
         }
         new = replace(old, heartbeat=time.time(), **{key: item for key, item in given.items() if item is not None})
         new = replace(new, job_id=new.job_id or None)

@@ -64,6 +64,16 @@ def job_command(cfg: Config, run_dir: Path, *, array: bool = False) -> str:
     return f"unset {' '.join(OPTIONS_OF_SRUN)}\n{start}"
 
 
+def lent_job_command(cfg: Config, run_dir: Path, python: str = sys.executable) -> str:
+    """The lines of a job script that lend the job's nodes to the run in ``run_dir``.
+
+    Its nodes know nothing of each other: one that fails, or is taken away, ends no other.
+    """
+    flags = ["--ntasks-per-node=1", "--kill-on-bad-exit=0", "--no-kill", "--wait=0", "--cpu-bind=none"]
+    lend = with_setup([python, "-u", "-m", "forge_hpc.join", "--run-dir", str(run_dir)], cfg.slurm.setup)
+    return f"unset {' '.join(OPTIONS_OF_SRUN)}\n{shlex.join(['srun', *flags, *cfg.slurm.srun, *lend])}"
+
+
 def with_variables(variables: Mapping[str, str | None], command: str) -> str:
     """`command` after shell lines that set these variables; None unsets one."""
     lines = [f"unset {name}" if value is None else f"export {name}={value}" for name, value in variables.items()]

@@ -23,7 +23,7 @@ from forge_hpc.run_dir import RunDir
 from forge_hpc.slurm.client import SlurmRefused
 from forge_hpc.slurm.expected_start import expected_start
 from forge_hpc.supervisor.lead import lead_s
-from launchers.command import job_command
+from launchers.command import job_command, lent_job_command
 
 _REFUSED = "see `sinfo`, and the keys slurm.*"
 
@@ -132,6 +132,23 @@ class SweepExecutor(RunExecutor):
         tasks = f"0-{len(cfgs) - 1}{f'%{at_once}' if at_once else ''}"
         self.parameters = job_parameters(cfgs[0], sweep_dir, tasks)
         self.parameters["signal_delay_s"] = max(lead_s(cfg, RunDir(sweep_dir)) for cfg in cfgs)
+
+
+class LentExecutor(RunExecutor):
+    """Renders and submits a job that lends its nodes to a run, or an array of such jobs.
+
+    Example:
+        job_id = LentExecutor(cfg, run_dir, array="0-7%4").submit_run()
+    """
+
+    def __init__(self, cfg: Config, run_dir: Path, array: str | None = None, options: Sequence[str] = ()) -> None:
+        super().__init__(cfg, run_dir, options)
+        self.folder = RunDir(run_dir).lent
+        self._command = lent_job_command(cfg, run_dir)
+        more = self.parameters["additional_parameters"]
+        more |= {"output": str(self.folder / f"lender-{'%A_%a' if array else '%j'}.out"), "no-kill": True}
+        if array:
+            more["array"] = array
 
 
 def job_parameters(cfg: Config, run_dir: Path, sweep: str | None = None) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def test_a_status_keeps_what_is_not_given_and_moves_its_heartbeat(tmp_path: Path
     assert run_dir.write_status(state="failed").message == ""
     assert run_dir.read_status() == RunDir(tmp_path).read_status()
     expected = {"format", "state", "step", "policy_version", "restarts", "job_id", "heartbeat", "message"}
-    expected |= {"lead_s", "total_steps"}
+    expected |= {"lead_s", "lent", "total_steps"}
     assert set(json.loads(run_dir.status.read_text())) == expected
 
 

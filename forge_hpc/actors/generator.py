@@ -32,12 +32,12 @@ logger = logging.getLogger(__name__)
 class Generator(Actor):
     """Serves completions of the policy. Calls run at once: requests join while others decode."""
 
-    def __init__(self, config: Config, replica: int, log_dir: Path) -> None:
-        self._replica = replica
+    def __init__(self, config: Config, replica: int, log_dir: Path, role: str = "generator") -> None:
+        self._name = f"{role}-{replica}"
         self._begin(config, log_dir)
 
     def _begin(self, config: Config, log_dir: Path) -> None:
-        setup_logging(log_dir / f"generator-{self._replica}.log", f"generator-{self._replica}")
+        setup_logging(log_dir / f"{self._name}.log", self._name)
         self._config = config
         self._log_dir = log_dir
         self._links: LinkReader | None = None
@@ -252,7 +252,7 @@ class Generator(Actor):
     @concurrent_endpoint
     async def stop_trace(self, directory: Path) -> None:
         """Write the trace."""
-        await self._engine.call_workers(stop_trace, directory / f"generator-{self._replica}.json.gz")
+        await self._engine.call_workers(stop_trace, directory / f"{self._name}.json.gz")
 
     @endpoint
     async def abort(self) -> None:

@@ -237,19 +237,22 @@ class Trainer(Actor):
         return replace(part, address=self._server.address)
 
     def _serve(self, snapshots: Snapshots) -> Server | None:
-        """Let other hosts have the snapshots, where the run has several: on the address that Monarch listens on."""
-        from forge_hpc.cluster.allocation import host_address
+        """Let other hosts have the snapshots, where the run has several, or other jobs may lend it some: on the address
+        that Monarch listens on."""
+        from forge_hpc.cluster.allocation import Allocation, run_address
+        from forge_hpc.config.lending import takes_lent
         from forge_hpc.weights import Served, links_dir
         from forge_hpc.wire.server import Server
         from forge_hpc.wire.tls import Certificates
 
-        certificates = Certificates.from_environment()
-        if self._config.cluster.nodes == 1 or certificates is None:
+        certificates, num_nodes = Certificates.from_environment(), self._config.cluster.nodes
+        lent = Allocation.from_environment().in_slurm and takes_lent(self._config)
+        if (num_nodes == 1 and not lent) or certificates is None:
             return None
         links = links_dir(self._log_dir) if self._config.generator.weight_transport == "nccl" else None
         served = Served(snapshots, self._config.generator.send_changes, links)
         try:
-            return Server(served, host_address(self._config.cluster.nodes), certificates)
+            return Server(served, run_address(num_nodes, lent), certificates)
         except OSError as error:
             logger.warning("no streams to other hosts, the store serves them: %s", error)
             return None

@@ -68,6 +68,19 @@ def host_address(num_nodes: int, environ: Mapping[str, str] = os.environ) -> str
     raise OSError(f"{socket.gethostname()} has no address by which other nodes reach it: only loopback")
 
 
+def run_address(num_nodes: int, takes_lent: bool) -> str:
+    """The address that a node of a run listens on: as ``host_address``, but where other jobs may lend the run nodes
+    (``joining``) one by which they reach it, if the host has any.
+
+    Raises:
+        OSError: of several nodes, this one has no address but loopback.
+    """
+    if num_nodes == 1 and takes_lent:
+        with contextlib.suppress(OSError):
+            return host_address(2)
+    return host_address(num_nodes)
+
+
 def _source_address(peer: str) -> str | None:
     """The address from which this host would send to ``peer``; None where it has no route, or only loopback."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

@@ -4,6 +4,7 @@ hosts = await attach(addresses, own_address, timeout_s)
 cluster = Cluster(hosts, placement, cpus, log_dir)
 trainers = cluster.spawn_trainers("trainer")        # one mesh over all trainer nodes; spawn_frozen likewise
 replica = cluster.spawn_generator("generator0", 0)  # one mesh a replica, so that one can fail alone
+lent = await attach_lent(address, timeout_s)        # a node that another job lends, at any time later
 
 Meshes are named by the caller: what Monarch reports of one is told to who watches that name (``faults``).
 """
@@ -40,6 +41,47 @@ async def attach(worker_addresses: Sequence[str], own_address: str, timeout_s: f
             f"the {len(worker_addresses)} Monarch workers did not answer within {timeout_s:.0f} s"
         ) from None
     return hosts
+
+
+async def attach_lent(worker_address: str, timeout_s: float) -> HostMesh:
+    """Connect to the Monarch worker of one more node, after ``attach``. Raises TimeoutError."""
+    from monarch.actor import attach_to_workers
+
+    hosts = attach_to_workers(ca="trust_all_connections", workers=[worker_address])
+    try:
+        await asyncio.wait_for(hosts.initialized, timeout_s)
+    except TimeoutError:
+        raise TimeoutError(f"its Monarch worker did not answer within {timeout_s:.0f} s") from None
+    return hosts
+
+
+@dataclass
+class LentHost:
+    """A node that another job lends, with the generators that it can hold."""
+
+    hosts: HostMesh
+    cpus: int
+    gpu_names: Sequence[str]
+    replica_gpus: Sequence[Sequence[int]]
+    """GPUs of each of its generators; () is one on the CPU."""
+
+    def spawn_generator(self, name: str, slot: int) -> ProcMesh:
+        """A mesh of the one process of a generator."""
+        gpus = [self.gpu_names[gpu] for gpu in self.replica_gpus[slot]]
+        command = bootstrap_command(max(1, self.cpus // len(self.replica_gpus)), gpus)
+        return self.hosts.spawn_procs(per_host={"procs": 1}, name=name, bootstrap_command=command)
+
+
+def bootstrap_command(threads: int, gpu_names: Sequence[str]) -> BootstrapCommand:
+    """How a process is started: threads and GPUs are fixed before any library counts them."""
+    from monarch.actor import default_bootstrap_cmd
+
+    env = {
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": ",".join(gpu_names),
+    }
+    return default_bootstrap_cmd().with_env(env)
 
 
 @dataclass
@@ -120,13 +162,6 @@ class Cluster:
         return True
 
     def _command(self, node: int, gpus: Sequence[int], threads: int | None = None) -> BootstrapCommand:
-        """How processes of a node are started: threads and GPUs are fixed before any library counts them."""
-        from monarch.actor import default_bootstrap_cmd
-
+        """How processes of a node are started."""
         threads = threads or self.placement.threads_per_process(self.cpus, node)
-        env = {
-            "OMP_NUM_THREADS": str(threads),
-            "TOKENIZERS_PARALLELISM": "false",
-            "CUDA_VISIBLE_DEVICES": ",".join(self.gpu_names[node][gpu] for gpu in gpus),
-        }
-        return default_bootstrap_cmd().with_env(env)
+        return bootstrap_command(threads, [self.gpu_names[node][gpu] for gpu in gpus])

@@ -41,6 +41,11 @@ class Rendezvous:
         except FileNotFoundError:
             return None
 
+    def withdraw(self, *names: str) -> None:
+        """Remove records; nothing happens where one is not there."""
+        for name in names:
+            (self.directory / f"{name}.json").unlink(missing_ok=True)
+
     def names(self, prefix: str) -> list[str]:
         """Names of the records that begin with ``prefix``."""
         return sorted(path.stem for path in self.directory.glob(f"{prefix}*.json"))

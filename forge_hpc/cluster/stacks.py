@@ -148,6 +148,10 @@ class StackWriter:
                 in_thread(others, within_s=ANSWER_S + WRITE_S)
         return told
 
+    def begin_now(self) -> None:
+        """Who was asked before this node was there has answered. Raises OSError."""
+        self._written = len(self._rendezvous.names("stacks-"))
+
     def look(self) -> None:
         """Write them where that has been asked for since the last look."""
         if (request := self._rendezvous.look(f"stacks-{self._written + 1}")) is None:
@@ -173,9 +177,11 @@ def folder_in(scratch: Path) -> Path:
 
 
 def ask(rendezvous: Rendezvous, why: str, num_nodes: int, log_dir: Path) -> str:
-    """Have the supervisors of all nodes write the stacks of their processes. What to tell of it, to follow a message;
-    empty where no node has answered. Blocks for at most ``ANSWER_S``. Raises OSError."""
+    """Have the supervisors of all nodes write the stacks of their processes, those of nodes that other jobs lend, too.
+    What to tell of it, to follow a message; empty where no node has answered. Blocks for at most ``ANSWER_S``. Raises
+    OSError."""
     number = 1 + len(rendezvous.names("stacks-"))
+    num_nodes += sum(name.removeprefix("lent-").isdigit() for name in rendezvous.names("lent-"))
     rendezvous.publish(f"stacks-{number}", {"why": why})
     deadline, answers = time.monotonic() + ANSWER_S, 0
     while answers < num_nodes and time.monotonic() < deadline:

@@ -14,6 +14,7 @@ COMMANDS = {
     "logs": "what a role's processes say, on all nodes",
     "stacks": "where every process of a running run stands",
     "attach": "a shell, or a command, on a node of the run's job",
+    "join": "lend a running run more generators, by a job that may vanish at any time",
     "cancel": "have a run save and end, and wait until it has ended",
     "resume": "go on with a run, or (--from) begin a new one from a checkpoint of it",
     "engines": "engines that submit --keep-engines has left; --end ends them",

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from forge_hpc.cancel import cancel_runs
+from forge_hpc.cancel import cancel_lending, cancel_runs
+from forge_hpc.files import is_there
 from forge_hpc.finding import find_runs
+from forge_hpc.joining.jobs import is_lending_job
+from forge_hpc.run_dir import RunDir
+from forge_hpc.slurm.job import is_job_id
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,4 +19,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return cancel_runs([run_dir for what in args.runs for run_dir in find_runs(what)], now=args.now)
+    runs: list[RunDir] = []
+    for what in args.runs:
+        for run_dir in find_runs(what):
+            if is_job_id(str(what)) and not is_there(what) and is_lending_job(run_dir, str(what)):
+                cancel_lending(run_dir, str(what))
+            else:
+                runs.append(run_dir)
+    return cancel_runs(runs, now=args.now)

@@ -19,12 +19,13 @@ from forge_hpc.cluster.faults import Faults
 from forge_hpc.cluster.processes import die_with_parent
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import UserError, read_config
-from forge_hpc.controller.conduct import Crew, arrange, conduct, join_nodes, reporting, start_phases
+from forge_hpc.controller.conduct import Crew, Lending, arrange, conduct, join_nodes, reporting, start_phases
 from forge_hpc.controller.orders import Orders
 from forge_hpc.controller.outcome import outcome_of, tell
 from forge_hpc.controller.recovery import Leave
 from forge_hpc.controller.service import reason_of
 from forge_hpc.controller.stacks import prepare_stacks
+from forge_hpc.joining.door import DOOR
 from forge_hpc.observability.logs import Terminal, setup_logging
 from forge_hpc.observability.remote import finish_runs
 from forge_hpc.run_dir import RunDir
@@ -44,7 +45,9 @@ async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, termin
         phases = await start_phases(config, rendezvous)
         nodes = await join_nodes(config, rendezvous, phases)
         cluster = arrange(config, nodes, log_dir, faults)
-        done = await conduct(crew, config, run_dir, log_dir, cluster, phases, terminal, leave, status)
+        lending = Lending(rendezvous, nodes.address) if await asyncio.to_thread(rendezvous.look, DOOR) else None
+        told = phases, terminal, leave, status
+        done = await conduct(crew, config, run_dir, log_dir, cluster, *told, lending=lending)
     # In good order only where all went well: after a failure the supervisors end what is left, and faster.
     if done:
         start = time.perf_counter()

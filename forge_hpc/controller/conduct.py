@@ -1,6 +1,7 @@
 """Conducting a run: its processes on the nodes, one attempt after the other, from what its directory says.
 
 lost generators ─► replaced beside the training (GeneratorPool)
+lent generators ─► come and go (LentGenerators)
 lost trainers ───► a new attempt from the newest checkpoint; the generators stay
 a lost node ─────► save where that can be done, and leave
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -82,6 +83,15 @@ class Crew:
             await self.frozen.end()
 
 
+@dataclass(frozen=True)
+class Lending:
+    """Where nodes that other jobs lend make themselves known."""
+
+    rendezvous: Rendezvous
+    address: str
+    """Of this host, by which others reach it."""
+
+
 async def conduct(
     crew: Crew,
     config: Config,
@@ -93,11 +103,12 @@ async def conduct(
     leave: Leave,
     status: StatusWriter,
     kept: KeptMeshes | None = None,
+    lending: Lending | None = None,
 ) -> bool:
     """Run the recipe to its end (True) or until the run is to leave; lost trainers cost an attempt."""
     from forge_hpc.controller.frozen import FrozenProcesses
-    from forge_hpc.controller.generators import GeneratorPool, NodeLost
-    from forge_hpc.controller.session import Session
+    from forge_hpc.controller.generators import GeneratorPool
+    from forge_hpc.controller.session import background
 
     recoveries, faults = Recoveries(config.cluster.max_restarts), cluster.faults
 
@@ -106,9 +117,39 @@ async def conduct(
         leave.request(Departure(Cause.NODE_LOST, f"node {node} is lost: {reason}", silent))
 
     pool = crew.pool = GeneratorPool(config, cluster, log_dir, recoveries, node_lost, kept)
-    frozen = None
     if cluster.placement.frozen_nodes:
-        frozen = crew.frozen = FrozenProcesses(config, cluster, log_dir, recoveries, node_lost)
+        crew.frozen = FrozenProcesses(config, cluster, log_dir, recoveries, node_lost)
+    lent: list[Awaitable[None]] = []
+    if lending is not None:
+        from forge_hpc.controller.lent import LentGenerators
+
+        where = lending.rendezvous, lending.address, log_dir
+        lent.append(LentGenerators(config, cluster, pool, *where, lambda num: status.update(lent=num)).run())
+    async with background(*lent):
+        return await _attempts(
+            crew, config, run_dir, log_dir, cluster, phases, terminal, leave, status, kept, node_lost
+        )
+
+
+async def _attempts(
+    crew: Crew,
+    config: Config,
+    run_dir: RunDir,
+    log_dir: Path,
+    cluster: Cluster,
+    phases: StartPhases,
+    terminal: Terminal,
+    leave: Leave,
+    status: StatusWriter,
+    kept: KeptMeshes | None,
+    node_lost: Callable[[int, str], None],
+) -> bool:
+    from forge_hpc.controller.generators import NodeLost
+    from forge_hpc.controller.session import Session
+
+    pool, frozen, faults = crew.pool, crew.frozen, cluster.faults
+    assert pool is not None
+    recoveries = pool.recoveries
     done, number = False, 0
     while not done and not leave.requested.is_set():
         session = Session(config, run_dir, log_dir, cluster, pool, recoveries, leave, number, status, frozen, kept)
@@ -204,7 +245,7 @@ def on_ended_node(
     if node in placement.trainer_nodes:
         session.lose(f"node {node}: {reason}")
         node_lost(node, reason)
-    if node in placement.rollout_nodes:
+    if node in placement.rollout_nodes or node >= placement.nodes:  # or a lent one
         pool.lose_node(node, reason)
     if frozen is not None:
         frozen.lose_node(node, reason)
@@ -230,6 +271,8 @@ class Nodes:
     workers: Sequence[Mapping[str, Any]]
     """What the worker of each has published."""
     num_left_out: int
+    address: str
+    """Of the first."""
 
 
 async def start_phases(config: Config, rendezvous: Rendezvous) -> StartPhases:
@@ -248,7 +291,7 @@ async def join_nodes(config: Config, rendezvous: Rendezvous, phases: StartPhases
     phases.end("environment")
     hosts = await attach([worker["address"] for worker in workers], start["address"], timeout_s)
     phases.end("attach")
-    return Nodes(hosts, workers, start["left_out"])
+    return Nodes(hosts, workers, start["left_out"], start["address"])
 
 
 def arrange(config: Config, nodes: Nodes, log_dir: Path, faults: Faults) -> Cluster:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from forge_hpc.actors.generator import Generator
 from forge_hpc.cluster.meshes import Cluster
@@ -51,6 +51,19 @@ async def why_not_spawned(cluster: Cluster, nodes: Sequence[int], who: str, erro
     return NodeLost(silent[0], reason_of(error)) if silent else ActorLost(f"{who}: {reason_of(error)}")
 
 
+class Lending(Protocol):
+    """What the pool's service has beyond its own replicas (``lent.LentGenerators``)."""
+
+    @property
+    def num_devices(self) -> int: ...
+
+    def metrics(self) -> dict[str, float]: ...
+
+    def lose_generator(self, index: int, reason: str) -> None: ...
+
+    def lose_node(self, number: int, reason: str) -> None: ...
+
+
 @dataclass
 class _ReplicaSlot:
     """Where a replica lives."""
@@ -85,7 +98,7 @@ class GeneratorPool:
         self._kept = kept
         self.said: list[str] = []
         """What became of each kept engine, once it has been asked."""
-        self._recoveries = recoveries
+        self.recoveries = recoveries
         self._on_node_lost = on_node_lost
         self._tasks: set[asyncio.Task[None]] = set()
         self._spares = list(cluster.placement.spare_nodes)
@@ -106,12 +119,22 @@ class GeneratorPool:
             self.turns.sleep = self._sleep
         self._slots = {index: _ReplicaSlot() for index in range(placement.replicas)}
         self._starting: asyncio.Task[None] | None = None
+        self.model_dir = Path()
+        """What replicas start on."""
+        self.lent: Lending | None = None
+        """Those of other jobs, where the run takes them."""
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether all replicas have been started."""
+        started = self._starting
+        return started is not None and started.done() and not started.cancelled() and started.exception() is None
 
     def begin(self, model_dir: Path) -> None:
         """Begin to start all replicas on the weights of ``model_dir``, where that has not been begun. The start goes on
         when the attempt that began it is over, and serves the next one."""
         if self._starting is None:
-            self._model_dir = model_dir
+            self.model_dir = model_dir
             self._starting = asyncio.create_task(self._start())
 
     async def start(self, model_dir: Path) -> Service:
@@ -144,6 +167,8 @@ class GeneratorPool:
         for index, slot in self._slots.items():
             if self._home(index, slot) == node:
                 self.service.lose(index, reason)
+        if self.lent is not None:
+            self.lent.lose_node(node, reason)
 
     async def close(self) -> None:
         """End starts and replacements under way, and the engines."""
@@ -176,7 +201,7 @@ class GeneratorPool:
         except Exception as error:
             raise NodeLost(node, f"no process starts there: {reason_of(error)}") from error
         actor = slot.procs.spawn(slot.mesh, Generator, config, index, self._log_dir)
-        await self._ask(index, actor.start.call_one(self._model_dir), config.cluster.start_timeout_s, "start()")
+        await self.ask(index, actor.start.call_one(self.model_dir), config.cluster.start_timeout_s, "start()")
         return actor
 
     async def _take_kept(self, index: int, slot: _ReplicaSlot, kept: KeptMeshes) -> Any | None:
@@ -185,9 +210,9 @@ class GeneratorPool:
             return None
         slot.mesh, slot.procs = mesh.name, mesh.procs
         self._cluster.faults.watch(mesh.name, lambda reason: self.service.lose(index, reason))
-        call = mesh.actor.renew.call_one(self._config, self._log_dir, self._model_dir)
+        call = mesh.actor.renew.call_one(self._config, self._log_dir, self.model_dir)
         try:
-            why = await self._ask(index, call, self._config.cluster.start_timeout_s, "renew()")
+            why = await self.ask(index, call, self._config.cluster.start_timeout_s, "renew()")
         except ActorLost as error:
             why = reason_of(error)
         self.said.append(f"generator {index}: {f'a new engine, {why}' if why else 'its engine was kept'}")
@@ -215,13 +240,17 @@ class GeneratorPool:
             else:
                 await stop_mesh(self._cluster.faults, mesh)
 
-    async def _ask(self, index: int, call: Any, timeout_s: float, what: str) -> Any:
+    async def ask(self, index: int, call: Any, timeout_s: float, what: str) -> Any:
+        """The answer of a generator that does not serve yet. Raises ActorLost, or what it raises."""
         nothing: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         return await answer(call, nothing, timeout_s, f"generator {index}, {what}")
 
     # ---- replacement
 
     def _on_loss(self, index: int, reason: str) -> None:
+        if self.lent is not None and index >= self.service.size:
+            self.lent.lose_generator(index, reason)
+            return
         logger.error("generator %d is lost: %s", index, reason)
         task = asyncio.create_task(self._replace(index, f"generator {index}: {reason}"))
         self._tasks.add(task)
@@ -231,13 +260,13 @@ class GeneratorPool:
         """Put another replica in the place of a lost one: on its node, or on a spare one where the node is lost."""
         start = time.monotonic()
         try:
-            self._recoveries.use_retry("generators", f"generator {index}", reason)
+            self.recoveries.use_retry("generators", f"generator {index}", reason)
             while True:
                 try:
                     await self._end(index)
                     async with self._turn():
                         actor = await self._spawn(index)
-                        await self._bring_up_to_date(index, actor)
+                        await self.bring_up_to_date(index, actor)
                         await self.service.admit(index, actor)
                     break
                 except NodeLost as error:
@@ -248,7 +277,7 @@ class GeneratorPool:
                     self._slots[index].node = spare
                 except Exception as error:  # also of an engine that does not start: memory may be free a moment later
                     logger.warning("generator %d did not come back", index, exc_info=not isinstance(error, ActorLost))
-                    self._recoveries.use_retry("generators", f"generator {index}", reason_of(error))
+                    self.recoveries.use_retry("generators", f"generator {index}", reason_of(error))
             logger.info("generator %d is replaced after %.1f s", index, time.monotonic() - start)
         except Exception as error:
             logger.exception("generator %d cannot be replaced", index)
@@ -278,7 +307,7 @@ class GeneratorPool:
         except Exception as error:  # what matters is whether another can be started
             logger.warning("ending %s: %s", slot.mesh, reason_of(error))
 
-    async def _bring_up_to_date(self, index: int, actor: Any) -> None:
+    async def bring_up_to_date(self, index: int, actor: Any) -> None:
         """Give a new replica the weights that the others hold; it returns in the same turn of the event loop in which
         that was found true, so that no delivery falls in between."""
         held: tuple[WeightSync, int | None] | None = None
@@ -289,22 +318,22 @@ class GeneratorPool:
                 if weights.label in (None, label):
                     return
                 label = weights.label
-                await self._ask(index, actor.relabel.call_one(label), self._config.generator.timeout_s, "relabel()")
+                await self.ask(index, actor.relabel.call_one(label), self._config.generator.timeout_s, "relabel()")
                 continue
             try:
 
                 async def load(*args: Any) -> Any:
                     call = actor.load.call_one(*args)
-                    return [await self._ask(index, call, self._config.generator.timeout_s, "load()")]
+                    return [await self.ask(index, call, self._config.generator.timeout_s, "load()")]
 
-                await weights.give(load)
+                await weights.give(load, tells=False)
                 held, label = wanted, wanted[1]
             except ActorLost:
                 raise
             except Exception as error:  # dropped for a newer version meanwhile, or the trainers' store is gone
                 logger.warning("generator %d: version %d: %s", index, wanted[1], reason_of(error))
                 if self.turns is not None and weights.is_over:  # the next trainers start once it sleeps, and bring them
-                    await self._ask(index, actor.sleep.call_one(), self._config.generator.timeout_s, "sleep()")
+                    await self.ask(index, actor.sleep.call_one(), self._config.generator.timeout_s, "sleep()")
                     return
                 async with asyncio.timeout(STORE_S):
                     while (self.weights, self.weights and self.weights.version) == wanted:
@@ -392,8 +421,9 @@ class WeightSync:
         if self._delivery is not None:
             self._delivery.cancel()
 
-    async def give(self, load: Callable[..., Awaitable[list[str | None]]]) -> None:
-        """Have generators take the version; ``load`` calls ``Generator.load`` and returns what each said.
+    async def give(self, load: Callable[..., Awaitable[list[str | None]]], *, tells: bool = True) -> None:
+        """Have generators take the version; ``load`` calls ``Generator.load`` and returns what each said. It is told
+        how the weights came, unless that is said of one alone.
 
         Raises VersionNotFoundError where the next version is about to take its place.
         """
@@ -410,7 +440,8 @@ class WeightSync:
                 ways += await load(self._store.spec, version, None, True)
         finally:
             self._readers[version] -= 1
-        self._tell_ways({way for way in ways if way})
+        if tells:
+            self._tell_ways({way for way in ways if way})
 
     def _tell_ways(self, ways: set[str]) -> None:
         told = f"weights: {', '.join(sorted(ways))}"

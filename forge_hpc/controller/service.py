@@ -6,7 +6,8 @@ async for place, completion in generator.generate.stream(prompts): ...  # each a
 await generator.load.fanout(spec, version)                     # all replicas that serve
 
 A replica that dies or does not answer in time leaves the service, and ``on_loss`` is told; calls that were routed to it
-go to others, or wait until one is admitted again. Calls with a key have a replica to themselves, so that what it
+go to others, or wait until one is admitted again. Replicas beyond the service's own are lent to it: they get calls as
+the others do, come and go, and are nobody's to replace. Calls with a key have a replica to themselves, so that what it
 computes for them does not depend on who else is served, nor on which replica it is.
 """
 
@@ -104,7 +105,7 @@ class Service:
 
     Args:
         name: what messages call it.
-        size: replicas that it has when all are well.
+        size: replicas that it has when all are well, those that are lent to it (of higher indices) aside.
         timeout_s: every call has this deadline; a replica that misses it is stuck, and lost.
         on_loss: called with the index of a lost replica and the reason; is to ``admit`` another.
         on_retry: called when a call goes to another replica because the first was lost.
@@ -126,6 +127,7 @@ class Service:
         self._on_loss = on_loss
         self._on_retry = on_retry
         self._replicas: dict[int, Replica] = {}
+        self._answered = [0, 0]  # calls, by own replicas and by lent ones
         self._admitted = asyncio.Condition()
 
     def __len__(self) -> int:
@@ -144,6 +146,21 @@ class Service:
     def actor(self, index: int) -> Any:
         """The actor that serves as replica ``index``."""
         return self._replicas[index].actor
+
+    @property
+    def num_lent(self) -> int:
+        """Replicas that serve and are lent."""
+        return sum(index >= self.size for index in self._replicas)
+
+    @property
+    def num_fed(self) -> int:
+        """Replicas that there is to be work for: its own, also while one is replaced, and those lent that serve."""
+        return self.size + self.num_lent
+
+    def take_lent_share(self) -> float:
+        """The share of routed calls that lent replicas have answered, since it was asked last."""
+        (own, lent), self._answered = self._answered, [0, 0]
+        return lent / (own + lent) if lent else 0.0
 
     async def admit(self, index: int, actor: Any) -> None:
         """``actor`` serves as replica ``index`` from the moment of the call."""
@@ -194,7 +211,9 @@ class ServiceEndpoint:
             replica.in_flight += 1
             try:
                 async with replica.alone if key is not None else contextlib.nullcontext():
-                    return await self._service._call(replica, self._endpoint, args)
+                    result = await self._service._call(replica, self._endpoint, args)
+                self._service._answered[replica.index >= self._service.size] += 1
+                return result
             except ActorLost:
                 self._service._on_retry()
             finally:

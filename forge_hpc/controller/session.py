@@ -433,8 +433,16 @@ class Session:
         """Generate beside the body; an error in either ends both."""
         assert self._buffer is not None, "start() comes first, and the recipe's needs say that it learns from samples"
         sample = self.generators.generate.stream if self._player is None else self._player.stream
+        generators = self.generators
         stream = RolloutStream(
-            self.config, self._prompts, sample, len(self.generators), self._rewards, self._buffer, self.warn
+            self.config,
+            self._prompts,
+            sample,
+            len(generators),
+            self._rewards,
+            self._buffer,
+            self.warn,
+            num_fed=lambda: generators.num_fed,
         )
         await self._begin_trace(self.step + 1)
         async with background(stream.run()):
@@ -512,7 +520,8 @@ class Session:
         if (num_tokens := metrics.get("tokens/generated")) is None and "perf/trainer_tokens_per_s" in metrics:
             num_tokens = metrics["perf/trainer_tokens_per_s"] * metrics["time/train_s"] * placement.trainer_procs
         if num_tokens is not None:
-            figures["perf/tokens_per_s"] = num_tokens / step_s / placement.num_devices
+            num_lent = self._pool.lent.num_devices if self._pool.lent is not None else 0
+            figures["perf/tokens_per_s"] = num_tokens / step_s / (placement.num_devices + num_lent)
         if (asked := self._engine_counts) is not None and asked.done():
             self._engine_counts = None
             if not asked.cancelled() and asked.exception() is None:
@@ -568,6 +577,8 @@ class Session:
         self._step_ended, self._checkpoint_s = now, 0.0
         self.step = step
         self._recoveries.step_done()
+        if self._pool.lent is not None:
+            timing |= self._pool.lent.metrics()
         timing |= self._performance(timing["time/step_s"], metrics)
         counts = {"checkpoint/failed": float(self._saver.num_failed)} | self._recoveries.metrics()
         self.metrics.log(step, {"policy_version": step, **metrics, **timing, **counts})

@@ -137,7 +137,7 @@ class KeptRun(FirstNode):
         started = self._bring_together(node, config, rendezvous, tls, engines.log_dir, phases)
         if isinstance(started, Ending):
             return started
-        engines.worker, engines.slurm_names, engines.start_record = started
+        engines.worker, engines.slurm_names, engines.start_record = started.worker, started.slurm_names, started.start
         engines.controller = ControllerProcess.start(
             node, self._requests, self.lock, rendezvous, tls, engines.log_dir, "--keep"
         ).process

@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from forge_hpc.config.errors import UserError
+from forge_hpc.joining.jobs import lending_text
 from forge_hpc.observability.console import format_duration, tokens_per_second
 from forge_hpc.observability.jsonl import read_jsonl
 from forge_hpc.observability.overview import RunLine, overview, tail_jsonl
@@ -51,6 +52,9 @@ def render_status(run_dir: RunDir, line: RunLine | None = None) -> str:
             lines.append(("waits for", line.waits_for))
     elif line.nodes is not None and line.nodes > 1:
         lines.append(("nodes", str(line.nodes)))
+    status = run_dir.read_status()
+    if status is not None and not status.is_terminal and (lent := lending_text(run_dir, status.lent)) is not None:
+        lines.append(("lent", lent))
     if line.total_steps != 0:
         lines.append(("step", f"{_steps(line)}  restarts {line.restarts}"))
     lines.append(("heartbeat", _sign_of_life(line)))

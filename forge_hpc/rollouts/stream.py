@@ -37,6 +37,7 @@ class RolloutStream:
         prompts: those of the steps to come.
         sample: the generators', or the environments', stream of samples: (prompts, key=...).
         num_generators: replicas that share the prompts of a synchronous step.
+        num_fed: replicas that there is to be work for now, where that changes.
         warn: shows the user a line.
     """
 
@@ -49,6 +50,7 @@ class RolloutStream:
         rewards: RewardPool,
         buffer: EpisodeBuffer,
         warn: Callable[[str], None],
+        num_fed: Callable[[], int] | None = None,
     ) -> None:
         self._config = config
         self._prompts = prompts
@@ -59,7 +61,7 @@ class RolloutStream:
         self._clock = RolloutClock()
         self._watch = EpisodeWatch(warn)
         self._step = buffer.step
-        self._num_places = config.generator.engine.max_num_seqs * num_generators
+        self._num_fed = num_fed or (lambda: num_generators)
         self._num_open = 0  # samples that are being generated
         self._sampled = asyncio.Event()
 
@@ -100,10 +102,9 @@ class RolloutStream:
             return room
         if (num_again := self._buffer.num_to_draw_again) > 0:  # they had places before
             return min(room, num_again)
-        while self._num_open >= self._num_places:
+        while (num_free := self._num_fed() * self._config.generator.engine.max_num_seqs - self._num_open) <= 0:
             self._sampled.clear()
             await self._sampled.wait()
-        num_free = self._num_places - self._num_open
         return min(room, math.ceil(num_free / self._config.rollout.group_size))
 
     async def _counted(self, samples: AsyncIterator[T]) -> AsyncIterator[T]:

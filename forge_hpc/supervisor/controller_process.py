@@ -17,6 +17,7 @@ from forge_hpc.cluster.stacks import StackWriter
 from forge_hpc.config import Config, UserError
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.files import in_thread
+from forge_hpc.joining.desk import Desk
 from forge_hpc.run_dir import RunDir
 from forge_hpc.run_lock import RunDirLock
 from forge_hpc.supervisor import deadlines
@@ -65,11 +66,13 @@ class ControllerProcess:
         rendezvous: Rendezvous,
         heartbeat_timeout_s: float,
         stacks: StackWriter | None = None,
+        desk: Desk | None = None,
     ) -> StopRequest | None:
         """Wait for its end, and pass on to it what is wanted of the run; returns the last request.
 
         It is killed when the time that a request gives it is over, when it gives no heartbeat, and when another start
-        has taken the run over. Where it, or one of its actors, hangs ``stacks`` are written before.
+        has taken the run over. Where it, or one of its actors, hangs ``stacks`` are written before. Meanwhile nodes
+        that other jobs lend are answered at the ``desk``.
         """
         reported, heartbeat, looked = False, HeartbeatMonitor(self._run_dir), time.monotonic()
         while not self.is_over():
@@ -86,6 +89,8 @@ class ControllerProcess:
                     self.process.kill()
                 elif stacks is not None:
                     stacks.look_in_time()
+                if desk is not None:
+                    desk.look_in_time()
             if self._lock.lost.is_set():
                 self.process.kill()
                 return StopRequest(Cause.TAKEN_OVER, f"another start has taken {self._run_dir} over", None)

@@ -12,15 +12,18 @@ import subprocess
 import sys
 import time
 import traceback
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from forge_hpc.cluster.identity import make_job_identity
+from forge_hpc.cluster.identity import Authority, make_job_identity
 from forge_hpc.cluster.processes import end_descendants
 from forge_hpc.cluster.rendezvous import Rendezvous, RendezvousTimeout
 from forge_hpc.config import Config, UserError, read_config
+from forge_hpc.config.lending import takes_lent
 from forge_hpc.files import in_thread
+from forge_hpc.joining.desk import Desk
 from forge_hpc.observability.phases import StartPhases
 from forge_hpc.observability.summary import final_summary
 from forge_hpc.run_lock import RunDirLock
@@ -37,6 +40,20 @@ from forge_hpc.supervisor.robust import best_effort, how_it_ended, retrying
 from forge_hpc.supervisor.signals import Stopped, StopRequest, StopRequests
 from forge_hpc.supervisor.starts import StartLog
 from forge_hpc.supervisor.warm_start import warm_start
+
+
+@dataclass(frozen=True)
+class Together:
+    """The nodes of a start, once they are fit and have been told of each other."""
+
+    worker: subprocess.Popen[bytes]
+    """This node's."""
+    slurm_names: list[str]
+    start: dict[str, Any]
+    """What they were told."""
+    authority: Authority
+    report: dict[str, Any]
+    """What the gate has found on this node."""
 
 
 class FirstNode:
@@ -79,12 +96,13 @@ class FirstNode:
             print(f"{run_dir} is complete: nothing to do")
             self._node.rendezvous().publish("outcome", {"code": ControllerExit.DONE, "message": ""})
             return Exit.DONE
+        self._node.takes_lent = self.allocation.in_slurm and takes_lent(config)
         starts, log_dir, began = StartLog(run_dir), run_dir.logs, False
         rendezvous: Rendezvous | None = None
         try:
             restart = run_dir.next_restart(job_id)
             log_dir = run_dir.create_log_dir(job_id, restart)
-            self.status.update(state="starting", restarts=restart, job_id=job_id, message="")
+            self.status.update(state="starting", restarts=restart, job_id=job_id, message="", lent=0)
             in_thread(partial(self.status.flush, deadlines.SILENT_S), self._requests.check)
             nodes, requeues = self.allocation.num_nodes, self.allocation.requeues
             begin = partial(starts.begin, job_id=job_id, restart=restart, nodes=nodes, requeues=requeues)
@@ -140,20 +158,23 @@ class FirstNode:
         started = self._bring_together(self._node, config, rendezvous, tls, log_dir, phases)
         if isinstance(started, Ending):
             return started
-        worker, slurm_names, _ = started
+        worker, slurm_names = started.worker, started.slurm_names
         if (ending := self._warm_start(config, phases)) is not None:
             return ending
         rendezvous.publish("phases", phases.as_record())
+        desk = None
+        if self._node.takes_lent:
+            who = started.authority, started.report, len(slurm_names)
+            desk = Desk(config, rendezvous, *who, log_dir)
         controller = ControllerProcess.start(self._node, requests, self.lock, rendezvous, tls, log_dir)
         stacks = self._node.stack_writer(rendezvous, log_dir)
-        request = controller.wait(worker, rendezvous, deadlines.heartbeat_timeout_s(config), stacks)
+        request = controller.wait(worker, rendezvous, deadlines.heartbeat_timeout_s(config), stacks, desk)
         return self._ending_of(config, controller, request, rendezvous, slurm_names)
 
     def _bring_together(
         self, node: Node, config: Config, rendezvous: Rendezvous, tls: Path, log_dir: Path, phases: StartPhases
-    ) -> Ending | tuple[subprocess.Popen[bytes], list[str], dict[str, Any]]:
-        """Through the gate: this node's worker, Slurm's names of the nodes that take part, and what they were told;
-        or how the start has ended."""
+    ) -> Ending | Together:
+        """Through the gate; or how the start has ended."""
         address, verdict = open_gate(node, config, rendezvous, self._requests.check)
         phases.end("gate")
         if (ending := verdict.ending(config.cluster.spare_nodes)) is not None:
@@ -163,7 +184,7 @@ class FirstNode:
                 StartLog(self.run_dir).left_out({verdict.named(node): why for node, why in verdict.unfit.items()})
             print(f"{verdict.describe()}; the start goes on without", file=sys.stderr, flush=True)
         nodes = list(verdict.introductions.values())
-        make_job_identity(tls, [name for record in nodes for name in record["names"]])
+        authority = make_job_identity(tls, [name for record in nodes for name in record["names"]])
         start = {
             "members": verdict.members,
             "left_out": len(verdict.unfit),
@@ -175,7 +196,7 @@ class FirstNode:
         rendezvous.publish("start", start)
         node.join(verdict.members)
         worker = node.start_worker(rendezvous, address, tls, log_dir)
-        return worker, [record["slurm_name"] for record in nodes], start
+        return Together(worker, [record["slurm_name"] for record in nodes], start, authority, nodes[0]["report"])
 
     def _begin_phases(self) -> StartPhases:
         ago_s = time.monotonic() - self._started

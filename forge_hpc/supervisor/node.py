@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from forge_hpc.cluster import stacks
-from forge_hpc.cluster.allocation import Allocation, host_address, interface_of
+from forge_hpc.cluster.allocation import Allocation, host_address, interface_of, run_address
 from forge_hpc.cluster.identity import tls_environment
 from forge_hpc.cluster.processes import end_descendants
 from forge_hpc.cluster.rendezvous import Rendezvous
@@ -32,9 +32,11 @@ from forge_hpc.supervisor.signals import ignoring_signals
 class Node:
     """One node of one start of a run."""
 
-    def __init__(self, run_dir: RunDir, allocation: Allocation) -> None:
+    def __init__(self, run_dir: RunDir, allocation: Allocation, takes_lent: bool = False) -> None:
         self.run_dir = run_dir
         self.allocation = allocation
+        self.takes_lent = takes_lent
+        """Other jobs may lend the run nodes: it is to be reached from elsewhere, also where it has one node alone."""
         self._scratch: Path | None = None
         self._comparing: subprocess.Popen[bytes] | None = None
 
@@ -62,17 +64,17 @@ class Node:
     def introduce(self, rendezvous: Rendezvous, patience_s: float) -> str:
         """Tell the first node by which names the others reach this one, Slurm's name of it, and whether it is fit; then
         look at it beside the others, who come within ``patience_s``."""
-        address = host_address(self.allocation.num_nodes)
+        address = run_address(self.allocation.num_nodes, self.takes_lent)
         names = [address, socket.gethostname(), "localhost"]
-        record = {"address": address, "names": names, "slurm_name": self.slurm_name, "report": self._report(rendezvous)}
+        record = {"address": address, "names": names, "slurm_name": self.slurm_name, "report": self.report(rendezvous)}
         rendezvous.publish(f"node-{self.allocation.node_id}", record)
         if self.allocation.num_nodes > 1:
             self._start_comparing(rendezvous, address, patience_s)
         return address
 
-    def _report(self, rendezvous: Rendezvous) -> dict[str, Any]:
-        """What is found of this node by itself."""
-        start, alone = rendezvous.directory.name, self.allocation.num_nodes == 1
+    def report(self, rendezvous: Rendezvous) -> dict[str, Any]:
+        """What is found of this node by itself; ``gate.own.look_at_node``."""
+        start, alone = rendezvous.directory.name, self.allocation.num_nodes == 1 and not self.takes_lent
 
         def look() -> dict[str, Any]:
             return look_at_node(rendezvous.directory, self.run_dir.tls, start, visible_gpus(), alone)
