@@ -488,7 +488,7 @@ class ContainerConfig:
 
     runtime: str | None = setting(None, choices=("apptainer", "pyxis"))
     """apptainer, pyxis (enroot, by srun's options), or null: no container."""
-    image: str | None = None
+    image: str | None = setting(None, path=True)
     """A file or folder that all nodes see, or what else the runtime takes (``docker://…``)."""
     mounts: list[str] = field(default_factory=list)
     """Further files and folders seen inside, each SOURCE, SOURCE:TARGET or SOURCE:TARGET:ro, where ``$NAME`` is the

@@ -13,7 +13,7 @@ from forge_hpc.container.runtimes import binary
 
 
 def is_file_of_image(container: ContainerConfig) -> bool:
-    """Whether the image is a file or folder, and not a registry's (``docker://…``, ``nvcr.io#nvidia/pytorch:25.01``)."""
+    """Whether the image is a file or folder, and not a registry's (``docker://…``, ``nvcr.io#nvidia/pytorch``)."""
     return re.match(r"[./~]", container.image or "") is not None
 
 
