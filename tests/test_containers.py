@@ -231,8 +231,8 @@ def test_what_slurm_refuses_is_refused_inside_and_nothing_else_is_run(slurm_outs
 
 def test_each_signal_comes_in_once_also_one_that_came_before_anybody_listened() -> None:
     code = (
-        "import os, signal, time; from forge_hpc.run_dir import RunDir; from forge_hpc.cluster.allocation import "
-        "Allocation; from forge_hpc.supervisor.job import OwnJob; from forge_hpc.supervisor.signals import StopRequests; "
+        "import os, signal, time; from forge_hpc.run_dir import RunDir; from forge_hpc.supervisor.job import OwnJob; "
+        "from forge_hpc.cluster.allocation import Allocation; from forge_hpc.supervisor.signals import StopRequests; "
         "requests = StopRequests(RunDir('/tmp'), OwnJob(Allocation('local', 0, 1, 0))); "
         "os.kill(os.getpid(), signal.SIGINT); end = time.monotonic() + 30\n"
         "while len(requests._signals) < 2 and time.monotonic() < end: time.sleep(0.05)\n"
@@ -248,11 +248,15 @@ def test_each_signal_comes_in_once_also_one_that_came_before_anybody_listened() 
 
 def test_a_relay_hands_on_the_exit_code_and_its_folder_goes_with_it(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "forge_hpc.container.relay", "sh", "-c", "echo $FORGE_HPC_OUTSIDE; exit 7"]
+    done = subprocess.run(command, text=True, capture_output=True, check=False, cwd=PROJECT)
+    assert done.returncode == 7 and done.stdout.startswith("/tmp/forge-hpc-"), done.stderr
+    assert not Path(done.stdout.strip()).exists()
     deep = tmp_path / ("a" * 100)  # longer than a socket's name may be
     deep.mkdir()
-    env = {**os.environ, "TMPDIR": str(deep)}
-    done = subprocess.run(command, text=True, capture_output=True, check=False, cwd=PROJECT, env=env)
-    assert done.returncode == 7 and done.stdout.startswith(str(deep)), done.stderr
+    with Relay(str(deep)) as relay, pytest.MonkeyPatch.context() as patch:
+        patch.setenv(outside.RELAY, relay.variables[outside.RELAY])
+        found = outside.ask_outside(["sh"], 10, None, None)
+        assert found["refused"] == "sh is no command of Slurm"
     assert list(deep.iterdir()) == []
 
 

@@ -125,7 +125,14 @@ def test_a_run_in_a_container_is_preempted_and_goes_on(cluster: SlurmCluster, im
 def test_a_run_in_a_container_is_looked_at_and_cancelled_and_saves(cluster: SlurmCluster, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     job = submit(
-        cluster, run_dir, "--nodes", "2", *small_run(tmp_path, 2000), *in_container(FOLDER), "checkpoint.interval=1000"
+        cluster,
+        run_dir,
+        "--nodes",
+        "2",
+        *small_run(tmp_path, 2000),
+        *in_container(FOLDER),
+        "checkpoint.interval=1000",
+        "algorithm.max_steps_without_signal=1000",
     )
     wait_for(lambda: len(read(run_dir)) >= 2 or is_over(cluster, job), "two steps", 300)
     assert not is_over(cluster, job), log(run_dir)

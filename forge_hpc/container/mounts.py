@@ -62,7 +62,13 @@ def _own(cfg: Config, run_dir: Path) -> Iterator[Path]:
     for path in (run_dir, PROJECT, Path.cwd()):
         yield from dict.fromkeys((path, path.resolve()))
     for key, value, rule in walk(cfg):
-        if rule.path and value and not key.startswith("slurm.") and (path := Path(value)).is_absolute() and path.exists():
+        if (
+            rule.path
+            and value
+            and not key.startswith("slurm.")
+            and (path := Path(value)).is_absolute()
+            and path.exists()
+        ):
             yield from dict.fromkeys((path, path.resolve()))
         if rule.code and isinstance(value, str) and (path := Path(value.rpartition(":")[0])).is_file():
             yield path.absolute().parent  # with what it imports

@@ -26,20 +26,22 @@ from typing import IO, Any
 from forge_hpc.slurm.client import SlurmAbsent, SlurmRefused, SlurmSilent, ask_both
 from forge_hpc.slurm.outside import OF_SLURM, RELAY, short_name
 
+PARENT = "/tmp"
+"""Where pyxis finds the socket: what $TMPDIR is in the job is not known when its mounts are written down."""
 COMMANDS = ("sacctmgr", "sbatch", "scancel", "scontrol", "sinfo", "squeue")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 
 class Relay:
-    """Serves until it is closed.
+    """Serves until it is closed, in a folder of its own in ``parent``, by default the temporary directory.
 
     Example:
         with Relay() as relay:
             subprocess.run([...], env={**os.environ, **relay.variables})
     """
 
-    def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="forge-hpc-"))
+    def __init__(self, parent: str | None = None) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="forge-hpc-", dir=parent))
         self.has_run = threading.Event()
         """Set when something inside has come."""
         self._signals: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -108,7 +110,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 def main(command: Sequence[str]) -> int:
     """Run the command with a relay; its exit code. Signals are the command's own business."""
-    with Relay() as relay:
+    with Relay(PARENT) as relay:
         for signum in SIGNALS:
             signal.signal(signum, lambda *_: None)
         code = subprocess.run(command, env={**os.environ, **relay.variables}, check=False).returncode

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from forge_hpc.config import Config
 from forge_hpc.container.mounts import PROJECT, Mount, all_mounts
+from forge_hpc.container.relay import PARENT
 
 BINARIES = ("apptainer", "singularity")
 """Of either name; Singularity is older, and takes the same options."""
@@ -56,10 +57,13 @@ def environment(variables: Mapping[str, str], environ: Mapping[str, str] = os.en
 
 def pyxis_options(cfg: Config, run_dir: Path) -> list[str]:
     """Options of srun that start its tasks in the image."""
-    mounts = [f"{m.source}:{m.target}{':ro' * m.read_only}" for m in all_mounts(cfg, run_dir)]
+    mounts = all_mounts(cfg, run_dir)
+    if PARENT not in [mount.target for mount in mounts]:
+        mounts.append(Mount(PARENT, PARENT))
+    bound = [f"{m.source}:{m.target}{':ro' * m.read_only}" for m in mounts]
     return [
         f"--container-image={cfg.slurm.container.image}",
-        f"--container-mounts={','.join(mounts)}",
+        f"--container-mounts={','.join(bound)}",
         f"--container-workdir={Path.cwd()}",
         "--container-mount-home",
     ]
