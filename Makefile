@@ -2,7 +2,7 @@
 # make test   set up (as root with Slurm's Debian packages), then all tests (ARGS="-k name"); with SLURM=24.11 or 26.05
 #             the tests marked slurm, beside that release of Slurm (root; its Debian release is put into a folder once)
 # make endings  what Slurm (SLURM=24.11) does with preempted jobs however they end: the tables of docs/slurm.md
-# make test-apptainer  the sandbox under a real Apptainer (root; a folder of Debian sid is made once)
+# make test-apptainer  the sandbox, and runs on a Slurm cluster, under a real Apptainer (root; a folder of Debian sid is made once)
 # make chaos  faults against a run on a real Slurm cluster on this machine (root; SEED=n, ARGS='"fault"')
 # make browser  the pages of report and compare in a real browser, as wide as a phone and a desk (root once: Debian's Chromium)
 # make openenv  the environments of the docs against published OpenEnv servers, installed in a temporary folder
@@ -71,7 +71,7 @@ light: setup
 	  $(LIGHT_TESTS:%=tests/test_%.py) $(ARGS)
 
 test-apptainer: setup
-	@exec tests/apptainer.sh $(BIN)/python -m pytest tests/test_sandbox_apptainer.py $(ARGS)
+	@exec tests/apptainer.sh $(BIN)/python -m pytest tests/test_sandbox_apptainer.py tests/test_containers_apptainer.py $(ARGS)
 
 bench: setup
 	@exec $(BIN)/python benchmarks/bench.py $(ARGS)

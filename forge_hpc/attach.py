@@ -1,4 +1,6 @@
-"""``forge-hpc attach``: a shell, or a command, beside a run on a node of its allocation."""
+"""``forge-hpc attach``: a shell, or a command, beside a run on a node of its allocation.
+
+Where the run is in a container, in another one of the same image with the same mounts."""
 
 from __future__ import annotations
 
@@ -7,11 +9,15 @@ import shutil
 import sys
 from collections.abc import Sequence
 
+from forge_hpc.config import Config, read_config
 from forge_hpc.config.errors import UserError
+from forge_hpc.container.runtimes import pyxis_options, within_pyxis
 from forge_hpc.run_dir import RunDir
 from forge_hpc.slurm.client import PATIENT_S, SlurmAbsent, ask, at_a_terminal
 from forge_hpc.slurm.job import is_job_id
 from forge_hpc.slurm.queue import queued_jobs
+
+_SHELL_OF_IMAGE = ("sh", "-c", "command -v bash >/dev/null && exec bash -l; exec sh -l")
 
 
 def attach(run_dir: RunDir, node: str | None, command: Sequence[str]) -> None:
@@ -45,15 +51,24 @@ def attach(run_dir: RunDir, node: str | None, command: Sequence[str]) -> None:
         raise UserError(
             f"job {job_id} has no node {node}", f"it has {', '.join(nodes[:8])}{' …' if len(nodes) > 8 else ''}"
         )
-    line = srun(job_id, where, command)
+    line = srun(job_id, where, command, run_dir, read_config(run_dir.config))
     os.execvpe(line[0], line, environment(os.environ))
 
 
-def srun(job_id: str, node: str, command: Sequence[str]) -> list[str]:
+def srun(job_id: str, node: str, command: Sequence[str], run_dir: RunDir, cfg: Config) -> list[str]:
     """The step shares all that the run's own has (--overlap), its GPUs too."""
-    shell = os.environ.get("SHELL", "/bin/bash")
+    from launchers.command import with_setup
+
     options = [f"--jobid={job_id}", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={node}", "--cpu-bind=none"]
-    return ["srun", *options, *(command or ("--pty", shell, "-l"))]
+    options += ["--pty"] * (not command)
+    runtime, setup = cfg.slurm.container.runtime, cfg.slurm.setup
+    if runtime is None:
+        return ["srun", *options, *(command or (os.environ.get("SHELL", "/bin/bash"), "-l"))]
+    inside = list(command or _SHELL_OF_IMAGE)
+    if runtime == "pyxis":
+        return ["srun", *options, *pyxis_options(cfg, run_dir.path), *with_setup(within_pyxis(inside), setup)]
+    enter = [sys.executable, "-m", "forge_hpc.container.enter", "--run-dir", str(run_dir), "--", *inside]
+    return ["srun", *options, *with_setup(enter, setup)]
 
 
 def environment(environ: dict[str, str] | os._Environ[str]) -> dict[str, str]:

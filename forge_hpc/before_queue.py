@@ -18,6 +18,7 @@ from pathlib import Path
 from forge_hpc.config import Config, Placement, UserError, plan, walltime_s
 from forge_hpc.config.fields import walk
 from forge_hpc.config.recipes import needs_of
+from forge_hpc.container.problems import check_container
 from forge_hpc.files import is_there
 from forge_hpc.observability.jsonl import read_jsonl
 from forge_hpc.run_dir import RunDir
@@ -58,7 +59,7 @@ def look_ahead(
         model: the policy's model, where ``model.path`` is a warm start.
 
     Raises:
-        UserError: the run directory cannot be written, or a GPU is too small.
+        UserError: the run directory cannot be written, a GPU is too small, or the container's image is not there.
     """
     check_writable(run_dir.path)
     placement, model = plan(cfg, cfg.cluster.gpus_per_node), model or cfg.model.path
@@ -66,6 +67,7 @@ def look_ahead(
     memory = memory_of(cfg, placement, gpu, model)
     warnings = [] if memory is None else list(memory.warnings)
     if for_slurm:
+        warnings += check_container(cfg)
         warnings += not_shared(cfg, run_dir)
         warnings += _first_checkpoint(cfg, run_dir, placement, gpu, model_size(model))
     else:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from forge_hpc import slurm
 from forge_hpc.config import UserError, load_config
+from forge_hpc.container.problems import problems_here
 from forge_hpc.observability.console import format_duration
 from forge_hpc.sandbox import Sandbox
 from forge_hpc.slurm import partitions
@@ -69,7 +70,22 @@ def _findings() -> Iterator[Finding]:
     )
     yield _space("disk", Path.cwd(), _LITTLE_DISK_GB)
     yield _space("shared memory", Path("/dev/shm"), _LITTLE_SHM_GB)
+    yield from _container()
     yield _sandbox()
+
+
+def _container() -> Iterator[Finding]:
+    """Where runs would be, by the site profile; and whether this is such a place."""
+    if name := os.environ.get("APPTAINER_NAME") or os.environ.get("SINGULARITY_NAME"):
+        yield "ok", "container", f"this is inside {name}"
+        return
+    with contextlib.suppress(UserError):  # the sandbox's line says so
+        cfg = load_config(None, site_overrides(None))
+        container = cfg.slurm.container
+        if container.runtime is not None:
+            problems = problems_here(cfg)
+            said = "; ".join(problems) or f"{container.runtime}, {container.image}"
+            yield ("note" if problems else "ok"), "container", said
 
 
 def _sandbox() -> Finding:

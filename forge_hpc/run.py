@@ -1,4 +1,6 @@
-"""What every node of an allocation starts: ``python -m forge_hpc.run --run-dir D``; see ``supervisor.supervisor``."""
+"""What every node of an allocation starts: ``python -m forge_hpc.run --run-dir D``; see ``supervisor.supervisor``.
+
+Where the run is to be in a container, it starts itself there (``container.outside``)."""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from pathlib import Path
 from forge_hpc.cluster.allocation import Allocation
 from forge_hpc.cluster.processes import die_with_parent
 from forge_hpc.config import UserError
+from forge_hpc.container.outside import container_of, run_inside
 from forge_hpc.run_dir import RunDir
 from forge_hpc.supervisor.signals import Stopped
 from forge_hpc.supervisor.supervisor import Supervisor
@@ -28,7 +31,10 @@ def main() -> int:
         die_with_parent(args.parent)
     os.umask(0o077)  # all that a run writes is its owner's alone
     run_dir = args.run_dir / os.environ["SLURM_ARRAY_TASK_ID"] if args.array else args.run_dir
-    supervisor = Supervisor(RunDir(run_dir), Allocation.from_environment(), summary=not args.no_summary)
+    allocation = Allocation.from_environment()
+    if args.after is None and (contained := container_of(RunDir(run_dir), allocation)) is not None:
+        return run_inside(contained, RunDir(run_dir), allocation, sys.argv[1:])
+    supervisor = Supervisor(RunDir(run_dir), allocation, summary=not args.no_summary)
     if args.after is None:
         return supervisor.run()
     try:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forge_hpc.config import Config
+from forge_hpc.container.runtimes import pyxis_options, within_pyxis
 
 OPTIONS_OF_SRUN = (
     *("SLURM_EXPORT_ENV", "SRUN_EXPORT_ENV"),  # of sbatch --export: the tasks have the batch shell's environment
@@ -31,6 +32,17 @@ def run_command(run_dir: Path, python: str = sys.executable, *, array: bool = Fa
     With ``array`` it is that of the task of an array, in the sweep ``run_dir``.
     """
     return [python, "-u", "-m", "forge_hpc.run", "--run-dir", str(run_dir), *["--array"] * array]
+
+
+def _srun(cfg: Config, run_dir: Path, options: Sequence[str], *, array: bool = False) -> list[str]:
+    """The srun that starts the run on every node. Apptainer is started there by the run itself (``container.outside``),
+    pyxis by srun, beside which somebody asks Slurm for what is inside (``container.relay``)."""
+    setup = cfg.slurm.setup
+    if cfg.slurm.container.runtime != "pyxis":
+        return ["srun", *options, *with_setup(run_command(run_dir, array=array), setup)]
+    inside = within_pyxis(run_command(run_dir, cfg.slurm.container.python, array=array))
+    relay = [sys.executable, "-m", "forge_hpc.container.relay"]
+    return [*relay, "srun", *options, *pyxis_options(cfg, run_dir), *with_setup(inside, setup)]
 
 
 def with_setup(command: Sequence[str], setup: Sequence[str]) -> list[str]:
@@ -58,9 +70,8 @@ def job_command(cfg: Config, run_dir: Path, *, array: bool = False) -> str:
     Where srun does not end well the batch shell sees whether the run knows how it ended (--after): the supervisor of
     the first node, which sees to all else, may be what has died, or was killed by srun when another's had died.
     """
-    run, setup = run_command(run_dir, array=array), cfg.slurm.setup
-    after = shlex.join(with_setup([*run, "--after"], setup))
-    start = f"{shlex.join(['srun', *srun_options(cfg), *with_setup(run, setup)])} || {after} $?"
+    after = shlex.join(with_setup([*run_command(run_dir, array=array), "--after"], cfg.slurm.setup))
+    start = f"{shlex.join(_srun(cfg, run_dir, srun_options(cfg), array=array))} || {after} $?"
     return f"unset {' '.join(OPTIONS_OF_SRUN)}\n{start}"
 
 
@@ -110,10 +121,11 @@ def start_in_allocation(
     environ = {key: value for key, value in right.items() if value is not None and key not in OPTIONS_OF_SRUN}
     # A shell that srun has started may hold all that the allocation has; Ctrl-C is for the run, not to show its state.
     options = [f"--nodes={cfg.cluster.nodes}", "--overlap", "--disable-status", *srun_options(cfg)]
-    run, setup = run_command(run_dir), cfg.slurm.setup
     first_node = ["env", "SLURM_PROCID=0"]
-    after = [*first_node, *with_setup([*run, "--after"], setup)]
-    return Start(["srun", *options, *with_setup(started or run, setup)], environ, after)
+    after = [*first_node, *with_setup([*run_command(run_dir), "--after"], cfg.slurm.setup)]
+    if started is not None:
+        return Start(["srun", *options, *with_setup(started, cfg.slurm.setup)], environ, after)
+    return Start(_srun(cfg, run_dir, options), environ, after)
 
 
 def start_on_kept_engines(keeper: Start, engines: Path, run_dir: Path, keep_s: float) -> Start:

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Run a command where Apptainer is: in a root folder of a Debian release that carries it (sid; bookworm and trixie have none).
+# Run a command where Apptainer and Slurm are: in a root folder of a Debian release that carries both (sid; bookworm and
+# trixie have no Apptainer).
 #
-#   tests/apptainer.sh .venv/bin/python -m pytest tests/test_sandbox_apptainer.py        (make test-apptainer)
+#   tests/apptainer.sh .venv/bin/python -m pytest tests/test_sandbox_apptainer.py tests/test_containers_apptainer.py
+#                                                                                             (make test-apptainer)
 #
-# The folder is made once, with an image for programs in both forms (/opt/python, /opt/python.sif), from the mirror that
-# this machine's apt uses, in $APPTAINER_ROOT (else ~/.cache/forge-hpc/apptainer; 4 minutes, 0.9 GB). The command has
-# mounts and processes of its own, which end with it; the project and the Python behind its environment are seen.
+# The folder is made once, with an image in both forms (/opt/python, /opt/python.sif), from the mirror that this machine's
+# apt uses, in $APPTAINER_ROOT (else ~/.cache/forge-hpc/apptainer; 4 minutes, 1 GB). The command has a network, mounts and
+# processes of its own, which end with it; the project, its environment and the Python behind it are seen.
 set -euo pipefail
-packages=apptainer,squashfuse,bubblewrap,python3,procps,iproute2
+packages=apptainer,squashfuse,bubblewrap,python3,procps,iproute2,hostname,slurm-wlm,munge,libnuma1
 
 fail() { # MESSAGE HINT
   echo "error: $1" >&2
@@ -38,13 +40,16 @@ make_root() { # FOLDER
 }
 
 within() { # ROOT COMMAND...
-  PROJECT=$PWD unshare --net --mount --pid --fork --kill-child "$(realpath "$0")" --inside "$@"
+  PROJECT=$PWD unshare --net --uts --ipc --mount --pid --fork --kill-child "$(realpath "$0")" --inside "$@"
 }
 
-# What the command is to find at its place: the project, and the Python behind its environment.
+# What the command is to find at its place: the project, its environment, and the Python behind that.
 places() {
   echo "$PROJECT"
-  [[ ! -x .venv/bin/python ]] || .venv/bin/python -c 'import sys; print(sys.base_prefix)'
+  [[ ! -x .venv/bin/python ]] || .venv/bin/python -c '
+import sys
+from pathlib import Path
+print(Path(sys.prefix).resolve(), sys.base_prefix, sep="\n")'
 }
 
 inside() { # ROOT COMMAND...: in the namespaces
@@ -52,6 +57,7 @@ inside() { # ROOT COMMAND...: in the namespaces
   shift
   mount --make-rprivate /
   ip link set lo up
+  hostname slurm-test
   mount --bind "$root" "$root"
   for place in /dev /sys; do mount --rbind "$place" "$root$place"; done
   for place in /run /tmp; do mount -t tmpfs -o mode=1777 tmpfs "$root$place"; done
@@ -62,6 +68,8 @@ inside() { # ROOT COMMAND...: in the namespaces
     [[ $place == /usr ]] || { mkdir -p "$root$place" && mount --bind "$place" "$root$place"; }
   done
   mkdir -p "$root/run/.old"
+  echo "127.0.0.1 localhost slurm-test" >"$root/etc/hosts"
+  mkdir -p "$root/run/lock"
   cd "$root"
   pivot_root . run/.old # not chroot: what is chrooted may make no user namespaces
   umount -l /run/.old
@@ -81,7 +89,8 @@ root=${APPTAINER_ROOT:-${XDG_CACHE_HOME:-$HOME/.cache}/forge-hpc/apptainer}
 mkdir -p "$(dirname "$root")"
 exec 9>"$root.lock"
 flock 9 # another may be making it
-if [[ ! -d $root ]]; then
+if [[ ! -x $root/usr/sbin/slurmctld ]]; then # not there, or of an older script
+  rm -rf --one-file-system "$root"
   rm -rf --one-file-system "$root".?????? # what was cut off
   make_root "$root"
 fi

@@ -15,6 +15,11 @@ def check_takes_lent(cfg: Config) -> None:
             f"recipe={cfg.recipe} does not generate beside its training: there is nothing to join",
             "nodes can be lent to runs that learn from samples, such as recipe=grpo",
         )
+    if cfg.slurm.container.runtime is not None:
+        raise UserError(
+            f"the run is in a container (slurm.container.runtime={cfg.slurm.container.runtime}), and lent nodes are not",
+            "nodes can be lent to runs without a container",
+        )
     if cfg.cluster.colocate:
         raise UserError(
             "with cluster.colocate the run's generators and trainers take turns, and lent ones would wait with them",

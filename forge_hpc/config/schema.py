@@ -487,6 +487,22 @@ class ClusterConfig:
 
 
 @dataclass
+class ContainerConfig:
+    """A container that the run is in on its nodes; best in the site profile. See docs/containers.md."""
+
+    runtime: str | None = setting(None, choices=("apptainer", "pyxis"))
+    """apptainer, pyxis (enroot, by srun's options), or null: no container."""
+    image: str | None = setting(None, path=True)
+    """A file or folder that all nodes see, or what else the runtime takes (``docker://…``)."""
+    mounts: list[str] = field(default_factory=list)
+    """Further files and folders seen inside, each SOURCE, SOURCE:TARGET or SOURCE:TARGET:ro, where ``$NAME`` is the
+    environment's. Seen at their places without being named: the run, the project, the working directory, the files
+    that the configuration names, /tmp, the home directory, and caches that the environment names."""
+    python: str = "python3"
+    """The image's Python that has the packages of a run."""
+
+
+@dataclass
 class SlurmConfig:
     partition: str | None = None
     """Partition, or several by commas; where it is null $SBATCH_PARTITION, or the cluster's default."""
@@ -519,10 +535,11 @@ class SlurmConfig:
     extra: dict[str, Any] = field(default_factory=dict)
     """Further sbatch options, name: value. Numbers keep their text; true gives an option without a value."""
     srun: list[str] = field(default_factory=list)
-    """Further srun options, as they are: ``[--container-image=/images/a.sqsh]``."""
+    """Further srun options, as they are: ``[--mpi=none]``."""
     script: str | None = setting(None, path=True)
     """The site's own job script: a file in which ``@OPTIONS@`` stands for the #SBATCH lines, and ``@COMMAND@`` for what
     starts the run."""
+    container: ContainerConfig = field(default_factory=ContainerConfig)
 
 
 @dataclass

@@ -308,6 +308,11 @@ def _check_slurm(cfg: Config) -> None:
         )
     if s.mem is not None and not re.fullmatch(r"\d+[KMGTkmgt]?", s.mem):
         raise UserError(f"slurm.mem is {s.mem!r}", "write 0 (all of the node's) or a size such as 64G")
+    if s.container.runtime is not None and not s.container.image:
+        raise UserError(
+            f"slurm.container.runtime={s.container.runtime} needs an image",
+            "set slurm.container.image, best in the site profile",
+        )
 
 
 def _check_sandbox(cfg: Config) -> None:

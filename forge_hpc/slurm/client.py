@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from forge_hpc.config.errors import UserError
+from forge_hpc.slurm import outside
 
 ANSWER_S = 10.0
 """How long Slurm may take for an answer; KillWait may be all the time that there is."""
@@ -46,6 +47,8 @@ def ask_both(
 ) -> tuple[str, str]:
     """The same with what it prints on stderr."""
     name = " ".join(command[:2])
+    if outside.is_inside():
+        return _ask_outside(name, command, timeout_s, env, cwd)
     # Slurm signals every process of a step, this command too: it is born with the signals blocked.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _OURS)
     try:
@@ -75,6 +78,21 @@ def ask_both(
         said = " ".join((err or out).split()) or f"exit code {process.returncode}"
         raise (SlurmSilent if _SILENCE.search(said) else SlurmRefused)(f"{name}: {said}")
     return out, err
+
+
+def _ask_outside(
+    name: str, command: tuple[str, ...], timeout_s: float, env: Mapping[str, str] | None, cwd: str | None
+) -> tuple[str, str]:
+    try:
+        answer = outside.ask_outside(command, timeout_s, env, cwd)
+    except TimeoutError:
+        raise SlurmSilent(f"{name} does not answer within {timeout_s:.0f} s") from None
+    except OSError as error:
+        raise SlurmAbsent(f"{name}: nobody outside the container answers: {error}") from None
+    if "refused" in answer:
+        kinds = {kind.__name__: kind for kind in (SlurmAbsent, SlurmSilent)}
+        raise kinds.get(answer["kind"], SlurmRefused)(answer["refused"])
+    return answer["out"], answer["err"]
 
 
 @contextmanager

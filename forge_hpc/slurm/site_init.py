@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from forge_hpc.config import UserError
+from forge_hpc.container.runtimes import binary as container_binary
 from forge_hpc.sizing.gpus import gpu_named
 from forge_hpc.slurm.accounts import associations
-from forge_hpc.slurm.client import ask, at_a_terminal
+from forge_hpc.slurm.client import SlurmRefused, ask, at_a_terminal
 from forge_hpc.slurm.facts import word
 from forge_hpc.slurm.partitions import Partition, partitions
 
@@ -30,6 +32,8 @@ class Findings:
     interfaces: tuple[str, ...]
     """Fast networks of this machine, which compute nodes may have by the same names."""
     modules: tuple[str, ...]
+    containers: str | None = None
+    """The runtime that ``slurm.container`` would name here."""
 
 
 def find(partition: str | None = None, environ: Mapping[str, str] = os.environ) -> Findings:
@@ -55,7 +59,15 @@ def find(partition: str | None = None, environ: Mapping[str, str] = os.environ) 
         word(said, "TmpFS") or "/tmp",
         tuple(sorted(p.name for p in Path("/sys/class/net").glob("*") if p.name.startswith(("ib", "hsn")))),
         tuple(loaded),
+        _containers(),
     )
+
+
+def _containers() -> str | None:
+    with contextlib.suppress(SlurmRefused):
+        if "--container-image" in ask("srun", "--help"):
+            return "pyxis"
+    return "apptainer" if container_binary() is not None else None
 
 
 def _choose(known: Sequence[Partition], name: str | None) -> Partition:
@@ -111,6 +123,9 @@ def _lines(found: Findings) -> Iterator[str]:
     yield "  # extra: {mail-type: END, mail-user: YOU, exclude: NODE} # any option of sbatch"
     yield "  # srun: [--mpi=none] # any option of srun"
     yield "  # script: /path/to/job.sh # your own job script, with @OPTIONS@ and @COMMAND@"
+    if found.containers is not None:
+        image = f"/shared/forge_hpc.{'sqsh' if found.containers == 'pyxis' else 'sif'}"
+        yield f"  # container: {{runtime: {found.containers}, image: {image}}} # found here; see docs/containers.md"
     yield "cluster:"
     yield f"  gpus_per_node: {gpus}"
     if gpus:

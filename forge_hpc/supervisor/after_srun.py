@@ -6,13 +6,30 @@ import signal
 import sys
 import time
 
+from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import read_config
 from forge_hpc.supervisor import deadlines
 from forge_hpc.supervisor.ending import RULES, Cause, Ending, Exit
 from forge_hpc.supervisor.first_node import FirstNode
+from forge_hpc.supervisor.gate import Verdict
 from forge_hpc.supervisor.job import OwnJob
 from forge_hpc.supervisor.signals import StopRequests
 from forge_hpc.supervisor.starts import StartLog
+
+
+def _unfit(first: FirstNode) -> Ending | None:
+    """How the start has ended whose first node could not even start its container, as the nodes have left word for the
+    gate (``container.outside``); None where that was not so."""
+    allocation = first.allocation
+    for directory in first.run_dir.rendezvous.glob(f"{allocation.job_id}.{allocation.requeues}.*"):
+        rendezvous, nodes = Rendezvous(directory), range(allocation.num_nodes)
+        records = {node: record for node in nodes if (record := rendezvous.look(f"node-{node}")) is not None}
+        unfit = {node: "; ".join(said) for node, record in records.items() if (said := record["report"]["problems"])}
+        if 0 in unfit:
+            members = [node for node in nodes if node not in unfit]
+            names = {node: record["slurm_name"] for node, record in records.items()}
+            return Verdict(members, unfit, {}, names).ending(num_spares=0)
+    return None
 
 
 def see_to_the_end(first: FirstNode, job: OwnJob, requests: StopRequests, code: int) -> int:
@@ -30,7 +47,8 @@ def see_to_the_end(first: FirstNode, job: OwnJob, requests: StopRequests, code: 
     with run_dir.lock(job_id, requeues=requeues, stop=requests.check) as first.lock:
         begin, end = starts.newest()
         if begin is None or (begin["job_id"], begin.get("requeues")) != (job_id, requeues):
-            return code
+            unfit = _unfit(first)
+            return code if unfit is None else first.end_before_it_began(config, unfit, starts)
         if end is not None and end["state"] == "completed":
             print(f"the run is complete; srun's exit code {code} is that of a lost node", file=sys.stderr)
             return Exit.DONE

@@ -251,6 +251,16 @@ class FirstNode:
 
     # ---- the way out
 
+    def end_before_it_began(self, config: Config, ending: Ending, starts: StartLog) -> int:
+        """Record a start that no supervisor has begun, and `finish` it."""
+        run_dir, job_id = self.run_dir, self.job_id
+        restart = run_dir.next_restart(job_id)
+        log_dir = run_dir.create_log_dir(job_id, restart)
+        self.status.update(state="starting", restarts=restart, job_id=job_id, message="")
+        starts.begin(job_id=job_id, restart=restart, nodes=self.allocation.num_nodes, requeues=self.allocation.requeues)
+        self._clean(keep="")
+        return self.finish(config, ending, starts, log_dir, began=True)
+
     def finish(self, config: Config, ending: Ending, starts: StartLog, log_dir: Path, *, began: bool) -> int:
         """Leave the true state behind, come back where that is wanted, and say how it ended.
 

@@ -8,6 +8,7 @@ seen coming by our own clock.
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 from forge_hpc.config import Config
 from forge_hpc.run_dir import RunDir
+from forge_hpc.slurm import outside
 from forge_hpc.supervisor import deadlines
 from forge_hpc.supervisor.ending import RULES, Cause
 from forge_hpc.supervisor.job import OwnJob
@@ -59,10 +61,13 @@ class StopRequests:
         """Of the run, as soon as it is known."""
         self.current: StopRequest | None = None
         """The one that is being followed."""
+        comes_from_outside = outside.SIGNALS in os.environ  # then Slurm, or the container's parent, may do so as well
         for signum in SIGNALS:
-            signal.signal(signum, self._on_signal)
+            signal.signal(signum, _nothing if comes_from_outside else self._on_signal)
+        if comes_from_outside:
+            outside.follow_signals(self._on_signal)
 
-    def _on_signal(self, signum: int, frame: Any) -> None:
+    def _on_signal(self, signum: int, frame: Any = None) -> None:
         self._signals.append((signum, time.monotonic()))
 
     @property
@@ -126,6 +131,10 @@ class StopRequests:
         if self.config is None:
             return deadlines.STOP_S
         return max(deadlines.STOP_S, min(deadlines.SILENT_S, lead_s(self.config, self._run_dir)))
+
+
+def _nothing(signum: int, frame: Any) -> None:
+    """A handler, since what is ignored would be ignored by all that this process starts."""
 
 
 def ignoring_signals(command: Sequence[str]) -> list[str]:
