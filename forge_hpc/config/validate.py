@@ -19,6 +19,7 @@ from forge_hpc.config.algorithm import LossFacts, check_fit, check_loss, loss_fa
 from forge_hpc.config.columns import check_columns
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.fields import walk
+from forge_hpc.config.hub_cache import split_name
 from forge_hpc.config.models import KNOWN_MODEL_TYPES, check_tokenizer, check_weights, looks_local, read_model_config
 from forge_hpc.config.needs import Needs, check_models
 from forge_hpc.config.recipes import load_recipe, needs_of
@@ -353,8 +354,12 @@ def _check_model(cfg: Config, needs: Needs) -> None:
         _check_name("model.path", path, MODELS)
         return
     if not looks_local(path):
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
-            raise UserError(f"model.path={path!r} is neither a directory nor a hub name", "write DIR or OWNER/NAME")
+        try:
+            split_name(path)
+        except ValueError:
+            raise UserError(
+                f"model.path={path!r} is neither a directory nor a hub name", "write DIR or OWNER/NAME"
+            ) from None
         return
     directory = Path(path).expanduser()
     if not directory.is_dir():

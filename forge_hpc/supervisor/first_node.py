@@ -19,6 +19,7 @@ from forge_hpc.cluster.processes import end_descendants
 from forge_hpc.cluster.rendezvous import Rendezvous, RendezvousTimeout
 from forge_hpc.config import Config, UserError, read_config
 from forge_hpc.files import in_thread
+from forge_hpc.hub.offline import offline_environ
 from forge_hpc.observability.phases import StartPhases
 from forge_hpc.observability.summary import final_summary
 from forge_hpc.run_lock import RunDirLock
@@ -90,6 +91,7 @@ class FirstNode:
             began = True
             rendezvous = self._node.rendezvous(None if job_id else f"local.{restart}.{os.getpid()}")
             self._clean(keep=rendezvous.directory.name)
+            self._node.hub_environ = offline_environ(config, run_dir.path)
             if job_id:
                 self._job.follow_walltime(partial(lead_s, config, run_dir))
             ending = self.start(config, rendezvous, run_dir.tls / rendezvous.directory.name, log_dir)

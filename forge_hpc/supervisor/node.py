@@ -35,6 +35,8 @@ class Node:
     def __init__(self, run_dir: RunDir, allocation: Allocation) -> None:
         self.run_dir = run_dir
         self.allocation = allocation
+        self.hub_environ: dict[str, str] = {}
+        """Variables that say whether its processes ask the hub."""
         self._scratch: Path | None = None
         self._comparing: subprocess.Popen[bytes] | None = None
 
@@ -116,7 +118,8 @@ class Node:
         folder = self._scratch_folder()  # what dead processes leave there goes with us
         scratch = {"TMPDIR": str(folder), stacks.FOLDER: str(stacks.folder_in(folder))}
         compiled = compile_cache() if visible_gpus() else {}  # on CPUs nothing is compiled
-        return {**interface, **os.environ, **supervision, **compiled, **scratch, **tls_environment(tls)}
+        mine = {**supervision, **compiled, **self.hub_environ, **scratch, **tls_environment(tls)}
+        return {**interface, **os.environ, **mine}
 
     def start_worker(self, rendezvous: Rendezvous, address: str, tls: Path, log_dir: Path) -> subprocess.Popen[bytes]:
         """Start the node's Monarch worker."""
