@@ -60,8 +60,20 @@ def job_command(cfg: Config, run_dir: Path, *, array: bool = False) -> str:
     """
     run, setup = run_command(run_dir, array=array), cfg.slurm.setup
     after = shlex.join(with_setup([*run, "--after"], setup))
-    start = f"{shlex.join(['srun', *srun_options(cfg), *with_setup(run, setup)])} || {after} $?"
-    return f"unset {' '.join(OPTIONS_OF_SRUN)}\n{start}"
+    srun, lines = ["srun", *srun_options(cfg)], [f"unset {' '.join(OPTIONS_OF_SRUN)}"]
+    if cfg.slurm.stage_environment is None:
+        start = shlex.join([*srun, *with_setup(run, setup)])
+    else:
+        # The last line on stdout starts Python on a node; it is empty where nothing is staged.
+        stage = [sys.executable, "-m", "forge_hpc.staging.broadcast", cfg.slurm.stage_environment, *srun]
+        lines += [f"staged=$({shlex.join(with_setup(stage, setup))} | tail -n 1)"]
+        start = f'{shlex.join(srun)} env FORGE_HPC_STAGED="$staged" {shlex.join(with_setup(_staged(run), setup))}'
+    return "\n".join([*lines, f"{start} || {after} $?"])
+
+
+def _staged(run: Sequence[str]) -> list[str]:
+    """`run` by what FORGE_HPC_STAGED says, if it says anything."""
+    return ["bash", "-c", 'exec $FORGE_HPC_STAGED "$@"', "bash", *run]
 
 
 def with_variables(variables: Mapping[str, str | None], command: str) -> str:

@@ -515,6 +515,10 @@ class SlurmConfig:
     that forbid requeueing); never stays down until it is resumed by hand."""
     setup: list[str] = field(default_factory=list)
     """Shell lines run on each node first (module load …)."""
+    stage_environment: str | None = None
+    """A folder on each node's own disk (``/tmp``, ``$SCRATCH/local``), to which the environment is brought and from
+    which the run then imports (docs/staging.md): for many nodes, and environments on a network's disk. null: it is
+    used where it is."""
     gres: str | None = None
     """GPUs in the notation of ``--gres`` (``gpu:h100:8``), for sites that do not take ``--gpus-per-node``."""
     extra: dict[str, Any] = field(default_factory=dict)

@@ -293,6 +293,11 @@ def _check_slurm(cfg: Config) -> None:
             f"slurm.signal_lead_s={s.signal_lead_s} is not shorter than slurm.time={s.time} ({limit:.0f} s)",
             "ask for a longer slurm.time, or a shorter warning",
         )
+    if s.stage_environment is not None and not re.fullmatch(r"[/$][\w./${}+-]*", s.stage_environment):
+        raise UserError(
+            f"slurm.stage_environment is {s.stage_environment!r}",
+            "name a folder on each node's own disk, as /tmp",
+        )
     if s.mem is not None and not re.fullmatch(r"\d+[KMGTkmgt]?", s.mem):
         raise UserError(f"slurm.mem is {s.mem!r}", "write 0 (all of the node's) or a size such as 64G")
 
