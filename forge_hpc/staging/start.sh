@@ -67,7 +67,11 @@ extract() { # ARCHIVE FOLDER
   case $1 in
     *.zst) why=$( { zstd -q -d -c -T0 "$1" | tar -x -f - -C "$2" --no-same-owner; } 2>&1) ;;
     *) why=$(tar -x -f "$1" -C "$2" --no-same-owner 2>&1) ;;
-  esac || { say "$1 cannot be unpacked into $root: $(tail -n 1 <<< "$why")"; return 1; }
+  esac || {
+    why=$(grep -m 1 -i -e 'no space' -e quota <<< "$why" || head -n 1 <<< "$why")
+    say "$1 cannot be unpacked into $root: $why"
+    return 1
+  }
 }
 
 what=$1 root=$2
