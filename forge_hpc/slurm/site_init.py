@@ -111,7 +111,9 @@ def _lines(found: Findings) -> Iterator[str]:
     yield "  # extra: {mail-type: END, mail-user: YOU, exclude: NODE} # any option of sbatch"
     yield "  # srun: [--mpi=none] # any option of srun"
     yield "  # script: /path/to/job.sh # your own job script, with @OPTIONS@ and @COMMAND@"
+    yield f"  # stage_environment: {found.local_disk} # for starts on many nodes: docs/staging.md"
     yield "cluster:"
+    yield "  # offline: true # nodes reach no model hub: docs/offline.md"
     yield f"  gpus_per_node: {gpus}"
     if gpus:
         known = gpu_named(gpu)
