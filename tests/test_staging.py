@@ -183,7 +183,7 @@ def submit(cluster: SlurmCluster, small: Small, *arguments: str) -> str:
     """The id of a job whose run uses the small environment."""
     command = [str(small.python), "-m", "forge_hpc.submit", *arguments]
     command += [f"slurm.stage_environment={cluster.disk}"]
-    said = cluster.run(*command, env=environment(cluster), cwd=PROJECT, timeout_s=120).stdout
+    said = cluster.run(*command, env=environment(cluster), cwd=PROJECT, timeout_s=600).stdout
     return next(line.split()[1] for line in said.splitlines() if line.startswith("job "))
 
 
@@ -200,7 +200,7 @@ def test_a_job_broadcasts_what_a_node_lacks_and_nothing_twice(
     command = ["sbatch", "--wait", "--nodes=4", f"--output={tmp_path}/%j.out", str(tmp_path / "job.sh")]
 
     def run() -> str:
-        said = disks.run(*command, env=environment(disks), cwd=PROJECT, timeout_s=200).stdout
+        said = disks.run(*command, env=environment(disks), cwd=PROJECT, timeout_s=280).stdout
         return (tmp_path / f"{said.split()[-1]}.out").read_text()
 
     first, root = run(), f"{disks.disk}/forge-hpc-env-{os.getuid()}"
@@ -252,7 +252,7 @@ def test_a_run_on_four_nodes_imports_from_their_disks_and_comes_back_there_after
 
     check()
     urgent = ["sbatch", "--wait", "--partition=urgent", "--nodes=4", "--exclusive", "--wrap=true"]
-    disks.run(*urgent, f"--output={tmp_path}/urgent.out", env=environment(disks), timeout_s=200)
+    disks.run(*urgent, f"--output={tmp_path}/urgent.out", env=environment(disks), timeout_s=600)
     steps = len(read(run_dir))
     wait_for(lambda: len(read(run_dir)) >= steps + 2, "steps after the preemption", 600)
     check()
