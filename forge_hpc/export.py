@@ -58,7 +58,8 @@ def export(run_dir: RunDir, step: int | Literal["best"] | None = None, output: P
 def _model_dir(config: Config, run_dir: RunDir) -> Path:
     """The model that the run started from, as the run itself finds it."""
     from forge_hpc.data.hub import resolve_model
+    from forge_hpc.hub.pins import Pins
 
     if config.model.path == "warmstart":
         return RunDir(run_dir.warmstart).export
-    return resolve_model(config.model.path, config.seed, run_dir.path / "model")
+    return resolve_model(Pins(run_dir.path).named(config.model.path), config.seed, run_dir.path / "model")

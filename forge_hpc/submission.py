@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forge_hpc.config import Config, UserError, load_config, plan, read_config, safe_changes, save_config, validate
+from forge_hpc.config.hub_cache import nodes_environ
 from forge_hpc.config.recipes import needs_of, resolve_recipe_args
 from forge_hpc.files import is_there
+from forge_hpc.hub.pins import pin_cached
 from forge_hpc.queueing import AT_ONCE, Queueing
 from forge_hpc.run_dir import RunDir, Status
 from forge_hpc.supervisor.starts import StartLog
@@ -266,6 +268,11 @@ def check_run(request: Request, place: Place, cfg: Config, run_dir: RunDir, fork
 
     if request.keep_s is not None:
         place.engines()
+        if cfg.slurm.container.runtime is not None:
+            raise UserError(
+                f"--keep-engines keeps none in a container (slurm.container.runtime={cfg.slurm.container.runtime})",
+                "leave one of the two out",
+            )
     file_changes = check_files(cfg, run_dir, accept=request.accept_changes)
     warm = _check(cfg, run_dir if fork is None else fork.source)
     _fix_date(cfg, run_dir)
@@ -278,7 +285,19 @@ def check_run(request: Request, place: Place, cfg: Config, run_dir: RunDir, fork
     outlook = look_ahead(
         cfg, run_dir, place.partitions, for_slurm=place.as_jobs, model=None if warm is None else warm.model.path
     )
+    if place.as_jobs or place.allocation is not None:
+        outlook = replace(outlook, warnings=(*outlook.warnings, *_missing(request, cfg, run_dir)))
     return Checked(cfg, run_dir, warm, tuple(changes), outlook, fork)
+
+
+def _missing(request: Request, cfg: Config, run_dir: RunDir) -> list[str]:
+    """Lines of warning of what the nodes' cache lacks. Raises UserError where they could not fetch it."""
+    from forge_hpc.hub.offline import check_cache
+
+    given = ["--config", str(request.config)] if request.config else ["--run-dir", str(request.source or run_dir)]
+    site = ["--site", request.site] if request.site else []
+    command = f"{tool()} fetch {shlex.join([*given, *site, *request.overrides])}"
+    return [f"warning: {text}" for text in check_cache(cfg, run_dir.path, command)]
 
 
 def _show(request: Request, place: Place, run: Checked) -> int:
@@ -406,7 +425,7 @@ def prepare_in_allocation(request: Request) -> str:
         _warn_of_shared_nodes(cfg)
         _refuse_busy(run_dir, job_id)
         if not _is_complete(cfg, run_dir.read_status()):
-            _say_all(changes)
+            _say_all([*changes, *_missing(request, cfg, run_dir)])
             prepare(cfg, run_dir, job_id, warm)
             _record(changes, run_dir)
     if _is_complete(cfg, run_dir.read_status()):
@@ -456,9 +475,12 @@ def prepare(
         StartLog(run_dir).forked(str(fork.source), fork.step, fork.keeps_optimizer, fork.changes(cfg))
     save_config(cfg, run_dir.config)
     keep_files(cfg, run_dir)
+    environ = nodes_environ(cfg.slurm.setup)
+    pin_cached(cfg, run_dir.path, environ)
     if warm is not None:
         warm.data.template_date = warm.data.template_date or cfg.data.template_date
         save_config(warm, RunDir(run_dir.warmstart).create().config)
+        pin_cached(warm, run_dir.warmstart, environ)
     # An earlier job is no longer this run's: who watches must not take its end for ours.
     step = None if fork is None else fork.step
     run_dir.write_status(

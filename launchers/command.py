@@ -70,9 +70,22 @@ def job_command(cfg: Config, run_dir: Path, *, array: bool = False) -> str:
     Where srun does not end well the batch shell sees whether the run knows how it ended (--after): the supervisor of
     the first node, which sees to all else, may be what has died, or was killed by srun when another's had died.
     """
-    after = shlex.join(with_setup([*run_command(run_dir, array=array), "--after"], cfg.slurm.setup))
-    start = f"{shlex.join(_srun(cfg, run_dir, srun_options(cfg), array=array))} || {after} $?"
-    return f"unset {' '.join(OPTIONS_OF_SRUN)}\n{start}"
+    run, setup = run_command(run_dir, array=array), cfg.slurm.setup
+    after, lines = shlex.join(with_setup([*run, "--after"], setup)), [f"unset {' '.join(OPTIONS_OF_SRUN)}"]
+    if cfg.slurm.stage_environment is None:
+        start = shlex.join(_srun(cfg, run_dir, srun_options(cfg), array=array))
+    else:
+        # The last line on stdout starts Python on a node; it is empty where nothing is staged.
+        srun = ["srun", *srun_options(cfg)]
+        stage = [sys.executable, "-m", "forge_hpc.staging.broadcast", cfg.slurm.stage_environment, *srun]
+        lines += [f"staged=$({shlex.join(with_setup(stage, setup))} | tail -n 1)"]
+        start = f'{shlex.join(srun)} env FORGE_HPC_STAGED="$staged" {shlex.join(with_setup(_staged(run), setup))}'
+    return "\n".join([*lines, f"{start} || {after} $?"])
+
+
+def _staged(run: Sequence[str]) -> list[str]:
+    """`run` by what FORGE_HPC_STAGED says, if it says anything."""
+    return ["bash", "-c", 'exec $FORGE_HPC_STAGED "$@"', "bash", *run]
 
 
 def lent_job_command(cfg: Config, run_dir: Path, python: str = sys.executable) -> str:

@@ -113,6 +113,7 @@ class SlurmCluster:
         partitions: lines of slurm.conf; ``{nodes}`` becomes the list of all nodes.
         options: further options of slurm.conf, or others in place of `DEFAULT_OPTIONS`.
         detached: outlive this process; only `down` or `stop` ends it.
+        own_disks: `disk` is another folder on each host.
 
     Raises:
         ClusterError: a daemon did not come up; the tail of its log is in the message.
@@ -127,6 +128,7 @@ class SlurmCluster:
         partitions: Sequence[str] = DEFAULT_PARTITIONS,
         options: dict[str, str] | None = None,
         detached: bool = False,
+        own_disks: bool = False,
     ) -> None:
         if not 1 <= nodes <= 100:
             raise ValueError(f"nodes must be 1 to 100, not {nodes}")
@@ -137,7 +139,7 @@ class SlurmCluster:
             {**DEFAULT_OPTIONS, **(options or {})},
             detached,
         )
-        self._own_state = state is None
+        self._own_state, self.own_disks = state is None, own_disks
         self.state = (
             Path(tempfile.mkdtemp(prefix=f"{PREFIX}-{self.id}-", dir="/tmp")) if state is None else state.resolve()
         )
@@ -151,6 +153,15 @@ class SlurmCluster:
     @property
     def conf(self) -> Path:
         return self.state / "slurm.conf"
+
+    @property
+    def disk(self) -> Path:
+        """A folder that each host has of its own, with ``own_disks``."""
+        return self.state / "disk"
+
+    def disk_of(self, host: Host) -> Path:
+        """The same as seen from here."""
+        return self.state / "disks" / host.name
 
     @property
     def env(self) -> dict[str, str]:
@@ -173,7 +184,13 @@ class SlurmCluster:
     def on_host(self, host: Host, *command: str) -> list[str]:
         """The command line that runs `command` with the host's network and hostname."""
         rename = f"echo {host.name} > /proc/sys/kernel/hostname; exec {shlex.join(command)}"
-        return ["nsenter", f"--net=/run/netns/{host.netns}", "unshare", "--uts", "sh", "-c", rename]
+        own = ["--uts"]
+        if self.own_disks:
+            for folder in (self.disk, self.disk_of(host)):
+                folder.mkdir(parents=True, exist_ok=True)
+            rename = f"mount --bind {self.disk_of(host)} {self.disk}; {rename}"
+            own.append("--mount")
+        return ["nsenter", f"--net=/run/netns/{host.netns}", "unshare", *own, "sh", "-c", rename]
 
     def job(self, job_id: int | str) -> dict[str, str]:
         """What `scontrol show job` says, by key."""

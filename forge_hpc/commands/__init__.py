@@ -8,6 +8,7 @@ from __future__ import annotations
 
 COMMANDS = {
     "submit": "start a run: queue it on Slurm, or run it here",
+    "fetch": "bring models and data of the hub to the cache, for nodes without a network",
     "plan": "which nodes should train and which generate, and why",
     "status": "state, step, reward, time left and sign of life: of a run, a job, or (--all) of all runs",
     "watch": "progress, curves, where the time goes, last events; of a queued job why it waits",

@@ -17,7 +17,7 @@ def check_takes_lent(cfg: Config) -> None:
         )
     if cfg.slurm.container.runtime is not None:
         raise UserError(
-            f"the run is in a container (slurm.container.runtime={cfg.slurm.container.runtime}), and lent nodes are not",
+            f"the run is in a container (slurm.container.runtime={cfg.slurm.container.runtime}), lent nodes are not",
             "nodes can be lent to runs without a container",
         )
     if cfg.cluster.colocate:

@@ -1,7 +1,8 @@
 """Configurations from YAML files and ``key=value`` overrides, into the typed dataclasses of ``schema``.
 
-OmegaConf holds the values, converts them and resolves ``${other.key}``. The walk over the YAML is ours, because it
-knows the line of every key: whatever is wrong is named by file, line, full key and the nearest key that exists.
+The walk over the YAML is ours, because it knows the line of every key: whatever is wrong is named by file, line, full
+key and the nearest key that exists. OmegaConf resolves ``${other.key}``, and holds the options of recipes, whose types
+are their authors'; where there is neither it is not imported, which would take longer than all else.
 
     base: qwen3_8b.yaml        # optional: begin with this file (relative to this one), then change what follows
     model: {path: ./my-model}  # a relative path is looked for beside the file that names it, then where you are
@@ -11,10 +12,8 @@ Mappings merge key by key, lists are replaced. On the command line an index reac
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import difflib
-import functools
 import os
 import re
 import tempfile
@@ -25,8 +24,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.fields import Rule, hints, item_class, not_none, rules
@@ -50,7 +47,10 @@ _SCALARS = (
 )
 
 
-class _Loader(yaml.SafeLoader):
+_FastLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # where PyYAML was built with libyaml
+
+
+class _Loader(_FastLoader):  # type: ignore[misc]
     yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
@@ -102,23 +102,12 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     Raises:
         UserError: a missing or broken file, an unknown key, a wrong type; with the place and what to write instead.
     """
-    cfg = _defaults()
-    cfg.reward = [RewardConfig(_UNASKED)]
+    cfg = Config(reward=[RewardConfig(_UNASKED)])
     if path is not None:
         _merge_file(cfg, Path(path).expanduser(), seen=(), keep_paths=False)
     for override in overrides:
         _merge_override(cfg, override)
-    return _with_default_reward(_to_dataclasses(cfg))
-
-
-def _defaults() -> DictConfig:
-    """A copy takes a seventh of the time that OmegaConf takes to look at the schema."""
-    return copy.deepcopy(_schema())
-
-
-@functools.cache
-def _schema() -> DictConfig:
-    return OmegaConf.structured(Config)
+    return _with_default_reward(_resolved(cfg))
 
 
 def _with_default_reward(cfg: Config) -> Config:
@@ -135,11 +124,11 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read what ``save_config`` wrote: the same values, whatever the working directory is now; then the overrides.
 
     Raises UserError."""
-    cfg = _defaults()
+    cfg = Config()
     _merge_file(cfg, Path(path), seen=(), keep_paths=True)
     for override in overrides:
         _merge_override(cfg, override)
-    return _to_dataclasses(cfg)
+    return _resolved(cfg)
 
 
 def config_text(cfg: Config) -> str:
@@ -178,6 +167,8 @@ def typed_options(cls: type[T], values: dict[str, Any], prefix: str, where: str,
     Raises:
         UserError: an unknown key, a wrong type.
     """
+    from omegaconf import OmegaConf
+
     options = OmegaConf.structured(cls)
     text = yaml.dump(_escape(values), Dumper=_Dumper, sort_keys=False)
     _merge(options, cls, _compose(text, source := _Source(where, folder, is_file=False)), f"{prefix}.", source)
@@ -194,7 +185,7 @@ def override_of(key: str, value: Any) -> str:
     return f"{key}={text.removesuffix('...' + chr(10)).strip()}"
 
 
-def _merge_file(cfg: DictConfig, path: Path, seen: tuple[Path, ...], keep_paths: bool) -> None:
+def _merge_file(cfg: Config, path: Path, seen: tuple[Path, ...], keep_paths: bool) -> None:
     real = path.resolve()
     if real in seen:
         raise UserError(f"{path}: base files include each other in a circle", "remove one of the `base:` lines")
@@ -219,7 +210,7 @@ def _merge_file(cfg: DictConfig, path: Path, seen: tuple[Path, ...], keep_paths:
     _merge(cfg, Config, root, "", source)
 
 
-def _merge_override(cfg: DictConfig, override: str) -> None:
+def _merge_override(cfg: Config, override: str) -> None:
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key or not all(key.split(".")):
@@ -250,8 +241,8 @@ def _compose(text: str, source: _Source) -> yaml.Node | None:
 # --- the walk
 
 
-def _merge(target: DictConfig, cls: type, node: yaml.Node, prefix: str, source: _Source) -> None:
-    """Set what `node` gives in `target`, a structured config of the dataclass `cls`."""
+def _merge(target: Any, cls: type, node: yaml.Node, prefix: str, source: _Source) -> None:
+    """Set what `node` gives in `target`, a `cls`, or OmegaConf's structured config of that dataclass."""
     known = hints(cls)
     for key, value in _items(node, prefix, source):
         full, hint = prefix + key, known.get(key)
@@ -259,17 +250,17 @@ def _merge(target: DictConfig, cls: type, node: yaml.Node, prefix: str, source: 
             raise UserError(f"{source.at(value)}: unknown key {full}", _nearest_key(full, prefix, list(known)))
         if dataclasses.is_dataclass(hint):
             if value.tag != _NULL:  # a section whose lines are all commented out
-                _merge(target[key], typing.cast(type, hint), value, full + ".", source)
+                _merge(getattr(target, key), typing.cast(type, hint), value, full + ".", source)
         elif item_class(hint) is not None:
-            target[key] = _merge_items(target[key], item_class(hint), value, full, source)
+            setattr(target, key, _merge_items(getattr(target, key), item_class(hint), value, full, source))
         else:
             _set(target, key, hint, rules(cls)[key], value, full, source)
 
 
-def _merge_items(items: ListConfig, cls: type, node: yaml.Node, prefix: str, source: _Source) -> list[Any]:
+def _merge_items(items: Sequence[Any], cls: type, node: yaml.Node, prefix: str, source: _Source) -> list[Any]:
     """A list of dataclasses: a sequence replaces it, a mapping of indices changes some of its items."""
     if isinstance(node, yaml.SequenceNode):
-        new = [OmegaConf.structured(cls) for _ in node.value]
+        new = [cls() for _ in node.value]
         for i, item in enumerate(node.value):
             _merge(new[i], cls, item, f"{prefix}.{i}.", source)
         return new
@@ -285,7 +276,7 @@ def _merge_items(items: ListConfig, cls: type, node: yaml.Node, prefix: str, sou
     raise UserError(f"{source.at(node)}: {prefix} is a list", f"write `{prefix}: [{{name: …}}]`")
 
 
-def _set(target: DictConfig, key: str, hint: Any, rule: Rule, node: yaml.Node, full: str, source: _Source) -> None:
+def _set(target: Any, key: str, hint: Any, rule: Rule, node: yaml.Node, full: str, source: _Source) -> None:
     _refuse_doubled(node, full, source)
     try:
         value = _Loader("").construct_document(node)
@@ -309,12 +300,80 @@ def _set(target: DictConfig, key: str, hint: Any, rule: Rule, node: yaml.Node, f
         value = [float(item) if type(item) is int else item for item in value]
     if kind in (bool, int, float) and value is not None and type(value) is not kind and "${" not in str(value):
         raise wrong  # OmegaConf would take 3 for true and "7" for a number
+    if not dataclasses.is_dataclass(type(target)):
+        _set_option(target, key, value, wrong)
+        return
+    old = getattr(target, key)
+    try:
+        new = value if isinstance(value, str) and "${" in value else _checked(hint, value)
+    except TypeError:
+        raise wrong from None
+    setattr(target, key, _merged(old, new) if isinstance(old, dict) and isinstance(new, dict) else new)
+
+
+def _set_option(target: Any, key: str, value: Any, wrong: UserError) -> None:
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         if isinstance(target[key], DictConfig) and isinstance(value, dict):
             value = OmegaConf.merge(target[key], value)
         target[key] = value
     except OmegaConfBaseException:
         raise wrong from None
+
+
+def _checked(hint: Any, value: Any) -> Any:
+    """`value` if it is of the type of a field; a text that is a number in a list of numbers as one, as OmegaConf takes
+    it. Raises TypeError."""
+    kind = not_none(hint)
+    if value is None and kind is not hint:
+        return None
+    if kind is Any:
+        return _plain(value)
+    if (origin := typing.get_origin(kind)) is not None:
+        if not isinstance(value, origin):
+            raise TypeError
+        if origin is list:
+            return [_item(typing.get_args(kind)[0], item) for item in value]
+        return _plain(value)
+    if type(value) is not kind:
+        raise TypeError
+    return value
+
+
+def _item(kind: type, value: Any) -> Any:
+    if isinstance(value, str) and "${" in value:
+        return value
+    if kind is str and isinstance(value, str | bool | int | float):
+        return str(value)
+    if type(value) is bool or not isinstance(value, str | int | float):
+        raise TypeError
+    try:
+        return value if type(value) is kind else kind(value)
+    except ValueError:
+        raise TypeError from None
+
+
+def _plain(value: Any) -> Any:
+    """What YAML and JSON both have, with texts for keys."""
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    both = {
+        key: _merged(old[key], value) if isinstance(value, dict) and isinstance(old.get(key), dict) else value
+        for key, value in new.items()
+    }
+    return old | both
 
 
 def _as_written(node: yaml.Node, value: Any) -> Any:
@@ -343,7 +402,30 @@ def _refuse_doubled(node: yaml.Node, full: str, source: _Source) -> None:
             _refuse_doubled(value, f"{full}.{key}", source)
 
 
-def _to_dataclasses(cfg: DictConfig) -> Any:
+def _resolved(cfg: Config) -> Config:
+    """`cfg` with what ``${…}`` stands for in it. Raises UserError."""
+    if not _has_references(cfg):
+        return cfg
+    from omegaconf import OmegaConf
+
+    resolved: Config = _to_dataclasses(OmegaConf.structured(cfg))
+    return resolved
+
+
+def _has_references(value: Any) -> bool:
+    if dataclasses.is_dataclass(value):
+        return any(_has_references(getattr(value, field.name)) for field in dataclasses.fields(value))
+    if isinstance(value, dict):
+        return any(_has_references(item) for item in value.values())
+    if isinstance(value, list):
+        return any(map(_has_references, value))
+    return isinstance(value, str) and "${" in value
+
+
+def _to_dataclasses(cfg: Any) -> Any:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         return OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:

@@ -18,7 +18,7 @@ _MAX_HEADER_BYTES = 100_000_000
 
 def looks_local(path: str) -> bool:
     """Whether `path` can only be a local path, not a name on the Hugging Face hub (``name`` or ``owner/name``)."""
-    return path.startswith(("/", "./", "../", "~")) or path.count("/") > 1 or Path(path).exists()
+    return path.startswith(("/", "./", "../", "~")) or path.partition("@")[0].count("/") > 1 or Path(path).exists()
 
 
 def read_model_config(directory: Path) -> dict[str, Any]:

@@ -47,8 +47,9 @@ SEED = Range("0 or more, and less than 2**63", lambda v: 0 <= v < 2**63)
 @dataclass
 class ModelConfig:
     path: str = setting("builtin:qwen3-tiny", path=True)
-    """A Hugging Face model: hub name, directory, ``builtin:qwen3-tiny`` or ``-small`` (random weights from the seed),
-    or ``warmstart`` for the export of the run in RUN_DIR/warmstart (made first from ``warmstart.config``)."""
+    """A Hugging Face model: hub name (``OWNER/NAME``, ``OWNER/NAME@REVISION``), directory, ``builtin:qwen3-tiny`` or
+    ``-small`` (random weights from the seed), or ``warmstart`` for the export of the run in RUN_DIR/warmstart (made
+    first from ``warmstart.config``)."""
     dtype: str = setting("bfloat16", choices=DTYPES)
     """dtype of the generator's weights and of the export: float32 or bfloat16."""
     head_dtype: str = setting("float32", choices=DTYPES)
@@ -93,7 +94,8 @@ class CurriculumConfig:
 @dataclass
 class DataConfig:
     path: str = setting("builtin:addition", path=True)
-    """``builtin:addition``, a JSONL, Parquet or CSV file, or a name for ``datasets.load_dataset`` (openai/gsm8k)."""
+    """``builtin:addition``, a JSONL, Parquet or CSV file, or a dataset of the hub (``openai/gsm8k``,
+    ``openai/gsm8k@REVISION``)."""
     name: str | None = None
     """The dataset's configuration name, where it has several (gsm8k: main)."""
     split: str = "train"
@@ -479,6 +481,9 @@ class ClusterConfig:
     """GPUs used on each node; 0 is the CPU; by default what the node has."""
     gpu_memory_gib: float | None = setting(None, POSITIVE)
     """Memory of a GPU, for the memory plan of `forge-hpc submit`; by default that of the GPU's type in Slurm."""
+    offline: bool = False
+    """Nodes reach no model hub: what the cache lacks keeps the job from being queued, and is fetched before, by
+    ``forge-hpc fetch`` (docs/offline.md). false: it is a warning."""
     start_timeout_s: float = setting(600.0, POSITIVE)
     """All nodes must have joined, and all actors be ready, in this time."""
     slow_node_factor: float = setting(3.0, NOT_NEGATIVE)
@@ -530,6 +535,10 @@ class SlurmConfig:
     that forbid requeueing); never stays down until it is resumed by hand."""
     setup: list[str] = field(default_factory=list)
     """Shell lines run on each node first (module load …)."""
+    stage_environment: str | None = None
+    """A folder on each node's own disk (``/tmp``, ``$SCRATCH/local``), to which the environment is brought and from
+    which the run then imports (docs/staging.md): for many nodes, and environments on a network's disk. null: it is
+    used where it is."""
     gres: str | None = None
     """GPUs in the notation of ``--gres`` (``gpu:h100:8``), for sites that do not take ``--gpus-per-node``."""
     extra: dict[str, Any] = field(default_factory=dict)

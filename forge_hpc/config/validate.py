@@ -19,6 +19,7 @@ from forge_hpc.config.algorithm import LossFacts, check_fit, check_loss, loss_fa
 from forge_hpc.config.columns import check_columns
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.fields import walk
+from forge_hpc.config.hub_cache import split_name
 from forge_hpc.config.models import KNOWN_MODEL_TYPES, check_tokenizer, check_weights, looks_local, read_model_config
 from forge_hpc.config.needs import Needs, check_models
 from forge_hpc.config.recipes import load_recipe, needs_of
@@ -306,6 +307,16 @@ def _check_slurm(cfg: Config) -> None:
             f"slurm.signal_lead_s={s.signal_lead_s} is not shorter than slurm.time={s.time} ({limit:.0f} s)",
             "ask for a longer slurm.time, or a shorter warning",
         )
+    if s.stage_environment is not None and not re.fullmatch(r"[/$][\w./${}+-]*", s.stage_environment):
+        raise UserError(
+            f"slurm.stage_environment is {s.stage_environment!r}",
+            "name a folder on each node's own disk, as /tmp",
+        )
+    if s.stage_environment is not None and s.container.runtime is not None:
+        raise UserError(
+            "slurm.stage_environment stages the environment, and slurm.container.runtime has it in the image",
+            "leave one of the two out",
+        )
     if s.mem is not None and not re.fullmatch(r"\d+[KMGTkmgt]?", s.mem):
         raise UserError(f"slurm.mem is {s.mem!r}", "write 0 (all of the node's) or a size such as 64G")
     if s.container.runtime is not None and not s.container.image:
@@ -372,8 +383,12 @@ def _check_model(cfg: Config, needs: Needs) -> None:
         _check_name("model.path", path, MODELS)
         return
     if not looks_local(path):
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
-            raise UserError(f"model.path={path!r} is neither a directory nor a hub name", "write DIR or OWNER/NAME")
+        try:
+            split_name(path)
+        except ValueError:
+            raise UserError(
+                f"model.path={path!r} is neither a directory nor a hub name", "write DIR or OWNER/NAME"
+            ) from None
         return
     directory = Path(path).expanduser()
     if not directory.is_dir():

@@ -39,6 +39,7 @@ from forge_hpc.data.prompts import DocumentStream, PromptStream, evaluation_docu
 from forge_hpc.data.source import load_eval_examples
 from forge_hpc.data.types import Document, Group, Prompt
 from forge_hpc.evaluation.evaluator import Evaluator
+from forge_hpc.hub.pins import Pins, pin_all
 from forge_hpc.observability.logger import MetricLogger
 from forge_hpc.observability.performance import EngineCounts, engine_figures
 from forge_hpc.observability.phases import StartPhases
@@ -101,6 +102,7 @@ class Session:
         self._kept = kept
         self._hands_over = False
         self._suffix = (kept.suffix if kept is not None else "") + (f"r{attempt}" if attempt else "")
+        self._pins = Pins(run_dir.path)
         self._between_steps = asyncio.Event()
         self._between_steps.set()
         self._trainers: Trainers | None = None
@@ -132,12 +134,12 @@ class Session:
             UserError: no checkpoint can be used, or the newest that verifies is of another configuration.
         """
         config = self.config
+        self._pins = await asyncio.to_thread(pin_all, config, self.run_dir.path)
         if config.model.path == "warmstart":
             self.model_dir = RunDir(self.run_dir.warmstart).export
         else:
-            self.model_dir = await asyncio.to_thread(
-                resolve_model, config.model.path, config.seed, self.run_dir.path / "model"
-            )
+            path = self._pins.named(config.model.path)
+            self.model_dir = await asyncio.to_thread(resolve_model, path, config.seed, self.run_dir.path / "model")
         if self.needs.generators == "beside":  # their start is the longest of all: everything else goes on beside it
             self._pool.begin(self.model_dir)
         self.tokenizer = await asyncio.to_thread(load_tokenizer, self.model_dir)
@@ -264,7 +266,7 @@ class Session:
         paths = {name: need.path for name, need in self.needs.models.items() if need.path is not None}
         seed, place = self.config.seed, self.run_dir.path
         found = {
-            name: await asyncio.to_thread(resolve_model, path, seed, place / f"model-{name}")
+            name: await asyncio.to_thread(resolve_model, self._pins.named(path), seed, place / f"model-{name}")
             for name, path in paths.items()
         }
         vocabulary = self.tokenizer.get_vocab()
@@ -405,11 +407,11 @@ class Session:
         return await asyncio.to_thread(self._load_documents)
 
     def _load_documents(self) -> DocumentStream:
-        documents = DocumentStream(open_sources(self.config), self.tokenizer, self.config)
+        documents = DocumentStream(open_sources(self._pins.data_of(self.config)), self.tokenizer, self.config)
         return documents.load_state_dict(self.state.get("documents", documents.state_dict()))
 
     def _load_prompts(self) -> PromptStream:
-        prompts = PromptStream(open_sources(self.config), self.tokenizer, self.config)
+        prompts = PromptStream(open_sources(self._pins.data_of(self.config)), self.tokenizer, self.config)
         return prompts.load_state_dict(self.state.get("prompts", prompts.state_dict()))
 
     def _load_held_out(self) -> list[Prompt]:
@@ -417,7 +419,7 @@ class Session:
         config = self.config
         if not config.evaluation.num_prompts:
             return []
-        examples = load_eval_examples(config.data, config.seed)
+        examples = load_eval_examples(self._pins.data_of(config).data, config.seed)
         return evaluation_prompts(examples, self.tokenizer, config, config.evaluation.num_prompts)
 
     def _load_held_out_documents(self) -> list[Document]:
@@ -425,7 +427,7 @@ class Session:
         config = self.config
         if not config.evaluation.num_prompts:
             return []
-        examples = load_eval_examples(config.data, config.seed)
+        examples = load_eval_examples(self._pins.data_of(config).data, config.seed)
         return evaluation_documents(examples, self.tokenizer, config, config.evaluation.num_prompts)
 
     @asynccontextmanager

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.models import check_tokenizer, check_weights, looks_local, read_model_config
+from forge_hpc.config.hub_cache import MODEL_FILES, split_name
+from forge_hpc.config.models import check_tokenizer, check_weights, read_model_config
 from forge_hpc.config.registry import MODELS
 from forge_hpc.config.user_code import load_user_code
+from forge_hpc.hub.assets import Asset, find_cached, is_hub_name
 
 BUILTIN_PREFIX = "builtin:"
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja", "merges.txt", "vocab.*"]
 
 
 def resolve_model(path: str, seed: int, cache_dir: str | Path) -> Path:
     """The directory that holds the model `path` names, complete.
 
     ``builtin:…`` is written under `cache_dir` from `seed` once; an existing directory passes through; a hub name is
-    downloaded to the hub's own cache. Raises UserError where there is no such model or it is not complete.
+    taken from the hub's own cache, and what that lacks is downloaded to it. Without ``@COMMIT`` the hub is asked which
+    one it is now. Raises UserError where there is no such model or it is not complete.
     """
     if path.startswith(BUILTIN_PREFIX):
         return _builtin(path, seed, Path(cache_dir))
@@ -30,7 +30,7 @@ def resolve_model(path: str, seed: int, cache_dir: str | Path) -> Path:
     if directory.is_dir():
         check_model_dir(directory)
         return directory.resolve()
-    if looks_local(path) or not _HUB_NAME.fullmatch(path):
+    if not is_hub_name(path):
         raise UserError(
             f"no such model directory: {path}", f"model.path: a directory, a hub name or {next(iter(MODELS))}"
         )
@@ -75,7 +75,10 @@ def _builtin(name: str, seed: int, cache_dir: Path) -> Path:
     return directory.resolve()
 
 
-def _download(name: str) -> Path:
+def _download(path: str) -> Path:
+    cached, (name, revision) = find_cached(Asset("model", path, ())), split_name(path)
+    if cached is not None and revision == cached.commit:  # the hub has no other
+        return cached.snapshot
     import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -85,20 +88,23 @@ def _download(name: str) -> Path:
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     try:
-        directory = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        directory = Path(snapshot_download(name, revision=revision, allow_patterns=list(MODEL_FILES)))
     except GatedRepoError:
-        raise UserError(f"the model {name} is gated", "accept its licence on the hub and set HF_TOKEN") from None
+        raise UserError(f"the model {path} is gated", "accept its licence on the hub and set HF_TOKEN") from None
+    except RevisionNotFoundError:
+        raise UserError(f"the model {name} has no revision {revision}", "a branch, a tag or a commit") from None
     except (RepositoryNotFoundError, HFValidationError):
         raise UserError(
-            f"no such model on the hub, and no such directory: {name}", "check model.path; private models need HF_TOKEN"
+            f"no such model on the hub, and no such directory: {path}", "check model.path; private models need HF_TOKEN"
         ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, httpx.TransportError) as error:
         raise UserError(
-            f"the model {name} is not in the local cache and the hub cannot be reached ({type(error).__name__})",
-            f"where there is a network, run `hf download {name}` with the same HF_HOME; or give a directory",
+            f"the model {path} is not in the local cache and the hub cannot be reached ({type(error).__name__})",
+            f"where there is a network: forge-hpc fetch --model {path}, with the same HF_HOME; or give a directory",
         ) from None
     check_model_dir(directory)
     return directory

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from forge_hpc.config.errors import UserError
+from forge_hpc.config.hub_cache import split_name
 from forge_hpc.config.schema import DataConfig
 from forge_hpc.data.damage import naming_damage
 from forge_hpc.data.text_files import TextFile
+from forge_hpc.hub.assets import Asset, find_cached, is_hub_name
 
 
 def find_text_files(data: DataConfig, split: str, *, streaming: bool) -> list[TextFile] | None:
@@ -25,7 +27,7 @@ def find_text_files(data: DataConfig, split: str, *, streaming: bool) -> list[Te
     from datasets.packaged_modules.json.json import Json
 
     with naming_sources(data, split):
-        builder = datasets.load_dataset_builder(_source(data), data.name)
+        builder = datasets.load_dataset_builder(**_source(data))
         settings = builder.config
         if not isinstance(builder, Csv | Json) or _is_special(builder) or split not in settings.data_files:
             return None
@@ -61,22 +63,29 @@ def load_dataset(data: DataConfig, split: str, *, streaming: bool) -> Any:
     """
     import datasets
 
-    source, name, files = _source(data), data.name, None
-    if source.endswith(".parquet"):
-        if not Path(source).is_file():
-            raise UserError(f"no such data file: {source}", "give data.path")
-        source, name, files, split = "parquet", None, source, "train"
+    source = _source(data)
+    if source["path"].endswith(".parquet"):
+        if not Path(source["path"]).is_file():
+            raise UserError(f"no such data file: {source['path']}", "give data.path")
+        source, split = {"path": "parquet", "data_files": source["path"]}, "train"
     with naming_sources(data, split):
-        dataset = datasets.load_dataset(source, name, data_files=files, split=split, streaming=streaming)
+        dataset = datasets.load_dataset(**source, split=split, streaming=streaming)
     for column, feature in (dataset.features or {}).items():
         if (stored := _as_stored(feature)) != feature:
             dataset = dataset.cast_column(column, stored)
     return dataset
 
 
-def _source(data: DataConfig) -> str:
+def _source(data: DataConfig) -> dict[str, Any]:
+    """What ``datasets`` is told. Of a dataset of the hub that the cache has whole it is the directory there: it is the
+    same, and no hub is asked."""
     path = Path(data.path).expanduser()
-    return str(path) if path.exists() or path.suffix == ".parquet" else data.path
+    if path.exists() or path.suffix == ".parquet" or not is_hub_name(data.path):
+        return {"path": str(path) if path.exists() or path.suffix == ".parquet" else data.path, "name": data.name}
+    if (cached := find_cached(Asset("dataset", data.path, (), data.name))) is not None:
+        return {"path": str(cached.snapshot), "name": data.name}
+    name, revision = split_name(data.path)
+    return {"path": name, "name": data.name, "revision": revision}
 
 
 def _as_stored(feature: Any) -> Any:
@@ -111,6 +120,5 @@ def naming_sources(data: DataConfig, split: str) -> Iterator[None]:
     except (OfflineModeIsEnabled, ConnectionError, HfHubHTTPError, httpx.TransportError) as error:
         raise UserError(
             f"{data.path} is not in the local cache and the hub cannot be reached ({type(error).__name__})",
-            f"where there is a network, run `hf download --repo-type dataset {data.path} --local-dir DIR`, and set "
-            "data.path=DIR",
+            "where there is a network: forge-hpc fetch with the run's configuration, and the same HF_HOME",
         ) from None

@@ -140,7 +140,7 @@ class StreamedSource:
 
     def state_dict(self) -> dict[str, Any]:
         start = {"epoch": self.epoch, "first": self._first, "reader": self._block_start}
-        return {"path": self.data.path, **start, "place": self._place}
+        return {"path": self.data.path.partition("@")[0], **start, "place": self._place}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.epoch, self._first, self._block_start = state["epoch"], state["first"], state["reader"]

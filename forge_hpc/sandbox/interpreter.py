@@ -44,7 +44,8 @@ def find_interpreter(python: str | None) -> Interpreter:
     """
     if python is not None:
         return _ask(python, with_packages=True)
-    own = _ask(sys.executable, with_packages=False)
+    # One on a node's own disk (forge_hpc.staging) finds its library by a variable that no program gets to see.
+    own = _ask(os.environ.get("FORGE_HPC_SHARED_PYTHON", sys.executable), with_packages=False)
     if os.geteuid() != 0 or all(readable_by_all(path) for path in (own.executable, own.prefix)):
         return own
     if not os.access(_SYSTEM_PYTHON, os.X_OK):

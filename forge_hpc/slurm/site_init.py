@@ -126,7 +126,9 @@ def _lines(found: Findings) -> Iterator[str]:
     if found.containers is not None:
         image = f"/shared/forge_hpc.{'sqsh' if found.containers == 'pyxis' else 'sif'}"
         yield f"  # container: {{runtime: {found.containers}, image: {image}}} # found here; see docs/containers.md"
+    yield f"  # stage_environment: {found.local_disk} # for starts on many nodes: docs/staging.md"
     yield "cluster:"
+    yield "  # offline: true # nodes reach no model hub: docs/offline.md"
     yield f"  gpus_per_node: {gpus}"
     if gpus:
         known = gpu_named(gpu)

@@ -23,6 +23,7 @@ from forge_hpc.cluster.rendezvous import Rendezvous, RendezvousTimeout
 from forge_hpc.config import Config, UserError, read_config
 from forge_hpc.config.lending import takes_lent
 from forge_hpc.files import in_thread
+from forge_hpc.hub.offline import offline_environ
 from forge_hpc.joining.desk import Desk
 from forge_hpc.observability.phases import StartPhases
 from forge_hpc.observability.summary import final_summary
@@ -110,6 +111,7 @@ class FirstNode:
             began = True
             rendezvous = self._node.rendezvous(self.rendezvous_key(restart))
             self._clean(keep=rendezvous.directory.name)
+            self._node.hub_environ = offline_environ(config, run_dir.path)
             if job_id:
                 self._job.follow_walltime(partial(lead_s, config, run_dir))
             ending = self.start(config, rendezvous, run_dir.tls / rendezvous.directory.name, log_dir)

@@ -37,6 +37,8 @@ class Node:
         self.allocation = allocation
         self.takes_lent = takes_lent
         """Other jobs may lend the run nodes: it is to be reached from elsewhere, also where it has one node alone."""
+        self.hub_environ: dict[str, str] = {}
+        """Variables that say whether its processes ask the hub."""
         self._scratch: Path | None = None
         self._comparing: subprocess.Popen[bytes] | None = None
 
@@ -118,7 +120,8 @@ class Node:
         folder = self.scratch_folder()  # what dead processes leave there goes with us
         scratch = {"TMPDIR": str(folder), stacks.FOLDER: str(stacks.folder_in(folder))}
         compiled = compile_cache() if visible_gpus() else {}  # on CPUs nothing is compiled
-        return {**interface, **os.environ, **supervision, **compiled, **scratch, **tls_environment(tls)}
+        mine = {**supervision, **compiled, **self.hub_environ, **scratch, **tls_environment(tls)}
+        return {**interface, **os.environ, **mine}
 
     def start_worker(self, rendezvous: Rendezvous, address: str, tls: Path, log_dir: Path) -> subprocess.Popen[bytes]:
         """Start the node's Monarch worker."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from forge_hpc.cluster.rendezvous import Rendezvous, RendezvousTimeout
 from forge_hpc.config import read_config
 from forge_hpc.gate.complaints import complain
+from forge_hpc.hub.offline import offline_environ
 from forge_hpc.supervisor import deadlines
 from forge_hpc.supervisor.ending import Exit
 from forge_hpc.supervisor.heartbeat import HeartbeatMonitor
@@ -27,6 +28,7 @@ def serve_node(node: Node, requests: StopRequests) -> int:
     """
     name = f"node {node.allocation.node_id}"
     config = read_config(node.run_dir.config)
+    node.hub_environ = offline_environ(config, node.run_dir.path)
     rendezvous, address = _introduce(node, config.cluster.start_timeout_s, requests)
     start = rendezvous.wait_for_any(["start", "outcome"], config.cluster.start_timeout_s, requests.check_interrupt)
     if "code" in start:
