@@ -134,9 +134,9 @@ def _check_mismatch(a: AlgorithmConfig) -> None:
                 f"algorithm.mismatch.{name} is {bounds}", "write [low, high] with 0 <= low < high: [0.5, 5]"
             )
     clips = [name for name in _CLIPS if getattr(a, name) is not None]
-    if m != MismatchConfig() and clips:
+    if m != MismatchConfig() and clips and a.minibatches * a.epochs == 1:
         raise UserError(
             f"algorithm.{clips[0]} has no effect with algorithm.mismatch: the ratio is taken against the trainer's own "
             "log-probabilities, and one optimizer step a batch leaves it at 1",
-            f"leave algorithm.{clips[0]} out, or algorithm.mismatch",
+            f"leave algorithm.{clips[0]} out, or algorithm.mismatch, or set algorithm.minibatches or algorithm.epochs",
         )

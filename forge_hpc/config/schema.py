@@ -205,6 +205,11 @@ class AlgorithmConfig:
     null is the loss's own default."""
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     """Correction for the mismatch between generator and trainer."""
+    minibatches: int = setting(1, POSITIVE)
+    """Several optimizer steps a batch: a step's documents are cut into so many minibatches, whole groups in each, drawn
+    from the seed, and each is an optimizer step (docs/losses.md)."""
+    epochs: int = setting(1, POSITIVE)
+    """A step goes through its documents so many times, each time in other minibatches."""
     drop_zero_signal_groups: bool = True
     """Leave groups whose advantages are all zero (their rewards are equal) out of training. A step that has no others
     counts and leaves weights and moments as they are."""
@@ -243,19 +248,19 @@ class RolloutConfig:
     group_size: int = setting(8, POSITIVE)
     """Completions sampled for each prompt."""
     prompts_per_step: int = setting(32, POSITIVE)
-    """Prompts (groups) that one optimizer step trains on."""
+    """Prompts (groups) that one step trains on."""
     max_prompt_tokens: int = setting(512, POSITIVE)
     """Prompts longer than this are left out and counted (in SFT: those of the evaluation)."""
     max_response_tokens: int = setting(1024, POSITIVE)
     """Completions end here at the latest; with an environment, whole episodes, observations included."""
     max_staleness: int = setting(0, NOT_NEGATIVE)
-    """Largest number of optimizer steps between the policy that began an episode and the one that trains on it.
+    """Largest number of steps between the policy that began an episode and the one that trains on it.
     0 is synchronous and repeats exactly under one seed."""
     window: int = setting(1, POSITIVE)
     """1: steps take their prompts strictly in order. Above it, at most ``max_staleness`` + 1, a step need not wait for
     a group that is late: those of up to so many steps less one overtake it. Every prompt is trained on once."""
     sync_interval: int = setting(1, POSITIVE)
-    """Publish new weights to the generators every so many optimizer steps."""
+    """Publish new weights to the generators every so many steps."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 
@@ -316,7 +321,7 @@ class OptimizerConfig:
 @dataclass
 class LRSchedulerConfig:
     warmup_steps: int = setting(0, NOT_NEGATIVE)
-    """Linear warm-up over this many steps."""
+    """Linear warm-up over this many steps; all optimizer steps of a step have one rate."""
     decay_ratio: float | None = setting(None, SHARE)
     """Share of all steps over which the rate decays at the end; null keeps it constant after warm-up."""
     decay_type: str = setting("linear", choices=("linear", "sqrt", "cosine"))
@@ -328,7 +333,7 @@ class LRSchedulerConfig:
 @dataclass
 class TrainingConfig:
     steps: int = setting(100, POSITIVE, resume=FREE)
-    """Optimizer steps of the whole run."""
+    """Steps of the whole run, each an optimizer step unless ``algorithm.minibatches`` or ``epochs`` say otherwise."""
     seq_len: int = setting(2048, POSITIVE)
     """Slots of a packed row; at least prompt and response limits together."""
     local_batch_size: int | None = setting(None, POSITIVE, resume=ROUNDING)

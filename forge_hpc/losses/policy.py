@@ -70,7 +70,7 @@ class PolicyLoss(ABC):
     @property
     def old_logprobs_from(self) -> str:
         """``generator``: the ratio spans staleness and mismatch. With a correction, which covers both, ``trainer``: the
-        policy before the optimizer step, so that the ratio is 1 unless a batch is trained on more than once."""
+        policy before the step, so that the ratio is 1 unless the step takes several optimizer steps."""
         return "generator" if self.mismatch is None else "trainer"
 
     @abstractmethod
