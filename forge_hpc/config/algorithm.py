@@ -13,7 +13,15 @@ from forge_hpc.config.source import class_defaults
 from forge_hpc.config.user_code import load_user_code
 
 _CLIPS = ("clip_low", "clip_high")
-_EVERY_LOSS = ("kl_coef", "kl_estimator", "entropy_coef", "normalization", "mismatch", "max_tokens")
+_EVERY_LOSS = (
+    "kl_coef",
+    "kl_estimator",
+    "entropy_coef",
+    "normalization",
+    "mismatch",
+    "off_policy_mask_threshold",
+    "max_tokens",
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,7 @@ def loss_options(a: AlgorithmConfig) -> dict[str, Any]:
         "entropy_coef": a.entropy_coef,
         "normalization": a.normalization,
         "mismatch": None if a.mismatch == MismatchConfig() else a.mismatch,
+        "off_policy_mask_threshold": a.off_policy_mask_threshold,
     }
 
 
@@ -127,7 +136,7 @@ def _check_builtin_options(a: AlgorithmConfig) -> None:
 
 def _check_mismatch(a: AlgorithmConfig) -> None:
     m = a.mismatch
-    for name in ("token_bounds", "sequence_bounds"):
+    for name in ("token_bounds", "sequence_bounds", "product_bounds"):
         bounds = getattr(m, name)
         if bounds is not None and not (len(bounds) == 2 and 0 <= bounds[0] < bounds[1]):
             raise UserError(

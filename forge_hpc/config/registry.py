@@ -18,6 +18,10 @@ LOSSES = {
     "ppo": "forge_hpc.losses.ppo:PPOLoss",
     "cispo": "forge_hpc.losses.cispo:CISPOLoss",
     "gspo": "forge_hpc.losses.gspo:GSPOLoss",
+    "gmpo": "forge_hpc.losses.gmpo:GMPOLoss",
+    "luspo": "forge_hpc.losses.luspo:LUSPOLoss",
+    "vespo": "forge_hpc.losses.vespo:VESPOLoss",
+    "dppo": "forge_hpc.losses.dppo:DPPOLoss",
     "sapo": "forge_hpc.losses.sapo:SAPOLoss",
     "rloo": "forge_hpc.losses.rloo:RLOOLoss",
     "reinforce": "forge_hpc.losses.reinforce:ReinforceLoss",
@@ -57,6 +61,7 @@ DATA = {"builtin:addition": "forge_hpc.data.builtin:addition_examples"}
 """Functions ``(split, seed)`` that give its examples."""
 
 # Names that are values, not code.
+MISMATCH_LEVELS = ("token", "sequence")
 NORMALIZATIONS = ("token", "sequence", "constant")
 LORA_TARGETS = ("wq", "wkv", "wo", "w1", "w2", "w3")
 DTYPES = ("float32", "bfloat16")

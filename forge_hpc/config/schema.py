@@ -30,6 +30,7 @@ from forge_hpc.config.registry import (
     KL_ESTIMATORS,
     LORA_TARGETS,
     LOSSES,
+    MISMATCH_LEVELS,
     NORMALIZATIONS,
     REWARDS,
 )
@@ -149,7 +150,7 @@ class RewardConfig:
 
 @dataclass
 class MismatchConfig:
-    """Importance weights w = pi_trainer / pi_generator for the sampled tokens; off while all of it is null. With it
+    """Importance weights w = pi_trainer / pi_generator for the sampled tokens; off while all is as by default. With it
     the loss's own ratio is taken against the trainer's log-probabilities, not the generator's."""
 
     cap: float | None = setting(None, POSITIVE)
@@ -158,6 +159,12 @@ class MismatchConfig:
     """[low, high]: tokens whose w is outside are left out."""
     sequence_bounds: list[float] | None = None
     """[low, high]: sequences whose w, in the geometric mean over their tokens, is outside are left out."""
+    level: str = setting("token", choices=MISMATCH_LEVELS)
+    """What a token is weighted by, and ``cap`` bounds: its own w (token), or the product over its sequence."""
+    product_bounds: list[float] | None = None
+    """[low, high]: sequences whose w, as a product over their tokens, is outside are left out."""
+    veto: float | None = setting(None, POSITIVE)
+    """Sequences with any token whose w is below this are left out (usual: 1e-4)."""
 
 
 @dataclass
@@ -205,6 +212,9 @@ class AlgorithmConfig:
     null is the loss's own default."""
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     """Correction for the mismatch between generator and trainer."""
+    off_policy_mask_threshold: float | None = setting(None, NOT_NEGATIVE)
+    """Leave out sequences with a negative advantage of which the policy has moved away from the generator by more than
+    this, in nats a token on average, optimizer steps within the step counted; null leaves none out."""
     minibatches: int = setting(1, POSITIVE)
     """Several optimizer steps a batch: a step's documents are cut into so many minibatches, whole groups in each, drawn
     from the seed, and each is an optimizer step (docs/losses.md)."""

@@ -253,7 +253,7 @@ class TrainEngine(ModelShard, Stateful):
         """Add the microbatch's gradients, where they are enabled; return its share of the step's metrics."""
         outputs = self._forward(microbatch)
         given = {name: microbatch[name] for name in ("mask", "segment_ids", "group_ids", "advantages")}
-        given |= {name: microbatch.get(name) for name in FIELDS}
+        given |= {name: microbatch.get(name) for name in (*FIELDS, "weights")}
         given |= {name: microbatch[name] for name in self._columns}
         given |= self._own_inputs(given, *outputs) if self.spec.has_logprobs else {"values": outputs[0]}
         output = self.loss_fn(**accepted(self.loss_fn, given | {"normalizer": normalizer}))
@@ -387,7 +387,8 @@ def build_model_loss(cfg: Config, need: ModelNeed) -> LossFn:
         return SFTLoss()
     if need.loss is None and need.head == "value":
         return ValueLoss()
-    name, options = (cfg.algorithm.loss, cfg.algorithm) if need.loss is None else (need.loss, AlgorithmConfig())
+    own = AlgorithmConfig(loss_args=dict(need.loss_args))
+    name, options = (cfg.algorithm.loss, cfg.algorithm) if need.loss is None else (need.loss, own)
     return build_loss(name, options, cfg.rollout.max_response_tokens)
 
 
