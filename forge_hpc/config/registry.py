@@ -10,6 +10,10 @@ RECIPES = {
     "grpo": "forge_hpc.recipes.grpo:GRPO",
     "sft": "forge_hpc.recipes.sft:SFT",
     "eval": "forge_hpc.recipes.eval:Evaluation",
+    "ppo": "forge_hpc.recipes.ppo:PPO",
+    "online_dpo": "forge_hpc.recipes.online_dpo:OnlineDPO",
+    "distillation": "forge_hpc.recipes.distillation:Distillation",
+    "best_of_n": "forge_hpc.recipes.best_of_n:BestOfN",
 }
 LOSSES = {
     "grpo": "forge_hpc.losses.grpo:GRPOLoss",
