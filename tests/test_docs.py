@@ -23,6 +23,8 @@ FILE = re.compile(r'^```\w+ title="([^"]+)"\n(.*?)^```$', re.MULTILINE | re.DOTA
 COMMANDS = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCK = {kind: re.compile(rf"^```{kind}\n(.*?)^```$", re.MULTILINE | re.DOTALL) for kind in ("jsonl", "yaml", "python")}
 PAGES = sorted(page for page in DOCS.glob("*.md") if FILE.search(page.read_text(encoding="utf-8")))
+RECIPES = [DOCS / f"{name}.md" for name in ("ppo", "dpo", "distillation", "best_of_n")]
+"""Of shipped recipes, whose commands run on shipped configurations."""
 STEPS = 3
 
 
@@ -31,13 +33,13 @@ def test_the_pages_on_ones_own_code_have_files_to_run():
 
 
 def as_cases(pages: list[Path]) -> list[ParameterSet]:
-    """Some only where they also learn (tests/test_own_recipes_learn.py), which takes minutes."""
-    heavy = {"distillation": [pytest.mark.training], "dpo": [pytest.mark.training]}
+    """Some only where they also learn (tests/test_recipes_learn.py), which takes minutes."""
+    heavy = {name: [pytest.mark.training] for name in ("distillation", "dpo", "best_of_n")}
     return [pytest.param(page, id=page.stem, marks=heavy.get(page.stem, [])) for page in pages]
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("page", as_cases(PAGES))
+@pytest.mark.parametrize("page", as_cases([*PAGES, *RECIPES]))
 def test_what_a_page_shows_runs(page: Path, tmp_path: Path):
     """With the tiny model, a few steps, and a reward that random weights can earn."""
     (tmp_path / "configs").symlink_to(PROJECT / "configs")

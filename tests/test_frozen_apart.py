@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from runs import PROJECT, REWARD, left_over, processes, read, run_local, small_run, start_local, status, wait_for
-from test_docs import DOCS, FILE
 from tiny_models import random_documents
 
 from forge_hpc.cluster.meshes import Cluster
@@ -216,13 +215,9 @@ def test_a_node_that_starts_them_no_more_is_told_and_ends_the_call() -> None:
 
 
 def distillation(directory: Path, *overrides: str) -> tuple[Path, list[str]]:
-    """The page's files and what makes its run short: a teacher of random weights, larger than the student."""
-    (directory / "configs").symlink_to(PROJECT / "configs")
-    for name, content in FILE.findall((DOCS / "distillation.md").read_text(encoding="utf-8")):
-        (directory / name).parent.mkdir(exist_ok=True)
-        (directory / name).write_text(content, encoding="utf-8")
-    given = ["recipe_args.teacher=builtin:qwen3-small", "evaluation.num_prompts=0", "rollout.prompts_per_step=8"]
-    return directory / "my/distillation.yaml", small_run(directory, 6, REWARD, *given, *overrides)
+    """Its demo and what makes that short, with a teacher of random weights, larger than the student."""
+    given = ["evaluation.num_prompts=0", "rollout.prompts_per_step=8"]
+    return PROJECT / "configs/distillation/demo.yaml", small_run(directory, 6, REWARD, *given, *overrides)
 
 
 @pytest.mark.timeout(900)

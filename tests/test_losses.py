@@ -19,10 +19,13 @@ from forge_hpc.config.user_code import load_user_code
 from forge_hpc.losses import (
     CISPOLoss,
     DAPOLoss,
+    DPPOLoss,
     DrGRPOLoss,
+    GMPOLoss,
     GRPOLoss,
     GSPOLoss,
     LossOutput,
+    LUSPOLoss,
     MismatchCorrection,
     PolicyLoss,
     PPOLoss,
@@ -31,6 +34,8 @@ from forge_hpc.losses import (
     SAPOLoss,
     SFTLoss,
     SimpleGRPOLoss,
+    ValueLoss,
+    VESPOLoss,
     add_effective_sample_size,
     build_loss,
     step_normalizer,
@@ -165,6 +170,42 @@ def reinforce(low: float = 0.0, high: float = 0.0) -> Term:
     return term
 
 
+def dual(low: float, high: float, dual_clip: float) -> Term:
+    def term(s: Sample) -> torch.Tensor:
+        worst = torch.full_like(s.trained("old"), -dual_clip * s.advantage)
+        plain = clipped(ratio_of(s), s.advantage, low, high)
+        return torch.minimum(plain, worst) if s.advantage < 0 else plain
+
+    return term
+
+
+def gmpo(log_clip: float) -> Term:
+    def term(s: Sample) -> torch.Tensor:
+        log = s.trained("logprobs") - s.trained("old")
+        log = log.clamp(max=log_clip) if s.advantage > 0 else log.clamp(min=-log_clip)
+        return (-s.advantage * log.exp().prod() ** (1 / len(log))).expand(len(log))
+
+    return term
+
+
+def vespo(k_pos: float, lambda_pos: float, k_neg: float, lambda_neg: float) -> Term:
+    def term(s: Sample) -> torch.Tensor:
+        w = ratio_of(s).detach().prod().clamp(1e-8, math.exp(20))
+        k, lam = (k_pos, lambda_pos) if s.advantage >= 0 else (k_neg, lambda_neg)
+        return -(w**k) * (lam * (1 - w)).exp() * s.advantage * s.trained("logprobs")
+
+    return term
+
+
+def dppo(low: float, high: float) -> Term:
+    def term(s: Sample) -> torch.Tensor:
+        moved = s.trained("logprobs").detach().exp() - s.trained("old").exp()
+        kept = moved <= high if s.advantage > 0 else moved >= -low
+        return -ratio_of(s) * s.advantage * kept
+
+    return term
+
+
 def simple(s: Sample) -> torch.Tensor:
     logprobs = s.trained("logprobs")
     return -(logprobs - logprobs.detach()).exp() * s.advantage
@@ -184,6 +225,7 @@ def k3(s: Sample) -> torch.Tensor:
 
 
 ALL = {"kl_coef": 0.1, "entropy_coef": 0.02}
+VESPO = {"k_pos": 1.1, "lambda_pos": 0.7, "k_neg": 0.3, "lambda_neg": 1.3}
 CASES: dict[str, tuple[PolicyLoss, Term, str]] = {
     "grpo": (GRPOLoss(0.1, 0.15, **ALL), ppo(0.1, 0.15), "token"),
     "grpo of the paper": (GRPOLoss(0.1, 0.15, normalization="sequence", **ALL), ppo(0.1, 0.15), "sequence"),
@@ -194,6 +236,14 @@ CASES: dict[str, tuple[PolicyLoss, Term, str]] = {
     "cispo, narrow": (CISPOLoss(0.1, 0.1, **ALL), reinforce(0.9, 1.1), "token"),
     "gspo": (GSPOLoss(**ALL), gspo(3e-4, 4e-4), "sequence"),
     "gspo, wide": (GSPOLoss(clip_low=0.1, clip_high=0.1, **ALL), gspo(0.1, 0.1), "sequence"),
+    "two-sided clip": (GRPOLoss(dual_clip=1.3, **ALL), dual(0.2, 0.2, 1.3), "token"),
+    "gmpo": (GMPOLoss(**ALL), gmpo(0.4), "sequence"),
+    "gmpo, narrow": (GMPOLoss(log_clip=0.05, **ALL), gmpo(0.05), "sequence"),
+    "luspo": (LUSPOLoss(max_tokens=11, **ALL), gspo(3e-4, 4e-4), "constant"),
+    "vespo": (VESPOLoss(**ALL), vespo(2.0, 3.0, 3.0, 2.0), "token"),
+    "vespo, other": (VESPOLoss(**VESPO, **ALL), vespo(**VESPO), "token"),
+    "dppo": (DPPOLoss(**ALL), dppo(0.15, 0.15), "token"),
+    "dppo, narrow": (DPPOLoss(0.01, 0.02, **ALL), dppo(0.01, 0.02), "token"),
     "sapo": (SAPOLoss(**ALL), sapo(1.0, 1.05), "sequence"),
     "sapo, narrow": (SAPOLoss(tau_pos=3.0, tau_neg=7.0, **ALL), sapo(3.0, 7.0), "sequence"),
     "rloo": (RLOOLoss(max_tokens=11, **ALL), reinforce(), "constant"),
@@ -203,6 +253,8 @@ CASES: dict[str, tuple[PolicyLoss, Term, str]] = {
 }
 LOSSES = {name: loss for name, (loss, _, _) in CASES.items()} | {
     "corrected": GRPOLoss(mismatch=MismatchCorrection(1.1, (0.8, 1.2), (0.9, 1.1)), **ALL),
+    "corrected by the product": GSPOLoss(mismatch=MismatchCorrection(2.0, level="sequence", veto=0.5), **ALL),
+    "off-policy sequences masked": PPOLoss(off_policy_mask_threshold=0.01, **ALL),
     "corrected by sequence": DrGRPOLoss(mismatch=MismatchCorrection(1.1), max_tokens=11, **ALL),
 }
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
@@ -458,6 +510,91 @@ def test_tokens_and_sequences_outside_their_bounds_are_left_out() -> None:
     assert 0 < num_masked < len(torch.cat(terms))
     torch.testing.assert_close(output.loss, torch.cat(terms).mean())
     assert output.metrics["mismatch/masked_fraction"].item() == pytest.approx(num_masked / len(torch.cat(terms)))
+
+
+def test_a_sequence_is_weighted_by_its_product_and_left_out_where_that_or_one_token_is_out_of_bounds() -> None:
+    group = samples(num=16, spread=0.5)
+    trained = [s for s in group if s.mask.any()]
+    log = log_weights(group)
+    for correction, weigh in {
+        MismatchCorrection(1.5, level="sequence"): lambda w: w.sum().exp().clamp(max=1.5),
+        MismatchCorrection(level="sequence", product_bounds=(0.0, 2.0)): lambda w: w.sum().exp() * (w.sum().exp() <= 2),
+        MismatchCorrection(product_bounds=(0.5, 2.0)): lambda w: w.exp() * (0.5 <= w.sum().exp() <= 2),
+        MismatchCorrection(veto=0.5): lambda w: w.exp() * (w.exp() >= 0.5).all(),
+    }.items():
+        weights = [weigh(w).expand(len(w)) for w in log]
+        terms = torch.cat([reinforce()(s) * w for s, w in zip(trained, weights, strict=True)])
+        for layout in (padded, packed):
+            output = ReinforceLoss(mismatch=correction)(**layout(group))
+            torch.testing.assert_close(output.loss, terms.mean(), msg=str(correction))
+        masked = (torch.cat(weights) == 0).double().mean().item()
+        assert output.metrics["mismatch/masked_fraction"].item() == pytest.approx(masked)
+        assert (0 < masked < 1) == (correction.cap is None)
+    with pytest.raises(ValueError, match="level is 'geometric'"):
+        MismatchCorrection(level="geometric")
+
+
+def test_bad_sequences_that_the_policy_has_left_are_left_out() -> None:
+    group = samples(num=16)
+    terms, kept = [], []
+    for s in group:
+        if s.mask.any():
+            is_kept = s.advantage >= 0 or (s.trained("generator") - s.trained("logprobs")).mean() <= 0.02
+            kept.append(torch.full_like(s.trained("old"), is_kept))
+            terms.append(reinforce()(s) * kept[-1])
+    output = ReinforceLoss(off_policy_mask_threshold=0.02)(**packed(group))
+    torch.testing.assert_close(output.loss, torch.cat(terms).mean())
+    left_out = 1 - torch.cat(kept).mean().item()
+    assert output.metrics["mismatch/off_policy_fraction"].item() == pytest.approx(left_out)
+    assert 0 < left_out < 0.5
+    assert ReinforceLoss(off_policy_mask_threshold=0.02).old_logprobs_from == "generator"
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo", "rloo", "vespo"])
+def test_tokens_have_weights_of_their_own(name: str) -> None:
+    loss, term, normalization = CASES[name]
+    loss = dataclasses.replace(loss, kl_coef=0.0, entropy_coef=0.0)
+    group = samples()
+    inputs = packed(group)
+    weights = torch.rand(inputs["old_logprobs"].shape, dtype=torch.float64)
+    expected = torch.zeros((), dtype=torch.float64)
+    for row, members in enumerate((group[0::2], group[1::2])):
+        start = 0
+        for s in members:
+            own = weights[row, start : start + len(s.mask)][s.mask]
+            start += len(s.mask)
+            if len(own):
+                divisor = {"token": 1, "sequence": len(own), "constant": 11}[normalization]
+                expected = expected + (own * term(s)).sum() / divisor
+    trained = [s for s in group if s.mask.any()]
+    count = sum(int(s.mask.sum()) for s in trained) if normalization == "token" else len(trained)
+    torch.testing.assert_close(loss(**inputs, weights=weights).loss, expected / count)
+    ones = loss(**inputs, weights=torch.ones_like(weights)).loss
+    torch.testing.assert_close(ones, loss(**inputs).loss, rtol=0, atol=0)
+
+
+@every_loss
+def test_a_mask_of_numbers_is_taken_like_one_of_truth_values(loss: Any) -> None:
+    inputs = packed(samples())
+    for dtype in (torch.float32, torch.int64):
+        output = loss(**inputs | {"mask": inputs["mask"].to(dtype)})
+        torch.testing.assert_close(output.loss, loss(**inputs).loss, rtol=0, atol=0)
+    inputs |= {"values": inputs["logprobs"], "returns": inputs["old_logprobs"]}
+    for single in (SFTLoss(), ValueLoss()):
+        output = single(**inputs | {"mask": inputs["mask"].double()})
+        torch.testing.assert_close(output.loss, single(**inputs).loss, rtol=0, atol=0)
+
+
+def test_sft_tokens_have_weights_of_their_own() -> None:
+    x = padded(samples())
+    weights = torch.rand(x["mask"].shape, dtype=torch.float64)
+    expected = -(weights * x["logprobs"])[x["mask"]].mean()
+    torch.testing.assert_close(SFTLoss()(**x, weights=weights).loss, expected)
+
+
+def test_a_two_sided_clip_lies_above_the_other() -> None:
+    with pytest.raises(ValueError, match=r"dual_clip is 1.1, it must be above 1 \+ clip_high = 1.2"):
+        PPOLoss(dual_clip=1.1)
 
 
 def test_where_all_is_left_out_the_loss_and_the_effective_sample_size_are_zero() -> None:

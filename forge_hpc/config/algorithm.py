@@ -13,7 +13,15 @@ from forge_hpc.config.source import class_defaults
 from forge_hpc.config.user_code import load_user_code, remembered
 
 _CLIPS = ("clip_low", "clip_high")
-_EVERY_LOSS = ("kl_coef", "kl_estimator", "entropy_coef", "normalization", "mismatch", "max_tokens")
+_EVERY_LOSS = (
+    "kl_coef",
+    "kl_estimator",
+    "entropy_coef",
+    "normalization",
+    "mismatch",
+    "off_policy_mask_threshold",
+    "max_tokens",
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,7 @@ def loss_options(a: AlgorithmConfig) -> dict[str, Any]:
         "entropy_coef": a.entropy_coef,
         "normalization": a.normalization,
         "mismatch": None if a.mismatch == MismatchConfig() else a.mismatch,
+        "off_policy_mask_threshold": a.off_policy_mask_threshold,
     }
 
 
@@ -127,16 +136,16 @@ def _check_builtin_options(a: AlgorithmConfig) -> None:
 
 def _check_mismatch(a: AlgorithmConfig) -> None:
     m = a.mismatch
-    for name in ("token_bounds", "sequence_bounds"):
+    for name in ("token_bounds", "sequence_bounds", "product_bounds"):
         bounds = getattr(m, name)
         if bounds is not None and not (len(bounds) == 2 and 0 <= bounds[0] < bounds[1]):
             raise UserError(
                 f"algorithm.mismatch.{name} is {bounds}", "write [low, high] with 0 <= low < high: [0.5, 5]"
             )
     clips = [name for name in _CLIPS if getattr(a, name) is not None]
-    if m != MismatchConfig() and clips:
+    if m != MismatchConfig() and clips and a.minibatches * a.epochs == 1:
         raise UserError(
             f"algorithm.{clips[0]} has no effect with algorithm.mismatch: the ratio is taken against the trainer's own "
             "log-probabilities, and one optimizer step a batch leaves it at 1",
-            f"leave algorithm.{clips[0]} out, or algorithm.mismatch",
+            f"leave algorithm.{clips[0]} out, or algorithm.mismatch, or set algorithm.minibatches or algorithm.epochs",
         )

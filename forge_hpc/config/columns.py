@@ -46,7 +46,8 @@ def _columns_asked(cfg: Config, need: ModelNeed) -> tuple[str, ...]:
         return ()
     if need.loss is None and need.head == "value":
         return _of_ours("forge_hpc.losses.value:ValueLoss")
-    loss, options = (cfg.algorithm.loss, cfg.algorithm) if need.loss is None else (need.loss, AlgorithmConfig())
+    own = AlgorithmConfig(loss_args=dict(need.loss_args))
+    loss, options = (cfg.algorithm.loss, cfg.algorithm) if need.loss is None else (need.loss, own)
     place, _, name = loss.rpartition(":")
     if loss in LOSSES:
         return _of_ours(LOSSES[loss])

@@ -291,6 +291,8 @@ def _set(target: Any, key: str, hint: Any, rule: Rule, node: yaml.Node, full: st
         value = {k: _as_written(v, value[k]) for k, v in _items(node, f"{full}.", source)}
     if typing.get_args(kind) == (str,) and isinstance(node, yaml.SequenceNode):
         value = [_as_written(item, old) for item, old in zip(node.value, value, strict=True)]
+        if rule.path and not source.keep_paths:
+            value = [_local_path(item, source.folder) for item in value]
     wrong = UserError(f"{source.at(node)}: {full} must be {_describe(hint)}, not {_shown(node, value)}", None)
     if kind is bool and isinstance(value, str):
         value = {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from forge_hpc.config.errors import UserError
 
@@ -40,6 +40,8 @@ class ModelNeed:
     loss: str | None = None
     """What it is trained with, as ``algorithm.loss`` names it, with its own defaults, or ``sft``. None: the run's
     ``algorithm.loss``; with a value head ``losses.ValueLoss``."""
+    loss_args: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of that loss."""
     lr: float | None = None
     """Its learning rate; None: ``trainer.optimizer.lr``. The schedule is the run's."""
 

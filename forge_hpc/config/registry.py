@@ -10,6 +10,10 @@ RECIPES = {
     "grpo": "forge_hpc.recipes.grpo:GRPO",
     "sft": "forge_hpc.recipes.sft:SFT",
     "eval": "forge_hpc.recipes.eval:Evaluation",
+    "ppo": "forge_hpc.recipes.ppo:PPO",
+    "online_dpo": "forge_hpc.recipes.online_dpo:OnlineDPO",
+    "distillation": "forge_hpc.recipes.distillation:Distillation",
+    "best_of_n": "forge_hpc.recipes.best_of_n:BestOfN",
 }
 LOSSES = {
     "grpo": "forge_hpc.losses.grpo:GRPOLoss",
@@ -18,6 +22,10 @@ LOSSES = {
     "ppo": "forge_hpc.losses.ppo:PPOLoss",
     "cispo": "forge_hpc.losses.cispo:CISPOLoss",
     "gspo": "forge_hpc.losses.gspo:GSPOLoss",
+    "gmpo": "forge_hpc.losses.gmpo:GMPOLoss",
+    "luspo": "forge_hpc.losses.luspo:LUSPOLoss",
+    "vespo": "forge_hpc.losses.vespo:VESPOLoss",
+    "dppo": "forge_hpc.losses.dppo:DPPOLoss",
     "sapo": "forge_hpc.losses.sapo:SAPOLoss",
     "rloo": "forge_hpc.losses.rloo:RLOOLoss",
     "reinforce": "forge_hpc.losses.reinforce:ReinforceLoss",
@@ -57,6 +65,7 @@ DATA = {"builtin:addition": "forge_hpc.data.builtin:addition_examples"}
 """Functions ``(split, seed)`` that give its examples."""
 
 # Names that are values, not code.
+MISMATCH_LEVELS = ("token", "sequence")
 NORMALIZATIONS = ("token", "sequence", "constant")
 LORA_TARGETS = ("wq", "wkv", "wo", "w1", "w2", "w3")
 DTYPES = ("float32", "bfloat16")

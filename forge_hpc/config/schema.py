@@ -30,6 +30,7 @@ from forge_hpc.config.registry import (
     KL_ESTIMATORS,
     LORA_TARGETS,
     LOSSES,
+    MISMATCH_LEVELS,
     NORMALIZATIONS,
     REWARDS,
 )
@@ -151,7 +152,7 @@ class RewardConfig:
 
 @dataclass
 class MismatchConfig:
-    """Importance weights w = pi_trainer / pi_generator for the sampled tokens; off while all of it is null. With it
+    """Importance weights w = pi_trainer / pi_generator for the sampled tokens; off while all is as by default. With it
     the loss's own ratio is taken against the trainer's log-probabilities, not the generator's."""
 
     cap: float | None = setting(None, POSITIVE)
@@ -160,6 +161,12 @@ class MismatchConfig:
     """[low, high]: tokens whose w is outside are left out."""
     sequence_bounds: list[float] | None = None
     """[low, high]: sequences whose w, in the geometric mean over their tokens, is outside are left out."""
+    level: str = setting("token", choices=MISMATCH_LEVELS)
+    """What a token is weighted by, and ``cap`` bounds: its own w (token), or the product over its sequence."""
+    product_bounds: list[float] | None = None
+    """[low, high]: sequences whose w, as a product over their tokens, is outside are left out."""
+    veto: float | None = setting(None, POSITIVE)
+    """Sequences with any token whose w is below this are left out (usual: 1e-4)."""
 
 
 @dataclass
@@ -207,6 +214,14 @@ class AlgorithmConfig:
     null is the loss's own default."""
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     """Correction for the mismatch between generator and trainer."""
+    off_policy_mask_threshold: float | None = setting(None, NOT_NEGATIVE)
+    """Leave out sequences with a negative advantage of which the policy has moved away from the generator by more than
+    this, in nats a token on average, optimizer steps within the step counted; null leaves none out."""
+    minibatches: int = setting(1, POSITIVE)
+    """Several optimizer steps a batch: a step's documents are cut into so many minibatches, whole groups in each, drawn
+    from the seed, and each is an optimizer step (docs/losses.md)."""
+    epochs: int = setting(1, POSITIVE)
+    """A step goes through its documents so many times, each time in other minibatches."""
     drop_zero_signal_groups: bool = True
     """Leave groups whose advantages are all zero (their rewards are equal) out of training. A step that has no others
     counts and leaves weights and moments as they are."""
@@ -245,19 +260,19 @@ class RolloutConfig:
     group_size: int = setting(8, POSITIVE)
     """Completions sampled for each prompt."""
     prompts_per_step: int = setting(32, POSITIVE)
-    """Prompts (groups) that one optimizer step trains on."""
+    """Prompts (groups) that one step trains on."""
     max_prompt_tokens: int = setting(512, POSITIVE)
     """Prompts longer than this are left out and counted (in SFT: those of the evaluation)."""
     max_response_tokens: int = setting(1024, POSITIVE)
     """Completions end here at the latest; with an environment, whole episodes, observations included."""
     max_staleness: int = setting(0, NOT_NEGATIVE)
-    """Largest number of optimizer steps between the policy that began an episode and the one that trains on it.
+    """Largest number of steps between the policy that began an episode and the one that trains on it.
     0 is synchronous and repeats exactly under one seed."""
     window: int = setting(1, POSITIVE)
     """1: steps take their prompts strictly in order. Above it, at most ``max_staleness`` + 1, a step need not wait for
     a group that is late: those of up to so many steps less one overtake it. Every prompt is trained on once."""
     sync_interval: int = setting(1, POSITIVE)
-    """Publish new weights to the generators every so many optimizer steps."""
+    """Publish new weights to the generators every so many steps."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 
@@ -322,7 +337,7 @@ class OptimizerConfig:
 @dataclass
 class LRSchedulerConfig:
     warmup_steps: int = setting(0, NOT_NEGATIVE)
-    """Linear warm-up over this many steps."""
+    """Linear warm-up over this many steps; all optimizer steps of a step have one rate."""
     decay_ratio: float | None = setting(None, SHARE)
     """Share of all steps over which the rate decays at the end; null keeps it constant after warm-up."""
     decay_type: str = setting("linear", choices=("linear", "sqrt", "cosine"))
@@ -334,7 +349,7 @@ class LRSchedulerConfig:
 @dataclass
 class TrainingConfig:
     steps: int = setting(100, POSITIVE, resume=FREE)
-    """Optimizer steps of the whole run."""
+    """Steps of the whole run, each an optimizer step unless ``algorithm.minibatches`` or ``epochs`` say otherwise."""
     seq_len: int = setting(2048, POSITIVE)
     """Slots of a packed row; at least prompt and response limits together."""
     local_batch_size: int | None = setting(None, POSITIVE, resume=ROUNDING)

@@ -48,6 +48,7 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
     _check_values(cfg)
     if needs.has_algorithm:
         _check_algorithm(cfg)
+    _check_minibatches(cfg, needs)
     _check_data_values(cfg, needs)
     _check_evaluation(cfg)
     _check_lengths(cfg, needs)
@@ -170,6 +171,29 @@ def _check_algorithm(cfg: Config) -> None:
             f"rollout.window={r.window} lets a late group be overtaken for {r.window - 1} steps, and after "
             f"rollout.max_staleness={r.max_staleness} it is too old",
             f"set rollout.window to {r.max_staleness + 1} or less, or raise rollout.max_staleness",
+        )
+
+
+def _check_minibatches(cfg: Config, needs: Needs) -> None:
+    a, prompts = cfg.algorithm, cfg.rollout.prompts_per_step
+    given = next((name for name in ("minibatches", "epochs") if getattr(a, name) > 1), None)
+    if given is None:
+        return
+    if needs.learns_from != "samples":
+        hints = {
+            "minibatches": "leave it out, and lower trainer.training.global_batch_size: a batch is an optimizer step",
+            "epochs": "leave it out, and raise trainer.training.steps: the data begin anew when they are used up",
+        }
+        raise UserError(
+            f"algorithm.{given}={getattr(a, given)} is for what the policy samples, and recipe={cfg.recipe} learns "
+            f"from {needs.learns_from}",
+            hints[given] if needs.trains else "leave it out",
+        )
+    if a.minibatches > prompts:
+        raise UserError(
+            f"algorithm.minibatches={a.minibatches} of rollout.prompts_per_step={prompts} groups: each takes one at "
+            "least",
+            f"set algorithm.minibatches to {prompts} or less",
         )
 
 

@@ -17,12 +17,12 @@ import numpy as np
 from forge_hpc.config.errors import UserError
 from forge_hpc.data.types import Document
 
-FIELDS = ("generator_logprobs", "ref_logprobs")
+FIELDS = ("generator_logprobs", "ref_logprobs", "old_logprobs")
 """Of a document, beside ``advantage``: columns that have a field of their own."""
 _EVEN = 0.002
 """What costs so little more than the mean is even enough."""
 _ROWS = ("input_ids", "labels", "positions", "segment_ids", "group_ids", "mask")
-RESERVED = frozenset((*_ROWS, *FIELDS, "logprobs", "old_logprobs", "entropy", "normalizer"))
+RESERVED = frozenset((*_ROWS, *FIELDS, "logprobs", "entropy", "normalizer"))
 """What a column may not be called."""
 
 

@@ -226,3 +226,9 @@ class Document:
     group: int | None = None
     """Documents of one number stand in one row, so that a loss sees them together: a pair, say, by its ``group_ids``.
     None: it stands alone."""
+    prompt: int | None = None
+    """Documents of one number go into one minibatch (``algorithm.minibatches``), since they were compared with each
+    other: the position of their prompt. None: it goes by itself, or with its ``group``."""
+    old_logprobs: np.ndarray | None = None
+    """[L] float32: the policy's log-probabilities before the step, where it takes several optimizer steps and the loss
+    takes its ratio against them; the trainers fill it."""

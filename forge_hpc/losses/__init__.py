@@ -4,9 +4,12 @@ from forge_hpc.losses.base import LossOutput
 from forge_hpc.losses.build import build_loss
 from forge_hpc.losses.cispo import CISPOLoss
 from forge_hpc.losses.dapo import DAPOLoss
+from forge_hpc.losses.dppo import DPPOLoss
 from forge_hpc.losses.dr_grpo import DrGRPOLoss
+from forge_hpc.losses.gmpo import GMPOLoss
 from forge_hpc.losses.grpo import GRPOLoss
 from forge_hpc.losses.gspo import GSPOLoss
+from forge_hpc.losses.luspo import LUSPOLoss
 from forge_hpc.losses.mismatch import MismatchCorrection, add_effective_sample_size
 from forge_hpc.losses.policy import PolicyLoss, Tokens
 from forge_hpc.losses.ppo import PPOLoss
@@ -17,13 +20,17 @@ from forge_hpc.losses.sapo import SAPOLoss
 from forge_hpc.losses.sft import SFTLoss
 from forge_hpc.losses.simple_grpo import SimpleGRPOLoss
 from forge_hpc.losses.value import ValueLoss
+from forge_hpc.losses.vespo import VESPOLoss
 
 __all__ = [
     "CISPOLoss",
     "DAPOLoss",
+    "DPPOLoss",
     "DrGRPOLoss",
+    "GMPOLoss",
     "GRPOLoss",
     "GSPOLoss",
+    "LUSPOLoss",
     "LossOutput",
     "MismatchCorrection",
     "PPOLoss",
@@ -35,6 +42,7 @@ __all__ = [
     "Sequences",
     "SimpleGRPOLoss",
     "Tokens",
+    "VESPOLoss",
     "ValueLoss",
     "add_effective_sample_size",
     "build_loss",

@@ -5,7 +5,8 @@ are per token, [B, T], padded or packed:
 
 - logprobs: of the policy that is trained, with gradient; old_logprobs: of the policy that the ratio is taken against;
 - advantages: of the token, or of its sequence; for padded rows [B] or [B, 1] will do;
-- mask: True where a token is trained; what the others hold never matters;
+- mask: True, or any number but 0, where a token is trained; what the others hold never matters;
+- weights: the factor of each token's term, from the documents' column of that name; None, and 1, where they have none;
 - generator_logprobs, ref_logprobs: as the generator sampled it, and of the reference model; None where not given;
 - entropy: of the policy's distribution, with gradient;
 - segment_ids: the token's sequence within its row (see ``reduction.Sequences``); None: one sequence a row;

@@ -95,10 +95,10 @@ def _options(cfg: AlgorithmConfig, max_tokens: int) -> dict[str, Any]:
     """What the configuration says to a loss; what it leaves open is the loss's own default."""
     options = {key: value for key, value in loss_options(cfg).items() if value is not None}
     if "mismatch" in options:
-        token, sequence = cfg.mismatch.token_bounds, cfg.mismatch.sequence_bounds
-        options["mismatch"] = MismatchCorrection(
-            cfg.mismatch.cap,
-            None if token is None else (token[0], token[1]),
-            None if sequence is None else (sequence[0], sequence[1]),
+        m = cfg.mismatch
+        token, sequence, product = (
+            None if bounds is None else (bounds[0], bounds[1])
+            for bounds in (m.token_bounds, m.sequence_bounds, m.product_bounds)
         )
+        options["mismatch"] = MismatchCorrection(m.cap, token, sequence, m.level, product, m.veto)
     return options | {"max_tokens": max_tokens}

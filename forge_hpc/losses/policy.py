@@ -11,7 +11,7 @@ import torch
 
 from forge_hpc.losses.base import LossOutput
 from forge_hpc.losses.kl import KL_ESTIMATORS
-from forge_hpc.losses.mismatch import MismatchCorrection, weight_metrics
+from forge_hpc.losses.mismatch import MismatchCorrection, off_policy_mask, weight_metrics
 from forge_hpc.losses.reduction import NORMALIZATIONS, Sequences, step_means
 
 
@@ -30,7 +30,7 @@ class Tokens(NamedTuple):
 class PolicyLoss(ABC):
     """A policy term per token, and what is added to it:
 
-        loss = mean( w term ) + kl_coef mean( KL(pi || pi_ref) ) - entropy_coef mean( H )
+        loss = mean( v w term ) + kl_coef mean( KL(pi || pi_ref) ) - entropy_coef mean( H )
 
     A subclass gives the term and says which mean is its own. Example of one:
 
@@ -57,7 +57,10 @@ class PolicyLoss(ABC):
     max_tokens: int = 1
     """The constant of ``normalization="constant"``: the token budget of a response."""
     mismatch: MismatchCorrection | None = None
-    """Makes w; without it w = 1."""
+    """Makes w; without it w = 1. v are the documents' own weights, where they have such a column."""
+    off_policy_mask_threshold: float | None = None
+    """Sequences with a negative advantage are left out whose tokens the policy has come to find less likely than the
+    generator by more than this, in nats, on average: see ``mismatch.off_policy_mask``. None leaves none out."""
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -70,7 +73,7 @@ class PolicyLoss(ABC):
     @property
     def old_logprobs_from(self) -> str:
         """``generator``: the ratio spans staleness and mismatch. With a correction, which covers both, ``trainer``: the
-        policy before the optimizer step, so that the ratio is 1 unless a batch is trained on more than once."""
+        policy before the step, so that the ratio is 1 unless the step takes several optimizer steps."""
         return "generator" if self.mismatch is None else "trainer"
 
     @abstractmethod
@@ -88,6 +91,7 @@ class PolicyLoss(ABC):
         ref_logprobs: torch.Tensor | None = None,
         entropy: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
         normalizer: float | torch.Tensor | None = None,
         **columns: torch.Tensor | None,
     ) -> LossOutput:
@@ -97,6 +101,7 @@ class PolicyLoss(ABC):
             ValueError: an input that is not finite at a trained token, by its name, or one that an option needs and
                 that is not given.
         """
+        mask = mask.bool()
         if advantages.dim() == 1:
             advantages = advantages[:, None]
         given = {
@@ -106,6 +111,7 @@ class PolicyLoss(ABC):
             "generator_logprobs": generator_logprobs,
             "ref_logprobs": ref_logprobs,
             "entropy": entropy,
+            "weights": weights,
         }
         given |= {name: _needed(columns, name, "columns") for name in self.columns}
         x = _trained(mask, {name: values for name, values in given.items() if values is not None})
@@ -121,11 +127,20 @@ class PolicyLoss(ABC):
                 {name: x[name] for name in self.columns},
             )
         )
+        if "weights" in x:
+            term = term * x["weights"]
         if self.mismatch is not None:
             generator = _needed(x, "generator_logprobs", "mismatch")
-            weights = self.mismatch.weights(x["old_logprobs"], generator, sequences)
-            term = term * weights
-            per_token = per_token | weight_metrics(weights)
+            corrections = self.mismatch.weights(x["old_logprobs"], generator, sequences)
+            term = term * corrections
+            per_token = per_token | weight_metrics(corrections)
+        if self.off_policy_mask_threshold is not None:
+            generator = _needed(x, "generator_logprobs", "off_policy_mask_threshold")
+            keeps = off_policy_mask(
+                x["logprobs"], generator, x["advantages"], sequences, self.off_policy_mask_threshold
+            )
+            term = torch.where(keeps, term, 0)
+            per_token = per_token | {"mismatch/off_policy_fraction": (~keeps).to(term.dtype)}
         loss = loss_mean(term)
         metrics = {name: mean(values.detach()) for name, values in per_token.items()}
         if self.kl_coef or "ref_logprobs" in x:

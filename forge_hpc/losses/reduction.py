@@ -15,7 +15,7 @@ class Sequences:
     """The sequences in rows of tokens [B, T].
 
     Args:
-        mask: [B, T] bool, True where a token is trained.
+        mask: [B, T], True, or any number but 0, where a token is trained.
         segment_ids: [B, T] integers from 0: slots of a row with the same number belong to one sequence, in any order
             and anywhere in the row. What is padding does not matter, nothing of it is trained. None: each row is one
             sequence. A sequence lies in one row, as ``forge_hpc.data.packing`` puts it, so what is said of it needs no
@@ -23,7 +23,7 @@ class Sequences:
     """
 
     def __init__(self, mask: torch.Tensor, segment_ids: torch.Tensor | None = None) -> None:
-        self.mask = mask
+        self.mask = mask.bool()
         self.segment_ids = segment_ids
 
     @property
@@ -40,9 +40,13 @@ class Sequences:
         """[S]: the sum of ``values`` over the trained tokens of each sequence that has one. Differentiable."""
         return self._totals(torch.where(self.mask, values, 0))[self._counts > 0]
 
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """[B, T]: the sum of ``values`` over the trained tokens of each slot's sequence. Differentiable."""
+        return self._totals(torch.where(self.mask, values, 0))[self._index]
+
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """[B, T]: the mean of ``values`` over the trained tokens of each slot's sequence. Differentiable."""
-        return self._totals(torch.where(self.mask, values, 0))[self._index] / self.lengths
+        return self.total(values) / self.lengths
 
     @cached_property
     def _index(self) -> torch.Tensor:

@@ -27,6 +27,7 @@ class SimpleGRPOLoss(PolicyLoss):
         normalization: str = "sequence",
         max_tokens: int = 1,
         mismatch: MismatchCorrection | None = None,
+        off_policy_mask_threshold: float | None = None,
     ) -> None:
         """``beta`` is torchforge's name for ``kl_coef``."""
         super().__init__(
@@ -36,6 +37,7 @@ class SimpleGRPOLoss(PolicyLoss):
             normalization=normalization,
             max_tokens=max_tokens,
             mismatch=mismatch,
+            off_policy_mask_threshold=off_policy_mask_threshold,
         )
 
     def term(self, x: Tokens) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

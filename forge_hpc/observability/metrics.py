@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 METRIC_KEYS: dict[str, str] = {
-    "step": "optimizer steps done",
+    "step": "steps done",
+    "optimizer_steps": "optimizer steps taken, of the whole run",
     "wall_time": "unix time in seconds",
     "policy_version": "version of the weights after the step",
     "reward/mean": "mean reward of all completions of the step, before any filtering",

@@ -119,7 +119,7 @@ class Session(Protocol):
     async def train_step(
         self, step: int, documents: Sequence[Document], *, update: bool = True, model: str = "policy"
     ) -> dict[str, float]:
-        """One optimizer step of a model, with its loss; the figures, ``critic/loss`` of a model called so. Without
+        """One step of a model, with its loss; the figures, ``critic/loss`` of a model called so. Without
         ``update`` it only measures."""
 
     async def publish(self, step: int) -> None:

@@ -16,7 +16,7 @@ from forge_hpc.recipes.base import Recipe, Session
 
 
 class GRPO(Recipe):
-    """Trains ``trainer.training.steps`` optimizer steps, each on the groups of ``rollout.prompts_per_step`` prompts."""
+    """Trains ``trainer.training.steps`` steps, each on the groups of ``rollout.prompts_per_step`` prompts."""
 
     def needs(self, config: Config) -> Needs:
         """The policy, trained with ``algorithm.loss``, and for a KL penalty the frozen model that it starts from."""

@@ -47,4 +47,5 @@ def to_document(episode: Episode) -> Document:
         generator_logprobs=logprobs,
         advantage=episode.advantage,
         policy_version=episode.policy_version,
+        prompt=episode.prompt.position,
     )

@@ -54,6 +54,7 @@ class MismatchWatch:
         # 0.1, 0.18 at 0.02 in bfloat16, where it is 0.015 at 1.
         self._rounding = rounding / math.sqrt(min(1.0, config.rollout.sampling.temperature or 1.0))
         self._max_staleness = config.rollout.max_staleness
+        self._optimizer_steps = config.algorithm.minibatches * config.algorithm.epochs  # of a step
         self._warn = warn
         self.num_steps = 0
         """Steps of this start whose mismatch was not explained."""
@@ -62,7 +63,7 @@ class MismatchWatch:
         """Those of a step on documents. One whose policy version is not known is taken to be as old as may be."""
         versions = [document.policy_version for document in documents]
         ages = [self._max_staleness if version is None else step - 1 - version for version in versions]
-        moved = MOVEMENT * math.sqrt(max([0, *ages]))
+        moved = MOVEMENT * math.sqrt(max([0, *ages]) * self._optimizer_steps)
         return MismatchBounds(self._rounding + moved, BEYOND * self._rounding + 2 * moved)
 
     def check(self, step: int, metrics: Mapping[str, float], bounds: MismatchBounds) -> None:

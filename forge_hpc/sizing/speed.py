@@ -31,7 +31,7 @@ class Speed:
     generated: float
     """Tokens that a step generates."""
     trained: float
-    """Tokens in its rows."""
+    """Tokens in its rows, counted once an epoch."""
     source: str
     """Where this is from, for a person."""
 
@@ -70,7 +70,7 @@ def measured(run_dir: RunDir, cfg: Config) -> Speed:
         generated_per_s,
         trained_per_s,
         median("tokens/generated") * scale,
-        trained_per_s * median("time/train_s") * trainers * scale,
+        trained_per_s * median("time/train_s") * trainers * scale * cfg.algorithm.epochs / before.algorithm.epochs,
         f"measured: the last {len(records)} steps of {run_dir}",
     )
 
@@ -87,7 +87,7 @@ def estimated(cfg: Config, size: ModelSize, gpu: Gpu) -> Speed:
         _GENERATED * smaller * gpu.bytes_per_s / _BYTES,
         _TRAINED * smaller * flops / _FLOPS,
         _episodes(cfg) * answer,
-        _episodes(cfg) * (answer + prompt),
+        _episodes(cfg) * (answer + prompt) * cfg.algorithm.epochs,
         f"an estimate: docs/performance.md has {_TRAINED:,.0f} tokens/s trained and {_GENERATED:,.0f} generated on an "
         f"{_GPU} with 0.6B; scaled to {size.active_params / 1e9:.1f}B parameters and an {gpu.name} by arithmetic and "
         "memory bandwidth; prompts and answers half as long as their limits",

@@ -3,13 +3,18 @@
 A step takes documents, the same on every rank: each data-parallel rank takes its rows a microbatch at a time, and
 gradients accumulate. The loss is divided by the step's global count of trained tokens (or sequences, or groups, as the
 loss says) and gradients are summed, so neither rows, microbatches nor ranks change what is learned.
+
+As ``algorithm.minibatches`` and ``algorithm.epochs`` say, a step takes several optimizer steps, each on a part of its
+documents. All of M minibatches are divided by the same number, the step's count over M: every token of the step counts
+the same, and the mean of the minibatches' gradients is the gradient of the whole. It is one step for all the rest: of
+the schedule, of the policy version, of checkpoints, of staleness.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
 from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer, ParamGroupConfig
 from torchtitan.components.optimizer.utils import init_optim_state
 from torchtitan.config import TORCH_DTYPE_MAP
@@ -27,7 +33,7 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.config.needs import POLICY, ModelNeed
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.config.schema import AlgorithmConfig, Config, SamplingConfig
-from forge_hpc.data.packing import PackedBatch
+from forge_hpc.data.packing import FIELDS, PackedBatch
 from forge_hpc.data.types import Document
 from forge_hpc.losses import SFTLoss, ValueLoss, add_effective_sample_size, build_loss, step_normalizer
 from forge_hpc.losses.base import accepted, columns_of
@@ -36,7 +42,10 @@ from forge_hpc.training.checkpointer import TrainerCheckpointer
 from forge_hpc.training.export import export_model
 from forge_hpc.training.flops import step_flops
 from forge_hpc.training.lora import init_adapters, merge_adapters
+from forge_hpc.training.minibatches import minibatches
 from forge_hpc.training.shard import ModelShard
+
+MISMATCH = "mismatch/logprob_abs_mean"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +81,9 @@ class TrainEngine(ModelShard, Stateful):
         need = needs_of(cfg).models[POLICY] if need is None else need
         super().__init__(cfg, model_dir, need, sampling_of(cfg, need), available_bytes)
         self.step = 0
-        """Optimizer steps taken."""
+        """Steps done."""
+        self.num_optimizer_steps = 0
+        """Optimizer steps taken, since the optimizer's state began."""
         self.work = Work()
         """Of the last step."""
         init_adapters(self.model, cfg.seed)
@@ -97,10 +108,14 @@ class TrainEngine(ModelShard, Stateful):
     def train_step(
         self, documents: Sequence[Document], *, update: bool = True, max_mismatch: float = math.inf
     ) -> dict[str, float]:
-        """One optimizer step on all documents.
+        """One step on the documents: an optimizer step on all of them, or several on parts of them.
 
         Without ``update``, or where the gradient is exactly zero, the step counts and the schedule goes on, and weights
         and moments stay as they are to the last bit: momentum and weight decay are no signal.
+
+        Several: ``algorithm.epochs`` times ``algorithm.minibatches``, see ``minibatches``. What the loss takes its
+        ratio against is from before the first of them: the generator's log-probabilities, or where it wants the
+        trainer's (``old_logprobs_from``) those of one more forward pass.
 
         Args:
             update: False only measures.
@@ -108,16 +123,17 @@ class TrainEngine(ModelShard, Stateful):
 
         Returns:
             The step's metrics, the same on every rank: ``loss``, ``grad_norm`` (before clipping), ``lr``,
-            ``entropy/mean`` (nats), ``kl/mean``, ``tokens/trained``, ``tokens/fill``, those of the loss, and with
-            generator log-probabilities ``mismatch/logprob_abs_mean``: the mean absolute difference between them and
-            the log-probabilities under the weights that the step begins with. Without an update ``grad_norm`` and
-            ``tokens/trained`` are 0.
+            ``entropy/mean`` (nats), ``kl/mean``, ``tokens/trained``, ``tokens/fill``, ``optimizer_steps``, those of the
+            loss, and with generator log-probabilities ``mismatch/logprob_abs_mean``: the mean absolute difference
+            between them and the log-probabilities under the weights that the step begins with. Without an update
+            ``grad_norm`` and ``tokens/trained`` are 0. Of several optimizer steps they are means; the mismatch is that
+            of the first, and ``tokens/trained`` counts a token once an epoch.
 
         Raises:
             ValueError: documents that cannot be packed; an input of the loss that is not finite.
             UserError: a column that the loss asks for and the documents do not have; a group longer than a row.
-            RuntimeError: a loss or gradient norm that is not finite, or a mismatch above the largest; weights and
-                optimizer are then untouched.
+            RuntimeError: a loss or gradient norm that is not finite, or a mismatch above the largest; that optimizer
+                step is then not taken, and with a mismatch none of the step's.
         """
         self._seed_step()
         batch = self._pack(documents)
@@ -125,40 +141,77 @@ class TrainEngine(ModelShard, Stateful):
         if num_trained == 0:
             raise ValueError("no token of the documents is trained: every loss mask is empty")
         self._check_columns(batch)
-        self.work = self._work_of(documents, num_trained)
         counts = (num_trained, batch.num_trained_sequences, batch.num_trained_groups)
         normalizer = step_normalizer(self.loss_fn, *counts)
+        lr = float(self.lr_schedulers.schedulers[0].get_last_lr()[0])
+        num_minibatches, num_epochs = self.cfg.algorithm.minibatches, self.cfg.algorithm.epochs
+        if not update or num_minibatches * num_epochs == 1:
+            self.work = self._work_of(documents, num_trained)
+            metrics = self._optimizer_step(batch, num_trained, normalizer, update, max_mismatch)
+        else:
+            self.work = self._work_of(documents, num_trained, num_epochs)
+            documents = self._with_old_logprobs(documents)
+            parts = minibatches(documents, num_minibatches, num_epochs, (self.cfg.seed, self.step))
+            share = num_epochs / len(parts)
+            done: list[dict[str, float]] = []
+            for part in map(self._pack, parts):
+                largest = math.inf if done else max_mismatch
+                done.append(self._optimizer_step(part, num_trained * share, normalizer * share, update, largest))
+            metrics = _over_optimizer_steps(done)
+        self.lr_schedulers.step()
+        self.step += 1
+        metrics = add_effective_sample_size(metrics)
+        return metrics | {"lr": lr, "optimizer_steps": self.num_optimizer_steps}
+
+    def _optimizer_step(
+        self, batch: PackedBatch, num_trained: float, normalizer: float, update: bool, max_mismatch: float
+    ) -> dict[str, float]:
+        """An optimizer step on a batch, unless its gradient is zero; its metrics.
+
+        Args:
+            num_trained, normalizer: what is divided by, for figures per token and for the loss.
+        """
         self.optimizers.zero_grad()
         sums: dict[str, torch.Tensor] = {}
         with torch.set_grad_enabled(update):
             for microbatch in self._microbatches(batch):
                 for name, value in self._forward_backward(microbatch, num_trained, normalizer).items():
                     sums[name] = sums[name] + value if name in sums else value
-        metrics = ({"kl/mean": 0.0} if self.spec.has_logprobs else {}) | add_effective_sample_size(
-            self._sum_over_ranks(sums)
-        )
+        metrics = ({"kl/mean": 0.0} if self.spec.has_logprobs else {}) | self._sum_over_ranks(sums)
         if not math.isfinite(metrics["loss"]):
             raise RuntimeError(f"the loss of step {self.step + 1} is {metrics['loss']}")
+        if MISMATCH in metrics:
+            metrics[MISMATCH] *= num_trained / max(1, batch.num_trained_tokens)  # a mean over these tokens
         self._check_mismatch(metrics, max_mismatch)
         grad_norm = self._clip_gradients() if update else 0.0
-        lr = float(self.lr_schedulers.schedulers[0].get_last_lr()[0])
-        if grad_norm > 0:
+        if is_taken := grad_norm > 0:
             self.optimizers.step()
-        else:
-            num_trained = 0
-        self.lr_schedulers.step()
-        self.step += 1
-        return metrics | {"grad_norm": grad_norm, "lr": lr, "tokens/trained": num_trained, "tokens/fill": batch.fill}
+            self.num_optimizer_steps += 1
+        trained = batch.num_trained_tokens if is_taken else 0
+        return metrics | {"grad_norm": grad_norm, "tokens/trained": trained, "tokens/fill": batch.fill}
 
-    def _work_of(self, documents: Sequence[Document], num_trained: int) -> Work:
+    def _with_old_logprobs(self, documents: Sequence[Document]) -> Sequence[Document]:
+        """The documents with what the ratio of several optimizer steps is taken against, where the generator's
+        log-probabilities are not it: those under the weights as they are."""
+        if not self.spec.has_logprobs or (not self._is_corrected and documents[0].generator_logprobs is not None):
+            return documents
+        own = self.logprobs(documents)
+        return [replace(document, old_logprobs=old) for document, old in zip(documents, own, strict=True)]
+
+    @property
+    def _is_corrected(self) -> bool:
+        """Whether the loss corrects for the generator itself, and takes its ratio against the trainer."""
+        return getattr(self.loss_fn, "old_logprobs_from", "generator") == "trainer"
+
+    def _work_of(self, documents: Sequence[Document], num_trained: int, num_epochs: int = 1) -> Work:
         lengths = [len(document.token_ids) - 1 for document in documents]
         outputs = None if self.spec.has_logprobs else 1
         lora = self.cfg.trainer.lora.enable
         flops = step_flops(self.spec.hf_config, lengths, num_trained, vocab_size=outputs, lora=lora)
-        return Work(sum(lengths), flops)
+        return Work(num_epochs * sum(lengths), num_epochs * flops)
 
     def _check_mismatch(self, metrics: dict[str, float], largest: float) -> None:
-        mismatch = metrics.get("mismatch/logprob_abs_mean", 0.0)
+        mismatch = metrics.get(MISMATCH, 0.0)
         if mismatch > largest:
             raise RuntimeError(
                 f"step {self.step + 1}: generator and trainer differ by {mismatch:.2g} nats in the mean "
@@ -195,12 +248,12 @@ class TrainEngine(ModelShard, Stateful):
             )
 
     def _forward_backward(
-        self, microbatch: dict[str, Any], num_trained: int, normalizer: int
+        self, microbatch: dict[str, Any], num_trained: float, normalizer: float
     ) -> dict[str, torch.Tensor]:
         """Add the microbatch's gradients, where they are enabled; return its share of the step's metrics."""
         outputs = self._forward(microbatch)
         given = {name: microbatch[name] for name in ("mask", "segment_ids", "group_ids", "advantages")}
-        given |= {name: microbatch.get(name) for name in ("generator_logprobs", "ref_logprobs")}
+        given |= {name: microbatch.get(name) for name in (*FIELDS, "weights")}
         given |= {name: microbatch[name] for name in self._columns}
         given |= self._own_inputs(given, *outputs) if self.spec.has_logprobs else {"values": outputs[0]}
         output = self.loss_fn(**accepted(self.loss_fn, given | {"normalizer": normalizer}))
@@ -219,9 +272,10 @@ class TrainEngine(ModelShard, Stateful):
         The policy that sampled the tokens is the one that clipping holds the new policy close to, unless the loss
         corrects for it itself: then it is the policy before this step.
         """
-        from_trainer = getattr(self.loss_fn, "old_logprobs_from", "generator") == "trainer"
-        generator = None if from_trainer else given["generator_logprobs"]
-        old = logprobs.detach() if generator is None else generator
+        old = given["old_logprobs"] if self._is_corrected else given["generator_logprobs"]
+        if old is None:
+            old = given["old_logprobs"]
+        old = logprobs.detach() if old is None else old
         return {"logprobs": logprobs, "old_logprobs": old, "entropy": entropy}
 
     def _sum_over_ranks(self, shares: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -294,6 +348,7 @@ class TrainEngine(ModelShard, Stateful):
         for scheduler in self.lr_schedulers:  # a rate edited since the save counts from the first step on
             for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
                 group["lr"] = lr
+        self.num_optimizer_steps = self._optimizer_steps_of_state()
 
     def state_dict(self) -> dict[str, Any]:
         """What the checkpoint holds beside weights, optimizer and schedule."""
@@ -302,6 +357,12 @@ class TrainEngine(ModelShard, Stateful):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of ``state_dict``."""
         self.step = state_dict["step"]
+
+    def _optimizer_steps_of_state(self) -> int:
+        """As Adam counts them, the same for all parameters."""
+        steps = [state["step"] for optimizer in self.optimizers for state in optimizer.state.values()]
+        first = steps[0]
+        return int(first.full_tensor() if isinstance(first, DTensor) else first)
 
     def _to_hf(self) -> dict[str, torch.Tensor]:
         return self.spec.adapter.to_hf(merge_adapters(self.model.state_dict(), self.cfg.trainer.lora))
@@ -331,16 +392,26 @@ def build_model_loss(cfg: Config, need: ModelNeed) -> LossFn:
         return SFTLoss()
     if need.loss is None and need.head == "value":
         return ValueLoss()
-    name, options = (cfg.algorithm.loss, cfg.algorithm) if need.loss is None else (need.loss, AlgorithmConfig())
+    own = AlgorithmConfig(loss_args=dict(need.loss_args))
+    name, options = (cfg.algorithm.loss, cfg.algorithm) if need.loss is None else (need.loss, own)
     return build_loss(name, options, cfg.rollout.max_response_tokens)
 
 
-def _token_metrics(given: dict[str, Any], num_trained: int) -> dict[str, torch.Tensor]:
+def _over_optimizer_steps(done: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The metrics of a step from those of its optimizer steps: means, which are those over all its tokens in all
+    epochs, but for the mismatch, which is to be known of the weights that the step begins with."""
+    names = dict.fromkeys(name for metrics in done for name in metrics)
+    means = {name: math.fsum(metrics.get(name, 0.0) for metrics in done) / len(done) for name in names}
+    means["tokens/trained"] = sum(metrics["tokens/trained"] for metrics in done)
+    return means | {name: done[0][name] for name in (MISMATCH,) if name in means}
+
+
+def _token_metrics(given: dict[str, Any], num_trained: float) -> dict[str, torch.Tensor]:
     mask = given["mask"]
     shares = {"entropy/mean": torch.where(mask, given["entropy"].detach(), 0).sum() / num_trained}
     if given["generator_logprobs"] is not None:
         difference = (given["logprobs"].detach() - given["generator_logprobs"]).abs()
-        shares["mismatch/logprob_abs_mean"] = torch.where(mask, difference, 0).sum() / num_trained
+        shares[MISMATCH] = torch.where(mask, difference, 0).sum() / num_trained
     return shares
 
 
