@@ -164,9 +164,10 @@ class MismatchConfig:
 class EnvironmentConfig:
     name: str | None = setting(None, choices=ENVIRONMENTS, code=True)
     """What the policy talks with over several turns: a built-in one, or your own class as ``package.module:Class`` /
-    ``file.py:Class`` (docs/environments.md); null is one completion a prompt."""
+    ``file.py:Class`` (docs/environments.md), or an agent, as ``file.py:function`` (docs/agents.md); null is one
+    completion a prompt."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments handed to the class."""
+    """Keyword arguments handed to the class, or to each call of an agent."""
     max_turns: int = setting(8, POSITIVE)
     """An episode ends after this many responses of the policy at the latest."""
     max_turn_tokens: int | None = setting(None, POSITIVE)
@@ -178,6 +179,9 @@ class EnvironmentConfig:
     max_open_episodes: int | None = setting(None, POSITIVE, resume=FREE)
     """So many episodes are open at once, those of evaluation included; the others wait. By default as many as the class
     or its server says it has room for, else all that are due."""
+    endpoint_host: str = "127.0.0.1"
+    """Agents: the address of the first node at which the policy answers them (0.0.0.0: all of its addresses). On any
+    other than this one it speaks TLS, with the job's certificate."""
 
 
 @dataclass
