@@ -47,8 +47,9 @@ SEED = Range("0 or more, and less than 2**63", lambda v: 0 <= v < 2**63)
 @dataclass
 class ModelConfig:
     path: str = setting("builtin:qwen3-tiny", path=True)
-    """A Hugging Face model: hub name, directory, ``builtin:qwen3-tiny``, ``-tiny-chat`` or ``-small`` (random weights
-    from the seed), or ``warmstart`` for the export of the run in RUN_DIR/warmstart (made first from ``warmstart.config``)."""
+    """A Hugging Face model: hub name, directory, ``builtin:qwen3-tiny``, ``-tiny-chat``, ``-small`` (random weights,
+    from the seed), or ``warmstart`` for the export of the run in RUN_DIR/warmstart (made first from
+    ``warmstart.config``)."""
     dtype: str = setting("bfloat16", choices=DTYPES)
     """dtype of the generator's weights and of the export: float32 or bfloat16."""
     head_dtype: str = setting("float32", choices=DTYPES)
@@ -93,7 +94,8 @@ class CurriculumConfig:
 @dataclass
 class DataConfig:
     path: str = setting("builtin:addition", path=True)
-    """``builtin:addition``, ``builtin:calculator``, a JSONL, Parquet or CSV file, or a name for ``datasets.load_dataset`` (openai/gsm8k)."""
+    """``builtin:addition``, ``builtin:calculator``, a JSONL, Parquet or CSV file, or a name for
+    ``datasets.load_dataset`` (openai/gsm8k)."""
     name: str | None = None
     """The dataset's configuration name, where it has several (gsm8k: main)."""
     split: str = "train"
