@@ -250,7 +250,7 @@ def test_a_run_trains_an_agent_and_an_interruption_loses_no_step_and_doubles_non
 @pytest.mark.training
 @pytest.mark.timeout(1800)
 def test_an_agent_that_knows_nothing_of_the_run_learns_to_use_its_calculator(tmp_path: Path) -> None:
-    """About four minutes on two quiet cores."""
+    """Some minutes."""
     result = run_local(tmp_path / "run", [], timeout_s=1700, config=AGENT_DEMO)
     assert result.returncode == 0, result.stdout + result.stderr
     before, *_, after = read(tmp_path / "run", "evaluations.jsonl")
