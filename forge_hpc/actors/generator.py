@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Coroutine, Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from monarch.actor import Actor, Port, endpoint
 from monarch.actor.concurrent import concurrent_endpoint
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from forge_hpc.wire.tls import Certificates
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Generator(Actor):
@@ -47,6 +48,7 @@ class Generator(Actor):
         self._proven: Hashable = None  # the trainers whose offers could be read,
         self._unreachable: Hashable = None  # and those whose could not
         self._waits_for_store = False
+        self._named: dict[str, asyncio.Task[Any]] = {}
 
     @endpoint
     async def start(self, model_dir: Path) -> None:
@@ -121,11 +123,64 @@ class Generator(Actor):
         sampling: SamplingConfig | None = None,
         seed: int | None = None,
         share: str | None = None,
+        name: str | None = None,
     ) -> list[Completion | ValueError]:
         """The next response of each episode, admitted as those of ``generate``; with other parameters and another seed
-        where they are given. Calls with one ``share`` share a cache."""
+        where they are given. Calls with one ``share`` share a cache. One with a ``name`` can be given up by it."""
         seed = self._config.seed if seed is None else seed
-        return await self._engine.generate_turns(turns, seed=seed, sampling=sampling, share=share)
+        work = self._engine.generate_turns(turns, seed=seed, sampling=sampling, share=share)
+        if name is None:
+            return await work
+        return await self._until_given_up(name, work) or [_given_up(turn) for turn in turns]
+
+    @concurrent_endpoint
+    async def stream_turn(
+        self,
+        turn: Turn,
+        sampling: SamplingConfig | None,
+        seed: int | None,
+        share: str | None,
+        name: str,
+        port: Port[Any],
+    ) -> int:
+        """As ``generate_turns`` of one turn. Each token goes to the port once it is sampled, ``(place, (id,
+        log-probability))``, and at last ``(-1, completion)``."""
+        port.return_undeliverable = False  # or this actor would fail where nobody listens any more
+        loop = asyncio.get_running_loop()
+        ready: list[tuple[int, Any]] = []
+
+        def hand_over(place: int, *result: Any) -> None:
+            ready.append((place, result))
+            if len(ready) == 1:
+                loop.call_soon(send)
+
+        def send() -> None:
+            port.send(ready.copy())
+            ready.clear()
+
+        seed = self._config.seed if seed is None else seed
+        work = self._engine.stream_turn(turn, hand_over, seed=seed, sampling=sampling, share=share)
+        completion = await self._until_given_up(name, work) or _given_up(turn)
+        if ready:
+            send()
+        num_tokens = 0 if isinstance(completion, ValueError) else completion.num_tokens
+        port.send([(-1, completion)])
+        return num_tokens + 1
+
+    @concurrent_endpoint
+    async def give_up(self, name: str) -> None:
+        """End the request of that name, if it is under way here: nobody waits for it."""
+        if (task := self._named.get(name)) is not None:
+            task.cancel()
+
+    async def _until_given_up(self, name: str, work: Coroutine[Any, Any, T]) -> T | None:
+        """The result of what ``give_up`` may end; then None."""
+        task = self._named[name] = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait({task})
+            return None if task.cancelled() else task.result()
+        finally:
+            self._named.pop(name, None)
 
     @concurrent_endpoint
     async def load(self, store: StoreSpec, version: int, offer: Offer | None = None, again: bool = False) -> str | None:
@@ -270,3 +325,7 @@ class Generator(Actor):
         for reader in (self._links, self._remote):
             if reader is not None:
                 reader.close()
+
+
+def _given_up(turn: Turn) -> ValueError:
+    return ValueError(f"turn {turn.turn} of prompt {turn.position} was given up")

@@ -23,8 +23,8 @@ from forge_hpc.files import refuse_newer
 
 EPISODES = "episodes.npz"
 """The name that recipes give to it among a checkpoint's files."""
-FORMAT = 3
-"""1: no environments, so no masks. 2: fields of prompts as they are, JSON alone."""
+FORMAT = 4
+"""1: no environments, so no masks. 2: fields of prompts as they are, JSON alone. 3: episodes without branches."""
 T = TypeVar("T")
 
 
@@ -97,8 +97,8 @@ class _Packer:
                 return self.pack(value)
             case "Completion":
                 return self.pack(value)
-            case "list[Episode]":
-                return [self.pack(episode) for episode in value]
+            case "list[Episode]" | "list[Completion]":
+                return [self.pack(item) for item in value]
             case "dict[str, Any]":
                 return to_json(value)
         return value
@@ -133,6 +133,8 @@ class _Unpacker:
                 return self.unpack(Completion, value)
             case "list[Episode]":
                 return [self.unpack(Episode, episode) for episode in value]
+            case "list[Completion]":
+                return [self.unpack(Completion, completion) for completion in value]
             case "dict[str, Any]":
                 return self._from_json(value)
         return tuple(value) if isinstance(kind, str) and kind.startswith("tuple") else value

@@ -58,10 +58,14 @@ ENVIRONMENTS = {
 }
 MODELS = {
     "builtin:qwen3-tiny": "forge_hpc.data.builtin:write_tiny_qwen3",
+    "builtin:qwen3-tiny-chat": "forge_hpc.data.builtin_tools:write_tiny_chat_qwen3",
     "builtin:qwen3-small": "forge_hpc.data.builtin:write_small_qwen3",
 }
 """Functions ``(directory, seed)`` that write one in Hugging Face format."""
-DATA = {"builtin:addition": "forge_hpc.data.builtin:addition_examples"}
+DATA = {
+    "builtin:addition": "forge_hpc.data.builtin:addition_examples",
+    "builtin:calculator": "forge_hpc.data.builtin_tools:calculator_examples",
+}
 """Functions ``(split, seed)`` that give its examples."""
 
 # Names that are values, not code.

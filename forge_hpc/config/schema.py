@@ -48,9 +48,9 @@ SEED = Range("0 or more, and less than 2**63", lambda v: 0 <= v < 2**63)
 @dataclass
 class ModelConfig:
     path: str = setting("builtin:qwen3-tiny", path=True)
-    """A Hugging Face model: hub name (``OWNER/NAME``, ``OWNER/NAME@REVISION``), directory, ``builtin:qwen3-tiny`` or
-    ``-small`` (random weights from the seed), or ``warmstart`` for the export of the run in RUN_DIR/warmstart (made
-    first from ``warmstart.config``)."""
+    """A Hugging Face model: hub name (``OWNER/NAME``, ``OWNER/NAME@REVISION``), directory, ``builtin:qwen3-tiny``,
+    ``-tiny-chat`` or ``-small`` (random weights from the seed), or ``warmstart`` for the export of the run in
+    RUN_DIR/warmstart (made first from ``warmstart.config``)."""
     dtype: str = setting("bfloat16", choices=DTYPES)
     """dtype of the generator's weights and of the export: float32 or bfloat16."""
     head_dtype: str = setting("float32", choices=DTYPES)
@@ -95,8 +95,8 @@ class CurriculumConfig:
 @dataclass
 class DataConfig:
     path: str = setting("builtin:addition", path=True)
-    """``builtin:addition``, a JSONL, Parquet or CSV file, or a dataset of the hub (``openai/gsm8k``,
-    ``openai/gsm8k@REVISION``)."""
+    """``builtin:addition``, ``builtin:calculator``, a JSONL, Parquet or CSV file, or a dataset of the hub
+    (``openai/gsm8k``, ``openai/gsm8k@REVISION``)."""
     name: str | None = None
     """The dataset's configuration name, where it has several (gsm8k: main)."""
     split: str = "train"
@@ -173,9 +173,10 @@ class MismatchConfig:
 class EnvironmentConfig:
     name: str | None = setting(None, choices=ENVIRONMENTS, code=True)
     """What the policy talks with over several turns: a built-in one, or your own class as ``package.module:Class`` /
-    ``file.py:Class`` (docs/environments.md); null is one completion a prompt."""
+    ``file.py:Class`` (docs/environments.md), or an agent, as ``file.py:function`` (docs/agents.md); null is one
+    completion a prompt."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments handed to the class."""
+    """Keyword arguments handed to the class, or to each call of an agent."""
     max_turns: int = setting(8, POSITIVE)
     """An episode ends after this many responses of the policy at the latest."""
     max_turn_tokens: int | None = setting(None, POSITIVE)
@@ -187,6 +188,9 @@ class EnvironmentConfig:
     max_open_episodes: int | None = setting(None, POSITIVE, resume=FREE)
     """So many episodes are open at once, those of evaluation included; the others wait. By default as many as the class
     or its server says it has room for, else all that are due."""
+    endpoint_host: str = "127.0.0.1"
+    """Agents: the address of the first node at which the policy answers them (0.0.0.0: all of its addresses). On any
+    other than this one it speaks TLS, with the job's certificate."""
 
 
 @dataclass

@@ -54,6 +54,8 @@ from forge_hpc.supervisor.starts import StartLog
 from forge_hpc.weights import WeightStore
 
 if TYPE_CHECKING:
+    from forge_hpc.endpoint import Endpoint
+    from forge_hpc.rollouts.agents import AgentPlayer
     from forge_hpc.rollouts.episodes import EpisodePlayer
 
 logger = logging.getLogger(__name__)
@@ -112,6 +114,7 @@ class Session:
         self._turns: Turns | None = None
         self._starting_store: asyncio.Task[WeightStore] | None = None
         self._evaluator: Evaluator | None = None
+        self._endpoint: Endpoint | None = None
         self._held_out_documents: list[Document] = []
         self._resume_from: Path | None = None
         self._restored_groups: list[Group] = []
@@ -189,7 +192,7 @@ class Session:
                 tasks.create_task(self._start_trainers())
             generators = tasks.create_task(self._start_generators(self.model_dir))
         self._phase("engine")
-        self._player = self._episode_player(generators.result(), environments)
+        self._player = await self._episode_player(generators.result(), environments)
         self._evaluator = self._evaluator_of(held_out, self._rewards, self._player)
         if self.needs.models:
             await self._connect()
@@ -310,15 +313,31 @@ class Session:
         self._on_close(pool.close)
         return pool
 
-    def _episode_player(self, generators: Service, environments: Any) -> EpisodePlayer | None:
+    async def _episode_player(self, generators: Service, environments: Any) -> EpisodePlayer | AgentPlayer | None:
         if environments is None:
             return None
+        if environments.is_agent:
+            return await self._agent_player(generators, environments)
         from forge_hpc.rollouts.episodes import EpisodePlayer
 
         generate = generators.generate_turns.route
         return EpisodePlayer(self.config, self.tokenizer, generate, environments, len(generators))
 
-    def _evaluator_of(self, held_out: list[Prompt], rewards: RewardPool, player: EpisodePlayer | None) -> Evaluator:
+    async def _agent_player(self, generators: Service, environments: Any) -> AgentPlayer:
+        """Agents ask an endpoint for the policy's responses. Raises UserError where it cannot be had."""
+        from forge_hpc.endpoint import Endpoint, GeneratorSampler, tls_context
+        from forge_hpc.rollouts.agents import AgentPlayer
+
+        tls, ca = tls_context(self.config.environment.endpoint_host)
+        sampler = GeneratorSampler(generators)
+        self._endpoint = await Endpoint(self.config, self.tokenizer, sampler, self.warn, tls, ca).start()
+        self._on_close(self._endpoint.close)
+        logger.info("agents are answered at %s", self._endpoint.base_url)
+        return AgentPlayer(self.config, self.tokenizer, self._endpoint, environments)
+
+    def _evaluator_of(
+        self, held_out: list[Prompt], rewards: RewardPool, player: EpisodePlayer | AgentPlayer | None
+    ) -> Evaluator:
         return Evaluator(
             self.config, held_out, self.generators, rewards, player, self.metrics, self.warn, self._tell_message
         )
@@ -576,6 +595,8 @@ class Session:
             timing["time/weight_sync_s"] = self._weights.seconds
         if self._turns is not None:
             timing |= self._turns.metrics()
+        if self._endpoint is not None:
+            timing |= self._endpoint.metrics()
         self._step_ended, self._checkpoint_s = now, 0.0
         self.step = step
         self._recoveries.step_done()

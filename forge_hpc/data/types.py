@@ -181,6 +181,14 @@ class Episode:
     """The unweighted terms that ``reward`` sums."""
     advantage: float = 0.0
     """How much better than the rest of its group."""
+    branches: list[Completion] = field(default_factory=list)
+    """Of an agent: what it sampled in other conversations than the first one, each from its first token on. What they
+    share with it, or with each other, is masked in all but one."""
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that the policy wrote."""
+        return self.completion.num_sampled + sum(branch.num_sampled for branch in self.branches)
 
     @property
     def policy_version(self) -> int:

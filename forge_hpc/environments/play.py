@@ -53,6 +53,11 @@ def find_prompt(config: Config, number: int, held_out: bool) -> Prompt:
 async def _play(config: Config, prompt: Prompt) -> int:
     pool = await EnvironmentPool(config, num_workers=1).start()
     try:
+        if pool.is_agent:
+            raise UserError(
+                f"{config.environment.name} is an agent, which plays by itself",
+                "point it at any OpenAI-compatible server: its function takes base_url and api_key",
+            )
         async with pool.open() as environment:
             first = await environment.reset(prompt)
         async with pool.open() as environment:

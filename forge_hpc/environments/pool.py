@@ -20,6 +20,7 @@ from typing import Any, Self
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config
 from forge_hpc.data.types import Prompt
+from forge_hpc.environments.agent import AgentResult
 from forge_hpc.environments.base import Opening, Step
 from forge_hpc.workers.pool import WorkerPool
 from forge_hpc.workers.process import WorkerLost, WorkerProcess
@@ -85,6 +86,11 @@ class EnvironmentPool:
         if (most := bounds["max_open_episodes"]) is not None:
             self._bounds.append(most)
         return self
+
+    @property
+    def is_agent(self) -> bool:
+        """Whether these are agents, to be ``run``, and no environments."""
+        return bool(self._hosts[0].bounds.get("agent"))
 
     @property
     def max_open_episodes(self) -> int | None:
@@ -156,6 +162,13 @@ class RemoteEnvironment:
     async def step(self, response: str) -> Step:
         return Step(**await self._ask({"do": "step", "response": response}))
 
+    async def run(self, example: dict[str, Any], base_url: str, api_key: str, busy: Busy) -> AgentResult:
+        """Have an agent play its episode. What it takes while its requests are under way (``busy``) is not its time."""
+        arguments = {"base_url": base_url, "api_key": api_key, "example": example}
+        self._is_open = True
+        self._pool._count_open()
+        return AgentResult(**await self._ask({"do": "run", "arguments": arguments}, busy))
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -167,12 +180,14 @@ class RemoteEnvironment:
         finally:
             self._pool.num_open -= self._is_open
 
-    async def _ask(self, request: dict[str, Any]) -> Any:
+    async def _ask(self, request: dict[str, Any], busy: Busy | None = None) -> Any:
         try:
             await self._host.started()  # a replaced one starts first
             async with self._pool._turns:  # neither is the environment's time
                 start = time.monotonic()
-                async with asyncio.timeout(self._left_s):
+                async with asyncio.timeout(self._left_s) as limit:
+                    if busy is not None:
+                        busy.holds(limit, self._left_s)
                     answer = await self._host.ask(request | {"environment": self._number})
             self._left_s -= time.monotonic() - start
             return answer
@@ -189,6 +204,31 @@ class RemoteEnvironment:
         except WorkerLost as lost:
             self._pool._retire(self._host)
             raise EnvironmentFailed(f"the environment's process {lost}", "died") from None
+
+
+class Busy:
+    """Holds an agent's time limit while its requests are under way."""
+
+    def __init__(self) -> None:
+        self._limit: asyncio.Timeout | None = None
+        self._left_s, self._since, self._is_busy = 0.0, 0.0, False
+
+    def holds(self, limit: asyncio.Timeout, left_s: float) -> None:
+        """``limit`` has begun, and ends in ``left_s`` seconds of the agent's own."""
+        self._limit, self._left_s, self._since = limit, left_s, asyncio.get_running_loop().time()
+
+    def __call__(self, is_busy: bool) -> None:
+        """Requests are under way from now on, or none is."""
+        now = asyncio.get_running_loop().time()
+        if self._limit is None or self._limit.expired() or is_busy == self._is_busy:
+            return
+        self._is_busy = is_busy
+        if is_busy:
+            self._left_s -= now - self._since
+            self._limit.reschedule(None)
+        else:
+            self._since = now
+            self._limit.reschedule(now + self._left_s)
 
 
 class _Host:

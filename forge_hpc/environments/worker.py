@@ -1,6 +1,7 @@
 """A process that hosts environments: ``python -m forge_hpc.environments.worker``, started by the pool.
 
-The first request loads the class; the others make an environment of it, step it and close it. Each environment has a
+The first request loads the class; the others make an environment of it, step it and close it. A function in place of a
+class is an agent: one request runs it, another ends what is left of it. Each environment has a
 thread and an event loop of its own: one that blocks holds up no other. So it has the global generators of random
 numbers. The process ends with its input.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import inspect
 import math
 import os
 import resource
@@ -19,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from forge_hpc.cluster.stacks import stand_by
+from forge_hpc.environments.agent import check_agent, is_agent, plain_result
 from forge_hpc.environments.base import Environment, EnvironmentFull, Step
 from forge_hpc.environments.isolation import Generators, isolate
 from forge_hpc.environments.load import load_environment
@@ -32,7 +35,7 @@ _CANCEL_TIMEOUT_S = 5.0
 class _Host:
     """One environment, from its making to its end."""
 
-    def __init__(self, make: Callable[[], Environment], channel: Channel) -> None:
+    def __init__(self, make: Callable[..., Any], channel: Channel) -> None:
         self._make, self._channel = make, channel
         self._environment: Environment | None = None
         self._under_way: asyncio.Task[Any] | None = None
@@ -64,6 +67,9 @@ class _Host:
             await self._cancel()
             return None if self._environment is None else await self._environment.close()
         self._under_way = asyncio.current_task()
+        if request["do"] == "run":
+            result = self._make(**request["arguments"])
+            return plain_result(await result if inspect.isawaitable(result) else result)
         if request["do"] == "reset":
             self._environment = self._make()
             return await self._environment.reset(request["prompt"])
@@ -89,10 +95,14 @@ def _plain(step: Any) -> dict[str, Any]:
     return dataclasses.asdict(step) | {"reward": reward, "done": bool(step.done)}
 
 
-def _load(request: dict[str, Any]) -> tuple[Callable[[], Environment] | None, Answer]:
-    """What makes an environment, tried once, and what to answer."""
+def _load(request: dict[str, Any]) -> tuple[Callable[..., Any] | None, Answer]:
+    """What makes an environment, tried once, and what to answer. Of an agent only whether it can be called."""
     try:
-        make = functools.partial(load_environment(request["name"]), **request["args"])
+        found = load_environment(request["name"])
+        make = functools.partial(found, **request["args"])
+        if is_agent(found):
+            check_agent(found, request["name"], request["args"])
+            return make, {"value": {"concurrency": None, "max_open_episodes": None, "agent": 1}}
         environment = make()
         if (check := getattr(environment, "check", None)) is not None:
             asyncio.run(check())
@@ -109,7 +119,7 @@ def main() -> None:
     isolate()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # every event loop holds three files
-    make: Callable[[], Environment] | None = None
+    make: Callable[..., Any] | None = None
     hosts: dict[int, _Host] = {}
     while (request := channel.receive()) is not None:
         if request["do"] == "load":

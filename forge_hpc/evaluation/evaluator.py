@@ -19,6 +19,7 @@ from forge_hpc.observability.logger import MetricLogger
 if TYPE_CHECKING:
     from forge_hpc.controller.service import Service
     from forge_hpc.rewards import RewardPool
+    from forge_hpc.rollouts.agents import AgentPlayer
     from forge_hpc.rollouts.episodes import EpisodePlayer
 
 FILLINGS = 8
@@ -41,7 +42,7 @@ class Evaluator:
         prompts: Sequence[Prompt],
         generators: Service,
         rewards: RewardPool,
-        player: EpisodePlayer | None,
+        player: EpisodePlayer | AgentPlayer | None,
         metrics: MetricLogger,
         warn: Callable[[str], None],
         tell: Callable[[str], None],

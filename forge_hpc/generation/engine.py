@@ -93,6 +93,8 @@ class _Group:
     completions: dict[int, Completion] = field(default_factory=dict)
     hand_over: Callable[[int, Completion], Any] | None = None
     """Gets each completion with its sample's index; called in the thread."""
+    hand_tokens: Callable[[Sequence[int], Sequence[float]], Any] | None = None
+    """Gets all tokens so far with their log-probabilities, after each step; called in the thread."""
 
 
 class GenerationEngine:
@@ -219,6 +221,38 @@ class GenerationEngine:
         name = f"batch-{next(self._batch_ids)}" if share is None else f"turns-{share}"
         answers = await self._batch(turns, lambda turn: self._group(turn, 1, seed, sampling, turn.max_tokens, name))
         return [answer if isinstance(answer, ValueError) else answer[0] for answer in answers]
+
+    async def stream_turn(
+        self,
+        turn: Turn,
+        hand_token: Callable[[int, int, float], None],
+        *,
+        seed: int,
+        sampling: SamplingConfig | None = None,
+        share: str | None = None,
+    ) -> Completion | ValueError:
+        """As ``generate_turns`` of one, whose tokens are wanted as they come: ``hand_token`` gets the place, the id and
+        the log-probability of each, in the event loop, all of them before this returns."""
+        loop, num_handed = asyncio.get_running_loop(), 0
+
+        def hand_new(token_ids: Sequence[int], logprobs: Sequence[float]) -> None:
+            nonlocal num_handed
+            for place in range(num_handed, len(token_ids)):
+                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                    loop.call_soon_threadsafe(hand_token, place, token_ids[place], logprobs[place])
+            num_handed = len(token_ids)
+
+        def group(turn: Turn) -> _Group:
+            made = self._group(turn, 1, seed, sampling, turn.max_tokens, share or f"batch-{next(self._batch_ids)}")
+            made.hand_tokens = hand_new
+            for params in made.sampling_params:
+                params.output_kind = RequestOutputKind.CUMULATIVE
+            return made
+
+        from vllm.sampling_params import RequestOutputKind
+
+        [answer] = await self._batch([turn], group)
+        return answer if isinstance(answer, ValueError) else answer[0]
 
     async def _batch(
         self, prompts: Sequence[P], group: Callable[[P], _Group], hand_over: HandOver | None = None
@@ -595,7 +629,10 @@ class GenerationEngine:
     def _step(self) -> None:
         start = time.perf_counter()
         for output in self._engine.step():
-            self._finish(output)
+            if output.finished:
+                self._finish(output)
+            else:
+                self._hand_tokens(output)
         seconds = time.perf_counter() - start
         self._num_steps += 1
         self._busy_s += seconds
@@ -605,6 +642,12 @@ class GenerationEngine:
         counts.running += len(self._scheduler.running)
         counts.waiting += len(self._pending) + len(self._running) - len(self._scheduler.running)
         counts.kv_cache_usage = max(counts.kv_cache_usage, self._scheduler.kv_cache_manager.usage)
+
+    def _hand_tokens(self, output: Any) -> None:
+        group, _ = self._running[output.request_id]
+        [sample] = output.outputs
+        if group.hand_tokens is not None:
+            group.hand_tokens(sample.token_ids, sample.logprobs.logprobs)
 
     def _finish(self, output: Any) -> None:
         """Book one finished request; the last of a group answers its caller."""
@@ -624,6 +667,8 @@ class GenerationEngine:
             finish_reason=sample.finish_reason,
             policy_versions=(int(versions[0].version), int(versions[-1].version)),
         )
+        if group.hand_tokens is not None:
+            group.hand_tokens(token_ids, logprobs)
         if group.hand_over is not None:
             group.hand_over(index, group.completions[index])
         self._num_finished += 1

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from forge_hpc.advantages import StepAdvantage
-from forge_hpc.data.types import Document, Episode, Group
+from forge_hpc.data.types import Completion, Document, Episode, Group
 
 
 def set_advantages(groups: Sequence[Group], advantage: StepAdvantage) -> None:
@@ -28,24 +28,33 @@ def to_documents(groups: Sequence[Group], *, drop_zero_signal: bool = False) -> 
     kept = [group for group in groups if any(episode.advantage != 0 for episode in group.episodes)]
     if not kept or not drop_zero_signal:
         kept = [group for group in groups if group.episodes]
-    return [to_document(episode) for group in kept for episode in group.episodes]
+    return [document for group in kept for episode in group.episodes for document in documents_of(episode)]
+
+
+def documents_of(episode: Episode) -> list[Document]:
+    """One document, and of an agent one more for each further branch of its conversations."""
+    return [to_document(episode), *(_document(episode, [], branch) for branch in episode.branches)]
 
 
 def to_document(episode: Episode) -> Document:
-    """Prompt and response; what the policy wrote of it is trained."""
-    prompt, (response, sampled_logprobs) = episode.prompt.token_ids, episode.completion.arrays()
+    """Prompt and response; what the policy wrote of it is trained. Without an agent's further branches."""
+    return _document(episode, episode.prompt.token_ids, episode.completion)
+
+
+def _document(episode: Episode, prompt: list[int], completion: Completion) -> Document:
+    response, sampled_logprobs = completion.arrays()
     token_ids = np.empty(len(prompt) + len(response), dtype=np.int32)
     token_ids[: len(prompt)], token_ids[len(prompt) :] = prompt, response
     logprobs = np.zeros(len(token_ids), dtype=np.float32)
     logprobs[len(prompt) :] = sampled_logprobs
     loss_mask = np.arange(len(token_ids)) >= len(prompt)
-    if episode.completion.loss_mask is not None:
-        loss_mask[len(prompt) :] = episode.completion.loss_mask
+    if completion.loss_mask is not None:
+        loss_mask[len(prompt) :] = completion.loss_mask
     return Document(
         token_ids=token_ids,
         loss_mask=loss_mask,
         generator_logprobs=logprobs,
         advantage=episode.advantage,
-        policy_version=episode.policy_version,
+        policy_version=completion.policy_versions[0],
         prompt=episode.prompt.position,
     )

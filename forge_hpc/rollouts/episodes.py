@@ -44,7 +44,46 @@ GenerateTurns = Callable[..., Awaitable[list[Completion | ValueError]]]
 """The generators' ``generate_turns``: (turns, sampling, seed, share, key=...)."""
 
 
-class EpisodePlayer:
+class Admission:
+    """Lets episodes begin where there is room for them."""
+
+    def __init__(self, config: Config, environments: EnvironmentPool) -> None:
+        self._config = config
+        self._environments = environments
+        self._slots = Slots(lambda: environments.max_open_episodes)
+        self._full_since: float | None = None
+        self._warned: set[str] = set()
+
+    async def admit(
+        self, prompt: Prompt, slot: Slot, play: Callable[[], Awaitable[Episode]]
+    ) -> Episode | EnvironmentFailed:
+        """An episode, or why there is none. One that the environment has no room for waits and tries again."""
+        delay_s, longest_s = _RETRY_S
+        while True:
+            await slot.acquire()
+            try:
+                return await play()
+            except EnvironmentFailed as error:
+                if error.kind != "full" or self._is_hopeless():
+                    if error.kind not in self._warned:  # the rest is in metrics.jsonl
+                        self._warned.add(error.kind)
+                        logger.warning("an episode of prompt %d is left out: %s", prompt.position, error)
+                    return error
+            finally:
+                slot.release()
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, longest_s)
+            slot.request()
+
+    def _is_hopeless(self) -> bool:
+        """Whether there has been no room for ``environment.timeout_s``, though no episode of this run takes it."""
+        now = time.monotonic()
+        if self._environments.num_open or self._full_since is None:
+            self._full_since = now
+        return now - self._full_since > self._config.environment.timeout_s
+
+
+class EpisodePlayer(Admission):
     """Plays episodes of prompts.
 
     Args:
@@ -61,16 +100,12 @@ class EpisodePlayer:
         environments: EnvironmentPool,
         num_generators: int = 1,
     ) -> None:
-        self._config = config
+        super().__init__(config, environments)
         self._renderer = ConversationRenderer(tokenizer, config.data)
         self._generate = generate
-        self._environments = environments
         self._num_generators = num_generators
-        self._slots = Slots(lambda: environments.max_open_episodes)
         self._shares: dict[int, Slots] = {}
-        self._full_since: float | None = None
         self._cache = secrets.token_hex(8)
-        self._warned: set[str] = set()
 
     def stream(
         self,
@@ -124,30 +159,7 @@ class EpisodePlayer:
     async def _try(
         self, prompt: Prompt, sample_index: int, slot: Slot, respond: Respond
     ) -> Episode | EnvironmentFailed:
-        """An episode, or why there is none. One that the environment has no room for waits and tries again."""
-        delay_s, longest_s = _RETRY_S
-        while True:
-            await slot.acquire()
-            try:
-                return await self.play(prompt, sample_index, respond)
-            except EnvironmentFailed as error:
-                if error.kind != "full" or self._is_hopeless():
-                    if error.kind not in self._warned:  # the rest is in metrics.jsonl
-                        self._warned.add(error.kind)
-                        logger.warning("an episode of prompt %d is left out: %s", prompt.position, error)
-                    return error
-            finally:
-                slot.release()
-            await asyncio.sleep(delay_s)
-            delay_s = min(2 * delay_s, longest_s)
-            slot.request()
-
-    def _is_hopeless(self) -> bool:
-        """Whether there has been no room for ``environment.timeout_s``, though no episode of this run takes it."""
-        now = time.monotonic()
-        if self._environments.num_open or self._full_since is None:
-            self._full_since = now
-        return now - self._full_since > self._config.environment.timeout_s
+        return await self.admit(prompt, slot, lambda: self.play(prompt, sample_index, respond))
 
     async def play(self, prompt: Prompt, sample_index: int, respond: Respond) -> Episode:
         """One episode. Raises EnvironmentFailed."""

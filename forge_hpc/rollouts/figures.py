@@ -22,7 +22,7 @@ def measure(groups: Sequence[Group], step: int) -> dict[str, float]:
         raise RuntimeError(f"all completions of step {step} failed, at last with: {cause}")
     kinds = Counter(kind for kind, _ in failures)
     rewards = np.array([episode.reward for episode in episodes])
-    lengths = np.array([episode.completion.num_sampled for episode in episodes])
+    lengths = np.array([episode.num_sampled for episode in episodes])
     staleness = np.array([step - 1 - episode.policy_version for episode in episodes])
     terms: dict[str, list[float]] = defaultdict(list)
     for episode in episodes:
@@ -59,7 +59,9 @@ def _measure_turns(groups: Sequence[Group]) -> dict[str, float]:
     turns = [completion.metadata["turns"] for completion in completions if "turns" in completion.metadata]
     if not turns:
         return {}
+    branches = [completion.metadata["branches"] for completion in completions if "branches" in completion.metadata]
     return {
+        **({"episode/branches_mean": float(np.mean(branches))} if branches else {}),
         "episode/turns_mean": float(np.mean(turns)),
         "episode/truncated_fraction": float(np.mean([c.finish_reason != "stop" for c in completions])),
         "groups/unequal_openings": float(sum(unequal_openings(group) is not None for group in groups)),

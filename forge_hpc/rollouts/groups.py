@@ -65,7 +65,8 @@ async def _score(prompt: Prompt, sample: Sample, rewards: RewardPool) -> _Scored
     episode = sample if isinstance(sample, Episode) else Episode(prompt, sample, 0.0)
     if not episode.completion.num_tokens:
         return RewardError("the completion is empty", "empty")
-    if not (np.abs(episode.completion.arrays()[1]) <= _LARGEST).all():
+    sequences = [episode.completion, *episode.branches]
+    if not all((np.abs(sequence.arrays()[1]) <= _LARGEST).all() for sequence in sequences):
         return RewardError("the generator gave a log-probability that is not finite", "logprobs")
     try:
         total, terms = await rewards.score(episode.prompt, episode.completion)

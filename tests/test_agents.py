@@ -1,0 +1,258 @@
+"""Agents: functions in worker processes that play episodes against the endpoint, and what their episodes become."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from endpoints import Scripted, bpe_tokenizer, endpoint_config, prompt_of
+from runs import PROJECT, check_contract, lost_prompts, read, run_local, start_local, wait_for
+
+from forge_hpc.checkpoint.episodes import dump_groups, load_groups
+from forge_hpc.config import Config, UserError, load_config
+from forge_hpc.config.schema import RewardConfig
+from forge_hpc.config.validate import validate
+from forge_hpc.data.tool_calls import HERMES, LLAMA3, BadToolCall, ToolCall, tool_format
+from forge_hpc.data.types import Episode, Group, Turn
+from forge_hpc.endpoint import Endpoint
+from forge_hpc.environments import EnvironmentFailed, EnvironmentPool
+from forge_hpc.rollouts.agents import AgentPlayer
+from forge_hpc.rollouts.documents import set_advantages, to_documents
+from forge_hpc.rollouts.figures import measure
+
+AGENT_DEMO = PROJECT / "configs/agent/demo.yaml"
+BPE = bpe_tokenizer()
+AGENT = """
+import asyncio, openai
+
+async def episode(base_url, api_key, example, way="talk"):
+    messages = [{"role": "user", "content": example["question"]}]
+    async with openai.AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0) as client:
+        async def ask(messages):
+            answer = await client.chat.completions.create(model="policy", messages=messages)
+            return answer.choices[0].message.model_dump(exclude_none=True)
+        first = await ask(messages)
+        if way == "raise":
+            raise KeyError("no such thing")
+        if way == "hang":
+            await asyncio.sleep(3600)
+        if way == "text":
+            return "4"
+        if way == "nothing":
+            return None
+        if way == "wrong":
+            return {"score": 1.0}
+        while way == "forever":
+            messages = [*messages, first, {"role": "user", "content": "go on"}]
+            first = await ask(messages)
+        await asyncio.gather(ask([*messages, first, *messages]), ask([{"role": "user", "content": "another"}]))
+        return {"reward": 0.5, "info": {"seed": example["seed"], "answer": example["answer"]}}
+
+def short(base_url, api_key, example):
+    with openai.OpenAI(base_url=base_url, api_key=api_key) as client:
+        return float(len(client.completions.create(model="policy", prompt="a").choices[0].text))
+
+async def silent(base_url, api_key, example):
+    return 1.0
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    (tmp_path / "agent.py").write_text(AGENT)
+    config = endpoint_config(timeout_s=20.0, max_turns=4)
+    config.environment.name = f"{tmp_path / 'agent.py'}:episode"
+    config.rollout.group_size = 2
+    return config
+
+
+def reply(turn: Turn) -> tuple[str, list[int], str]:
+    return "fine", [*BPE.encode("fine"), BPE.eos_token_id], "stop"
+
+
+def play(config: Config, *ways: str, say: Any = reply) -> list[Episode | EnvironmentFailed]:
+    """An episode of each way."""
+
+    async def run() -> list[Episode | EnvironmentFailed]:
+        endpoint = await Endpoint(config, BPE, Scripted(say, version=2)).start()
+        found = []
+        try:
+            for way in ways or (None,):
+                config.environment.args = {} if way is None else {"way": way}
+                pool = await EnvironmentPool(config, num_workers=1).start()
+                try:
+                    player = AgentPlayer(config, BPE, endpoint, pool)
+                    [(_, episode)] = [item async for item in player.stream([prompt_of()], 1)]
+                    found.append(episode)
+                finally:
+                    await pool.close()
+        finally:
+            await endpoint.close()
+        return found
+
+    return asyncio.run(run())
+
+
+def test_an_agents_conversations_become_an_episode_with_branches(config: Config) -> None:
+    [episode] = play(config)
+    assert isinstance(episode, Episode)
+    assert (episode.reward, episode.rewards) == (0.5, {"environment": 0.5})
+    assert episode.completion.metadata["info"] == {"seed": prompt_of().seed, "answer": "4"}
+    assert (episode.completion.metadata["turns"], episode.completion.metadata["branches"]) == (3, 2)
+    assert [message["role"] for message in episode.completion.metadata["transcript"]] == [
+        "assistant",
+        "user",
+        "assistant",
+    ]
+    assert episode.prompt.text.startswith("<|im_start|>user\n2+2=") and episode.policy_version == 2
+    num = len(BPE.encode("fine")) + 1
+    assert (episode.num_sampled, episode.completion.num_sampled) == (3 * num, 2 * num)
+    group = Group(episode.prompt, [episode])
+    set_advantages([group], lambda rewards: [[2.0]])
+    documents = to_documents([group])
+    assert [int(document.loss_mask.sum()) for document in documents] == [2 * num, num]
+    assert {document.advantage for document in documents} == {2.0}
+    figures = measure([group], 3)
+    assert (figures["episode/branches_mean"], figures["tokens/generated"]) == (2, 3 * num)
+    assert load_groups(dump_groups([group])) == [group]
+
+
+def test_what_an_agent_raises_or_does_wrong_costs_its_episode_alone(config: Config) -> None:
+    raised, wrong, gave_nothing = play(config, "raise", "wrong", "nothing")
+    assert isinstance(raised, EnvironmentFailed) and "no such thing" in str(raised)
+    assert isinstance(wrong, EnvironmentFailed) and "not 'score'" in str(wrong)
+    assert isinstance(gave_nothing, EnvironmentFailed) and gave_nothing.kind == "reward"
+    config.environment.timeout_s = 2.0
+    [hung] = play(config, "hang")
+    assert isinstance(hung, EnvironmentFailed) and hung.kind == "timeout"
+    config.environment.name = config.environment.name.replace(":episode", ":silent")
+    [silent] = play(config)
+    assert isinstance(silent, EnvironmentFailed) and "no response" in str(silent)
+
+
+def test_an_agent_that_a_limit_ends_has_no_reward_and_is_trained(config: Config) -> None:
+    [episode] = play(config, "forever")
+    assert isinstance(episode, Episode)
+    assert (episode.reward, episode.completion.finish_reason) == (0.0, "turns")
+    assert episode.completion.metadata["turns"] == 4
+
+
+def test_an_agent_may_leave_the_verdict_to_the_rewards_or_be_no_coroutine(config: Config) -> None:
+    config.reward = [RewardConfig(name="exact")]
+    [episode] = play(config, "text")
+    assert isinstance(episode, Episode) and episode.completion.text == "4" and not episode.rewards
+    config.environment.name = config.environment.name.replace(":episode", ":short")
+    [episode] = play(config)
+    assert isinstance(episode, Episode) and episode.reward == 4
+
+
+def test_a_failure_of_the_generators_ends_the_run_and_not_the_episode(config: Config) -> None:
+    with pytest.raises(ExceptionGroup) as failure:
+        play(config, say=lambda _: RuntimeError("the engine failed"))
+    assert "the engine failed" in str(failure.value.exceptions)
+
+
+def test_an_agent_that_cannot_be_called_is_found_before_the_run_begins(config: Config) -> None:
+    async def start() -> None:
+        pool = EnvironmentPool(config, num_workers=1)
+        await pool.start()
+
+    config.environment.args = {"wey": "talk"}
+    with pytest.raises(UserError, match="unexpected keyword argument 'wey'"):
+        asyncio.run(start())
+
+
+def test_tool_calls_are_read_in_the_format_of_the_family() -> None:
+    text = 'I add.\n<tool_call>\n{"name": "add", "arguments": {"a": "é"}}\n</tool_call>'
+    assert HERMES.read(text) == ("I add.", [ToolCall("add", '{"a": "é"}')])
+    assert HERMES.read("no call") == ("no call", [])
+    two = '{"name": "add", "parameters": {"a": 1}}; {"name": "sub"}'
+    assert LLAMA3.read(two) == ("", [ToolCall("add", '{"a": 1}'), ToolCall("sub", "{}")])
+    assert LLAMA3.read("It is {5}.") == ("It is {5}.", [])
+    for bad in (
+        "<tool_call>{",
+        '<tool_call>{"name": 1}',
+        '<tool_call>{"name": "a", "arguments": "b"}',
+        "<tool_call>[]",
+    ):
+        with pytest.raises(BadToolCall):
+            HERMES.read(bad)
+    with pytest.raises(BadToolCall):
+        LLAMA3.read('{"name": "add"')
+    assert tool_format(BPE.chat_template) is HERMES
+    assert tool_format("{% for m in messages %}") is None
+
+
+def test_the_demo_of_agents_is_valid() -> None:
+    validate(load_config(AGENT_DEMO))
+
+
+# --- whole runs
+
+BRANCHING = """
+import openai
+
+async def episode(base_url, api_key, example):
+    messages = [{"role": "user", "content": example["question"]}]
+    async with openai.AsyncOpenAI(base_url=base_url, api_key=api_key) as client:
+        said = []
+        for _ in range(2):
+            answer = await client.chat.completions.create(model="policy", messages=messages, max_tokens=8)
+            said.append(answer.choices[0].message.content)
+            messages += [{"role": "assistant", "content": said[-1]}, {"role": "user", "content": "1+1="}]
+        messages[1]["content"] = "edited"
+        await client.chat.completions.create(model="policy", messages=messages, max_tokens=8)
+    return sum(len(text) for text in said) / 16
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_trains_an_agent_and_an_interruption_loses_no_step_and_doubles_none(tmp_path: Path) -> None:
+    (tmp_path / "agent.py").write_text(BRANCHING)
+    steps = 4
+    options = [
+        "model.path=builtin:qwen3-tiny-chat",
+        f"environment.name={tmp_path / 'agent.py'}:episode",
+        f"trainer.training.steps={steps}",
+        "trainer.lr_scheduler.warmup_steps=0",
+        "rollout.prompts_per_step=4",
+        "rollout.group_size=4",
+        "rollout.max_staleness=1",
+        "evaluation.num_prompts=4",
+        "logging.num_rollouts_per_step=4",
+        "generator.engine.kv_cache_memory_gib=0.25",
+    ]
+    run_dir = tmp_path / "run"
+    run = start_local(run_dir, options, AGENT_DEMO)
+    try:
+        wait_for(lambda: len(read(run_dir)) >= 1 or run.poll() is not None, "the first step")
+        run.send_signal(signal.SIGINT)
+        out, err = run.communicate(timeout=120)
+    finally:
+        run.kill()
+    assert 1 <= len(read(run_dir)) < steps, out + err
+    result = run_local(run_dir, options, config=AGENT_DEMO)
+    assert result.returncode == 0, result.stdout + result.stderr
+    check_contract(run_dir, steps)
+    assert lost_prompts(run_dir, range(1, steps + 1), 4) == 0
+    for record in read(run_dir):
+        # With another context, or another token, the trainer's log-probabilities would be others.
+        assert record["mismatch/logprob_abs_mean"] < 1e-5
+        assert record["episode/branches_mean"] == 2 and record["episode/turns_mean"] == 3
+        assert record["staleness/max"] <= 1
+        assert record["endpoint/refused"] == record["endpoint/strangers"] == record["episodes/failed"] == 0
+
+
+@pytest.mark.training
+@pytest.mark.timeout(1800)
+def test_an_agent_that_knows_nothing_of_the_run_learns_to_use_its_calculator(tmp_path: Path) -> None:
+    """Some minutes."""
+    result = run_local(tmp_path / "run", [], timeout_s=1700, config=AGENT_DEMO)
+    assert result.returncode == 0, result.stdout + result.stderr
+    before, *_, after = read(tmp_path / "run", "evaluations.jsonl")
+    assert before["accuracy"] < 0.2
+    assert after["accuracy"] > 0.9
