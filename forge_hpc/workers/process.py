@@ -109,7 +109,8 @@ class WorkerProcess:
             self._process.terminate()  # its keeper does the rest
         # One that is still starting ignores the signal, as this process does; its keeper will find nobody here.
         assert self._process.stdin is not None
-        self._process.stdin.transport.abort()
+        if not self._process.stdin.transport.is_closing():
+            self._process.stdin.transport.abort()
 
     async def wait(self) -> None:
         """Wait until the process has ended and all calls know it."""
