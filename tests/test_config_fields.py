@@ -194,7 +194,7 @@ from forge_hpc.config.algorithm import loss_facts, resolve_advantage
 cfg = load_config(None, ["algorithm.loss=new", "algorithm.loss_args={scale: 3}", "algorithm.clip_low=0.1"])
 validate(cfg)
 assert resolve_advantage(cfg.algorithm) == "group_mean"
-assert loss_facts("new").options == ("clip_low", "clip_high", "scale")
+assert loss_facts("new").options == ("clip_low", "clip_high", "dual_clip", "scale")
 assert "torch" not in sys.modules
 from forge_hpc.losses import build_loss
 loss = build_loss("new", cfg.algorithm)

@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,15 @@ def test_with_apptainer_the_job_script_is_the_same_as_without(tmp_path: Path) ->
     assert job_command(contained(), tmp_path) == job_command(Config(), tmp_path)
 
 
-def test_with_pyxis_srun_starts_the_run_in_the_image_beside_somebody_who_asks_slurm(tmp_path: Path) -> None:
+def test_with_pyxis_srun_starts_the_run_in_the_image_beside_somebody_who_asks_slurm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))  # else the run is seen with /tmp
     cfg = contained("pyxis", "nvcr.io#team/forge:1", mounts=["/data:/mnt/data:ro"])
     cfg.slurm.setup = ["export A=1"]
-    words, after = (shlex.split(part) for part in job_command(cfg, tmp_path / "run").splitlines()[-1].split(" || "))
+    start = job_command(cfg, tmp_path / "run").partition("\n")[2]
+    words, after = (shlex.split(part) for part in start.rsplit(" || ", 1))
     assert words[:4] == [sys.executable, "-m", "forge_hpc.container.relay", "srun"]
     assert "--container-image=nvcr.io#team/forge:1" in words and "--container-mount-home" in words
     [mounts] = [word.partition("=")[2].split(",") for word in words if word.startswith("--container-mounts=")]
@@ -81,7 +87,7 @@ def test_what_the_configuration_and_the_environment_name_is_seen_inside(tmp_path
     (tmp_path / "mine/reward.py").write_text("")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("DATA", "/data")
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "hf"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "hf"))
     overrides = [
         f"model.path={tmp_path}/model",
         f"reward=[{{name: {tmp_path}/mine/reward.py:f}}]",
