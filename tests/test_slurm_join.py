@@ -61,23 +61,23 @@ def test_a_run_is_joined_by_two_generators_and_loses_nothing_when_they_are_kille
     overrides += ["algorithm.max_steps_without_signal=1000", "cluster.max_restarts=0"]
     forge(slurm_cluster, "submit", "--nodes", "1", "--run-dir", str(run_dir), *overrides)
     assert "is queued: it is pending" in forge(slurm_cluster, "join", str(run_dir), check=False) or read(run_dir)
-    wait_for(lambda: status(run_dir)["state"] == "running", "the run", 120)
+    wait_for(lambda: status(run_dir)["state"] == "running", "the run", 300)
 
     absent = forge(slurm_cluster, "join", str(run_dir), "--partition", "absent", check=False)
     assert "slurm.partition: no partition absent" in absent and "there are: main, short, spot, urgent" in absent
     said = forge(slurm_cluster, "join", str(run_dir), "--nodes", "2", "--partition", "spot")
     job = said.split("job", 1)[1].split()[0]
     assert "lends          2 generators on 2 nodes" in said
-    wait_for(lambda: status(run_dir)["lent"] == 2, "two lent generators", 120)
+    wait_for(lambda: status(run_dir)["lent"] == 2, "two lent generators", 300)
     shown = forge(slurm_cluster, "status", str(run_dir))
     assert f"lent       2 generators; job {job} RUNNING" in shown
-    wait_for(lambda: read(run_dir)[-1].get("generators/lent_share", 0) > 0, "work of theirs", 60)
+    wait_for(lambda: read(run_dir)[-1].get("generators/lent_share", 0) > 0, "work of theirs", 120)
 
     victims = [process for supervisor in lenders() for process in (supervisor, *supervisor.children(recursive=True))]
     assert len([process for process in victims if process.is_running()]) >= 6
     for process in victims:  # all of both nodes, without a word
         process.kill()
-    wait_for(lambda: status(run_dir)["lent"] == 0, "that it is noticed", 15)
+    wait_for(lambda: status(run_dir)["lent"] == 0, "that it is noticed", 60)
     hurry.touch()
     wait_for(lambda: status(run_dir)["state"] == "completed", "the end of the run", 300)
 
