@@ -291,7 +291,7 @@ def test_a_look_that_hangs_is_a_problem_of_its_node(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(node_module, "OWN_S", 0.3)
     monkeypatch.setattr(node_module, "look_at_node", lambda *arguments: time.sleep(60))
     node = Node(RunDir(tmp_path).create(), Allocation("7", 0, 1, 0))
-    assert node._report(node.rendezvous())["problems"] == ["its disks or its GPUs' driver have not answered for 0 s"]
+    assert node.report(node.rendezvous())["problems"] == ["its disks or its GPUs' driver have not answered for 0 s"]
 
 
 # ---- the verdict
