@@ -80,7 +80,9 @@ def test_tasks_have_the_batch_shell_s_environment_where_sbatch_exports_none(
 ) -> None:
     option, shell = (["--export=NONE"], {}) if how == "option" else ([], {"SBATCH_EXPORT": "NONE"})
     command = ["sbatch", "--parsable", "--nodes=2", *option, f"--output={tmp_path}/out", "sbatch/grpo.sh"]
-    command += ["--run-dir", str(tmp_path / "run"), f"slurm.setup=[env > {tmp_path}/task-$SLURM_PROCID, exit 3]"]
+    tell = f"env > {tmp_path}/part-$SLURM_PROCID; mv {tmp_path}/part-$SLURM_PROCID {tmp_path}/task-$SLURM_PROCID"
+    wait = f"until test -e {tmp_path}/task-0 && test -e {tmp_path}/task-1; do sleep 0.1; done"  # one ends the other
+    command += ["--run-dir", str(tmp_path / "run"), f"slurm.setup=[{tell}, {wait}, exit 3]"]
     job = slurm_cluster.run(*command, env={**slurm_cluster.env, **shell}, cwd=PROJECT).stdout.strip()
     slurm_cluster.wait_for_job(job, ["FAILED"])
     for task in range(2):
