@@ -107,8 +107,8 @@ async def conduct(
 ) -> bool:
     """Run the recipe to its end (True) or until the run is to leave; lost trainers cost an attempt."""
     from forge_hpc.controller.frozen import FrozenProcesses
-    from forge_hpc.controller.generators import GeneratorPool
-    from forge_hpc.controller.session import background
+    from forge_hpc.controller.generators import GeneratorPool, NodeLost
+    from forge_hpc.controller.session import Session, background
 
     recoveries, faults = Recoveries(config.cluster.max_restarts), cluster.faults
 
@@ -123,51 +123,28 @@ async def conduct(
     if lending is not None:
         from forge_hpc.controller.lent import LentGenerators
 
-        where = lending.rendezvous, lending.address, log_dir
-        lent.append(LentGenerators(config, cluster, pool, *where, lambda num: status.update(lent=num)).run())
-    async with background(*lent):
-        return await _attempts(
-            crew, config, run_dir, log_dir, cluster, phases, terminal, leave, status, kept, node_lost
-        )
-
-
-async def _attempts(
-    crew: Crew,
-    config: Config,
-    run_dir: RunDir,
-    log_dir: Path,
-    cluster: Cluster,
-    phases: StartPhases,
-    terminal: Terminal,
-    leave: Leave,
-    status: StatusWriter,
-    kept: KeptMeshes | None,
-    node_lost: Callable[[int, str], None],
-) -> bool:
-    from forge_hpc.controller.generators import NodeLost
-    from forge_hpc.controller.session import Session
-
-    pool, frozen, faults = crew.pool, crew.frozen, cluster.faults
-    assert pool is not None
-    recoveries = pool.recoveries
+        door = lending.rendezvous, lending.address, log_dir
+        lent.append(LentGenerators(config, cluster, pool, *door, lambda num: status.update(lent=num)).run())
     done, number = False, 0
-    while not done and not leave.requested.is_set():
-        session = Session(config, run_dir, log_dir, cluster, pool, recoveries, leave, number, status, frozen, kept)
-        crew.session = session
-        session.phases = phases if number == 0 else None
-        faults.begin()
-        faults.watch_nodes(partial(on_ended_node, session, pool, frozen, node_lost))
-        try:
-            done = await attempt(session, pool, terminal, leave, status)
-        except NodeLost as error:
-            node_lost(error.node, str(error))
-        except ActorLost as error:
-            session.lose(str(error))
-            await session.abandon()
-            if not leave.requested.is_set():
-                recoveries.use_retry("trainers", "trainers", str(error))
-                status.update(message=f"recovering: {error}")
-        number += 1
+    async with background(*lent):
+        while not done and not leave.requested.is_set():
+            where = config, run_dir, log_dir, cluster, pool
+            session = Session(*where, recoveries, leave, number, status, crew.frozen, kept)
+            crew.session = session
+            session.phases = phases if number == 0 else None
+            faults.begin()
+            faults.watch_nodes(partial(on_ended_node, session, pool, crew.frozen, node_lost))
+            try:
+                done = await attempt(session, pool, terminal, leave, status)
+            except NodeLost as error:
+                node_lost(error.node, str(error))
+            except ActorLost as error:
+                session.lose(str(error))
+                await session.abandon()
+                if not leave.requested.is_set():
+                    recoveries.use_retry("trainers", "trainers", str(error))
+                    status.update(message=f"recovering: {error}")
+            number += 1
     return done
 
 

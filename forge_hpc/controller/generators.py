@@ -98,7 +98,7 @@ class GeneratorPool:
         self._kept = kept
         self.said: list[str] = []
         """What became of each kept engine, once it has been asked."""
-        self.recoveries = recoveries
+        self._recoveries = recoveries
         self._on_node_lost = on_node_lost
         self._tasks: set[asyncio.Task[None]] = set()
         self._spares = list(cluster.placement.spare_nodes)
@@ -260,7 +260,7 @@ class GeneratorPool:
         """Put another replica in the place of a lost one: on its node, or on a spare one where the node is lost."""
         start = time.monotonic()
         try:
-            self.recoveries.use_retry("generators", f"generator {index}", reason)
+            self._recoveries.use_retry("generators", f"generator {index}", reason)
             while True:
                 try:
                     await self._end(index)
@@ -277,7 +277,7 @@ class GeneratorPool:
                     self._slots[index].node = spare
                 except Exception as error:  # also of an engine that does not start: memory may be free a moment later
                     logger.warning("generator %d did not come back", index, exc_info=not isinstance(error, ActorLost))
-                    self.recoveries.use_retry("generators", f"generator {index}", reason_of(error))
+                    self._recoveries.use_retry("generators", f"generator {index}", reason_of(error))
             logger.info("generator %d is replaced after %.1f s", index, time.monotonic() - start)
         except Exception as error:
             logger.exception("generator %d cannot be replaced", index)

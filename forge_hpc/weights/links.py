@@ -74,7 +74,7 @@ class Link:
 
     def _exchange(self, data: torch.Tensor, is_open: Callable[[], bool]) -> None:
         limit_s = STALLED_S + data.numel() / SLOWEST_BYTES_PER_S
-        options = dist.BroadcastOptions()  # over sockets a third quicker than NCCL's send and receive
+        options = dist.BroadcastOptions()  # which, bare, is a third quicker over sockets than send and receive
         options.rootRank = _SENDER
         try:
             if self._device.type == "cpu":
