@@ -71,7 +71,8 @@ def test_a_run_is_joined_by_two_generators_and_loses_nothing_when_they_are_kille
     wait_for(lambda: status(run_dir)["lent"] == 2, "two lent generators", 300)
     shown = forge(slurm_cluster, "status", str(run_dir))
     assert f"lent       2 generators; job {job} RUNNING" in shown
-    wait_for(lambda: read(run_dir)[-1].get("generators/lent_share", 0) > 0, "work of theirs", 120)
+    wait_for(lambda: any(record.get("generators/serving") == 3 for record in read(run_dir)), "a step of all three", 150)
+    assert sum(record["generators/lent_share"] for record in read(run_dir)) > 0
 
     victims = [process for supervisor in lenders() for process in (supervisor, *supervisor.children(recursive=True))]
     assert len([process for process in victims if process.is_running()]) >= 6
@@ -83,7 +84,6 @@ def test_a_run_is_joined_by_two_generators_and_loses_nothing_when_they_are_kille
 
     metrics = read(run_dir)
     assert [record["step"] for record in metrics] == list(range(1, steps + 1))
-    assert max(record["generators/serving"] for record in metrics) == 3
     assert all(record["staleness/max"] <= 2 and record["episodes/failed"] == 0 for record in metrics)
     assert lost_prompts(run_dir, range(1, steps + 1), per_step) == 0
     assert [record["event"] for record in read(run_dir, "starts.jsonl")].count("begin") == 1
