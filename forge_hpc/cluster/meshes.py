@@ -24,6 +24,8 @@ from forge_hpc.config.split import Placement
 if TYPE_CHECKING:
     from monarch.actor import BootstrapCommand, HostMesh, Point, ProcMesh
 
+    from forge_hpc.workers.places import Place
+
 
 async def attach(worker_addresses: Sequence[str], own_address: str, timeout_s: float) -> HostMesh:
     """Connect to the Monarch workers at ``worker_addresses`` (``tls://host:port``, in node order).
@@ -96,6 +98,8 @@ class Cluster:
     """By node: what CUDA_VISIBLE_DEVICES calls its GPUs there."""
     log_dir: Path
     faults: Faults
+    other_nodes: Sequence[Place] = ()
+    """Where worker processes run, beside this one."""
 
     def spawn_trainers(self, name: str) -> ProcMesh:
         """One process a trainer rank, as one mesh with dimensions ``hosts`` and ``procs``."""

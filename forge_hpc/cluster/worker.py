@@ -1,12 +1,14 @@
 """The Monarch worker of a node: ``python -m forge_hpc.cluster.worker --rendezvous DIR --node N --address A``.
 
-It binds a port that the kernel chooses, publishes it, and serves until the controller shuts the host down.
+It binds a port that the kernel chooses, publishes it, and serves until the controller shuts the host down. On a node
+beside the controller's it also starts worker processes of rewards and environments (``workers.host``).
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,6 +42,15 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[str]:
     return [str(index) for index, _ in enumerate(driver.iterdir())] if driver.is_dir() else []
 
 
+def worker_host(address: str) -> tuple[str, int] | None:
+    """Where this node starts worker processes from now on; None where the job has no certificates."""
+    from forge_hpc.wire.tls import Certificates
+    from forge_hpc.workers.host import WorkerHost
+
+    certificates = Certificates.from_environment()
+    return None if certificates is None else (address, WorkerHost(address, certificates).port)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Serve this node until the controller shuts it down; never returns before."""
     parser = argparse.ArgumentParser(description="Monarch worker loop of one node.")
@@ -47,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--node", type=int, required=True)
     parser.add_argument("--address", required=True)
     parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--processes", action="store_true", help="start worker processes for the controller")
     args = parser.parse_args(argv)
     die_with_parent(args.parent)
     stand_by(f"worker-{args.node}")
@@ -59,9 +71,11 @@ def main(argv: list[str] | None = None) -> None:
     # authenticated by the certificates that HYPERACTOR_TLS_* name.
     loop = start_worker_loop_forever(address=endpoint, ca="trust_all_connections")
     record = {
+        "host": socket.gethostname(),
         "address": f"tls://{args.address}:{listening_port()}",
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpus": visible_gpus(),
+        "processes": worker_host(args.address) if args.processes else None,  # after Monarch, whose port is the only one
     }
     Rendezvous(args.rendezvous).publish(f"worker-{args.node}", record)
     loop.get()

@@ -143,7 +143,8 @@ class RewardConfig:
     says (``math``: 10, ``code``: 120, ``llm_judge``: 720), else learned: 5 times (async: ``concurrency`` times) the
     slowest of the last 1000 calls, from 1 to 10."""
     workers: int | None = setting(None, POSITIVE, resume=FREE)
-    """Processes that compute this reward. By default 1 for an async reward, else as many as cores, from 4 to 8."""
+    """Processes that compute this reward, over all nodes. By default 1 for an async reward (on each node for ``code``),
+    else on each node as many as cores, from 4 to 8."""
     concurrency: int | None = setting(None, POSITIVE, resume=FREE)
     """Calls that run at the same time in each process of an async reward. By default 64, or what its class says."""
     memory_gib: float | None = setting(None, POSITIVE, resume=FREE)
@@ -496,6 +497,9 @@ class ClusterConfig:
     max_restarts: int = setting(3, NOT_NEGATIVE)
     """How often something that failed (a generator, the trainers, the whole run) is started again without progress in
     between; being preempted is no failure."""
+    workers_on: str = setting("all", choices=("all", "first"))
+    """Nodes on which processes compute rewards and environments: all, or the first alone, as for what they reach by an
+    address of that node."""
     gpus_per_node: int | None = setting(None, NOT_NEGATIVE, resume=ROUNDING)
     """GPUs used on each node; 0 is the CPU; by default what the node has."""
     gpu_memory_gib: float | None = setting(None, POSITIVE)

@@ -32,6 +32,8 @@ from forge_hpc.status_writer import StatusWriter
 from forge_hpc.supervisor.ending import Cause
 from forge_hpc.supervisor.starts import StartLog
 from forge_hpc.user_files import check_files, keep_files
+from forge_hpc.wire.tls import Certificates
+from forge_hpc.workers.remote import OtherNode
 
 if TYPE_CHECKING:  # they load torch: only once the nodes have been joined
     from monarch.actor import HostMesh
@@ -282,7 +284,20 @@ def arrange(config: Config, nodes: Nodes, log_dir: Path, faults: Faults) -> Clus
     placement = plan(config, found if gpus is None else gpus)
     logger.info("attached to %d nodes\n%s", len(workers), placement.describe())
     cpus = min(worker["cpus"] for worker in workers)
-    return Cluster(nodes.hosts, placement, cpus, [worker["gpus"] for worker in workers], log_dir, faults)
+    gpu_names = [worker["gpus"] for worker in workers]
+    return Cluster(nodes.hosts, placement, cpus, gpu_names, log_dir, faults, other_nodes(config, workers))
+
+
+def other_nodes(config: Config, workers: Sequence[Mapping[str, Any]]) -> list[OtherNode]:
+    """Those that run rewards and environments, beside this one."""
+    certificates = Certificates.from_environment()
+    if config.cluster.workers_on == "first" or certificates is None:
+        return []
+    return [
+        OtherNode(f"node {node} ({worker['host']})", tuple(worker["processes"]), worker["cpus"], certificates)
+        for node, worker in enumerate(workers)
+        if worker["processes"] is not None
+    ]
 
 
 async def heartbeat(status: StatusWriter) -> None:

@@ -184,7 +184,7 @@ class Session:
         if self.needs.learns_from == "samples":
             self._prompts = await asyncio.to_thread(self._load_prompts)
         held_out = await asyncio.to_thread(self._load_held_out)
-        self._rewards = await RewardPool(self.config).start()
+        self._rewards = await self._reward_pool().start()
         self._on_close(self._rewards.close)
         environments = await self._start_environments()
         async with asyncio.TaskGroup() as tasks:
@@ -303,13 +303,16 @@ class Session:
         await self._generators.abort.fanout()
         return self._generators
 
+    def _reward_pool(self) -> RewardPool:
+        return RewardPool(self.config, others=self.cluster.other_nodes, warn=self.warn)
+
     async def _start_environments(self) -> Any:
         """The pool of ``environment``, None where there is none. Raises UserError where it cannot be loaded."""
         if self.config.environment.name is None:
             return None
         from forge_hpc.environments import EnvironmentPool
 
-        pool = await EnvironmentPool(self.config, warn=self.warn).start()
+        pool = await EnvironmentPool(self.config, warn=self.warn, others=self.cluster.other_nodes).start()
         self._on_close(pool.close)
         return pool
 
@@ -691,7 +694,7 @@ class Session:
         """With generators on the hardware that the trainers held."""
         await self.abandon()
         await self._start_generators(self.run_dir.export)
-        async with RewardPool(self.config) as rewards:
+        async with self._reward_pool() as rewards:
             held_out = await asyncio.to_thread(self._load_held_out)
             await self._evaluator_of(held_out, rewards, None).evaluate(self.step, more=loss)
 

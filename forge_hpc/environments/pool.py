@@ -2,6 +2,9 @@
 
 An environment that raises, hangs or blocks costs its episode, which the caller counts and leaves out. A worker in which
 one hangs takes no new environments and is killed when its others have ended, with all that they started.
+
+Where a run has several nodes the workers are on all of them, and an environment is opened where the fewest are. One
+whose node is lost is none of its own fault: its episode begins again elsewhere.
 """
 
 from __future__ import annotations
@@ -10,9 +13,8 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Self
@@ -22,18 +24,22 @@ from forge_hpc.config.schema import Config
 from forge_hpc.data.types import Prompt
 from forge_hpc.environments.agent import AgentResult
 from forge_hpc.environments.base import Opening, Step
+from forge_hpc.workers.places import THIS_NODE, Place
 from forge_hpc.workers.pool import WorkerPool
 from forge_hpc.workers.process import WorkerLost, WorkerProcess
 
 logger = logging.getLogger(__name__)
 _CLOSE_TIMEOUT_S = 10.0
+_MAX_WORKERS = 4
+"""Default number on a node, if it has so many cores."""
 
 
 class EnvironmentFailed(Exception):
     """An episode's environment gave no answer, and the episode must be left out.
 
-    ``kind`` is ``raised``, ``timeout``, ``died`` (its process ended), ``load`` (a process could not be started),
-    ``full`` (no room for another episode: EnvironmentFull) or ``reward`` (it never gave one).
+    ``kind`` is ``raised``, ``timeout``, ``died`` (its process ended), ``lost`` (its node did, or starts no process),
+    ``load`` (a process could not be started), ``full`` (no room for another episode: EnvironmentFull) or ``reward``
+    (it never gave one).
     """
 
     def __init__(self, message: str, kind: str = "raised", hint: str | None = None, limit: int | None = None) -> None:
@@ -53,18 +59,24 @@ class EnvironmentPool:
     """
 
     def __init__(
-        self, config: Config, num_workers: int | None = None, warn: Callable[[str], None] = logger.warning
+        self,
+        config: Config,
+        num_workers: int | None = None,
+        warn: Callable[[str], None] = logger.warning,
+        others: Sequence[Place] = (),
     ) -> None:
-        """``num_workers`` processes; by default as many as cores, 4 at most. ``warn`` tells the user."""
+        """``num_workers`` processes on this node, by default as many as cores, 4 at most; and as many on each of the
+        ``others``, by their cores. ``warn`` tells the user."""
         assert config.environment.name is not None
         self._warn = warn
         self._name, args = config.environment.name, dict(config.environment.args)
-        self._timeout_s = config.environment.timeout_s
+        self._timeout_s, self._endpoint_host = config.environment.timeout_s, config.environment.endpoint_host
         if self._name == "code":
             args.setdefault("sandbox", asdict(config.sandbox))
         load = {"do": "load", "name": self._name, "args": args}
         self._workers = WorkerPool("forge_hpc.environments.worker", f"the environment {self._name}", load)
-        self._hosts = [_Host(self._workers) for _ in range(num_workers or min(4, os.cpu_count() or 1))]
+        self._num_workers, self._others = num_workers, others
+        self._hosts = [_Host(self._workers) for _ in range(self._share(THIS_NODE))]
         self._turns: contextlib.AbstractAsyncContextManager[Any] = contextlib.nullcontext()
         """For each call, where the environment says how many there may be at once."""
         self._retired: list[_Host] = []
@@ -74,7 +86,8 @@ class EnvironmentPool:
         """Episodes that were let in and have not been closed."""
 
     async def start(self) -> Self:
-        """Start the workers. Raises UserError where the class cannot be loaded, or does not take its arguments."""
+        """Start the workers of this node; those of others follow. Raises UserError where the class cannot be loaded, or
+        does not take its arguments."""
         try:
             await asyncio.gather(*(host.started() for host in self._hosts))
         except BaseException:
@@ -85,7 +98,37 @@ class EnvironmentPool:
             self._turns = asyncio.Semaphore(concurrency)
         if (most := bounds["max_open_episodes"]) is not None:
             self._bounds.append(most)
+        for place in self._others if self._is_reached_from_others else ():
+            self._workers.create_task(self._start_at(place))
         return self
+
+    def _share(self, place: Place) -> int:
+        return self._num_workers or min(_MAX_WORKERS, place.num_cpus)
+
+    @property
+    def _is_reached_from_others(self) -> bool:
+        """Agents reach the policy by an address, which may be this node's alone."""
+        if not self.is_agent:
+            return True
+        from forge_hpc.endpoint.server import is_loopback
+
+        return not is_loopback(self._endpoint_host)
+
+    async def _start_at(self, place: Place) -> None:
+        """Start workers on another node, unless the first one shows that it cannot have these environments."""
+        first = _Host(self._workers, place)
+        try:
+            await first.started()
+        except UserError as error:
+            if not place.is_lost:
+                self._warn(f"{place.name} has no environments {self._name}, the other nodes do: {error}")
+            return
+        self._hosts += [first, *(_Host(self._workers, place) for _ in range(self._share(place) - 1))]
+
+    @property
+    def is_on_several_nodes(self) -> bool:
+        """Whether an episode whose process has died may be better off elsewhere."""
+        return any(host.place is not THIS_NODE for host in self._hosts)
 
     @property
     def is_agent(self) -> bool:
@@ -121,10 +164,18 @@ class EnvironmentPool:
         await self._workers.close()
 
     def _retire(self, host: _Host) -> None:
-        """No new environments for a worker that does not answer, or has ended; another takes its place."""
+        """No new environments for a worker that does not answer, or has ended; another takes its place, where its node
+        is not lost."""
         if host in self._hosts:
-            self._hosts[self._hosts.index(host)] = _Host(self._workers)
+            if host.place.is_lost:
+                self._hosts.remove(host)
+            else:
+                self._hosts[self._hosts.index(host)] = _Host(self._workers, host.place)
             self._retired.append(host)
+
+    def _leave_out(self, host: _Host) -> None:
+        """Its node starts no process."""
+        self._hosts = [other for other in self._hosts if other.place is not host.place]
 
     def _end(self, host: _Host, number: int) -> asyncio.Task[None]:
         """Close an environment. Nobody has to wait for it, but where there is a bound the next one needs its place."""
@@ -196,14 +247,19 @@ class RemoteEnvironment:
                 self._pool._learn_bound(error.limit)
             raise
         except UserError as error:
-            raise EnvironmentFailed(error.message, "load", error.hint) from None
+            if self._host.place is THIS_NODE:
+                raise EnvironmentFailed(error.message, "load", error.hint) from None
+            self._pool._leave_out(self._host)
+            raise EnvironmentFailed(error.message, "lost", error.hint) from None
         except TimeoutError:
+            lives = await self._host.place.answers()
             self._pool._retire(self._host)
             message = f"the environment took longer than {self._timeout_s:g} s over an episode"
-            raise EnvironmentFailed(message, "timeout") from None
+            raise EnvironmentFailed(message, "timeout" if lives else "lost") from None
         except WorkerLost as lost:
             self._pool._retire(self._host)
-            raise EnvironmentFailed(f"the environment's process {lost}", "died") from None
+            kind = "lost" if lost.with_node else "died"
+            raise EnvironmentFailed(f"the environment's process {lost}", kind) from None
 
 
 class Busy:
@@ -232,10 +288,10 @@ class Busy:
 
 
 class _Host:
-    """One place of the pool: a worker process, started when it is first needed, and the environments in it."""
+    """One seat of the pool: a worker process, started when it is first needed, and the environments in it."""
 
-    def __init__(self, workers: WorkerPool) -> None:
-        self._workers = workers
+    def __init__(self, workers: WorkerPool, place: Place = THIS_NODE) -> None:
+        self._workers, self.place = workers, place
         self._worker: WorkerProcess | None = None
         self._starting: asyncio.Task[None] | None = None
         self._environments = itertools.count()
@@ -284,5 +340,5 @@ class _Host:
             await self._worker.wait()
 
     async def _start(self) -> None:
-        self._worker, answer = await self._workers.start_worker()
+        self._worker, answer = await self._workers.start_worker(self.place)
         self.bounds = answer["value"]

@@ -31,6 +31,7 @@ class CodeReward:
     """
 
     timeout_s: ClassVar[float] = 120.0
+    per_node: ClassVar[bool] = True  # it computes with the cores of its node
 
     def __init__(
         self,

@@ -35,8 +35,9 @@ class Reward:
 
     @property
     def traits(self) -> dict[str, Any]:
-        """``is_async``; and ``timeout_s`` and ``concurrency``, None unless the reward has such an attribute."""
-        own = {name: getattr(self.function, name, None) for name in ("timeout_s", "concurrency")}
+        """``is_async``; and ``timeout_s``, ``concurrency`` and ``per_node``, None unless the reward has such an
+        attribute."""
+        own = {name: getattr(self.function, name, None) for name in ("timeout_s", "concurrency", "per_node")}
         numbers = {n: v if isinstance(v, int | float) and v > 0 else None for n, v in own.items()}
         return {**numbers, "is_async": self.is_async}
 

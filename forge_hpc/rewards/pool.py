@@ -11,7 +11,8 @@ import dataclasses
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from forge_hpc.config.errors import UserError
@@ -24,6 +25,7 @@ from forge_hpc.workers.channel import Answer
 
 if TYPE_CHECKING:
     from forge_hpc.data.types import Completion, Prompt
+    from forge_hpc.workers.places import Place
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +52,18 @@ class RewardPool:
             total, terms = await pool.score(prompt, completion)
     """
 
-    def __init__(self, config: Config, num_workers: int | None = None) -> None:
-        """``num_workers`` overrides each reward's ``workers``. Raises UserError for wrong arguments of inline ones."""
+    def __init__(
+        self,
+        config: Config,
+        num_workers: int | None = None,
+        others: Sequence[Place] = (),
+        warn: Callable[[str], None] = logger.warning,
+    ) -> None:
+        """``num_workers`` overrides each reward's ``workers``; ``others`` are the run's nodes beside this one, and
+        ``warn`` tells the user. Raises UserError for wrong arguments of inline ones."""
         rewards = [_with_sandbox(reward, config) for reward in config.reward]
-        self._terms = {label: _Term(reward, num_workers) for label, reward in _by_label(rewards).items()}
+        make = partial(_Term, num_workers=num_workers, others=others, warn=warn)
+        self._terms = {label: make(reward) for label, reward in _by_label(rewards).items()}
 
     async def start(self) -> Self:
         """Start a process of each reward that needs one and load the reward there; the other processes follow.
@@ -135,14 +145,16 @@ def _with_sandbox(reward: RewardConfig, config: Config) -> RewardConfig:
 class _Term:
     """One reward of the sum: in this process, or in its own."""
 
-    def __init__(self, config: RewardConfig, num_workers: int | None) -> None:
+    def __init__(
+        self, config: RewardConfig, num_workers: int | None, others: Sequence[Place], warn: Callable[[str], None]
+    ) -> None:
         self.config = config
         self.workers: RewardWorkers | None = None
         self._inline: Reward | None = None
         if config.name in INLINE_REWARDS:
             self._inline = _load_inline(config)
         else:
-            self.workers = RewardWorkers(config, num_workers)
+            self.workers = RewardWorkers(config, num_workers, others=others, warn=warn)
         self._worked = False
         self._failed: Counter[int] = Counter()
         """Failures until the first success, by the prompt's position."""

@@ -13,14 +13,18 @@ the process) nobody can tell which call it was, so each one that was waited for 
 Where nobody says how long a call may take, the limit is learned (``limit``), and one late call at a time is watched:
 its caller gives it up, but it runs on, beside the other workers. If it gives a value after all, the reward is slow and
 does not hang, and its limit is raised.
+
+Where a run has several nodes the workers are on all of them, and whichever is free gets the next call. A node that is
+lost takes nothing but the calls that ran there, which are made again elsewhere; and a call whose process dies on another
+node is tried once more on this one: it may be the node that is sick.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from forge_hpc.config.errors import UserError
@@ -28,6 +32,7 @@ from forge_hpc.config.schema import RewardConfig
 from forge_hpc.rewards.errors import RewardError
 from forge_hpc.rewards.limit import CallLimit
 from forge_hpc.workers.channel import Answer
+from forge_hpc.workers.places import THIS_NODE, Place
 from forge_hpc.workers.pool import WorkerPool
 from forge_hpc.workers.process import Call, WorkerLost, WorkerProcess
 
@@ -38,6 +43,8 @@ _CONCURRENCY = 64
 _CANCEL_GRACE_S = 2.0
 """From the cancellation of an async call to the end of its worker, if it is not cancelled by then."""
 _ISOLATING_WORKERS = 4
+_MIN_WORKERS, _MAX_WORKERS = 4, 8
+"""Default number on a node, by its cores, for a reward that is not async."""
 
 
 class RewardWorkers:
@@ -51,14 +58,22 @@ class RewardWorkers:
     """
 
     def __init__(
-        self, reward: RewardConfig, num_workers: int | None = None, isolated_within: CallLimit | None = None
+        self,
+        reward: RewardConfig,
+        num_workers: int | None = None,
+        isolated_within: CallLimit | None = None,
+        others: Sequence[Place] = (),
+        warn: Callable[[str], None] = logger.warning,
     ) -> None:
         """``num_workers`` overrides what the reward's configuration says. ``isolated_within`` means one call in a
-        worker, even of an async reward, and is their limit."""
+        worker, even of an async reward, and is their limit. ``others`` are nodes beside this one; ``warn`` tells of one
+        that cannot compute the reward."""
         self._reward = reward
         load = {"name": reward.name, "args": reward.args, "memory_gib": reward.memory_gib}
         self._pool = WorkerPool("forge_hpc.rewards.worker", f"the reward {reward.name}", load)
         self._num_workers = num_workers or reward.workers or 0
+        self._places: list[Place] = [THIS_NODE, *others]
+        self._warn = warn
         self._isolates = isolated_within is not None
         self._limit = isolated_within or CallLimit(reward.timeout_s)
         self._is_async = False
@@ -72,9 +87,10 @@ class RewardWorkers:
         """Those for calls that a worker was lost with, and nobody knows whose fault it was."""
 
     async def start(self, check: bool = True) -> None:
-        """Start a worker and have it load the reward and, with `check`, check it; the other workers follow.
+        """Start a worker and have it load the reward and, with `check`, check it; the other workers follow, the first
+        on each node checking it too.
 
-        Raises UserError where the reward cannot be loaded or its own check fails.
+        Raises UserError where the reward cannot be loaded or its own check fails on this node.
         """
         if self._starting is None:
             self._starting = self._pool.create_task(self._start(check))
@@ -86,6 +102,23 @@ class RewardWorkers:
         Raises RewardError where the call exceeds the limit, or its process dies or cannot be started.
         """
         await self.start(check=False)
+        while not self._closed:
+            try:
+                if (answer := await self._try(request)) is not None:
+                    return answer
+                break
+            except _NodeGone:
+                continue
+        if self._closed:
+            raise RewardError(f"reward {self._reward.name}: its process was ended", "died")
+        if self._isolated is None:
+            self._isolated = RewardWorkers(self._reward, _ISOLATING_WORKERS, isolated_within=self._limit)
+        return await self._isolated.call(request)
+
+    async def _try(self, request: dict[str, Any]) -> Answer | None:
+        """The answer of the next free worker; None where it was lost and that may not have been the call's fault.
+
+        Raises RewardError where it was, and _NodeGone."""
         worker = await self._next_free()
         is_first, started = worker.num_answered == 1, time.monotonic()
         limit_s = self._limit.seconds(is_first)
@@ -94,6 +127,8 @@ class RewardWorkers:
             call = worker.send(request)
             if await _is_answered(call, limit_s):
                 return self._learn(call, started, is_first)
+            if not await worker.place.answers():
+                raise _NodeGone
             is_watched = limit_s < self._limit.ceiling_s and not self._is_watching and not worker.ended
             if is_watched:
                 self._watch(worker, call, started, is_first)
@@ -101,7 +136,9 @@ class RewardWorkers:
                 limit = self._limit.describe(limit_s)
                 raise RewardError(f"reward {self._reward.name} took longer than {limit}", "timeout")
         except WorkerLost as lost:
-            if lost.num_calls == 1:
+            if lost.with_node:
+                raise _NodeGone from None
+            if lost.num_calls == 1 and worker.place is THIS_NODE:
                 raise RewardError(f"reward {self._reward.name}: its process {lost}", "died") from None
         except asyncio.CancelledError:
             if call is not None:
@@ -114,11 +151,7 @@ class RewardWorkers:
         finally:
             if not is_watched:
                 self._release(worker)
-        if self._closed:
-            raise RewardError(f"reward {self._reward.name}: its process was ended", "died")
-        if self._isolated is None:
-            self._isolated = RewardWorkers(self._reward, _ISOLATING_WORKERS, isolated_within=self._limit)
-        return await self._isolated.call(request)
+        return None
 
     async def close(self) -> None:
         """End all workers and everything that they started, and wait for it."""
@@ -136,9 +169,39 @@ class RewardWorkers:
                 self._concurrency = reward.concurrency or traits["concurrency"] or _CONCURRENCY
             self._limit = CallLimit(reward.timeout_s or traits["timeout_s"], self._concurrency)
         self._offer(worker)
-        num_workers = self._num_workers or (1 if is_async else max(4, min(8, os.cpu_count() or 1)))
-        for _ in range(num_workers - 1):
-            self._add()
+        here, *elsewhere = self._shares(is_async, bool(traits["per_node"]))
+        for _ in range(here - 1):
+            self._add(THIS_NODE)
+        for place, num in zip(self._places[1:], elsewhere, strict=True):
+            if num:
+                self._pool.create_task(self._start_at(place, num, check))
+
+    def _shares(self, is_async: bool, per_node: bool) -> list[int]:
+        """How many workers each place gets."""
+        num_places = len(self._places)
+        if self._num_workers:
+            share, more = divmod(self._num_workers, num_places)
+            return [share + (place < more) for place in range(num_places)]
+        if is_async:
+            return [1] + [int(per_node)] * (num_places - 1)
+        return [max(_MIN_WORKERS, min(_MAX_WORKERS, place.num_cpus)) for place in self._places]
+
+    async def _start_at(self, place: Place, num: int, check: bool) -> None:
+        """Start workers on another node, unless the first one shows that it cannot compute the reward."""
+        try:
+            worker, _ = await self._pool.start_worker(place, check=check)
+        except UserError as error:
+            self._leave_out(place, error)
+        else:
+            self._offer(worker)
+            for _ in range(num - 1):
+                self._add(place)
+
+    def _leave_out(self, place: Place, error: UserError) -> None:
+        if place in self._places:
+            self._places.remove(place)
+            if not place.is_lost:
+                self._warn(f"{place.name} computes no {self._reward.name}, the other nodes do: {error}")
 
     def _learn(self, call: Call, started: float, is_first: bool) -> Answer:
         """The answer to a call, whose time counts if it gave a value. Raises WorkerLost."""
@@ -165,7 +228,7 @@ class RewardWorkers:
         self._is_watching = True
         if self._concurrency == 1:
             worker.on_end = lambda: None
-            self._add()
+            self._add(worker.place)
 
         async def watch() -> None:
             try:
@@ -191,19 +254,28 @@ class RewardWorkers:
         if not worker.ended:
             self._free.put_nowait(worker)
 
-    def _add(self) -> None:
-        """Start one more worker, in the background."""
+    def _add(self, place: Place) -> None:
+        """Start one more worker, in the background: on a node, or on this one where that starts none. Those of a lost
+        node are missed only where it was said how many there are to be."""
 
-        async def add() -> None:
+        async def add(place: Place) -> None:
             try:
-                worker, _ = await self._pool.start_worker(check=False)
+                worker, _ = await self._pool.start_worker(place, check=False)
             except UserError as error:
-                self._free.put_nowait(RewardError(str(error), "load"))
+                if place is THIS_NODE:
+                    self._free.put_nowait(RewardError(str(error), "load"))
+                else:
+                    self._leave_out(place, error)
+                    self._add(place)
             else:
                 self._offer(worker)
 
+        if place.is_lost or place not in self._places:
+            if not self._num_workers:
+                return
+            place = THIS_NODE
         if not self._closed:
-            self._pool.create_task(add())
+            self._pool.create_task(add(place))
 
     def _offer(self, worker: WorkerProcess) -> None:
         for _ in range(self._concurrency):
@@ -213,8 +285,8 @@ class RewardWorkers:
             self._replace(worker)
 
     def _replace(self, worker: WorkerProcess) -> None:
-        if worker.num_asked > 1:
-            self._add()
+        if worker.num_asked > 1 or worker.place is not THIS_NODE:
+            self._add(worker.place)
         else:  # it died with nothing to do, as the next one may: the next call says so and starts another
             self._free.put_nowait(RewardError(f"a process of the reward {self._reward.name} died unused", "died"))
 
@@ -222,10 +294,14 @@ class RewardWorkers:
         while True:
             free = await self._free.get()
             if isinstance(free, RewardError):
-                self._add()
+                self._add(THIS_NODE)
                 raise free
             if not free.ended:
                 return free
+
+
+class _NodeGone(Exception):
+    """A call has gone with the node that it ran on."""
 
 
 async def _is_answered(call: Call, within_s: float) -> bool:

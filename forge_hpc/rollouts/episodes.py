@@ -57,14 +57,19 @@ class Admission:
     async def admit(
         self, prompt: Prompt, slot: Slot, play: Callable[[], Awaitable[Episode]]
     ) -> Episode | EnvironmentFailed:
-        """An episode, or why there is none. One that the environment has no room for waits and tries again."""
+        """An episode, or why there is none. One that the environment has no room for waits and tries again; and so does
+        one that was lost with its node, or, once, with its process where there are other nodes."""
         delay_s, longest_s = _RETRY_S
+        has_died = False
         while True:
             await slot.acquire()
             try:
                 return await play()
             except EnvironmentFailed as error:
-                if error.kind != "full" or self._is_hopeless():
+                is_elsewhere = error.kind == "lost"
+                if error.kind == "died" and not has_died and self._environments.is_on_several_nodes:
+                    is_elsewhere = has_died = True
+                if not is_elsewhere and (error.kind != "full" or self._is_hopeless()):
                     if error.kind not in self._warned:  # the rest is in metrics.jsonl
                         self._warned.add(error.kind)
                         logger.warning("an episode of prompt %d is left out: %s", prompt.position, error)

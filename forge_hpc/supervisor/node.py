@@ -128,6 +128,7 @@ class Node:
         node = self.allocation.node_id
         command = [sys.executable, "-m", "forge_hpc.cluster.worker", "--rendezvous", str(rendezvous.directory)]
         command += ["--node", str(node), "--address", address, "--parent", str(os.getpid())]
+        command += ["--processes"] if node > 0 else []
         with (log_dir / f"worker-{node}.log").open("ab") as log:
             return subprocess.Popen(
                 ignoring_signals(command),

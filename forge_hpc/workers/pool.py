@@ -1,6 +1,7 @@
 """Worker processes that have loaded the same thing, a reward or a class of environments.
 
     pool ──► keeper ──► worker ──► whatever a user's code starts      (one of these for each worker)
+     └──TLS──► host ──► keeper ──► worker ──► …                       (on another node: ``remote``, ``host``)
 
 The pool starts them, knows them, and ends them with all that is below them; where the pool's own process is killed,
 their keepers do. Which of them gets a call, and what becomes of one that is late, is up to those who call.
@@ -14,6 +15,7 @@ from typing import Any
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.workers.channel import Answer
+from forge_hpc.workers.places import THIS_NODE, Place
 from forge_hpc.workers.process import WorkerLost, WorkerProcess
 
 _START_TIMEOUT_S = 120.0
@@ -36,15 +38,15 @@ class WorkerPool:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closed = False
 
-    async def start_worker(self, **more: Any) -> tuple[WorkerProcess, Answer]:
-        """A worker that has loaded, and its answer to that; ``more`` is added to the request.
+    async def start_worker(self, place: Place = THIS_NODE, **more: Any) -> tuple[WorkerProcess, Answer]:
+        """A worker on a node that has loaded, and its answer to that; ``more`` is added to the request.
 
         Raises UserError where the system has no process to give, the worker cannot load, or the pool is closed.
         """
         if self._closed:
             raise UserError(f"a process for {self._what} cannot be started: the run is ending")
         try:
-            worker = await WorkerProcess.start(self._module)
+            worker = await WorkerProcess.start(self._module, place)
         except OSError as error:
             raise UserError(f"a process for {self._what} cannot be started: {error}") from None
         self._workers.add(worker)

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import os
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
 from forge_hpc.workers.channel import Answer, frame
-
-_END_TIMEOUT_S = 10.0
-_MAX_LINE_BYTES = 1 << 26
-"""Of an answer."""
+from forge_hpc.workers.link import Link
+from forge_hpc.workers.places import THIS_NODE, Place
 
 
 class WorkerLost(Exception):
     """A worker process ended before it answered. ``num_calls`` of them were running in it."""
 
-    def __init__(self, cause: str, num_calls: int) -> None:
+    def __init__(self, cause: str, num_calls: int, with_node: bool = False) -> None:
+        """``with_node``: its node is gone, which is no fault of theirs."""
         super().__init__(cause)
-        self.num_calls = num_calls
+        self.num_calls, self.with_node = num_calls, with_node
 
 
 @dataclass(frozen=True)
@@ -47,36 +43,26 @@ class WorkerProcess:
         await worker.wait()
     """
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        """Takes over `process`; ``start`` makes one."""
+    def __init__(self, link: Link, place: Place = THIS_NODE) -> None:
+        """Takes over what is at the other end of `link`; ``start`` makes one."""
+        self.place = place
         self.ended = False
         """No call can be answered any more."""
         self.on_end: Callable[[], None] = lambda: None
         """Called once, when ``ended`` becomes true."""
-        self._process = process
+        self._link = link
         self._calls: dict[int, asyncio.Future[Answer]] = {}
         self.num_asked = self.num_answered = 0
         """Requests so far, the one to load something included, and answers."""
         self._reading = asyncio.create_task(self._read())
 
     @classmethod
-    async def start(cls, module: str) -> Self:
-        """Start ``python -m module``, which ``keep``s itself and makes a ``Channel``, one CPU core at a time.
+    async def start(cls, module: str, place: Place = THIS_NODE) -> Self:
+        """Start ``python -m module`` on a node.
 
-        Raises OSError where the system has no process to give.
+        Raises OSError where the system has no process to give, or the node does not answer.
         """
-        return cls(
-            await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                module,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                limit=_MAX_LINE_BYTES,
-                start_new_session=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
-            )
-        )
+        return cls(await place.open(module), place)
 
     @property
     def num_calls(self) -> int:
@@ -99,18 +85,12 @@ class WorkerProcess:
             self._write({"cancel": call.number})
 
     def _write(self, message: dict[str, Any]) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(frame(message))
+        self._link.write(frame(message))
 
     def kill(self) -> None:
         """End the process and all that it started, at once; ``wait`` waits for it."""
         self._end()
-        with contextlib.suppress(ProcessLookupError):
-            self._process.terminate()  # its keeper does the rest
-        # One that is still starting ignores the signal, as this process does; its keeper will find nobody here.
-        assert self._process.stdin is not None
-        if not self._process.stdin.transport.is_closing():
-            self._process.stdin.transport.abort()
+        self._link.kill()
 
     async def wait(self) -> None:
         """Wait until the process has ended and all calls know it."""
@@ -122,33 +102,24 @@ class WorkerProcess:
             self.on_end()
 
     async def _read(self) -> None:
-        assert self._process.stdout is not None
         try:
-            while line := await self._process.stdout.readline():
+            while line := await self._link.readline():
                 answer = json.loads(line)
                 call = self._calls.pop(answer["id"])
                 self.num_answered += 1
                 if not call.done():  # given up
                     call.set_result(answer)
-            cause = "ended"
+            cause = ""
         except (ValueError, KeyError, TypeError):
             cause = "wrote into the pool's own pipe"
             self.kill()
         self._end()
-        status = await self._join()
-        lost = WorkerLost(_describe_exit(status) if cause == "ended" else cause, len(self._calls))
+        status = await self._link.wait()
+        cause = f"was lost with {self.place.name}" if status is None else cause or _describe_exit(status)
+        lost = WorkerLost(cause, len(self._calls), with_node=status is None)
         for call in self._calls.values():
             if not call.done():
                 call.set_exception(lost)
-
-    async def _join(self) -> int:
-        try:
-            async with asyncio.timeout(_END_TIMEOUT_S):
-                return await self._process.wait()
-        except TimeoutError:  # its keeper is stopped or stuck
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            return await self._process.wait()
 
 
 def _describe_exit(status: int) -> str:

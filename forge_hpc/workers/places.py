@@ -1,0 +1,53 @@
+"""Where worker processes run: on the controller's node, and on the other nodes of the run."""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol
+
+from forge_hpc.workers.link import Link, Pipes
+
+
+class Place(Protocol):
+    """A node, seen from the controller."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    @property
+    def num_cpus(self) -> int:
+        """CPU cores."""
+
+    @property
+    def is_lost(self) -> bool:
+        """No process can be started there any more, and those that ran there are gone."""
+
+    async def open(self, module: str) -> Link:
+        """Start ``python -m module`` there. Raises OSError."""
+
+    async def answers(self) -> bool:
+        """Whether the node still lives; asked where a process of it is silent. One that does not is lost."""
+
+
+class ThisNode:
+    """The controller's own, which is lost with it alone."""
+
+    name = "this node"
+    is_lost = False
+
+    @property
+    def num_cpus(self) -> int:
+        """CPU cores."""
+        return os.cpu_count() or 1
+
+    async def open(self, module: str) -> Link:
+        """As ``Place``."""
+        return await Pipes.open(module)
+
+    async def answers(self) -> bool:
+        """It does."""
+        return True
+
+
+THIS_NODE = ThisNode()

@@ -1,0 +1,131 @@
+"""Worker processes on another node of the run, which its Monarch worker starts (``host``): a TLS stream each.
+
+A node that ends a stream without having told how the process ended, or does not answer for ``ANSWER_S``, is lost, with
+all that ran there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import struct
+
+from forge_hpc.wire.tls import Certificates, prepare
+from forge_hpc.workers.link import END_TIMEOUT_S, MAX_LINE_BYTES, Link
+
+logger = logging.getLogger(__name__)
+
+ANSWER_S = 20.0
+"""A node that starts no process and answers no question for so long is lost."""
+STATUS, STARTED = b"\0", b"ok\n"
+END = struct.pack("<Q", 0)
+"""In place of a request's length: end the process."""
+
+
+class OtherNode:
+    """Another node of the run, by the address at which its ``WorkerHost`` listens."""
+
+    def __init__(self, name: str, where: tuple[str, int], num_cpus: int, certificates: Certificates) -> None:
+        self.name, self.num_cpus, self.is_lost = name, num_cpus, False
+        self._where = where
+        self._context = certificates.client()
+        self._streams: set[_Stream] = set()
+
+    async def open(self, module: str) -> Link:
+        """Start ``python -m module`` there. Raises OSError: the node is lost, or says why it cannot."""
+        if self.is_lost:
+            raise OSError(f"{self.name} is lost")
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                reader, writer, said = await self._ask(module)
+        except OSError as error:  # also TimeoutError
+            self.lose(f"it starts no process: {error or type(error).__name__}")
+            raise OSError(f"{self.name} does not answer") from error
+        if said != STARTED:
+            writer.close()
+            raise OSError(said.decode().strip() or f"{self.name} ended the connection")
+        stream = _Stream(self, reader, writer)
+        self._streams.add(stream)
+        return stream
+
+    async def answers(self) -> bool:
+        """As ``Place``."""
+        if self.is_lost:
+            return False
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                _, writer, said = await self._ask("")
+        except OSError as error:
+            said = b""
+            self.lose(f"it does not answer: {error or type(error).__name__}")
+        else:
+            writer.close()
+        return said == STARTED
+
+    def lose(self, reason: str) -> None:
+        """Everything there is gone; those that wait for it are told."""
+        if not self.is_lost:
+            self.is_lost = True
+            logger.warning("%s is lost, what it was asked is asked elsewhere: %s", self.name, reason)
+            for stream in list(self._streams):
+                stream.abort()
+
+    def forget(self, stream: _Stream) -> None:
+        """It has ended."""
+        self._streams.discard(stream)
+
+    async def _ask(self, module: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, bytes]:
+        host, port = self._where
+        reader, writer = await asyncio.open_connection(host, port, ssl=self._context, limit=MAX_LINE_BYTES)
+        try:
+            prepare(writer.get_extra_info("socket"))
+            writer.write(f"{module}\n".encode())
+            return reader, writer, await reader.readline()
+        except BaseException:
+            writer.transport.abort()
+            raise
+
+
+class _Stream:
+    """To one process."""
+
+    def __init__(self, node: OtherNode, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._node, self._reader, self._writer = node, reader, writer
+        self._status: int | None = None
+        self._giving_up: asyncio.TimerHandle | None = None
+
+    def write(self, data: bytes) -> None:
+        self._writer.write(data)
+
+    async def readline(self) -> bytes:
+        try:
+            line = await self._reader.readline()
+        except OSError:
+            return b""
+        if line.startswith(STATUS):  # no answer begins with it
+            self._status = int(line[1:])
+            return b""
+        return line
+
+    def kill(self) -> None:
+        if self._giving_up is None:
+            self.write(END)
+            self._giving_up = asyncio.get_running_loop().call_later(2 * END_TIMEOUT_S, self.abort)
+
+    def abort(self) -> None:
+        self._writer.transport.abort()
+
+    async def wait(self) -> int | None:
+        while self._status is None:
+            try:
+                if not await self.readline():
+                    break
+            except ValueError:  # too long
+                continue
+        self._node.forget(self)
+        self._writer.close()
+        if self._giving_up is not None:
+            self._giving_up.cancel()
+        elif self._status is None:
+            self._node.lose("a connection has ended")
+        return self._status
