@@ -147,8 +147,11 @@ def pattern_of(key: str) -> str:
 def unexplained_metrics(run_dir: Path) -> set[str]:
     """What a run has written, and docs/metrics.md does not explain."""
     known = re.compile("|".join(map(pattern_of, explained_metrics())))
-    records = [*read(run_dir), *read(run_dir, "evaluations.jsonl")]
-    return {key for record in records for key in record if not known.fullmatch(key)}
+    keys = {key for record in read(run_dir) for key in record}
+    keys |= {
+        key.rpartition("/")[2] for record in read(run_dir, "evaluations.jsonl") for key in record
+    }  # sets have a label
+    return {key for key in keys if not known.fullmatch(key)}
 
 
 def check_contract(run_dir: Path, steps: int) -> None:

@@ -443,7 +443,7 @@ class Records:
 
 @pytest.mark.parametrize("num_failed", [1, 3])
 def test_an_evaluation_counts_what_failed_and_says_so_where_that_is_most_of_it(config: Config, num_failed: int) -> None:
-    from forge_hpc.evaluation.evaluator import Evaluator
+    from forge_hpc.evaluation.evaluator import Evaluator, HeldOutSet
 
     class Player:
         async def stream(self, prompts: list[Prompt], *_: Any, key: int) -> Any:
@@ -458,7 +458,8 @@ def test_an_evaluation_counts_what_failed_and_says_so_where_that_is_most_of_it(c
     async def evaluate() -> Records:
         records, prompts, one = Records(), [prompt_of(place) for place in range(4)], [None]
         async with RewardPool(config) as rewards:
-            evaluator = Evaluator(config, prompts, one, rewards, Player(), records, records.warn, lambda text: None)  # type: ignore[arg-type]
+            sets = [HeldOutSet("", prompts, rewards)]
+            evaluator = Evaluator(config, sets, one, Player(), records, records.warn, lambda text: None)  # type: ignore[arg-type]
             assert (await evaluator.evaluate(0))["num_failed"] == num_failed
         return records
 

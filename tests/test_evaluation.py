@@ -8,18 +8,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from forge_hpc.config import UserError, load_config, plan, validate
+from forge_hpc.config import Config, UserError, load_config, plan, read_config, save_config, validate
 from forge_hpc.config.schema import LoggingConfig
+from forge_hpc.config.sources import held_out_sets
+from forge_hpc.data.builtin import char_tokenizer
+from forge_hpc.data.prompts import evaluation_prompts
+from forge_hpc.data.types import HELD_OUT
 from forge_hpc.evaluation.figures import (
     Graded,
     bootstrap_interval,
     evaluation_seed,
+    figures_of_sets,
     greedy_figures,
+    loss_figures,
     pass_at_k,
     sampled_figures,
     wilson_interval,
 )
 from forge_hpc.generation.seeds import sample_seed
+from forge_hpc.hub.assets import assets_of
 from forge_hpc.observability.logger import MetricLogger
 from forge_hpc.observability.report import render_report
 from forge_hpc.observability.summary import final_summary
@@ -93,6 +100,25 @@ def test_sampled_figures_are_means_over_prompts():
     assert figures["reward_sampled"] == pytest.approx(2 / 7)
 
 
+def test_each_of_several_sets_has_its_figures_beside_those_of_all_prompts():
+    labels, greedy = ["a", "b", "a", "b", "b"], [[RIGHT], [WRONG], [RIGHT], [RIGHT], [WRONG]]
+    sampled = [[RIGHT, WRONG], [WRONG, WRONG], [RIGHT, RIGHT], [WRONG, WRONG], [WRONG, RIGHT]]
+    figures = figures_of_sets(labels, greedy, sampled, (1,), seed=3)
+    assert (figures["accuracy"], figures["a/accuracy"], figures["b/accuracy"]) == (0.6, 1.0, pytest.approx(1 / 3))
+    assert (figures["pass@1"], figures["a/pass@1"], figures["b/pass@1"]) == (0.4, 0.75, pytest.approx(1 / 6))
+    assert (figures["a/num_prompts"], figures["b/num_prompts"]) == (2, 3)
+    own = greedy_figures([RIGHT, RIGHT]) | sampled_figures([sampled[0], sampled[2]], (1,), 3)
+    assert {key: figures[f"a/{key}"] for key in own} == own
+    only = figures_of_sets([""] * 5, greedy, sampled, (1,), seed=3)
+    assert only == greedy_figures([one for [one] in greedy]) | sampled_figures(sampled, (1,), 3)
+
+
+def test_the_loss_of_several_sets_is_a_mean_over_all_their_tokens():
+    assert loss_figures({"": (1.5, 7, 2)}) == {"loss": 1.5, "num_documents": 2}
+    figures = loss_figures({"a": (1.0, 30, 2), "b": (2.0, 10, 1)})
+    assert (figures["loss"], figures["a/loss"], figures["b/loss"], figures["num_documents"]) == (1.25, 1.0, 2.0, 3)
+
+
 def test_evaluations_have_seeds_of_their_own():
     seeds = {evaluation_seed(run, step) for run in range(20) for step in range(20)}
     training = {sample_seed(run, place, sample) for run in range(20) for place in range(20) for sample in range(8)}
@@ -100,10 +126,56 @@ def test_evaluations_have_seeds_of_their_own():
 
 
 # ---------------------------------------------------------------------------------------------------- configuration
+SETS = ["evaluation.num_prompts=9", "evaluation.sets=[{label: a, path: 'builtin:addition'}, {label: b, path: org/hub}]"]
+
+
+def test_a_held_out_set_takes_from_data_what_it_leaves_out(tmp_path: Path):
+    changes = ["data.system_prompt=Think.", "data.name=main", "evaluation.sets.1.num_prompts=3", "data.eval_split=dev"]
+    cfg = load_config(
+        None, [*SETS, *changes, "evaluation.sets.0.split=hard", "evaluation.sets.0.reward=[{name: math}]"]
+    )
+    validate(cfg)
+    a, b = held_out_sets(cfg)
+    assert (a.label, a.num_prompts, a.data.eval_path, a.data.eval_split) == ("a", 9, "builtin:addition", "hard")
+    assert [reward.name for reward in a.rewards] == ["math"] and not b.rewards
+    assert (b.num_prompts, b.data.eval_path, b.data.eval_split, b.data.system_prompt) == (3, "org/hub", "dev", "Think.")
+    assert b.data.name is None and {str(asset) for asset in assets_of(cfg)} == {"data set org/hub"}
+    save_config(cfg, tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml") == cfg
+    assert held_out_sets(load_config(None)) == []
+
+
+def test_prompts_of_several_sets_have_positions_apart():
+    config = Config()
+    examples = [{"question": f"{i}?", "answer": "1"} for i in range(3)]
+    config.data.chat_template = False
+    tokenizer = char_tokenizer()
+    positions = [
+        [prompt.position for prompt in evaluation_prompts(examples, tokenizer, config, 3, number)]
+        for number in (0, 1, 63)
+    ]
+    assert positions[0] == [HELD_OUT, HELD_OUT + 1, HELD_OUT + 2] and len({p for s in positions for p in s}) == 9
+    assert positions[2][-1] < 2 * HELD_OUT
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
         (["evaluation.samples=4"], "evaluation.num_prompts=0 switches evaluation off"),
+        (
+            ["evaluation.sets=[{label: a, path: 'builtin:addition'}]"],
+            "evaluation.num_prompts=0 switches evaluation off",
+        ),
+        ([*SETS, "evaluation.sets.1.label=a"], "two of evaluation.sets have the label 'a'"),
+        ([*SETS, "evaluation.sets.1.label=a/b"], "evaluation.sets.1.label is 'a/b'"),
+        (["evaluation.num_prompts=9", "evaluation.sets=[{label: a}]"], "evaluation.sets.0 has no path"),
+        ([*SETS, "evaluation.sets.1.path=nowhere.jsonl"], "evaluation.sets.1.path: no such file: nowhere.jsonl"),
+        ([*SETS, "evaluation.sets.1.reward=[{name: exat}]"], "evaluation.sets.1.reward.0.name is 'exat'"),
+        ([*SETS, "evaluation.sets.1.reward=[{name: exact}, {name: exact}]"], "reward 'exact' is given twice"),
+        (
+            [*SETS, "evaluation.interval=5", "checkpoint.best=c/accuracy"],
+            "of a held-out set that evaluation.sets does not",
+        ),
         (["recipe=eval"], "does nothing else"),
         (["evaluation.num_prompts=9", "evaluation.k=[1, 4]"], "evaluation.k is for sampled answers"),
         (["evaluation.num_prompts=9", "evaluation.temperature=1"], "evaluation.temperature is for sampled answers"),
@@ -159,3 +231,15 @@ def test_the_evaluations_of_a_training_have_a_line_each(tmp_path: Path):
         logger.log_evaluation(5, greedy_figures([RIGHT, RIGHT]))
     run_dir.write_status(state="running", step=5)
     assert "| 5    | 1.000 (0.342 to 1.000) |  1.000 |" in render_report(run_dir)
+
+
+def test_report_and_status_show_the_accuracy_of_each_set(tmp_path: Path):
+    run_dir = RunDir(tmp_path / "run").create()
+    figures = figures_of_sets(["gsm8k", "math"], [[RIGHT], [WRONG]], [], (), 0)
+    with MetricLogger(run_dir, LoggingConfig(console="none")) as logger:
+        logger.log_evaluation(0, figures)
+        logger.log_evaluation(5, figures)
+    run_dir.write_status(state="running", step=5)
+    report = render_report(run_dir)
+    assert " gsm8k/accuracy |" in report and " math/accuracy |" in report and " 1.000 (0.207 to 1.000) |" in report
+    assert "accuracy 0.500  gsm8k/accuracy 1.000  math/accuracy 0.000  after step 5" in render_status(run_dir)

@@ -30,7 +30,7 @@ def completion(text: str, index: int = 0) -> Completion:
 
 def collect(limit: int, num_samples: int, tell=lambda text: None) -> Answers:
     """Three prompts, answered in another order than theirs; the last one's greedy answer failed."""
-    found = Answers(5, 3, num_samples, limit, lambda *counts: None, tell)
+    found = Answers(5, ["", "", ""], num_samples, limit, lambda *counts: None, tell)
     for place in (2, 0, 1):
         for sample in [*range(num_samples), None]:
             if place == 2 and sample is None:
@@ -54,6 +54,16 @@ def test_answers_are_kept_in_order_whole_prompts_at_a_time_up_to_the_bound() -> 
     }
     assert records[0] == first
     assert collect(limit=0, num_samples=0).records() == []
+
+
+def test_of_each_of_several_sets_as_many_answers_are_kept() -> None:
+    found = Answers(5, ["a", "a", "a", "b", "b"], 1, 4, lambda *counts: None, lambda text: None)
+    for place in range(5):
+        for sample in (None, 0):
+            found.add(place, sample, prompt(place), completion("7"), Graded(True, 1.0))
+    assert [(r["set"], r["position"], r["sample"]) for r in found.records()] == [
+        ("a", 0, None), ("a", 0, 0), ("b", 3, None), ("b", 3, 0)
+    ]  # fmt: skip
 
 
 def test_an_answer_that_failed_is_kept_with_its_reason() -> None:

@@ -451,12 +451,39 @@ class CheckpointConfig:
 
 
 @dataclass
+class HeldOutConfig:
+    """One of several held-out sets. What is null is as in ``data``, but for ``name``."""
+
+    label: str = ""
+    """What its figures are called: ``label/accuracy``."""
+    path: str = setting("", path=True)
+    """As ``data.path``."""
+    name: str | None = None
+    """The dataset's configuration name, where it has several."""
+    split: str | None = None
+    """By default ``data.eval_split``."""
+    prompt_field: str | None = None
+    """Field that holds the prompt."""
+    target_field: str | None = None
+    """Field that holds the reference answer."""
+    system_prompt: str | None = None
+    """System message put before each prompt."""
+    num_prompts: int | None = setting(None, POSITIVE)
+    """Its first so many prompts; by default ``evaluation.num_prompts``."""
+    reward: list[RewardConfig] = field(default_factory=list)
+    """Rewards that grade its answers, in place of the run's."""
+
+
+@dataclass
 class EvaluationConfig:
     interval: int = setting(0, NOT_NEGATIVE)
     """Evaluate every so many steps, besides before the first and after the last one: by answers to held-out prompts, in
     SFT by the loss on held-out documents; 0 evaluates only then (SFT: only at the end)."""
     num_prompts: int = setting(0, NOT_NEGATIVE)
     """Held-out prompts (SFT: documents) of an evaluation, the first of ``data.eval_split``; 0 switches it off."""
+    sets: list[HeldOutConfig] = field(default_factory=list)
+    """Several held-out sets in place of ``data.eval_split``, an accuracy each; ``accuracy`` is then that of all their
+    prompts together."""
     samples: int = setting(0, NOT_NEGATIVE)
     """Answers sampled for each prompt, for pass@k; 0 is greedy decoding alone."""
     k: list[int] = field(default_factory=lambda: [1])

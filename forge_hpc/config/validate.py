@@ -10,7 +10,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from forge_hpc.config.needs import Needs, check_models
 from forge_hpc.config.recipes import load_recipe, needs_of
 from forge_hpc.config.registry import DATA, ENVIRONMENTS, LORA_TARGETS, LOSSES, MODELS
 from forge_hpc.config.rewards import check_reward
-from forge_hpc.config.schema import Config, DataConfig
-from forge_hpc.config.sources import data_sources, find_field
+from forge_hpc.config.schema import Config, DataConfig, RewardConfig
+from forge_hpc.config.sources import MAX_SETS, data_sources, find_field, held_out_sets
 from forge_hpc.config.split import plan
 from forge_hpc.config.user_code import find_user_code
 
@@ -251,11 +251,19 @@ def _check_evaluation(cfg: Config) -> None:
             f"checkpoint.best={cfg.checkpoint.best} compares evaluations, and there are none while the run trains",
             "set evaluation.interval and evaluation.num_prompts",
         )
-    if not e.num_prompts and e.samples:
+    label, slash, _ = (cfg.checkpoint.best or "").rpartition("/")
+    if slash and label not in [one.label for one in e.sets]:
         raise UserError(
-            f"evaluation.num_prompts=0 switches evaluation off, and evaluation.samples is {e.samples}",
+            f"checkpoint.best={cfg.checkpoint.best} is of a held-out set that evaluation.sets does not name",
+            f"it names {', '.join(one.label for one in e.sets) or 'none'}",
+        )
+    given = "samples" if e.samples else "sets" if e.sets else None
+    if not e.num_prompts and given:
+        raise UserError(
+            f"evaluation.num_prompts=0 switches evaluation off, and evaluation.{given} is given",
             "set evaluation.num_prompts to the number of held-out prompts",
         )
+    _check_held_out_sets(cfg)
     if not e.samples:
         given = "k" if e.k != [1] else "temperature" if e.temperature is not None else None
         if given:
@@ -274,6 +282,25 @@ def _check_evaluation(cfg: Config) -> None:
             f"a temperature of 0 is greedy: all evaluation.samples={e.samples} answers to a prompt would be equal",
             "set evaluation.temperature above 0, or evaluation.samples=0",
         )
+
+
+def _check_held_out_sets(cfg: Config) -> None:
+    labels = [one.label for one in cfg.evaluation.sets]
+    if len(labels) > MAX_SETS:
+        raise UserError(f"evaluation.sets has {len(labels)} sets, which is more than {MAX_SETS}", "join some of them")
+    for i, one in enumerate(cfg.evaluation.sets):
+        key = f"evaluation.sets.{i}"
+        if not one.path:
+            raise UserError(f"{key} has no path", "give the path of the data, as in data.path")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", one.label):
+            raise UserError(
+                f"{key}.label is {one.label!r}", "it names figures: letters, digits, '.', '_' and '-'; such as gsm8k"
+            )
+        if labels.index(one.label) != i:
+            raise UserError(
+                f"two of evaluation.sets have the label {one.label!r}", "their figures need names of their own"
+            )
+        _check_given_once(one.reward)
 
 
 def _check_lengths(cfg: Config, needs: Needs) -> None:
@@ -366,7 +393,11 @@ def _check_sandbox(cfg: Config) -> None:
 def _check_reward_names(cfg: Config, needs: Needs) -> None:
     if needs.rewards and not cfg.reward and cfg.environment.name is None:
         raise UserError("no reward is given", "write `reward: [{name: exact}]`")
-    names = [reward.name for reward in cfg.reward]
+    _check_given_once(cfg.reward)
+
+
+def _check_given_once(rewards: Sequence[RewardConfig]) -> None:
+    names = [reward.name for reward in rewards]
     for i, name in enumerate(names):
         if names.index(name) != i:
             raise UserError(
@@ -388,7 +419,8 @@ def check_environment(cfg: Config, *, check_paths: bool = True) -> None:
         _check_name("environment.name", name, ENVIRONMENTS)
     elif not place or not cls.isidentifier():
         raise UserError(f"environment.name is {name!r}", "write package.module:Class or file.py:Class")
-    if any(reward.name.rpartition(":")[2] == "environment" for reward in cfg.reward):
+    rewards = [*cfg.reward, *(reward for one in cfg.evaluation.sets for reward in one.reward)]
+    if any(reward.name.rpartition(":")[2] == "environment" for reward in rewards):
         raise UserError("a reward is called 'environment', as what the environment gives is", "rename its function")
     if check_paths and place.endswith(".py"):
         find_user_code("environment.name", Path(place).expanduser(), cls)
@@ -486,7 +518,10 @@ def _check_dimensions(cfg: Config, directory: Path, needs: Needs) -> None:
 def _check_data(cfg: Config) -> None:
     for key, data, _ in data_sources(cfg.data):
         _check_examples(f"{key}.path", data.path, data.split, data)
-    if cfg.data.eval_path is not None:
+    if cfg.evaluation.sets:
+        for one in held_out_sets(cfg):
+            _check_examples(one.key, one.data.path, one.data.eval_split, one.data)
+    elif cfg.data.eval_path is not None:
         _check_examples("data.eval_path", cfg.data.eval_path, cfg.data.eval_split, cfg.data)
     elif cfg.evaluation.num_prompts and (cfg.data.sources or Path(cfg.data.path).suffix in _DATA_SUFFIXES):
         what = "data.sources are" if cfg.data.sources else f"{cfg.data.path} holds one split, which is"
@@ -558,6 +593,9 @@ def _check_files(cfg: Config) -> None:
         raise UserError(f"warmstart.config: no such file: {cfg.warmstart.config}", "give the YAML of an SFT run")
     for i, reward in enumerate(cfg.reward):
         check_reward(f"reward.{i}", reward)
+    for i, one in enumerate(cfg.evaluation.sets):
+        for j, reward in enumerate(one.reward):
+            check_reward(f"evaluation.sets.{i}.reward.{j}", reward)
     place, colon, function = cfg.algorithm.loss.rpartition(":")
     if colon and (not place or not function.isidentifier()):
         raise UserError(f"algorithm.loss is {cfg.algorithm.loss!r}", "write package.module:name or file.py:name")

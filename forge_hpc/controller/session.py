@@ -13,8 +13,11 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+
+import numpy as np
 
 from forge_hpc.actors.trainer import Trainer
 from forge_hpc.checkpoint import load_extra
@@ -23,6 +26,8 @@ from forge_hpc.cluster.meshes import Cluster
 from forge_hpc.config import Config, UserError
 from forge_hpc.config.needs import POLICY, ModelNeed
 from forge_hpc.config.recipes import load_recipe
+from forge_hpc.config.schema import RewardConfig
+from forge_hpc.config.sources import HeldOut, held_out_sets
 from forge_hpc.config.split import frozen_apart
 from forge_hpc.controller.frozen import FrozenProcesses
 from forge_hpc.controller.generators import SPAWN_S, STOP_S, GeneratorPool, WeightSync, why_not_spawned
@@ -38,7 +43,8 @@ from forge_hpc.data.mixture import open_sources
 from forge_hpc.data.prompts import DocumentStream, PromptStream, evaluation_documents, evaluation_prompts
 from forge_hpc.data.source import load_eval_examples
 from forge_hpc.data.types import Document, Group, Prompt
-from forge_hpc.evaluation.evaluator import Evaluator
+from forge_hpc.evaluation.evaluator import Evaluator, HeldOutSet
+from forge_hpc.evaluation.figures import is_better, loss_figures
 from forge_hpc.hub.pins import Pins, pin_all
 from forge_hpc.observability.logger import MetricLogger
 from forge_hpc.observability.performance import EngineCounts, engine_figures
@@ -115,7 +121,8 @@ class Session:
         self._starting_store: asyncio.Task[WeightStore] | None = None
         self._evaluator: Evaluator | None = None
         self._endpoint: Endpoint | None = None
-        self._held_out_documents: list[Document] = []
+        self._held_out_documents: dict[str, list[Document]] = {}
+        """By label of their set."""
         self._resume_from: Path | None = None
         self._restored_groups: list[Group] = []
         self._meshes: dict[str, Any] = {}
@@ -183,9 +190,9 @@ class Session:
             return
         if self.needs.learns_from == "samples":
             self._prompts = await asyncio.to_thread(self._load_prompts)
-        held_out = await asyncio.to_thread(self._load_held_out)
         self._rewards = await self._reward_pool().start()
         self._on_close(self._rewards.close)
+        held_out = await self._held_out(self._rewards)
         environments = await self._start_environments()
         async with asyncio.TaskGroup() as tasks:
             if self.needs.models:
@@ -193,7 +200,7 @@ class Session:
             generators = tasks.create_task(self._start_generators(self.model_dir))
         self._phase("engine")
         self._player = await self._episode_player(generators.result(), environments)
-        self._evaluator = self._evaluator_of(held_out, self._rewards, self._player)
+        self._evaluator = self._evaluator_of(held_out, self._player)
         if self.needs.models:
             await self._connect()
             self._phase("weights")
@@ -303,8 +310,10 @@ class Session:
         await self._generators.abort.fanout()
         return self._generators
 
-    def _reward_pool(self) -> RewardPool:
-        return RewardPool(self.config, others=self.cluster.other_nodes, warn=self.warn)
+    def _reward_pool(self, rewards: Sequence[RewardConfig] = ()) -> RewardPool:
+        """Workers for ``rewards``, those of the run where none are given."""
+        config = replace(self.config, reward=list(rewards)) if rewards else self.config
+        return RewardPool(config, others=self.cluster.other_nodes, warn=self.warn)
 
     async def _start_environments(self) -> Any:
         """The pool of ``environment``, None where there is none. Raises UserError where it cannot be loaded."""
@@ -338,12 +347,8 @@ class Session:
         logger.info("agents are answered at %s", self._endpoint.base_url)
         return AgentPlayer(self.config, self.tokenizer, self._endpoint, environments)
 
-    def _evaluator_of(
-        self, held_out: list[Prompt], rewards: RewardPool, player: EpisodePlayer | AgentPlayer | None
-    ) -> Evaluator:
-        return Evaluator(
-            self.config, held_out, self.generators, rewards, player, self.metrics, self.warn, self._tell_message
-        )
+    def _evaluator_of(self, held_out: list[HeldOutSet], player: EpisodePlayer | AgentPlayer | None) -> Evaluator:
+        return Evaluator(self.config, held_out, self.generators, player, self.metrics, self.warn, self._tell_message)
 
     async def _connect(self) -> None:
         """Put the weight store between trainers and generators, and the buffer, which is told of new weights.
@@ -436,21 +441,31 @@ class Session:
         prompts = PromptStream(open_sources(self._pins.data_of(self.config)), self.tokenizer, self.config)
         return prompts.load_state_dict(self.state.get("prompts", prompts.state_dict()))
 
-    def _load_held_out(self) -> list[Prompt]:
-        """The prompts of ``evaluation``, none where it is off."""
-        config = self.config
-        if not config.evaluation.num_prompts:
-            return []
-        examples = load_eval_examples(self._pins.data_of(config).data, config.seed)
-        return evaluation_prompts(examples, self.tokenizer, config, config.evaluation.num_prompts)
+    async def _held_out(self, rewards: RewardPool) -> list[HeldOutSet]:
+        """What ``evaluation`` goes through, nothing where it is off; graded by ``rewards``, or by those of a set."""
+        config, found = self.config, []
+        for number, one in enumerate(held_out_sets(self._pins.data_of(config))):
+            prompts = await asyncio.to_thread(self._load_held_out_prompts, one, number)
+            pool = rewards
+            if one.rewards:
+                pool = await self._reward_pool(one.rewards).start()
+                self._on_close(pool.close)
+            found.append(HeldOutSet(one.label, prompts, pool))
+        return found
 
-    def _load_held_out_documents(self) -> list[Document]:
-        """The documents of ``evaluation``, none where it is off."""
-        config = self.config
-        if not config.evaluation.num_prompts:
-            return []
-        examples = load_eval_examples(self._pins.data_of(config).data, config.seed)
-        return evaluation_documents(examples, self.tokenizer, config, config.evaluation.num_prompts)
+    def _load_held_out_prompts(self, one: HeldOut, number: int) -> list[Prompt]:
+        config = replace(self.config, data=one.data)
+        examples = load_eval_examples(one.data, config.seed)
+        return evaluation_prompts(examples, self.tokenizer, config, one.num_prompts, number)
+
+    def _load_held_out_documents(self) -> dict[str, list[Document]]:
+        """The documents of ``evaluation`` by label of their set, none where it is off."""
+        found = {}
+        for one in held_out_sets(self._pins.data_of(self.config)):
+            config = replace(self.config, data=one.data)
+            examples = load_eval_examples(one.data, config.seed)
+            found[one.label] = evaluation_documents(examples, self.tokenizer, config, one.num_prompts)
+        return found
 
     @asynccontextmanager
     async def rollouts(self) -> AsyncIterator[RolloutStream]:
@@ -653,20 +668,24 @@ class Session:
         if name is None or not self.needs.trains:
             return
         if name not in figures:
-            known = ", ".join(key for key in figures if not key.startswith(("num_", "time_")))
+            known = ", ".join(key for key in figures if not key.rpartition("/")[2].startswith(("num_", "time_")))
             raise UserError(f"checkpoint.best is {name!r}, and an evaluation has no such figure", f"it has {known}")
         best, value = self._saver.checkpoints.best(), figures[name]
-        is_better = best is None or (value < best["value"] if name == "loss" else value > best["value"])
-        if step > 0 and is_better and await self.save_to_leave():
+        improves = best is None or is_better(name, value, best["value"])
+        if step > 0 and improves and await self.save_to_leave():
             await asyncio.to_thread(self._saver.checkpoints.mark_best, step, name, value)
 
     async def _validation_loss(self) -> dict[str, float]:
-        """Mean loss of the policy on held-out documents, nats; nothing where there are none."""
+        """Mean loss of the policy on held-out documents, nats, over all their trained tokens, and for each of several
+        sets; nothing where there are none."""
         if not self._held_out_documents:
             return {}
         start = time.perf_counter()
-        loss = await self.trainers.eval_loss(self._held_out_documents)
-        return {"loss": loss, "num_documents": len(self._held_out_documents), "time_s": time.perf_counter() - start}
+        found = {}
+        for label, documents in self._held_out_documents.items():
+            num_tokens = sum(int(np.count_nonzero(document.loss_mask[1:])) for document in documents)
+            found[label] = await self.trainers.eval_loss(documents), num_tokens, len(documents)
+        return loss_figures(found) | {"time_s": time.perf_counter() - start}
 
     async def finish(self) -> None:
         """The run is done: wait for the last save, write the final weights, and evaluate what waited for that.
@@ -695,8 +714,8 @@ class Session:
         await self.abandon()
         await self._start_generators(self.run_dir.export)
         async with self._reward_pool() as rewards:
-            held_out = await asyncio.to_thread(self._load_held_out)
-            await self._evaluator_of(held_out, rewards, None).evaluate(self.step, more=loss)
+            held_out = await self._held_out(rewards)
+            await self._evaluator_of(held_out, None).evaluate(self.step, more=loss)
 
     # ---- leaving
 

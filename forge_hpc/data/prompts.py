@@ -10,6 +10,7 @@ import numpy as np
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config
+from forge_hpc.config.sources import MAX_SETS
 from forge_hpc.data.bad import BadExample, BadExamples
 from forge_hpc.data.curriculum import Curriculum
 from forge_hpc.data.examples import Example
@@ -20,6 +21,8 @@ from forge_hpc.data.render import DocumentRenderer, PromptRenderer
 from forge_hpc.data.types import HELD_OUT, Document, Group, Prompt
 
 T = TypeVar("T", Prompt, Document)
+_SET_SIZE = HELD_OUT // MAX_SETS
+"""Positions of a held-out set: all sets lie between ``HELD_OUT`` and twice that."""
 
 
 class _Stream(ABC, Generic[T]):
@@ -234,18 +237,19 @@ class DocumentStream(_Stream[Document]):
 
 
 def evaluation_prompts(
-    examples: Iterable[Example | BadExample], tokenizer: Any, config: Config, num_prompts: int
+    examples: Iterable[Example | BadExample], tokenizer: Any, config: Config, num_prompts: int, set_number: int = 0
 ) -> list[Prompt]:
     """The first ``num_prompts`` examples as prompts, in the order of the data; too long and bad ones are left out.
 
-    Positions count from ``HELD_OUT``: they are the same in every start, and no prompt of training has them.
+    Positions count from ``HELD_OUT``, those of each further set from a place of its own: they are the same in every
+    start, and no prompt of training has them.
 
     Raises UserError where none is left, or most are bad.
     """
     render, max_tokens = PromptRenderer(tokenizer, config.data), config.rollout.max_prompt_tokens
     limit = f"rollout.max_prompt_tokens={max_tokens}"
     prompts = _fitting(examples, lambda example, where: [render(example, 0, where)], max_tokens, limit, num_prompts)
-    for position, prompt in enumerate(prompts, HELD_OUT):
+    for position, prompt in enumerate(prompts, HELD_OUT + set_number * _SET_SIZE):
         prompt.position = position
     return prompts
 

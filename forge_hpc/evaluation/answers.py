@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from forge_hpc.data.types import Completion, Episode, Prompt
@@ -18,9 +18,9 @@ class Answers:
 
     Args:
         step: whose policy answers.
-        num_prompts: of the evaluation.
+        labels: by prompt of the evaluation, the label of its set.
         num_samples: answers to each of them beside the greedy one.
-        limit: answers kept at the most (``logging.num_answers_per_evaluation``).
+        limit: answers kept at the most (``logging.num_answers_per_evaluation``), of each set an equal part.
         show: is told of every answer: how many there are, of how many, and how many are right.
         tell: is told every ``TELL_S`` seconds, in words.
     """
@@ -28,15 +28,17 @@ class Answers:
     def __init__(
         self,
         step: int,
-        num_prompts: int,
+        labels: Sequence[str],
         num_samples: int,
         limit: int,
         show: Callable[[int, int, int], None],
         tell: Callable[[str], None],
     ) -> None:
         self._step = step
-        self._total = num_prompts * (1 + num_samples)
-        self._num_kept = limit // (1 + num_samples)
+        self._labels = labels
+        self._total = len(labels) * (1 + num_samples)
+        num_kept = limit // (1 + num_samples) // max(1, len(set(labels)))
+        self._kept = {place for label in set(labels) for place in _places(labels, label)[:num_kept]}
         self._show, self._tell, self._told = show, tell, time.monotonic()
         self._records: dict[tuple[int, int], dict[str, Any]] = {}
         self._num_done = self._num_right = 0
@@ -68,9 +70,10 @@ class Answers:
         if time.monotonic() - self._told > TELL_S and self._num_done < self._total:
             self._told, self.has_told = time.monotonic(), True
             self._tell(f"evaluating step {self._step}: {self._num_done} of {self._total} answers")
-        if place >= self._num_kept:
+        if place not in self._kept:
             return
         record: dict[str, Any] = {"step": self._step, "position": prompt.position, "sample": sample}
+        record |= {"set": self._labels[place]} if self._labels[place] else {}
         record |= {"prompt": prompt.text, "target": prompt.target, "right": graded.right, "reward": graded.reward}
         if not isinstance(answer, Exception):
             completion = answer.completion if isinstance(answer, Episode) else answer
@@ -84,3 +87,7 @@ class Answers:
     def records(self) -> list[dict[str, Any]]:
         """What is kept, in the order of prompts; of each the greedy answer first."""
         return [self._records[key] for key in sorted(self._records)]
+
+
+def _places(labels: Sequence[str], label: str) -> list[int]:
+    return [place for place, other in enumerate(labels) if other == label]

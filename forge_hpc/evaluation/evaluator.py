@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from forge_hpc.config import Config
 from forge_hpc.config.schema import SamplingConfig
 from forge_hpc.data.types import Completion, Episode, Prompt
 from forge_hpc.evaluation.answers import Answers
-from forge_hpc.evaluation.figures import Graded, evaluation_seed, greedy_figures, sampled_figures
+from forge_hpc.evaluation.figures import Graded, evaluation_seed, figures_of_sets
 from forge_hpc.observability.logger import MetricLogger
 
 if TYPE_CHECKING:
@@ -26,11 +26,21 @@ FILLINGS = 8
 """So many times the sequences that an engine decodes at once are asked for in one call of an evaluation."""
 
 
+@dataclass(frozen=True)
+class HeldOutSet:
+    """Held-out prompts, and who grades the answers to them."""
+
+    label: str
+    """What its figures are called; empty for the only one of a run without ``evaluation.sets``."""
+    prompts: Sequence[Prompt]
+    rewards: RewardPool
+
+
 class Evaluator:
     """Asks, grades and writes.
 
     Args:
-        prompts: the held-out ones.
+        sets: what is held out.
         player: plays an episode for each answer, where there is an environment.
         warn: shows the user a line.
         tell: writes the status's message.
@@ -39,25 +49,26 @@ class Evaluator:
     def __init__(
         self,
         config: Config,
-        prompts: Sequence[Prompt],
+        sets: Sequence[HeldOutSet],
         generators: Service,
-        rewards: RewardPool,
         player: EpisodePlayer | AgentPlayer | None,
         metrics: MetricLogger,
         warn: Callable[[str], None],
         tell: Callable[[str], None],
     ) -> None:
         self._config = config
-        self._prompts = prompts
+        self._prompts = [prompt for one in sets for prompt in one.prompts]
+        self._labels = [one.label for one in sets for _ in one.prompts]
+        self._pools = [one.rewards for one in sets for _ in one.prompts]  # by prompt, as are the labels
         self._num_generators = len(generators)
         self._ask = generators.sample.stream if player is None else player.stream
-        self._rewards = rewards
         self._metrics = metrics
         self._warn = warn
         self._tell = tell
 
     async def evaluate(self, step: int, more: Mapping[str, float] | None = None) -> dict[str, float]:
-        """Accuracy of the policy after ``step``: greedy, and pass@k of ``evaluation.samples`` sampled answers.
+        """Accuracy of the policy after ``step``: greedy, and pass@k of ``evaluation.samples`` sampled answers; over all
+        prompts, and where there are several sets for each of them as ``LABEL/accuracy``.
 
         Seeds are the evaluation's own, and every call has its generator to itself (``key``): a run that takes turns
         (``rollout.max_staleness`` 0) learns the same, to the last bit, however often it evaluates. A resumed run
@@ -72,16 +83,16 @@ class Evaluator:
         start, config = time.perf_counter(), self._config.evaluation
         limit = self._config.logging.num_answers_per_evaluation
         show = partial(self._metrics.show_evaluation, step)
-        answers = Answers(step, len(prompts), config.samples, limit, show, self._tell)
+        answers = Answers(step, self._labels, config.samples, limit, show, self._tell)
         greedy = await self._answer(1, replace(self._config.rollout.sampling, temperature=0.0), 0, answers)
-        values = greedy_figures([answer for [answer] in greedy])
         sampled: list[list[Graded]] = []
+        seed = evaluation_seed(self._config.seed, step)
         if config.samples:
-            sampling, seed = self._config.rollout.sampling, evaluation_seed(self._config.seed, step)
+            sampling = self._config.rollout.sampling
             if config.temperature is not None:
                 sampling = replace(sampling, temperature=config.temperature)
             sampled = await self._answer(config.samples, sampling, seed, answers)
-            values |= sampled_figures(sampled, config.k, seed)
+        values = figures_of_sets(self._labels, greedy, sampled, config.k, seed)
         graded = [answer for group in (*greedy, *sampled) for answer in group]
         num_failed = sum(answer.reward is None for answer in graded)
         if 2 * num_failed > len(graded):
@@ -125,18 +136,18 @@ class Evaluator:
     ) -> Graded:
         from forge_hpc.rewards import RewardError
 
-        prompt = self._prompts[place]
+        prompt, rewards = self._prompts[place], self._pools[place]
         if isinstance(answer, Exception):
             answers.add(place, sample, prompt, answer, Graded(), error=str(answer))
             return Graded()
         episode = answer if isinstance(answer, Episode) else Episode(prompt, answer, 0.0)
         try:
-            judged = await self._rewards.judge(episode.prompt, episode.completion, show=True)
+            judged = await rewards.judge(episode.prompt, episode.completion, show=True)
         except RewardError as error:
             answers.add(place, sample, episode.prompt, answer, Graded(), error=str(error))
             return Graded()
         is_played = "environment" in episode.rewards
-        right = episode.reward >= 1 - 1e-6 if is_played else self._rewards.is_right(judged.terms)
+        right = episode.reward >= 1 - 1e-6 if is_played else rewards.is_right(judged.terms)
         graded = Graded(right, episode.reward + judged.total)
         answers.add(place, sample, episode.prompt, answer, graded, episode.rewards | judged.terms, judged.read)
         return graded

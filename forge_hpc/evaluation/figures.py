@@ -6,7 +6,8 @@ Pure functions; who asks the generators and the rewards is ``Session.evaluate``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,6 +97,53 @@ def sampled_figures(answers: Sequence[Sequence[Graded]], ks: Sequence[int], seed
         low, high = bootstrap_interval(values, seed)
         figures |= {f"pass@{k}": sum(values) / len(values), f"pass@{k}_low": low, f"pass@{k}_high": high}
     return figures | _mean_reward("reward_sampled", [sample for samples in answers for sample in samples])
+
+
+def figures_of_sets(
+    labels: Sequence[str],
+    greedy: Sequence[Sequence[Graded]],
+    sampled: Sequence[Sequence[Graded]],
+    ks: Sequence[int],
+    seed: int,
+) -> dict[str, float]:
+    """The figures over all prompts and, where there are several sets, those of each under ``LABEL/`` with its
+    ``num_prompts``. Over all means that every prompt counts the same, whatever set it is of.
+
+    Args:
+        labels: of each prompt the set that it is of.
+        greedy: by prompt its one greedy answer, ``sampled`` its sampled ones; empty where nothing was sampled.
+    """
+
+    def of(places: Sequence[int]) -> dict[str, float]:
+        figures = greedy_figures([greedy[place][0] for place in places])
+        return figures | (sampled_figures([sampled[place] for place in places], ks, seed) if sampled else {})
+
+    figures = of(range(len(labels)))
+    for label in filter(None, dict.fromkeys(labels)):
+        places = [place for place, other in enumerate(labels) if other == label]
+        own = of(places) | {"num_prompts": len(places)}
+        figures |= {f"{label}/{key}": value for key, value in own.items()}
+    return figures
+
+
+def loss_figures(sets: Mapping[str, tuple[float, int, int]]) -> dict[str, float]:
+    """``loss`` (nats, mean over all trained tokens) and ``num_documents`` of held-out documents, and where there are
+    several sets those of each under ``LABEL/``.
+
+    Args:
+        sets: by label the mean loss, over how many tokens, of how many documents.
+    """
+    means, tokens, documents = zip(*sets.values(), strict=True)
+    loss = means[0] if len(means) == 1 else sum(map(operator.mul, means, tokens)) / sum(tokens)
+    figures = {"loss": loss, "num_documents": sum(documents)}
+    for label, (mean, _, num) in sets.items():
+        figures |= {f"{label}/loss": mean, f"{label}/num_documents": num} if label else {}
+    return figures
+
+
+def is_better(name: str, value: float, than: float) -> bool:
+    """Whether a figure is better than another one of its name: of a ``loss`` less is better, of all others more."""
+    return value < than if name.rpartition("/")[2] == "loss" else value > than
 
 
 def _mean_reward(name: str, answers: Sequence[Graded]) -> dict[str, float]:

@@ -51,4 +51,5 @@ def offline_environ(cfg: Config, run_dir: Path, environ: Mapping[str, str] = os.
 
 def _has_own_code(cfg: Config) -> bool:
     names = [cfg.recipe, cfg.algorithm.loss, cfg.environment.name or "", *(reward.name for reward in cfg.reward)]
+    names += [reward.name for one in cfg.evaluation.sets for reward in one.reward]
     return any(":" in name for name in names)

@@ -58,7 +58,12 @@ class Pins:
         sources = [replace(source, path=self.named(source.path, "dataset")) for source in data.sources]
         eval_path = None if data.eval_path is None else self.named(data.eval_path, "dataset")
         path = self.named(data.path, "dataset")
-        return replace(cfg, data=replace(data, path=path, sources=sources, eval_path=eval_path))
+        sets = [replace(one, path=self.named(one.path, "dataset")) for one in cfg.evaluation.sets]
+        return replace(
+            cfg,
+            data=replace(data, path=path, sources=sources, eval_path=eval_path),
+            evaluation=replace(cfg.evaluation, sets=sets),
+        )
 
 
 def pin_cached(cfg: Config, run_dir: Path, environ: Mapping[str, str]) -> Pins:

@@ -18,7 +18,7 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.files import is_there, read_text
 from forge_hpc.observability.jsonl import read_jsonl
 from forge_hpc.observability.steps import Steps
-from forge_hpc.observability.tables import table
+from forge_hpc.observability.tables import is_shown, table
 from forge_hpc.run_dir import RunDir
 
 _NOT_THE_EXPERIMENT = ("name", "logging", "profile", "slurm")
@@ -180,7 +180,7 @@ def _read(run_dir: RunDir) -> ComparedRun:
             figures[name] = fmean(values)
     for record in read_jsonl(run_dir.evaluations):  # the last one stays
         for key in record:
-            if (key in ("accuracy", "loss") or key.startswith("pass@")) and not key.endswith(("_low", "_high")):
+            if is_shown(key):
                 figures[f"held-out {key}"] = record[key]
     if speed := steps.whole.get("perf/tokens_per_s"):
         figures["tokens/s of a GPU"] = speed.mean

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
 import time
 from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO
+
+from forge_hpc.observability.tables import is_shown
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -105,7 +106,7 @@ class ConsoleProgress:
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
         """Show the figures of an evaluation that is done, without their intervals."""
         self._evaluation = None
-        shown = [key for key in values if key in ("loss", "accuracy", "reward") or re.fullmatch(r"pass@\d+", key)]
+        shown = [key for key in values if key == "reward" or is_shown(key)]
         text = "  ".join([self._evaluation_of(step), *(f"{key} {values[key]:.3f}" for key in shown)])
         if self._lines:
             print(text, file=self._stream, flush=True)

@@ -19,17 +19,37 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [line(header), f"| {' | '.join(rule)} |", *(line(row) for row in rows)]
 
 
+_SAMPLED = re.compile(r"(pass|maj|best)@\d+")
+
+
 def evaluation_table(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """The records of ``evaluations.jsonl``, one a line, with 95 % intervals; a single one has a line a figure."""
-    pass_at = {key for record in records for key in record if re.fullmatch(r"pass@\d+", key)}
-    columns = {"accuracy": "greedy accuracy"} | {key: key for key in sorted(pass_at, key=lambda key: int(key[5:]))}
+    keys = {key: None for record in records for key in record}
+    sampled = sorted((key for key in keys if is_sampled(key) and "/" not in key), key=_place)
+    columns = {"accuracy": "greedy accuracy"} | {key: key for key in sampled}
     columns |= {"reward": "reward", "reward_sampled": "reward, sampled", "num_prompts": "prompts"}
+    columns |= {key: key for key in keys if "/" in key and (key.endswith("/accuracy") or is_sampled(key))}
     columns = {key: name for key, name in columns.items() if any(record.get(key) is not None for record in records)}
     if len(records) == 1:
         rows = [[name, _value(records[0], key), _interval(records[0], key)] for key, name in columns.items()]
         return table(["held-out prompts", "", "95 % interval"], rows)
     rows = [[str(record["step"]), *(_cell(record, key) for key in columns)] for record in records]
     return table(["step", *columns.values()], rows)
+
+
+def is_sampled(key: str) -> bool:
+    """Whether it is a figure of the sampled answers of an evaluation, such as ``pass@4``, of all prompts or a set's."""
+    return _SAMPLED.fullmatch(key.rpartition("/")[2]) is not None
+
+
+def is_shown(key: str) -> bool:
+    """Whether it is one of the figures by which evaluations are compared, of all prompts or a set's."""
+    return key.rpartition("/")[2] in ("accuracy", "loss") or is_sampled(key)
+
+
+def _place(key: str) -> tuple[str, int]:
+    name, _, k = key.partition("@")
+    return name, int(k)
 
 
 def _cell(record: Mapping[str, Any], key: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from calendar import timegm
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -63,9 +63,17 @@ def render_status(run_dir: RunDir, line: RunLine | None = None) -> str:
         lines.append(("reward", f"{line.reward:.3f}  mean of the last 5 steps"))
     elif losses := series(last[-5:], "loss"):
         lines.append(("loss", f"{fmean(losses):.3f}  mean of the last 5 steps"))
+    if line.total_steps != 0 and (evaluations := tail_jsonl(run_dir.evaluations, 1)):
+        lines.append(("held out", _evaluated(evaluations[-1])))
     if last:
         lines.append(("speed", _speed(last)))
     return "\n".join(f"{name:<{_LABEL}}{text}" for name, text in lines)
+
+
+def _evaluated(record: Mapping[str, Any]) -> str:
+    """The newest evaluation in short: the accuracy of all prompts, and of each of several sets."""
+    shown = [key for key in record if key.rpartition("/")[2] in ("accuracy", "loss") and record[key] is not None]
+    return "  ".join([*(f"{key} {record[key]:.3f}" for key in shown), f"after step {record['step']}"])
 
 
 def render_watch(run_dir: RunDir, num_steps: int = 8, width: int | None = None) -> str:

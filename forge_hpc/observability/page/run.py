@@ -41,6 +41,7 @@ from forge_hpc.observability.page.markup import (
 )
 from forge_hpc.observability.page.samples import Group, first_and_last
 from forge_hpc.observability.steps import Bucket, Span, Steps
+from forge_hpc.observability.tables import is_shown
 from forge_hpc.run_dir import RunDir
 from forge_hpc.supervisor.starts import StartLog
 
@@ -150,13 +151,13 @@ def _all(steps: Steps) -> Html:
 
 def _evaluations(records: Sequence[Mapping[str, Any]], marks: Sequence[Mark]) -> list[Html]:
     names = {key: None for record in records for key in record}
-    plain = [key for key in names if key in ("accuracy", "loss") or key.startswith("pass@")]
-    plain = [key for key in plain if not key.endswith(("_low", "_high"))]
+    plain = sorted(filter(is_shown, names), key=lambda key: "/" in key)  # those of all prompts first
+    losses = [key for key in plain if key.rpartition("/")[2] == "loss"]
     charts = []
-    for group in ([key for key in plain if key != "loss"], [key for key in plain if key == "loss"]):
+    for group in ([key for key in plain if key not in losses], losses):
         if lines := [_evaluated(key, records) for key in group]:
             what = "; ".join(f"{line.label} {line.y[-1]:.4g} at step {line.x[-1]:.0f}" for line in lines)
-            title = "Held-out loss" if group == ["loss"] else "Held-out prompts, 95 % intervals"
+            title = "Held-out loss" if group == losses else "Held-out prompts, 95 % intervals"
             charts.append(picture(interval_chart(lines, _few(marks)), title, what))
     columns = [*plain, *(key for key in ("reward", "reward_sampled", "num_prompts", "num_documents") if key in names)]
     rows = [[record["step"], *(_with_interval(record, key) for key in columns)] for record in _thinned(records, 100)]
