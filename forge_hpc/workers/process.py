@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from forge_hpc.workers.channel import Answer, frame
@@ -17,6 +18,12 @@ from forge_hpc.workers.channel import Answer, frame
 _END_TIMEOUT_S = 10.0
 _MAX_LINE_BYTES = 1 << 26
 """Of an answer."""
+_PROJECT = Path(__file__).resolve().parents[2]
+_ELSEWHERE = (
+    "import runpy, sys, numpy, psutil; sys.path.append(sys.argv[1]); "
+    "runpy.run_module(sys.argv[2], run_name='__main__', alter_sys=True)"
+)
+"""Runs a module of the project in another interpreter: the project's folder comes last, as it may hold packages."""
 
 
 class WorkerLost(Exception):
@@ -60,21 +67,27 @@ class WorkerProcess:
         self._reading = asyncio.create_task(self._read())
 
     @classmethod
-    async def start(cls, module: str) -> Self:
+    async def start(cls, module: str, python: str | None = None) -> Self:
         """Start ``python -m module``, which ``keep``s itself and makes a ``Channel``, one CPU core at a time.
 
+        ``python`` is another interpreter than this one, with packages of its own; of this one's it sees forge_hpc.
         Raises OSError where the system has no process to give.
         """
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if python is None:
+            command = [sys.executable, "-m", module]
+            env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+        else:
+            command = [str(Path(python).expanduser()), "-c", _ELSEWHERE, str(_PROJECT), module]
+            env.pop("PYTHONPATH", None)
         return cls(
             await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                module,
+                *command,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 limit=_MAX_LINE_BYTES,
                 start_new_session=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+                env=env,
             )
         )
 
