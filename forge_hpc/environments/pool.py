@@ -74,7 +74,8 @@ class EnvironmentPool:
         if self._name == "code":
             args.setdefault("sandbox", asdict(config.sandbox))
         load = {"do": "load", "name": self._name, "args": args}
-        self._workers = WorkerPool("forge_hpc.environments.worker", f"the environment {self._name}", load)
+        what, python = f"the environment {self._name}", config.environment.python
+        self._workers = WorkerPool("forge_hpc.environments.worker", what, load, python)
         self._num_workers, self._others = num_workers, others
         self._hosts = [_Host(self._workers) for _ in range(self._share(THIS_NODE))]
         self._turns: contextlib.AbstractAsyncContextManager[Any] = contextlib.nullcontext()

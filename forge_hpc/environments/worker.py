@@ -102,6 +102,8 @@ def _load(request: dict[str, Any]) -> tuple[Callable[..., Any] | None, Answer]:
         make = functools.partial(found, **request["args"])
         if is_agent(found):
             check_agent(found, request["name"], request["args"])
+            if (check := getattr(found, "check", None)) is not None:
+                check(**request["args"])
             return make, {"value": {"concurrency": None, "max_open_episodes": None, "agent": 1}}
         environment = make()
         if (check := getattr(environment, "check", None)) is not None:

@@ -2,7 +2,8 @@
 
     controller ──TLS stream──► WorkerHost ──pipes──► keeper ──► worker      (one of these for each worker)
 
-A stream begins with a line, the module to run, or an empty one to ask whether this node lives. The answer is ``ok`` or
+A stream begins with a line, the module to run, a tab and the interpreter where it is another one; one of no module asks
+whether this node lives. The answer is ``ok`` or
 why there is no process. From there requests and answers pass as ``channel`` has them; a request of no length ends the
 process, as does the end of the stream. After the last answer comes a line of a zero byte and the exit status.
 """
@@ -54,9 +55,10 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
         try:
             prepare(writer.get_extra_info("socket"))
             async with asyncio.timeout(_HELLO_S):
-                module = (await reader.readline()).decode(errors="replace").strip()
+                line = (await reader.readline()).decode(errors="surrogateescape")
+            module, _, python = line.removesuffix("\n").partition("\t")
             if module in MODULES:
-                await _run(module, reader, writer)
+                await _run(module, python or None, reader, writer)
             else:
                 writer.write(STARTED if not module else f"no worker: {module}\n".encode())
                 await writer.drain()
@@ -64,9 +66,9 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
             writer.close()
 
 
-async def _run(module: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _run(module: str, python: str | None, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     try:
-        process = await start_process(module)
+        process = await start_process(module, python)
     except OSError as error:
         writer.write(f"{error}\n".replace("\0", "").encode())
         return await writer.drain()

@@ -7,12 +7,19 @@ import contextlib
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Protocol, Self
 
 MAX_LINE_BYTES = 1 << 26
 """Of an answer."""
 END_TIMEOUT_S = 10.0
 """A keeper ends all that is below it, and itself, within this time."""
+_PROJECT = Path(__file__).resolve().parents[2]
+_ELSEWHERE = (
+    "import runpy, sys, numpy, psutil; sys.path.append(sys.argv[1]); "
+    "runpy.run_module(sys.argv[2], run_name='__main__', alter_sys=True)"
+)
+"""Runs a module of the project in another interpreter: the project's folder comes last, as it may hold packages."""
 
 
 class Link(Protocol):
@@ -39,9 +46,9 @@ class Pipes:
         self._process, self._stdin, self._stdout = process, process.stdin, process.stdout
 
     @classmethod
-    async def open(cls, module: str) -> Self:
+    async def open(cls, module: str, python: str | None = None) -> Self:
         """Start ``python -m module``. Raises OSError."""
-        return cls(await start_process(module))
+        return cls(await start_process(module, python))
 
     def write(self, data: bytes) -> None:
         self._stdin.write(data)
@@ -56,20 +63,26 @@ class Pipes:
         return await join_process(self._process)
 
 
-async def start_process(module: str) -> asyncio.subprocess.Process:
+async def start_process(module: str, python: str | None = None) -> asyncio.subprocess.Process:
     """``python -m module``, which ``keep``s itself and makes a ``Channel``, one CPU core at a time.
 
+    ``python`` is another interpreter than this one, with packages of its own; of this one's it sees forge_hpc.
     Raises OSError where the system has no process to give.
     """
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if python is None:
+        command = [sys.executable, "-m", module]
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    else:
+        command = [str(Path(python).expanduser()), "-c", _ELSEWHERE, str(_PROJECT), module]
+        env.pop("PYTHONPATH", None)
     return await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        module,
+        *command,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         limit=MAX_LINE_BYTES,
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+        env=env,
     )
 
 
