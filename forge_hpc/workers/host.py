@@ -3,9 +3,9 @@
     controller ──TLS stream──► WorkerHost ──pipes──► keeper ──► worker      (one of these for each worker)
 
 A stream begins with a line: the module to run, a tab, and the interpreter where it is another one. A line without a
-module asks whether this node lives. The answer is ``ok`` or why there is no process. From there requests and answers pass
-as ``channel`` has them; a request of no length ends the process, as does the end of the stream. After the last answer
-comes a line of a zero byte and the exit status.
+module asks whether this node lives. The answer is ``ok`` or why there is no process. From there requests and answers
+pass as ``channel`` has them; a request of no length ends the process, as does the end of the stream. After the last
+answer comes a line of a zero byte and the exit status.
 """
 
 from __future__ import annotations
