@@ -15,8 +15,8 @@ its caller gives it up, but it runs on, beside the other workers. If it gives a 
 does not hang, and its limit is raised.
 
 Where a run has several nodes the workers are on all of them, and whichever is free gets the next call. A node that is
-lost takes nothing but the calls that ran there, which are made again elsewhere; and a call whose process dies on another
-node is tried once more on this one: it may be the node that is sick.
+lost takes nothing but the calls that ran there, which are made again elsewhere; and a call whose process dies on
+another node is tried once more on this one: it may be the node that is sick.
 """
 
 from __future__ import annotations
