@@ -1,6 +1,7 @@
 """``forge-hpc completion``: what a shell offers after ``forge-hpc``, made from the parsers of the commands.
 
-One script serves both shells: zsh reads that of bash through its own ``bashcompinit``.
+One function serves both shells: zsh has bash's ``compgen`` by ``bashcompinit``. What it found zsh adds itself, since it
+has no ``compopt`` to leave out the space after ``key=``.
 """
 
 from __future__ import annotations
@@ -36,9 +37,28 @@ _SCRIPT = """\
     COMPREPLY=($(compgen -W "$offers" -- "$word"))
   fi
 }}
+{register}"""
+"""Where nothing is offered the shell offers files: a run directory, a configuration."""
+
+
+_BASH = """\
 complete -o bashdefault -o default -F _forge_hpc forge-hpc
 """
-"""Where nothing is offered the shell offers files: a run directory, a configuration."""
+_ZSH = """\
+_forge_hpc_zsh() {
+  local -a COMP_WORDS COMPREPLY
+  local COMP_CWORD=$((CURRENT - 1))
+  COMP_WORDS=("${words[@]}")
+  () { setopt localoptions ksharrays shwordsplit; _forge_hpc }
+  if (( ${#COMPREPLY} == 0 )); then
+    _files
+  else
+    compadd -S '' -- ${(M)COMPREPLY:#*=}
+    compadd -- ${COMPREPLY:#*=}
+  fi
+}
+compdef _forge_hpc_zsh forge-hpc
+"""
 
 
 def completion(shell: str) -> str:
@@ -49,6 +69,7 @@ def completion(shell: str) -> str:
     return _SCRIPT.format(
         shell=shell,
         zsh="autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bashcompinit\n" * (shell == "zsh"),
+        register=_ZSH if shell == "zsh" else _BASH,
         commands=shlex.quote(" ".join(COMMANDS)),
         values="\n".join(values),
         options="\n".join(options),

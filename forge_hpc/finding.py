@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from forge_hpc.config.errors import UserError
@@ -46,17 +47,42 @@ def find_runs(what: Path) -> list[RunDir]:
 
 
 def runs_in(folder: Path) -> list[RunDir]:
-    """The runs whose directories lie in ``folder``, those that wrote their status last first.
+    """The runs whose directories lie in ``folder``, or there in that of a sweep or a pipeline: those that wrote their
+    status last first.
 
     Raises:
         UserError: there is none, or the folder is another user's.
     """
     with reading(folder):
         folders = list(folder.iterdir()) if is_there(folder) and folder.is_dir() else []
-    found = {path: status.mtime_ns for path in folders if (status := _look(path / "status.json")) is not None}
+    found = _statuses(folders)
+    for several in [path for path in folders if path not in found]:
+        with suppress(PermissionError, NotADirectoryError):  # another user's, a file
+            found |= _statuses(several.iterdir())
     if not found:
         raise UserError(f"no run in {folder}/", "name the folder that run directories lie in, or a run directory")
     return [RunDir(path) for path in sorted(found, key=lambda path: -found[path])]
+
+
+def together(runs: Sequence[RunDir], folder: Path) -> list[RunDir]:
+    """Those of a sweep or a pipeline in ``folder`` in the order of their numbers, where the one of them stands that
+    stands first."""
+    several: dict[Path, list[RunDir]] = {}
+    for run in runs:
+        parent = run.path.parent
+        several.setdefault(run.path if parent == RunDir(folder).path else parent, []).append(run)
+    return [run for group in several.values() for run in sorted(group, key=_number)]
+
+
+def _number(run: RunDir) -> tuple[int, str]:
+    digits = re.match(r"\d*", run.name)
+    return int(digits[0] or 0) if digits else 0, run.name
+
+
+def _statuses(folders: Iterable[Path]) -> dict[Path, int]:
+    """Those that are runs, each with the time at which it wrote its status last."""
+    looks = ((path, _look(path / "status.json")) for path in folders)
+    return {path: status.mtime_ns for path, status in looks if status is not None}
 
 
 def _look(path: Path) -> Look | None:

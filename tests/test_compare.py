@@ -68,6 +68,20 @@ def test_a_key_that_an_older_version_did_not_have_parts_nobody(tmp_path: Path) -
     assert len(compare([old, new])) == 1
 
 
+def test_an_interval_of_shares_ends_with_their_range(tmp_path: Path) -> None:
+    for seed, accuracy in enumerate((0.9, 1.0, 1.0)):
+        run_dir = write_run(tmp_path / str(seed), seed=seed, lr="1e-6", shift=seed)
+        write_lines(run_dir.evaluations, [{"step": 9, "accuracy": accuracy, "pass@4": 0.0 if seed else 0.05}])
+    [group] = compare(find_runs([RunDir(tmp_path)]))
+    figures = group.figures()
+    half = 4.303 * 0.1 / 3  # of a deviation of 0.1 / sqrt(3)
+    accuracy = figures["held-out accuracy"]
+    assert (accuracy.low, accuracy.high) == pytest.approx((2.9 / 3 - half, 1.0), abs=1e-3)
+    assert figures["held-out pass@4"].low == 0.0 and (figures["held-out pass@4"].high or 0) > 0.05
+    reward = figures["reward, last 5 steps"]
+    assert reward.high is not None and reward.high > reward.mean + 2, "a reward has no range that is known"
+
+
 def test_a_run_alone_has_no_interval_and_one_without_steps_is_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -503,6 +503,23 @@ def test_attach_without_a_terminal_takes_a_command_alone(
     assert "error: a shell needs a terminal" in said and "-- nvidia-smi" in said
 
 
+def test_status_all_shows_the_runs_of_a_sweep_and_a_pipeline_together(
+    make: Make, squeue: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [*(f"rates/{number}" for number in (10, 2, 0, 1)), "alone", "chain/2-grpo", "chain/1-sft"]
+    for seconds, name in enumerate(reversed(names), 1_000_000_000):
+        run_dir = make(name, state="completed")
+        os.utime(run_dir.path / "status.json", (seconds, seconds))
+    (run_dir.path.parents[1] / "notes.txt").touch()
+    assert main(["status", "--all"]) == 0
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert shown == ["rates/0", "rates/1", "rates/2", "rates/10", "alone", "chain/1-sft", "chain/2-grpo"]
+    assert main(["status", "--all", "runs/rates"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["10", "2", "0", "1"]
+    assert main(["status"]) == 0
+    assert "rates/10" in capsys.readouterr().out, "the newest"
+
+
 def test_bash_completes_commands_options_choices_and_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", "bash"]) == 0
     script = tmp_path / "completion"
@@ -526,3 +543,4 @@ def test_bash_completes_commands_options_choices_and_keys(tmp_path: Path, capsys
     assert main(["completion", "zsh"]) == 0
     said = capsys.readouterr().out
     assert "bashcompinit" in said and all(name in said for name in COMMANDS)
+    assert "compadd -S ''" in said, "no space after key="

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from runs import PROJECT, wait_for
+from sandboxes import needs_bubblewrap
 
 from forge_hpc.cluster.identity import make_job_identity
 from forge_hpc.config.schema import Config, EnvironmentConfig, RewardConfig
@@ -82,8 +83,8 @@ class Talk:
 class Node:
     """Another node, seen from outside."""
 
-    def __init__(self, certificates: Certificates) -> None:
-        env = {**os.environ, **certificates.environment(), "PYTHONPATH": str(PROJECT), "WHERE": "other"}
+    def __init__(self, certificates: Certificates, **more: str) -> None:
+        env = {**os.environ, **certificates.environment(), "PYTHONPATH": str(PROJECT), "WHERE": "other", **more}
         self.process = subprocess.Popen([sys.executable, "-c", NODE], stdout=subprocess.PIPE, text=True, env=env)
         assert self.process.stdout is not None
         self.where = "127.0.0.1", int(self.process.stdout.readline())
@@ -103,8 +104,9 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 
 @pytest.fixture
-def node(certificates: Certificates) -> Iterator[Node]:
-    node = Node(certificates)
+def node(certificates: Certificates, request: pytest.FixtureRequest) -> Iterator[Node]:
+    """With other environment variables, where the test's parameter has them."""
+    node = Node(certificates, **getattr(request, "param", {}))
     yield node
     below = psutil.Process(node.process.pid).children(recursive=True) if node.process.poll() is None else []
     node.process.kill()
@@ -196,6 +198,24 @@ def test_a_node_that_cannot_compute_a_reward_is_named_and_left_out(node: Node, u
     [text] = warned
     assert text.startswith("node 1 (other) computes no ") and "no sandbox here" in text
     assert ran(user).keys() == {"first"}
+
+
+@pytest.mark.parametrize("node", [{"PATH": "/nowhere"}], indirect=True)
+def test_a_node_without_a_sandbox_is_named_and_runs_no_programs(node: Node) -> None:
+    needs_bubblewrap()
+    warned: list[str] = []
+    program = Completion(0, "```python\nprint(6 * 7)\n```", [3], [-0.1], "stop", (0, 0))
+    prompt = Prompt(0, "go", [1], "", {"tests": [{"input": "", "output": "42"}]})
+
+    async def scenario() -> None:
+        config = Config(reward=[RewardConfig("code")])
+        async with RewardPool(config, others=[node.place], warn=warned.append) as pool:
+            await until(lambda: warned, "the warning")
+            assert (await pool.score(prompt, program))[0] == 1.0
+
+    run(scenario)
+    [text] = warned
+    assert text.startswith("node 1 (other) computes no code, the other nodes do: ") and "sandbox" in text
 
 
 def test_a_node_that_falls_silent_is_asked_before_a_call_is_blamed(

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from forge_hpc.config.errors import UserError
-from forge_hpc.finding import RUNS, find_run, find_runs, runs_in
+from forge_hpc.finding import RUNS, find_run, find_runs, runs_in, together
 from forge_hpc.observability.overview import overview, overview_table
 from forge_hpc.observability.terminal import as_json, width_of_terminal
 
@@ -20,8 +20,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    folders = (args.runs or [RUNS]) if args.all else []
     if args.all:
-        run_dirs = [run_dir for folder in args.runs or [RUNS] for run_dir in runs_in(folder)]
+        run_dirs = [run_dir for folder in folders for run_dir in together(runs_in(folder), folder)]
     else:
         run_dirs = [run_dir for what in args.runs for run_dir in find_runs(what)] or [find_run(None)]
     lines, problem = overview(run_dirs)
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
         print(render_status(run_dirs[0], one))
     else:
-        print("\n".join(overview_table(lines, width_of_terminal())))
+        print("\n".join(overview_table(lines, width_of_terminal(), folders)))
         for line in lines:
             if line.state == "unreadable":
                 print(f"{Path(line.run).name}: {line.message}", file=sys.stderr)

@@ -1,6 +1,9 @@
 """Runs side by side: those that differ in nothing but their seed are one group, with 95 % intervals over its runs.
 
-The intervals are Student's: they say how far the mean of other seeds may lie, as far as so few runs can tell.
+The intervals are Student's: they say how far the mean of other seeds may lie, as far as so few runs can tell. Where a
+figure has a range (a share lies in 0 to 1) an interval ends with it: the mean cannot lie beyond, so what is cut off has
+covered nothing. An interval of counts (Wilson's, as evaluations have it) would be another thing: it says how other
+questions would be answered by one model, and is far too narrow for other seeds.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ _NOT_THE_EXPERIMENT = ("name", "logging", "profile", "slurm")
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """Student's t at 97.5 %, for 1 to 10 degrees of freedom."""
 _MAX_LABEL = 60
+_RANGES = {"held-out accuracy": (0.0, 1.0), "held-out pass@": (0.0, 1.0), "tokens/s": (0.0, math.inf)}
+"""Of figures, by how their names begin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +43,14 @@ class Interval:
     num: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Interval:
+    def of(cls, values: Sequence[float], range: tuple[float, float] = (-math.inf, math.inf)) -> Interval:
+        """``range``: where the values lie, and so their mean."""
         mean, num = fmean(values), len(values)
         if num < 2:
             return cls(mean, None, None, num)
         deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (num - 1))
         half = student_t(num - 1) * deviation / math.sqrt(num)
-        return cls(mean, mean - half, mean + half, num)
+        return cls(mean, max(range[0], mean - half), min(range[1], mean + half), num)
 
     def __str__(self) -> str:
         digits = ",.0f" if abs(self.mean) >= 100 else ".3f"
@@ -90,7 +96,14 @@ class Group:
 
     def figures(self) -> dict[str, Interval]:
         names = {name: None for run in self.runs for name in run.figures}
-        return {name: Interval.of([run.figures[name] for run in self.runs if name in run.figures]) for name in names}
+        return {
+            name: Interval.of([run.figures[name] for run in self.runs if name in run.figures], _range_of(name))
+            for name in names
+        }
+
+
+def _range_of(name: str) -> tuple[float, float]:
+    return next((found for start, found in _RANGES.items() if name.startswith(start)), (-math.inf, math.inf))
 
 
 def student_t(freedom: int) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,8 +72,10 @@ def overview(run_dirs: Sequence[RunDir]) -> tuple[list[RunLine], str | None]:
     return [_line(files, jobs) for files in found], problem
 
 
-def overview_table(lines: Sequence[RunLine], width: int | None) -> list[str]:
-    """The lines as a table of at most ``width`` characters."""
+def overview_table(lines: Sequence[RunLine], width: int | None, folders: Sequence[Path] = ()) -> list[str]:
+    """The lines as a table of at most ``width`` characters. A run in the directory of a sweep is named as it lies in
+    one of the ``folders``."""
+    places = {RunDir(folder).path for folder in folders}
     columns = (
         Column("run", right=False),
         Column("state", right=False),
@@ -85,7 +87,7 @@ def overview_table(lines: Sequence[RunLine], width: int | None) -> list[str]:
         Column("left", 3),
         Column("seen", 1),
     )
-    return fitted(columns, [_cells(line) for line in lines], width)
+    return fitted(columns, [_cells(line, places) for line in lines], width)
 
 
 def state_text(line: RunLine) -> str:
@@ -97,10 +99,10 @@ def state_text(line: RunLine) -> str:
     return line.state
 
 
-def _cells(line: RunLine) -> list[str]:
-    age = line.heartbeat_age_s
+def _cells(line: RunLine, places: Collection[Path]) -> list[str]:
+    age, path = line.heartbeat_age_s, Path(line.run)
     return [
-        Path(line.run).name,
+        f"{path.parent.name}/{path.name}" if path.parent.parent in places else path.name,
         state_text(line),
         f"{line.step}/{line.total_steps}" if line.total_steps else str(line.step) if line.total_steps is None else "",
         "" if line.reward is None else f"{line.reward:.3f}",
