@@ -144,11 +144,16 @@ def pattern_of(key: str) -> str:
     return re.sub(r"[A-Z]+", lambda word: "[^/]+(/[^/]+)?" if word[0] == "NAME" else "[^/]+", re.escape(key))
 
 
+def without_source(key: str) -> str:
+    """What a figure of one of several sources is called where there is one alone."""
+    return re.sub(r"^source/[^/]+/", "", key)
+
+
 def unexplained_metrics(run_dir: Path) -> set[str]:
     """What a run has written, and docs/metrics.md does not explain."""
     known = re.compile("|".join(map(pattern_of, explained_metrics())))
     records = [*read(run_dir), *read(run_dir, "evaluations.jsonl")]
-    return {key for record in records for key in record if not known.fullmatch(key)}
+    return {key for record in records for key in record if not known.fullmatch(without_source(key))}
 
 
 def check_contract(run_dir: Path, steps: int) -> None:

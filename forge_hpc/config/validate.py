@@ -26,7 +26,7 @@ from forge_hpc.config.recipes import load_recipe, needs_of
 from forge_hpc.config.registry import DATA, ENVIRONMENTS, LORA_TARGETS, LOSSES, MODELS
 from forge_hpc.config.rewards import check_reward
 from forge_hpc.config.schema import Config, DataConfig
-from forge_hpc.config.sources import data_sources, find_field
+from forge_hpc.config.sources import RunSource, data_sources, find_field, run_sources
 from forge_hpc.config.split import plan
 from forge_hpc.config.user_code import find_user_code
 
@@ -43,19 +43,23 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
     """
     recipe = load_recipe(cfg)
     needs = recipe.needs(cfg)
+    _check_sources(cfg, needs)
     if needs.models:
         check_models(needs.models)
     _check_values(cfg)
     if needs.has_algorithm:
         _check_algorithm(cfg)
     _check_minibatches(cfg, needs)
-    _check_data_values(cfg, needs)
+    runs = run_sources(cfg)
+    for run in runs:
+        _check_data_values(run, needs)
     _check_evaluation(cfg)
     _check_lengths(cfg, needs)
     _check_slurm(cfg)
     _check_sandbox(cfg)
-    _check_reward_names(cfg, needs)
-    check_environment(cfg, check_paths=check_paths)
+    for run in runs:
+        _check_reward_names(run, needs)
+        check_environment(run.config, check_paths=check_paths, key=run.key)
     recipe.check(cfg)
     plan(cfg, cfg.cluster.gpus_per_node)
     _check_sleep(cfg)
@@ -63,7 +67,8 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
     if check_paths:
         _check_model(cfg, needs)
         _check_other_models(needs)
-        _check_data(cfg)
+        for run in runs:
+            _check_data(run)
         _check_files(cfg)
         check_columns(cfg, needs)
 
@@ -214,11 +219,33 @@ def _check_dynamic_sampling(cfg: Config) -> None:
         )
 
 
-def _check_data_values(cfg: Config, needs: Needs) -> None:
+def _check_sources(cfg: Config, needs: Needs) -> None:
+    names = [source.name for source in cfg.sources]
+    if cfg.sources and needs.learns_from == "examples":
+        raise UserError(
+            f"sources have rewards and environments, and recipe={cfg.recipe} learns from examples",
+            "name its data in data.sources",
+        )
+    for i, (name, source) in enumerate(zip(names, cfg.sources, strict=True)):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise UserError(
+                f"sources.{i}.name is {name!r}", "it is part of the names of metrics: letters, digits, '.', '_' and '-'"
+            )
+        if names.index(name) != i:
+            raise UserError(f"sources.{i}.name: {name!r} is given twice", "give each source a name of its own")
+        if source.data.curriculum != cfg.data.curriculum:
+            raise UserError(
+                f"sources.{i}.data.curriculum is its own, and there is one curriculum for all",
+                "set data.curriculum, outside of sources",
+            )
+
+
+def _check_data_values(run: RunSource, needs: Needs) -> None:
+    cfg = run.config
     data, curriculum = cfg.data, cfg.data.curriculum
     for i, source in enumerate(data.sources):
         if not source.path:
-            raise UserError(f"data.sources.{i} has no path", "give the path of the data, as in data.path")
+            raise UserError(f"{run.key}data.sources.{i} has no path", "give the path of the data, as in data.path")
     if curriculum.enable and needs.learns_from == "examples":
         raise UserError(
             f"data.curriculum goes by rewards, and recipe={cfg.recipe} has none", "set data.curriculum.enable=false"
@@ -363,35 +390,38 @@ def _check_sandbox(cfg: Config) -> None:
         )
 
 
-def _check_reward_names(cfg: Config, needs: Needs) -> None:
+def _check_reward_names(run: RunSource, needs: Needs) -> None:
+    cfg = run.config
     if needs.rewards and not cfg.reward and cfg.environment.name is None:
-        raise UserError("no reward is given", "write `reward: [{name: exact}]`")
+        raise UserError(f"no {run.key}reward is given", "write `reward: [{name: exact}]`")
     names = [reward.name for reward in cfg.reward]
     for i, name in enumerate(names):
         if names.index(name) != i:
             raise UserError(
-                f"reward {name!r} is given twice", "its terms are logged by name: keep one, with one weight"
+                f"{run.key}reward {name!r} is given twice", "its terms are logged by name: keep one, with one weight"
             )
 
 
-def check_environment(cfg: Config, *, check_paths: bool = True) -> None:
-    """Raise a UserError where ``cfg.environment`` cannot work. Also looks at its file, unless told not to."""
+def check_environment(cfg: Config, *, check_paths: bool = True, key: str = "") -> None:
+    """Raise a UserError where ``cfg.environment`` cannot work. Also looks at its file, unless told not to. ``key`` is
+    what stands before ``environment`` in the configuration."""
     name = cfg.environment.name
     if name is None:
         return
     if not needs_of(cfg).environments:
         raise UserError(
-            f"environment.name is set, and recipe={cfg.recipe} plays no episodes", "set environment.name=null"
+            f"{key}environment.name is set, and recipe={cfg.recipe} plays no episodes",
+            f"set {key}environment.name=null",
         )
     place, colon, cls = name.rpartition(":")
     if not colon:
-        _check_name("environment.name", name, ENVIRONMENTS)
+        _check_name(f"{key}environment.name", name, ENVIRONMENTS)
     elif not place or not cls.isidentifier():
-        raise UserError(f"environment.name is {name!r}", "write package.module:Class or file.py:Class")
+        raise UserError(f"{key}environment.name is {name!r}", "write package.module:Class or file.py:Class")
     if any(reward.name.rpartition(":")[2] == "environment" for reward in cfg.reward):
         raise UserError("a reward is called 'environment', as what the environment gives is", "rename its function")
     if check_paths and place.endswith(".py"):
-        find_user_code("environment.name", Path(place).expanduser(), cls)
+        find_user_code(f"{key}environment.name", Path(place).expanduser(), cls)
 
 
 # --- files
@@ -483,16 +513,17 @@ def _check_dimensions(cfg: Config, directory: Path, needs: Needs) -> None:
         )
 
 
-def _check_data(cfg: Config) -> None:
+def _check_data(run: RunSource) -> None:
+    cfg = run.config
     for key, data, _ in data_sources(cfg.data):
-        _check_examples(f"{key}.path", data.path, data.split, data)
+        _check_examples(f"{run.key}{key}.path", data.path, data.split, data)
     if cfg.data.eval_path is not None:
-        _check_examples("data.eval_path", cfg.data.eval_path, cfg.data.eval_split, cfg.data)
+        _check_examples(f"{run.key}data.eval_path", cfg.data.eval_path, cfg.data.eval_split, cfg.data)
     elif cfg.evaluation.num_prompts and (cfg.data.sources or Path(cfg.data.path).suffix in _DATA_SUFFIXES):
-        what = "data.sources are" if cfg.data.sources else f"{cfg.data.path} holds one split, which is"
+        what = f"{run.key}data.sources are" if cfg.data.sources else f"{cfg.data.path} holds one split, which is"
         raise UserError(
             f"{what} trained on: there are no held-out prompts for evaluation.num_prompts={cfg.evaluation.num_prompts}",
-            "set data.eval_path to other data, or evaluation.num_prompts=0",
+            f"set {run.key}data.eval_path to other data, or evaluation.num_prompts=0",
         )
 
 
@@ -556,8 +587,9 @@ def _check_example(where: str, line: bytes, fields: tuple[str, str | None]) -> N
 def _check_files(cfg: Config) -> None:
     if cfg.warmstart.config is not None and not Path(cfg.warmstart.config).expanduser().is_file():
         raise UserError(f"warmstart.config: no such file: {cfg.warmstart.config}", "give the YAML of an SFT run")
-    for i, reward in enumerate(cfg.reward):
-        check_reward(f"reward.{i}", reward)
+    for run in run_sources(cfg):
+        for i, reward in enumerate(run.config.reward):
+            check_reward(f"{run.key}reward.{i}", reward)
     place, colon, function = cfg.algorithm.loss.rpartition(":")
     if colon and (not place or not function.isidentifier()):
         raise UserError(f"algorithm.loss is {cfg.algorithm.loss!r}", "write package.module:name or file.py:name")

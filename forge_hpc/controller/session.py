@@ -13,6 +13,8 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -23,6 +25,7 @@ from forge_hpc.cluster.meshes import Cluster
 from forge_hpc.config import Config, UserError
 from forge_hpc.config.needs import POLICY, ModelNeed
 from forge_hpc.config.recipes import load_recipe
+from forge_hpc.config.sources import run_sources
 from forge_hpc.config.split import frozen_apart
 from forge_hpc.controller.frozen import FrozenProcesses
 from forge_hpc.controller.generators import SPAWN_S, STOP_S, GeneratorPool, WeightSync, why_not_spawned
@@ -44,9 +47,10 @@ from forge_hpc.observability.logger import MetricLogger
 from forge_hpc.observability.performance import EngineCounts, engine_figures
 from forge_hpc.observability.phases import StartPhases
 from forge_hpc.observability.traces import Spans, trace_dir
-from forge_hpc.rewards import RewardPool
+from forge_hpc.rewards import RewardPools
 from forge_hpc.rollouts.buffer import EpisodeBuffer, episode_buffer
 from forge_hpc.rollouts.mismatch import MismatchWatch
+from forge_hpc.rollouts.sources import SampleStream, by_source
 from forge_hpc.rollouts.stream import RolloutStream
 from forge_hpc.run_dir import RunDir
 from forge_hpc.status_writer import StatusWriter
@@ -114,7 +118,8 @@ class Session:
         self._turns: Turns | None = None
         self._starting_store: asyncio.Task[WeightStore] | None = None
         self._evaluator: Evaluator | None = None
-        self._endpoint: Endpoint | None = None
+        self._players: dict[str, EpisodePlayer | AgentPlayer | None] = {}
+        self._endpoints: list[Endpoint] = []
         self._held_out_documents: list[Document] = []
         self._resume_from: Path | None = None
         self._restored_groups: list[Group] = []
@@ -184,16 +189,18 @@ class Session:
         if self.needs.learns_from == "samples":
             self._prompts = await asyncio.to_thread(self._load_prompts)
         held_out = await asyncio.to_thread(self._load_held_out)
-        self._rewards = await RewardPool(self.config).start()
+        self._rewards = await RewardPools(self.config).start()
         self._on_close(self._rewards.close)
-        environments = await self._start_environments()
+        environments = [(run, await self._start_environments(run.config)) for run in run_sources(self.config)]
         async with asyncio.TaskGroup() as tasks:
             if self.needs.models:
                 tasks.create_task(self._start_trainers())
             generators = tasks.create_task(self._start_generators(self.model_dir))
         self._phase("engine")
-        self._player = await self._episode_player(generators.result(), environments)
-        self._evaluator = self._evaluator_of(held_out, self._rewards, self._player)
+        self._players = {
+            run.name: await self._episode_player(run.config, generators.result(), pool) for run, pool in environments
+        }
+        self._evaluator = self._evaluator_of(held_out, self._rewards)
         if self.needs.models:
             await self._connect()
             self._phase("weights")
@@ -303,44 +310,48 @@ class Session:
         await self._generators.abort.fanout()
         return self._generators
 
-    async def _start_environments(self) -> Any:
+    async def _start_environments(self, config: Config) -> Any:
         """The pool of ``environment``, None where there is none. Raises UserError where it cannot be loaded."""
-        if self.config.environment.name is None:
+        if config.environment.name is None:
             return None
         from forge_hpc.environments import EnvironmentPool
 
-        pool = await EnvironmentPool(self.config, warn=self.warn).start()
+        pool = await EnvironmentPool(config, warn=self.warn).start()
         self._on_close(pool.close)
         return pool
 
-    async def _episode_player(self, generators: Service, environments: Any) -> EpisodePlayer | AgentPlayer | None:
+    async def _episode_player(
+        self, config: Config, generators: Service, environments: Any
+    ) -> EpisodePlayer | AgentPlayer | None:
         if environments is None:
             return None
         if environments.is_agent:
-            return await self._agent_player(generators, environments)
+            return await self._agent_player(config, generators, environments)
         from forge_hpc.rollouts.episodes import EpisodePlayer
 
         generate = generators.generate_turns.route
-        return EpisodePlayer(self.config, self.tokenizer, generate, environments, len(generators))
+        return EpisodePlayer(config, self.tokenizer, generate, environments, len(generators))
 
-    async def _agent_player(self, generators: Service, environments: Any) -> AgentPlayer:
+    async def _agent_player(self, config: Config, generators: Service, environments: Any) -> AgentPlayer:
         """Agents ask an endpoint for the policy's responses. Raises UserError where it cannot be had."""
         from forge_hpc.endpoint import Endpoint, GeneratorSampler, tls_context
         from forge_hpc.rollouts.agents import AgentPlayer
 
-        tls, ca = tls_context(self.config.environment.endpoint_host)
-        sampler = GeneratorSampler(generators)
-        self._endpoint = await Endpoint(self.config, self.tokenizer, sampler, self.warn, tls, ca).start()
-        self._on_close(self._endpoint.close)
-        logger.info("agents are answered at %s", self._endpoint.base_url)
-        return AgentPlayer(self.config, self.tokenizer, self._endpoint, environments)
+        tls, ca = tls_context(config.environment.endpoint_host)
+        endpoint = await Endpoint(config, self.tokenizer, GeneratorSampler(generators), self.warn, tls, ca).start()
+        self._endpoints.append(endpoint)
+        self._on_close(endpoint.close)
+        logger.info("agents are answered at %s", endpoint.base_url)
+        return AgentPlayer(config, self.tokenizer, endpoint, environments)
 
-    def _evaluator_of(
-        self, held_out: list[Prompt], rewards: RewardPool, player: EpisodePlayer | AgentPlayer | None
-    ) -> Evaluator:
-        return Evaluator(
-            self.config, held_out, self.generators, rewards, player, self.metrics, self.warn, self._tell_message
-        )
+    def _evaluator_of(self, held_out: list[Prompt], rewards: RewardPools) -> Evaluator:
+        ask, num = self._samples(self.generators.sample.stream), len(self.generators)
+        return Evaluator(self.config, held_out, ask, num, rewards, self.metrics, self.warn, self._tell_message)
+
+    def _samples(self, generators: SampleStream) -> SampleStream:
+        """Samples of prompts: each source's from its player, or from the ``generators`` where it has none."""
+        players = self._players or {"": None}
+        return by_source({name: generators if player is None else player.stream for name, player in players.items()})
 
     async def _connect(self) -> None:
         """Put the weight store between trainers and generators, and the buffer, which is told of new weights.
@@ -434,12 +445,16 @@ class Session:
         return prompts.load_state_dict(self.state.get("prompts", prompts.state_dict()))
 
     def _load_held_out(self) -> list[Prompt]:
-        """The prompts of ``evaluation``, none where it is off."""
-        config = self.config
-        if not config.evaluation.num_prompts:
+        """The prompts of ``evaluation`` of all sources, in turn; none where it is off."""
+        num = self.config.evaluation.num_prompts
+        if not num:
             return []
-        examples = load_eval_examples(self._pins.data_of(config).data, config.seed)
-        return evaluation_prompts(examples, self.tokenizer, config, config.evaluation.num_prompts)
+        found = []
+        for number, run in enumerate(run_sources(self._pins.data_of(self.config))):
+            examples = load_eval_examples(run.config.data, run.config.seed)
+            prompts = evaluation_prompts(examples, self.tokenizer, run.config, num, number)
+            found.append([replace(prompt, source=run.name) for prompt in prompts])
+        return [prompt for together in zip_longest(*found) for prompt in together if prompt is not None]
 
     def _load_held_out_documents(self) -> list[Document]:
         """The documents of ``evaluation``, none where it is off."""
@@ -453,8 +468,8 @@ class Session:
     async def rollouts(self) -> AsyncIterator[RolloutStream]:
         """Generate beside the body; an error in either ends both."""
         assert self._buffer is not None, "start() comes first, and the recipe's needs say that it learns from samples"
-        sample = self.generators.generate.stream if self._player is None else self._player.stream
         generators = self.generators
+        sample = self._samples(generators.generate.stream)
         stream = RolloutStream(
             self.config,
             self._prompts,
@@ -595,8 +610,8 @@ class Session:
             timing["time/weight_sync_s"] = self._weights.seconds
         if self._turns is not None:
             timing |= self._turns.metrics()
-        if self._endpoint is not None:
-            timing |= self._endpoint.metrics()
+        for endpoint in self._endpoints:
+            timing |= {key: timing.get(key, 0.0) + value for key, value in endpoint.metrics().items()}
         self._step_ended, self._checkpoint_s = now, 0.0
         self.step = step
         self._recoveries.step_done()
@@ -691,9 +706,9 @@ class Session:
         """With generators on the hardware that the trainers held."""
         await self.abandon()
         await self._start_generators(self.run_dir.export)
-        async with RewardPool(self.config) as rewards:
+        async with RewardPools(self.config) as rewards:
             held_out = await asyncio.to_thread(self._load_held_out)
-            await self._evaluator_of(held_out, rewards, None).evaluate(self.step, more=loss)
+            await self._evaluator_of(held_out, rewards).evaluate(self.step, more=loss)
 
     # ---- leaving
 

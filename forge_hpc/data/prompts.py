@@ -10,6 +10,7 @@ import numpy as np
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config
+from forge_hpc.config.sources import data_sources, run_sources
 from forge_hpc.data.bad import BadExample, BadExamples
 from forge_hpc.data.curriculum import Curriculum
 from forge_hpc.data.examples import Example
@@ -20,6 +21,8 @@ from forge_hpc.data.render import DocumentRenderer, PromptRenderer
 from forge_hpc.data.types import HELD_OUT, Document, Group, Prompt
 
 T = TypeVar("T", Prompt, Document)
+_MAX_HELD_OUT = 1 << 20
+"""Held-out prompts of one of the run's sources, at the most."""
 
 
 class _Stream(ABC, Generic[T]):
@@ -30,7 +33,11 @@ class _Stream(ABC, Generic[T]):
     """The key that says what is too long, and its value."""
 
     def __init__(self, sources: Sequence[tuple[Source, float]], config: Config) -> None:
-        self._mixture = Mixture(sources, config.seed)
+        runs = run_sources(config)
+        shares = [(run.share, len(data_sources(run.config.data))) for run in runs]
+        self._mixture = Mixture(sources, config.seed, shares)
+        self._runs = [run for run, (_, num) in zip(runs, shares, strict=True) for _ in range(num)]
+        """Of each of ``sources`` that of the run which it belongs to."""
         self._curriculum = Curriculum(config)
         self.position = 0
         """Items yielded so far."""
@@ -140,7 +147,6 @@ class PromptStream(_Stream[Prompt]):
     def __init__(self, sources: Sequence[tuple[Source, float]], tokenizer: Any, config: Config) -> None:
         super().__init__(sources, config)
         self._renderers = [PromptRenderer(tokenizer, source.data) for source, _ in sources]
-        self._may_be_empty = config.environment.name is not None  # which opens the episode itself
         self._max_tokens = config.rollout.max_prompt_tokens
         # A step takes so many prompts in order, or with dynamic sampling as many as it needs, or where late ones may be
         # overtaken any: then what is done with may end after any of them.
@@ -198,7 +204,9 @@ class PromptStream(_Stream[Prompt]):
     def _make(self, number: int, drawn: Drawn, where: str) -> list[Prompt]:
         assert self.position < HELD_OUT, "the positions from here on are those of held-out prompts"
         prompt = self._renderers[number](drawn.example, self.position, where)
-        if not prompt.question.strip() and not self._may_be_empty:
+        run = self._runs[number]
+        prompt.source = run.name
+        if not prompt.question.strip() and run.config.environment.name is None:  # which opens the episode itself
             raise BadExample(f"{where}: the prompt is empty", "leave the example out")
         try:
             to_json(prompt.fields)  # a checkpoint holds rollouts that are finished ahead, with the fields
@@ -234,18 +242,19 @@ class DocumentStream(_Stream[Document]):
 
 
 def evaluation_prompts(
-    examples: Iterable[Example | BadExample], tokenizer: Any, config: Config, num_prompts: int
+    examples: Iterable[Example | BadExample], tokenizer: Any, config: Config, num_prompts: int, number: int = 0
 ) -> list[Prompt]:
     """The first ``num_prompts`` examples as prompts, in the order of the data; too long and bad ones are left out.
 
-    Positions count from ``HELD_OUT``: they are the same in every start, and no prompt of training has them.
+    Positions count from ``HELD_OUT``: they are the same in every start, and no prompt of training has them. Those of
+    the run's source ``number`` have a range of their own.
 
     Raises UserError where none is left, or most are bad.
     """
     render, max_tokens = PromptRenderer(tokenizer, config.data), config.rollout.max_prompt_tokens
     limit = f"rollout.max_prompt_tokens={max_tokens}"
     prompts = _fitting(examples, lambda example, where: [render(example, 0, where)], max_tokens, limit, num_prompts)
-    for position, prompt in enumerate(prompts, HELD_OUT):
+    for position, prompt in enumerate(prompts, HELD_OUT + number * _MAX_HELD_OUT):
         prompt.position = position
     return prompts
 

@@ -71,6 +71,7 @@ class Answers:
         if place >= self._num_kept:
             return
         record: dict[str, Any] = {"step": self._step, "position": prompt.position, "sample": sample}
+        record |= {"source": prompt.source} if prompt.source else {}
         record |= {"prompt": prompt.text, "target": prompt.target, "right": graded.right, "reward": graded.reward}
         if not isinstance(answer, Exception):
             completion = answer.completion if isinstance(answer, Episode) else answer

@@ -17,10 +17,8 @@ from forge_hpc.evaluation.figures import Graded, evaluation_seed, greedy_figures
 from forge_hpc.observability.logger import MetricLogger
 
 if TYPE_CHECKING:
-    from forge_hpc.controller.service import Service
-    from forge_hpc.rewards import RewardPool
-    from forge_hpc.rollouts.agents import AgentPlayer
-    from forge_hpc.rollouts.episodes import EpisodePlayer
+    from forge_hpc.rewards import RewardPool, RewardPools
+    from forge_hpc.rollouts.sources import SampleStream
 
 FILLINGS = 8
 """So many times the sequences that an engine decodes at once are asked for in one call of an evaluation."""
@@ -31,7 +29,8 @@ class Evaluator:
 
     Args:
         prompts: the held-out ones.
-        player: plays an episode for each answer, where there is an environment.
+        ask: for answers to them: (prompts, num, sampling, seed, key=replica) to a stream of completions, or of episodes
+            where there is an environment.
         warn: shows the user a line.
         tell: writes the status's message.
     """
@@ -40,17 +39,17 @@ class Evaluator:
         self,
         config: Config,
         prompts: Sequence[Prompt],
-        generators: Service,
-        rewards: RewardPool,
-        player: EpisodePlayer | AgentPlayer | None,
+        ask: SampleStream,
+        num_generators: int,
+        rewards: RewardPool | RewardPools,
         metrics: MetricLogger,
         warn: Callable[[str], None],
         tell: Callable[[str], None],
     ) -> None:
         self._config = config
         self._prompts = prompts
-        self._num_generators = len(generators)
-        self._ask = generators.sample.stream if player is None else player.stream
+        self._num_generators = num_generators
+        self._ask = ask
         self._rewards = rewards
         self._metrics = metrics
         self._warn = warn
@@ -74,31 +73,51 @@ class Evaluator:
         show = partial(self._metrics.show_evaluation, step)
         answers = Answers(step, len(prompts), config.samples, limit, show, self._tell)
         greedy = await self._answer(1, replace(self._config.rollout.sampling, temperature=0.0), 0, answers)
-        values = greedy_figures([answer for [answer] in greedy])
         sampled: list[list[Graded]] = []
+        seed = evaluation_seed(self._config.seed, step)
         if config.samples:
-            sampling, seed = self._config.rollout.sampling, evaluation_seed(self._config.seed, step)
+            sampling = self._config.rollout.sampling
             if config.temperature is not None:
                 sampling = replace(sampling, temperature=config.temperature)
             sampled = await self._answer(config.samples, sampling, seed, answers)
-            values |= sampled_figures(sampled, config.k, seed)
-        graded = [answer for group in (*greedy, *sampled) for answer in group]
-        num_failed = sum(answer.reward is None for answer in graded)
-        if 2 * num_failed > len(graded):
-            self._warn(
-                f"evaluation after step {step}: {num_failed} of {len(graded)} answers failed or have no reward, and "
-                "count as wrong: controller.log says why"
-            )
-        values |= {"num_prompts": len(prompts), "num_failed": num_failed, "time_s": time.perf_counter() - start}
+        values = self._figures(step, "", range(len(prompts)), greedy, sampled, seed)
+        values["time_s"] = time.perf_counter() - start
+        for name in sorted({prompt.source for prompt in prompts} - {""}):
+            places = [place for place, prompt in enumerate(prompts) if prompt.source == name]
+            own = self._figures(step, f" of {name}", places, greedy, sampled, seed)
+            values |= {f"source/{name}/{key}": value for key, value in own.items()}
         values = {**(more or {}), **values}
         self._metrics.log_evaluation(step, values, answers.records())
         if answers.has_told:
             self._tell("")
         return values
 
+    def _figures(
+        self,
+        step: int,
+        of: str,
+        places: Sequence[int],
+        greedy: Sequence[Sequence[Graded]],
+        sampled: Sequence[Sequence[Graded]],
+        seed: int,
+    ) -> dict[str, float]:
+        """Of the prompts at some places, which are those ``of`` a source."""
+        values = greedy_figures([greedy[place][0] for place in places])
+        own = [sampled[place] for place in places] if sampled else []
+        if own:
+            values |= sampled_figures(own, self._config.evaluation.k, seed)
+        graded = [answer for group in (*(greedy[place] for place in places), *own) for answer in group]
+        num_failed = sum(answer.reward is None for answer in graded)
+        if 2 * num_failed > len(graded):
+            self._warn(
+                f"evaluation after step {step}: {num_failed} of {len(graded)} answers{of} failed or have no reward, "
+                "and count as wrong: controller.log says why"
+            )
+        return values | {"num_prompts": len(places), "num_failed": num_failed}
+
     async def _answer(self, num: int, sampling: SamplingConfig, seed: int, answers: Answers) -> list[list[Graded]]:
         """``num`` answers to each prompt, or episodes of it. An answer is right if the first reward says so
-        (``RewardPool.is_right``), an episode if its environment gave 1 or more."""
+        (``Judgement.right``), an episode if its environment gave 1 or more."""
         results = [[Graded()] * num for _ in self._prompts]
         # A call has a deadline (generator.timeout_s): it holds some fillings of an engine, not a whole test set.
         size = max(1, FILLINGS * self._config.generator.engine.max_num_seqs // num)
@@ -114,8 +133,9 @@ class Evaluator:
                 tasks.create_task(grade(places[index], number, answer))
 
         async with asyncio.TaskGroup() as tasks:
+            order = sorted(range(len(self._prompts)), key=lambda place: self._prompts[place].source)
             for replica in range(self._num_generators):
-                places = range(replica, len(self._prompts), self._num_generators)
+                places = order[replica :: self._num_generators]  # its part of every source
                 for begin in range(0, len(places), size):
                     tasks.create_task(share(replica, places[begin : begin + size]))
         return results
@@ -136,7 +156,7 @@ class Evaluator:
             answers.add(place, sample, episode.prompt, answer, Graded(), error=str(error))
             return Graded()
         is_played = "environment" in episode.rewards
-        right = episode.reward >= 1 - 1e-6 if is_played else self._rewards.is_right(judged.terms)
+        right = episode.reward >= 1 - 1e-6 if is_played else judged.right
         graded = Graded(right, episode.reward + judged.total)
         answers.add(place, sample, episode.prompt, answer, graded, episode.rewards | judged.terms, judged.read)
         return graded

@@ -24,7 +24,7 @@ from forge_hpc.config.hub_cache import (
 from forge_hpc.config.models import check_tokenizer, check_weights, looks_local, read_model_config
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.config.schema import DataConfig
-from forge_hpc.config.sources import data_sources
+from forge_hpc.config.sources import data_sources, run_sources
 
 NOTE = "forge-hpc"
 """Folder beside ``snapshots`` of a data set: which files of a commit a configuration of it is made of."""
@@ -88,12 +88,13 @@ def _assets(cfg: Config) -> Iterator[Asset]:
     for key, path in paths.items():
         if is_hub_name(path):
             yield Asset("model", path, (key,))
-    for key, data, _ in data_sources(cfg.data):
-        yield from _data(f"{key}.path", data, data.path, data.split)
-    if cfg.evaluation.num_prompts:
-        key = "data.eval_path" if cfg.data.eval_path else "data.path"
-        if cfg.data.eval_path or not cfg.data.sources:
-            yield from _data(key, cfg.data, cfg.data.eval_path or cfg.data.path, cfg.data.eval_split)
+    for run in run_sources(cfg):
+        data = run.config.data
+        for key, own, _ in data_sources(data):
+            yield from _data(f"{run.key}{key}.path", own, own.path, own.split)
+        if cfg.evaluation.num_prompts and (data.eval_path or not data.sources):
+            key = f"{run.key}data.{'eval_path' if data.eval_path else 'path'}"
+            yield from _data(key, data, data.eval_path or data.path, data.eval_split)
 
 
 def _warm_assets(cfg: Config) -> Iterator[Asset]:
