@@ -86,7 +86,7 @@ def begin_with(fork: Fork, cfg: Config, run_dir: RunDir) -> None:
     free = ["name"] + ([] if fork.before.data.template_date else ["data.template_date"])  # it did not keep the day
     changed = [key for key, _, _ in diff_config(fork.before, cfg) if rule_of(Config, key).resume == FIXED]
     changed = [key for key in changed if key not in free]
-    other_data = any(key in ("recipe", "seed") or key.startswith("data.") for key in changed)
+    other_data = any(key in ("recipe", "seed") or key.startswith(("data.", "sources.")) for key in changed)
     state: dict[str, Any] = json.loads((fork.checkpoint / "controller.json").read_text(encoding="utf-8"))
     state = {name: state[name] for name in ("step", "policy_version", "recipe")}
     if other_data:

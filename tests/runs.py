@@ -144,13 +144,16 @@ def pattern_of(key: str) -> str:
     return re.sub(r"[A-Z]+", lambda word: "[^/]+(/[^/]+)?" if word[0] == "NAME" else "[^/]+", re.escape(key))
 
 
+def without_source(key: str) -> str:
+    """What a figure of one of several sources is called where there is one alone."""
+    return re.sub(r"^source/[^/]+/", "", key)
+
+
 def unexplained_metrics(run_dir: Path) -> set[str]:
     """What a run has written, and docs/metrics.md does not explain."""
     known = re.compile("|".join(map(pattern_of, explained_metrics())))
-    keys = {key for record in read(run_dir) for key in record}
-    keys |= {
-        key.rpartition("/")[2] for record in read(run_dir, "evaluations.jsonl") for key in record
-    }  # sets have a label
+    keys = {without_source(key) for record in read(run_dir) for key in record}
+    keys |= {key.rpartition("/")[2] for record in read(run_dir, "evaluations.jsonl") for key in record}  # of any set
     return {key for key in keys if not known.fullmatch(key)}
 
 

@@ -456,10 +456,10 @@ def test_an_evaluation_counts_what_failed_and_says_so_where_that_is_most_of_it(c
                 )
 
     async def evaluate() -> Records:
-        records, prompts, one = Records(), [prompt_of(place) for place in range(4)], [None]
+        records, prompts, ask = Records(), [prompt_of(place) for place in range(4)], Player().stream
         async with RewardPool(config) as rewards:
             sets = [HeldOutSet("", prompts, rewards)]
-            evaluator = Evaluator(config, sets, one, Player(), records, records.warn, lambda text: None)  # type: ignore[arg-type]
+            evaluator = Evaluator(config, sets, ask, 1, records, records.warn, lambda text: None)  # type: ignore[arg-type]
             assert (await evaluator.evaluate(0))["num_failed"] == num_failed
         return records
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from runs import PROJECT, check_contract, read, run_local, small_run
 
-from forge_hpc.config import Config
+from forge_hpc.config import Config, load_config
 from forge_hpc.config.schema import EnvironmentConfig
 from forge_hpc.config.validate import validate
 from forge_hpc.data.types import Prompt
@@ -86,11 +86,13 @@ def test_an_asynchronous_run_whose_episodes_wait_for_their_turn_keeps_the_stalen
 def test_the_page_about_your_own_environment_shows_one_that_works(tmp_path: Path) -> None:
     page = (PROJECT / "docs/environments.md").read_text()
     [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    settings, *servers = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL))
+    settings, several, *servers = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL))
     (tmp_path / "capitals.py").write_text(code)
     settings["environment"]["name"] = f"{tmp_path}/{settings['environment']['name']}"
     config = Config(reward=settings["reward"], environment=EnvironmentConfig(**settings["environment"]))
     validate(config)
+    (tmp_path / "several.yaml").write_text(yaml.dump(several))
+    validate(load_config(tmp_path / "several.yaml"))
     for server in servers:
         validate(Config(environment=EnvironmentConfig(**server["environment"])))
 

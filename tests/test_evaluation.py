@@ -110,7 +110,8 @@ def test_each_of_several_sets_has_its_figures_beside_those_of_all_prompts():
     own = greedy_figures([RIGHT, RIGHT]) | sampled_figures([sampled[0], sampled[2]], (1,), 3)
     assert {key: figures[f"a/{key}"] for key in own} == own
     only = figures_of_sets([""] * 5, greedy, sampled, (1,), seed=3)
-    assert only == greedy_figures([one for [one] in greedy]) | sampled_figures(sampled, (1,), 3)
+    counts = {"num_prompts": 5, "num_failed": 0}
+    assert only == greedy_figures([one for [one] in greedy]) | sampled_figures(sampled, (1,), 3) | counts
 
 
 def test_the_loss_of_several_sets_is_a_mean_over_all_their_tokens():
@@ -136,10 +137,20 @@ def test_a_held_out_set_takes_from_data_what_it_leaves_out(tmp_path: Path):
     )
     validate(cfg)
     a, b = held_out_sets(cfg)
-    assert (a.label, a.num_prompts, a.data.eval_path, a.data.eval_split) == ("a", 9, "builtin:addition", "hard")
+    assert (a.label, a.num_prompts, a.config.data.eval_path, a.config.data.eval_split) == (
+        "a",
+        9,
+        "builtin:addition",
+        "hard",
+    )
     assert [reward.name for reward in a.rewards] == ["math"] and not b.rewards
-    assert (b.num_prompts, b.data.eval_path, b.data.eval_split, b.data.system_prompt) == (3, "org/hub", "dev", "Think.")
-    assert b.data.name is None and {str(asset) for asset in assets_of(cfg)} == {"data set org/hub"}
+    assert (b.num_prompts, b.config.data.eval_path, b.config.data.eval_split, b.config.data.system_prompt) == (
+        3,
+        "org/hub",
+        "dev",
+        "Think.",
+    )
+    assert b.config.data.name is None and {str(asset) for asset in assets_of(cfg)} == {"data set org/hub"}
     save_config(cfg, tmp_path / "config.yaml")
     assert read_config(tmp_path / "config.yaml") == cfg
     assert held_out_sets(load_config(None)) == []
@@ -174,7 +185,7 @@ def test_prompts_of_several_sets_have_positions_apart():
         ([*SETS, "evaluation.sets.1.reward=[{name: exact}, {name: exact}]"], "reward 'exact' is given twice"),
         (
             [*SETS, "evaluation.interval=5", "checkpoint.best=c/accuracy"],
-            "of a held-out set that evaluation.sets does not",
+            "of a held-out set that there is not",
         ),
         (["recipe=eval"], "does nothing else"),
         (["evaluation.num_prompts=9", "evaluation.k=[1, 4]"], "evaluation.k is for sampled answers"),

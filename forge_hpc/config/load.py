@@ -12,6 +12,7 @@ Mappings merge key by key, lists are replaced. On the command line an index reac
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import os
@@ -27,11 +28,12 @@ import yaml
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.fields import Rule, hints, item_class, not_none, rules
-from forge_hpc.config.schema import Config, RewardConfig
+from forge_hpc.config.schema import Config, RewardConfig, RunSourceConfig
 
 T = typing.TypeVar("T")
 _UNASKED = "(the default reward)"
 _NULL = "tag:yaml.org,2002:null"
+_SOURCES = "sources"
 
 
 # --- YAML as people write it today: the scalars of YAML 1.2 (1e-6 is a number; 24:00:00, no and 2026-01-01 are text)
@@ -89,6 +91,9 @@ class _Source:
         return f"{self.name}:{node.start_mark.line + 1}" if self.is_file else self.name
 
 
+_Later = list[tuple[yaml.Node, _Source]]
+
+
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration: the defaults of the schema, then the file, then the overrides, each over the one before.
 
@@ -103,20 +108,41 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         UserError: a missing or broken file, an unknown key, a wrong type; with the place and what to write instead.
     """
     cfg = Config(reward=[RewardConfig(_UNASKED)])
+    later: _Later = []
     if path is not None:
-        _merge_file(cfg, Path(path).expanduser(), seen=(), keep_paths=False)
+        _merge_file(cfg, Path(path).expanduser(), seen=(), keep_paths=False, later=later)
     for override in overrides:
-        _merge_override(cfg, override)
-    return _with_default_reward(_resolved(cfg))
+        _merge_override(cfg, override, later)
+    return _with_default_reward(_resolved(_with_sources(cfg, later)))
+
+
+def _with_sources(cfg: Config, later: _Later) -> Config:
+    """What was written of ``sources``, now that what they leave out is known."""
+    for node, source in later:
+        if isinstance(node, yaml.SequenceNode):
+            cfg.sources = [_new_source(cfg, item) for item in node.value]
+            indices = [(yaml.ScalarNode("", str(i)), item) for i, item in enumerate(node.value)]
+            node = yaml.MappingNode("", indices, node.start_mark)
+        cfg.sources = _merge_items(cfg.sources, RunSourceConfig, node, "sources", source)
+    return cfg
+
+
+def _new_source(cfg: Config, node: yaml.Node) -> RunSourceConfig:
+    """A source of which nothing is read yet."""
+    keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    reward = [RewardConfig(_UNASKED)] if "environment" in keys else copy.deepcopy(cfg.reward)
+    return RunSourceConfig(data=copy.deepcopy(cfg.data), environment=copy.deepcopy(cfg.environment), reward=reward)
 
 
 def _with_default_reward(cfg: Config) -> Config:
     """Nobody may have asked for a reward: an environment gives its own, and without one it is the default."""
-    if cfg.environment.name is not None and cfg.reward == [RewardConfig(_UNASKED)]:
-        cfg.reward = []
-    for reward in cfg.reward:
-        if reward.name == _UNASKED:
-            reward.name = RewardConfig().name
+    asked: list[Config | RunSourceConfig] = [cfg, *cfg.sources]
+    for source in asked:
+        if source.environment.name is not None and source.reward == [RewardConfig(_UNASKED)]:
+            source.reward = []
+        for reward in source.reward:
+            if reward.name == _UNASKED:
+                reward.name = RewardConfig().name
     return cfg
 
 
@@ -125,10 +151,11 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises UserError."""
     cfg = Config()
-    _merge_file(cfg, Path(path), seen=(), keep_paths=True)
+    later: _Later = []
+    _merge_file(cfg, Path(path), seen=(), keep_paths=True, later=later)
     for override in overrides:
-        _merge_override(cfg, override)
-    return _resolved(cfg)
+        _merge_override(cfg, override, later)
+    return _resolved(_with_sources(cfg, later))
 
 
 def config_text(cfg: Config) -> str:
@@ -185,7 +212,7 @@ def override_of(key: str, value: Any) -> str:
     return f"{key}={text.removesuffix('...' + chr(10)).strip()}"
 
 
-def _merge_file(cfg: Config, path: Path, seen: tuple[Path, ...], keep_paths: bool) -> None:
+def _merge_file(cfg: Config, path: Path, seen: tuple[Path, ...], keep_paths: bool, later: _Later) -> None:
     real = path.resolve()
     if real in seen:
         raise UserError(f"{path}: base files include each other in a circle", "remove one of the `base:` lines")
@@ -206,11 +233,11 @@ def _merge_file(cfg: Config, path: Path, seen: tuple[Path, ...], keep_paths: boo
     if base:
         if len(base) > 1 or not isinstance(base[0], yaml.ScalarNode):
             raise UserError(f"{source.at(base[-1])}: base names one file", "write `base: other.yaml`")
-        _merge_file(cfg, path.parent / Path(base[0].value).expanduser(), (*seen, real), keep_paths)
-    _merge(cfg, Config, root, "", source)
+        _merge_file(cfg, path.parent / Path(base[0].value).expanduser(), (*seen, real), keep_paths, later)
+    _merge_now(cfg, root, source, later)
 
 
-def _merge_override(cfg: Config, override: str) -> None:
+def _merge_override(cfg: Config, override: str, later: _Later) -> None:
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key or not all(key.split(".")):
@@ -223,6 +250,14 @@ def _merge_override(cfg: Config, override: str) -> None:
         node = yaml.ScalarNode(_NULL, "")
     for part in reversed(key.split(".")):
         node = yaml.MappingNode("tag:yaml.org,2002:map", [(yaml.ScalarNode("tag:yaml.org,2002:str", part), node)])
+    _merge_now(cfg, node, source, later)
+
+
+def _merge_now(cfg: Config, node: yaml.Node, source: _Source, later: _Later) -> None:
+    """All but ``sources``, which begin as the sections that may still be written behind them."""
+    if isinstance(node, yaml.MappingNode):
+        later += [(value, source) for key, value in node.value if key.value == _SOURCES and value.tag != _NULL]
+        node.value = [(key, value) for key, value in node.value if key.value != _SOURCES]
     _merge(cfg, Config, node, "", source)
 
 

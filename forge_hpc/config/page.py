@@ -38,13 +38,20 @@ def page() -> str:
     return "\n".join(lines)
 
 
-def _sections(cls: type, prefix: str, resume: str) -> Iterator[tuple[str, str, list[str]]]:
-    """(title, introduction, rows) of a section of the configuration, then those of the sections within it."""
+def _sections(
+    cls: type, prefix: str, resume: str, shown: dict[type, str] | None = None
+) -> Iterator[tuple[str, str, list[str]]]:
+    """(title, introduction, rows) of a section of the configuration, then those of the sections within it; one that was
+    ``shown`` elsewhere is a row."""
+    shown = {} if shown is None else shown
     texts, kinds, inner = docstrings(cls), hints(cls), []
     rows = []
     for field in dataclasses.fields(cls):
         kind, rule, key = kinds[field.name], rules(cls, resume)[field.name], f"{prefix}{field.name}"
         section = item_class(kind)
+        if (elsewhere := shown.get(section or kind)) is not None:
+            rows.append(f"| `{key}` | `{elsewhere}` | as `{elsewhere}` | |")
+            continue
         if section is not None or dataclasses.is_dataclass(kind):
             inner.append((section or kind, f"{key}.{'0.' if section else ''}", rule.resume))
         if not dataclasses.is_dataclass(kind):
@@ -57,7 +64,8 @@ def _sections(cls: type, prefix: str, resume: str) -> Iterator[tuple[str, str, l
         own = "" if introduction.startswith(cls.__name__) else introduction
         yield (f"`{prefix.rstrip('.')}`" if prefix else "The run"), own.replace("``", "`"), rows
     for section, inner_prefix, inner_resume in inner:
-        yield from _sections(section, inner_prefix, inner_resume)
+        shown[section] = inner_prefix.removesuffix("0.").removesuffix(".")
+        yield from _sections(section, inner_prefix, inner_resume, shown)
 
 
 def docstrings(cls: type) -> dict[str, str]:

@@ -198,6 +198,22 @@ class EnvironmentConfig:
 
 
 @dataclass
+class RunSourceConfig:
+    """One of several sources of a run's prompts. What it leaves out is as in ``data``, ``environment`` and ``reward``;
+    with an ``environment`` of its own it has no ``reward`` unless it names one."""
+
+    name: str = ""
+    """What it is called in metrics, rollouts and evaluations."""
+    share: float = setting(1.0, POSITIVE)
+    """Share of the prompts, relative to the other sources': held exactly, by counting, in every step that the shares
+    divide, and over all steps to within one prompt."""
+    data: DataConfig = field(default_factory=DataConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    reward: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
+    """Its rewards."""
+
+
+@dataclass
 class AlgorithmConfig:
     loss: str = setting("grpo", choices=LOSSES, code=True)
     """Policy loss: a built-in one (docs/losses.md), or your own: ``file.py:name`` / ``package.module:name``."""
@@ -700,3 +716,6 @@ class Config:
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     logging: LoggingConfig = setting(factory=LoggingConfig, resume=FREE)
     profile: ProfileConfig = setting(factory=ProfileConfig, resume=FREE)
+    sources: list[RunSourceConfig] = field(default_factory=list)
+    """Several environments and data in one run, each with its reward, its share of the prompts, its metrics and its
+    held-out accuracy (docs/environments.md)."""

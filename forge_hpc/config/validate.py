@@ -27,7 +27,7 @@ from forge_hpc.config.recipes import load_recipe, needs_of
 from forge_hpc.config.registry import DATA, ENVIRONMENTS, LORA_TARGETS, LOSSES, MODELS
 from forge_hpc.config.rewards import check_reward
 from forge_hpc.config.schema import Config, DataConfig, RewardConfig
-from forge_hpc.config.sources import MAX_SETS, data_sources, find_field, held_out_sets
+from forge_hpc.config.sources import MAX_SETS, RunSource, data_sources, find_field, held_out_sets, run_sources
 from forge_hpc.config.split import plan
 from forge_hpc.config.user_code import find_user_code
 
@@ -44,19 +44,23 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
     """
     recipe = load_recipe(cfg)
     needs = recipe.needs(cfg)
+    _check_sources(cfg, needs)
     if needs.models:
         check_models(needs.models)
     _check_values(cfg)
     if needs.has_algorithm:
         _check_algorithm(cfg)
     _check_minibatches(cfg, needs)
-    _check_data_values(cfg, needs)
+    runs = run_sources(cfg)
+    for run in runs:
+        _check_data_values(run, needs)
     _check_evaluation(cfg)
     _check_lengths(cfg, needs)
     _check_slurm(cfg)
     _check_sandbox(cfg)
-    _check_reward_names(cfg, needs)
-    check_environment(cfg, check_paths=check_paths)
+    for run in runs:
+        _check_reward_names(run, needs)
+        check_environment(run.config, check_paths=check_paths, key=run.key)
     recipe.check(cfg)
     plan(cfg, cfg.cluster.gpus_per_node)
     _check_sleep(cfg)
@@ -64,7 +68,8 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
     if check_paths:
         _check_model(cfg, needs)
         _check_other_models(needs)
-        _check_data(cfg)
+        for run in runs:
+            _check_data(run)
         _check_files(cfg)
         check_columns(cfg, needs)
 
@@ -215,11 +220,33 @@ def _check_dynamic_sampling(cfg: Config) -> None:
         )
 
 
-def _check_data_values(cfg: Config, needs: Needs) -> None:
+def _check_sources(cfg: Config, needs: Needs) -> None:
+    names = [source.name for source in cfg.sources]
+    if cfg.sources and needs.learns_from == "examples":
+        raise UserError(
+            f"sources have rewards and environments, and recipe={cfg.recipe} learns from examples",
+            "name its data in data.sources",
+        )
+    for i, (name, source) in enumerate(zip(names, cfg.sources, strict=True)):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise UserError(
+                f"sources.{i}.name is {name!r}", "it is part of the names of metrics: letters, digits, '.', '_' and '-'"
+            )
+        if names.index(name) != i:
+            raise UserError(f"sources.{i}.name: {name!r} is given twice", "give each source a name of its own")
+        if source.data.curriculum != cfg.data.curriculum:
+            raise UserError(
+                f"sources.{i}.data.curriculum is its own, and there is one curriculum for all",
+                "set data.curriculum, outside of sources",
+            )
+
+
+def _check_data_values(run: RunSource, needs: Needs) -> None:
+    cfg = run.config
     data, curriculum = cfg.data, cfg.data.curriculum
     for i, source in enumerate(data.sources):
         if not source.path:
-            raise UserError(f"data.sources.{i} has no path", "give the path of the data, as in data.path")
+            raise UserError(f"{run.key}data.sources.{i} has no path", "give the path of the data, as in data.path")
     if curriculum.enable and needs.learns_from == "examples":
         raise UserError(
             f"data.curriculum goes by rewards, and recipe={cfg.recipe} has none", "set data.curriculum.enable=false"
@@ -253,10 +280,11 @@ def _check_evaluation(cfg: Config) -> None:
             "set evaluation.interval and evaluation.num_prompts",
         )
     label, slash, _ = (cfg.checkpoint.best or "").rpartition("/")
-    if slash and label not in [one.label for one in e.sets]:
+    labels = [one.label for one in held_out_sets(cfg) if one.label]
+    if slash and label not in labels:
         raise UserError(
-            f"checkpoint.best={cfg.checkpoint.best} is of a held-out set that evaluation.sets does not name",
-            f"it names {', '.join(one.label for one in e.sets) or 'none'}",
+            f"checkpoint.best={cfg.checkpoint.best} is of a held-out set that there is not",
+            f"there is {', '.join(labels) or 'but one, without a label'}",
         )
     given = "samples" if e.samples else "sets" if e.sets else None
     if not e.num_prompts and given:
@@ -287,8 +315,14 @@ def _check_evaluation(cfg: Config) -> None:
 
 def _check_held_out_sets(cfg: Config) -> None:
     labels = [one.label for one in cfg.evaluation.sets]
-    if len(labels) > MAX_SETS:
-        raise UserError(f"evaluation.sets has {len(labels)} sets, which is more than {MAX_SETS}", "join some of them")
+    for what, number in (("evaluation.sets", len(labels)), ("sources", len(cfg.sources))):
+        if number > MAX_SETS:
+            raise UserError(f"{what} are {number}, which is more than {MAX_SETS}", "join some of them")
+    if labels and cfg.sources:
+        raise UserError(
+            "evaluation.sets and sources are given, and each source has held-out prompts of its own",
+            "leave evaluation.sets out, and give sources.N.data.eval_path",
+        )
     for i, one in enumerate(cfg.evaluation.sets):
         key = f"evaluation.sets.{i}"
         if not one.path:
@@ -301,7 +335,7 @@ def _check_held_out_sets(cfg: Config) -> None:
             raise UserError(
                 f"two of evaluation.sets have the label {one.label!r}", "their figures need names of their own"
             )
-        _check_given_once(one.reward)
+        _check_given_once(f"{key}.", one.reward)
 
 
 def _check_lengths(cfg: Config, needs: Needs) -> None:
@@ -391,43 +425,46 @@ def _check_sandbox(cfg: Config) -> None:
         )
 
 
-def _check_reward_names(cfg: Config, needs: Needs) -> None:
+def _check_reward_names(run: RunSource, needs: Needs) -> None:
+    cfg = run.config
     if needs.rewards and not cfg.reward and cfg.environment.name is None:
-        raise UserError("no reward is given", "write `reward: [{name: exact}]`")
-    _check_given_once(cfg.reward)
+        raise UserError(f"no {run.key}reward is given", "write `reward: [{name: exact}]`")
+    _check_given_once(run.key, cfg.reward)
 
 
-def _check_given_once(rewards: Sequence[RewardConfig]) -> None:
+def _check_given_once(key: str, rewards: Sequence[RewardConfig]) -> None:
     names = [reward.name for reward in rewards]
     for i, name in enumerate(names):
         if names.index(name) != i:
             raise UserError(
-                f"reward {name!r} is given twice", "its terms are logged by name: keep one, with one weight"
+                f"{key}reward {name!r} is given twice", "its terms are logged by name: keep one, with one weight"
             )
 
 
-def check_environment(cfg: Config, *, check_paths: bool = True) -> None:
-    """Raise a UserError where ``cfg.environment`` cannot work. Also looks at its file, unless told not to."""
+def check_environment(cfg: Config, *, check_paths: bool = True, key: str = "") -> None:
+    """Raise a UserError where ``cfg.environment`` cannot work. Also looks at its file, unless told not to. ``key`` is
+    what stands before ``environment`` in the configuration."""
     name = cfg.environment.name
     if name is None:
         return
     if not needs_of(cfg).environments:
         raise UserError(
-            f"environment.name is set, and recipe={cfg.recipe} plays no episodes", "set environment.name=null"
+            f"{key}environment.name is set, and recipe={cfg.recipe} plays no episodes",
+            f"set {key}environment.name=null",
         )
     place, colon, cls = name.rpartition(":")
     if not colon:
-        _check_name("environment.name", name, ENVIRONMENTS)
+        _check_name(f"{key}environment.name", name, ENVIRONMENTS)
     elif not place or not cls.isidentifier():
-        raise UserError(f"environment.name is {name!r}", "write package.module:Class or file.py:Class")
+        raise UserError(f"{key}environment.name is {name!r}", "write package.module:Class or file.py:Class")
     rewards = [*cfg.reward, *(reward for one in cfg.evaluation.sets for reward in one.reward)]
     if any(reward.name.rpartition(":")[2] == "environment" for reward in rewards):
         raise UserError("a reward is called 'environment', as what the environment gives is", "rename its function")
     if check_paths and place.endswith(".py"):
-        find_user_code("environment.name", Path(place).expanduser(), cls)
+        find_user_code(f"{key}environment.name", Path(place).expanduser(), cls)
     python = cfg.environment.python
     if check_paths and python is not None and not os.access(Path(python).expanduser(), os.X_OK):
-        raise UserError(f"environment.python: {python} is no program that can be run", "name VENV/bin/python")
+        raise UserError(f"{key}environment.python: {python} is no program that can be run", "name VENV/bin/python")
 
 
 # --- files
@@ -519,19 +556,20 @@ def _check_dimensions(cfg: Config, directory: Path, needs: Needs) -> None:
         )
 
 
-def _check_data(cfg: Config) -> None:
+def _check_data(run: RunSource) -> None:
+    cfg = run.config
     for key, data, _ in data_sources(cfg.data):
-        _check_examples(f"{key}.path", data.path, data.split, data)
+        _check_examples(f"{run.key}{key}.path", data.path, data.split, data)
     if cfg.evaluation.sets:
         for one in held_out_sets(cfg):
-            _check_examples(one.key, one.data.path, one.data.eval_split, one.data)
+            _check_examples(one.key, one.config.data.path, one.config.data.eval_split, one.config.data)
     elif cfg.data.eval_path is not None:
-        _check_examples("data.eval_path", cfg.data.eval_path, cfg.data.eval_split, cfg.data)
+        _check_examples(f"{run.key}data.eval_path", cfg.data.eval_path, cfg.data.eval_split, cfg.data)
     elif cfg.evaluation.num_prompts and (cfg.data.sources or Path(cfg.data.path).suffix in _DATA_SUFFIXES):
-        what = "data.sources are" if cfg.data.sources else f"{cfg.data.path} holds one split, which is"
+        what = f"{run.key}data.sources are" if cfg.data.sources else f"{cfg.data.path} holds one split, which is"
         raise UserError(
             f"{what} trained on: there are no held-out prompts for evaluation.num_prompts={cfg.evaluation.num_prompts}",
-            "set data.eval_path to other data, or evaluation.num_prompts=0",
+            f"set {run.key}data.eval_path to other data, or evaluation.num_prompts=0",
         )
 
 
@@ -595,8 +633,9 @@ def _check_example(where: str, line: bytes, fields: tuple[str, str | None]) -> N
 def _check_files(cfg: Config) -> None:
     if cfg.warmstart.config is not None and not Path(cfg.warmstart.config).expanduser().is_file():
         raise UserError(f"warmstart.config: no such file: {cfg.warmstart.config}", "give the YAML of an SFT run")
-    for i, reward in enumerate(cfg.reward):
-        check_reward(f"reward.{i}", reward)
+    for run in run_sources(cfg):
+        for i, reward in enumerate(run.config.reward):
+            check_reward(f"{run.key}reward.{i}", reward)
     for i, one in enumerate(cfg.evaluation.sets):
         for j, reward in enumerate(one.reward):
             check_reward(f"evaluation.sets.{i}.reward.{j}", reward)

@@ -26,8 +26,7 @@ from forge_hpc.cluster.meshes import Cluster
 from forge_hpc.config import Config, UserError
 from forge_hpc.config.needs import POLICY, ModelNeed
 from forge_hpc.config.recipes import load_recipe
-from forge_hpc.config.schema import RewardConfig
-from forge_hpc.config.sources import HeldOut, held_out_sets
+from forge_hpc.config.sources import HeldOut, held_out_sets, run_sources
 from forge_hpc.config.split import frozen_apart
 from forge_hpc.controller.frozen import FrozenProcesses
 from forge_hpc.controller.generators import SPAWN_S, STOP_S, GeneratorPool, WeightSync, why_not_spawned
@@ -50,9 +49,10 @@ from forge_hpc.observability.logger import MetricLogger
 from forge_hpc.observability.performance import EngineCounts, engine_figures
 from forge_hpc.observability.phases import StartPhases
 from forge_hpc.observability.traces import Spans, trace_dir
-from forge_hpc.rewards import RewardPool
+from forge_hpc.rewards import RewardPool, RewardPools
 from forge_hpc.rollouts.buffer import EpisodeBuffer, episode_buffer
 from forge_hpc.rollouts.mismatch import MismatchWatch
+from forge_hpc.rollouts.sources import SampleStream, by_source
 from forge_hpc.rollouts.stream import RolloutStream
 from forge_hpc.run_dir import RunDir
 from forge_hpc.status_writer import StatusWriter
@@ -120,7 +120,8 @@ class Session:
         self._turns: Turns | None = None
         self._starting_store: asyncio.Task[WeightStore] | None = None
         self._evaluator: Evaluator | None = None
-        self._endpoint: Endpoint | None = None
+        self._players: dict[str, EpisodePlayer | AgentPlayer | None] = {}
+        self._endpoints: list[Endpoint] = []
         self._held_out_documents: dict[str, list[Document]] = {}
         """By label of their set."""
         self._resume_from: Path | None = None
@@ -193,14 +194,16 @@ class Session:
         self._rewards = await self._reward_pool().start()
         self._on_close(self._rewards.close)
         held_out = await self._held_out(self._rewards)
-        environments = await self._start_environments()
+        environments = [(run, await self._start_environments(run.config)) for run in run_sources(self.config)]
         async with asyncio.TaskGroup() as tasks:
             if self.needs.models:
                 tasks.create_task(self._start_trainers())
             generators = tasks.create_task(self._start_generators(self.model_dir))
         self._phase("engine")
-        self._player = await self._episode_player(generators.result(), environments)
-        self._evaluator = self._evaluator_of(held_out, self._player)
+        self._players = {
+            run.name: await self._episode_player(run.config, generators.result(), pool) for run, pool in environments
+        }
+        self._evaluator = self._evaluator_of(held_out)
         if self.needs.models:
             await self._connect()
             self._phase("weights")
@@ -310,45 +313,52 @@ class Session:
         await self._generators.abort.fanout()
         return self._generators
 
-    def _reward_pool(self, rewards: Sequence[RewardConfig] = ()) -> RewardPool:
-        """Workers for ``rewards``, those of the run where none are given."""
-        config = replace(self.config, reward=list(rewards)) if rewards else self.config
-        return RewardPool(config, others=self.cluster.other_nodes, warn=self.warn)
+    def _reward_pool(self) -> RewardPools:
+        """The rewards of the run."""
+        return RewardPools(self.config, self.cluster.other_nodes, self.warn)
 
-    async def _start_environments(self) -> Any:
+    async def _start_environments(self, config: Config) -> Any:
         """The pool of ``environment``, None where there is none. Raises UserError where it cannot be loaded."""
-        if self.config.environment.name is None:
+        if config.environment.name is None:
             return None
         from forge_hpc.environments import EnvironmentPool
 
-        pool = await EnvironmentPool(self.config, warn=self.warn, others=self.cluster.other_nodes).start()
+        pool = await EnvironmentPool(config, warn=self.warn, others=self.cluster.other_nodes).start()
         self._on_close(pool.close)
         return pool
 
-    async def _episode_player(self, generators: Service, environments: Any) -> EpisodePlayer | AgentPlayer | None:
+    async def _episode_player(
+        self, config: Config, generators: Service, environments: Any
+    ) -> EpisodePlayer | AgentPlayer | None:
         if environments is None:
             return None
         if environments.is_agent:
-            return await self._agent_player(generators, environments)
+            return await self._agent_player(config, generators, environments)
         from forge_hpc.rollouts.episodes import EpisodePlayer
 
         generate = generators.generate_turns.route
-        return EpisodePlayer(self.config, self.tokenizer, generate, environments, len(generators))
+        return EpisodePlayer(config, self.tokenizer, generate, environments, len(generators))
 
-    async def _agent_player(self, generators: Service, environments: Any) -> AgentPlayer:
+    async def _agent_player(self, config: Config, generators: Service, environments: Any) -> AgentPlayer:
         """Agents ask an endpoint for the policy's responses. Raises UserError where it cannot be had."""
         from forge_hpc.endpoint import Endpoint, GeneratorSampler, tls_context
         from forge_hpc.rollouts.agents import AgentPlayer
 
-        tls, ca = tls_context(self.config.environment.endpoint_host)
-        sampler = GeneratorSampler(generators)
-        self._endpoint = await Endpoint(self.config, self.tokenizer, sampler, self.warn, tls, ca).start()
-        self._on_close(self._endpoint.close)
-        logger.info("agents are answered at %s", self._endpoint.base_url)
-        return AgentPlayer(self.config, self.tokenizer, self._endpoint, environments)
+        tls, ca = tls_context(config.environment.endpoint_host)
+        endpoint = await Endpoint(config, self.tokenizer, GeneratorSampler(generators), self.warn, tls, ca).start()
+        self._endpoints.append(endpoint)
+        self._on_close(endpoint.close)
+        logger.info("agents are answered at %s", endpoint.base_url)
+        return AgentPlayer(config, self.tokenizer, endpoint, environments)
 
-    def _evaluator_of(self, held_out: list[HeldOutSet], player: EpisodePlayer | AgentPlayer | None) -> Evaluator:
-        return Evaluator(self.config, held_out, self.generators, player, self.metrics, self.warn, self._tell_message)
+    def _evaluator_of(self, held_out: list[HeldOutSet]) -> Evaluator:
+        ask, num = self._samples(self.generators.sample.stream), len(self.generators)
+        return Evaluator(self.config, held_out, ask, num, self.metrics, self.warn, self._tell_message)
+
+    def _samples(self, generators: SampleStream) -> SampleStream:
+        """Samples of prompts: each source's from its player, or from the ``generators`` where it has none."""
+        players = self._players or {"": None}
+        return by_source({name: generators if player is None else player.stream for name, player in players.items()})
 
     async def _connect(self) -> None:
         """Put the weight store between trainers and generators, and the buffer, which is told of new weights.
@@ -441,38 +451,38 @@ class Session:
         prompts = PromptStream(open_sources(self._pins.data_of(self.config)), self.tokenizer, self.config)
         return prompts.load_state_dict(self.state.get("prompts", prompts.state_dict()))
 
-    async def _held_out(self, rewards: RewardPool) -> list[HeldOutSet]:
+    async def _held_out(self, rewards: RewardPools) -> list[HeldOutSet]:
         """What ``evaluation`` goes through, nothing where it is off; graded by ``rewards``, or by those of a set."""
-        config, found = self.config, []
-        for number, one in enumerate(held_out_sets(self._pins.data_of(config))):
+        found = []
+        for number, one in enumerate(held_out_sets(self._pins.data_of(self.config))):
             prompts = await asyncio.to_thread(self._load_held_out_prompts, one, number)
-            pool = rewards
+            pool: RewardPool | RewardPools = rewards
             if one.rewards:
-                pool = await self._reward_pool(one.rewards).start()
+                config = replace(self.config, reward=list(one.rewards))
+                pool = await RewardPool(config, others=self.cluster.other_nodes, warn=self.warn).start()
                 self._on_close(pool.close)
             found.append(HeldOutSet(one.label, prompts, pool))
         return found
 
     def _load_held_out_prompts(self, one: HeldOut, number: int) -> list[Prompt]:
-        config = replace(self.config, data=one.data)
-        examples = load_eval_examples(one.data, config.seed)
-        return evaluation_prompts(examples, self.tokenizer, config, one.num_prompts, number)
+        examples = load_eval_examples(one.config.data, one.config.seed)
+        prompts = evaluation_prompts(examples, self.tokenizer, one.config, one.num_prompts, number)
+        return [replace(prompt, source=one.source) for prompt in prompts]
 
     def _load_held_out_documents(self) -> dict[str, list[Document]]:
         """The documents of ``evaluation`` by label of their set, none where it is off."""
         found = {}
         for one in held_out_sets(self._pins.data_of(self.config)):
-            config = replace(self.config, data=one.data)
-            examples = load_eval_examples(one.data, config.seed)
-            found[one.label] = evaluation_documents(examples, self.tokenizer, config, one.num_prompts)
+            examples = load_eval_examples(one.config.data, one.config.seed)
+            found[one.label] = evaluation_documents(examples, self.tokenizer, one.config, one.num_prompts)
         return found
 
     @asynccontextmanager
     async def rollouts(self) -> AsyncIterator[RolloutStream]:
         """Generate beside the body; an error in either ends both."""
         assert self._buffer is not None, "start() comes first, and the recipe's needs say that it learns from samples"
-        sample = self.generators.generate.stream if self._player is None else self._player.stream
         generators = self.generators
+        sample = self._samples(generators.generate.stream)
         stream = RolloutStream(
             self.config,
             self._prompts,
@@ -613,8 +623,8 @@ class Session:
             timing["time/weight_sync_s"] = self._weights.seconds
         if self._turns is not None:
             timing |= self._turns.metrics()
-        if self._endpoint is not None:
-            timing |= self._endpoint.metrics()
+        for endpoint in self._endpoints:
+            timing |= {key: timing.get(key, 0.0) + value for key, value in endpoint.metrics().items()}
         self._step_ended, self._checkpoint_s = now, 0.0
         self.step = step
         self._recoveries.step_done()
@@ -714,8 +724,7 @@ class Session:
         await self.abandon()
         await self._start_generators(self.run_dir.export)
         async with self._reward_pool() as rewards:
-            held_out = await self._held_out(rewards)
-            await self._evaluator_of(held_out, None).evaluate(self.step, more=loss)
+            await self._evaluator_of(await self._held_out(rewards)).evaluate(self.step, more=loss)
 
     # ---- leaving
 

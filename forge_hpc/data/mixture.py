@@ -1,28 +1,33 @@
-"""The sources of a run's data, mixed by weight."""
+"""The sources of a run's data: those of the run by their shares, those of one data section by weight."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config
-from forge_hpc.config.sources import data_sources
+from forge_hpc.config.sources import data_sources, run_sources
 from forge_hpc.data.order import LoadedSource, Source, StreamedSource
 from forge_hpc.data.readers import open_reader
+from forge_hpc.data.shares import Turns
 from forge_hpc.data.source import BUILTIN_PREFIX, load_examples
 
 _MIXTURE = 0x6D69_7874  # sets the draws between sources apart from the orders within them
 
 
 def open_sources(config: Config) -> list[tuple[Source, float]]:
-    """The sources that ``config.data`` names, each with its weight. Raises UserError."""
+    """The sources that ``config.data`` names, or those of ``config.sources`` one after the other, each with its weight.
+    Raises UserError."""
     sources: list[tuple[Source, float]] = []
-    for number, (key, data, weight) in enumerate(data_sources(config.data)):
+    found = [(run.key, *source) for run in run_sources(config) for source in data_sources(run.config.data)]
+    for number, (of, key, data, weight) in enumerate(found):
         if weight <= 0:
-            raise UserError(f"{key}.weight is {weight} ({data.path})", "leave the source out, or give it a weight")
+            raise UserError(f"{of}{key}.weight is {weight} ({data.path})", "leave the source out, or give it a weight")
         seed = [config.seed, number]
         if data.streaming and not data.path.startswith(BUILTIN_PREFIX):
             sources.append((StreamedSource(open_reader(data), data, seed), weight))
@@ -32,27 +37,45 @@ def open_sources(config: Config) -> list[tuple[Source, float]]:
 
 
 class Mixture:
-    """Draws between sources by weight. The draw at ``cursor`` is a function of the seed and the cursor alone."""
+    """Takes the run's sources in turn by their shares, and draws between the data of one by weight. The draw at
+    ``cursor`` is a function of the seed and the cursor alone.
 
-    def __init__(self, sources: Sequence[tuple[Source, float]], seed: int) -> None:
+    Args:
+        sources: as ``open_sources`` gives them, each with its weight.
+        shares: of each source of the run its share, and how many of ``sources`` are its own.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[Source, float]],
+        seed: int,
+        shares: Sequence[tuple[Fraction, int]] = (),
+    ) -> None:
         self.sources = [source for source, _ in sources]
-        self._bounds = np.cumsum([weight for _, weight in sources])
+        shares = shares or [(Fraction(1), len(sources))]
+        self._turns = Turns([share for share, _ in shares])
+        self._first = [0, *accumulate(num for _, num in shares)]
+        weights = [weight for _, weight in sources]
+        self._bounds = [np.cumsum(weights[begin:end]) for begin, end in pairwise(self._first)]
         self._seed = seed
         self._cursor = 0
 
     def __next__(self) -> int:
         """The number of the source that the next prompt comes from."""
         self._cursor += 1
-        if len(self.sources) == 1:
-            return 0
-        draw = np.random.default_rng([self._seed, self._cursor, _MIXTURE]).random() * self._bounds[-1]
-        return int(np.searchsorted(self._bounds, draw, side="right"))
+        turn = next(self._turns)
+        bounds = self._bounds[turn]
+        if len(bounds) == 1:
+            return self._first[turn]
+        draw = np.random.default_rng([self._seed, self._cursor, _MIXTURE]).random() * bounds[-1]
+        return self._first[turn] + int(np.searchsorted(bounds, draw, side="right"))
 
     def state_dict(self) -> dict[str, Any]:
         """Where all sources stand. JSON can hold it."""
         return {
             "seed": self._seed,
             "cursor": self._cursor,
+            "turns": list(self._turns.counts),
             "sources": [source.state_dict() for source in self.sources],
         }
 
@@ -69,5 +92,6 @@ class Mixture:
                     "resume with the data and the seed of the saved run, or start a new run directory",
                 )
         self._cursor = state["cursor"]
+        self._turns.counts = list(state.get("turns", [self._cursor]))
         for source, old in zip(self.sources, state["sources"], strict=True):
             source.load_state_dict(old)

@@ -10,7 +10,7 @@ import numpy as np
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config
-from forge_hpc.config.sources import MAX_SETS
+from forge_hpc.config.sources import MAX_SETS, data_sources, run_sources
 from forge_hpc.data.bad import BadExample, BadExamples
 from forge_hpc.data.curriculum import Curriculum
 from forge_hpc.data.examples import Example
@@ -33,7 +33,11 @@ class _Stream(ABC, Generic[T]):
     """The key that says what is too long, and its value."""
 
     def __init__(self, sources: Sequence[tuple[Source, float]], config: Config) -> None:
-        self._mixture = Mixture(sources, config.seed)
+        runs = run_sources(config)
+        shares = [(run.share, len(data_sources(run.config.data))) for run in runs]
+        self._mixture = Mixture(sources, config.seed, shares)
+        self._runs = [run for run, (_, num) in zip(runs, shares, strict=True) for _ in range(num)]
+        """Of each of ``sources`` that of the run which it belongs to."""
         self._curriculum = Curriculum(config)
         self.position = 0
         """Items yielded so far."""
@@ -143,7 +147,6 @@ class PromptStream(_Stream[Prompt]):
     def __init__(self, sources: Sequence[tuple[Source, float]], tokenizer: Any, config: Config) -> None:
         super().__init__(sources, config)
         self._renderers = [PromptRenderer(tokenizer, source.data) for source, _ in sources]
-        self._may_be_empty = config.environment.name is not None  # which opens the episode itself
         self._max_tokens = config.rollout.max_prompt_tokens
         # A step takes so many prompts in order, or with dynamic sampling as many as it needs, or where late ones may be
         # overtaken any: then what is done with may end after any of them.
@@ -201,7 +204,9 @@ class PromptStream(_Stream[Prompt]):
     def _make(self, number: int, drawn: Drawn, where: str) -> list[Prompt]:
         assert self.position < HELD_OUT, "the positions from here on are those of held-out prompts"
         prompt = self._renderers[number](drawn.example, self.position, where)
-        if not prompt.question.strip() and not self._may_be_empty:
+        run = self._runs[number]
+        prompt.source = run.name
+        if not prompt.question.strip() and run.config.environment.name is None:  # which opens the episode itself
             raise BadExample(f"{where}: the prompt is empty", "leave the example out")
         try:
             to_json(prompt.fields)  # a checkpoint holds rollouts that are finished ahead, with the fields

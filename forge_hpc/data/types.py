@@ -28,6 +28,8 @@ class Prompt:
     """Every other field of the example, handed to rewards."""
     question: str = ""
     """The example's prompt before it was rendered; environments make their own opening of it."""
+    source: str = ""
+    """Which of ``config.sources`` it is of: whose environment it opens, and whose rewards judge it."""
 
     @property
     def seed(self) -> int:

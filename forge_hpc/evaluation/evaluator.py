@@ -17,10 +17,8 @@ from forge_hpc.evaluation.figures import Graded, evaluation_seed, figures_of_set
 from forge_hpc.observability.logger import MetricLogger
 
 if TYPE_CHECKING:
-    from forge_hpc.controller.service import Service
-    from forge_hpc.rewards import RewardPool
-    from forge_hpc.rollouts.agents import AgentPlayer
-    from forge_hpc.rollouts.episodes import EpisodePlayer
+    from forge_hpc.rewards import RewardPool, RewardPools
+    from forge_hpc.rollouts.sources import SampleStream
 
 FILLINGS = 8
 """So many times the sequences that an engine decodes at once are asked for in one call of an evaluation."""
@@ -33,7 +31,7 @@ class HeldOutSet:
     label: str
     """What its figures are called; empty for the only one of a run without ``evaluation.sets``."""
     prompts: Sequence[Prompt]
-    rewards: RewardPool
+    rewards: RewardPool | RewardPools
 
 
 class Evaluator:
@@ -41,7 +39,8 @@ class Evaluator:
 
     Args:
         sets: what is held out.
-        player: plays an episode for each answer, where there is an environment.
+        ask: for answers to prompts: (prompts, num, sampling, seed, key=replica) to a stream of completions, or of
+            episodes where there is an environment.
         warn: shows the user a line.
         tell: writes the status's message.
     """
@@ -50,8 +49,8 @@ class Evaluator:
         self,
         config: Config,
         sets: Sequence[HeldOutSet],
-        generators: Service,
-        player: EpisodePlayer | AgentPlayer | None,
+        ask: SampleStream,
+        num_generators: int,
         metrics: MetricLogger,
         warn: Callable[[str], None],
         tell: Callable[[str], None],
@@ -60,8 +59,8 @@ class Evaluator:
         self._prompts = [prompt for one in sets for prompt in one.prompts]
         self._labels = [one.label for one in sets for _ in one.prompts]
         self._pools = [one.rewards for one in sets for _ in one.prompts]  # by prompt, as are the labels
-        self._num_generators = len(generators)
-        self._ask = generators.sample.stream if player is None else player.stream
+        self._num_generators = num_generators
+        self._ask = ask
         self._metrics = metrics
         self._warn = warn
         self._tell = tell
@@ -93,23 +92,29 @@ class Evaluator:
                 sampling = replace(sampling, temperature=config.temperature)
             sampled = await self._answer(config.samples, sampling, seed, answers)
         values = figures_of_sets(self._labels, greedy, sampled, config.k, seed)
-        graded = [answer for group in (*greedy, *sampled) for answer in group]
-        num_failed = sum(answer.reward is None for answer in graded)
-        if 2 * num_failed > len(graded):
-            self._warn(
-                f"evaluation after step {step}: {num_failed} of {len(graded)} answers failed or have no reward, and "
-                "count as wrong: controller.log says why"
-            )
-        values |= {"num_prompts": len(prompts), "num_failed": num_failed, "time_s": time.perf_counter() - start}
+        self._warn_of_failures(step, values)
+        values["time_s"] = time.perf_counter() - start
         values = {**(more or {}), **values}
         self._metrics.log_evaluation(step, values, answers.records())
         if answers.has_told:
             self._tell("")
         return values
 
+    def _warn_of_failures(self, step: int, values: Mapping[str, float]) -> None:
+        """Where most answers have none or no reward: of all sets together, or of one."""
+        for label in dict.fromkeys(["", *self._labels]):
+            prefix, of = (f"{label}/", f" of {label}") if label else ("", "")
+            num = int(values[f"{prefix}num_prompts"]) * (1 + self._config.evaluation.samples)
+            num_failed = int(values[f"{prefix}num_failed"])
+            if 2 * num_failed > num:
+                self._warn(
+                    f"evaluation after step {step}: {num_failed} of {num} answers{of} failed or have no reward, and "
+                    "count as wrong: controller.log says why"
+                )
+
     async def _answer(self, num: int, sampling: SamplingConfig, seed: int, answers: Answers) -> list[list[Graded]]:
         """``num`` answers to each prompt, or episodes of it. An answer is right if the first reward says so
-        (``RewardPool.is_right``), an episode if its environment gave 1 or more."""
+        (``Judgement.right``), an episode if its environment gave 1 or more."""
         results = [[Graded()] * num for _ in self._prompts]
         # A call has a deadline (generator.timeout_s): it holds some fillings of an engine, not a whole test set.
         size = max(1, FILLINGS * self._config.generator.engine.max_num_seqs // num)
@@ -125,8 +130,9 @@ class Evaluator:
                 tasks.create_task(grade(places[index], number, answer))
 
         async with asyncio.TaskGroup() as tasks:
+            order = sorted(range(len(self._prompts)), key=lambda place: self._prompts[place].source)
             for replica in range(self._num_generators):
-                places = range(replica, len(self._prompts), self._num_generators)
+                places = order[replica :: self._num_generators]  # its part of every source
                 for begin in range(0, len(places), size):
                     tasks.create_task(share(replica, places[begin : begin + size]))
         return results
@@ -147,7 +153,7 @@ class Evaluator:
             answers.add(place, sample, episode.prompt, answer, Graded(), error=str(error))
             return Graded()
         is_played = "environment" in episode.rewards
-        right = episode.reward >= 1 - 1e-6 if is_played else rewards.is_right(judged.terms)
+        right = episode.reward >= 1 - 1e-6 if is_played else judged.right
         graded = Graded(right, episode.reward + judged.total)
         answers.add(place, sample, episode.prompt, answer, graded, episode.rewards | judged.terms, judged.read)
         return graded

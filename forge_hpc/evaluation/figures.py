@@ -106,8 +106,8 @@ def figures_of_sets(
     ks: Sequence[int],
     seed: int,
 ) -> dict[str, float]:
-    """The figures over all prompts and, where there are several sets, those of each under ``LABEL/`` with its
-    ``num_prompts``. Over all means that every prompt counts the same, whatever set it is of.
+    """The figures over all prompts and, where there are several sets, those of each under ``LABEL/``; with their
+    ``num_prompts``, and ``num_failed`` answers. Over all: every prompt counts the same, whatever set it is of.
 
     Args:
         labels: of each prompt the set that it is of.
@@ -115,14 +115,17 @@ def figures_of_sets(
     """
 
     def of(places: Sequence[int]) -> dict[str, float]:
-        figures = greedy_figures([greedy[place][0] for place in places])
-        return figures | (sampled_figures([sampled[place] for place in places], ks, seed) if sampled else {})
+        figures, graded = greedy_figures([greedy[place][0] for place in places]), [greedy[place] for place in places]
+        if sampled:
+            figures |= sampled_figures([sampled[place] for place in places], ks, seed)
+            graded += [sampled[place] for place in places]
+        num_failed = sum(answer.reward is None for answers in graded for answer in answers)
+        return figures | {"num_prompts": len(places), "num_failed": num_failed}
 
     figures = of(range(len(labels)))
     for label in filter(None, dict.fromkeys(labels)):
         places = [place for place, other in enumerate(labels) if other == label]
-        own = of(places) | {"num_prompts": len(places)}
-        figures |= {f"{label}/{key}": value for key, value in own.items()}
+        figures |= {f"{label}/{key}": value for key, value in of(places).items()}
     return figures
 
 

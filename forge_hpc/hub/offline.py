@@ -9,6 +9,7 @@ from pathlib import Path
 
 from forge_hpc.config import Config, UserError
 from forge_hpc.config.hub_cache import nodes_environ
+from forge_hpc.config.sources import run_sources
 from forge_hpc.hub.assets import Asset, assets_of, find_cached, named
 from forge_hpc.hub.pins import Pins
 
@@ -50,6 +51,8 @@ def offline_environ(cfg: Config, run_dir: Path, environ: Mapping[str, str] = os.
 
 
 def _has_own_code(cfg: Config) -> bool:
-    names = [cfg.recipe, cfg.algorithm.loss, cfg.environment.name or "", *(reward.name for reward in cfg.reward)]
+    names = [cfg.recipe, cfg.algorithm.loss]
     names += [reward.name for one in cfg.evaluation.sets for reward in one.reward]
+    for run in run_sources(cfg):
+        names += [run.config.environment.name or "", *(reward.name for reward in run.config.reward)]
     return any(":" in name for name in names)

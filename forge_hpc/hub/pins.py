@@ -17,6 +17,7 @@ from pathlib import Path
 
 from forge_hpc.config import Config
 from forge_hpc.config.hub_cache import split_name
+from forge_hpc.config.schema import DataConfig
 from forge_hpc.files import atomic_write_json
 from forge_hpc.hub.assets import Asset, assets_of, find_cached, is_hub_name
 
@@ -54,16 +55,15 @@ class Pins:
 
     def data_of(self, cfg: Config) -> Config:
         """`cfg` with the data sets of this run."""
-        data = cfg.data
+        runs = [replace(run, data=self._data(run.data)) for run in cfg.sources]
+        sets = [replace(one, path=self.named(one.path, "dataset")) for one in cfg.evaluation.sets]
+        evaluation = replace(cfg.evaluation, sets=sets)
+        return replace(cfg, data=self._data(cfg.data), sources=runs, evaluation=evaluation)
+
+    def _data(self, data: DataConfig) -> DataConfig:
         sources = [replace(source, path=self.named(source.path, "dataset")) for source in data.sources]
         eval_path = None if data.eval_path is None else self.named(data.eval_path, "dataset")
-        path = self.named(data.path, "dataset")
-        sets = [replace(one, path=self.named(one.path, "dataset")) for one in cfg.evaluation.sets]
-        return replace(
-            cfg,
-            data=replace(data, path=path, sources=sources, eval_path=eval_path),
-            evaluation=replace(cfg.evaluation, sets=sets),
-        )
+        return replace(data, path=self.named(data.path, "dataset"), sources=sources, eval_path=eval_path)
 
 
 def pin_cached(cfg: Config, run_dir: Path, environ: Mapping[str, str]) -> Pins:

@@ -171,6 +171,7 @@ def _rollout(episode: Episode) -> dict[str, object]:
     completion = episode.completion
     return {
         "position": episode.prompt.position,
+        **({"source": episode.prompt.source} if episode.prompt.source else {}),
         "sample": completion.sample_index,
         "prompt": episode.prompt.text,
         "target": episode.prompt.target,

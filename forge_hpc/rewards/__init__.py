@@ -8,7 +8,7 @@ from forge_hpc.rewards.judge import LLMJudgeReward
 from forge_hpc.rewards.length import LengthReward
 from forge_hpc.rewards.math import MathReward
 from forge_hpc.rewards.numeric import NumericReward
-from forge_hpc.rewards.pool import RewardPool
+from forge_hpc.rewards.pool import RewardPool, RewardPools
 from forge_hpc.rewards.repetition import RepetitionReward
 from forge_hpc.rewards.thinking import ThinkingReward
 
@@ -23,5 +23,6 @@ __all__ = [
     "RepetitionReward",
     "RewardError",
     "RewardPool",
+    "RewardPools",
     "ThinkingReward",
 ]

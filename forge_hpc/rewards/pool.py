@@ -11,12 +11,13 @@ import dataclasses
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config, RewardConfig
+from forge_hpc.config.sources import run_sources
 from forge_hpc.rewards.compute import compute
 from forge_hpc.rewards.errors import RewardError
 from forge_hpc.rewards.load import INLINE_REWARDS, Reward, load_reward
@@ -42,6 +43,9 @@ class Judgement(NamedTuple):
     """Each reward unweighted by its label, and its figures as ``label/name``."""
     read: dict[str, str | None]
     """What each took for the answer, by its label; None where it does not say."""
+    right: bool = False
+    """Whether the completion counts as right in an evaluation: by the first reward, which must be 1 or more. Those
+    after it say how an answer was given."""
 
 
 class RewardPool:
@@ -109,16 +113,48 @@ class RewardPool:
             terms |= {f"{label}/{name}": figure for name, figure in result["figures"].items()}
             read[label] = result.get("read")
         total = sum(term.config.weight * terms[label] for label, term in self._terms.items())
-        return Judgement(total, terms, read)
-
-    def is_right(self, terms: Mapping[str, float]) -> bool:
-        """Whether a completion counts as right in an evaluation: by the first reward, which must be 1 or more. Those
-        after it say how an answer was given."""
-        return terms[next(iter(self._terms))] >= 1 - 1e-6
+        return Judgement(total, terms, read, any(terms[label] >= 1 - 1e-6 for label in [*self._terms][:1]))
 
     async def close(self) -> None:
         """Kill all processes, with everything that they started, and wait for their end."""
         await asyncio.gather(*(term.workers.close() for term in self._terms.values() if term.workers))
+
+    async def __aenter__(self) -> Self:
+        return await self.start()
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+class RewardPools:
+    """The rewards of all sources of a run (``config.sources``): each completion is judged by those of its prompt's."""
+
+    def __init__(
+        self, config: Config, others: Sequence[Place] = (), warn: Callable[[str], None] = logger.warning
+    ) -> None:
+        """``others`` and ``warn`` as for ``RewardPool``."""
+        self._pools = {run.name: RewardPool(run.config, None, others, warn) for run in run_sources(config)}
+
+    async def start(self) -> Self:
+        """As ``RewardPool.start``, of all."""
+        try:
+            await asyncio.gather(*(pool.start() for pool in self._pools.values()))
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def score(self, prompt: Prompt, completion: Completion) -> tuple[float, dict[str, float]]:
+        """As ``RewardPool.score``."""
+        return await self._pools[prompt.source].score(prompt, completion)
+
+    async def judge(self, prompt: Prompt, completion: Completion, show: bool = False) -> Judgement:
+        """As ``RewardPool.judge``."""
+        return await self._pools[prompt.source].judge(prompt, completion, show)
+
+    async def close(self) -> None:
+        """End the processes of all."""
+        await asyncio.gather(*(pool.close() for pool in self._pools.values()))
 
     async def __aenter__(self) -> Self:
         return await self.start()

@@ -79,13 +79,10 @@ class EpisodeWatch:
 
         Raises RuntimeError where too many log-probabilities are not finite.
         """
-        num_failed = sum(group.num_failed for group in groups)
-        num = num_failed + sum(len(group.episodes) for group in groups)
+        num = sum(group.num_failed + len(group.episodes) for group in groups)
         self._check_logprobs(step, sum(kind == "logprobs" for group in groups for kind, _ in group.failures), num)
-        if 2 * num_failed > num:
-            causes = [message for group in groups for _, message in group.failures]
-            cause = f", the last one because of: {causes[-1]}" if causes else ""
-            self._warn_once("lost", f"step {step}: {num_failed} of {num} episodes were left out{cause}")
+        for source in sorted({group.prompt.source for group in groups}):
+            self._check_lost(step, source, [group for group in groups if group.prompt.source == source])
         for group in groups:
             if (openings := unequal_openings(group)) is not None:
                 first, second = (_quote(text, openings) for text in openings)
@@ -95,6 +92,15 @@ class EpisodeWatch:
                     f"not open alike ({first}, {second}): is the task drawn from prompt.seed, and are the "
                     "environment's episodes apart from each other (environment.max_open_episodes=1)?",
                 )
+
+    def _check_lost(self, step: int, source: str, groups: Sequence[Group]) -> None:
+        num_failed = sum(group.num_failed for group in groups)
+        num = num_failed + sum(len(group.episodes) for group in groups)
+        if 2 * num_failed > num:
+            causes = [message for group in groups for _, message in group.failures]
+            cause = f", the last one because of: {causes[-1]}" if causes else ""
+            of = f" of {source}" if source else ""
+            self._warn_once(f"lost{of}", f"step {step}: {num_failed} of {num} episodes{of} were left out{cause}")
 
     def _check_logprobs(self, step: int, num_bad: int, num: int) -> None:
         self._recent.append((num_bad, num))

@@ -14,7 +14,21 @@ from forge_hpc.rollouts.groups import has_signal, unequal_openings
 
 
 def measure(groups: Sequence[Group], step: int) -> dict[str, float]:
-    """The figures of a step's rollouts, over all completions before any filtering."""
+    """The figures of a step's rollouts, over all completions before any filtering: of all, and with several sources of
+    those of each, as ``source/NAME/KEY``."""
+    figures = _measure(groups, step)
+    for name in sorted({group.prompt.source for group in groups} - {""}):
+        own = [group for group in groups if group.prompt.source == name]
+        if any(group.episodes for group in own):
+            measured = _measure(own, step)
+        else:
+            failed = float(sum(group.num_failed for group in own))
+            measured = {"groups/drawn": float(len(own)), "episodes/failed": failed}
+        figures |= {f"source/{name}/{key}": value for key, value in measured.items()}
+    return figures
+
+
+def _measure(groups: Sequence[Group], step: int) -> dict[str, float]:
     episodes = [episode for group in groups for episode in group.episodes]
     failures = [failure for group in groups for failure in group.failures]
     if not episodes:

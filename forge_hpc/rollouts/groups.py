@@ -10,7 +10,7 @@ import numpy as np
 
 from forge_hpc.config import Config
 from forge_hpc.data.types import Completion, Episode, Group, Prompt
-from forge_hpc.rewards import RewardError, RewardPool
+from forge_hpc.rewards import RewardError, RewardPool, RewardPools
 from forge_hpc.rollouts.streaming import stream
 
 _LARGEST = np.finfo(np.float32).max
@@ -24,7 +24,7 @@ each completion of a prompt that the generator refused."""
 def make_groups(
     prompts: Sequence[Prompt],
     samples: AsyncIterator[tuple[tuple[int, int], Sample]],
-    rewards: RewardPool,
+    rewards: RewardPool | RewardPools,
     config: Config,
 ) -> AsyncGenerator[Group, None]:
     """Reward each sample as it comes, while others are generated: one that hangs holds up none of them. Each prompt's
@@ -57,7 +57,7 @@ def make_groups(
 _Scored: TypeAlias = Episode | RewardError | ValueError
 
 
-async def _score(prompt: Prompt, sample: Sample, rewards: RewardPool) -> _Scored:
+async def _score(prompt: Prompt, sample: Sample, rewards: RewardPool | RewardPools) -> _Scored:
     if isinstance(sample, ValueError):
         return sample
     if isinstance(sample, Exception):

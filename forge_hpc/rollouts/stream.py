@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from forge_hpc.config import Config
 from forge_hpc.data.prompts import PromptStream
 from forge_hpc.data.types import Group, Prompt
-from forge_hpc.rewards import RewardPool
+from forge_hpc.rewards import RewardPool, RewardPools
 from forge_hpc.rollouts.buffer import EpisodeBuffer
 from forge_hpc.rollouts.checks import EpisodeWatch
 from forge_hpc.rollouts.figures import RolloutClock
@@ -47,7 +47,7 @@ class RolloutStream:
         prompts: PromptStream,
         sample: Callable[..., AsyncIterator[Any]],
         num_generators: int,
-        rewards: RewardPool,
+        rewards: RewardPool | RewardPools,
         buffer: EpisodeBuffer,
         warn: Callable[[str], None],
         num_fed: Callable[[], int] | None = None,
@@ -88,7 +88,9 @@ class RolloutStream:
         async with asyncio.TaskGroup() as tasks:
             while True:
                 batch = self._buffer.begin(self._prompts.draw(await self._room()))
-                # Synchronous: a generator admits all its prompts at once, so that the run repeats exactly.
+                # Synchronous: a generator admits all its prompts at once, so that the run repeats exactly; each has its
+                # part of every source.
+                batch.sort(key=lambda prompt: prompt.source)
                 shares = [batch[i::num] for i in range(num) if batch[i::num]] if synchronous else [[p] for p in batch]
                 self._num_open += len(batch) * self._config.rollout.group_size
                 started = self._clock.begin(len(shares))
