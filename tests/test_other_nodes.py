@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -92,8 +93,11 @@ class Node:
 
     def workers(self) -> list[psutil.Process]:
         """The processes that compute; their keepers end with them."""
-        keepers = psutil.Process(self.process.pid).children()
-        return [worker for keeper in keepers for worker in keeper.children()]
+        found = []
+        for keeper in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found += keeper.children()
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +152,7 @@ def config_of(user: Path, name: str, **options: Any) -> Config:
 
 async def both_compute(pool: RewardPool, user: Path) -> None:
     while not ran(user)["other"]:
-        await asyncio.gather(*(score(pool, "text") for _ in range(20)))
+        await asyncio.gather(*(score(pool, "text") for _ in range(200)))
 
 
 def test_both_nodes_compute_and_a_lost_one_takes_nothing_with_it(node: Node, user: Path) -> None:
@@ -180,7 +184,7 @@ def test_a_call_whose_process_is_killed_on_one_of_several_nodes_is_made_again(no
             psutil.wait_procs(killed)
             (user.parent / "go").touch()
             assert await asyncio.gather(*scoring) == [4.0] * 10
-            await until(lambda: len(node.workers()) == len(killed), "new processes")
+            await until(lambda: len(node.workers()) >= len(killed), "new processes")
             assert not node.place.is_lost
 
     run(scenario)
@@ -190,7 +194,7 @@ def test_a_node_that_cannot_compute_a_reward_is_named_and_left_out(node: Node, u
     warned: list[str] = []
 
     async def scenario() -> None:
-        async with RewardPool(config_of(user, "Picky"), others=[node.place], warn=warned.append) as pool:
+        async with RewardPool(config_of(user, "Picky", workers=2), others=[node.place], warn=warned.append) as pool:
             await until(lambda: warned, "the warning")
             assert await asyncio.gather(*(score(pool, "text") for _ in range(20))) == [1.0] * 20
 
@@ -208,7 +212,7 @@ def test_a_node_without_a_sandbox_is_named_and_runs_no_programs(node: Node) -> N
     prompt = Prompt(0, "go", [1], "", {"tests": [{"input": "", "output": "42"}]})
 
     async def scenario() -> None:
-        config = Config(reward=[RewardConfig("code")])
+        config = Config(reward=[RewardConfig("code", workers=2)])
         async with RewardPool(config, others=[node.place], warn=warned.append) as pool:
             await until(lambda: warned, "the warning")
             assert (await pool.score(prompt, program))[0] == 1.0

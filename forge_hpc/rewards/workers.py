@@ -14,9 +14,9 @@ Where nobody says how long a call may take, the limit is learned (``limit``), an
 its caller gives it up, but it runs on, beside the other workers. If it gives a value after all, the reward is slow and
 does not hang, and its limit is raised.
 
-Where a run has several nodes the workers are on all of them, and whichever is free gets the next call. A node that is
-lost takes nothing but the calls that ran there, which are made again elsewhere; and a call whose process dies on
-another node is tried once more on this one: it may be the node that is sick.
+Where a run has several nodes the workers are on all of them, once a call has waited for one, and whichever is free gets
+the next call. A node that is lost takes nothing but the calls that ran there, which are made again elsewhere; and a
+call whose process dies on another node is tried once more on this one: it may be the node that is sick.
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ _CANCEL_GRACE_S = 2.0
 _ISOLATING_WORKERS = 4
 _MIN_WORKERS, _MAX_WORKERS = 4, 8
 """Default number on a node, by its cores, for a reward that is not async."""
+_PATIENCE_S = 0.5
+"""A call that has waited so long for a worker of this node has those of the others started, where nobody has said how
+many there are to be: for a quick reward none is."""
 
 
 class RewardWorkers:
@@ -83,6 +86,8 @@ class RewardWorkers:
         self._closed = False
         self._free: asyncio.Queue[WorkerProcess | RewardError] = asyncio.Queue()
         """A worker once for each call that it can take now; an error for each worker that could not be started."""
+        self._elsewhere: list[tuple[Place, int]] = []
+        """Other nodes where no worker has been started yet, and how many there are to be."""
         self._isolated: RewardWorkers | None = None
         """Those for calls that a worker was lost with, and nobody knows whose fault it was."""
 
@@ -128,6 +133,7 @@ class RewardWorkers:
             if await _is_answered(call, limit_s):
                 return self._learn(call, started, is_first)
             if not await worker.place.answers():
+                call.answer.cancel()
                 raise _NodeGone
             is_watched = limit_s < self._limit.ceiling_s and not self._is_watching and not worker.ended
             if is_watched:
@@ -172,9 +178,9 @@ class RewardWorkers:
         here, *elsewhere = self._shares(is_async, bool(traits["per_node"]))
         for _ in range(here - 1):
             self._add(THIS_NODE)
-        for place, num in zip(self._places[1:], elsewhere, strict=True):
-            if num:
-                self._pool.create_task(self._start_at(place, num, check))
+        self._elsewhere = [(place, num) for place, num in zip(self._places[1:], elsewhere, strict=True) if num]
+        if self._num_workers:
+            self._spread()
 
     def _shares(self, is_async: bool, per_node: bool) -> list[int]:
         """How many workers each place gets."""
@@ -186,10 +192,16 @@ class RewardWorkers:
             return [1] + [int(per_node)] * (num_places - 1)
         return [max(_MIN_WORKERS, min(_MAX_WORKERS, place.num_cpus)) for place in self._places]
 
-    async def _start_at(self, place: Place, num: int, check: bool) -> None:
+    def _spread(self) -> None:
+        """Start the workers of the other nodes, in the background, once."""
+        elsewhere, self._elsewhere = self._elsewhere, []
+        for place, num in elsewhere:
+            self._pool.create_task(self._start_at(place, num))
+
+    async def _start_at(self, place: Place, num: int) -> None:
         """Start workers on another node, unless the first one shows that it cannot compute the reward."""
         try:
-            worker, _ = await self._pool.start_worker(place, check=check)
+            worker, _ = await self._pool.start_worker(place, check=True)
         except UserError as error:
             self._leave_out(place, error)
         else:
@@ -292,12 +304,21 @@ class RewardWorkers:
 
     async def _next_free(self) -> WorkerProcess:
         while True:
-            free = await self._free.get()
+            free = await self._take()
             if isinstance(free, RewardError):
                 self._add(THIS_NODE)
                 raise free
             if not free.ended:
                 return free
+
+    async def _take(self) -> WorkerProcess | RewardError:
+        if self._elsewhere:
+            try:
+                async with asyncio.timeout(_PATIENCE_S):
+                    return await self._free.get()
+            except TimeoutError:
+                self._spread()
+        return await self._free.get()
 
 
 class _NodeGone(Exception):

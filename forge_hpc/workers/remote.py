@@ -97,7 +97,8 @@ class _Stream:
         self._giving_up: asyncio.TimerHandle | None = None
 
     def write(self, data: bytes) -> None:
-        self._writer.write(data)
+        if not self._writer.transport.is_closing():  # else Python 3.11's raises AttributeError
+            self._writer.write(data)
 
     async def readline(self) -> bytes:
         try:
