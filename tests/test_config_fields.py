@@ -29,7 +29,7 @@ def test_the_page_of_all_keys_is_what_the_schema_says():
 
 
 def test_each_key_has_one_rule_however_it_is_reached():
-    cfg = load_config(None, ["data.sources=[{path: a}]"])
+    cfg = load_config(None, ["data.sources=[{path: a}]", "algorithm.sft.sources=[{path: a}]"])
     by_walk = {key: rule for key, _, rule in walk(cfg)}
     assert set(by_walk) == set(all_keys())
     assert all(rule_of(Config, key) == rule for key, rule in by_walk.items())

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from forge_hpc.config.schema import DataConfig
+from forge_hpc.config.schema import Config, CurriculumConfig, DataConfig
+
+_ORDER = 0x5F7  # the examples of SFT beside RL do not come in the order of the prompts
 
 
 def data_sources(data: DataConfig) -> list[tuple[str, DataConfig, float]]:
@@ -23,6 +25,18 @@ def data_sources(data: DataConfig) -> list[tuple[str, DataConfig, float]]:
         own = dataclasses.replace(data, **{"name": None, **given, "sources": [], "eval_path": None})
         sources.append((f"data.sources.{i}", own, weight))
     return sources
+
+
+def with_sft_data(cfg: Config) -> Config | None:
+    """The configuration with the data of ``algorithm.sft`` in place of its own, in an order of their own; None where no
+    examples are learned beside what is sampled."""
+    sft = cfg.algorithm.sft
+    if not sft.coef:
+        return None
+    data = dataclasses.replace(cfg.data, curriculum=CurriculumConfig(), eval_path=None)
+    if sft.sources:
+        data = dataclasses.replace(data, sources=sft.sources)
+    return dataclasses.replace(cfg, data=data, seed=cfg.seed ^ _ORDER)
 
 
 def find_field(example: Mapping[str, Any], name: str) -> Any:

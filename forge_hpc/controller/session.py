@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -21,8 +22,10 @@ from forge_hpc.checkpoint import load_extra
 from forge_hpc.checkpoint.episodes import EPISODES, load_groups
 from forge_hpc.cluster.meshes import Cluster
 from forge_hpc.config import Config, UserError
-from forge_hpc.config.needs import POLICY, ModelNeed
-from forge_hpc.config.recipes import load_recipe
+from forge_hpc.config.needs import POLICY, REWARD_MODEL, ModelNeed
+from forge_hpc.config.recipes import load_recipe, needs_of
+from forge_hpc.config.rewards import reward_model_of
+from forge_hpc.config.sources import with_sft_data
 from forge_hpc.config.split import frozen_apart
 from forge_hpc.controller.frozen import FrozenProcesses
 from forge_hpc.controller.generators import SPAWN_S, STOP_S, GeneratorPool, WeightSync, why_not_spawned
@@ -47,6 +50,8 @@ from forge_hpc.observability.traces import Spans, trace_dir
 from forge_hpc.rewards import RewardPool
 from forge_hpc.rollouts.buffer import EpisodeBuffer, episode_buffer
 from forge_hpc.rollouts.mismatch import MismatchWatch
+from forge_hpc.rollouts.reward_model import RewardModel
+from forge_hpc.rollouts.sft import SFTMix
 from forge_hpc.rollouts.stream import RolloutStream
 from forge_hpc.run_dir import RunDir
 from forge_hpc.status_writer import StatusWriter
@@ -83,7 +88,7 @@ class Session:
     ) -> None:
         self.config = config
         self.recipe = load_recipe(config)
-        self.needs = self.recipe.needs(config)
+        self.needs = needs_of(config)
         self.run_dir = run_dir
         self.log_dir = log_dir
         self.cluster = cluster
@@ -114,6 +119,7 @@ class Session:
         self._turns: Turns | None = None
         self._starting_store: asyncio.Task[WeightStore] | None = None
         self._evaluator: Evaluator | None = None
+        self._sft: SFTMix | None = None
         self._endpoint: Endpoint | None = None
         self._held_out_documents: list[Document] = []
         self._resume_from: Path | None = None
@@ -183,6 +189,7 @@ class Session:
             return
         if self.needs.learns_from == "samples":
             self._prompts = await asyncio.to_thread(self._load_prompts)
+            self._sft = await asyncio.to_thread(self._load_sft)
         held_out = await asyncio.to_thread(self._load_held_out)
         self._rewards = await RewardPool(self.config).start()
         self._on_close(self._rewards.close)
@@ -426,8 +433,17 @@ class Session:
         return await asyncio.to_thread(self._load_documents)
 
     def _load_documents(self) -> DocumentStream:
-        documents = DocumentStream(open_sources(self._pins.data_of(self.config)), self.tokenizer, self.config)
+        sources = open_sources(self._pins.data_of(self.config))
+        documents = DocumentStream(sources, self.tokenizer, self.config, self.recipe.renderer)
         return documents.load_state_dict(self.state.get("documents", documents.state_dict()))
+
+    def _load_sft(self) -> SFTMix | None:
+        """The examples that are learned beside what is sampled, where there are any."""
+        config = with_sft_data(self.config)
+        if config is None:
+            return None
+        stream = DocumentStream(open_sources(self._pins.data_of(config)), self.tokenizer, config)
+        return SFTMix(stream, config.algorithm.sft).load_state_dict(self.state.get("sft", stream.state_dict()))
 
     def _load_prompts(self) -> PromptStream:
         prompts = PromptStream(open_sources(self._pins.data_of(self.config)), self.tokenizer, self.config)
@@ -447,7 +463,8 @@ class Session:
         if not config.evaluation.num_prompts:
             return []
         examples = load_eval_examples(self._pins.data_of(config).data, config.seed)
-        return evaluation_documents(examples, self.tokenizer, config, config.evaluation.num_prompts)
+        num = config.evaluation.num_prompts
+        return evaluation_documents(examples, self.tokenizer, config, num, self.recipe.renderer)
 
     @asynccontextmanager
     async def rollouts(self) -> AsyncIterator[RolloutStream]:
@@ -464,10 +481,18 @@ class Session:
             self._buffer,
             self.warn,
             num_fed=lambda: generators.num_fed,
+            reward_more=self._reward_model(),
         )
         await self._begin_trace(self.step + 1)
         async with background(stream.run()):
             yield stream
+
+    def _reward_model(self) -> RewardModel | None:
+        """What gives the reward of a trained model, where the run has one."""
+        reward = reward_model_of(self.config)
+        if reward is None:
+            return None
+        return RewardModel(partial(self.trainers.values, model=REWARD_MODEL), reward.weight)
 
     def _finished_groups(self) -> list[Group]:
         return self._buffer.finished() if self._buffer is not None else []
@@ -503,6 +528,8 @@ class Session:
             self._saver.trained(time.perf_counter() - start)
             return {f"{model}/{key}": value for key, value in metrics.items()}
         bounds = self._mismatch.bounds(step, documents)
+        if self._sft is not None and update:
+            documents = self._sft.mix(documents)
         self._ask_engines()
         with self._spans.span("train_step"):
             metrics = await self.trainers.train_step(documents, update, bounds.largest)
@@ -578,7 +605,7 @@ class Session:
         """
         self._record(step, metrics, groups)
         await self._tell_phases()
-        self.state = dict(state)
+        self.state = dict(state) | ({"sft": self._sft.state_dict()} if self._sft is not None else {})
         start = time.perf_counter()
         with self._spans.span("save"):
             if self._saver.is_due(step):
@@ -658,12 +685,12 @@ class Session:
             await asyncio.to_thread(self._saver.checkpoints.mark_best, step, name, value)
 
     async def _validation_loss(self) -> dict[str, float]:
-        """Mean loss of the policy on held-out documents, nats; nothing where there are none."""
-        if not self._held_out_documents:
+        """What the recipe says of the policy by held-out documents; nothing where there are none."""
+        if not (documents := self._held_out_documents):
             return {}
         start = time.perf_counter()
-        loss = await self.trainers.eval_loss(self._held_out_documents)
-        return {"loss": loss, "num_documents": len(self._held_out_documents), "time_s": time.perf_counter() - start}
+        figures = await self.recipe.validate(self, documents)
+        return {**figures, "num_documents": len(documents), "time_s": time.perf_counter() - start}
 
     async def finish(self) -> None:
         """The run is done: wait for the last save, write the final weights, and evaluate what waited for that.

@@ -24,7 +24,7 @@ from forge_hpc.config.hub_cache import (
 from forge_hpc.config.models import check_tokenizer, check_weights, looks_local, read_model_config
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.config.schema import DataConfig
-from forge_hpc.config.sources import data_sources
+from forge_hpc.config.sources import data_sources, with_sft_data
 
 NOTE = "forge-hpc"
 """Folder beside ``snapshots`` of a data set: which files of a commit a configuration of it is made of."""
@@ -90,6 +90,9 @@ def _assets(cfg: Config) -> Iterator[Asset]:
             yield Asset("model", path, (key,))
     for key, data, _ in data_sources(cfg.data):
         yield from _data(f"{key}.path", data, data.path, data.split)
+    if (examples := with_sft_data(cfg)) is not None and cfg.algorithm.sft.sources:
+        for key, data, _ in data_sources(examples.data):
+            yield from _data(f"{key.replace('data', 'algorithm.sft', 1)}.path", data, data.path, data.split)
     if cfg.evaluation.num_prompts:
         key = "data.eval_path" if cfg.data.eval_path else "data.path"
         if cfg.data.eval_path or not cfg.data.sources:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from forge_hpc.config.errors import UserError
+from forge_hpc.config.rewards import MODEL
 from forge_hpc.config.schema import Config, RewardConfig
 from forge_hpc.rewards.compute import compute
 from forge_hpc.rewards.errors import RewardError
@@ -50,9 +51,11 @@ class RewardPool:
             total, terms = await pool.score(prompt, completion)
     """
 
-    def __init__(self, config: Config, num_workers: int | None = None) -> None:
-        """``num_workers`` overrides each reward's ``workers``. Raises UserError for wrong arguments of inline ones."""
-        rewards = [_with_sandbox(reward, config) for reward in config.reward]
+    def __init__(self, config: Config, num_workers: int | None = None, with_model: bool = False) -> None:
+        """``num_workers`` overrides each reward's ``workers``. With ``with_model`` the reward of a trained model is
+        computed here too; in a run its frozen model does that (``rollouts.reward_model``). Raises UserError for wrong
+        arguments of inline ones."""
+        rewards = [_with_sandbox(reward, config) for reward in config.reward if with_model or reward.name != MODEL]
         self._terms = {label: _Term(reward, num_workers) for label, reward in _by_label(rewards).items()}
 
     async def start(self) -> Self:
@@ -126,7 +129,10 @@ def _by_label(rewards: Sequence[RewardConfig]) -> dict[str, RewardConfig]:
 
 
 def _with_sandbox(reward: RewardConfig, config: Config) -> RewardConfig:
-    """``code`` runs its programs as the section ``sandbox`` says, unless its own args say otherwise."""
+    """``code`` runs its programs as the section ``sandbox`` says, unless its own args say otherwise; ``model`` has its
+    path among them."""
+    if reward.path is not None:
+        return dataclasses.replace(reward, args={"path": reward.path})
     if reward.name != "code":
         return reward
     return dataclasses.replace(reward, args={"sandbox": dataclasses.asdict(config.sandbox), **reward.args})
