@@ -23,7 +23,7 @@ FILE = re.compile(r'^```\w+ title="([^"]+)"\n(.*?)^```$', re.MULTILINE | re.DOTA
 COMMANDS = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCK = {kind: re.compile(rf"^```{kind}\n(.*?)^```$", re.MULTILINE | re.DOTALL) for kind in ("jsonl", "yaml", "python")}
 PAGES = sorted(page for page in DOCS.glob("*.md") if FILE.search(page.read_text(encoding="utf-8")))
-RECIPES = [DOCS / f"{name}.md" for name in ("ppo", "dpo", "distillation", "best_of_n")]
+RECIPES = [DOCS / f"{name}.md" for name in ("ppo", "dpo", "reward_model", "distillation", "best_of_n")]
 """Of shipped recipes, whose commands run on shipped configurations."""
 STEPS = 3
 
@@ -34,7 +34,7 @@ def test_the_pages_on_ones_own_code_have_files_to_run():
 
 def as_cases(pages: list[Path]) -> list[ParameterSet]:
     """Some only where they also learn (tests/test_recipes_learn.py), which takes minutes."""
-    heavy = {name: [pytest.mark.training] for name in ("distillation", "dpo", "best_of_n")}
+    heavy = {name: [pytest.mark.training] for name in ("distillation", "dpo", "reward_model", "best_of_n")}
     return [pytest.param(page, id=page.stem, marks=heavy.get(page.stem, [])) for page in pages]
 
 

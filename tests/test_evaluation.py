@@ -20,7 +20,6 @@ from forge_hpc.evaluation.figures import (
     evaluation_seed,
     figures_of_sets,
     greedy_figures,
-    loss_figures,
     pass_at_k,
     sampled_figures,
     wilson_interval,
@@ -112,12 +111,6 @@ def test_each_of_several_sets_has_its_figures_beside_those_of_all_prompts():
     only = figures_of_sets([""] * 5, greedy, sampled, (1,), seed=3)
     counts = {"num_prompts": 5, "num_failed": 0}
     assert only == greedy_figures([one for [one] in greedy]) | sampled_figures(sampled, (1,), 3) | counts
-
-
-def test_the_loss_of_several_sets_is_a_mean_over_all_their_tokens():
-    assert loss_figures({"": (1.5, 7, 2)}) == {"loss": 1.5, "num_documents": 2}
-    figures = loss_figures({"a": (1.0, 30, 2), "b": (2.0, 10, 1)})
-    assert (figures["loss"], figures["a/loss"], figures["b/loss"], figures["num_documents"]) == (1.25, 1.0, 2.0, 3)
 
 
 def test_evaluations_have_seeds_of_their_own():

@@ -286,7 +286,8 @@ class Trainer(Actor):
         from forge_hpc.data.render import learned_ends
 
         policy = self._models.policy
-        ends = learned_ends(load_tokenizer(policy.model_dir), self._config) if policy.need.loss == "sft" else []
+        learns_examples = needs_of(self._config).learns_from == "examples"
+        ends = learned_ends(load_tokenizer(policy.model_dir), self._config) if learns_examples else []
         policy.export(directory, ends)
 
     @endpoint

@@ -1,6 +1,7 @@
 """What a recipe needs: models, generators, rewards, environments. Placement, checks and the controller ask it alone.
 
-Of its models, each trained or frozen, ``policy`` is the one that is published and exported. A frozen model called
+Of its models, each trained or frozen, ``policy`` is the one that is published, to generators where there are any, and
+exported. A frozen model called
 ``reference`` is asked for the log-probabilities of what the policy is trained on (``Document.ref_logprobs``) by the
 trainers themselves. Imports no torch.
 """
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 from forge_hpc.config.errors import UserError
 
-POLICY, REFERENCE = "policy", "reference"
+POLICY, REFERENCE, REWARD_MODEL = "policy", "reference", "reward_model"
 HEADS = ("lm", "value")
 
 
@@ -34,7 +35,8 @@ class ModelNeed:
     """Weights, as ``model.path`` names them; None: those that the policy starts from. With LoRA a frozen model of the
     same weights is the policy without its adapters, and takes no memory."""
     head: str = "lm"
-    """``lm``: log-probabilities; ``value``: one number a token, 0 at first, from a model of the same architecture."""
+    """``lm``: log-probabilities; ``value``: one number a token, from a model of the same architecture: 0 at
+    first, but for weights that a reward model's training has left."""
     offload: bool = False
     """A frozen model's parameters wait in host memory, and visit the GPU a layer at a time."""
     loss: str | None = None
@@ -50,8 +52,12 @@ class ModelNeed:
             raise UserError(f"a model's head is {self.head!r}", f"it is one of {', '.join(HEADS)}")
         if self.trained and self.offload:
             raise UserError("a model that is trained cannot be offloaded", "offload frozen ones: trained=False")
-        if not self.trained and (self.loss is not None or self.lr is not None or self.head == "value"):
-            raise UserError("a frozen model has no loss, no learning rate and no value head", "set trained=True")
+        if not self.trained and (self.loss is not None or self.lr is not None):
+            raise UserError("a frozen model has no loss and no learning rate", "set trained=True")
+        if not self.trained and self.head == "value" and self.path is None:
+            raise UserError(
+                "a frozen model has no value head but one that was trained before", "set trained=True, or its path"
+            )
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,10 @@ class Needs:
     """Columns of documents that it fills: a loss that takes another one is refused before the run is queued. None: not
     said, then it is found at the first step."""
 
+    def __post_init__(self) -> None:
+        if (policy := self.models.get(POLICY)) is not None and policy.head == "value" and self.generators != "none":
+            raise UserError("a policy with a value head writes nothing", 'set generators="none"')
+
     @property
     def trains(self) -> bool:
         """Whether there are optimizer steps, and a model of the run's own at its end."""
@@ -86,9 +96,9 @@ class Needs:
 def check_models(models: Mapping[str, ModelNeed]) -> None:
     """Raises UserError: no policy, or one that is frozen or has no language-model head; a name that is no name."""
     policy = models.get(POLICY)
-    if policy is None or not policy.trained or policy.head != "lm" or policy.path is not None:
+    if policy is None or not policy.trained or policy.path is not None:
         raise UserError(
-            "a recipe's models need a policy that is trained, with log-probabilities, from model.path",
+            "a recipe's models need a policy that is trained, from model.path",
             f"add {POLICY!r}: ModelNeed() to them",
         )
     if (reference := models.get(REFERENCE)) is not None and reference.trained:

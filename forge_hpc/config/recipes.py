@@ -7,13 +7,15 @@ computes, not at its top.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.needs import Needs
+from forge_hpc.config.needs import REWARD_MODEL, ModelNeed, Needs
 from forge_hpc.config.registry import RECIPES
-from forge_hpc.config.schema import Config
+from forge_hpc.config.rewards import reward_model_of
+from forge_hpc.config.schema import Config, DataConfig
 from forge_hpc.config.user_code import find_user_code, load_user_code, nearest, remembered
 
 
@@ -25,6 +27,10 @@ class LoadedRecipe(Protocol):
     def needs(self, config: Config) -> Needs: ...
 
     def check(self, config: Config) -> None: ...
+
+    def renderer(self, tokenizer: Any, data: DataConfig) -> Callable[[Any, str], list[Any]]: ...
+
+    async def validate(self, session: Any, documents: Sequence[Any]) -> dict[str, float]: ...
 
     async def run(self, session: Any) -> None: ...
 
@@ -53,8 +59,12 @@ def resolve_recipe_args(cfg: Config, file: Path | None) -> None:
 
 
 def needs_of(cfg: Config) -> Needs:
-    """What the recipe of `cfg` needs. Raises as ``load_recipe``."""
-    return load_recipe(cfg).needs(cfg)
+    """What the recipe of `cfg` needs, and a reward model beside it. Raises as ``load_recipe``."""
+    needs = load_recipe(cfg).needs(cfg)
+    if (reward := reward_model_of(cfg)) is None or needs.generators != "beside":
+        return needs
+    model = ModelNeed(trained=False, head="value", path=reward.path or "")
+    return dataclasses.replace(needs, models={**needs.models, REWARD_MODEL: model})
 
 
 def _recipe_class(name: str) -> type[Any]:

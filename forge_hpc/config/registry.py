@@ -11,6 +11,9 @@ RECIPES = {
     "sft": "forge_hpc.recipes.sft:SFT",
     "eval": "forge_hpc.recipes.eval:Evaluation",
     "ppo": "forge_hpc.recipes.ppo:PPO",
+    "dpo": "forge_hpc.recipes.dpo:DPO",
+    "kto": "forge_hpc.recipes.kto:KTO",
+    "reward_model": "forge_hpc.recipes.reward_model:RewardModel",
     "online_dpo": "forge_hpc.recipes.online_dpo:OnlineDPO",
     "distillation": "forge_hpc.recipes.distillation:Distillation",
     "best_of_n": "forge_hpc.recipes.best_of_n:BestOfN",
@@ -50,6 +53,7 @@ REWARDS = {
     "repetition": "forge_hpc.rewards.repetition:RepetitionReward",
     "code": "forge_hpc.rewards.code:CodeReward",
     "llm_judge": "forge_hpc.rewards.judge:LLMJudgeReward",
+    "model": "forge_hpc.rewards.model:ModelReward",
 }
 ENVIRONMENTS = {
     "calculator": "forge_hpc.environments.calculator:Calculator",
@@ -64,6 +68,8 @@ MODELS = {
 """Functions ``(directory, seed)`` that write one in Hugging Face format."""
 DATA = {
     "builtin:addition": "forge_hpc.data.builtin:addition_examples",
+    "builtin:addition-pairs": "forge_hpc.data.builtin:addition_pairs",
+    "builtin:addition-labels": "forge_hpc.data.builtin:addition_labels",
     "builtin:calculator": "forge_hpc.data.builtin_tools:calculator_examples",
 }
 """Functions ``(split, seed)`` that give its examples."""

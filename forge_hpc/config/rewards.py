@@ -13,13 +13,20 @@ from typing import Any
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.registry import REWARDS
-from forge_hpc.config.schema import RewardConfig
+from forge_hpc.config.schema import Config, RewardConfig
 from forge_hpc.config.source import source_file
 from forge_hpc.config.user_code import find_user_code, nearest
 
+MODEL = "model"
+"""The reward that a trained model gives: the run's own frozen model, and no process of the reward pool."""
 SIGNATURE = "(prompt, response, target, **fields)"
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def reward_model_of(cfg: Config) -> RewardConfig | None:
+    """The reward of a trained model, where the run has one."""
+    return next((reward for reward in cfg.reward if reward.name == MODEL), None)
 
 
 def check_reward(key: str, reward: RewardConfig) -> None:

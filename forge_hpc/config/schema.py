@@ -138,6 +138,8 @@ class RewardConfig:
     """Factor in the weighted sum of all rewards."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the reward: of each call of a function, of a class's ``__init__``."""
+    path: str | None = setting(None, path=True)
+    """Of the reward ``model``: the export of a run of ``recipe: reward_model``, as ``model.path`` names a model."""
     timeout_s: float | None = setting(None, POSITIVE, resume=FREE)
     """A call that takes longer is given up; its episode is counted and left out. By default what the reward's class
     says (``math``: 10, ``code``: 120, ``llm_judge``: 720), else learned: 5 times (async: ``concurrency`` times) the
@@ -213,6 +215,18 @@ class RunSourceConfig:
     """Its rewards."""
 
 
+class SFTMixConfig:
+    """SFT beside RL: every step of the policy also learns answers of examples (docs/losses.md)."""
+
+    coef: float = setting(0.0, NOT_NEGATIVE)
+    """Weight of their loss, the mean negative log-probability of their trained tokens, beside the policy loss; 0: none
+    are learned."""
+    documents: int = setting(16, POSITIVE)
+    """Documents of them in a step."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Where they come from, as ``data.sources``; empty: the run's own data, with their reference answers."""
+
+
 @dataclass
 class AlgorithmConfig:
     loss: str = setting("grpo", choices=LOSSES, code=True)
@@ -238,6 +252,8 @@ class AlgorithmConfig:
     null is the loss's own default."""
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     """Correction for the mismatch between generator and trainer."""
+    sft: SFTMixConfig = field(default_factory=SFTMixConfig)
+    """Examples learned beside what the policy samples."""
     off_policy_mask_threshold: float | None = setting(None, NOT_NEGATIVE)
     """Leave out sequences with a negative advantage of which the policy has moved away from the generator by more than
     this, in nats a token on average, optimizer steps within the step counted; null leaves none out."""
@@ -380,7 +396,8 @@ class TrainingConfig:
     """Rows of one microbatch on each data-parallel rank; gradients accumulate over the microbatches of a step. By
     default as many as keep a GPU busy and fit its memory (``trainer-0.log`` says how many), 1 on the CPU."""
     global_batch_size: int = setting(32, POSITIVE)
-    """SFT only: examples of one optimizer step (GRPO takes rollout.prompts_per_step * rollout.group_size episodes)."""
+    """Recipes on examples (SFT, DPO): examples of one optimizer step (GRPO takes rollout.prompts_per_step *
+    rollout.group_size episodes)."""
     max_norm: float = setting(1.0, POSITIVE)
     """Gradients are clipped to this global norm."""
     dtype: str = setting("float32", choices=DTYPES)

@@ -9,10 +9,11 @@ from fractions import Fraction
 from typing import Any
 
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.schema import Config, DataConfig, RewardConfig
+from forge_hpc.config.schema import Config, CurriculumConfig, DataConfig, RewardConfig
 
 MAX_SETS = 64
 """Held-out sets of a run: so many find room among the positions of held-out prompts."""
+_ORDER = 0x5F7  # the examples of SFT beside RL do not come in the order of the prompts
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,18 @@ def held_out_sets(cfg: Config) -> list[HeldOut]:
         own = dataclasses.replace(cfg, data=dataclasses.replace(data, **given, sources=[]))
         found.append(HeldOut(f"evaluation.sets.{i}.path", one.label, "", own, num, one.reward))
     return found
+
+
+def with_sft_data(cfg: Config) -> Config | None:
+    """The configuration with the data of ``algorithm.sft`` in place of its own, in an order of their own; None where no
+    examples are learned beside what is sampled."""
+    sft = cfg.algorithm.sft
+    if not sft.coef:
+        return None
+    data = dataclasses.replace(cfg.data, curriculum=CurriculumConfig(), eval_path=None)
+    if sft.sources:
+        data = dataclasses.replace(data, sources=sft.sources)
+    return dataclasses.replace(cfg, data=data, sources=[], seed=cfg.seed ^ _ORDER)
 
 
 def find_field(example: Mapping[str, Any], name: str) -> Any:

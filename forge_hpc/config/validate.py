@@ -25,9 +25,17 @@ from forge_hpc.config.models import KNOWN_MODEL_TYPES, check_tokenizer, check_we
 from forge_hpc.config.needs import Needs, check_models
 from forge_hpc.config.recipes import load_recipe, needs_of
 from forge_hpc.config.registry import DATA, ENVIRONMENTS, LORA_TARGETS, LOSSES, MODELS
-from forge_hpc.config.rewards import check_reward
+from forge_hpc.config.rewards import MODEL, check_reward, reward_model_of
 from forge_hpc.config.schema import Config, DataConfig, RewardConfig
-from forge_hpc.config.sources import MAX_SETS, RunSource, data_sources, find_field, held_out_sets, run_sources
+from forge_hpc.config.sources import (
+    MAX_SETS,
+    RunSource,
+    data_sources,
+    find_field,
+    held_out_sets,
+    run_sources,
+    with_sft_data,
+)
 from forge_hpc.config.split import plan
 from forge_hpc.config.user_code import find_user_code
 
@@ -43,7 +51,7 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
         check_paths: also look at local models, data files and reward files. Hub names are never looked up.
     """
     recipe = load_recipe(cfg)
-    needs = recipe.needs(cfg)
+    needs = needs_of(cfg)
     _check_sources(cfg, needs)
     if needs.models:
         check_models(needs.models)
@@ -54,6 +62,7 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
     runs = run_sources(cfg)
     for run in runs:
         _check_data_values(run, needs)
+    _check_sft(cfg, needs)
     _check_evaluation(cfg)
     _check_lengths(cfg, needs)
     _check_slurm(cfg)
@@ -61,6 +70,7 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
     for run in runs:
         _check_reward_names(run, needs)
         check_environment(run.config, check_paths=check_paths, key=run.key)
+    _check_reward_model(cfg, needs)
     recipe.check(cfg)
     plan(cfg, cfg.cluster.gpus_per_node)
     _check_sleep(cfg)
@@ -272,6 +282,40 @@ def _check_data_values(run: RunSource, needs: Needs) -> None:
             )
 
 
+def _check_sft(cfg: Config, needs: Needs) -> None:
+    sft = cfg.algorithm.sft
+    if not sft.coef:
+        if sft.sources:
+            raise UserError("algorithm.sft.sources are learned with the weight algorithm.sft.coef=0", "set it above 0")
+        return
+    if needs.learns_from != "samples" or not needs.has_algorithm:
+        raise UserError(
+            f"algorithm.sft.coef={sft.coef:g} is beside algorithm.loss on what the policy samples, and "
+            f"recipe={cfg.recipe} does not train with it",
+            "leave it out",
+        )
+    if cfg.sources and not sft.sources:
+        raise UserError(
+            "algorithm.sft.sources is empty, and the run has several sources of its own",
+            "say which examples are learned beside them: algorithm.sft.sources=[{path: FILE}]",
+        )
+    for i, source in enumerate(sft.sources):
+        if not source.path:
+            raise UserError(f"algorithm.sft.sources.{i} has no path", "give the path of the data, as in data.path")
+    examples = with_sft_data(cfg)
+    assert examples is not None
+    for key, own, _ in data_sources(examples.data):
+        if own.target_field is None and not own.chat_template:
+            raise UserError(
+                f"{_sft_key(key)} has no target_field, so chats are learned, and data.chat_template is false",
+                "name the field of the answers with target_field",
+            )
+
+
+def _sft_key(key: str) -> str:
+    return key.replace("data.sources", "algorithm.sft.sources")
+
+
 def _check_evaluation(cfg: Config) -> None:
     e = cfg.evaluation
     if cfg.checkpoint.best is not None and not (e.interval and e.num_prompts):
@@ -441,6 +485,41 @@ def _check_given_once(key: str, rewards: Sequence[RewardConfig]) -> None:
             )
 
 
+def _check_reward_model(cfg: Config, needs: Needs) -> None:
+    others = [("sources", reward) for source in cfg.sources for reward in source.reward]
+    others += [("evaluation.sets", reward) for one in cfg.evaluation.sets for reward in one.reward]
+    for key, other in others:
+        if other.name == MODEL or other.path is not None:
+            raise UserError(f"the reward `model` is one of a run with one source, and {key} have it", "leave it out")
+    for i, other in enumerate(cfg.reward):
+        if other.path is not None and other.name != MODEL:
+            raise UserError(
+                f"reward.{i}.path is of the reward `model`, and this is {other.name}",
+                "write it into args, or leave it out",
+            )
+    if (reward := reward_model_of(cfg)) is None:
+        return
+    if not reward.path:
+        raise UserError("the reward `model` has no path", "path: RUN_DIR/export, of a run of a reward model")
+    if needs.learns_from != "samples" or needs.generators != "beside":
+        raise UserError(
+            f"the reward `model` is for what the policy samples, and recipe={cfg.recipe} learns from "
+            f"{needs.learns_from}",
+            "leave it out",
+        )
+    if cfg.algorithm.dynamic_sampling:
+        raise UserError(
+            "algorithm.dynamic_sampling asks whether a group's rewards differ before the reward `model` is computed",
+            "set algorithm.dynamic_sampling=false",
+        )
+    if cfg.evaluation.num_prompts and cfg.reward[0] is reward and cfg.environment.name is None:
+        raise UserError(
+            "an evaluation takes the first reward for what is right, and that of a model has no such value",
+            "write one before it that compares with the target: [{name: exact, weight: 0}, {name: model, …}], or set "
+            "evaluation.num_prompts=0",
+        )
+
+
 def check_environment(cfg: Config, *, check_paths: bool = True, key: str = "") -> None:
     """Raise a UserError where ``cfg.environment`` cannot work. Also looks at its file, unless told not to. ``key`` is
     what stands before ``environment`` in the configuration."""
@@ -560,6 +639,9 @@ def _check_data(run: RunSource) -> None:
     cfg = run.config
     for key, data, _ in data_sources(cfg.data):
         _check_examples(f"{run.key}{key}.path", data.path, data.split, data)
+    if (examples := with_sft_data(cfg)) is not None and cfg.algorithm.sft.sources:
+        for key, data, _ in data_sources(examples.data):
+            _check_examples(f"{_sft_key(key)}.path", data.path, data.split, data)
     if cfg.evaluation.sets:
         for one in held_out_sets(cfg):
             _check_examples(one.key, one.config.data.path, one.config.data.eval_split, one.config.data)

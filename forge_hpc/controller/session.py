@@ -14,19 +14,19 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
-
-import numpy as np
 
 from forge_hpc.actors.trainer import Trainer
 from forge_hpc.checkpoint import load_extra
 from forge_hpc.checkpoint.episodes import EPISODES, load_groups
 from forge_hpc.cluster.meshes import Cluster
 from forge_hpc.config import Config, UserError
-from forge_hpc.config.needs import POLICY, ModelNeed
-from forge_hpc.config.recipes import load_recipe
-from forge_hpc.config.sources import HeldOut, held_out_sets, run_sources
+from forge_hpc.config.needs import POLICY, REWARD_MODEL, ModelNeed
+from forge_hpc.config.recipes import load_recipe, needs_of
+from forge_hpc.config.rewards import reward_model_of
+from forge_hpc.config.sources import HeldOut, held_out_sets, run_sources, with_sft_data
 from forge_hpc.config.split import frozen_apart
 from forge_hpc.controller.frozen import FrozenProcesses
 from forge_hpc.controller.generators import SPAWN_S, STOP_S, GeneratorPool, WeightSync, why_not_spawned
@@ -43,7 +43,7 @@ from forge_hpc.data.prompts import DocumentStream, PromptStream, evaluation_docu
 from forge_hpc.data.source import load_eval_examples
 from forge_hpc.data.types import Document, Group, Prompt
 from forge_hpc.evaluation.evaluator import Evaluator, HeldOutSet
-from forge_hpc.evaluation.figures import is_better, loss_figures
+from forge_hpc.evaluation.figures import is_better
 from forge_hpc.hub.pins import Pins, pin_all
 from forge_hpc.observability.logger import MetricLogger
 from forge_hpc.observability.performance import EngineCounts, engine_figures
@@ -52,6 +52,8 @@ from forge_hpc.observability.traces import Spans, trace_dir
 from forge_hpc.rewards import RewardPool, RewardPools
 from forge_hpc.rollouts.buffer import EpisodeBuffer, episode_buffer
 from forge_hpc.rollouts.mismatch import MismatchWatch
+from forge_hpc.rollouts.reward_model import RewardModel
+from forge_hpc.rollouts.sft import SFTMix
 from forge_hpc.rollouts.sources import SampleStream, by_source
 from forge_hpc.rollouts.stream import RolloutStream
 from forge_hpc.run_dir import RunDir
@@ -89,7 +91,7 @@ class Session:
     ) -> None:
         self.config = config
         self.recipe = load_recipe(config)
-        self.needs = self.recipe.needs(config)
+        self.needs = needs_of(config)
         self.run_dir = run_dir
         self.log_dir = log_dir
         self.cluster = cluster
@@ -120,6 +122,7 @@ class Session:
         self._turns: Turns | None = None
         self._starting_store: asyncio.Task[WeightStore] | None = None
         self._evaluator: Evaluator | None = None
+        self._sft: SFTMix | None = None
         self._players: dict[str, EpisodePlayer | AgentPlayer | None] = {}
         self._endpoints: list[Endpoint] = []
         self._held_out_documents: dict[str, list[Document]] = {}
@@ -191,6 +194,7 @@ class Session:
             return
         if self.needs.learns_from == "samples":
             self._prompts = await asyncio.to_thread(self._load_prompts)
+            self._sft = await asyncio.to_thread(self._load_sft)
         self._rewards = await self._reward_pool().start()
         self._on_close(self._rewards.close)
         held_out = await self._held_out(self._rewards)
@@ -444,8 +448,17 @@ class Session:
         return await asyncio.to_thread(self._load_documents)
 
     def _load_documents(self) -> DocumentStream:
-        documents = DocumentStream(open_sources(self._pins.data_of(self.config)), self.tokenizer, self.config)
+        sources = open_sources(self._pins.data_of(self.config))
+        documents = DocumentStream(sources, self.tokenizer, self.config, self.recipe.renderer)
         return documents.load_state_dict(self.state.get("documents", documents.state_dict()))
+
+    def _load_sft(self) -> SFTMix | None:
+        """The examples that are learned beside what is sampled, where there are any."""
+        config = with_sft_data(self.config)
+        if config is None:
+            return None
+        stream = DocumentStream(open_sources(self._pins.data_of(config)), self.tokenizer, config)
+        return SFTMix(stream, config.algorithm.sft).load_state_dict(self.state.get("sft", stream.state_dict()))
 
     def _load_prompts(self) -> PromptStream:
         prompts = PromptStream(open_sources(self._pins.data_of(self.config)), self.tokenizer, self.config)
@@ -472,9 +485,10 @@ class Session:
     def _load_held_out_documents(self) -> dict[str, list[Document]]:
         """The documents of ``evaluation`` by label of their set, none where it is off."""
         found = {}
-        for one in held_out_sets(self._pins.data_of(self.config)):
+        for number, one in enumerate(held_out_sets(self._pins.data_of(self.config))):
             examples = load_eval_examples(one.config.data, one.config.seed)
-            found[one.label] = evaluation_documents(examples, self.tokenizer, one.config, one.num_prompts)
+            make = self.recipe.renderer, number
+            found[one.label] = evaluation_documents(examples, self.tokenizer, one.config, one.num_prompts, *make)
         return found
 
     @asynccontextmanager
@@ -492,10 +506,18 @@ class Session:
             self._buffer,
             self.warn,
             num_fed=lambda: generators.num_fed,
+            reward_more=self._reward_model(),
         )
         await self._begin_trace(self.step + 1)
         async with background(stream.run()):
             yield stream
+
+    def _reward_model(self) -> RewardModel | None:
+        """What gives the reward of a trained model, where the run has one."""
+        reward = reward_model_of(self.config)
+        if reward is None:
+            return None
+        return RewardModel(partial(self.trainers.values, model=REWARD_MODEL), reward.weight)
 
     def _finished_groups(self) -> list[Group]:
         return self._buffer.finished() if self._buffer is not None else []
@@ -531,6 +553,8 @@ class Session:
             self._saver.trained(time.perf_counter() - start)
             return {f"{model}/{key}": value for key, value in metrics.items()}
         bounds = self._mismatch.bounds(step, documents)
+        if self._sft is not None and update:
+            documents = self._sft.mix(documents)
         self._ask_engines()
         with self._spans.span("train_step"):
             metrics = await self.trainers.train_step(documents, update, bounds.largest)
@@ -606,7 +630,7 @@ class Session:
         """
         self._record(step, metrics, groups)
         await self._tell_phases()
-        self.state = dict(state)
+        self.state = dict(state) | ({"sft": self._sft.state_dict()} if self._sft is not None else {})
         start = time.perf_counter()
         with self._spans.span("save"):
             if self._saver.is_due(step):
@@ -686,16 +710,18 @@ class Session:
             await asyncio.to_thread(self._saver.checkpoints.mark_best, step, name, value)
 
     async def _validation_loss(self) -> dict[str, float]:
-        """Mean loss of the policy on held-out documents, nats, over all their trained tokens, and for each of several
-        sets; nothing where there are none."""
-        if not self._held_out_documents:
+        """What the recipe says of the policy by held-out documents: by all, and by those of each of several sets;
+        nothing where there are none."""
+        sets = self._held_out_documents
+        if not sets:
             return {}
         start = time.perf_counter()
-        found = {}
-        for label, documents in self._held_out_documents.items():
-            num_tokens = sum(int(np.count_nonzero(document.loss_mask[1:])) for document in documents)
-            found[label] = await self.trainers.eval_loss(documents), num_tokens, len(documents)
-        return loss_figures(found) | {"time_s": time.perf_counter() - start}
+        found: dict[str, float] = {}
+        everything = [document for documents in sets.values() for document in documents]
+        for label, documents in {"": everything, **sets}.items():
+            figures = await self.recipe.validate(self, documents) | {"num_documents": len(documents)}
+            found |= {f"{label}/{key}" if label else key: value for key, value in figures.items()}
+        return found | {"time_s": time.perf_counter() - start}
 
     async def finish(self) -> None:
         """The run is done: wait for the last save, write the final weights, and evaluate what waited for that.

@@ -76,6 +76,35 @@ def addition_examples(split: str, seed: int = 0) -> list[dict[str, Any]]:
     return [_example(a, b, _lowest_digit_first(a + b)) for a, b in pairs]
 
 
+def addition_pairs(split: str, seed: int = 0) -> list[dict[str, Any]]:
+    """Preferences: of each sum of ``train`` or ``test`` the right answer (``chosen``) and a wrong one (``rejected``),
+    that of a pupil who forgets to carry, or with one wrong digit where nothing is carried.
+
+    ``seed`` draws the wrong answers. Raises UserError for an unknown split.
+    """
+    if split not in ("train", "test"):
+        raise UserError(f"builtin:addition-pairs has no split {split!r}", "its splits are train, test")
+    rng = random.Random(f"{seed}/pairs")
+    pairs = []
+    for example in addition_examples(split):
+        right = example["answer"]
+        wrong = _pupils_answer(example["a"], example["b"], rng)
+        while wrong == right:
+            place = rng.randrange(len(right))
+            wrong = right[:place] + str(rng.randrange(10)) + right[place + 1 :]
+        pairs.append({"prompt": example["question"], "chosen": right, "rejected": wrong})
+    return pairs
+
+
+def addition_labels(split: str, seed: int = 0) -> list[dict[str, Any]]:
+    """The answers of ``addition_pairs`` one by one: ``prompt``, ``answer``, and a ``label``, true where it is right."""
+    return [
+        {"prompt": pair["prompt"], "answer": pair[name], "label": name == "chosen"}
+        for pair in addition_pairs(split, seed)
+        for name in ("chosen", "rejected")
+    ]
+
+
 def char_tokenizer() -> Any:
     """A tokenizer with one token a character (printable ASCII and newline), ``<pad>``, ``<eos>`` and ``<unk>``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, Self, TypeVar
@@ -9,7 +10,7 @@ from typing import Any, Generic, Self, TypeVar
 import numpy as np
 
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.schema import Config
+from forge_hpc.config.schema import Config, DataConfig
 from forge_hpc.config.sources import MAX_SETS, data_sources, run_sources
 from forge_hpc.data.bad import BadExample, BadExamples
 from forge_hpc.data.curriculum import Curriculum
@@ -23,6 +24,9 @@ from forge_hpc.data.types import HELD_OUT, Document, Group, Prompt
 T = TypeVar("T", Prompt, Document)
 _SET_SIZE = HELD_OUT // MAX_SETS
 """Positions of a held-out set: all sets lie between ``HELD_OUT`` and twice that."""
+Renderer = Callable[[Any, DataConfig], Callable[[Example | BadExample, str], list[Document]]]
+"""From a tokenizer and a source of data to what makes documents of its examples, each of which it is told the place of:
+``render.DocumentRenderer``, ``pairs.PairRenderer``."""
 
 
 class _Stream(ABC, Generic[T]):
@@ -56,8 +60,8 @@ class _Stream(ABC, Generic[T]):
         """
 
     @abstractmethod
-    def _fits(self, item: T) -> bool:
-        """Whether it is not too long."""
+    def _fitting(self, made: list[T]) -> list[list[T]]:
+        """What is not too long, by what stays together."""
 
     @abstractmethod
     def metrics(self) -> dict[str, float]:
@@ -92,7 +96,7 @@ class _Stream(ABC, Generic[T]):
                 self._bad[number].count(bad)
                 continue
             self._bad[number].count()
-            fitting = [item for item in made if self._fits(item)]
+            fitting = [item for unit in self._fitting(made) for item in unit]
             self.num_too_long += len(made) - len(fitting)
             if fitting:
                 self._curriculum.drawn(self.position, number, drawn.index, drawn.epoch)
@@ -128,7 +132,7 @@ class _Stream(ABC, Generic[T]):
         self._last = state.get("last", 0)
         if waiting := state.get("waiting", 0):
             made = self._make(self._last, self._mixture.sources[self._last].again(), "data")
-            self._waiting = [item for item in made if self._fits(item)][-waiting:]
+            self._waiting = [item for unit in self._fitting(made) for item in unit][-waiting:]
         return self
 
 
@@ -198,8 +202,8 @@ class PromptStream(_Stream[Prompt]):
     def metrics(self) -> dict[str, float]:
         return {"prompts/too_long": self.num_too_long, "prompts/bad": self.num_bad}
 
-    def _fits(self, item: Prompt) -> bool:
-        return len(item.token_ids) <= self._max_tokens
+    def _fitting(self, made: list[Prompt]) -> list[list[Prompt]]:
+        return [[prompt] for prompt in made if len(prompt.token_ids) <= self._max_tokens]
 
     def _make(self, number: int, drawn: Drawn, where: str) -> list[Prompt]:
         assert self.position < HELD_OUT, "the positions from here on are those of held-out prompts"
@@ -223,22 +227,29 @@ class PromptStream(_Stream[Prompt]):
 
 
 class DocumentStream(_Stream[Document]):
-    """An endless stream of SFT documents. Those longer than ``trainer.training.seq_len`` fit no row."""
+    """An endless stream of documents, of SFT unless a ``renderer`` makes others. What is longer than
+    ``trainer.training.seq_len`` fits no row: a document, or all those of a group."""
 
-    def __init__(self, sources: Sequence[tuple[Source, float]], tokenizer: Any, config: Config) -> None:
+    def __init__(
+        self,
+        sources: Sequence[tuple[Source, float]],
+        tokenizer: Any,
+        config: Config,
+        renderer: Renderer = DocumentRenderer,
+    ) -> None:
         super().__init__(sources, config)
-        self._renderers = [DocumentRenderer(tokenizer, source.data) for source, _ in sources]
+        self._renderers = [renderer(tokenizer, source.data) for source, _ in sources]
         self._seq_len = config.trainer.training.seq_len
         self.limit = f"trainer.training.seq_len={self._seq_len}"
 
     def metrics(self) -> dict[str, float]:
         return {"examples/too_long": self.num_too_long, "examples/bad": self.num_bad}
 
-    def _fits(self, item: Document) -> bool:
-        return len(item.token_ids) <= self._seq_len
+    def _fitting(self, made: list[Document]) -> list[list[Document]]:
+        return _fitting_a_row(made, self._seq_len)
 
     def _make(self, number: int, drawn: Drawn, where: str) -> list[Document]:
-        return self._renderers[number](drawn.example, where)
+        return _numbered(self._renderers[number](drawn.example, where), self.position)
 
 
 def evaluation_prompts(
@@ -252,33 +263,59 @@ def evaluation_prompts(
     Raises UserError where none is left, or most are bad.
     """
     render, max_tokens = PromptRenderer(tokenizer, config.data), config.rollout.max_prompt_tokens
-    limit = f"rollout.max_prompt_tokens={max_tokens}"
-    prompts = _fitting(examples, lambda example, where: [render(example, 0, where)], max_tokens, limit, num_prompts)
+
+    def make(example: Example | BadExample, where: str) -> list[list[Prompt]]:
+        prompt = render(example, 0, where)
+        return [[prompt]] if len(prompt.token_ids) <= max_tokens else []
+
+    prompts = _first(examples, make, f"rollout.max_prompt_tokens={max_tokens}", num_prompts)
     for position, prompt in enumerate(prompts, HELD_OUT + set_number * _SET_SIZE):
         prompt.position = position
     return prompts
 
 
 def evaluation_documents(
-    examples: Iterable[Example | BadExample], tokenizer: Any, config: Config, num_documents: int
+    examples: Iterable[Example | BadExample],
+    tokenizer: Any,
+    config: Config,
+    num_documents: int,
+    renderer: Renderer = DocumentRenderer,
+    set_number: int = 0,
 ) -> list[Document]:
-    """The first ``num_documents`` examples as SFT documents, in the order of the data; too long and bad ones are left
-    out.
+    """The first ``num_documents`` examples as documents, in the order of the data; too long and bad ones are left out.
+    Those of a group, a pair, count as one; no two sets have a group in common.
 
     Raises UserError where none is left, or most are bad.
     """
-    render, seq_len = DocumentRenderer(tokenizer, config.data), config.trainer.training.seq_len
-    return _fitting(examples, render, seq_len, f"trainer.training.seq_len={seq_len}", num_documents)
+    render, seq_len = renderer(tokenizer, config.data), config.trainer.training.seq_len
+    numbers = itertools.count(set_number * _SET_SIZE)
+
+    def make(example: Example | BadExample, where: str) -> list[list[Document]]:
+        return _fitting_a_row(_numbered(render(example, where), next(numbers)), seq_len)
+
+    return _first(examples, make, f"trainer.training.seq_len={seq_len}", num_documents)
 
 
-def _fitting(
+def _numbered(made: list[Document], number: int) -> list[Document]:
+    """Documents that belong together have a group of their own."""
+    for document in made:
+        if document.group is not None:
+            document.group = number
+    return made
+
+
+def _fitting_a_row(made: list[Document], seq_len: int) -> list[list[Document]]:
+    units = [made] if made[0].group is not None else [[document] for document in made]
+    return [unit for unit in units if sum(len(document.token_ids) for document in unit) <= seq_len]
+
+
+def _first(
     examples: Iterable[Example | BadExample],
-    make: Callable[[Example | BadExample, str], list[T]],
-    max_tokens: int,
+    make: Callable[[Example | BadExample, str], list[list[T]]],
     limit: str,
     wanted: int,
 ) -> list[T]:
-    found: list[T] = []
+    found: list[list[T]] = []
     bad = BadExamples()
     for index, example in enumerate(examples):
         if len(found) >= wanted:
@@ -289,10 +326,10 @@ def _fitting(
             bad.count(error)
             continue
         bad.count()
-        found += [item for item in made if len(item.token_ids) <= max_tokens]
+        found += made
     if wanted and not found:
         raise _nothing_left("every held-out example", limit, bad.last)
-    return found[:wanted]
+    return [item for unit in found[:wanted] for item in unit]
 
 
 def _nothing_left(what: str, limit: str, bad: BadExample | None) -> UserError:

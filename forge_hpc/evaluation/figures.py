@@ -6,8 +6,7 @@ Pure functions; who asks the generators and the rewards is ``Session.evaluate``.
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -126,21 +125,6 @@ def figures_of_sets(
     for label in filter(None, dict.fromkeys(labels)):
         places = [place for place, other in enumerate(labels) if other == label]
         figures |= {f"{label}/{key}": value for key, value in of(places).items()}
-    return figures
-
-
-def loss_figures(sets: Mapping[str, tuple[float, int, int]]) -> dict[str, float]:
-    """``loss`` (nats, mean over all trained tokens) and ``num_documents`` of held-out documents, and where there are
-    several sets those of each under ``LABEL/``.
-
-    Args:
-        sets: by label the mean loss, over how many tokens, of how many documents.
-    """
-    means, tokens, documents = zip(*sets.values(), strict=True)
-    loss = means[0] if len(means) == 1 else sum(map(operator.mul, means, tokens)) / sum(tokens)
-    figures = {"loss": loss, "num_documents": sum(documents)}
-    for label, (mean, _, num) in sets.items():
-        figures |= {f"{label}/loss": mean, f"{label}/num_documents": num} if label else {}
     return figures
 
 

@@ -24,7 +24,7 @@ from forge_hpc.config.hub_cache import (
 from forge_hpc.config.models import check_tokenizer, check_weights, looks_local, read_model_config
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.config.schema import DataConfig
-from forge_hpc.config.sources import data_sources, held_out_sets, run_sources
+from forge_hpc.config.sources import data_sources, held_out_sets, run_sources, with_sft_data
 
 NOTE = "forge-hpc"
 """Folder beside ``snapshots`` of a data set: which files of a commit a configuration of it is made of."""
@@ -91,6 +91,9 @@ def _assets(cfg: Config) -> Iterator[Asset]:
     for run in run_sources(cfg):
         for key, data, _ in data_sources(run.config.data):
             yield from _data(f"{run.key}{key}.path", data, data.path, data.split)
+    if (examples := with_sft_data(cfg)) is not None and cfg.algorithm.sft.sources:
+        for key, data, _ in data_sources(examples.data):
+            yield from _data(f"{key.replace('data', 'algorithm.sft', 1)}.path", data, data.path, data.split)
     for held_out in held_out_sets(cfg):
         data = held_out.config.data
         if data.eval_path or not data.sources:

@@ -46,6 +46,8 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.models.head import LogprobHead
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+VALUE_HEAD = "score.weight"
+"""Of a sequence classifier of one label, as transformers calls it."""
 """Hugging Face's names of the first and the last layer, which may be one tensor."""
 _NORMAL = {"weight": partial(nn.init.normal_, std=0.02)}
 _NORMAL_WITH_BIAS = {**_NORMAL, "bias": nn.init.zeros_}
@@ -128,7 +130,8 @@ def load_spec(
             too short; heads that the tensor-parallel degree does not divide.
     """
     hf = read_hf_config(model_dir)
-    architecture = (hf.get("architectures") or [hf.get("model_type")])[0]
+    architecture = str((hf.get("architectures") or [hf.get("model_type")])[0])
+    architecture = architecture.replace("ForSequenceClassification", "ForCausalLM")  # a reward model's
     families = {
         "Qwen3ForCausalLM": (Qwen3Model, Qwen3TransformerBlock, parallelize_qwen3),
         "Qwen3MoeForCausalLM": (Qwen3Model, Qwen3TransformerBlock, parallelize_qwen3),
@@ -193,26 +196,37 @@ def shares_head(model_dir: Path, hf: dict[str, Any]) -> bool:
     """
     if not hf.get("tie_word_embeddings", False):
         return False
-    files = {name: path for path in sorted(model_dir.glob("*.safetensors")) for name in _tensor_names(path)}
+    files = _names_of(model_dir)
     if not {HEAD, EMBEDDING} <= files.keys():
         return True
     with safe_open(files[HEAD], framework="pt") as one, safe_open(files[EMBEDDING], framework="pt") as other:
         return torch.equal(one.get_tensor(HEAD), other.get_tensor(EMBEDDING))
 
 
-def _tensor_names(path: Path) -> list[str]:
-    with safe_open(path, framework="pt") as file:
-        return list(file.keys())
+def _names_of(model_dir: Path) -> dict[str, Path]:
+    """The file of each tensor by its name."""
+    names: dict[str, Path] = {}
+    for path in sorted(model_dir.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names |= dict.fromkeys(file.keys(), path)
+    return names
 
 
-def load_hf_weights(model: nn.Module, spec: ModelSpec, model_dir: Path) -> None:
-    """Load a directory's safetensors into the model, sharded or not; each rank reads what it holds.
+def load_hf_weights(model: nn.Module, spec: ModelSpec, model_dir: Path, *, needs_head: bool = False) -> None:
+    """Load a directory's safetensors into the model, sharded or not; each rank reads what it holds. A value head that
+    they do not have stays at 0.
 
     Raises:
-        UserError: no safetensors, a missing weight or one of another shape.
+        UserError: no safetensors, a missing weight or one of another shape, or no value head where there
+            must be one (``needs_head``).
     """
     titan_state = model.state_dict()
-    if not spec.has_logprobs:  # the head of a critic is no file's
+    if not spec.has_logprobs and VALUE_HEAD not in _names_of(model_dir):
+        if needs_head:
+            raise UserError(
+                f"the model in {model_dir} has no value head ({VALUE_HEAD}): it is no reward model",
+                "name the export of a run of recipe=reward_model",
+            )
         del titan_state["lm_head.weight"]
     state = spec.adapter.to_hf(titan_state)
     # The adapter passes over names that it does not know.

@@ -15,7 +15,7 @@ from torchtitan.models.common import Linear
 from torchtitan.models.common.decoder_sharding import dense_param_placement
 from torchtitan.protocols.sharding import ShardingConfig
 
-from forge_hpc.models.spec import ModelSpec
+from forge_hpc.models.spec import VALUE_HEAD, ModelSpec
 
 
 class ValueHead(Linear):
@@ -46,4 +46,7 @@ def with_value_head(spec: ModelSpec) -> ModelSpec:
         sharding_config=ShardingConfig(state_shardings={"weight": dense_param_placement(tp=spmd.R)}),
     )
     config = dataclasses.replace(spec.config, lm_head=head, enable_weight_tying=False)
-    return dataclasses.replace(spec, config=config, adapter=type(spec.adapter)(config))
+    adapter = type(spec.adapter)(config)
+    del adapter.from_hf_map["lm_head.weight"]
+    adapter.from_hf_map[VALUE_HEAD] = "lm_head.weight"
+    return dataclasses.replace(spec, config=config, adapter=adapter)

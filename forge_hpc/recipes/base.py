@@ -9,13 +9,14 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from forge_hpc.config import Config, UserError
 from forge_hpc.config.needs import ModelNeed, Needs
+from forge_hpc.config.schema import DataConfig
 from forge_hpc.config.user_code import nearest
 
 if TYPE_CHECKING:
@@ -60,6 +61,18 @@ class Recipe:
 
     def check(self, config: Config) -> None:
         """Raise UserError for what of ``config``, which is valid otherwise, this recipe cannot work with."""
+
+    def renderer(self, tokenizer: Any, data: DataConfig) -> Callable[[Any, str], list[Document]]:
+        """What makes documents of examples, for one that learns from them; raises ``BadExample``. By default prompt and
+        answer, as SFT learns them."""
+        from forge_hpc.data.render import DocumentRenderer
+
+        return DocumentRenderer(tokenizer, data)
+
+    async def validate(self, session: Session, documents: Sequence[Document]) -> dict[str, float]:
+        """What an evaluation by held-out documents says, where there are no generators beside the trainers. By default
+        their loss as SFT has it."""
+        return {"loss": await session.trainers.eval_loss(documents)}
 
     @classmethod
     def check_surface(cls, place: str) -> None:

@@ -12,6 +12,7 @@ measured where there is an evaluation, and do not matter.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -66,8 +67,9 @@ class Distillation(Recipe):
                 taught = [await session.trainers.logprobs(documents, model=name) for name in self._names]
                 kls = []
                 for number, document in enumerate(documents):
-                    mean = np.mean([logprobs[number] for logprobs in taught], axis=0)
-                    advantages = np.clip(mean - document.generator_logprobs, -self.args.clip, self.args.clip)
+                    assert document.generator_logprobs is not None, "what was sampled has them"
+                    of_teachers = [logprobs[number] for logprobs in taught]
+                    advantages = advantages_of(of_teachers, document.generator_logprobs, self.args.clip)
                     document.columns["advantages"] = advantages
                     kls.append(-advantages[document.loss_mask])
                 metrics["teacher/reverse_kl"] = float(np.concatenate(kls).mean())
@@ -76,3 +78,8 @@ class Distillation(Recipe):
                 await session.end_step(step, metrics | rollouts.metrics(), rollouts.state_dict(), groups)
                 await session.evaluate(step)
         await session.finish()
+
+
+def advantages_of(of_teachers: Sequence[np.ndarray], sampled: np.ndarray, clip: float) -> np.ndarray:
+    """A_t: [L], from the [L] log-probabilities of each teacher and of the student that sampled."""
+    return np.clip(np.mean(of_teachers, axis=0) - sampled, -clip, clip)

@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from forge_hpc.config.errors import UserError
+from forge_hpc.config.rewards import MODEL
 from forge_hpc.config.schema import Config, RewardConfig
 from forge_hpc.config.sources import run_sources
 from forge_hpc.rewards.compute import compute
@@ -62,10 +63,12 @@ class RewardPool:
         num_workers: int | None = None,
         others: Sequence[Place] = (),
         warn: Callable[[str], None] = logger.warning,
+        with_model: bool = False,
     ) -> None:
         """``num_workers`` overrides each reward's ``workers``; ``others`` are the run's nodes beside this one, and
-        ``warn`` tells the user. Raises UserError for wrong arguments of inline ones."""
-        rewards = [_with_sandbox(reward, config) for reward in config.reward]
+        ``warn`` tells the user. With ``with_model`` the reward of a trained model is computed here too; in a run its
+        frozen model does that (``rollouts.reward_model``). Raises UserError for wrong arguments of inline ones."""
+        rewards = [_with_sandbox(reward, config) for reward in config.reward if with_model or reward.name != MODEL]
         make = partial(_Term, num_workers=num_workers, others=others, warn=warn)
         self._terms = {label: make(reward) for label, reward in _by_label(rewards).items()}
 
@@ -172,7 +175,10 @@ def _by_label(rewards: Sequence[RewardConfig]) -> dict[str, RewardConfig]:
 
 
 def _with_sandbox(reward: RewardConfig, config: Config) -> RewardConfig:
-    """``code`` runs its programs as the section ``sandbox`` says, unless its own args say otherwise."""
+    """``code`` runs its programs as the section ``sandbox`` says, unless its own args say otherwise; ``model`` has its
+    path among them."""
+    if reward.path is not None:
+        return dataclasses.replace(reward, args={"path": reward.path})
     if reward.name != "code":
         return reward
     return dataclasses.replace(reward, args={"sandbox": dataclasses.asdict(config.sandbox), **reward.args})

@@ -50,7 +50,7 @@ async def _score(rows: Sequence[_Row], config: Config, as_json: bool) -> int:
     sums: dict[str, list[float]] = {}
     num_failed = 0
     gate = asyncio.Semaphore(_AT_ONCE)
-    async with RewardPool(config) as pool:
+    async with RewardPool(config, with_model=True) as pool:
 
         async def judge(prompt: Prompt, completion: Completion) -> Any:
             async with gate:

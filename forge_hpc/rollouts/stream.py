@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -38,6 +38,7 @@ class RolloutStream:
         sample: the generators', or the environments', stream of samples: (prompts, key=...).
         num_generators: replicas that share the prompts of a synchronous step.
         num_fed: replicas that there is to be work for now, where that changes.
+        reward_more: adds to the rewards of a step's episodes what is computed of them together.
         warn: shows the user a line.
     """
 
@@ -51,6 +52,7 @@ class RolloutStream:
         buffer: EpisodeBuffer,
         warn: Callable[[str], None],
         num_fed: Callable[[], int] | None = None,
+        reward_more: Callable[[list[Group]], Awaitable[None]] | None = None,
     ) -> None:
         self._config = config
         self._prompts = prompts
@@ -58,6 +60,7 @@ class RolloutStream:
         self._num_generators = num_generators
         self._rewards = rewards
         self._buffer = buffer
+        self._reward_more = reward_more
         self._clock = RolloutClock()
         self._watch = EpisodeWatch(warn)
         self._step = buffer.step
@@ -69,6 +72,8 @@ class RolloutStream:
         """The groups of the next step, in the order of their prompts, none older than ``rollout.max_staleness``."""
         self._step = self._buffer.step
         groups = await self._buffer.take()
+        if self._reward_more is not None:
+            await self._reward_more(groups)
         self._prompts.report(groups)
         self._watch.check(self._step, groups)
         return groups

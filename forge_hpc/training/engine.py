@@ -156,7 +156,8 @@ class TrainEngine(ModelShard, Stateful):
             done: list[dict[str, float]] = []
             for part in map(self._pack, parts):
                 largest = math.inf if done else max_mismatch
-                done.append(self._optimizer_step(part, num_trained * share, normalizer * share, update, largest))
+                shares = (num_trained * share, normalizer * share)
+                done.append(self._optimizer_step(part, *shares, update, largest, 1 / share))
             metrics = _over_optimizer_steps(done)
         self.lr_schedulers.step()
         self.step += 1
@@ -164,18 +165,25 @@ class TrainEngine(ModelShard, Stateful):
         return metrics | {"lr": lr, "optimizer_steps": self.num_optimizer_steps}
 
     def _optimizer_step(
-        self, batch: PackedBatch, num_trained: float, normalizer: float, update: bool, max_mismatch: float
+        self,
+        batch: PackedBatch,
+        num_trained: float,
+        normalizer: float,
+        update: bool,
+        max_mismatch: float,
+        sft_scale: float = 1.0,
     ) -> dict[str, float]:
         """An optimizer step on a batch, unless its gradient is zero; its metrics.
 
         Args:
             num_trained, normalizer: what is divided by, for figures per token and for the loss.
+            sft_scale: of the column ``sft``, which has the weights of a whole step.
         """
         self.optimizers.zero_grad()
         sums: dict[str, torch.Tensor] = {}
         with torch.set_grad_enabled(update):
             for microbatch in self._microbatches(batch):
-                for name, value in self._forward_backward(microbatch, num_trained, normalizer).items():
+                for name, value in self._forward_backward(microbatch, num_trained, normalizer, sft_scale).items():
                     sums[name] = sums[name] + value if name in sums else value
         metrics = ({"kl/mean": 0.0} if self.spec.has_logprobs else {}) | self._sum_over_ranks(sums)
         if not math.isfinite(metrics["loss"]):
@@ -248,7 +256,7 @@ class TrainEngine(ModelShard, Stateful):
             )
 
     def _forward_backward(
-        self, microbatch: dict[str, Any], num_trained: float, normalizer: float
+        self, microbatch: dict[str, Any], num_trained: float, normalizer: float, sft_scale: float
     ) -> dict[str, torch.Tensor]:
         """Add the microbatch's gradients, where they are enabled; return its share of the step's metrics."""
         outputs = self._forward(microbatch)
@@ -257,9 +265,14 @@ class TrainEngine(ModelShard, Stateful):
         given |= {name: microbatch[name] for name in self._columns}
         given |= self._own_inputs(given, *outputs) if self.spec.has_logprobs else {"values": outputs[0]}
         output = self.loss_fn(**accepted(self.loss_fn, given | {"normalizer": normalizer}))
+        shares = {}
+        if (weights := microbatch.get("sft")) is not None:  # examples beside the episodes (``rollouts.sft``)
+            sft = -torch.where(weights != 0, sft_scale * weights * outputs[0], 0).sum()
+            output.loss = output.loss + sft
+            shares["sft/loss"] = sft.detach() / self.cfg.algorithm.sft.coef
         if torch.is_grad_enabled():
             output.loss.backward()
-        shares = {"loss": output.loss.detach()}
+        shares["loss"] = output.loss.detach()
         if self.spec.has_logprobs:
             shares |= _token_metrics(given, num_trained)
         return shares | output.metrics
@@ -382,8 +395,10 @@ class TrainEngine(ModelShard, Stateful):
 
 
 def sampling_of(cfg: Config, policy: ModelNeed) -> SamplingConfig:
-    """The distribution that log-probabilities are of: the one that is sampled from, in SFT the model's own."""
-    return SamplingConfig() if policy.loss == "sft" else cfg.rollout.sampling
+    """The distribution that log-probabilities are of: the one that is sampled from; where examples are learned the
+    model's own."""
+    learns_examples = policy.loss == "sft" or needs_of(cfg).learns_from == "examples"
+    return SamplingConfig() if learns_examples else cfg.rollout.sampling
 
 
 def build_model_loss(cfg: Config, need: ModelNeed) -> LossFn:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torchtitan.config import TORCH_DTYPE_MAP
 
 from forge_hpc.config.models import looks_local
 from forge_hpc.config.schema import Config, LoRAConfig
-from forge_hpc.models.spec import ModelSpec
+from forge_hpc.models.spec import VALUE_HEAD, ModelSpec
 from forge_hpc.training.lora import adapters_of, merge_adapters, whole
 
 _MAX_SHARD_BYTES = 5 * 10**9
@@ -74,7 +74,7 @@ def export_hf(
         OSError: rank 0 cannot write; the other ranks do not wait for it.
     """
     writer = _Writer(directory.with_name(f".{directory.name}.tmp"))
-    writer.do(lambda tmp: _begin(source_dir, tmp, dtype, ends, is_tied="lm_head.weight" not in state))
+    writer.do(lambda tmp: _begin(source_dir, tmp, dtype, ends, state.keys()))
     shards = _plan_shards(state, dtype)
     for index, names in enumerate(shards):
         tensors = {}
@@ -119,10 +119,10 @@ class _Writer:
             raise self._error
 
 
-def _begin(source_dir: Path, tmp: Path, dtype: torch.dtype, ends: Sequence[int], is_tied: bool) -> None:
+def _begin(source_dir: Path, tmp: Path, dtype: torch.dtype, ends: Sequence[int], names: Collection[str]) -> None:
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
-    _copy_small_files(source_dir, tmp, dtype, is_tied)
+    _copy_small_files(source_dir, tmp, dtype, names)
     _add_ends(tmp, ends)
 
 
@@ -206,14 +206,19 @@ def _shard_name(index: int, num_shards: int) -> str:
     return "model.safetensors" if num_shards == 1 else f"model-{index + 1:05d}-of-{num_shards:05d}.safetensors"
 
 
-def _copy_small_files(source_dir: Path, target: Path, dtype: torch.dtype, is_tied: bool) -> None:
+def _copy_small_files(source_dir: Path, target: Path, dtype: torch.dtype, names: Collection[str]) -> None:
     for path in sorted(source_dir.iterdir()):
         if path.is_file() and not any(path.match(pattern) for pattern in _WEIGHT_FILES):
             shutil.copyfile(path, target / path.name)
     config = json.loads((target / "config.json").read_text())
     config.pop("torch_dtype", None)  # the name before transformers 5
     config["dtype"] = str(dtype).removeprefix("torch.")
-    if not is_tied and config.get("tie_word_embeddings"):
+    if VALUE_HEAD in names:
+        config["architectures"] = [
+            name.replace("ForCausalLM", "ForSequenceClassification") for name in config["architectures"]
+        ]
+        config |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+    elif "lm_head.weight" in names and config.get("tie_word_embeddings"):
         config["tie_word_embeddings"] = False  # the model's file had a head of its own, which its config denied
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

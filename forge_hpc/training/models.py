@@ -17,6 +17,7 @@ from forge_hpc.data.types import Document
 from forge_hpc.training.build import Shape
 from forge_hpc.training.engine import TrainEngine, sampling_of
 from forge_hpc.training.frozen import FrozenModel, PolicyWithoutAdapters
+from forge_hpc.training.shard import ModelShard
 
 M = TypeVar("M")
 
@@ -80,7 +81,8 @@ class Models:
 
     def values(self, name: str, documents: Sequence[Document]) -> list[np.ndarray]:
         """As ``ModelShard.values``, of a model with a value head."""
-        return _find(self.trained, name, "trained").values(documents)
+        shards = {n: m for n, m in {**self.trained, **self.frozen}.items() if isinstance(m, ModelShard)}
+        return _find(shards, name, "in the trainers").values(documents)
 
     def release(self) -> str:
         """Give back the memory that outlives a step for nothing: gradients, and what is cached. What that came to."""

@@ -9,12 +9,14 @@ import torch.distributed.checkpoint as dcp
 from torchtitan.config import TORCH_DTYPE_MAP, ParallelismConfig
 from torchtitan.tools.utils import set_default_dtype
 
+from forge_hpc.config.needs import POLICY
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.config.schema import Config
 from forge_hpc.data.hub import load_tokenizer
 from forge_hpc.data.render import learned_ends
 from forge_hpc.models.attention import inner_attention_config
 from forge_hpc.models.spec import load_hf_weights, load_spec
+from forge_hpc.models.value_head import with_value_head
 from forge_hpc.training.checkpointer import TrainedWeights, ordinary_errors
 from forge_hpc.training.export import export_model
 from forge_hpc.training.lora import add_adapters
@@ -43,8 +45,11 @@ def export_checkpoint(cfg: Config, model_dir: Path, checkpoint: Path, directory:
         parallelism=ParallelismConfig(spmd_backend="partial_dtensor"),
     )
     lora = cfg.trainer.lora
+    needs = needs_of(cfg)
     if lora.enable:
         spec = add_adapters(spec, lora)
+    if needs.models[POLICY].head == "value":
+        spec = with_value_head(spec)
     with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[cfg.trainer.training.dtype]):
         model = spec.config.build()
     model.to_empty(device="cpu")
@@ -52,6 +57,5 @@ def export_checkpoint(cfg: Config, model_dir: Path, checkpoint: Path, directory:
         load_hf_weights(model, spec, model_dir)
     with ordinary_errors(f"cannot read {checkpoint}"):
         dcp.load(TrainedWeights(model).state_dict(), checkpoint_id=checkpoint, no_dist=True)
-    examples = needs_of(cfg).learns_from == "examples"
-    ends = learned_ends(load_tokenizer(model_dir), cfg) if examples else []
+    ends = learned_ends(load_tokenizer(model_dir), cfg) if needs.learns_from == "examples" else []
     export_model(model.state_dict(), spec, cfg, model_dir, directory, ends, owns_state=True)

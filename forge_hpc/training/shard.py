@@ -62,7 +62,7 @@ class ModelShard:
         self.microbatch = self.shape.plan(spec, available_bytes)
         self.spec = self.shape.with_parts(spec, need)
         self.model = self.shape.build(self.spec, need, self.microbatch.mode if need.trained else "none")
-        load_hf_weights(self.model, self.spec, model_dir)
+        load_hf_weights(self.model, self.spec, model_dir, needs_head=not need.trained)
 
     def logprobs(self, documents: Sequence[Document]) -> list[np.ndarray]:
         """Log-probabilities of the documents' tokens under the current weights, at the training temperature.
@@ -139,7 +139,8 @@ class ModelShard:
         }
         # A GPU has the head compute what is trained, and something on a rank that has nothing to train. On the CPU all
         # of it: heads are small there, and sums of other terms would be others in the last bit.
-        slots = np.flatnonzero(rows["mask"]) if self.device.type == "cuda" else np.arange(rows["mask"].size)
+        trained = rows["mask"] | (rows["sft"] != 0) if "sft" in rows else rows["mask"]
+        slots = np.flatnonzero(trained) if self.device.type == "cuda" else np.arange(rows["mask"].size)
         microbatch["slots"] = torch.from_numpy(slots if len(slots) else np.zeros(1, int)).to(self.device)
         microbatch["attention"] = attention_inputs(self.spec.inner_attention, rows["positions"], self.device)
         return microbatch
