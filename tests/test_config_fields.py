@@ -25,7 +25,10 @@ def test_the_page_of_all_keys_is_what_the_schema_says():
     assert (PROJECT / "docs" / "configuration.md").read_text(encoding="utf-8") == page(), "run: make configuration"
     text = page()
     assert all(f"| `{key}` |" in text for key in all_keys())
-    assert docstrings(EvaluationConfig)["k"] == "pass@k for each of these, each at most `samples`."
+    assert (
+        docstrings(EvaluationConfig)["k"]
+        == "pass@k for each of these, each at most `samples`; above 1 maj@k and best@k too."
+    )
 
 
 def test_each_key_has_one_rule_however_it_is_reached():

@@ -78,7 +78,7 @@ class Evaluator:
             more: figures that are logged with it: a step has one evaluation.
         """
         prompts = self._prompts
-        if not prompts or self._metrics.is_evaluated(step):
+        if not prompts or self._metrics.is_evaluated(step, "accuracy"):
             return {}
         start, config = time.perf_counter(), self._config.evaluation
         limit = self._config.logging.num_answers_per_evaluation
@@ -92,7 +92,7 @@ class Evaluator:
             if config.temperature is not None:
                 sampling = replace(sampling, temperature=config.temperature)
             sampled = await self._answer(config.samples, sampling, seed, answers)
-        values = figures_of_sets(self._labels, greedy, sampled, config.k, seed)
+        values = await asyncio.to_thread(figures_of_sets, self._labels, greedy, sampled, config.k, seed)
         graded = [answer for group in (*greedy, *sampled) for answer in group]
         num_failed = sum(answer.reward is None for answer in graded)
         if 2 * num_failed > len(graded):
@@ -148,6 +148,7 @@ class Evaluator:
             return Graded()
         is_played = "environment" in episode.rewards
         right = episode.reward >= 1 - 1e-6 if is_played else rewards.is_right(judged.terms)
-        graded = Graded(right, episode.reward + judged.total)
+        read = next(iter(judged.read.values()), None) if not is_played else None
+        graded = Graded(right, episode.reward + judged.total, read)
         answers.add(place, sample, episode.prompt, answer, graded, episode.rewards | judged.terms, judged.read)
         return graded
