@@ -34,6 +34,10 @@ def test_a_run_stops_after_so_many_evaluations_in_a_row_that_are_no_better() -> 
     assert why == "stopped early: no better a/accuracy in 2 evaluations, the best, 0.6, is of step 10"
     assert stopped("reward", 2, [0.9, 0.5, None, None]) is not None
     assert stopped("reward", 2, [0.9, None, None]) == "stopped early: no better reward in 2 evaluations, there was none"
+    twice = [{"step": 5, "loss": 1.0}, {"step": 10, "loss": 2.0}, {"step": 10, "loss": 2.0, "accuracy": 0.5}]
+    assert "in 1 evaluations" in str(
+        why_stopped(load_config(None, ["checkpoint.best=loss", "evaluation.patience=1"]), twice)
+    )
     assert stopped("a/loss", 1, [3.0, 2.0, 1.5, 1.2]) is None and stopped("a/loss", 1, [3.0, 2.0, 2.0]) is not None
 
 

@@ -136,6 +136,7 @@ class Saver:
 
         Raises:
             RuntimeError: it failed; what was exported before is still there.
+            TimeoutError: it was not done within ``trainer.timeout_s``.
         """
         new = self._run_dir.exports / ".best"
         await asyncio.to_thread(shutil.rmtree, new, ignore_errors=True)
@@ -144,7 +145,9 @@ class Saver:
             *command, "--output", str(new), stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
         )
         try:
-            _, errors = await process.communicate()
+            _, errors = await asyncio.wait_for(process.communicate(), self._config.trainer.timeout_s)
+        except TimeoutError:
+            raise TimeoutError("the model of the best checkpoint was not exported within trainer.timeout_s") from None
         finally:
             if process.returncode is None:
                 process.terminate()

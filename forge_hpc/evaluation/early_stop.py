@@ -15,17 +15,18 @@ def why_stopped(config: Config, evaluations: Iterable[Mapping[str, Any]]) -> str
     """Why training ends with the newest of the evaluations, None where it goes on.
 
     Args:
-        evaluations: the records of ``evaluations.jsonl``. Those before the first step do not count: nothing was
-            learned then. One without the figure is not better.
+        evaluations: the records of ``evaluations.jsonl``. That of step 0 does not count: nothing was learned then. Of
+            two of one step, as SFT has at its end, the first does. One without the figure is not better.
     """
     name, patience = config.checkpoint.best, config.evaluation.patience
     if name is None or patience is None:
         return None
     best: tuple[float, int] | None = None
-    num_since = 0
+    num_since = last = 0
     for record in evaluations:
-        if record["step"] == 0:
+        if record["step"] == last:
             continue
+        last = record["step"]
         value = record.get(name)
         if value is not None and (best is None or is_better(name, value, best[0])):
             best, num_since = (value, record["step"]), 0
