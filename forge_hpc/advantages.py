@@ -42,6 +42,17 @@ def group_mean_std(rewards: Sequence[float]) -> np.ndarray:
     return (_centred(rewards) / (np.std(rewards) + _EPS)).astype(np.float32)
 
 
+def group_mean_mean(rewards: Sequence[float]) -> np.ndarray:
+    """A_i = (r_i - mean(r)) / (mean(|r|) + 1e-6): MaxRL, https://arxiv.org/abs/2602.02710, which has rewards of 0 and
+    1. There a right answer weighs the more the fewer there are: what is followed comes close to the gradient of the log
+    of the probability to answer right, not of that probability.
+
+    Args:
+        rewards: [G] of one group; equal rewards give zeros. Returns [G] float32.
+    """
+    return (_centred(rewards) / (np.mean(np.abs(rewards)) + _EPS)).astype(np.float32)
+
+
 def leave_one_out(rewards: Sequence[float]) -> np.ndarray:
     """A_i = r_i - mean of the others' rewards: RLOO, https://arxiv.org/abs/2402.14740.
 

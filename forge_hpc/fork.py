@@ -24,7 +24,7 @@ from forge_hpc.config.fields import FIXED, rule_of
 from forge_hpc.run_dir import RunDir
 
 _EPISODES = "episodes.npz"
-_MODEL_KEYS = ("model.path", "trainer.lora.")
+_MODEL_KEYS = ("model.path", *(f"trainer.lora.{name}" for name in ("enable", "rank", "alpha", "target_modules")))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from forge_hpc.advantages import (
     batch_mean_std,
     group_mean,
     group_mean_batch_std,
+    group_mean_mean,
     group_mean_std,
     leave_one_out,
 )
@@ -24,6 +25,12 @@ def test_group_mean_subtracts_the_mean() -> None:
 def test_group_mean_std_divides_by_the_population_standard_deviation() -> None:
     np.testing.assert_allclose(group_mean_std([1, 0, 1, 0]), [1, -1, 1, -1], rtol=1e-5)
     np.testing.assert_allclose(group_mean_std([0, 0, 3]), np.array([-1, -1, 2]) / np.sqrt(2), rtol=1e-5)
+
+
+def test_group_mean_mean_divides_by_the_share_of_right_answers() -> None:
+    np.testing.assert_allclose(group_mean_mean([0, 0, 0, 1]), [-1, -1, -1, 3], rtol=1e-5)
+    np.testing.assert_allclose(group_mean_mean([1, 1, 0, 1]), [1 / 3, 1 / 3, -1, 1 / 3], rtol=1e-5)
+    np.testing.assert_allclose(group_mean_mean([-3, 1]), [-1, 1], rtol=1e-5)  # never the other way round
 
 
 def test_leave_one_out_compares_with_the_mean_of_the_others() -> None:
@@ -60,7 +67,7 @@ def test_advantages_of_a_step_sum_to_zero(name: str) -> None:
     assert abs(sum(values.sum() for values in groups)) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["group_mean_std", "group_mean", "leave_one_out"])
+@pytest.mark.parametrize("name", ["group_mean_std", "group_mean", "group_mean_mean", "leave_one_out"])
 def test_what_compares_in_a_group_does_not_look_at_others(name: str) -> None:
     function = advantage_function(name)
     np.testing.assert_array_equal(function([[1, 2, 4]])[0], function([[9, 0], [1, 2, 4]])[1])

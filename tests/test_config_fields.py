@@ -28,7 +28,8 @@ def test_the_page_of_all_keys_is_what_the_schema_says():
     shown_elsewhere = re.compile(r"(sources\.0\.(data|environment|reward)|evaluation\.sets\.0\.reward)\.")
     assert all(f"| `{key}` |" in text for key in all_keys() if not shown_elsewhere.match(key))
     assert "| `sources.0.environment` | `environment` | as `environment` | |" in text
-    assert docstrings(EvaluationConfig)["k"] == "pass@k for each of these, each at most `samples`."
+    about = "pass@k for each of these, each at most `samples`; above 1 maj@k and best@k too."
+    assert docstrings(EvaluationConfig)["k"] == about
 
 
 def test_each_key_has_one_rule_however_it_is_reached():

@@ -148,6 +148,9 @@ def test_mixtures_are_written_in_yaml_and_checked_before_queueing(tmp_path: Path
         (["data.sources.0.path=nowhere.jsonl"], r"data\.sources\.0\.path: no such file"),
         (["data.sources=[{weight: 1}]"], r"data\.sources\.0 has no path"),
         (["data.curriculum.low=1.0", "data.curriculum.high=0"], r"data\.curriculum\.low"),
+        (["data.curriculum.bounds=[0.5, 0.1]"], r"data\.curriculum\.bounds is \[0\.5, 0\.1\]"),
+        (["data.curriculum.rests=[1, 0]"], r"data\.curriculum\.bounds is \[\]"),
+        (["data.curriculum.bounds=[0.5]", "data.curriculum.rests=[1]"], "1 bounds make 2 buckets"),
         (["recipe=sft", "data.curriculum.enable=true"], "recipe=sft has none"),
         (["recipe=sft", "data.target_field=null", "data.chat_template=false"], "chats are learned"),
     ):
@@ -317,6 +320,33 @@ def test_a_curriculum_goes_on_exactly_from_every_step(tmp_path: Path, max_stalen
         resumed, states = run(cfg, stream(cfg).load_state_dict(state), first=step + 1, ahead=ahead)
         assert resumed == taken[step:], f"resumed after step {step}"
         assert all(states[later] == saved[later] for later in states)
+
+
+def buckets(path: str, bounds: list[float], rests: list[int]) -> Config:
+    cfg = curriculum(path)
+    cfg.data.curriculum.bounds, cfg.data.curriculum.rests = bounds, rests
+    return cfg
+
+
+def test_two_bounds_are_the_buckets_of_too_hard_and_too_easy(tmp_path: Path):
+    path = write(tmp_path / "a.jsonl", NUM_EXAMPLES)
+    plain, cut = curriculum(path), buckets(path, [0.1, 0.9], [1, 0, 1])
+    assert run(cut, stream(cut))[0] == run(plain, stream(plain))[0]
+
+
+def test_prompts_of_a_bucket_rest_as_long_as_it_says_by_the_running_mean_of_their_groups(tmp_path: Path):
+    cfg = buckets(write(tmp_path / "a.jsonl", NUM_EXAMPLES), [0.1, 0.3, 0.5], [5, 1, 0, 2])
+    prompts = stream(cfg)
+    taken, saved = run(cfg, prompts)
+    counts = Counter(int(target) for batch in taken for target in batch)
+    fit, easy, hard = (np.mean([counts[i] for i in numbers]) for numbers in (range(5, 15), range(5), range(15, 20)))
+    assert fit > 2 * easy > 0 and easy > hard > 0
+    means = {index: mean for _, index, mean in saved[STEPS]["curriculum"]["means"]}
+    assert set(means.values()) >= {0.5, 1.0} and len(means) == NUM_EXAMPLES
+    assert {0.25} == {mean for mean in means.values() if mean not in (0.0, 0.5, 1.0)}  # 0, and then 0.5
+    for step in (1, 7, 15):
+        resumed, states = run(cfg, stream(cfg).load_state_dict(saved[step]), first=step + 1)
+        assert resumed == taken[step:] and states[STEPS] == saved[STEPS]
 
 
 def test_how_far_generation_runs_ahead_does_not_change_what_is_drawn(tmp_path: Path):

@@ -428,7 +428,7 @@ class Records:
         self.written: dict[str, float] = {}
         self.said: list[str] = []
 
-    def is_evaluated(self, step: int) -> bool:
+    def is_evaluated(self, step: int, figure: str) -> bool:
         return False
 
     def log_evaluation(self, step: int, values: dict[str, float], answers: Sequence[dict[str, Any]]) -> None:

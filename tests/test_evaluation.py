@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,12 @@ from forge_hpc.data.prompts import evaluation_prompts
 from forge_hpc.data.types import HELD_OUT
 from forge_hpc.evaluation.figures import (
     Graded,
+    best_of_k,
     bootstrap_interval,
     evaluation_seed,
     figures_of_sets,
     greedy_figures,
+    majority_at_k,
     pass_at_k,
     sampled_figures,
     wilson_interval,
@@ -52,10 +55,50 @@ def test_pass_at_k_is_unbiased_and_takes_many_samples():
     assert pass_at_k(4000, 1, 2000) == pytest.approx(0.5)
 
 
+def graded(text: str) -> list[Graded]:
+    """A letter an answer, R and r are right ones, a dot none at all."""
+    return [Graded(letter in "Rr", float(i), None if letter == "." else letter) for i, letter in enumerate(text)]
+
+
+@pytest.mark.parametrize("text", ["RaR.bb", "Raabb", "RrRrab", "aaaR", "....", "R...", "RRaabbcR"])
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_majority_and_best_of_k_are_means_over_all_choices_of_k_samples(text: str, k: int):
+    samples = graded(text)
+    majorities, best = [], []
+    for choice in itertools.combinations(samples, k):
+        votes = Counter(sample.answer for sample in choice if sample.answer is not None)
+        winners = [answer for answer, count in votes.items() if count == max(votes.values())]
+        majorities.append(sum(answer in "Rr" for answer in winners) / len(winners) if winners else 0.0)
+        best.append(max(sample.reward for sample in choice))
+    assert majority_at_k(samples, k) == pytest.approx(np.mean(majorities, dtype=np.float64), rel=1e-12)
+    assert best_of_k([sample.reward for sample in samples], k) == pytest.approx(np.mean(best), rel=1e-12)
+
+
+def test_best_of_k_with_rewards_of_0_and_1_is_pass_at_k_and_both_take_many_samples():
+    assert best_of_k([0.0, 1.0, 0.0, 1.0, 0.0], 3) == pytest.approx(pass_at_k(5, 2, 3))
+    many = [Graded(i % 3 == 0, float(i % 3 == 0), str(i % 3)) for i in range(128)]  # 43 of 0, 43 of 1, 42 of 2
+    assert 1 / 3 < majority_at_k(many, 3) < majority_at_k(many, 64) < majority_at_k(many, 127) == pytest.approx(0.5)
+    assert majority_at_k(many, 128) == 0.5
+    more = [Graded(i < 601, float(i < 601), str(i < 601)) for i in range(1201)]  # beyond what float64 can count
+    assert 0.5 < majority_at_k(more, 599) < majority_at_k(more, 1199) < majority_at_k(more, 1201) == 1.0
+    assert best_of_k([1.0] * 600 + [0.0] * 601, 600) == pytest.approx(1.0)
+
+
+def test_majority_and_best_are_left_out_where_nobody_knows_them():
+    figures = sampled_figures([[RIGHT, WRONG], [Graded(), RIGHT]], (1, 2), seed=3)
+    assert "maj@2" not in figures and (figures["best@2"], figures["best@2_low"]) == (1.0, 1.0)  # of the first prompt
+    figures = sampled_figures([graded("Ra"), graded("ab"), graded("..")], (1, 2), seed=3)
+    assert (figures["maj@2"], figures["best@2"]) == (pytest.approx(0.5 / 3), 1.0) and "best@1" not in figures
+
+
 @pytest.mark.parametrize("k", [0, 5])
 def test_pass_at_k_of_more_than_was_sampled_is_refused(k: int):
     with pytest.raises(ValueError, match="from 1 to 4"):
         pass_at_k(4, 2, k)
+    with pytest.raises(ValueError, match="from 1 to 4"):
+        best_of_k([1.0] * 4, k)
+    with pytest.raises(ValueError, match="from 1 to 4"):
+        majority_at_k([RIGHT] * 4, k)
 
 
 def test_wilsons_interval_has_published_values_and_is_never_empty():

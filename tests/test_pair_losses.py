@@ -34,15 +34,10 @@ def test_a_loss_on_pairs_equals_its_formula(loss: DPOLoss) -> None:
             is_ipo = isinstance(loss, IPOLoss)
             losses.append((margin - 1 / 0.6) ** 2 if is_ipo else -torch.log(torch.sigmoid(0.3 * margin)))
     expected = torch.stack(losses).mean()
-    output = loss(
-        logprobs=logprobs,
-        ref_logprobs=ref,
-        side=side,
-        mask=segments > 0,
-        segment_ids=segments,
-        group_ids=groups,
-        normalizer=3,
-    )
+    inputs = {"logprobs": logprobs, "ref_logprobs": ref, "side": side, "segment_ids": segments, "group_ids": groups}
+    output = loss(**inputs, mask=segments > 0, normalizer=3)
+    numbers = loss(**inputs, mask=(segments > 0).float(), normalizer=3)  # a mask of numbers
+    torch.testing.assert_close(numbers.loss, output.loss, rtol=0, atol=0)
     torch.testing.assert_close(output.loss, expected)
     ours, theirs = (torch.autograd.grad(value, logprobs, retain_graph=True)[0] for value in (output.loss, expected))
     torch.testing.assert_close(ours, theirs)

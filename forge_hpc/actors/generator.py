@@ -270,7 +270,7 @@ class Generator(Actor):
         from forge_hpc.models.device import device_type
         from forge_hpc.weights import opened
 
-        if device_type() == "cuda":
+        if device_type() == "cuda" and not self._config.trainer.lora.sends_adapters:
             await self._engine.load_offer(offer)
             return
         with opened(offer) as weights:

@@ -230,7 +230,7 @@ class Trainer(Actor):
             limit, changes = bucket_limit(store, self._rank), self._config.generator.send_changes
             self._snapshots = Snapshots(self._rank, dtype, local_device(), limit, keeps_previous=changes)
             self._server = self._serve(self._snapshots)
-        parameters, weights = policy.model.parameters(), partial(policy.hf_state_dict, cast=False)
+        parameters, weights = policy.model.parameters(), partial(policy.published, cast=False)
         part = self._snapshots.take(version, weights, parameters, in_use=in_use, with_checksum=with_checksum)
         if part is None or self._server is None:
             return part
@@ -259,7 +259,7 @@ class Trainer(Actor):
 
     def _weights(self, copies: bool) -> dict[str, torch.Tensor]:
         """The weights by name; copies where training goes on while they are published."""
-        state = self._models.policy.hf_state_dict()
+        state = self._models.policy.published()
         if not copies:
             return state
         cloned = {id(tensor): tensor.clone() for tensor in state.values()}

@@ -37,6 +37,7 @@ LOSSES = {
 ADVANTAGES = {
     "group_mean_std": "forge_hpc.advantages:group_mean_std",
     "group_mean": "forge_hpc.advantages:group_mean",
+    "group_mean_mean": "forge_hpc.advantages:group_mean_mean",
     "leave_one_out": "forge_hpc.advantages:leave_one_out",
     "group_mean_batch_std": "forge_hpc.advantages:group_mean_batch_std",
     "batch_mean_std": "forge_hpc.advantages:batch_mean_std",
@@ -77,5 +78,16 @@ DATA = {
 # Names that are values, not code.
 MISMATCH_LEVELS = ("token", "sequence")
 NORMALIZATIONS = ("token", "sequence", "constant")
-LORA_TARGETS = ("wq", "wkv", "wo", "w1", "w2", "w3")
+LORA_LAYERS = {
+    "wq": ("q_proj",),
+    "wkv": ("k_proj", "v_proj"),
+    "wo": ("o_proj",),
+    "w1": ("gate_proj",),
+    "w2": ("down_proj",),
+    "w3": ("up_proj",),
+}
+"""By TorchTitan's name of a linear layer those of Hugging Face."""
+LORA_TARGETS = tuple(LORA_LAYERS)
+VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Largest ranks that vLLM 0.32 can be built for."""
 DTYPES = ("float32", "bfloat16")

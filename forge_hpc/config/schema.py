@@ -90,6 +90,12 @@ class CurriculumConfig:
     """Too easy: it was above this."""
     rest_epochs: int = setting(2, POSITIVE)
     """For so many epochs the prompt is left out; then it is tried again."""
+    bounds: list[float] = field(default_factory=list)
+    """In place of ``low`` and ``high``: buckets of difficulty, cut at these mean rewards, hardest first. A prompt is in
+    one by the mean of its groups, each half as important as the one after it."""
+    rests: list[int] = setting(range=NOT_NEGATIVE, factory=list)
+    """Epochs that a prompt rests after each draw, by bucket, one more than there are bounds: with 0, 1 and 3 they are
+    drawn in every, every second and every fourth epoch."""
 
 
 @dataclass
@@ -434,7 +440,7 @@ class CompileConfig:
 @dataclass
 class LoRAConfig:
     enable: bool = False
-    """Train low-rank adapters beside the frozen weights. Published and exported weights have them merged in."""
+    """Train low-rank adapters beside the frozen weights. Exported weights have them merged in."""
     rank: int = setting(16, POSITIVE)
     """Rank of the adapters."""
     alpha: float = setting(32.0, POSITIVE)
@@ -442,6 +448,14 @@ class LoRAConfig:
     target_modules: list[str] = setting(factory=lambda: list(LORA_TARGETS), choices=LORA_TARGETS)
     """Linear layers with an adapter, by TorchTitan's names: attention wq, wkv (keys and values), wo; feed-forward w1
     (gate), w2 (down), w3 (up)."""
+    publish: str = setting("merged", choices=("merged", "adapters"), resume=ROUNDING)
+    """What generators get of a new policy: all weights with the adapters merged in, or the adapters alone, which vLLM
+    then applies beside the base model: some MB a version, and some work more for each token."""
+
+    @property
+    def sends_adapters(self) -> bool:
+        """Whether generators get adapters, not weights."""
+        return self.enable and self.publish == "adapters"
 
 
 @dataclass
@@ -479,6 +493,8 @@ class CheckpointConfig:
     """Also keep the checkpoint that was best by this figure of the evaluations: ``accuracy``, ``pass@4``, ``reward``,
     or ``loss``, of which less is better. Every evaluation that is better saves; ``forge-hpc export --step best`` takes
     it."""
+    export_best: bool = False
+    """RUN_DIR/export holds the model of that checkpoint at the end, in place of the last step's."""
     async_save: bool = True
     """Write beside the training instead of blocking it."""
     export_interval: int = setting(0, NOT_NEGATIVE)
@@ -520,10 +536,13 @@ class EvaluationConfig:
     sets: list[HeldOutConfig] = field(default_factory=list)
     """Several held-out sets in place of ``data.eval_split``, an accuracy each; ``accuracy`` is then that of all their
     prompts together."""
+    patience: int | None = setting(None, POSITIVE)
+    """Stop early: training ends after so many evaluations in a row whose ``checkpoint.best`` is no better than the best
+    before them; null trains all steps."""
     samples: int = setting(0, NOT_NEGATIVE)
-    """Answers sampled for each prompt, for pass@k; 0 is greedy decoding alone."""
+    """Answers sampled for each prompt, for pass@k, maj@k and best@k; 0 is greedy decoding alone."""
     k: list[int] = field(default_factory=lambda: [1])
-    """pass@k for each of these, each at most ``samples``."""
+    """pass@k for each of these, each at most ``samples``; above 1 maj@k and best@k too."""
     temperature: float | None = setting(None, TEMPERATURE)
     """Temperature of the sampled answers; by default rollout.sampling's, as are top_p and top_k."""
 

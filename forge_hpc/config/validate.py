@@ -24,7 +24,7 @@ from forge_hpc.config.hub_cache import split_name
 from forge_hpc.config.models import KNOWN_MODEL_TYPES, check_tokenizer, check_weights, looks_local, read_model_config
 from forge_hpc.config.needs import Needs, check_models
 from forge_hpc.config.recipes import load_recipe, needs_of
-from forge_hpc.config.registry import DATA, ENVIRONMENTS, LORA_TARGETS, LOSSES, MODELS
+from forge_hpc.config.registry import DATA, ENVIRONMENTS, LORA_TARGETS, LOSSES, MODELS, VLLM_LORA_RANKS
 from forge_hpc.config.rewards import MODEL, check_reward, reward_model_of
 from forge_hpc.config.schema import Config, DataConfig, RewardConfig
 from forge_hpc.config.sources import (
@@ -75,6 +75,7 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
     plan(cfg, cfg.cluster.gpus_per_node)
     _check_sleep(cfg)
     _check_transport(cfg)
+    _check_adapters(cfg)
     if check_paths:
         _check_model(cfg, needs)
         _check_other_models(needs)
@@ -261,6 +262,14 @@ def _check_data_values(run: RunSource, needs: Needs) -> None:
         raise UserError(
             f"data.curriculum goes by rewards, and recipe={cfg.recipe} has none", "set data.curriculum.enable=false"
         )
+    bounds, rests = curriculum.bounds, curriculum.rests
+    if bounds != sorted(set(bounds)) or (rests and not bounds):
+        raise UserError(f"data.curriculum.bounds is {bounds}", "give rewards that rise, such as [0.1, 0.5, 0.9]")
+    if bounds and len(rests) != len(bounds) + 1:
+        raise UserError(
+            f"data.curriculum.rests has {len(rests)} items, and {len(bounds)} bounds make {len(bounds) + 1} buckets",
+            "give the epochs that prompts of each bucket rest, hardest first",
+        )
     if curriculum.low > curriculum.high:
         raise UserError(
             f"data.curriculum.low={curriculum.low} is above data.curriculum.high={curriculum.high}: "
@@ -323,6 +332,9 @@ def _check_evaluation(cfg: Config) -> None:
             f"checkpoint.best={cfg.checkpoint.best} compares evaluations, and there are none while the run trains",
             "set evaluation.interval and evaluation.num_prompts",
         )
+    for key, value in (("evaluation.patience", e.patience), ("checkpoint.export_best", cfg.checkpoint.export_best)):
+        if value and cfg.checkpoint.best is None:
+            raise UserError(f"{key} goes by checkpoint.best, which is null", "name a figure: checkpoint.best=accuracy")
     label, slash, _ = (cfg.checkpoint.best or "").rpartition("/")
     labels = [one.label for one in held_out_sets(cfg) if one.label]
     if slash and label not in labels:
@@ -411,6 +423,27 @@ def _check_sleep(cfg: Config) -> None:
         raise UserError(
             "cluster.colocate has generators sleep, and generator.engine.extra.enable_sleep_mode=false forbids it",
             "leave enable_sleep_mode out",
+        )
+
+
+def _check_adapters(cfg: Config) -> None:
+    lora = cfg.trainer.lora
+    if lora.publish == "merged":
+        return
+    if not lora.enable:
+        raise UserError(
+            f"trainer.lora.publish={lora.publish}, and there are no adapters", "set trainer.lora.enable=true"
+        )
+    if lora.rank > max(VLLM_LORA_RANKS):
+        raise UserError(
+            f"trainer.lora.rank={lora.rank}, and vLLM takes adapters of rank {max(VLLM_LORA_RANKS)} at most",
+            "lower it, or set trainer.lora.publish=merged",
+        )
+    if cfg.cluster.colocate:
+        raise UserError(
+            "trainer.lora.publish=adapters needs the base model in the generators, and with cluster.colocate their "
+            "weights go while trainers compute",
+            "set trainer.lora.publish=merged",
         )
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
+import sys
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -123,6 +125,38 @@ class Saver:
         reason = " ".join(str(error).split()) or type(error).__name__
         logger.error("the checkpoint of step %d failed, the one before it stands: %s", step, reason)
         self._status.update(message=f"the checkpoint of step {step} failed: {reason}")
+
+    def better_step(self) -> int | None:
+        """The step of the best checkpoint, where that is another one than the newest."""
+        best = self.checkpoints.best()
+        return best["step"] if best is not None and best["step"] != self.saved_step else None
+
+    async def export_best(self) -> None:
+        """Put the model of the best checkpoint into RUN_DIR/export, in a process of its own, which needs no GPU.
+
+        Raises:
+            RuntimeError: it failed; what was exported before is still there.
+            TimeoutError: it was not done within ``trainer.timeout_s``.
+        """
+        new = self._run_dir.exports / ".best"
+        await asyncio.to_thread(shutil.rmtree, new, ignore_errors=True)
+        command = [sys.executable, "-m", "forge_hpc.cli", "export", str(self._run_dir), "--step", "best"]
+        process = await asyncio.create_subprocess_exec(
+            *command, "--output", str(new), stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
+        )
+        try:
+            _, errors = await asyncio.wait_for(process.communicate(), self._config.trainer.timeout_s)
+        except TimeoutError:
+            raise TimeoutError("the model of the best checkpoint was not exported within trainer.timeout_s") from None
+        finally:
+            if process.returncode is None:
+                process.terminate()
+        if process.returncode:
+            lines = errors.decode(errors="replace").split("\n")
+            reason = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1])
+            raise RuntimeError(f"the model of the best checkpoint is not exported: {reason}")
+        await asyncio.to_thread(shutil.rmtree, self._run_dir.export, ignore_errors=True)
+        await asyncio.to_thread(new.rename, self._run_dir.export)
 
     async def export_if_due(self, trainers: Trainers, step: int, *, leaving: bool) -> None:
         """Write the model every ``checkpoint.export_interval`` steps. One that fails is reported; the run goes on."""

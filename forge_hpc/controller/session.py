@@ -42,9 +42,10 @@ from forge_hpc.data.mixture import open_sources
 from forge_hpc.data.prompts import DocumentStream, PromptStream, evaluation_documents, evaluation_prompts
 from forge_hpc.data.source import load_eval_examples
 from forge_hpc.data.types import Document, Group, Prompt
+from forge_hpc.evaluation.early_stop import is_better, why_stopped
 from forge_hpc.evaluation.evaluator import Evaluator, HeldOutSet
-from forge_hpc.evaluation.figures import is_better
 from forge_hpc.hub.pins import Pins, pin_all
+from forge_hpc.observability.jsonl import read_jsonl
 from forge_hpc.observability.logger import MetricLogger
 from forge_hpc.observability.performance import EngineCounts, engine_figures
 from forge_hpc.observability.phases import StartPhases
@@ -525,11 +526,23 @@ class Session:
     # ---- steps
 
     def remaining_steps(self) -> Iterator[int]:
-        """The steps that are still to be done, from 1. The first one's time counts from here."""
+        """The steps that are still to be done, from 1; none after an evaluation that ends the training. The first one's
+        time counts from here."""
         self._step_ended = time.perf_counter()
         if self._turns is not None:
             self._turns.metrics()  # what was before
-        return iter(range(self.step + 1, self.config.trainer.training.steps + 1))
+        for step in range(self.step + 1, self.config.trainer.training.steps + 1):
+            if self._stops_early():
+                return
+            yield step
+
+    def _stops_early(self) -> bool:
+        if self.config.evaluation.patience is None or not self.metrics.is_evaluated(self.step):
+            return False
+        reason = why_stopped(self.config, read_jsonl(self.run_dir.evaluations))
+        if reason is not None:
+            self._tell(reason)
+        return reason is not None
 
     async def train_step(
         self, step: int, documents: Sequence[Document], *, update: bool = True, model: str = POLICY
@@ -690,7 +703,7 @@ class Session:
         interval, last = self.config.evaluation.interval, self.config.trainer.training.steps
         if self._evaluator is not None:
             return await self._evaluator.evaluate(step) if self._evaluation_is_due(step) else {}
-        if not interval or step % interval or step >= last or self.metrics.is_evaluated(step):
+        if not interval or step % interval or step >= last or self.metrics.is_evaluated(step, "loss"):
             return {}
         figures = await self._validation_loss()
         self.metrics.log_evaluation(step, figures)
@@ -733,7 +746,9 @@ class Session:
         if not await self.save_to_leave():
             raise RuntimeError(f"the state after the last step cannot be saved in {self.run_dir.checkpoints}")
         saved = time.perf_counter()
-        await self.trainers.export(self.run_dir.export)
+        better = self._saver.better_step() if self.config.checkpoint.export_best else None
+        if better is None or self.needs.generators == "after":  # these answer with the last weights
+            await self.trainers.export(self.run_dir.export)
         logger.info("saved in %.1f s, exported in %.1f s", saved - start, time.perf_counter() - saved)
         if self._turns is not None:
             async with self._turns.generating():  # an engine that sleeps does not end in good order
@@ -744,6 +759,8 @@ class Session:
                 await self._evaluate_after_training(loss)
             else:
                 self.metrics.log_evaluation(self.step, loss)
+        if better is not None:
+            await self._saver.export_best()
 
     async def _evaluate_after_training(self, loss: Mapping[str, float]) -> None:
         """With generators on the hardware that the trainers held."""

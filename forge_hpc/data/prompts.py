@@ -83,7 +83,7 @@ class _Stream(ABC, Generic[T]):
         source = self._mixture.sources[number]
         self._curriculum.count_rewards(self.position)
         # A whole epoch lies in here, wherever it begins, in which no prompt rests.
-        last_epoch = source.epoch + 1 + self._curriculum.config.rest_epochs * self._curriculum.config.enable
+        last_epoch = source.epoch + 1 + self._curriculum.longest_rest
         bad: BadExample | None = None
         while source.epoch <= last_epoch:
             drawn = next(source)

@@ -77,7 +77,7 @@ class Evaluator:
             more: figures that are logged with it: a step has one evaluation.
         """
         prompts = self._prompts
-        if not prompts or self._metrics.is_evaluated(step):
+        if not prompts or self._metrics.is_evaluated(step, "accuracy"):
             return {}
         start, config = time.perf_counter(), self._config.evaluation
         limit = self._config.logging.num_answers_per_evaluation
@@ -91,7 +91,7 @@ class Evaluator:
             if config.temperature is not None:
                 sampling = replace(sampling, temperature=config.temperature)
             sampled = await self._answer(config.samples, sampling, seed, answers)
-        values = figures_of_sets(self._labels, greedy, sampled, config.k, seed)
+        values = await asyncio.to_thread(figures_of_sets, self._labels, greedy, sampled, config.k, seed)
         self._warn_of_failures(step, values)
         values["time_s"] = time.perf_counter() - start
         values = {**(more or {}), **values}
@@ -154,6 +154,7 @@ class Evaluator:
             return Graded()
         is_played = "environment" in episode.rewards
         right = episode.reward >= 1 - 1e-6 if is_played else judged.right
-        graded = Graded(right, episode.reward + judged.total)
+        read = next(iter(judged.read.values()), None) if not is_played else None
+        graded = Graded(right, episode.reward + judged.total, read)
         answers.add(place, sample, episode.prompt, answer, graded, episode.rewards | judged.terms, judged.read)
         return graded

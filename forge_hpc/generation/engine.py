@@ -35,6 +35,8 @@ from forge_hpc.cluster.stacks import stand_by_worker
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config, SamplingConfig
 from forge_hpc.data.types import Completion, Prompt, Turn
+from forge_hpc.generation import adapter
+from forge_hpc.generation.adapter import adapter_shapes, complete_adapter, staged_adapter
 from forge_hpc.generation.checkpoint import (
     check_shapes,
     checkpoint_shapes,
@@ -126,6 +128,8 @@ class GenerationEngine:
         self._arguments = engine_arguments(model_dir, config, device)
         self._model = model_files(model_dir)
         self._expected = checkpoint_shapes(model_dir)
+        self._adapters = adapter_shapes(self._expected, config.trainer.lora)
+        self._lora_request: Any = None  # of vLLM's, once there is an adapter
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._pending: deque[tuple[_Group, int]] = deque()
         self._running: dict[str, tuple[_Group, int]] = {}
@@ -286,7 +290,13 @@ class GenerationEngine:
         Raises:
             ValueError: names or shapes do not match the checkpoint; nothing was changed.
             TimeoutError, GenerationError: as ``generate``; a failure half way ends the engine.
+
+        With ``trainer.lora.publish=adapters`` they are the adapters, by PEFT's names, and the weights stay those of the
+        model directory.
         """
+        if self._config.trainer.lora.sends_adapters:
+            await self._load_adapter(version, complete_adapter(named_tensors, self._adapters))
+            return
         tensors = complete_weights(named_tensors, self._expected, self._tied_head)
         if self._config.generator.engine.tensor_parallel_size == 1:
             await self._reload(version, {"weights_iterator": ((name, t.to(self._dtype)) for name, t in tensors)})
@@ -295,6 +305,16 @@ class GenerationEngine:
         directory = await asyncio.to_thread(staging.__enter__)
         try:
             await self._reload(version, {"weights_path": str(directory)})
+        finally:
+            await asyncio.to_thread(staging.__exit__, None, None, None)
+
+    async def _load_adapter(self, version: int, tensors: dict[str, torch.Tensor]) -> None:
+        staging = staged_adapter(tensors, self._config.trainer.lora, self._dtype)
+        directory = await asyncio.to_thread(staging.__enter__)
+        try:
+            done = _future()
+            self._post(lambda: self._put_adapter(version, directory, done), [done])
+            await self._answers([done])
         finally:
             await asyncio.to_thread(staging.__exit__, None, None, None)
 
@@ -337,6 +357,8 @@ class GenerationEngine:
 
     def _differs(self, model_dir: str | Path, config: Config) -> str:
         """What an engine is made of, and differs from this one's, by name."""
+        if self._config.trainer.lora.sends_adapters:  # they stand beside the weights of one model directory
+            return "adapters beside its own weights"
         ours, theirs = self._arguments, engine_arguments(model_dir, config, self._device)
         names = [
             name
@@ -620,7 +642,8 @@ class GenerationEngine:
             try:
                 with _refusals(group.prompt):
                     prompt = tokens_input(group.prompt.token_ids, cache_salt=salt)
-                    self._engine.add_request(request_id, prompt, group.sampling_params[index])
+                    params = group.sampling_params[index]
+                    self._engine.add_request(request_id, prompt, params, lora_request=self._lora_request)
             except ValueError as error:
                 self._abort({group}, error)
                 continue
@@ -687,6 +710,19 @@ class GenerationEngine:
         self._sleeping.make_room_for_weights()
         self._engine.collective_rpc("reload_weights", kwargs=arguments)
         self._sleeping.has_weights = True
+        self._num_weight_loads += 1
+        self._weight_load_s += time.perf_counter() - start
+        self._label(version, done)
+
+    def _put_adapter(self, version: int, directory: Path, done: Future[Any]) -> None:
+        """In the place of the one before: requests in flight go on with it."""
+        from vllm.lora.request import LoRARequest
+
+        start = time.perf_counter()
+        self._settle()
+        self._engine.add_lora(LoRARequest(adapter.NAME, adapter.ID, str(directory), load_inplace=True))
+        if self._lora_request is None:  # with load_inplace every step would read the folder
+            self._lora_request = LoRARequest(adapter.NAME, adapter.ID, str(directory))
         self._num_weight_loads += 1
         self._weight_load_s += time.perf_counter() - start
         self._label(version, done)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from forge_hpc.config.schema import Config
+from forge_hpc.generation.adapter import adapter_arguments
 from forge_hpc.sizing.memory import holds_a_copy
 
 _GIB = 1 << 30
@@ -72,7 +73,7 @@ def engine_arguments(model_dir: str | Path, config: Config, device: str) -> dict
         if config.model.dtype != "float32":  # which FlashAttention does not take: vLLM chooses
             arguments["attention_backend"] = "FLASH_ATTN"
             arguments["hf_overrides"] = {"head_dtype": config.model.head_dtype}
-    return arguments | engine.extra
+    return arguments | adapter_arguments(config.trainer.lora) | engine.extra
 
 
 def _copy_share(model_dir: Path, config: Config) -> float:

@@ -13,6 +13,11 @@ _SHARD_BYTES = 4 << 30
 _SHARED_MEMORY = Path("/dev/shm")
 
 
+def staging_directory() -> Path | None:
+    """Where files are memory; None, the system's place for temporary files, where there is no such."""
+    return _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
+
+
 @contextmanager
 def staged_checkpoint(named_tensors: Sequence[tuple[str, torch.Tensor]], dtype: torch.dtype) -> Iterator[Path]:
     """A directory in shared memory with the tensors as safetensors files, readable by this user alone.
@@ -22,8 +27,7 @@ def staged_checkpoint(named_tensors: Sequence[tuple[str, torch.Tensor]], dtype: 
     """
     from safetensors.torch import save_file
 
-    parent = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
-    with tempfile.TemporaryDirectory(prefix="forge-hpc-weights-", dir=parent) as directory:
+    with tempfile.TemporaryDirectory(prefix="forge-hpc-weights-", dir=staging_directory()) as directory:
         shard: dict[str, torch.Tensor] = {}
         num_shards = num_bytes = 0
         for name, tensor in named_tensors:

@@ -12,7 +12,7 @@ from typing import Protocol, Self, TextIO
 from forge_hpc.config.schema import LoggingConfig
 from forge_hpc.data.types import Episode, Group
 from forge_hpc.observability.console import ConsoleProgress
-from forge_hpc.observability.jsonl import JsonlWriter, replace_jsonl
+from forge_hpc.observability.jsonl import JsonlWriter, read_jsonl, replace_jsonl
 from forge_hpc.run_dir import RunDir, make_private_dir
 
 logger = logging.getLogger(__name__)
@@ -113,9 +113,12 @@ class MetricLogger:
                 records.append({"step": step, **_rollout(episode), "num_failed": group.num_failed})
         self._rollouts.write(*records)
 
-    def is_evaluated(self, step: int) -> bool:
-        """Whether the evaluation of ``step`` has been written."""
-        return self._evaluations.last_step is not None and step <= self._evaluations.last_step
+    def is_evaluated(self, step: int, figure: str | None = None) -> bool:
+        """Whether the evaluation of ``step`` has been written; with ``figure`` the one that has it."""
+        if self._evaluations.last_step is None or step > self._evaluations.last_step:
+            return False
+        records = read_jsonl(self._evaluations.path) if figure is not None else ()
+        return figure is None or any(figure in record for record in records if record["step"] == step)
 
     def show_evaluation(self, step: int, num_done: int, num: int, num_right: int) -> None:
         """Show how far the evaluation of ``step`` is, in answers."""
@@ -127,9 +130,10 @@ class MetricLogger:
         """Write an evaluation of the policy after ``step`` (0: before training), such as ``{"accuracy": 0.93}``, and
         the answers that it graded.
 
-        The first evaluation of a step counts: a restart that repeats it writes nothing.
+        The first evaluation of a step counts: a restart that repeats it writes nothing. Where SFT stops early its
+        answers are evaluated after its loss, in a line of their own.
         """
-        if self.is_evaluated(step):
+        if self.is_evaluated(step, "accuracy" if "accuracy" in values else "loss"):
             return
         if answers:  # before the figures: where these are, so are the answers
             make_private_dir(self._answers)

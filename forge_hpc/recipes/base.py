@@ -127,7 +127,7 @@ class Session(Protocol):
         """The examples of the data as documents, from where ``documents`` of the state says."""
 
     def remaining_steps(self) -> Iterator[int]:
-        """The steps that are still to be done, from 1."""
+        """The steps that are still to be done, from 1; none after an evaluation that ends the training."""
 
     async def train_step(
         self, step: int, documents: Sequence[Document], *, update: bool = True, model: str = "policy"

@@ -22,9 +22,11 @@ from forge_hpc.cluster.processes import end_descendants
 from forge_hpc.cluster.rendezvous import Rendezvous, RendezvousTimeout
 from forge_hpc.config import Config, UserError, read_config
 from forge_hpc.config.lending import takes_lent
+from forge_hpc.evaluation.early_stop import why_stopped
 from forge_hpc.files import in_thread
 from forge_hpc.hub.offline import offline_environ
 from forge_hpc.joining.desk import Desk
+from forge_hpc.observability.jsonl import read_jsonl
 from forge_hpc.observability.phases import StartPhases
 from forge_hpc.observability.summary import final_summary
 from forge_hpc.run_lock import RunDirLock
@@ -273,7 +275,7 @@ class FirstNode:
             print(f"error: {ending.message}", file=sys.stderr)
             return Exit.FAILED
         if ending.cause is Cause.COMPLETED:
-            return self._complete(starts)
+            return self._complete(config, starts)
         state, message = self._state_after(config, ending, starts)
         if state == "preempted" and self._job.is_cancelled():  # while the run was saved
             state, message = "cancelled", f"{message}; then cancelled"
@@ -299,8 +301,12 @@ class FirstNode:
         sys.stderr.flush()
         return EXITS[state]
 
-    def _complete(self, starts: StartLog) -> int:
+    def _complete(self, config: Config, starts: StartLog) -> int:
         self.status.update(state="completed")
+        with best_effort():
+            status = self.run_dir.read_status()
+            if status is not None and status.step < config.trainer.training.steps:
+                self.status.update(message=why_stopped(config, read_jsonl(self.run_dir.evaluations)) or "")
         with best_effort():
             self.status.flush(deadlines.LEASE_S)
         with best_effort():

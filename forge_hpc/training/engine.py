@@ -39,7 +39,7 @@ from forge_hpc.losses import SFTLoss, ValueLoss, add_effective_sample_size, buil
 from forge_hpc.losses.base import accepted, columns_of
 from forge_hpc.losses.build import LossFn
 from forge_hpc.training.checkpointer import TrainerCheckpointer
-from forge_hpc.training.export import export_model
+from forge_hpc.training.export import PeftAdapter, export_model
 from forge_hpc.training.flops import step_flops
 from forge_hpc.training.lora import init_adapters, merge_adapters
 from forge_hpc.training.minibatches import minibatches
@@ -315,6 +315,15 @@ class TrainEngine(ModelShard, Stateful):
         if self.spec.is_tied:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         return state
+
+    def published(self, *, cast: bool = True) -> dict[str, torch.Tensor]:
+        """What generators get of the policy: ``hf_state_dict``, or with ``trainer.lora.publish=adapters`` the adapters,
+        by PEFT's names; without ``cast`` they are views of the parameters."""
+        if not self.cfg.trainer.lora.sends_adapters:
+            return self.hf_state_dict(cast=cast)
+        tensors = PeftAdapter(self.model.state_dict(), self.spec, self.cfg.trainer.lora, "").tensors()
+        dtype = TORCH_DTYPE_MAP[self.cfg.model.dtype]
+        return {name: tensor.to(dtype) if cast else tensor for name, tensor in tensors.items()}
 
     def export(self, directory: Path, ends: Sequence[int] = ()) -> None:
         """Write the model in Hugging Face format in ``model.dtype``, atomically, with the tokenizer it came with.

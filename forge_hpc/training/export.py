@@ -84,7 +84,8 @@ def export_hf(
                 tensors[name] = full.to("cpu", dtype).contiguous()
         writer.do(partial(_save, tensors, _shard_name(index, len(shards))))
     if adapter is not None:
-        writer.do(partial(adapter.write, adapter.tensors()))
+        tensors = {name: whole(tensor).to("cpu").contiguous() for name, tensor in adapter.tensors().items()}
+        writer.do(partial(adapter.write, tensors))
     if len(shards) > 1:
         writer.do(lambda tmp: _write_index(shards, state, dtype, tmp))
     writer.do(lambda tmp: _replace(tmp, directory))
@@ -154,16 +155,15 @@ class PeftAdapter:
             self._by_layer[name.removesuffix(".weight")] = pair
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All of them by PEFT's names, whole and in host memory. A collective call where they are sharded."""
-        tensors = {}
-        for layer, pair in self._by_layer.items():
-            for letter, tensor in zip("AB", pair, strict=True):
-                name = f"base_model.model.{layer}.lora_{letter}.weight"
-                tensors[name] = whole(tensor.detach()).to("cpu").contiguous()
-        return tensors
+        """All of them by PEFT's names, as they are: on their device, and sharded where the model is."""
+        return {
+            f"base_model.model.{layer}.lora_{letter}.weight": tensor.detach()
+            for layer, pair in self._by_layer.items()
+            for letter, tensor in zip("AB", pair, strict=True)
+        }
 
     def write(self, tensors: Mapping[str, torch.Tensor], export: Path) -> None:
-        """Write what ``tensors`` gave, into ``export/adapter``."""
+        """Write what ``tensors`` gave, whole and in host memory, into ``export/adapter``."""
         alpha = self._lora.alpha
         config = {
             "peft_type": "LORA",
