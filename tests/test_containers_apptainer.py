@@ -43,7 +43,7 @@ def own_disks() -> Iterator[SlurmCluster]:
     with SlurmCluster(nodes=4, options={"ProctrackType": "proctrack/pgid"}, own_disks=True) as cluster:
         for disk in (cluster.disk, *map(cluster.disk_of, cluster.hosts)):
             (disk / "data").mkdir(parents=True)
-            (disk / "image").symlink_to(FOLDER)
+            shutil.copy(SIF, disk / "image.sif")  # a link would be resolved on the login node
         yield cluster
 
 
@@ -139,18 +139,18 @@ def test_a_run_in_a_container_is_looked_at_and_cancelled_and_saves(cluster: Slur
 def test_nodes_that_lack_image_mount_or_runtime_are_named_and_left_out(own_disks: SlurmCluster, tmp_path: Path) -> None:
     run_dir, hosts, disk = tmp_path / "run", own_disks.hosts, own_disks.disk
     without_image, without_mount = (own_disks.disk_of(host) for host in hosts[1:3])
-    (without_image / "image").unlink()
+    (without_image / "image.sif").unlink()
     (without_mount / "data").rmdir()
     setup = f"if [ $SLURMD_NODENAME = {hosts[3].name} ]; then export PATH=/nowhere; fi"
-    container = in_container(f"{disk}/image", f"slurm.container.mounts=[{','.join([*MOUNTS, f'{disk}/data'])}]")
+    container = in_container(f"{disk}/image.sif", f"slurm.container.mounts=[{','.join([*MOUNTS, f'{disk}/data'])}]")
     container += [f'slurm.setup=["export APPTAINER_USERNS=1","{setup}"]', "cluster.spare_nodes=3"]
     job = submit(own_disks, run_dir, "--nodes", "4", *small_run(tmp_path), *container)
     wait_for(lambda: is_over(own_disks, job), "the end", 600)
-    (without_image / "image").symlink_to(FOLDER)
+    shutil.copy(SIF, without_image / "image.sif")
     (without_mount / "data").mkdir()
     [left_out] = starts(run_dir, "left out")
     assert left_out["nodes"] == {
-        f"node 1 ({hosts[1].name})": f"slurm.container.image={disk}/image is not there",
+        f"node 1 ({hosts[1].name})": f"slurm.container.image={disk}/image.sif is not there",
         f"node 2 ({hosts[2].name})": f"slurm.container.mounts: {disk}/data is not there",
         f"node 3 ({hosts[3].name})": "apptainer is not installed here, or not on the PATH after slurm.setup",
     }
@@ -163,17 +163,15 @@ def test_a_node_whose_container_does_not_start_is_shut_out_with_apptainer_s_word
     own_disks: SlurmCluster, tmp_path: Path, sick: int
 ) -> None:
     run_dir, host = tmp_path / "run", own_disks.hosts[sick]
-    image = own_disks.disk_of(host) / "image"
-    image.unlink()
+    image = own_disks.disk_of(host) / "image.sif"
     image.write_bytes(b"no image" * 1000)
-    job = submit(own_disks, run_dir, "--nodes", "2", *small_run(tmp_path), *in_container(f"{own_disks.disk}/image"))
+    job = submit(own_disks, run_dir, "--nodes", "2", *small_run(tmp_path), *in_container(f"{own_disks.disk}/image.sif"))
     [end] = wait_for(lambda: starts(run_dir, "end"), "the end of the first start", 300)
     assert (end["state"], end["cause"]) == ("preempted", "gate"), log(run_dir)
-    named = f"node {sick} ({host.name}) is not fit: the container {own_disks.disk}/image does not start: "
+    named = f"node {sick} ({host.name}) is not fit: the container {own_disks.disk}/image.sif does not start: "
     assert end["message"].startswith(named), end
     assert "image format not recognized" in end["message"], end
     wait_for(lambda: own_disks.job(job)["ExcNodeList"] == host.name, "the exclusion", 60)
     own_disks.run("scancel", job)
     wait_for(lambda: is_over(own_disks, job), "the cancellation", 60)
-    image.unlink()
-    image.symlink_to(FOLDER)
+    shutil.copy(SIF, image)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -226,9 +227,11 @@ def imported_from(run_dir: Path) -> dict[str, set[str]]:
     """By name of a process of the run the folders of the Python, and of the code of ours, that it has open or runs."""
     found: dict[str, set[str]] = {}
     for process in processes(run_dir):
-        lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
-        paths = {line.split(maxsplit=5)[-1] for line in lines}
-        found[f"{process.pid} {' '.join(process.cmdline()[:4])}"] = {path for path in paths if "python3" in path}
+        with contextlib.suppress(OSError, psutil.Error):  # one that has just ended
+            lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+            paths = {path for line in lines if "python3" in (path := line.split(maxsplit=5)[-1])}
+            if paths:
+                found[f"{process.pid} {' '.join(process.cmdline()[:4])}"] = paths
     return found
 
 
@@ -239,7 +242,7 @@ def test_a_run_on_four_nodes_imports_from_their_disks_and_comes_back_there_after
     disks: SlurmCluster, small: Small, tmp_path: Path
 ) -> None:
     run_dir, root = tmp_path / "run", f"{disks.disk}/forge-hpc-env-{os.getuid()}"
-    overrides = [*small_run(tmp_path, 20), "checkpoint.interval=1", "algorithm.max_steps_without_signal=1000"]
+    overrides = [*small_run(tmp_path, 60), "checkpoint.interval=1", "algorithm.max_steps_without_signal=1000"]
     overrides += ["cluster.trainer_nodes=2", "cluster.rollout_nodes=2", "slurm.partition=spot"]
     job = submit(disks, small, "--nodes", "4", "--run-dir", str(run_dir), *overrides)
     wait_for(lambda: len(read(run_dir)) >= 3, "three steps", 600)
