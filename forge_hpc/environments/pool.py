@@ -64,7 +64,7 @@ class EnvironmentPool:
             args.setdefault("sandbox", asdict(config.sandbox))
         load = {"do": "load", "name": self._name, "args": args}
         self._workers = WorkerPool(
-            "forge_hpc.environments.worker", f"the environment {self._name}", load, config.environment.python
+            "forge_hpc.environments.worker", f"the environment {self._name}", load, config.environment.venv
         )
         self._hosts = [_Host(self._workers) for _ in range(num_workers or min(4, os.cpu_count() or 1))]
         self._turns: contextlib.AbstractAsyncContextManager[Any] = contextlib.nullcontext()

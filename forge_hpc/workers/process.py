@@ -20,10 +20,10 @@ _MAX_LINE_BYTES = 1 << 26
 """Of an answer."""
 _PROJECT = Path(__file__).resolve().parents[2]
 _ELSEWHERE = (
-    "import runpy, sys, numpy, psutil; sys.path.append(sys.argv[1]); "
+    "import runpy, sys, numpy, psutil; sys.path.insert(0, sys.argv[1]); import forge_hpc; del sys.path[0]; "
     "runpy.run_module(sys.argv[2], run_name='__main__', alter_sys=True)"
 )
-"""Runs a module of the project in another interpreter: the project's folder comes last, as it may hold packages."""
+"""Runs a module of the project in another environment, which finds nothing else that is beside the project."""
 
 
 class WorkerLost(Exception):
@@ -67,18 +67,18 @@ class WorkerProcess:
         self._reading = asyncio.create_task(self._read())
 
     @classmethod
-    async def start(cls, module: str, python: str | None = None) -> Self:
+    async def start(cls, module: str, venv: str | None = None) -> Self:
         """Start ``python -m module``, which ``keep``s itself and makes a ``Channel``, one CPU core at a time.
 
-        ``python`` is another interpreter than this one, with packages of its own; of this one's it sees forge_hpc.
+        In the virtual environment ``venv`` it has the packages of that, and forge_hpc.
         Raises OSError where the system has no process to give.
         """
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        if python is None:
+        if venv is None:
             command = [sys.executable, "-m", module]
             env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         else:
-            command = [str(Path(python).expanduser()), "-c", _ELSEWHERE, str(_PROJECT), module]
+            command = [str(Path(venv).expanduser() / "bin/python"), "-c", _ELSEWHERE, str(_PROJECT), module]
             env.pop("PYTHONPATH", None)
         return cls(
             await asyncio.create_subprocess_exec(
