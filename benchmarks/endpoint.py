@@ -2,8 +2,8 @@
 
     python benchmarks/endpoint.py [--conversations 200] [--turns 3] [--repeats 3]
 
-A real generator (the tiny model on the CPU) answers all conversations at once, each of several turns of 80 tokens at
-most, greedily: once through the service alone, as a run's episodes of environments do, and once through the endpoint,
+A real generator (the tiny model on the CPU) answers all conversations at once, each of several turns of 80
+tokens, greedily: once through the service alone, as a run's episodes of environments do, and once through the endpoint,
 from clients in a process of their own. The two ways take turns. Then the time to the first streamed token, by the
 number of streams at once.
 """
@@ -32,6 +32,17 @@ from rows import row
 
 MAX_TOKENS = 80
 STREAMS = (1, 20, 200)
+
+
+def without_end(model: Path) -> Path:
+    """The logit of its end of text is 0 from here on, and never the greatest: answers have all the tokens they may."""
+    from safetensors.torch import load_file, save_file
+
+    file, end = model / "model.safetensors", json.loads((model / "config.json").read_text())["eos_token_id"]
+    weights = load_file(file)
+    weights["lm_head.weight"][end] = 0
+    save_file(weights, file, {"format": "pt"})
+    return model
 
 
 def opening(number: int) -> str:
@@ -99,7 +110,7 @@ async def measure(args: argparse.Namespace) -> None:
     config.model.dtype = "float32"
     config.rollout.max_prompt_tokens, config.rollout.max_response_tokens = 64, 448
     with tempfile.TemporaryDirectory() as folder:
-        model = await asyncio.to_thread(write_tiny_chat_qwen3, Path(folder) / "model", 0)
+        model = without_end(await asyncio.to_thread(write_tiny_chat_qwen3, Path(folder) / "model", 0))
         tokenizer = load_tokenizer(model)
         mesh = this_host().spawn_procs(per_host={"gpus": 1})
         generator = mesh.spawn("generator", Generator, config, 0, Path(folder))

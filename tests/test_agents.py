@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from endpoints import Scripted, bpe_tokenizer, endpoint_config, prompt_of
-from runs import PROJECT, check_contract, lost_prompts, read, run_local, start_local, wait_for
+from runs import PROJECT, check_contract, lost_prompts, read, run_local, start_local, status, wait_for
+from slurm_cluster import SlurmCluster
 
 from forge_hpc.checkpoint.episodes import dump_groups, load_groups
 from forge_hpc.config import Config, UserError, load_config
@@ -57,6 +60,15 @@ def short(base_url, api_key, example):
 
 async def silent(base_url, api_key, example):
     return 1.0
+"""
+OTHER = """
+async def where(base_url, api_key, example):
+    import os, sys, forge_hpc
+    async with openai.AsyncOpenAI(base_url=base_url, api_key=api_key) as client:
+        await client.completions.create(model="policy", prompt="a")
+    folder = os.path.dirname(forge_hpc.__file__)
+    on_path = os.path.dirname(folder) in sys.path
+    return {"reward": 1, "info": {"harness": os.environ["HARNESS"], "forge_hpc": folder, "on_path": on_path}}
 """
 
 
@@ -167,6 +179,41 @@ def test_an_agent_that_cannot_be_called_is_found_before_the_run_begins(config: C
         asyncio.run(start())
 
 
+def make_venv(directory: Path, says: str) -> str:
+    """A folder whose bin/python is this script."""
+    python = directory / "venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(says)
+    python.chmod(0o755)
+    return str(directory / "venv")
+
+
+def test_an_agent_may_have_an_interpreter_of_its_own_which_sees_nothing_else_of_the_run(
+    config: Config, tmp_path: Path
+) -> None:
+    config.environment.venv = make_venv(tmp_path, f'#!/bin/sh\nHARNESS=mine exec {sys.executable} "$@"\n')
+    (tmp_path / "agent.py").write_text(AGENT + OTHER)
+    config.environment.name = config.environment.name.replace(":episode", ":where")
+    [episode] = play(config)
+    assert isinstance(episode, Episode)
+    info = episode.completion.metadata["info"]
+    assert info == {"harness": "mine", "forge_hpc": str(PROJECT / "forge_hpc"), "on_path": False}
+
+
+@pytest.mark.parametrize(
+    ("says", "words"), [("#!/bin/sh\nexit 3\n", "ended with exit status 3"), ("no program", "cannot be started")]
+)
+def test_an_interpreter_that_does_not_do_is_found_before_the_run_begins(
+    config: Config, tmp_path: Path, says: str, words: str
+) -> None:
+    config.environment.venv = make_venv(tmp_path, says)
+    with pytest.raises(UserError, match=words):
+        play(config)
+    config.environment.venv = str(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"no .*/nothing/bin/python that can be run"):
+        validate(config)
+
+
 def test_tool_calls_are_read_in_the_format_of_the_family() -> None:
     text = 'I add.\n<tool_call>\n{"name": "add", "arguments": {"a": "é"}}\n</tool_call>'
     assert HERMES.read(text) == ("I add.", [ToolCall("add", '{"a": "é"}')])
@@ -197,7 +244,11 @@ def test_the_demo_of_agents_is_valid() -> None:
 BRANCHING = """
 import openai
 
-async def episode(base_url, api_key, example):
+async def episode(base_url, api_key, example, log):
+    def note(event):
+        with open(log, "a") as file:
+            file.write(event + "\\n")
+    note("begun")
     messages = [{"role": "user", "content": example["question"]}]
     async with openai.AsyncOpenAI(base_url=base_url, api_key=api_key) as client:
         said = []
@@ -207,38 +258,38 @@ async def episode(base_url, api_key, example):
             messages += [{"role": "assistant", "content": said[-1]}, {"role": "user", "content": "1+1="}]
         messages[1]["content"] = "edited"
         await client.chat.completions.create(model="policy", messages=messages, max_tokens=8)
+    note("ended")
     return sum(len(text) for text in said) / 16
 """
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_run_trains_an_agent_and_an_interruption_loses_no_step_and_doubles_none(tmp_path: Path) -> None:
-    (tmp_path / "agent.py").write_text(BRANCHING)
-    steps = 4
-    options = [
+def branching_run(directory: Path, steps: int) -> list[str]:
+    """Overrides of the demo that make it short, and an agent that notes when its episodes begin and end."""
+    (directory / "agent.py").write_text(BRANCHING)
+    return [
         "model.path=builtin:qwen3-tiny-chat",
-        f"environment.name={tmp_path / 'agent.py'}:episode",
+        f"environment.name={directory / 'agent.py'}:episode",
+        f"environment.args={{log: '{directory / 'episodes'}'}}",
         f"trainer.training.steps={steps}",
         "trainer.lr_scheduler.warmup_steps=0",
         "rollout.prompts_per_step=4",
         "rollout.group_size=4",
         "rollout.max_staleness=1",
+        "checkpoint.interval=1",
         "evaluation.num_prompts=4",
         "logging.num_rollouts_per_step=4",
         "generator.engine.kv_cache_memory_gib=0.25",
     ]
-    run_dir = tmp_path / "run"
-    run = start_local(run_dir, options, AGENT_DEMO)
-    try:
-        wait_for(lambda: len(read(run_dir)) >= 1 or run.poll() is not None, "the first step")
-        run.send_signal(signal.SIGINT)
-        out, err = run.communicate(timeout=120)
-    finally:
-        run.kill()
-    assert 1 <= len(read(run_dir)) < steps, out + err
-    result = run_local(run_dir, options, config=AGENT_DEMO)
-    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def num_under_way(directory: Path) -> int:
+    """Episodes that have begun and not ended; those of a start that was cut off included."""
+    events = (directory / "episodes").read_text().split()
+    return events.count("begun") - events.count("ended")
+
+
+def check_branching_run(run_dir: Path, steps: int) -> None:
+    """Every step once, with its own prompts, and every token as it was sampled."""
     check_contract(run_dir, steps)
     assert lost_prompts(run_dir, range(1, steps + 1), 4) == 0
     for record in read(run_dir):
@@ -247,6 +298,50 @@ def test_a_run_trains_an_agent_and_an_interruption_loses_no_step_and_doubles_non
         assert record["episode/branches_mean"] == 2 and record["episode/turns_mean"] == 3
         assert record["staleness/max"] <= 1
         assert record["endpoint/refused"] == record["endpoint/strangers"] == record["episodes/failed"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_preemption_amid_an_agents_episodes_loses_no_step_and_doubles_none(tmp_path: Path) -> None:
+    steps, run_dir = 4, tmp_path / "run"
+    options = branching_run(tmp_path, steps)
+    run = start_local(run_dir, options, AGENT_DEMO)
+    try:
+        wait_for(lambda: len(read(run_dir)) >= 1 or run.poll() is not None, "the first step", 600)
+        wait_for(lambda: num_under_way(tmp_path) > 0 or run.poll() is not None, "an episode of a later step")
+        run.send_signal(signal.SIGTERM)
+        out, err = run.communicate(timeout=240)
+    finally:
+        run.kill()
+    assert run.returncode == 75, out + err
+    assert status(run_dir)["state"] == "preempted" and 1 <= len(read(run_dir)) < steps
+    assert num_under_way(tmp_path) > 0, "some episodes were cut off"
+    result = run_local(run_dir, options, config=AGENT_DEMO)
+    assert result.returncode == 0, result.stdout + result.stderr
+    check_branching_run(run_dir, steps)
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(1200)
+def test_an_agents_run_is_preempted_by_slurm_and_goes_on_where_it_was(
+    slurm_cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    steps, run_dir = 8, tmp_path / "run"
+    env = {**slurm_cluster.env, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    env["PYTHONPATH"] = str(PROJECT)
+    command = ["sbatch", "--parsable", "--nodes=2", "--partition=spot", f"--output={tmp_path}/slurm-%j.out"]
+    command += ["sbatch/grpo.sh", "--run-dir", str(run_dir), "--config", str(AGENT_DEMO)]
+    command += branching_run(tmp_path, steps)
+    job = slurm_cluster.run(*command, env=env, cwd=PROJECT).stdout.strip()
+    wait_for(lambda: len(read(run_dir)) >= 2 and num_under_way(tmp_path) > 0, "an episode of a later step", 600)
+    urgent = ["sbatch", "--wait", "--partition=urgent", "--nodes=4", "--exclusive", "--wrap=true"]
+    slurm_cluster.run(*urgent, f"--output={tmp_path}/urgent.out", env=env, timeout_s=240)
+    slurm_cluster.wait_for_job(job, timeout_s=900)
+    starts = read(run_dir, "starts.jsonl")
+    ends = [record["cause"] for record in starts if record["event"] == "end"]
+    assert ends[0] == "preempted" and len(ends) == 2 and status(run_dir)["state"] == "completed"
+    assert num_under_way(tmp_path) > 0, "some episodes were cut off"
+    check_branching_run(run_dir, steps)
 
 
 @pytest.mark.training

@@ -63,7 +63,7 @@ def settings(python: Path, **env: Any) -> Config:
     [text] = [part for part in page.split("```yaml\n")[1:] if "verifiers:episode" in part]
     environment = yaml.safe_load(text.partition("```")[0])["environment"]
     args = environment["args"] | {"taskset": {"id": "sums-v1"}} | env
-    config = endpoint_config(args=args, timeout_s=300.0, python=str(python))
+    config = endpoint_config(args=args, timeout_s=300.0, venv=str(python.parent.parent))
     config.environment.name = environment["name"]
     return config
 
@@ -108,10 +108,10 @@ def test_what_verifiers_cannot_make_is_refused_before_the_run(python: Path) -> N
         with pytest.raises(UserError, match=words):
             asyncio.run(start(settings(python, **env)))
     config = settings(python)
-    config.environment.python = None
+    config.environment.venv = None
     with pytest.raises(UserError, match=r"verifiers 0\.4 cannot be imported") as refused:
         asyncio.run(start(config))
-    assert refused.value.hint is not None and "environment.python" in refused.value.hint
+    assert refused.value.hint is not None and "environment.venv" in refused.value.hint
 
 
 def test_a_run_of_twenty_steps_trains_on_it(python: Path, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_run_of_twenty_steps_trains_on_it(python: Path, tmp_path: Path) -> Non
             "model.path=builtin:qwen3-tiny-chat",
             f"data={{path: '{tmp_path}/train.jsonl', eval_path: '{tmp_path}/test.jsonl', target_field: null}}",
             f"environment.name={config.environment.name}",
-            f"environment.python={python}",
+            f"environment.venv={config.environment.venv}",
             f"environment.args={json.dumps(config.environment.args)}",
             "environment.max_turn_tokens=12",
             "environment.timeout_s=600",
@@ -133,7 +133,7 @@ def test_a_run_of_twenty_steps_trains_on_it(python: Path, tmp_path: Path) -> Non
             "trainer.lr_scheduler.warmup_steps=0",
             "trainer.optimizer.lr=1e-3",
             "rollout.prompts_per_step=2",
-            "rollout.group_size=4",
+            "rollout.group_size=2",
             "evaluation.num_prompts=2",
             "logging.num_rollouts_per_step=2",
             "generator.engine.kv_cache_memory_gib=0.25",
@@ -146,4 +146,4 @@ def test_a_run_of_twenty_steps_trains_on_it(python: Path, tmp_path: Path) -> Non
     for record in read(tmp_path / "run"):
         assert record["episodes/failed"] == record["endpoint/refused"] == record["endpoint/strangers"] == 0
         assert record["mismatch/logprob_abs_mean"] < 1e-5  # as trained is as sampled
-        assert record["endpoint/requests"] >= 8 and record["reward/mean"] > 0
+        assert record["endpoint/requests"] >= 4 and record["reward/mean"] > 0

@@ -186,9 +186,9 @@ class EnvironmentConfig:
     completion a prompt."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments handed to the class, or to each call of an agent."""
-    python: str | None = setting(None, path=True, resume=FREE)
-    """Interpreter of the environment's processes, such as ``harness/bin/python`` of a virtual environment with packages
-    that do not go together with the run's (Python 3.11 or newer, with numpy and psutil); null is the run's own."""
+    venv: str | None = setting(None, path=True, resume=FREE)
+    """Virtual environment whose ``bin/python`` runs the environment's processes, for packages that do not go together
+    with the run's (Python 3.11 or newer, with numpy and psutil); null is the run's own."""
     max_turns: int = setting(8, POSITIVE)
     """An episode ends after this many responses of the policy at the latest."""
     max_turn_tokens: int | None = setting(None, POSITIVE)

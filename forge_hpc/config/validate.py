@@ -574,9 +574,10 @@ def check_environment(cfg: Config, *, check_paths: bool = True, key: str = "") -
         raise UserError("a reward is called 'environment', as what the environment gives is", "rename its function")
     if check_paths and place.endswith(".py"):
         find_user_code(f"{key}environment.name", Path(place).expanduser(), cls)
-    python = cfg.environment.python
-    if check_paths and python is not None and not os.access(Path(python).expanduser(), os.X_OK):
-        raise UserError(f"{key}environment.python: {python} is no program that can be run", "name VENV/bin/python")
+    venv = cfg.environment.venv
+    if check_paths and venv is not None and not os.access(Path(venv).expanduser() / "bin/python", os.X_OK):
+        hint = "make it: python3 -m venv"
+        raise UserError(f"{key}environment.venv: there is no {venv}/bin/python that can be run", hint)
 
 
 # --- files

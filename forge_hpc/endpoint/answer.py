@@ -43,6 +43,13 @@ class Serving:
     """Requests of one prompt share a prefix cache by this name, and the prompt's position."""
     counts: Counter[str] = field(default_factory=Counter)
     """By metric, since they were asked for last."""
+    _texts: dict[int, str] = field(default_factory=dict)
+
+    def text_of(self, token_id: int) -> str:
+        """Of a token by itself, decoded once."""
+        if (text := self._texts.get(token_id)) is None:
+            text = self._texts[token_id] = self.tokenizer.decode([token_id])
+        return text
 
 
 class Answer:
@@ -224,9 +231,8 @@ class Answer:
         ]
 
     def _pieces(self, completion: Completion) -> Iterator[tuple[str, float]]:
-        decode = self._serving.tokenizer.decode
         for token_id, logprob in zip(completion.token_ids, completion.logprobs, strict=True):
-            yield decode([token_id]), logprob if math.isfinite(logprob) else _LEAST_LOGPROB
+            yield self._serving.text_of(token_id), logprob if math.isfinite(logprob) else _LEAST_LOGPROB
 
     def _chat_logprobs(self, completion: Completion) -> dict[str, Any]:
         return {

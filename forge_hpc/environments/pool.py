@@ -74,8 +74,8 @@ class EnvironmentPool:
         if self._name == "code":
             args.setdefault("sandbox", asdict(config.sandbox))
         load = {"do": "load", "name": self._name, "args": args}
-        what, python = f"the environment {self._name}", config.environment.python
-        self._workers = WorkerPool("forge_hpc.environments.worker", what, load, python)
+        what, venv = f"the environment {self._name}", config.environment.venv
+        self._workers = WorkerPool("forge_hpc.environments.worker", what, load, venv)
         self._num_workers, self._others = num_workers, others
         self._hosts = [_Host(self._workers) for _ in range(self._share(THIS_NODE))]
         self._turns: contextlib.AbstractAsyncContextManager[Any] = contextlib.nullcontext()

@@ -2,7 +2,7 @@
 
     environment:
       name: forge_hpc.environments.verifiers:episode
-      python: harness/bin/python # where verifiers is installed
+      venv: harness # where verifiers is installed
       args: {taskset: {id: my-taskset}, agent: {...}} # verifiers' own [env] block
 
 Their tasks are the run's prompts: ``python -m forge_hpc.environments.verifiers my-taskset > tasks.jsonl`` writes them.
@@ -41,7 +41,7 @@ def check(**env: Any) -> None:
     except ImportError as error:
         raise UserError(
             f"verifiers 0.4 cannot be imported: {error}",
-            "name the interpreter that has it: environment.python=VENV/bin/python",
+            "name the virtual environment that has it: environment.venv",
         ) from None
     try:
         load_environment(resolve_env_config(dict(env)))

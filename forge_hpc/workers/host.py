@@ -2,10 +2,10 @@
 
     controller ──TLS stream──► WorkerHost ──pipes──► keeper ──► worker      (one of these for each worker)
 
-A stream begins with a line: the module to run, a tab, and the interpreter where it is another one. A line without a
-module asks whether this node lives. The answer is ``ok`` or why there is no process. From there requests and answers
-pass as ``channel`` has them; a request of no length ends the process, as does the end of the stream. After the last
-answer comes a line of a zero byte and the exit status.
+A stream begins with a line: the module to run, a tab, and the virtual environment where it is another one. A line
+without a module asks whether this node lives. The answer is ``ok`` or why there is no process. From there requests and
+answers pass as ``channel`` has them; a request of no length ends the process, as does the end of the stream. After the
+last answer comes a line of a zero byte and the exit status.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
             prepare(writer.get_extra_info("socket"))
             async with asyncio.timeout(_HELLO_S):
                 line = (await reader.readline()).decode(errors="surrogateescape")
-            module, _, python = line.removesuffix("\n").partition("\t")
+            module, _, venv = line.removesuffix("\n").partition("\t")
             if module in MODULES:
-                await _run(module, python or None, reader, writer)
+                await _run(module, venv or None, reader, writer)
             else:
                 writer.write(STARTED if not module else f"no worker: {module}\n".encode())
                 await writer.drain()
@@ -66,9 +66,9 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
             writer.close()
 
 
-async def _run(module: str, python: str | None, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _run(module: str, venv: str | None, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     try:
-        process = await start_process(module, python)
+        process = await start_process(module, venv)
     except OSError as error:
         writer.write(f"{error}\n".replace("\0", "").encode())
         return await writer.drain()

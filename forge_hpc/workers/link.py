@@ -16,10 +16,10 @@ END_TIMEOUT_S = 10.0
 """A keeper ends all that is below it, and itself, within this time."""
 _PROJECT = Path(__file__).resolve().parents[2]
 _ELSEWHERE = (
-    "import runpy, sys, numpy, psutil; sys.path.append(sys.argv[1]); "
+    "import runpy, sys, numpy, psutil; sys.path.insert(0, sys.argv[1]); import forge_hpc; del sys.path[0]; "
     "runpy.run_module(sys.argv[2], run_name='__main__', alter_sys=True)"
 )
-"""Runs a module of the project in another interpreter: the project's folder comes last, as it may hold packages."""
+"""Runs a module of the project in another environment, which finds nothing else that is beside the project."""
 
 
 class Link(Protocol):
@@ -46,9 +46,9 @@ class Pipes:
         self._process, self._stdin, self._stdout = process, process.stdin, process.stdout
 
     @classmethod
-    async def open(cls, module: str, python: str | None = None) -> Self:
+    async def open(cls, module: str, venv: str | None = None) -> Self:
         """Start ``python -m module``. Raises OSError."""
-        return cls(await start_process(module, python))
+        return cls(await start_process(module, venv))
 
     def write(self, data: bytes) -> None:
         self._stdin.write(data)
@@ -63,18 +63,18 @@ class Pipes:
         return await join_process(self._process)
 
 
-async def start_process(module: str, python: str | None = None) -> asyncio.subprocess.Process:
+async def start_process(module: str, venv: str | None = None) -> asyncio.subprocess.Process:
     """``python -m module``, which ``keep``s itself and makes a ``Channel``, one CPU core at a time.
 
-    ``python`` is another interpreter than this one, with packages of its own; of this one's it sees forge_hpc.
+    In the virtual environment ``venv`` it has the packages of that, and forge_hpc.
     Raises OSError where the system has no process to give.
     """
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if python is None:
+    if venv is None:
         command = [sys.executable, "-m", module]
         env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     else:
-        command = [str(Path(python).expanduser()), "-c", _ELSEWHERE, str(_PROJECT), module]
+        command = [str(Path(venv).expanduser() / "bin/python"), "-c", _ELSEWHERE, str(_PROJECT), module]
         env.pop("PYTHONPATH", None)
     return await asyncio.create_subprocess_exec(
         *command,

@@ -23,7 +23,7 @@ class Place(Protocol):
     def is_lost(self) -> bool:
         """No process can be started there any more, and those that ran there are gone."""
 
-    async def open(self, module: str, python: str | None = None) -> Link:
+    async def open(self, module: str, venv: str | None = None) -> Link:
         """Start ``python -m module`` there. Raises OSError."""
 
     async def answers(self) -> bool:
@@ -41,9 +41,9 @@ class ThisNode:
         """CPU cores."""
         return os.cpu_count() or 1
 
-    async def open(self, module: str, python: str | None = None) -> Link:
+    async def open(self, module: str, venv: str | None = None) -> Link:
         """As ``Place``."""
-        return await Pipes.open(module, python)
+        return await Pipes.open(module, venv)
 
     async def answers(self) -> bool:
         """It does."""

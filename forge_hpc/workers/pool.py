@@ -18,7 +18,7 @@ from forge_hpc.workers.channel import Answer
 from forge_hpc.workers.places import THIS_NODE, Place
 from forge_hpc.workers.process import WorkerLost, WorkerProcess
 
-_START_TIMEOUT_S = 120.0
+_START_TIMEOUT_S = 300.0
 
 
 class WorkerPool:
@@ -31,10 +31,10 @@ class WorkerPool:
         await pool.close()
     """
 
-    def __init__(self, module: str, what: str, load: Mapping[str, Any], python: str | None = None) -> None:
-        """``what`` the workers load, for messages; ``load`` is their first request. ``python`` is their interpreter, by
-        default this one."""
-        self._module, self._what, self._load, self._python = module, what, load, python
+    def __init__(self, module: str, what: str, load: Mapping[str, Any], venv: str | None = None) -> None:
+        """``what`` the workers load, for messages; ``load`` is their first request. ``venv`` is a virtual
+        environment to run in; None is this one."""
+        self._module, self._what, self._load, self._venv = module, what, load, venv
         self._workers: set[WorkerProcess] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closed = False
@@ -47,7 +47,7 @@ class WorkerPool:
         if self._closed:
             raise UserError(f"a process for {self._what} cannot be started: the run is ending")
         try:
-            worker = await WorkerProcess.start(self._module, place, self._python)
+            worker = await WorkerProcess.start(self._module, place, self._venv)
         except OSError as error:
             raise UserError(f"a process for {self._what} cannot be started: {error}") from None
         self._workers.add(worker)
@@ -60,10 +60,8 @@ class WorkerPool:
             cause = f"that took longer than {_START_TIMEOUT_S:g} s"
         except WorkerLost as lost:
             cause = f"its process {lost}"
-            if self._python is not None:
-                hint = (
-                    f"{self._python} must be Python 3.11 or newer with numpy and psutil; its own words are in the log"
-                )
+            if self._venv is not None:
+                hint = f"{self._venv} must have Python 3.11 or newer, numpy and psutil; its own words are in the log"
         except BaseException:
             worker.kill()
             raise

@@ -57,12 +57,12 @@ class WorkerProcess:
         self._reading = asyncio.create_task(self._read())
 
     @classmethod
-    async def start(cls, module: str, place: Place = THIS_NODE, python: str | None = None) -> Self:
-        """Start ``python -m module`` on a node; ``python`` is another interpreter than this one (``link``).
+    async def start(cls, module: str, place: Place = THIS_NODE, venv: str | None = None) -> Self:
+        """Start ``python -m module`` on a node, in the virtual environment ``venv`` where it is another (``link``).
 
         Raises OSError where the system has no process to give, or the node does not answer.
         """
-        return cls(await place.open(module, python), place)
+        return cls(await place.open(module, venv), place)
 
     @property
     def num_calls(self) -> int:

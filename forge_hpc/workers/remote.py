@@ -31,13 +31,13 @@ class OtherNode:
         self._context = certificates.client()
         self._streams: set[_Stream] = set()
 
-    async def open(self, module: str, python: str | None = None) -> Link:
+    async def open(self, module: str, venv: str | None = None) -> Link:
         """Start ``python -m module`` there. Raises OSError: the node is lost, or says why it cannot."""
         if self.is_lost:
             raise OSError(f"{self.name} is lost")
         try:
             async with asyncio.timeout(ANSWER_S):
-                reader, writer, said = await self._ask(module, python)
+                reader, writer, said = await self._ask(module, venv)
         except OSError as error:  # also TimeoutError
             self.lose(f"it starts no process: {error or type(error).__name__}")
             raise OSError(f"{self.name} does not answer") from error
@@ -75,13 +75,13 @@ class OtherNode:
         self._streams.discard(stream)
 
     async def _ask(
-        self, module: str, python: str | None = None
+        self, module: str, venv: str | None = None
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, bytes]:
         host, port = self._where
         reader, writer = await asyncio.open_connection(host, port, ssl=self._context, limit=MAX_LINE_BYTES)
         try:
             prepare(writer.get_extra_info("socket"))
-            writer.write(f"{module}\t{python or ''}\n".encode(errors="surrogateescape"))
+            writer.write(f"{module}\t{venv or ''}\n".encode(errors="surrogateescape"))
             return reader, writer, await reader.readline()
         except BaseException:
             writer.transport.abort()
