@@ -80,6 +80,12 @@ def test_a_critic_gives_0_at_first_and_learns_the_returns_beside_a_policy_that_s
     assert models.policy.step == 0 and models.trained["critic"].step == 15
 
 
+def test_a_critic_that_diverges_is_named_with_the_cause(model_dir: Path) -> None:
+    needs = CRITIC | {"critic": ModelNeed(head="value", lr=1e30)}
+    with pytest.raises(RuntimeError, match=r"the model 'critic' has diverged or cannot be trained: the .* of step"):
+        critic_steps(Models(config(), needs, {"policy": model_dir}), 5)
+
+
 def test_a_model_is_asked_for_what_its_head_gives_and_an_unknown_one_is_named(model_dir: Path) -> None:
     models = Models(config(), CRITIC, {"policy": model_dir})
     for ask, message in (

@@ -1,4 +1,4 @@
-"""DPO and IPO against their formulas in float64, and generalised advantages against their definition."""
+"""DPO, IPO and KTO against their formulas in float64, and generalised advantages against their definition."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from forge_hpc.losses.dpo import DPOLoss, IPOLoss
+from forge_hpc.losses.kto import KTOLoss
 from forge_hpc.recipes.ppo import gae
 
 
@@ -42,6 +43,33 @@ def test_a_loss_on_pairs_equals_its_formula(loss: DPOLoss) -> None:
     ours, theirs = (torch.autograd.grad(value, logprobs, retain_graph=True)[0] for value in (output.loss, expected))
     torch.testing.assert_close(ours, theirs)
     assert output.metrics["dpo/accuracy"].item() == pytest.approx(right / 3)
+
+
+def test_the_loss_on_labels_equals_its_formula() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logprobs, ref = (-3 * torch.rand((2, 10), generator=generator, dtype=torch.float64) for _ in range(2))
+    logprobs.requires_grad_()
+    segments, side = torch.zeros((2, 10), dtype=torch.int32), torch.zeros((2, 10), dtype=torch.float64)
+    losses, right = [], 0
+    for row, slots, sign in ((0, slice(0, 4), 1), (0, slice(4, 9), -1), (1, slice(0, 7), -1)):
+        segments[row, slots], side[row, slots] = slots.start + 1, sign
+        distance = (logprobs - ref)[row, slots].sum() - 0.4
+        losses.append((2.0 if sign > 0 else 0.5) * (1 - torch.sigmoid(0.3 * sign * distance)))
+        right += int(sign * distance > 0)
+    expected = torch.stack(losses).mean()
+    output = KTOLoss(0.3, 2.0, 0.5)(
+        logprobs=logprobs,
+        ref_logprobs=ref,
+        side=side,
+        kl=torch.full_like(side, 0.4),
+        mask=segments > 0,
+        segment_ids=segments,
+        normalizer=3,
+    )
+    torch.testing.assert_close(output.loss, expected)
+    ours, theirs = (torch.autograd.grad(value, logprobs, retain_graph=True)[0] for value in (output.loss, expected))
+    torch.testing.assert_close(ours, theirs)
+    assert output.metrics["kto/accuracy"].item() == pytest.approx(right / 3)
 
 
 def test_generalised_advantages_are_discounted_sums_of_the_errors_of_the_critic() -> None:

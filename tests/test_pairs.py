@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from forge_hpc.config.schema import DataConfig
 from forge_hpc.data.bad import BadExample
 from forge_hpc.data.builtin import addition_examples, addition_pairs, char_tokenizer
 from forge_hpc.data.order import LoadedSource
-from forge_hpc.data.pairs import PairRenderer
+from forge_hpc.data.pairs import LabelRenderer, PairRenderer, exchanged
 from forge_hpc.data.prompts import DocumentStream, evaluation_documents
 
 PLAIN = DataConfig(prompt_field="prompt", target_field="chosen", chat_template=False)
@@ -127,6 +128,32 @@ def test_the_embedded_pairs_are_the_demos_sums_with_a_right_and_a_wrong_answer(s
 def test_the_two_answers_need_two_fields() -> None:
     with pytest.raises(UserError, match=r"data\.target_field is rejected"):
         validate(load_config(PROJECT / "configs/dpo/demo.yaml", ["data.target_field=rejected"]))
+    whole_chats = ["model.path=builtin:qwen3-tiny", "data.prompt_field=chosen"]
+    with pytest.raises(UserError, match="no prompts to answer at the end"):
+        validate(load_config(PROJECT / "configs/dpo/demo.yaml", whole_chats))
+    validate(load_config(PROJECT / "configs/dpo/demo.yaml", [*whole_chats, "reward=[]"]))
+
+
+def test_an_answer_with_a_label_has_its_side_and_another_word_for_one_is_named() -> None:
+    data = DataConfig(prompt_field="prompt", target_field="answer", chat_template=False)
+    render = LabelRenderer(char_tokenizer(), data, "label")
+    for label, side in ((True, 1.0), ("true", 1.0), (1, 1.0), (False, -1.0), (0.0, -1.0), ("False", -1.0)):
+        [document] = render({"prompt": "1+1=", "answer": "2", "label": label})
+        assert (document.columns, document.group) == ({"side": side}, None)
+    with pytest.raises(BadExample, match="the label is 'good'"):
+        render({"prompt": "1+1=", "answer": "2", "label": "good"})
+    with pytest.raises(BadExample, match="no field 'label'"):
+        render({"prompt": "1+1=", "answer": "2"})
+
+
+def test_the_divergence_of_kto_is_asked_of_prompts_with_the_answers_of_each_other() -> None:
+    tokenizer = char_tokenizer()
+    render = LabelRenderer(tokenizer, replace(PLAIN, target_field="answer"), "label")
+    examples = [{"prompt": f"{i}=", "answer": str(i) * i, "label": True} for i in (1, 2, 3)]
+    others = exchanged([render(example)[0] for example in examples], 6)
+    assert [tokenizer.decode(d.token_ids) for d in others] == ["1=333<eos>", "2=1<eos>", "3=22<eos>"]
+    assert [tokenizer.decode(d.token_ids[d.loss_mask]) for d in others] == ["333<eos>", "1<eos>", "22<eos>"]
+    assert len(exchanged([render(example)[0] for example in examples], 5)) == 2
 
 
 @pytest.mark.slow

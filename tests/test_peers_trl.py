@@ -148,9 +148,10 @@ def test_the_reverse_kl_of_distillation_in_expectation(which: str) -> None:
     whole distributions (beta=1), and its gradient."""
     vocabulary, width, places = 11, 5, 7
     generator = torch.Generator().manual_seed(2)
-    draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    hidden, head, taught, teacher_head = draw(1, places, width), draw(vocabulary, width), draw(1, places, width), None
-    teacher_head = draw(vocabulary, width)
+    shapes = [(1, places, width), (vocabulary, width)] * 2
+    hidden, head, taught, teacher_head = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes
+    )
     hidden.requires_grad_()
     student, teacher = hidden @ head.T, taught @ teacher_head.T
     if which == "gkd":
@@ -162,6 +163,7 @@ def test_the_reverse_kl_of_distillation_in_expectation(which: str) -> None:
 
         mask = torch.ones(1, places)
         theirs, *_ = _chunked_divergence_loss(hidden, taught, head, teacher_head, mask, beta=1.0)
+        theirs = theirs.double()  # it is summed in float32, whatever comes in
     logprobs, of_teacher = student.log_softmax(-1)[0], teacher.log_softmax(-1)[0]  # [places, vocabulary]
     sampled = logprobs.detach()
     advantages = torch.from_numpy(advantages_of([of_teacher.numpy()], sampled.numpy(), clip=100.0))

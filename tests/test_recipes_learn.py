@@ -56,3 +56,34 @@ def test_a_shipped_recipe_learns_to_carry(
     print(request.node.name, [{key: line[key] for key in ("step", "accuracy", "accuracy_low")} for line in lines])
     assert lines[0]["accuracy"] == pytest.approx(0.266, abs=0.05)
     assert lines[-1]["accuracy"] >= least
+
+
+def figures(run_dir: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run_dir / "evaluations.jsonl").read_text().splitlines()]
+    print(run_dir.name, lines)
+    return lines
+
+
+def with_warm_start(directory: Path, run: str) -> str:
+    (directory / run).mkdir(parents=True)
+    shutil.copytree(directory / "warmstart", directory / run / "warmstart")
+    return run
+
+
+def test_offline_dpo_learns_to_carry_from_pairs(directory: Path) -> None:
+    lines = figures(submit(directory, "configs/dpo/demo.yaml", with_warm_start(directory, "runs/offline-dpo")))
+    assert lines[-1]["dpo/accuracy"] >= 0.95 and lines[-1]["accuracy"] >= 0.6
+
+
+def test_kto_learns_which_sums_are_right(directory: Path) -> None:
+    lines = figures(submit(directory, "configs/kto/demo.yaml", with_warm_start(directory, "runs/kto")))
+    assert lines[-1]["kto/accuracy"] >= 0.8
+
+
+def test_a_reward_model_knows_right_sums_and_teaches_them(directory: Path) -> None:
+    run = with_warm_start(directory, "runs/reward-model")
+    judged = figures(submit(directory, "configs/reward_model/demo.yaml", run))
+    assert judged[-1]["preference/accuracy"] >= 0.85
+    taught = with_warm_start(directory, "runs/taught")
+    lines = figures(submit(directory, "configs/reward_model/grpo.yaml", taught, f"reward.1.path={run}/export"))
+    assert lines[-1]["accuracy"] >= lines[0]["accuracy"] + 0.1

@@ -61,11 +61,16 @@ class DPO(Recipe):
         )
 
     def check(self, config: Config) -> None:
-        """A pair has two answers."""
+        """A pair has two answers, and who is to answer a prompt needs one without them."""
         if config.data.target_field in (None, self.args.rejected):
             raise UserError(
                 f"data.target_field is {config.data.target_field}, and recipe_args.rejected {self.args.rejected!r}",
                 "name the fields of the better and of the worse answer: data.target_field=chosen",
+            )
+        if config.data.prompt_field == config.data.target_field and self.needs(config).generators == "after":
+            raise UserError(
+                f"data.prompt_field is data.target_field={config.data.target_field}: no prompts to answer at the end",
+                "name a field of prompts, or set reward=[]: held-out pairs are evaluated all the same",
             )
 
     def renderer(self, tokenizer: Any, data: DataConfig) -> Callable[[Any, str], list[Document]]:

@@ -7,6 +7,7 @@ from forge_hpc.rewards.format import FormatReward
 from forge_hpc.rewards.judge import LLMJudgeReward
 from forge_hpc.rewards.length import LengthReward
 from forge_hpc.rewards.math import MathReward
+from forge_hpc.rewards.model import ModelReward
 from forge_hpc.rewards.numeric import NumericReward
 from forge_hpc.rewards.pool import RewardPool, RewardPools
 from forge_hpc.rewards.repetition import RepetitionReward
@@ -19,6 +20,7 @@ __all__ = [
     "LLMJudgeReward",
     "LengthReward",
     "MathReward",
+    "ModelReward",
     "NumericReward",
     "RepetitionReward",
     "RewardError",

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from forge_hpc.config.errors import UserError
+
 
 class ModelReward:
     """The value that a reward model gives the prompt and the response.
@@ -14,6 +16,8 @@ class ModelReward:
     """
 
     def __init__(self, path: str = "") -> None:
+        if not path:
+            raise UserError("the reward `model` has no path", "path: RUN_DIR/export, of a run of a reward model")
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         self._tokenizer = AutoTokenizer.from_pretrained(path)

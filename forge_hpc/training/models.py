@@ -68,12 +68,18 @@ class Models:
     def train_step(
         self, name: str, documents: Sequence[Document], *, update: bool, max_mismatch: float
     ) -> dict[str, float]:
-        """As ``TrainEngine.train_step``; before one of the policy the reference, where there is one, is asked."""
+        """As ``TrainEngine.train_step``; before one of the policy the reference, where there is one, is asked, and an
+        error of another model names it."""
         engine = _find(self.trained, name, "trained")
         if name == POLICY and (reference := self.frozen.get(REFERENCE)) is not None:
             for document, logprobs in zip(documents, reference.logprobs(documents), strict=True):
                 document.ref_logprobs = logprobs
-        return engine.train_step(documents, update=update, max_mismatch=max_mismatch)
+        try:
+            return engine.train_step(documents, update=update, max_mismatch=max_mismatch)
+        except RuntimeError as error:
+            if name == POLICY or type(error) is not RuntimeError:  # a device's failure keeps its class
+                raise
+            raise RuntimeError(f"the model {name!r} has diverged or cannot be trained: {error}") from error
 
     def logprobs(self, name: str, documents: Sequence[Document]) -> list[np.ndarray]:
         """As ``ModelShard.logprobs``, of any model with a language-model head."""
