@@ -118,6 +118,9 @@ class DataConfig:
     target_field: str | None = "answer"
     """Field that holds the reference answer; SFT learns it, rewards compare with it. null: there is none, and SFT
     learns the assistant's turns of the chat in ``prompt_field``."""
+    tools_field: str | None = "tools"
+    """Field that holds the tools that an example may call, which the chat template is told: a list of JSON schemas, or
+    its JSON text. Examples without it have none; null: all have none."""
     system_prompt: str | None = None
     """System message put before each prompt that has none; needs a tokenizer with a chat template."""
     chat_template: bool = True

@@ -14,15 +14,20 @@ from forge_hpc.data.bad import BadExample
 
 Example = Mapping[str, Any]
 Messages = list[dict[str, Any]]
+_NO_TOOLS = "a tool is {type: function, function: {name, description, parameters}}; tools_field: null reads none"
+_CALLS = "a tool call is {type: function, function: {name, arguments}}, the arguments an object or its JSON text"
 _FIELDS = "name the fields with prompt_field and target_field of data, or of the source in data.sources"
 
 
 def check_example(example: Example | BadExample, data: DataConfig, where: str) -> Example:
-    """The example. Raises BadExample unless it holds a prompt and, where ``data`` names its field, a target."""
+    """The example. Raises BadExample unless it holds a prompt and, where ``data`` names its field, a target, and
+    tools that are some."""
     if isinstance(example, BadExample):
         raise example
     prompt_of(example, data, where)
     target_of(example, data, where)
+    if data.chat_template:
+        tools_of(example, data, where)
     return example
 
 
@@ -60,6 +65,26 @@ def target_of(example: Example, data: DataConfig, where: str) -> str | Messages:
     return str(value)
 
 
+def tools_of(example: Example, data: DataConfig, where: str) -> list[dict[str, Any]]:
+    """The tools that an example may call, each as ``{"type": "function", "function": {"name": …, …}}``; none where it
+    has no such field. Raises BadExample, which ``where`` names."""
+    name = data.tools_field
+    try:
+        value = None if name is None else find_field(example, name)
+        tools = _without_nulls(json.loads(value) if isinstance(value, str) and value.strip() else value or [])
+    except KeyError:
+        return []
+    except ValueError as error:
+        raise BadExample(f"{where}: the field {name!r} is no JSON: {error}", _NO_TOOLS) from None
+    if not isinstance(tools, list):
+        raise BadExample(f"{where}: the field {name!r} is no list of tools", _NO_TOOLS)
+    tools = [tool if isinstance(tool, Mapping) and "function" in tool else {"function": tool} for tool in tools]
+    named = (isinstance(tool["function"], Mapping) and tool["function"].get("name") for tool in tools)
+    if not all(isinstance(name, str) and name for name in named):
+        raise BadExample(f"{where}: a tool in {name!r} has no name", _NO_TOOLS)
+    return [{"type": "function", **tool} for tool in tools]
+
+
 def _field(example: Example, name: str, where: str) -> Any:
     try:
         return find_field(example, name)
@@ -84,6 +109,7 @@ def _messages(value: Any, name: str, where: str) -> Messages | None:
     for message in messages:
         if message.get("tool_calls"):
             message.setdefault("content", "")
+            message["tool_calls"] = [_with_arguments(call, name, where) for call in message["tool_calls"]]
     if len(messages) < len(value) or not all(
         isinstance(message.get(key), str) for message in messages for key in ("role", "content")
     ):
@@ -92,6 +118,23 @@ def _messages(value: Any, name: str, where: str) -> Messages | None:
             "each message has a role (system, user, assistant) and a content, both text",
         )
     return messages
+
+
+def _with_arguments(call: Any, name: str, where: str) -> Any:
+    """A call whose arguments are an object, as chat templates write them: OpenAI's API has them as JSON text."""
+    if not isinstance(call, Mapping):
+        raise BadExample(f"{where}: a tool call in {name!r} is no object", _CALLS)
+    if isinstance(function := call.get("function"), Mapping):
+        return {**call, "function": _with_arguments(function, name, where)}
+    if not isinstance(arguments := call.get("arguments", {}), str):
+        return call
+    try:
+        read = json.loads(arguments)
+    except ValueError as error:
+        raise BadExample(f"{where}: the arguments of a tool call in {name!r} are no JSON: {error}", _CALLS) from None
+    if not isinstance(read, dict):
+        raise BadExample(f"{where}: the arguments of a tool call in {name!r} are no object", _CALLS)
+    return {**call, "arguments": read}
 
 
 def _json_chat(text: str) -> Any:

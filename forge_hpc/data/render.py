@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -13,11 +14,13 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config, DataConfig
 from forge_hpc.config.sources import data_sources
 from forge_hpc.data.bad import BadExample
-from forge_hpc.data.examples import Example, Messages, prompt_of, target_of
-from forge_hpc.data.template import TemplateRefused, render_chat
+from forge_hpc.data.examples import Example, Messages, prompt_of, target_of, tools_of
+from forge_hpc.data.template import TemplateRefused, render_chat, takes_tools
 from forge_hpc.data.types import Document, Prompt
 
 logger = logging.getLogger(__name__)
+Tools: TypeAlias = Sequence[Mapping[str, Any]]
+"""Schemas of functions, as chat templates take them."""
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _THINKING = re.compile(r"</?think>")
 _MARK = "\ue000"  # a private-use character, which no text holds and no template strips
@@ -43,6 +46,7 @@ class PromptRenderer:
             raise UserError("data.system_prompt needs a chat template", "set data.chat_template=true")
         self.tokenizer = tokenizer
         self.data = data
+        self._takes_tools = False
 
     def __call__(self, example: Example | BadExample, position: int, where: str = "data") -> Prompt:
         """The prompt at ``position`` of the run. Raises BadExample for a bad example, which ``where`` names."""
@@ -57,7 +61,7 @@ class PromptRenderer:
                     f"{where}: the prompt ends with the assistant's turn, so there is nothing to answer",
                     "leave the last message out; SFT learns whole chats where data.target_field is null",
                 )
-            text = self.apply(messages, where, add_generation_prompt=True)
+            text = self.apply(messages, where, self.tools(example, where), add_generation_prompt=True)
         elif isinstance(question, str):
             text = question
         else:
@@ -76,10 +80,27 @@ class PromptRenderer:
             return [{"role": "system", "content": self.data.system_prompt}, *messages]
         return messages
 
-    def apply(self, messages: Messages, where: str, **options: Any) -> Any:
-        """The tokenizer's chat template on messages, as text unless ``options`` ask for more."""
+    def tools(self, example: Example, where: str) -> Tools:
+        """The tools that an example may call; none where there is no chat template to be told."""
+        return tools_of(example, self.data, where) if self.data.chat_template else []
+
+    def apply(self, messages: Messages, where: str, tools: Tools = (), **options: Any) -> Any:
+        """The tokenizer's chat template on messages, as text unless ``options`` ask for more.
+
+        Raises BadExample where it does not render them, and UserError where it knows of no tools and there are some.
+        """
         try:
-            return render_chat(self.tokenizer, self.data, messages, **options)
+            if not tools:
+                return render_chat(self.tokenizer, self.data, messages, **options)
+            if not self._takes_tools:
+                self._takes_tools = takes_tools(self.tokenizer, self.data, messages, tools)
+            if self._takes_tools:
+                return render_chat(self.tokenizer, self.data, messages, tools=list(tools), **options)
+            raise UserError(
+                f"{where}: the example has tools (data.tools_field={self.data.tools_field}), and the model's chat "
+                "template takes none",
+                "take a model whose template does, or leave the tools out: data.tools_field=null",
+            )
         except TemplateRefused as error:
             raise BadExample(
                 f"{where}: {error}", "leave the example out, or mend the tokenizer's chat template"
@@ -126,7 +147,8 @@ class DocumentRenderer:
             )
         messages = self._prompts.messages(question)
         first = 0 if isinstance(target, str) else len(messages)
-        return self._chat(messages if isinstance(target, str) else [*messages, *target], first, where)
+        chat = messages if isinstance(target, str) else [*messages, *target]
+        return self._chat(chat, first, where, self._prompts.tools(example, where))
 
     def turn_ends(self) -> list[int]:
         """The special tokens that documents of this source teach as the end of a turn: what a generator must stop at.
@@ -152,17 +174,17 @@ class DocumentRenderer:
                     ends.append(token)
         return ends
 
-    def _chat(self, messages: Messages, first: int, where: str) -> list[Document]:
+    def _chat(self, messages: Messages, first: int, where: str, tools: Tools = ()) -> list[Document]:
         """The documents of a chat of which the assistant's turns from the message ``first`` on are learned."""
         if self._marks_itself and any(message["role"] == "assistant" for message in messages[first:]):
-            return [self._by_blocks(messages, first, where)]
+            return [self._by_blocks(messages, first, where, tools)]
         turns = [i for i in range(first, len(messages)) if _says_something(messages[i])]
         if not turns:
             raise BadExample(
                 f"{where}: no turn of the assistant, so there is nothing to learn", "leave the example out"
             )
-        texts = {i: self._prompts.apply(messages[: i + 1], where) for i in turns}
-        asked = {i: self._asked(messages, i, texts[i], where) for i in turns}
+        texts = {i: self._prompts.apply(messages[: i + 1], where, tools) for i in turns}
+        asked = {i: self._asked(messages, i, texts[i], where, tools) for i in turns}
         documents = []
         while turns:
             whole, parts, end, others = texts[turns[-1]], [], 0, []
@@ -181,14 +203,14 @@ class DocumentRenderer:
             )
         return documents[::-1]
 
-    def _asked(self, messages: Messages, i: int, text: str, where: str) -> str:
+    def _asked(self, messages: Messages, i: int, text: str, where: str, tools: Tools) -> str:
         """What the model is given when it has to write turn ``i``; ``text`` is the chat with that turn."""
         before, turn = messages[:i], messages[i]
-        asked = self._prompts.apply(before, where, add_generation_prompt=True) if before else ""
+        asked = self._prompts.apply(before, where, tools, add_generation_prompt=True) if before else ""
         if before and self._has_generation_prompt is None:
-            self._has_generation_prompt = asked != self._prompts.apply(before, where)
+            self._has_generation_prompt = asked != self._prompts.apply(before, where, tools)
         if not before or not self._has_generation_prompt:  # then the answer begins where its words do
-            marked = self._prompts.apply([*before, turn | {"content": _MARK}], where)
+            marked = self._prompts.apply([*before, turn | {"content": _MARK}], where, tools)
             asked = marked.partition(_MARK)[0]
         if not text.startswith(asked):
             same = next(k for k, (a, b) in enumerate(zip(asked, text + _MARK, strict=False)) if a != b)
@@ -199,7 +221,7 @@ class DocumentRenderer:
             )
         self._check_said(turn, text[len(asked) :], where)
         for key in [key for key, value in turn.items() if value and key not in ("role", "content")]:
-            if self._prompts.apply([*before, {k: v for k, v in turn.items() if k != key}], where) == text:
+            if self._prompts.apply([*before, {k: v for k, v in turn.items() if k != key}], where, tools) == text:
                 raise BadExample(
                     f"{where}: a turn of the assistant holds {key} beside role and content, and the chat template "
                     "leaves it out",
@@ -235,14 +257,14 @@ class DocumentRenderer:
                 mask += [is_learned] * len(ids)
         return Document(np.asarray(token_ids, dtype=np.int32), np.asarray(mask, dtype=bool))
 
-    def _by_blocks(self, messages: Messages, first: int, where: str) -> Document:
+    def _by_blocks(self, messages: Messages, first: int, where: str, tools: Tools) -> Document:
         """The mask that the template gives by its ``{% generation %}`` blocks."""
         rendered = self._prompts.apply(
-            messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            messages, where, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         token_ids, mask = rendered["input_ids"], [bool(flag) for flag in rendered["assistant_masks"]]
         if first:
-            asked = self._prompts.apply(messages[:first], where, add_generation_prompt=True)
+            asked = self._prompts.apply(messages[:first], where, tools, add_generation_prompt=True)
             num_asked = len(self._tokenizer.encode(asked, add_special_tokens=False))
             mask = [flag and i >= num_asked for i, flag in enumerate(mask)]
         token_ids, mask = self._with_turn_ends(token_ids, mask)

@@ -33,3 +33,11 @@ def render_chat(tokenizer: Any, data: DataConfig, messages: Sequence[Mapping[str
     except (TemplateError, TypeError, ValueError) as error:
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise TemplateRefused(f"the chat template does not render the roles {roles}: {error}") from None
+
+
+def takes_tools(
+    tokenizer: Any, data: DataConfig, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+) -> bool:
+    """Whether the chat template writes anything of ``tools``. Raises TemplateRefused."""
+    with_tools = render_chat(tokenizer, data, messages, tools=list(tools))
+    return bool(with_tools != render_chat(tokenizer, data, messages))

@@ -2,6 +2,7 @@
 
 hermes    <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>, any number (Qwen2.5, Qwen3, Hermes)
 llama3    {"name": "add", "parameters": {"a": 1}} and nothing else (Llama 3.1 and later)
+mistral   [TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}], or of its later models [TOOL_CALLS]add[ARGS]{"a": 1}
 """
 
 from __future__ import annotations
@@ -61,8 +62,25 @@ def _read_llama3(text: str) -> tuple[str, list[ToolCall]]:
     return "", calls
 
 
+_MISTRAL = "[TOOL_CALLS]"
+_NAMED = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\][^\[]*)?(?:\[ARGS\])?(\{.*\})\s*", re.DOTALL)
+
+
+def _read_mistral(text: str) -> tuple[str, list[ToolCall]]:
+    said, *bodies = text.split(_MISTRAL)
+    calls = []
+    for body in bodies:
+        if named := _NAMED.fullmatch(body):
+            calls.append(_call({"name": named[1], "arguments": _json(named[2])}, "arguments"))
+            continue
+        found = _json(body)
+        calls += [_call(call, "arguments") for call in (found if isinstance(found, list) else [found])]
+    return (said.strip() if calls else text), calls
+
+
 HERMES = ToolFormat("hermes", "<tool_call>", False, _read_hermes)
 LLAMA3 = ToolFormat("llama3", "{", True, _read_llama3)
+MISTRAL = ToolFormat("mistral", _MISTRAL, False, _read_mistral)
 
 
 def tool_format(chat_template: str | None) -> ToolFormat | None:
@@ -71,6 +89,8 @@ def tool_format(chat_template: str | None) -> ToolFormat | None:
         return None
     if "<tool_call>" in chat_template:
         return HERMES
+    if _MISTRAL in chat_template:
+        return MISTRAL
     return LLAMA3 if '"parameters"' in chat_template and "<|start_header_id|>" in chat_template else None
 
 
