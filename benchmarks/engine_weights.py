@@ -50,7 +50,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
 WAYS = ("offer", "store")
 
 
-def write_model(directory: Path, shape: Mapping[str, Any], dtype: str) -> int:
+def write_model(directory: Path, shape: Mapping[str, Any], dtype: str, max_positions: int = 4096) -> int:
     """A Qwen3 model directory whose weights are a hole in a file: zeros that take no time to write. Its bytes."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -61,8 +61,8 @@ def write_model(directory: Path, shape: Mapping[str, Any], dtype: str) -> int:
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     ).save_pretrained(directory)
     config = Qwen3Config(
-        **shape, max_position_embeddings=4096, bos_token_id=None, eos_token_id=62, pad_token_id=60, dtype=dtype,
-        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+        **shape, max_position_embeddings=max_positions, bos_token_id=None, eos_token_id=62, pad_token_id=60,
+        dtype=dtype, rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
     )  # fmt: skip
     config.architectures = ["Qwen3ForCausalLM"]
     config.save_pretrained(directory)

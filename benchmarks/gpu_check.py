@@ -1,6 +1,6 @@
 """What a machine with GPUs must show, in one table and one JSON file: `make gpu-check`.
 
-    python benchmarks/gpu_check.py [--part trainer weights ranks run faults] [--out FILE]
+    python benchmarks/gpu_check.py [--part trainer weights ranks long run faults] [--out FILE]
 
 It takes the Python that it is started with (torch, vllm, torchtitan, monarch) and 1, 2 or 4 GPUs as it finds them;
 nothing is set up, nothing is downloaded. A part takes at most ten minutes:
@@ -9,6 +9,7 @@ nothing is set up, nothing is downloaded. A part takes at most ten minutes:
     weights   publish → loaded, between processes on one GPU, and on two                             engine_weights.py
               between two GPUs by NCCL over sockets, as between hosts                                links.py
     ranks     FSDP over 2 and 4 GPUs beside one, and memory beside the plan                          ranks.py
+    long      a row of 65,536 tokens that two GPUs share, beside one                                 long_rows.py
     run       a whole run of a model of 0.4 B with random weights, synchronous and a step ahead      whole_run.py
     faults    what a killed generator, a killed trainer rank and SIGTERM cost such a run             faults.py
 
@@ -36,6 +37,7 @@ def parts(num_gpus: int) -> dict[str, list[Script]]:
             "trainer": [Script("trainer.py", (*tiny, "--steps", "2")), Script("trainer.py", (*tiny, "--head", "256"))],
             "weights": [Script("engine_weights.py", ("--model", "tiny", "--rounds", "2"))],
             "ranks": [Script("ranks.py", ("--ranks", "1", "2", "--steps", "2", "--recipe", "grpo"))],
+            "long": [Script("long_rows.py", ("--steps", "1"))],
             "run": [Script("whole_run.py", ("--tiny",))],
             "faults": [Script("faults.py")],
         }
@@ -49,6 +51,7 @@ def parts(num_gpus: int) -> dict[str, list[Script]]:
         "trainer": [Script("trainer.py", ("--rows", "0", "--ac", "auto")), Script("trainer.py", ("--head", "32768"))],
         "weights": weights,
         "ranks": [Script("ranks.py", ("--ranks", *[str(n) for n in (1, 2, 4) if n <= num_gpus]))],
+        **({"long": [Script("long_rows.py")]} if num_gpus > 1 else {}),
         "run": [Script("whole_run.py")],
         "faults": [Script("faults.py")],
     }
@@ -63,7 +66,7 @@ def gpus() -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="*", choices=("trainer", "weights", "ranks", "run", "faults"))
+    parser.add_argument("--part", nargs="*", choices=("trainer", "weights", "ranks", "long", "run", "faults"))
     parser.add_argument("--out", type=Path, default=PROJECT / "runs/gpu-check.json")
     args = parser.parse_args()
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
@@ -83,7 +86,7 @@ def main() -> int:
     for part in args.part or scripts:
         about = {"date": time.strftime("%Y-%m-%d"), "gpus": found, "part": part, "python": sys.executable}
         out = args.out.with_name(f"{args.out.stem}-{part}{args.out.suffix}")
-        code |= run(scripts[part], PART_S, out, about=about)
+        code |= run(scripts.get(part, []), PART_S, out, about=about)
     return code if found else 0  # what a CPU shows of targets for GPUs is nothing
 
 

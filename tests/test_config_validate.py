@@ -214,6 +214,22 @@ def test_a_model_directory_without_its_parts_is_refused(model):
     assert "no config.json" in message()
 
 
+@pytest.mark.parametrize(
+    ("key", "instead"),
+    [
+        ("trainer.parallelism.pipeline_parallel_degree", "data_parallel_shard_degree"),
+        ("generator.engine.pipeline_parallel_size", "tensor_parallel_size"),
+    ],
+)
+def test_pipeline_parallelism_is_refused_with_what_there_is_in_its_place(key, instead):
+    with pytest.raises(UserError) as caught:
+        load_config(None, [f"{key}=2"])
+    assert key in caught.value.message and "\n" not in caught.value.message
+    assert "no pipeline parallelism" in (caught.value.hint or "") and instead in (caught.value.hint or "")
+    error = refused("generator.engine.extra.pipeline_parallel_size=2")
+    assert "not split into stages" in error.message and error.hint
+
+
 def test_sequences_and_tensor_parallel_degrees_must_suit_the_model(model):
     path = f"model.path={model}"
     assert "longer than the 4096 positions" in refused(path, "trainer.training.seq_len=5000").message

@@ -50,6 +50,16 @@ def test_the_least_is_computed_again_of_what_fits(
     assert plan(hf, num_params, seq_len, gib) == expected
 
 
+def test_ranks_that_share_a_row_hold_a_part_of_it_and_keys_of_the_whole() -> None:
+    assert plan(QWEN3_0_6B, 6e8, 65536, 60) == (1, "selective")
+    assert plan(QWEN3_0_6B, 6e8, 65536, 60, context_parallel=2) == (1, "none")
+    assert plan(QWEN3_8B, 8.2e9, 65536, 90) == (1, "full")
+    assert plan(QWEN3_8B, 8.2e9, 65536, 90, context_parallel=2) == (1, "selective")
+    one, shared = (token_bytes(QWEN3_0_6B, "none", ranks) for ranks in (1, 2))
+    keys = 2 * 8 * 128
+    assert shared - one == 2 * (28 * 1.5 * keys + 2 * keys)  # kept by layers, and gathered by one
+
+
 def test_what_is_given_stands() -> None:
     assert plan(QWEN3_0_6B, 6e8, 4096, 1, num_rows=64, mode="none") == (64, "none")
     assert plan(QWEN3_0_6B, 6e8, 4096, 60, num_rows=16) == (16, "selective")

@@ -276,6 +276,7 @@ CASES: dict[str, tuple[int, dict[str, int], dict[str, Any]]] = {
     ),
     "a rank without documents": (4, {"data_parallel_shard_degree": 2}, {}),
     "TP": (NUM_DOCUMENTS, {"tensor_parallel_degree": 2}, {}),
+    "CP": (NUM_DOCUMENTS, {"context_parallel_degree": 2}, {"mismatch": MismatchConfig(cap=1.1)}),
 }
 """Name: (documents, degrees, options of algorithm)."""
 

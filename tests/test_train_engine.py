@@ -466,6 +466,8 @@ CASES: dict[str, tuple[str, bool, dict[str, int], dict[str, Any]]] = {
     "TP Qwen2": ("qwen2", True, {"tensor_parallel_degree": 2}, {}),
     "TP truncated": ("qwen3", True, {"tensor_parallel_degree": 2}, {"min_p": 0.01, "top_k": 30, "top_p": 0.9}),
     "FSDP by sequence": ("qwen3", True, {"data_parallel_shard_degree": 2}, BY_SEQUENCE["corrected"]),
+    "CP": ("qwen3", True, {"context_parallel_degree": 2}, {}),
+    "CP by sequence": ("llama", False, {"context_parallel_degree": 2}, BY_SEQUENCE["GSPO"]),
 }
 """Name: (family, tied embeddings, degrees, options of algorithm)."""
 

@@ -34,6 +34,14 @@ T = typing.TypeVar("T")
 _UNASKED = "(the default reward)"
 _NULL = "tag:yaml.org,2002:null"
 _SOURCES = "sources"
+NOT_HERE = {
+    "trainer.parallelism.pipeline_parallel_degree": "there is no pipeline parallelism of trainers: "
+    "data_parallel_shard_degree shares the weights of all layers among ranks, tensor_parallel_degree matrices, "
+    "context_parallel_degree rows",
+    "generator.engine.pipeline_parallel_size": "there is no pipeline parallelism of generators: tensor_parallel_size "
+    "shares a model among the GPUs of a node",
+}
+"""What people look for, by the key that they would give it, and what there is in its place."""
 
 
 # --- YAML as people write it today: the scalars of YAML 1.2 (1e-6 is a number; 24:00:00, no and 2026-01-01 are text)
@@ -520,6 +528,8 @@ def _keys_of(cls: type, prefix: str) -> Iterator[str]:
 
 
 def _nearest_key(full: str, prefix: str, siblings: list[str]) -> str:
+    if full in NOT_HERE:
+        return NOT_HERE[full]
     name = full[len(prefix) :]
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)
     if close:

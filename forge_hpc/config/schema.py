@@ -423,6 +423,8 @@ class ParallelismConfig:
     """Ranks that share one copy of the model (FSDP); -1 takes all that the other degrees leave."""
     tensor_parallel_degree: int = setting(1, POSITIVE, resume=ROUNDING)
     """Ranks that share each matrix."""
+    context_parallel_degree: int = setting(1, POSITIVE, resume=ROUNDING)
+    """Ranks that share each row, for rows that are longer than one GPU holds (docs/long-rows.md)."""
     expert_parallel_degree: int = setting(1, POSITIVE, resume=ROUNDING)
     """Ranks that share the experts of an MoE model."""
 

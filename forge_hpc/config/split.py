@@ -372,7 +372,7 @@ def _on_one_node(cfg: Config, gpus: int) -> tuple[_Gpus, _Gpus]:
             )
         return _one_each(range(1)), _grouped(range(1), 1)
     shard = degrees.data_parallel_shard_degree
-    unit = degrees.data_parallel_replicate_degree * degrees.tensor_parallel_degree * max(shard, 1)
+    unit = _known_degrees(cfg)
     fits = [
         trainers
         for trainers in range(1, gpus)
@@ -419,6 +419,7 @@ def _check_degrees(cfg: Config, placement: Placement, needs: Needs) -> None:
     p = cfg.trainer.parallelism
     world, local = placement.trainer_procs, placement.trainer_procs_per_node
     tp, shard, replicate = p.tensor_parallel_degree, p.data_parallel_shard_degree, p.data_parallel_replicate_degree
+    cp, ep = p.context_parallel_degree, p.expert_parallel_degree
     where = f"{_count(len(placement.trainer_nodes), 'trainer node')} of {_count(local, 'process', 'processes')}"
     more = "" if placement.gpus_per_node else ", or raise trainer.processes_per_node"
     if local % tp:
@@ -427,20 +428,34 @@ def _check_degrees(cfg: Config, placement: Placement, needs: Needs) -> None:
             f"{_count(local, 'trainer process', 'trainer processes')} of a node",
             f"choose one of {_divisors(local)}{more}",
         )
-    known = replicate * tp * max(shard, 1)
+    if cp > 1 and ep > 1:
+        raise UserError(
+            f"trainer.parallelism.context_parallel_degree={cp} does not go with expert_parallel_degree={ep}",
+            "ranks that share rows share the experts' weights as they share all weights: leave expert_parallel_degree "
+            "at 1",
+        )
+    known = _known_degrees(cfg)
     if known != world if shard > 0 else world % known:
         raise UserError(
-            f"trainer.parallelism: replicate {replicate} * shard {shard if shard > 0 else 'rest'} * tensor {tp} "
+            f"trainer.parallelism: replicate {replicate} * shard {shard if shard > 0 else 'rest'} * "
+            f"{f'context {cp} * ' if cp > 1 else ''}tensor {tp} "
             f"does not make the {_count(world, 'trainer process', 'trainer processes')} ({where})",
             f"data_parallel_shard_degree=-1 takes all that the other degrees leave{more}",
         )
-    if world // replicate % p.expert_parallel_degree:
+    frozen = len(placement.frozen_nodes) * len(placement.frozen_gpus)
+    if frozen and cp > 1 and (known != frozen if shard > 0 else frozen % known):
         raise UserError(
-            f"trainer.parallelism.expert_parallel_degree={p.expert_parallel_degree} does not divide the "
+            f"the {_count(frozen, 'process', 'processes')} of frozen models cannot share rows as the trainers do: "
+            f"trainer.parallelism has {known} ranks at least, context_parallel_degree={cp} among them",
+            f"give the frozen models {known} processes, or leave cluster.frozen_nodes and frozen_processes out",
+        )
+    if world // replicate % ep:
+        raise UserError(
+            f"trainer.parallelism.expert_parallel_degree={ep} does not divide the "
             f"{world // replicate} processes that share a copy of the model",
             f"choose one of {_divisors(world // replicate)}",
         )
-    ranks = world // tp
+    ranks = world // (tp * cp)
     if needs.learns_from == "examples":
         batch, what = cfg.trainer.training.global_batch_size, "trainer.training.global_batch_size"
     else:
@@ -451,6 +466,13 @@ def _check_degrees(cfg: Config, placement: Placement, needs: Needs) -> None:
             f"{what} = {batch} is less than the {ranks} data-parallel ranks: some would never have work",
             "raise the batch, or use fewer trainer nodes or more tensor parallelism",
         )
+
+
+def _known_degrees(cfg: Config) -> int:
+    """The processes that ``trainer.parallelism`` names; where the shard degree is -1, their number is a multiple."""
+    p = cfg.trainer.parallelism
+    shard = max(p.data_parallel_shard_degree, 1)
+    return p.data_parallel_replicate_degree * shard * p.context_parallel_degree * p.tensor_parallel_degree
 
 
 def _frozen_gpus(cfg: Config, gpus: int) -> _Gpus:

@@ -73,7 +73,7 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
     _check_reward_model(cfg, needs)
     recipe.check(cfg)
     plan(cfg, cfg.cluster.gpus_per_node)
-    _check_sleep(cfg)
+    _check_engine(cfg)
     _check_transport(cfg)
     _check_adapters(cfg)
     if check_paths:
@@ -418,7 +418,13 @@ def _check_lengths(cfg: Config, needs: Needs) -> None:
         )
 
 
-def _check_sleep(cfg: Config) -> None:
+def _check_engine(cfg: Config) -> None:
+    stages = cfg.generator.engine.extra.get("pipeline_parallel_size", 1)
+    if stages != 1:
+        raise UserError(
+            f"generator.engine.extra.pipeline_parallel_size={stages}: a generator's layers are not split into stages",
+            "set generator.engine.tensor_parallel_size, which shares a model among the GPUs of a node",
+        )
     if cfg.cluster.colocate and not cfg.generator.engine.extra.get("enable_sleep_mode", True):
         raise UserError(
             "cluster.colocate has generators sleep, and generator.engine.extra.enable_sleep_mode=false forbids it",

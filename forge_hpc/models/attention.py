@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torchtitan.models.common.attention import VarlenAttention, VarlenMetadata
 from torchtitan.protocols.module import Module
 
+from forge_hpc.models.context import ContextAttention, SharedRows, context_inputs
 from forge_hpc.models.device import device_type
 
 _SHORT_TOKENS = 32  # documents up to this length are batched together: padding them costs less than another kernel
@@ -116,20 +117,28 @@ class DocumentAttention(Module):
         return torch.cat(outputs).index_select(0, batches.token_slots).view(q_BLNH.shape)
 
 
-def inner_attention_config(param_dtype: torch.dtype) -> Module.Config:
-    """varlen on CUDA in bfloat16 (its kernels know no float32), DocumentAttention elsewhere."""
-    if device_type() == "cuda" and param_dtype == torch.bfloat16:
-        return VarlenAttention.Config()
-    return DocumentAttention.Config()
+def inner_attention_config(param_dtype: torch.dtype, context_parallel: int = 1) -> Module.Config:
+    """varlen on CUDA in bfloat16 (its kernels know no float32), DocumentAttention elsewhere; ContextAttention, which
+    takes kernels of either kind, where several ranks share a row."""
+    knows_varlen = device_type() == "cuda" and param_dtype == torch.bfloat16
+    if context_parallel > 1:
+        return ContextAttention.Config(varlen=knows_varlen)
+    return VarlenAttention.Config() if knows_varlen else DocumentAttention.Config()
 
 
-def attention_inputs(config: Module.Config, positions: np.ndarray, device: torch.device) -> Any:
+def attention_inputs(
+    config: Module.Config, positions: np.ndarray, device: torch.device, shared: SharedRows | None = None
+) -> Any:
     """What the model's forward takes as ``attention_masks``: built once for all layers.
 
     Args:
         config: the inner attention's, from ``inner_attention_config``.
         positions: [R, T] int, restarting at 0 at each document.
+        shared: this rank's share of the rows, where others hold the rest.
     """
+    if isinstance(config, ContextAttention.Config):
+        assert shared is not None
+        return context_inputs(positions, shared, varlen=config.varlen)
     if isinstance(config, VarlenAttention.Config):  # from the host's numbers: the GPU is not waited for
         flat = positions.reshape(-1)
         bounds = np.append(np.flatnonzero(flat == 0), flat.size).astype(np.int32)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -292,7 +292,7 @@ def _block_config(
             head_dim=head_dim,
             wqkv_param_init=_NORMAL_WITH_BIAS if has_qkv_bias else _NORMAL,
             wo_param_init=_NORMAL,
-            inner_attention=type(inner_attention)(),
+            inner_attention=replace(inner_attention),
             fuse_qkv=False,  # fused, every state dict would be a copy
             rope=_rope_config(hf, head_dim, max_positions),
             qk_norm=norm(head_dim) if block_cls is Qwen3TransformerBlock else None,

@@ -112,6 +112,7 @@ def _trainers(
         num_rows=training.local_batch_size,
         mode=cfg.trainer.activation_checkpoint.mode,
         tensor_parallel=cfg.trainer.parallelism.tensor_parallel_degree,
+        context_parallel=cfg.trainer.parallelism.context_parallel_degree,
     )
     gib["activations"] = microbatch.activation_bytes / GIB
     rows = f"{microbatch.num_rows} row{'s' * (microbatch.num_rows != 1)}"

@@ -49,6 +49,7 @@ def plan_microbatch(
     num_rows: int | None = None,
     mode: str = "auto",
     tensor_parallel: int = 1,
+    context_parallel: int = 1,
 ) -> MicrobatchPlan:
     """Choose what is open: ``num_rows`` where it is None, ``mode`` where it is ``auto``.
 
@@ -57,10 +58,12 @@ def plan_microbatch(
         num_params: of the whole model.
         seq_len: slots of a row.
         available_bytes: of a GPU, for activations: free memory less gradients, optimizer and ``RESERVE_BYTES``.
+        context_parallel: GPUs that share a row.
     """
+    seq_len = -(-seq_len // context_parallel)
     wanted = num_rows or max(1, round(BUSY_FLOPS / (6 * num_params * seq_len)))
     modes = MODES if mode == "auto" else (mode,)
-    costs = {each: int(SAFETY * seq_len * token_bytes(hf, each) / tensor_parallel) for each in modes}
+    costs = {each: int(SAFETY * seq_len * token_bytes(hf, each, context_parallel) / tensor_parallel) for each in modes}
     for each, cost in costs.items():
         if wanted * cost <= available_bytes:
             return MicrobatchPlan(wanted, each, wanted * cost, available_bytes)
@@ -97,8 +100,13 @@ def plan_turns(total_bytes: int, engine_share: float, kept_bytes: int) -> str:
     )
 
 
-def token_bytes(hf: dict[str, Any], mode: str) -> int:
-    """Activations of a token that a microbatch holds at its peak, in a two-byte dtype."""
+def token_bytes(hf: dict[str, Any], mode: str, context_parallel: int = 1) -> int:
+    """Activations of a token that a microbatch holds at its peak, in a two-byte dtype.
+
+    A rank of a shared row has the keys and values of other ranks' tokens too: of a document as long as the row those up
+    to its own early chunk and up to its late one, C + 1/2 times its own (``data.row_shares``), and all of them, C times,
+    while they are gathered.
+    """
     dim, num_heads = hf["hidden_size"], hf["num_attention_heads"]
     head_dim = hf.get("head_dim") or dim // num_heads
     queries, keys = num_heads * head_dim, 2 * (hf.get("num_key_value_heads") or num_heads) * head_dim
@@ -106,5 +114,8 @@ def token_bytes(hf: dict[str, Any], mode: str) -> int:
     if experts := hf.get("num_local_experts") or hf.get("num_experts"):
         hidden = hf["moe_intermediate_size"] * hf["num_experts_per_tok"] + experts
     layer = 3 * dim + 2 * queries + 2 * keys + 3 * hidden
+    gathered = 0.0 if context_parallel == 1 else context_parallel * keys
+    if context_parallel > 1:
+        layer += (context_parallel - 0.5) * keys
     kept = {"none": layer, "selective": 2 * dim + 2 * queries + hidden, "full": dim}[mode]
-    return 2 * (hf["num_hidden_layers"] * kept + (0 if mode == "none" else layer) + 8 * dim)
+    return int(2 * (hf["num_hidden_layers"] * kept + (0 if mode == "none" else layer) + gathered + 8 * dim))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import math
@@ -50,10 +51,10 @@ class Shape:
     def of(cls, cfg: Config) -> Shape:
         """Raises UserError: degrees that do not fit the number of ranks."""
         parallelism = _parallelism_config(cfg)
-        dims = _parallel_dims(parallelism)
+        dims = _parallel_dims(parallelism, cfg.trainer.parallelism.context_parallel_degree)
         name = "float32" if device_type() == "cpu" else cfg.trainer.training.mixed_precision_param
         # On a GPU few lengths of rows: each new one is another shape to compile, or to allocate, for.
-        row_len_multiple = math.lcm(128 if device_type() == "cuda" else 8, dims.tp)
+        row_len_multiple = dims.cp * math.lcm(128 if device_type() == "cuda" else 8, dims.tp)
         return cls(cfg, parallelism, dims, TORCH_DTYPE_MAP[name], row_len_multiple)
 
     def spec(self, model_dir: Path) -> ModelSpec:
@@ -61,7 +62,7 @@ class Shape:
         return load_spec(
             model_dir,
             max_positions=_round_up(self.cfg.trainer.training.seq_len, self.row_len_multiple),
-            inner_attention=inner_attention_config(self.param_dtype),
+            inner_attention=inner_attention_config(self.param_dtype, self.dims.cp),
             parallelism=self.parallelism,
         )
 
@@ -78,7 +79,8 @@ class Shape:
         # What generators read is a copy (`weights.snapshots`), made when weights are published first.
         is_published = need.trained and need.path is None and needs_of(self.cfg).generators == "beside"
         copy = TORCH_DTYPE_MAP[self.cfg.model.dtype].itemsize if is_published else 0
-        return num_params * (num_copies * itemsize + 2 + copy) // (self.dims.dp_shard * self.dims.tp)
+        num_shards = self.dims.dp_shard * self.dims.cp * self.dims.tp
+        return num_params * (num_copies * itemsize + 2 + copy) // num_shards
 
     def activation_bytes(self, models: Mapping[str, tuple[Path, ModelNeed]]) -> int:
         """GPU memory that the models, none of which is built yet, leave for activations, the same on all ranks: the one
@@ -120,6 +122,7 @@ class Shape:
             num_rows=training.local_batch_size,
             mode=mode,
             tensor_parallel=self.dims.tp,
+            context_parallel=self.dims.cp,
         )
         logger.info("%s", plan)
         return plan
@@ -154,7 +157,7 @@ class Shape:
         else:
             model = spec.parallelize(
                 model,
-                parallel_dims=dims,
+                parallel_dims=_as_data_parallel(dims),
                 training=TrainingConfig(
                     dtype=str(dtype).removeprefix("torch."),
                     mixed_precision_param=str(self.param_dtype).removeprefix("torch."),
@@ -200,17 +203,27 @@ def _parallelism_config(cfg: Config) -> ParallelismConfig:
     )
 
 
-def _parallel_dims(parallelism: ParallelismConfig) -> ParallelDims:
+def _parallel_dims(parallelism: ParallelismConfig, context_parallel: int) -> ParallelDims:
     dist_utils.set_spmd_backend(parallelism.spmd_backend)
+    degrees = dataclasses.replace(parallelism, context_parallel_degree=context_parallel)
     try:
-        dims = ParallelDims.from_config(parallelism, dist.get_world_size())
+        dims = ParallelDims.from_config(degrees, dist.get_world_size())
     except AssertionError as error:
         raise UserError(
             f"trainer.parallelism does not fit {dist.get_world_size()} trainer ranks: {error}",
-            "replicate * shard * tensor degree must be the number of ranks; a shard degree of -1 takes what is left",
+            "replicate * shard * context * tensor degree must be the number of ranks; a shard degree of -1 takes what "
+            "is left",
         ) from error
     dims.build_mesh()
     return dims
+
+
+def _as_data_parallel(dims: ParallelDims) -> ParallelDims:
+    """The same meshes for who shares the weights, among whom ranks of a row are as good as others: TorchTitan 0.3.0
+    refuses context parallelism with attention of packed rows, and ours sees to it by itself (``models.context``)."""
+    same = copy.copy(dims)
+    same.dp_shard, same.cp = dims.dp_shard * dims.cp, 1
+    return same
 
 
 def _round_up(value: int, multiple: int) -> int:

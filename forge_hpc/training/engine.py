@@ -2,7 +2,8 @@
 
 A step takes documents, the same on every rank: each data-parallel rank takes its rows a microbatch at a time, and
 gradients accumulate. The loss is divided by the step's global count of trained tokens (or sequences, or groups, as the
-loss says) and gradients are summed, so neither rows, microbatches nor ranks change what is learned.
+loss says) and gradients are summed, so neither rows, microbatches nor ranks change what is learned. Ranks that share
+rows (context parallelism) each have the loss of whole rows and the gradient of their slots.
 
 As ``algorithm.minibatches`` and ``algorithm.epochs`` say, a step takes several optimizer steps, each on a part of its
 documents. All of M minibatches are divided by the same number, the step's count over M: every token of the step counts
@@ -293,7 +294,7 @@ class TrainEngine(ModelShard, Stateful):
 
     def _sum_over_ranks(self, shares: dict[str, torch.Tensor]) -> dict[str, float]:
         values = torch.stack([value.float() for value in shares.values()])
-        mesh = self.parallel_dims.get_optional_mesh("loss")
+        mesh = self.parallel_dims.get_optional_mesh("batch")  # ranks that share rows know the same of them
         if mesh is not None:
             dist.all_reduce(values, group=mesh.get_group())
         return dict(zip(shares, values.tolist(), strict=True))

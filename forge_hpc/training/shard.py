@@ -1,7 +1,8 @@
 """One rank's share of a model, trained or frozen, and what it says of documents.
 
 Documents are the same on every rank: they are packed into rows, and each data-parallel rank takes its rows a microbatch
-at a time.
+at a time. Context-parallel ranks take the same rows, and each computes its share of the slots; what comes of it is put
+together again, so that all that is said of rows and sequences is said of whole ones, on each of these ranks alike.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from forge_hpc.config.schema import Config, SamplingConfig
 from forge_hpc.data.packing import PackedBatch, pack, unpack
 from forge_hpc.data.types import Document
 from forge_hpc.models.attention import attention_inputs
+from forge_hpc.models.context import shared_rows
 from forge_hpc.models.device import local_device
 from forge_hpc.models.head import Truncation
 from forge_hpc.models.spec import load_hf_weights
@@ -134,15 +136,22 @@ class ModelShard:
             yield self._to_device(batch.rows(start, start + size))
 
     def _to_device(self, rows: dict[str, np.ndarray]) -> dict[str, Any]:
+        """The rows, and what the model takes of them: of shared rows this rank's slots alone."""
+        positions, shared = rows["positions"], None
+        if self.parallel_dims.cp_enabled:
+            shared = shared_rows(positions, self.parallel_dims.get_mesh("cp").get_group(), self.device)
+            rows = rows | {name: shared.own(rows[name]) for name in ("input_ids", "labels", "positions")}
         microbatch: dict[str, Any] = {
             name: torch.from_numpy(array).to(self.device, non_blocking=True) for name, array in rows.items()
         }
         # A GPU has the head compute what is trained, and something on a rank that has nothing to train. On the CPU all
         # of it: heads are small there, and sums of other terms would be others in the last bit.
         trained = rows["mask"] | (rows["sft"] != 0) if "sft" in rows else rows["mask"]
-        slots = np.flatnonzero(trained) if self.device.type == "cuda" else np.arange(rows["mask"].size)
+        trained = trained if shared is None else shared.own(trained)
+        slots = np.flatnonzero(trained) if self.device.type == "cuda" else np.arange(trained.size)
         microbatch["slots"] = torch.from_numpy(slots if len(slots) else np.zeros(1, int)).to(self.device)
-        microbatch["attention"] = attention_inputs(self.spec.inner_attention, rows["positions"], self.device)
+        microbatch["attention"] = attention_inputs(self.spec.inner_attention, positions, self.device, shared)
+        microbatch["shared"] = shared
         return microbatch
 
     def _forward(self, microbatch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
@@ -157,4 +166,6 @@ class ModelShard:
         else:
             outputs = (self.model.lm_head(hidden, slots),)
         none = torch.zeros(labels.numel(), device=self.device)
-        return tuple(none.index_copy(0, slots, output).view_as(labels) for output in outputs)
+        own = (none.index_copy(0, slots, output) for output in outputs)
+        shared = microbatch["shared"]
+        return tuple((x if shared is None else shared.whole(x)).view(len(labels), -1) for x in own)
