@@ -1,9 +1,9 @@
 """Context parallelism: attention of rows that several ranks hold together, and their outputs put together again.
 
-Each rank has its share of every row (``forge_hpc.data.row_shares``). Keys and values travel: every rank gets those of all
-slots, keeps those of documents that it has a piece of, and attends with its own queries; the gradients of keys and
-values go back to the ranks that they came from, which add them up. That is one collective a layer each for keys and
-values in both passes, and no rank ever holds more of anything else than its share.
+Each rank has its share of every row (``data.row_shares``). Keys and values travel: every rank gets those of all slots,
+keeps those of documents that it has a piece of, and attends with its own queries; the gradients of keys and values go
+back to the ranks that they came from, which add them up. That is one collective a layer each for keys and values in
+both passes, and no rank ever holds more of anything else than its share.
 
 TorchTitan 0.3.0 does the same with flex attention, and refuses packed rows of other kernels; here the kernels are those
 of a row on one rank: varlen on CUDA, whose causal mask is that of the last key where a piece has fewer queries than
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 from torch.nn.attention import current_flash_attention_impl
 from torch.nn.attention.varlen import varlen_attn
 from torchtitan.models.common.attention import VarlenAttention, VarlenMetadata
@@ -143,7 +143,7 @@ def _plain(
 @torch.library.custom_op("forge_hpc::gather_keys", mutates_args=())
 def _gather(x: torch.Tensor, keys: torch.Tensor, group: str) -> torch.Tensor:
     """[M, …] from the [N, …] of each rank: what is at ``keys`` [M] of all of it."""
-    return _all_gather(x, _resolve_process_group(group)).index_select(0, keys)
+    return _all_gather(x, _resolve_process_group(GroupName(group))).index_select(0, keys)
 
 
 @_gather.register_fake
@@ -154,7 +154,7 @@ def _(x: torch.Tensor, keys: torch.Tensor, group: str) -> torch.Tensor:
 @torch.library.custom_op("forge_hpc::gather_keys_backward", mutates_args=())
 def _gather_backward(grad: torch.Tensor, keys: torch.Tensor, num_own: int, group: str) -> torch.Tensor:
     """[N, …]: the sum over all ranks and pieces of the gradients of this rank's keys."""
-    ranks = _resolve_process_group(group)
+    ranks = _resolve_process_group(GroupName(group))
     # A slot is a key of at most two pieces of a rank, and the sum of two does not depend on their order.
     whole = grad.new_zeros(ranks.size() * num_own, *grad.shape[1:]).index_add_(0, keys, grad)
     own = grad.new_empty(num_own, *grad.shape[1:])
@@ -185,7 +185,7 @@ class _Whole(torch.autograd.Function):
     def forward(ctx: Any, values: torch.Tensor, shared: SharedRows) -> torch.Tensor:
         slots, places = shared.on_device
         ctx.save_for_backward(slots)
-        return _all_gather(values, _resolve_process_group(shared.group)).index_select(0, places)
+        return _all_gather(values, _resolve_process_group(GroupName(shared.group))).index_select(0, places)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:

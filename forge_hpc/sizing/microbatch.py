@@ -103,9 +103,9 @@ def plan_turns(total_bytes: int, engine_share: float, kept_bytes: int) -> str:
 def token_bytes(hf: dict[str, Any], mode: str, context_parallel: int = 1) -> int:
     """Activations of a token that a microbatch holds at its peak, in a two-byte dtype.
 
-    A rank of a shared row has the keys and values of other ranks' tokens too: of a document as long as the row those up
-    to its own early chunk and up to its late one, C + 1/2 times its own (``data.row_shares``), and all of them, C times,
-    while they are gathered.
+    A rank of a shared row has the keys and values of other ranks' tokens too: of a document as long as the row those
+    up to its own early chunk and up to its late one, C + 1/2 times its own (``data.row_shares``), and all of them, C
+    times, while they are gathered.
     """
     dim, num_heads = hf["hidden_size"], hf["num_attention_heads"]
     head_dim = hf.get("head_dim") or dim // num_heads
