@@ -259,8 +259,9 @@ def test_every_key_of_the_schema_can_be_overridden():
     assert "trainer.optimizer.lr" in keys and "reward.0.weight" in keys and len(keys) == len(set(keys))
     for key in keys:
         try:
-            sources = ["data.sources=[{path: a}]", "sources=[{name: a}]", "algorithm.sft.sources=[{path: a}]"]
-            load_config(None, [*sources, f"{key}={{not: [a, scalar]}}"])
+            lists = ["data.sources=[{path: a}]", "sources=[{name: a}]", "algorithm.sft.sources=[{path: a}]"]
+            lists += ["evaluation.sets=[{label: a, reward: [{name: exact}]}]"]
+            load_config(None, [*lists, f"{key}={{not: [a, scalar]}}"])
         except UserError as error:
             assert "must be" in error.message and key in error.message
 

@@ -224,6 +224,7 @@ class RunSourceConfig:
     """Its rewards."""
 
 
+@dataclass
 class SFTMixConfig:
     """SFT beside RL: every step of the policy also learns answers of examples (docs/losses.md)."""
 
