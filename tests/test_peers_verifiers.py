@@ -49,6 +49,7 @@ def home(python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(python.parent.parent / "home"))
     monkeypatch.setenv("PATH", f"{python.parent}:{os.environ['PATH']}")
     (python.parent.parent / "home").mkdir(exist_ok=True)
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # each of its programs would compile them anew
 
 
 def tasks(python: Path, *options: str) -> list[dict[str, str]]:
