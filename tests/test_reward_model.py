@@ -9,14 +9,16 @@ import pytest
 import torch
 from runs import DEMO, PROJECT, read, run_local, small_run, unexplained_metrics
 
-from forge_hpc.config import UserError, load_config, validate
+from forge_hpc.config import UserError, load_config, read_config, validate
 from forge_hpc.config.needs import ModelNeed
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.config.schema import SamplingConfig
 from forge_hpc.data.builtin import addition_pairs, char_tokenizer, write_tiny_qwen3
+from forge_hpc.data.hub import resolve_model
 from forge_hpc.data.pairs import PairRenderer, at_its_end
 from forge_hpc.losses.bradley_terry import BradleyTerryLoss
 from forge_hpc.training.frozen import FrozenModel
+from forge_hpc.training.offline import export_checkpoint
 
 pytestmark = pytest.mark.timeout(900)
 CONFIG = PROJECT / "configs/reward_model/demo.yaml"
@@ -88,6 +90,16 @@ def test_transformers_and_a_frozen_model_give_an_answer_what_its_export_says(
     plain = write_tiny_qwen3(trained / "plain", 0)
     with pytest.raises(UserError, match="has no value head"):
         FrozenModel(config, plain, need, SamplingConfig())
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_it_is_exported_as_the_run_itself_does(trained: Path, tmp_path: Path) -> None:
+    checkpoint = trained / "checkpoints/step-00000012/trainer"
+    config = read_config(trained / "config.yaml")
+    started_from = resolve_model(config.model.path, config.seed, trained / "model")
+    export_checkpoint(config, started_from, checkpoint, tmp_path / "export")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "export" / name).read_bytes() == (trained / "export" / name).read_bytes()
 
 
 @pytest.mark.slow
