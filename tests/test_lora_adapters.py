@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from runs import REWARD, read, run_local, small_run
 from test_generation import GREEDY, prompts, tiny_config
 from tiny_models import random_documents
 
@@ -129,3 +130,15 @@ def test_adapters_that_are_not_those_of_the_model_are_refused_and_change_nothing
 def test_what_vllm_does_not_take_as_adapters_is_refused(overrides: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         validate(load_config(None, ["trainer.lora.publish=adapters", *overrides]))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.slow
+def test_in_a_run_that_sends_adapters_trainer_and_generator_agree_at_every_step(tmp_path: Path) -> None:
+    adapters = ["trainer.lora.enable=true", "trainer.lora.rank=4", "trainer.lora.publish=adapters"]
+    result = run_local(tmp_path / "run", small_run(tmp_path, 4, REWARD, *adapters))
+    assert result.returncode == 0, result.stdout + result.stderr
+    metrics = read(tmp_path / "run")
+    assert [record["policy_version"] for record in metrics] == [1, 2, 3, 4]
+    assert all(0 < record["mismatch/logprob_abs_mean"] < 1e-5 for record in metrics)
+    assert all(record["grad_norm"] > 0 for record in metrics)

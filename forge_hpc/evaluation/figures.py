@@ -168,11 +168,14 @@ def sampled_figures(answers: Sequence[Sequence[Graded]], ks: Sequence[int], seed
     known = [[sample.reward for sample in samples if sample.reward is not None] for samples in answers]
     for k in ks:
         values = [pass_at_k(len(samples), sum(sample.right for sample in samples), k) for samples in answers]
-        figures |= _with_interval(f"pass@{k}", values, seed)
+        found = {f"pass@{k}": values}
         if k > 1 and votes:
-            figures |= _with_interval(f"maj@{k}", [majority_at_k(samples, k) for samples in answers], seed)
+            found[f"maj@{k}"] = [majority_at_k(samples, k) for samples in answers]
         if k > 1 and (best := [best_of_k(rewards, k) for rewards in known if len(rewards) >= k]):
-            figures |= _with_interval(f"best@{k}", best, seed, is_share=False)
+            found[f"best@{k}"] = best
+        for name, values in found.items():
+            low, high = bootstrap_interval(values, seed, is_share=not name.startswith("best@"))
+            figures |= {name: sum(values) / len(values), f"{name}_low": low, f"{name}_high": high}
     return figures | _mean_reward("reward_sampled", [sample for samples in answers for sample in samples])
 
 
@@ -204,11 +207,6 @@ def figures_of_sets(
         places = [place for place, other in enumerate(labels) if other == label]
         figures |= {f"{label}/{key}": value for key, value in of(places).items()}
     return figures
-
-
-def _with_interval(name: str, values: Sequence[float], seed: int, *, is_share: bool = True) -> dict[str, float]:
-    low, high = bootstrap_interval(values, seed, is_share=is_share)
-    return {name: sum(values) / len(values), f"{name}_low": low, f"{name}_high": high}
 
 
 def _mean_reward(name: str, answers: Sequence[Graded]) -> dict[str, float]:
