@@ -428,11 +428,11 @@ def _check_degrees(cfg: Config, placement: Placement, needs: Needs) -> None:
             f"{_count(local, 'trainer process', 'trainer processes')} of a node",
             f"choose one of {_divisors(local)}{more}",
         )
-    if cp > 1 and ep > 1:
+    if cp > 1 and max(tp, ep) > 1:
+        other = f"tensor_parallel_degree={tp}" if tp > 1 else f"expert_parallel_degree={ep}"
         raise UserError(
-            f"trainer.parallelism.context_parallel_degree={cp} does not go with expert_parallel_degree={ep}",
-            "ranks that share rows share the experts' weights as they share all weights: leave expert_parallel_degree "
-            "at 1",
+            f"trainer.parallelism.context_parallel_degree={cp} does not go with {other}",
+            "leave that one out: ranks that share rows share the weights too, as FSDP does",
         )
     known = _known_degrees(cfg)
     if known != world if shard > 0 else world % known:
