@@ -17,6 +17,7 @@ from torchtitan.config import TORCH_DTYPE_MAP
 
 from forge_hpc.config.models import looks_local
 from forge_hpc.config.schema import Config, LoRAConfig
+from forge_hpc.expert_stacks import part_names, parts
 from forge_hpc.models.spec import ModelSpec
 from forge_hpc.training.lora import adapters_of, merge_adapters, whole
 
@@ -81,7 +82,8 @@ def export_hf(
         for name in names:
             full = whole(state[name].detach())
             if writer.is_needed:
-                tensors[name] = full.to("cpu", dtype).contiguous()
+                full = full.to("cpu", dtype).contiguous()
+                tensors |= parts(name, full)
         writer.do(partial(_save, tensors, _shard_name(index, len(shards))))
     if adapter is not None:
         writer.do(partial(adapter.write, adapter.tensors()))
@@ -232,7 +234,12 @@ def _add_ends(target: Path, ends: Sequence[int]) -> None:
 
 
 def _write_index(shards: list[list[str]], state: Mapping[str, torch.Tensor], dtype: torch.dtype, target: Path) -> None:
-    weight_map = {name: _shard_name(i, len(shards)) for i, names in enumerate(shards) for name in names}
+    weight_map = {
+        part: _shard_name(i, len(shards))
+        for i, names in enumerate(shards)
+        for name in names
+        for part in part_names(name, state[name])
+    }
     total_bytes = sum(tensor.numel() for tensor in state.values()) * dtype.itemsize
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
