@@ -78,7 +78,7 @@ def export_hf(
     writer.do(lambda tmp: _begin(source_dir, tmp, dtype, ends, is_tied="lm_head.weight" not in state))
     shards = _plan_shards(state, dtype)
     for index, names in enumerate(shards):
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name in names:
             full = whole(state[name].detach())
             if writer.is_needed:
