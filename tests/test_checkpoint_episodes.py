@@ -69,6 +69,18 @@ def test_groups_come_back_as_they_were() -> None:
     assert all(episode.prompt is group.prompt for group in loaded for episode in group.episodes)
 
 
+def test_routes_of_experts_come_back_in_as_many_bytes() -> None:
+    group, other = make_group(0), make_group(1)
+    for episode in group.episodes:
+        episode.completion.routes = np.random.default_rng(0).integers(0, 256, (13, 3, 2)).astype(np.uint8)
+    loaded, without = load_groups(dump_groups([group, other]))
+    for ours, theirs in zip(loaded.episodes, group.episodes, strict=True):
+        routes, expected = ours.completion.routes, theirs.completion.routes
+        assert routes is not None and expected is not None and routes.dtype == np.uint8
+        assert np.array_equal(routes, expected)
+    assert_same(without, other)
+
+
 def test_what_is_empty_or_odd_comes_back_too() -> None:
     other = make_group(7)
     group = make_group(1)

@@ -210,6 +210,10 @@ def test_a_model_directory_without_its_parts_is_refused(model):
     assert "cannot read" in message()
     config.write_text('{"model_type": "bert"}')
     assert "model_type 'bert'" in message()
+    config.write_text('{"model_type": "gpt_oss"}')
+    assert "would stay random" in message()
+    config.write_text('{"model_type": "mistral", "max_position_embeddings": 4096, "sliding_window": 16}')
+    assert "the 16 positions of the sliding window" in message()
     config.unlink()
     assert "no config.json" in message()
 
@@ -239,6 +243,23 @@ def test_sequences_and_tensor_parallel_degrees_must_suit_the_model(model):
     validate(load_config(None, [path, "cluster.gpus_per_node=8", "generator.engine.tensor_parallel_size=4"]))
     error = refused(path, "cluster.gpus_per_node=16", "generator.engine.tensor_parallel_size=8")
     assert "generator.engine.tensor_parallel_size=8" in error.message
+
+
+def test_expert_parallelism_and_routing_replay_must_suit_the_model_and_the_run(model):
+    path, config = f"model.path={model}", json.loads((model / "config.json").read_text())
+    several = (path, "cluster.gpus_per_node=8", "trainer.parallelism.expert_parallel_degree=2")
+    replay = "algorithm.routing_replay=true"
+    assert "has no experts" in refused(*several).message
+    assert "has no experts" in refused(path, replay).message
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "qwen3_moe", "num_experts": 6}))
+    validate(load_config(None, [*several, replay]))
+    four = "trainer.parallelism.expert_parallel_degree=4"
+    assert "does not divide the 6 experts" in refused(path, "cluster.gpus_per_node=8", four).message
+    tensor_parallel = (path, "cluster.gpus_per_node=8", "trainer.parallelism.tensor_parallel_degree=2")
+    assert "tensor_parallel_degree cuts the tokens" in refused(*tensor_parallel, replay).message
+    assert "several turns" in refused(path, replay, "environment.name=calculator").message
+    no_cache = (path, "cluster.gpus_per_node=8", "generator.engine.enable_prefix_caching=false")
+    assert "enable_prefix_caching=true" in refused(*no_cache, replay).message
 
 
 @pytest.mark.parametrize(

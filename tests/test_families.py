@@ -29,7 +29,7 @@ def tiny_config() -> Config:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "lora"), [("qwen2", True)])
+@pytest.mark.parametrize(("family", "lora"), [("qwen2", True), ("qwen3_moe", False), ("mistral", False)])
 def test_the_generator_samples_from_the_weights_that_the_trainer_publishes(
     tmp_path: Path, family: str, lora: bool
 ) -> None:

@@ -9,6 +9,8 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -44,11 +46,19 @@ _LLAMA3_ROPE = {
 
 
 def write_model(
-    directory: Path, family: str, *, tied: bool = False, seed: int = 0, head_dim: int = 16
+    directory: Path,
+    family: str,
+    *,
+    tied: bool = False,
+    seed: int = 0,
+    head_dim: int = 16,
+    num_experts: int = 4,
+    num_hidden_layers: int = 2,
 ) -> PreTrainedModel:
-    """Write a random model of a family (qwen2, qwen3, llama, qwen3_moe) in float32 and return it."""
+    """Write a random model of a family (qwen2, qwen3, llama, mistral, qwen3_moe) in float32 and return it."""
     torch.manual_seed(seed)
     dims = _DIMS | {"tie_word_embeddings": tied, "head_dim": head_dim, "hidden_size": 4 * head_dim}
+    dims |= {"num_hidden_layers": num_hidden_layers}
     model: PreTrainedModel
     if family == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**dims))
@@ -59,9 +69,17 @@ def write_model(
                 torch.nn.init.normal_(weight, std=0.5)
     elif family == "llama":
         model = LlamaForCausalLM(LlamaConfig(**dims, rope_parameters=_LLAMA3_ROPE))
+    elif family == "mistral":
+        model = MistralForCausalLM(MistralConfig(**dims, sliding_window=None))
     else:
         model = Qwen3MoeForCausalLM(
-            Qwen3MoeConfig(**dims, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True)
+            Qwen3MoeConfig(
+                **dims,
+                num_experts=num_experts,
+                num_experts_per_tok=2,
+                moe_intermediate_size=32,
+                norm_topk_prob=True,
+            )
         )
     model.save_pretrained(directory)
     return model.eval()

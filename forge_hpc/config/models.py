@@ -9,8 +9,19 @@ from typing import Any
 
 from forge_hpc.config.errors import UserError
 
-KNOWN_MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+KNOWN_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 """``model_type`` of config.json that TorchTitan and vLLM both have."""
+_NO_GEMMA = "TorchTitan has it by its transformers backend alone, whose flex attention trains on no CPU"
+_WHY_NOT = {
+    "deepseek_v3": "its attention (MLA) was not compared with transformers on packed documents",
+    "gpt_oss": "TorchTitan 0.3.0's names for its experts miss their weights, which would stay random",
+    "qwen3_5": "TorchTitan 0.3.0 computes its linear attention by the package fla, which is not installed here",
+    "qwen3_5_text": "TorchTitan 0.3.0 computes its linear attention by the package fla, which is not installed here",
+    "qwen3_5_moe": "TorchTitan 0.3.0 computes its linear attention by the package fla, which is not installed here",
+    "gemma3": _NO_GEMMA,
+    "gemma3_text": _NO_GEMMA,
+}
+"""Families that people ask for, and what keeps them out (docs/models.md)."""
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _MAX_HEADER_BYTES = 100_000_000
@@ -34,6 +45,19 @@ def read_model_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{file} holds no JSON object", hint)
     return config
+
+
+def check_family(kind: str | None, where: str) -> None:
+    """Raise a UserError unless models of a ``model_type`` can be trained here."""
+    if kind in KNOWN_MODEL_TYPES:
+        return
+    reason = f": {_WHY_NOT[kind]}" if kind in _WHY_NOT else ""
+    raise UserError(f"{where} is of model_type {kind!r}{reason}", f"supported: {', '.join(KNOWN_MODEL_TYPES)}")
+
+
+def num_experts_of(config: dict[str, Any]) -> int:
+    """Experts of a layer; 0 of a dense model. They have another name since transformers 5."""
+    return config.get("num_local_experts") or config.get("num_experts") or 0
 
 
 def check_weights(directory: Path) -> None:

@@ -264,6 +264,9 @@ class AlgorithmConfig:
     """Correction for the mismatch between generator and trainer."""
     sft: SFTMixConfig = field(default_factory=SFTMixConfig)
     """Examples learned beside what the policy samples."""
+    routing_replay: bool = False
+    """Of a model with experts: the trainer takes those that the generator took for each token (R3, arXiv 2510.11370),
+    weighs them itself, and so differs less from it (docs/models.md)."""
     off_policy_mask_threshold: float | None = setting(None, NOT_NEGATIVE)
     """Leave out sequences with a negative advantage of which the policy has moved away from the generator by more than
     this, in nats a token on average, optimizer steps within the step counted; null leaves none out."""
@@ -427,7 +430,7 @@ class ParallelismConfig:
     context_parallel_degree: int = setting(1, POSITIVE, resume=ROUNDING)
     """Ranks that share each row, for rows that are longer than one GPU holds (docs/long-rows.md)."""
     expert_parallel_degree: int = setting(1, POSITIVE, resume=ROUNDING)
-    """Ranks that share the experts of an MoE model."""
+    """Ranks that share the experts of an MoE model: of those that share its one copy (shard times tensor degree)."""
 
 
 @dataclass

@@ -21,7 +21,14 @@ from forge_hpc.config.columns import check_columns
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.fields import walk
 from forge_hpc.config.hub_cache import split_name
-from forge_hpc.config.models import KNOWN_MODEL_TYPES, check_tokenizer, check_weights, looks_local, read_model_config
+from forge_hpc.config.models import (
+    check_family,
+    check_tokenizer,
+    check_weights,
+    looks_local,
+    num_experts_of,
+    read_model_config,
+)
 from forge_hpc.config.needs import Needs, check_models
 from forge_hpc.config.recipes import load_recipe, needs_of
 from forge_hpc.config.registry import DATA, ENVIRONMENTS, LORA_TARGETS, LOSSES, MODELS, VLLM_LORA_RANKS
@@ -59,6 +66,7 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
     if needs.has_algorithm:
         _check_algorithm(cfg)
     _check_minibatches(cfg, needs)
+    _check_routing_replay(cfg, needs)
     runs = run_sources(cfg)
     for run in runs:
         _check_data_values(run, needs)
@@ -642,13 +650,57 @@ def _check_positions(cfg: Config, needs: Needs, longest: Any, where: str) -> Non
         )
 
 
+def _check_routing_replay(cfg: Config, needs: Needs) -> None:
+    if not cfg.algorithm.routing_replay:
+        return
+    engine, on_cpu = cfg.generator.engine, cfg.cluster.gpus_per_node == 0
+    refusals = {
+        f"recipe={cfg.recipe} trains on nothing that generators sampled": not needs.has_algorithm
+        or needs.learns_from != "samples",
+        "environment.name has episodes of several turns, whose routes are not put together": any(
+            run.config.environment.name is not None for run in run_sources(cfg)
+        ),
+        "algorithm.sft learns examples that no generator has chosen experts for": cfg.algorithm.sft.coef > 0,
+        "trainer.parallelism.context_parallel_degree cuts the rows that routes belong to, set it to 1": (
+            cfg.trainer.parallelism.context_parallel_degree > 1
+        ),
+        "trainer.parallelism.tensor_parallel_degree cuts the tokens that routes belong to, set it to 1": (
+            cfg.trainer.parallelism.tensor_parallel_degree > 1
+        ),
+        "generator.engine.tensor_parallel_size is above 1, and on the CPU routes are recorded in one process": (
+            on_cpu and engine.tensor_parallel_size > 1
+        ),
+        "vLLM returns routes with generator.engine.enable_prefix_caching=true alone": (
+            not on_cpu and not engine.enable_prefix_caching
+        ),
+    }
+    for reason in (reason for reason, applies in refusals.items() if applies):
+        raise UserError(f"algorithm.routing_replay: {reason}", "leave it off, or change that")
+
+
+def _check_experts(cfg: Config, config: dict[str, Any], where: str) -> None:
+    degree, num_experts = cfg.trainer.parallelism.expert_parallel_degree, num_experts_of(config)
+    if num_experts % degree:
+        raise UserError(
+            f"trainer.parallelism.expert_parallel_degree={degree} does not divide the {num_experts} experts of {where}",
+            f"choose a divisor of {num_experts}",
+        )
+    if cfg.algorithm.routing_replay and not num_experts:
+        raise UserError(f"algorithm.routing_replay, and {where} has no experts", "leave it off")
+    if degree > 1 and not num_experts:
+        raise UserError(
+            f"trainer.parallelism.expert_parallel_degree={degree}, and {where} has no experts",
+            "leave it at 1: FSDP and tensor parallelism cut a dense model",
+        )
+
+
 def _check_dimensions(cfg: Config, directory: Path, needs: Needs) -> None:
     config = read_model_config(directory)
     where = f"the model in {directory}"
-    kind = config.get("model_type")
-    if kind not in KNOWN_MODEL_TYPES:
-        raise UserError(f"{where} is of model_type {kind!r}", f"supported: {', '.join(KNOWN_MODEL_TYPES)}")
+    check_family(config.get("model_type"), where)
     _check_positions(cfg, needs, config.get("max_position_embeddings"), where)
+    if config.get("model_type") == "mistral" and config.get("sliding_window") is not None:
+        _check_positions(cfg, needs, config["sliding_window"], f"the sliding window of {where}")
     vocab_size, stop = config.get("vocab_size"), max(cfg.rollout.sampling.stop_token_ids, default=0)
     if isinstance(vocab_size, int) and stop >= vocab_size:
         raise UserError(
@@ -666,6 +718,7 @@ def _check_dimensions(cfg: Config, directory: Path, needs: Needs) -> None:
             f"{kv_heads} key-value heads of {where}",
             f"choose a divisor of {math.gcd(heads, kv_heads)}",
         )
+    _check_experts(cfg, config, where)
     tp = cfg.generator.engine.tensor_parallel_size
     if heads % tp or (kv_heads % tp and tp % kv_heads):  # vLLM copies key-value heads where there are fewer than ranks
         raise UserError(

@@ -22,7 +22,7 @@ FIELDS = ("generator_logprobs", "ref_logprobs", "old_logprobs")
 _EVEN = 0.002
 """What costs so little more than the mean is even enough."""
 _ROWS = ("input_ids", "labels", "positions", "segment_ids", "group_ids", "mask")
-RESERVED = frozenset((*_ROWS, *FIELDS, "logprobs", "entropy", "normalizer"))
+RESERVED = frozenset((*_ROWS, *FIELDS, "routes", "logprobs", "entropy", "normalizer"))
 """What a column may not be called."""
 
 
@@ -49,6 +49,8 @@ class PackedBatch:
     """(row, first slot) of each document, in the order of the documents."""
     num_slots_used: int
     """Slots that hold a token of a document."""
+    routes: np.ndarray | None = None
+    """[R, T, layers, k] int16: the experts that the documents say of each token, -1 in padding; None: they say none."""
 
     @property
     def num_rows(self) -> int:
@@ -81,6 +83,8 @@ class PackedBatch:
     def rows(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """The arrays by name, columns among them, cut to the rows [start, stop)."""
         arrays = {name: getattr(self, name) for name in _ROWS} | self.columns
+        if self.routes is not None:
+            arrays["routes"] = self.routes
         return {name: array[start:stop] for name, array in arrays.items()}
 
 
@@ -295,6 +299,7 @@ def _fill_rows(
         columns={name: np.zeros(shape, np.float32) for name in _names(columns)},
         placements=placements,
         num_slots_used=sum(loads),
+        routes=_empty_routes(documents, shape),
     )
     num_segments, num_groups = [0] * len(loads), [0] * len(loads)
     unit_of = {index: number for number, unit in enumerate(units) for index in unit}
@@ -312,12 +317,30 @@ def _fill_rows(
         batch.segment_ids[slots] = num_segments[row]
         batch.group_ids[slots] = group_ids[unit_of[index]]
         batch.mask[slots] = document.loss_mask[1:]
+        if batch.routes is not None:
+            batch.routes[slots] = document.routes
         for name, array in batch.columns.items():
             values = columns[index][name]
             array[slots] = values[1:] if values.ndim else values
     for row, load in enumerate(loads):
         batch.positions[row, load:] = np.arange(row_len - load)
     return batch
+
+
+def _empty_routes(documents: Sequence[Document], shape: tuple[int, int]) -> np.ndarray | None:
+    """Raises ValueError: routes of some documents, or of another number of tokens, layers or experts."""
+    given = [document.routes for document in documents if document.routes is not None]
+    if not given:
+        return None
+    if len(given) != len(documents):
+        raise ValueError(f"{len(given)} of {len(documents)} documents have routes: all or none must")
+    for index, (document, routes) in enumerate(zip(documents, given, strict=True)):
+        if routes.shape != (len(document.token_ids) - 1, *given[0].shape[1:]):
+            raise ValueError(
+                f"document {index} has {len(document.token_ids)} tokens and routes of shape {list(routes.shape)}: "
+                "there must be those of all tokens but the last, of as many layers and experts in all documents"
+            )
+    return np.full((*shape, *given[0].shape[1:]), -1, np.int16)
 
 
 def _names(columns: Sequence[Mapping[str, np.ndarray]]) -> list[str]:

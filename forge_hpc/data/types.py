@@ -80,6 +80,9 @@ class Completion:
     metadata: dict[str, Any] = field(default_factory=dict)
     """Empty without an environment, else ``turns`` (number of responses), ``transcript`` (list of ``{role, content}``
     after the prompt) and ``info`` (what the environment's last step added). JSON."""
+    routes: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """[prompt + L - 1, layers, k], small integers: the experts that computed each token but the last, those of the
+    prompt first; with ``algorithm.routing_replay``."""
 
     @property
     def num_tokens(self) -> int:
@@ -96,7 +99,7 @@ class Completion:
         return np.asarray(self.token_ids, np.int64), np.asarray(self.logprobs, np.float64)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        rest = (self.finish_reason, self.policy_versions, self.loss_mask, self.metadata)
+        rest = (self.finish_reason, self.policy_versions, self.loss_mask, self.metadata, self.routes)
         if self.num_tokens < LONG:
             return Completion, (self.sample_index, self.text, self.token_ids, self.logprobs, *rest)
         return _unpack, (self.sample_index, self.text, *map(_narrow, self.arrays()), *rest)
@@ -151,7 +154,7 @@ class ReceivedCompletion(Completion):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Completion):
             return NotImplemented
-        return all(getattr(self, f.name) == getattr(other, f.name) for f in fields(Completion))
+        return all(getattr(self, f.name) == getattr(other, f.name) for f in fields(Completion) if f.compare)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -242,3 +245,6 @@ class Document:
     old_logprobs: np.ndarray | None = None
     """[L] float32: the policy's log-probabilities before the step, where it takes several optimizer steps and the loss
     takes its ratio against them; the trainers fill it."""
+    routes: np.ndarray | None = None
+    """[L - 1, layers, k]: the experts that computed each token but the last in the generator, which the trainer takes
+    too (``algorithm.routing_replay``)."""

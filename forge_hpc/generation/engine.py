@@ -45,6 +45,7 @@ from forge_hpc.generation.checkpoint import (
     model_files,
 )
 from forge_hpc.generation.direct import load_offer, try_to_open
+from forge_hpc.generation.experts import RouteRecorder, record_routes, set_up_experts_anew
 from forge_hpc.generation.options import engine_arguments, prepare_environment
 from forge_hpc.generation.seeds import sample_seed
 from forge_hpc.generation.sleep import SleepingEngine
@@ -367,6 +368,8 @@ class GenerationEngine:
         ]
         if self._config.generator.engine.sleep_level != config.generator.engine.sleep_level:
             names.append("sleep_level")
+        if self._config.algorithm.routing_replay != config.algorithm.routing_replay:
+            names.append("routing_replay")
         model = model_files(model_dir)
         changed = [
             name for name in sorted(model.keys() | self._model.keys()) if model.get(name) != self._model.get(name)
@@ -608,6 +611,11 @@ class GenerationEngine:
         self._sleeping = SleepingEngine(self._engine, self._config.generator.engine.sleep_level, self._device)
         self._scheduler = cast(Any, self._engine.engine_core).engine_core.scheduler
         self._count_preemptions()
+        self._routes: RouteRecorder | None = None
+        if self._device == "cpu" and model.is_moe:
+            self._engine.collective_rpc(cast(Any, set_up_experts_anew))
+            if self._config.algorithm.routing_replay:
+                [self._routes] = self._engine.collective_rpc(cast(Any, record_routes))
         if self._config.generator.engine.tensor_parallel_size > 1:  # processes of their own
             self._engine.collective_rpc(cast(Any, stand_by_worker))
 
@@ -689,6 +697,7 @@ class GenerationEngine:
             logprobs=logprobs,
             finish_reason=sample.finish_reason,
             policy_versions=(int(versions[0].version), int(versions[-1].version)),
+            routes=sample.routed_experts if self._routes is None else self._routes.take(output.request_id),
         )
         if group.hand_tokens is not None:
             group.hand_tokens(token_ids, logprobs)
@@ -784,6 +793,8 @@ class GenerationEngine:
         self._engine.abort_request(request_ids)
         for request_id in request_ids:
             del self._running[request_id]
+            if self._routes is not None:
+                self._routes.drop(request_id)
         self._pending = deque(item for item in self._pending if item[0] not in groups)
         for group in groups:
             if not group.future.done():

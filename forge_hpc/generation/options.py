@@ -65,11 +65,15 @@ def engine_arguments(model_dir: str | Path, config: Config, device: str) -> dict
         # do ("does not use offset"). A prompt always fits into one step here.
         arguments["enable_chunked_prefill"] = False
         arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_memory_gib * _GIB)
+        if config.algorithm.routing_replay:  # the routes of what is not computed are not seen
+            arguments["enable_prefix_caching"] = False
     else:
         arguments["enforce_eager"] = engine.enforce_eager
         copy = _copy_share(Path(model_dir), config) if holds_a_copy(config) else 0.0
         arguments["gpu_memory_utilization"] = engine.gpu_memory_utilization - copy
         arguments["enable_sleep_mode"] = config.cluster.colocate
+        if config.algorithm.routing_replay:
+            arguments["enable_return_routed_experts"] = True
         if config.model.dtype != "float32":  # which FlashAttention does not take: vLLM chooses
             arguments["attention_backend"] = "FLASH_ATTN"
             arguments["hf_overrides"] = {"head_dtype": config.model.head_dtype}

@@ -1,11 +1,12 @@
-"""From a Hugging Face directory to a TorchTitan model: Qwen2, Qwen3 and Llama 3 of any size, and Qwen3 MoE.
+"""From a Hugging Face directory to a TorchTitan model: Qwen2, Qwen3, Llama 3 and Mistral of any size, and Qwen3 MoE.
 
 Dimensions come from ``config.json``. All families are built with rotary embeddings in Hugging Face's layout (halves
 rotated, not pairs), so every weight has the same values and shape on both sides: publishing and exporting them is
 renaming, whatever the sharding.
 
 TorchTitan 0.3.0 has no Qwen2. Its transformers backend would, but computes attention by flex alone, which has no
-backward pass on the CPU; so Qwen2 is Llama's block with a bias in the query, key and value projections.
+backward pass on the CPU; so Qwen2 is Llama's block with a bias in the query, key and value projections. Mistral is
+Llama's block as it is.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.tensor import DTensor
 from torchtitan.config import ParallelismConfig
-from torchtitan.models.common import CosSinRoPE, Embedding, RMSNorm
+from torchtitan.models.common import CosSinRoPE, Embedding, Linear, RMSNorm
 from torchtitan.models.common.config_utils import (
     make_ffn_config,
     make_gqa_config,
     make_moe_config,
     make_routed_experts_config,
-    make_router_config,
 )
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.param_init import skip_param_init
@@ -43,8 +44,12 @@ from torchtitan.models.qwen3.state_dict_adapter import Qwen3StateDictAdapter
 from torchtitan.protocols.module import Module
 
 from forge_hpc.config.errors import UserError
+from forge_hpc.config.models import num_experts_of
+from forge_hpc.expert_stacks import STACKED
+from forge_hpc.models.experts import Experts, Router
 from forge_hpc.models.head import LogprobHead
 
+_EXPERTS = ".routed_experts.inner_experts."
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 VALUE_HEAD = "score.weight"
 """Of a sequence classifier of one label, as transformers calls it."""
@@ -81,13 +86,30 @@ class LlamaRoPE(CosSinRoPE):
 
 
 class HFNames(Qwen3StateDictAdapter):
-    """Renames state dicts to and from Hugging Face's names: those of Qwen3 are Llama's too, and Qwen2's with biases."""
+    """Renames state dicts to and from Hugging Face's names: those of Qwen3 are Llama's too, and Qwen2's with biases.
+
+    A sharded stack of experts has one name here (``expert_stacks``), the same on all ranks.
+    """
 
     def __init__(self, model_config: Any, hf_assets_path: str | None = None) -> None:
         super().__init__(model_config, hf_assets_path)
         for letter in "qkv":
             hf_name = f"model.layers.{{}}.self_attn.{letter}_proj.bias"
             self.from_hf_map[hf_name] = f"layers.{{}}.attention.qkv_linear.w{letter}.bias"
+
+    def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """By Hugging Face's names; views, where they are not the tensors themselves."""
+        stacks = {name: value for name, value in state_dict.items() if _EXPERTS in name and isinstance(value, DTensor)}
+        named = super().to_hf({name: value for name, value in state_dict.items() if name not in stacks})
+        names = {ours: theirs for theirs, ours in self.from_hf_map.items() if ours is not None and _EXPERTS in ours}
+        for name, value in stacks.items():
+            layer = name.split(".")[1]
+            named[names[name.replace(layer, "{}", 1)].format(layer, STACKED)] = value
+        return named
+
+    def held_to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What this rank holds, for ``from_hf``: its own experts alone."""
+        return super().to_hf(state_dict)
 
 
 @dataclass(frozen=True)
@@ -136,6 +158,7 @@ def load_spec(
         "Qwen3ForCausalLM": (Qwen3Model, Qwen3TransformerBlock, parallelize_qwen3),
         "Qwen3MoeForCausalLM": (Qwen3Model, Qwen3TransformerBlock, parallelize_qwen3),
         "Qwen2ForCausalLM": (Llama3Model, Llama3TransformerBlock, parallelize_llama),
+        "MistralForCausalLM": (Llama3Model, Llama3TransformerBlock, parallelize_llama),
         "LlamaForCausalLM": (Llama3Model, Llama3TransformerBlock, parallelize_llama),
     }
     if architecture not in families:
@@ -150,6 +173,13 @@ def load_spec(
             f"trainer.training.seq_len needs {max_positions} positions; the model in {model_dir} has "
             f"{hf['max_position_embeddings']}",
             f"set trainer.training.seq_len to at most {hf['max_position_embeddings']}",
+        )
+    window = hf.get("sliding_window") if hf.get("model_type") == "mistral" else None
+    if window is not None and max_positions > window:
+        raise UserError(
+            f"trainer.training.seq_len needs {max_positions} positions; tokens of the model in {model_dir} see "
+            f"{window} back (sliding_window), which is supported where no document is longer",
+            f"set trainer.training.seq_len to at most {window}",
         )
     block = _block_config(hf, block_cls, inner_attention, max_positions)
     dim, vocab_size, is_tied = hf["hidden_size"], hf["vocab_size"], shares_head(model_dir, hf)
@@ -228,7 +258,7 @@ def load_hf_weights(model: nn.Module, spec: ModelSpec, model_dir: Path, *, needs
                 "name the export of a run of recipe=reward_model",
             )
         del titan_state["lm_head.weight"]
-    state = spec.adapter.to_hf(titan_state)
+    state = spec.adapter.held_to_hf(titan_state)
     # The adapter passes over names that it does not know.
     num_named = sum(".lora_" not in name for name in titan_state) - spec.is_tied
     assert spec.is_moe or len(state) == num_named, "a weight has no Hugging Face name"
@@ -270,7 +300,7 @@ def _block_config(
     dim, num_heads = hf["hidden_size"], hf["num_attention_heads"]
     head_dim = hf.get("head_dim") or dim // num_heads
     has_qkv_bias = hf.get("model_type") == "qwen2"
-    num_experts = hf.get("num_local_experts") or hf.get("num_experts")  # the name since transformers 5, and before
+    num_experts = num_experts_of(hf)
 
     def norm(size: int) -> RMSNorm.Config:
         return RMSNorm.Config(normalized_shape=size, eps=hf["rms_norm_eps"], param_init=_ONES)
@@ -332,24 +362,27 @@ def _moe_config(hf: dict[str, Any], num_experts: int) -> Any:
         )
     dim, top_k = hf["hidden_size"], hf["num_experts_per_tok"]
     expert_init = {name: _NORMAL["weight"] for name in ("w1_EFD", "w2_EDF", "w3_EFD")}
+    routed_experts = make_routed_experts_config(
+        dim=dim,
+        hidden_dim=hf["moe_intermediate_size"],
+        num_experts=num_experts,
+        top_k=top_k,
+        param_init=expert_init,
+        comm_backend="standard",
+    )
+    routed_experts.inner_experts = Experts.Config(
+        dim=dim, hidden_dim=hf["moe_intermediate_size"], num_experts=num_experts, param_init=expert_init
+    )
     return make_moe_config(
         num_experts=num_experts,
-        router=make_router_config(
-            dim=dim,
+        router=Router.Config(
             num_experts=num_experts,
-            gate_param_init=_NORMAL,
+            gate=Linear.Config(in_features=dim, out_features=num_experts, param_init=_NORMAL),
             top_k=top_k,
             score_func="softmax",
             route_norm=True,
         ),
-        routed_experts=make_routed_experts_config(
-            dim=dim,
-            hidden_dim=hf["moe_intermediate_size"],
-            num_experts=num_experts,
-            top_k=top_k,
-            param_init=expert_init,
-            comm_backend="standard",
-        ),
+        routed_experts=routed_experts,
         # A balancing bias would change the routing in the trainer alone: the generator knows nothing of it.
         load_balance_coeff=None,
     )

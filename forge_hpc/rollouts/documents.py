@@ -57,4 +57,5 @@ def _document(episode: Episode, prompt: list[int], completion: Completion) -> Do
         advantage=episode.advantage,
         policy_version=completion.policy_versions[0],
         prompt=episode.prompt.position,
+        routes=completion.routes,
     )

@@ -142,6 +142,11 @@ class TrainEngine(ModelShard, Stateful):
         if num_trained == 0:
             raise ValueError("no token of the documents is trained: every loss mask is empty")
         self._check_columns(batch)
+        if self._replays_routes and batch.routes is None:
+            raise UserError(
+                "algorithm.routing_replay, and the documents have no routes",
+                "have the recipe make them of completions, by forge_hpc.rollouts.documents",
+            )
         counts = (num_trained, batch.num_trained_sequences, batch.num_trained_groups)
         normalizer = step_normalizer(self.loss_fn, *counts)
         lr = float(self.lr_schedulers.schedulers[0].get_last_lr()[0])

@@ -17,6 +17,7 @@ from torchtitan.config import TORCH_DTYPE_MAP
 
 from forge_hpc.config.models import looks_local
 from forge_hpc.config.schema import Config, LoRAConfig
+from forge_hpc.expert_stacks import part_names, parts
 from forge_hpc.models.spec import VALUE_HEAD, ModelSpec
 from forge_hpc.training.lora import adapters_of, merge_adapters, whole
 
@@ -77,11 +78,12 @@ def export_hf(
     writer.do(lambda tmp: _begin(source_dir, tmp, dtype, ends, state.keys()))
     shards = _plan_shards(state, dtype)
     for index, names in enumerate(shards):
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name in names:
             full = whole(state[name].detach())
             if writer.is_needed:
-                tensors[name] = full.to("cpu", dtype).contiguous()
+                full = full.to("cpu", dtype).contiguous()
+                tensors |= parts(name, full)
         writer.do(partial(_save, tensors, _shard_name(index, len(shards))))
     if adapter is not None:
         tensors = {name: whole(tensor).to("cpu").contiguous() for name, tensor in adapter.tensors().items()}
@@ -237,7 +239,12 @@ def _add_ends(target: Path, ends: Sequence[int]) -> None:
 
 
 def _write_index(shards: list[list[str]], state: Mapping[str, torch.Tensor], dtype: torch.dtype, target: Path) -> None:
-    weight_map = {name: _shard_name(i, len(shards)) for i, names in enumerate(shards) for name in names}
+    weight_map = {
+        part: _shard_name(i, len(shards))
+        for i, names in enumerate(shards)
+        for name in names
+        for part in part_names(name, state[name])
+    }
     total_bytes = sum(tensor.numel() for tensor in state.values()) * dtype.itemsize
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -24,6 +24,7 @@ from forge_hpc.data.types import Document
 from forge_hpc.models.attention import attention_inputs
 from forge_hpc.models.context import shared_rows
 from forge_hpc.models.device import local_device
+from forge_hpc.models.experts import replay_routes
 from forge_hpc.models.head import Truncation
 from forge_hpc.models.spec import load_hf_weights
 from forge_hpc.training.build import Shape
@@ -65,6 +66,10 @@ class ModelShard:
         self.spec = self.shape.with_parts(spec, need)
         self.model = self.shape.build(self.spec, need, self.microbatch.mode if need.trained else "none")
         load_hf_weights(self.model, self.spec, model_dir, needs_head=not need.trained)
+        # Other models than the policy choose for themselves: the generator's experts are not theirs.
+        self._replays_routes = cfg.algorithm.routing_replay and need.trained and self.spec.has_logprobs
+        if self._replays_routes and not self.spec.is_moe:
+            raise UserError(f"algorithm.routing_replay, and the model in {model_dir} has no experts", "leave it off")
 
     def logprobs(self, documents: Sequence[Document]) -> list[np.ndarray]:
         """Log-probabilities of the documents' tokens under the current weights, at the training temperature.
@@ -157,6 +162,8 @@ class ModelShard:
     def _forward(self, microbatch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         """Log-probabilities and entropies of the labels, or values: [R, T] float32 each, of the trained ones at least,
         else 0."""
+        if self._replays_routes:
+            replay_routes(self.model, microbatch.get("routes"))
         hidden = self.model(
             microbatch["input_ids"], positions=microbatch["positions"], attention_masks=microbatch["attention"]
         )

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from forge_hpc.expert_stacks import STACKED
 from forge_hpc.weights.checksum import Checksum
 
 _ALIGNMENT_BYTES = 64
@@ -112,6 +113,21 @@ def _box(tensor: torch.Tensor, name: str, rank: int) -> tuple[torch.Tensor, tupl
     return (local, tuple(offsets)) if local.numel() else None
 
 
+def _parts(
+    tensor: torch.Tensor, name: str, rank: int
+) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]:
+    """Name, global shape, offsets and local tensor of what this rank publishes of a tensor: one, of a stack many."""
+    box = _box(tensor, name, rank)
+    if box is None:
+        return
+    local, offsets = box
+    if STACKED not in name:
+        yield name, tuple(tensor.shape), offsets, local
+        return
+    for index, part in enumerate(local, offsets[0]):
+        yield name.format(index), tuple(tensor.shape[1:]), offsets[1:], part
+
+
 def plan(
     state_dict: Mapping[str, torch.Tensor],
     *,
@@ -124,7 +140,8 @@ def plan(
 
     Of a replicated tensor the first rank of its mesh publishes the values, of a plain tensor rank 0. Empty shards of an
     uneven split are left out. A tensor larger than ``max_bucket_bytes`` has a bucket of its own. A tensor that has two
-    names (a tied head) lies there once.
+    names (a tied head) lies there once. A stack (a name with ``{}``, see ``expert_stacks``) is published as the tensors
+    that it is made of.
 
     Returns:
         The manifest, and for each shard that is to be written the local tensor (on its device, in its own dtype).
@@ -140,26 +157,24 @@ def plan(
         if (same := written.get(id(tensor))) is not None:
             shards.append(replace(same, name=name))
             continue
-        box = _box(tensor, name, rank)
-        if box is None:
-            continue
-        local, offsets = box
-        stored_dtype = dtype if dtype is not None and local.is_floating_point() else local.dtype
-        num_bytes = -(-local.numel() * stored_dtype.itemsize // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        if not bucket_bytes or bucket_bytes[-1] + num_bytes > max_bucket_bytes:
-            bucket_bytes.append(0)
-        shard = Shard(
-            name=name,
-            dtype=stored_dtype,
-            global_shape=tuple(tensor.shape),
-            offsets=offsets,
-            shape=tuple(local.shape),
-            bucket=len(bucket_bytes) - 1,
-            start_bytes=bucket_bytes[-1],
-        )
-        shards.append(shard)
-        written[id(tensor)], sources[shard] = shard, local.detach()
-        bucket_bytes[-1] += num_bytes
+        for part_name, global_shape, offsets, local in _parts(tensor, name, rank):
+            stored_dtype = dtype if dtype is not None and local.is_floating_point() else local.dtype
+            num_bytes = -(-local.numel() * stored_dtype.itemsize // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+            if not bucket_bytes or bucket_bytes[-1] + num_bytes > max_bucket_bytes:
+                bucket_bytes.append(0)
+            shard = Shard(
+                name=part_name,
+                dtype=stored_dtype,
+                global_shape=global_shape,
+                offsets=offsets,
+                shape=tuple(local.shape),
+                bucket=len(bucket_bytes) - 1,
+                start_bytes=bucket_bytes[-1],
+            )
+            shards.append(shard)
+            sources[shard] = local.detach()
+            written[id(tensor)] = shard
+            bucket_bytes[-1] += num_bytes
     return Manifest(version, rank, tuple(shards), tuple(bucket_bytes)), sources
 
 
