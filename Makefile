@@ -6,6 +6,7 @@
 # make chaos  faults against a run on a real Slurm cluster on this machine (root; SEED=n, ARGS='"fault"')
 # make browser  the pages of report and compare in a real browser, as wide as a phone and a desk (root once: Debian's Chromium)
 # make openenv  the environments of the docs against published OpenEnv servers, installed in a temporary folder
+# make peers  what plays and asks published packages of others, installed in a temporary folder
 # make light  the tests that need no torch, with another Python: PYTHON=python3.12, or SLURM=24.11 with its 3.13
 # make nfs    the run directory on real NFS, in virtual machines (root once; it takes minutes; ARGS="-k name")
 # make session  every command of forge-hpc on a real Slurm cluster on this machine: docs/session.md (root; ARGS=)
@@ -20,7 +21,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help demo browser session bench gpu-check test test-apptainer endings light chaos nfs openenv lint configuration requirements clean setup debian
+.PHONY: help demo browser session bench gpu-check test test-apptainer endings light chaos nfs openenv peers lint configuration requirements clean setup debian
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -107,6 +108,9 @@ chaos: setup debian
 
 openenv: setup
 	@exec $(BIN)/python -m pytest -m openenv tests/test_openenv_servers.py $(ARGS)
+
+peers: setup
+	@exec $(BIN)/python -m pytest -m peers tests/test_peers_*.py $(ARGS)
 
 session: setup debian
 	@exec $(BIN)/python tests/user_session.py --write docs/session.md $(ARGS)

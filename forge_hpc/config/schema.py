@@ -180,6 +180,9 @@ class EnvironmentConfig:
     completion a prompt."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments handed to the class, or to each call of an agent."""
+    python: str | None = setting(None, resume=FREE)
+    """Another Python (3.11 or newer, with NumPy and psutil) to run it in: that of a virtual environment which holds
+    what it needs, in versions of its own. By default the run's."""
     max_turns: int = setting(8, POSITIVE)
     """An episode ends after this many responses of the policy at the latest."""
     max_turn_tokens: int | None = setting(None, POSITIVE)

@@ -10,6 +10,7 @@ import difflib
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from datetime import date
 from pathlib import Path
@@ -420,6 +421,11 @@ def check_environment(cfg: Config, *, check_paths: bool = True, key: str = "") -
         raise UserError(f"{key}environment.name is {name!r}", "write package.module:Class or file.py:Class")
     if any(reward.name.rpartition(":")[2] == "environment" for reward in cfg.reward):
         raise UserError("a reward is called 'environment', as what the environment gives is", "rename its function")
+    if check_paths and cfg.environment.python and shutil.which(Path(cfg.environment.python).expanduser()) is None:
+        raise UserError(
+            f"{key}environment.python: there is no such program: {cfg.environment.python}",
+            "name the Python of a virtual environment: /path/to/venv/bin/python",
+        )
     if check_paths and place.endswith(".py"):
         find_user_code(f"{key}environment.name", Path(place).expanduser(), cls)
 

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -62,8 +63,9 @@ class EnvironmentPool:
         self._timeout_s = config.environment.timeout_s
         if self._name == "code":
             args.setdefault("sandbox", asdict(config.sandbox))
+        python = config.environment.python and str(Path(config.environment.python).expanduser())
         load = {"do": "load", "name": self._name, "args": args}
-        self._workers = WorkerPool("forge_hpc.environments.worker", f"the environment {self._name}", load)
+        self._workers = WorkerPool("forge_hpc.environments.worker", f"the environment {self._name}", load, python)
         self._hosts = [_Host(self._workers) for _ in range(num_workers or min(4, os.cpu_count() or 1))]
         self._turns: contextlib.AbstractAsyncContextManager[Any] = contextlib.nullcontext()
         """For each call, where the environment says how many there may be at once."""

@@ -29,8 +29,9 @@ class WorkerPool:
         await pool.close()
     """
 
-    def __init__(self, module: str, what: str, load: Mapping[str, Any]) -> None:
-        """``what`` the workers load, for messages; ``load`` is their first request."""
+    def __init__(self, module: str, what: str, load: Mapping[str, Any], python: str | None = None) -> None:
+        """``what`` the workers load, for messages; ``load`` is their first request; ``python`` not this one."""
+        self._python = python
         self._module, self._what, self._load = module, what, load
         self._workers: set[WorkerProcess] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -44,7 +45,7 @@ class WorkerPool:
         if self._closed:
             raise UserError(f"a process for {self._what} cannot be started: the run is ending")
         try:
-            worker = await WorkerProcess.start(self._module)
+            worker = await WorkerProcess.start(self._module, self._python)
         except OSError as error:
             raise UserError(f"a process for {self._what} cannot be started: {error}") from None
         self._workers.add(worker)
@@ -57,6 +58,7 @@ class WorkerPool:
             cause = f"that took longer than {_START_TIMEOUT_S:g} s"
         except WorkerLost as lost:
             cause = f"its process {lost}"
+            hint = self._python and f"has {self._python} NumPy and psutil? controller.log has what it said"
         except BaseException:
             worker.kill()
             raise

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from forge_hpc.workers.channel import Answer, frame
@@ -17,6 +18,19 @@ from forge_hpc.workers.channel import Answer, frame
 _END_TIMEOUT_S = 10.0
 _MAX_LINE_BYTES = 1 << 26
 """Of an answer."""
+
+
+_IN_ANOTHER_PYTHON = """
+import importlib.util, runpy, sys
+import numpy, psutil  # which the end of the worker needs, when nobody could be told
+folder, module = sys.argv[1:]
+name = module.partition(".")[0]
+spec = importlib.util.spec_from_file_location(name, folder + "/__init__.py", submodule_search_locations=[folder])
+sys.modules[name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules[name])
+runpy.run_module(module, run_name="__main__")
+"""
+"""Takes this package's folder, and a module of it to run."""
 
 
 class WorkerLost(Exception):
@@ -60,21 +74,27 @@ class WorkerProcess:
         self._reading = asyncio.create_task(self._read())
 
     @classmethod
-    async def start(cls, module: str) -> Self:
+    async def start(cls, module: str, python: str | None = None) -> Self:
         """Start ``python -m module``, which ``keep``s itself and makes a ``Channel``, one CPU core at a time.
+
+        Another ``python`` than this one imports from us this package alone, and all else from where it is installed.
 
         Raises OSError where the system has no process to give.
         """
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if python is None:
+            command, env["PYTHONPATH"] = [sys.executable, "-m", module], os.pathsep.join(filter(None, sys.path))
+        else:
+            command = [python, "-c", _IN_ANOTHER_PYTHON, str(Path(__file__).parents[1]), module]
+            env.pop("PYTHONPATH", None)
         return cls(
             await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                module,
+                *command,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 limit=_MAX_LINE_BYTES,
                 start_new_session=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+                env=env,
             )
         )
 
