@@ -110,7 +110,7 @@ openenv: setup
 	@exec $(BIN)/python -m pytest -m openenv tests/test_openenv_servers.py $(ARGS)
 
 peers: setup
-	@exec $(BIN)/python -m pytest -m peers $(ARGS)
+	@exec $(BIN)/python -m pytest -m peers tests/test_peers_*.py $(ARGS)
 
 session: setup debian
 	@exec $(BIN)/python tests/user_session.py --write docs/session.md $(ARGS)

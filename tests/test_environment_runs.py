@@ -85,12 +85,14 @@ def test_an_asynchronous_run_whose_episodes_wait_for_their_turn_keeps_the_stalen
 
 def test_the_page_about_your_own_environment_shows_one_that_works(tmp_path: Path) -> None:
     page = (PROJECT / "docs/environments.md").read_text()
-    [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    code, tools = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     settings, several, *servers = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL))
     (tmp_path / "capitals.py").write_text(code)
     settings["environment"]["name"] = f"{tmp_path}/{settings['environment']['name']}"
     config = Config(reward=settings["reward"], environment=EnvironmentConfig(**settings["environment"]))
     validate(config)
+    (tmp_path / "units.py").write_text(tools)
+    validate(Config(reward=[], environment=EnvironmentConfig(name=f"{tmp_path}/units.py:Units")))
     (tmp_path / "several.yaml").write_text(yaml.dump(several))
     validate(load_config(tmp_path / "several.yaml"))
     for server in servers:

@@ -60,6 +60,9 @@ ENVIRONMENTS = {
     "calculator": "forge_hpc.environments.calculator:Calculator",
     "guessing": "forge_hpc.environments.guessing:Guessing",
     "code": "forge_hpc.environments.code:Code",
+    "reasoning_gym": "forge_hpc.environments.reasoning_gym:ReasoningGym",
+    "skyrl_gym": "forge_hpc.environments.skyrl_gym:SkyRLGym",
+    "textarena": "forge_hpc.environments.textarena:TextArena",
 }
 MODELS = {
     "builtin:qwen3-tiny": "forge_hpc.data.builtin:write_tiny_qwen3",

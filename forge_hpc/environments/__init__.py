@@ -3,6 +3,7 @@
 from forge_hpc.environments.base import Environment, EnvironmentFull, Opening, Response, Step
 from forge_hpc.environments.load import load_environment
 from forge_hpc.environments.pool import EnvironmentFailed, EnvironmentPool
+from forge_hpc.environments.tools import Tools, tool
 
 __all__ = [
     "Environment",
@@ -12,5 +13,7 @@ __all__ = [
     "Opening",
     "Response",
     "Step",
+    "Tools",
     "load_environment",
+    "tool",
 ]

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from forge_hpc.data.tool_calls import BadToolCall, ToolCall, ToolFormat
 from forge_hpc.data.types import Prompt
 
-Opening = list[dict[str, str]] | str | None
+Opening = dict[str, Any] | list[dict[str, str]] | str | None
 """What an episode begins with: chat messages, the text of one user message (without a chat template: the raw prompt),
-or None for the prompt as the data has it."""
+or None for the prompt as the data has it. With tools that the chat template is told: ``{"messages": any of these,
+"tools": [{"type": "function", "function": {…}}]}``."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,19 @@ class Response(str):
 
     truncated: bool
     """A limit cut it off: it has no end, and perhaps no answer."""
+    calls: list[ToolCall]
+    """The calls of tools in it, written as the chat template tells its model to; none where it knows of no tools."""
+    bad_call: str | None
+    """Why what begins as a call of a tool is none, or None."""
 
-    def __new__(cls, text: str, truncated: bool = False) -> Response:
+    def __new__(cls, text: str, truncated: bool = False, tools: ToolFormat | None = None) -> Response:
+        """``tools`` is how calls are written."""
         response = super().__new__(cls, text)
-        response.truncated = truncated
+        response.truncated, response.calls, response.bad_call = truncated, [], None
+        try:
+            response.calls = [] if tools is None else tools.read(text)[1]
+        except BadToolCall as error:
+            response.bad_call = str(error)
         return response
 
 

@@ -17,8 +17,9 @@ from forge_hpc.config.schema import Config
 from forge_hpc.data.mixture import open_sources
 from forge_hpc.data.prompts import PromptStream, evaluation_prompts
 from forge_hpc.data.source import load_eval_examples
+from forge_hpc.data.tool_calls import HERMES
 from forge_hpc.data.types import Prompt
-from forge_hpc.environments.base import Opening, Step
+from forge_hpc.environments.base import Opening, Response, Step
 from forge_hpc.environments.pool import EnvironmentFailed, EnvironmentPool
 
 _QUOTES = '"""'
@@ -81,7 +82,7 @@ async def _talk(config: Config, environment: Any) -> int:
         if response is None:
             print(f"\nend of the input: {_total(rewards)}, not done")
             return 0
-        step = await environment.step(response)
+        step = await environment.step(Response(response, tools=HERMES))
         rewards += [] if step.reward is None else [step.reward]
         info = f", info {json.dumps(step.info, ensure_ascii=False)}" if step.info else ""
         _show(f"{step.role}, reward {'none' if step.reward is None else f'{step.reward:g}'}{info}", step.observation)
@@ -111,6 +112,9 @@ def _read(label: str) -> str | None:
 
 
 def _text(opening: Opening, prompt: Prompt) -> str:
+    if isinstance(opening, dict):
+        tools = "".join(f"[tool] {json.dumps(tool['function'], ensure_ascii=False)}\n" for tool in opening["tools"])
+        return tools + _text(opening.get("messages"), prompt)
     if opening is None:
         return prompt.question
     return opening if isinstance(opening, str) else "\n".join(f"[{m['role']}] {m['content']}" for m in opening)

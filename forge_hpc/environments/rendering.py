@@ -21,7 +21,7 @@ from typing import Any
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import DataConfig
-from forge_hpc.data.template import TemplateRefused, render_chat
+from forge_hpc.data.template import TemplateRefused, render_chat, takes_tools
 from forge_hpc.data.types import Prompt
 from forge_hpc.environments.base import Opening, Step
 
@@ -42,13 +42,20 @@ class ConversationRenderer:
 
     def opening(self, prompt: Prompt, opening: Opening) -> Prompt:
         """The prompt with what the environment begins with in place of its own text."""
+        tools: list[dict[str, Any]] = []
+        if isinstance(opening, dict):
+            tools = opening["tools"]
+            opening = prompt.question if opening.get("messages") is None else opening["messages"]
+            assert not isinstance(opening, dict)
         if opening is None:
             return prompt
+        if tools and not self._data.chat_template:
+            raise UserError("the environment has tools, and data.chat_template is false", "set data.chat_template=true")
         if self._data.chat_template:
             messages = [{"role": "user", "content": opening}] if isinstance(opening, str) else list(opening)
             if self._data.system_prompt is not None and messages[0]["role"] != "system":
                 messages.insert(0, {"role": "system", "content": self._data.system_prompt})
-            text = self._render(messages)
+            text = self._render(messages, tools)
         elif isinstance(opening, str):
             text = opening
         else:
@@ -86,9 +93,15 @@ class ConversationRenderer:
             self._frames[role] = self._encode(before), self._encode(after)
         return self._frames[role]
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
+    def _render(self, messages: list[dict[str, str]], tools: list[dict[str, Any]] | None = None) -> str:
+        options = {"tools": tools} if tools else {}
         try:
-            return render_chat(self._tokenizer, self._data, messages, add_generation_prompt=True)
+            if tools and not takes_tools(self._tokenizer, self._data, messages, tools):
+                raise UserError(
+                    "the environment has tools, and the model's chat template takes none",
+                    "take a model whose template does, or an environment that writes its tools into its opening",
+                )
+            return render_chat(self._tokenizer, self._data, messages, add_generation_prompt=True, **options)
         except TemplateRefused as error:
             raise UserError(
                 str(error), "an environment may say Step(role='user') where the template has no 'tool'"

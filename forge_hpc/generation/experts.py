@@ -28,7 +28,7 @@ def set_up_experts_anew(worker: Any) -> None:
     for module in worker.model_runner.get_model().modules():
         method = getattr(module, "quant_method", None)
         if isinstance(method, UnquantizedFusedMoEMethod):
-            method._setup_kernel = partial(set_up, method)
+            method._setup_kernel = partial(set_up, method)  # type: ignore[method-assign]
 
 
 class RouteRecorder:

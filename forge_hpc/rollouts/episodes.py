@@ -27,6 +27,7 @@ from typing import Any, TypeAlias
 
 from forge_hpc.config import Config
 from forge_hpc.config.schema import SamplingConfig
+from forge_hpc.data.tool_calls import tool_format
 from forge_hpc.data.types import Completion, Episode, Prompt, Turn
 from forge_hpc.environments import EnvironmentFailed, EnvironmentPool, Response
 from forge_hpc.environments.rendering import ConversationRenderer
@@ -107,6 +108,7 @@ class EpisodePlayer(Admission):
     ) -> None:
         super().__init__(config, environments)
         self._renderer = ConversationRenderer(tokenizer, config.data)
+        self._tools = tool_format(tokenizer.chat_template) if config.data.chat_template else None
         self._generate = generate
         self._num_generators = num_generators
         self._shares: dict[int, Slots] = {}
@@ -190,7 +192,7 @@ class EpisodePlayer(Admission):
                 _add_response(completion, response, is_first=turn == 0)
                 truncated = response.finish_reason == "length"
                 num_truncated += truncated
-                step = await environment.step(Response(response.text, truncated))
+                step = await environment.step(Response(response.text, truncated, self._tools))
                 if step.reward is not None:
                     rewards.append(step.reward)
                 transcript += [
