@@ -7,7 +7,7 @@ have; there an engine that runs in this process is watched. All of this runs in 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ def set_up_experts_anew(worker: Any) -> None:
     for module in worker.model_runner.get_model().modules():
         method = getattr(module, "quant_method", None)
         if isinstance(method, UnquantizedFusedMoEMethod):
-            method._setup_kernel = partial(set_up, method)  # type: ignore[method-assign]
+            cast(Any, method)._setup_kernel = partial(set_up, method)
 
 
 class RouteRecorder:
