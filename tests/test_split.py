@@ -143,12 +143,12 @@ def test_ranks_that_share_rows_are_counted_among_the_trainer_processes():
     shard, cp = "trainer.parallelism.data_parallel_shard_degree", "trainer.parallelism.context_parallel_degree"
     placed(8, "cluster.nodes=4", f"{cp}=16")  # over nodes
     placed(8, "cluster.nodes=4", f"{cp}=2", f"{shard}=8")
+    placed(8, "cluster.nodes=4", f"{cp}=2", "trainer.parallelism.tensor_parallel_degree=2", f"{shard}=4")
     assert "context 2" in refused(8, "cluster.nodes=4", f"{cp}=2", f"{shard}=16").message
     assert "context 3" in refused(8, "cluster.nodes=4", f"{cp}=3").message
     assert placed(8, f"{cp}=4", "cluster.rollout_ratio=0.2").trainer_procs == 4
-    for other in ("tensor_parallel_degree=2", "expert_parallel_degree=2"):
-        error = refused(8, "cluster.nodes=4", f"{cp}=2", f"trainer.parallelism.{other}")
-        assert f"context_parallel_degree=2 does not go with {other}" in error.message
+    error = refused(8, "cluster.nodes=4", f"{cp}=2", "trainer.parallelism.expert_parallel_degree=2")
+    assert "context_parallel_degree=2 does not go with expert_parallel_degree=2" in error.message
     batch = ("rollout.prompts_per_step=1", "rollout.group_size=8")
     refused(8, "cluster.nodes=4", *batch)
     placed(8, "cluster.nodes=4", *batch, f"{cp}=2")

@@ -428,10 +428,9 @@ def _check_degrees(cfg: Config, placement: Placement, needs: Needs) -> None:
             f"{_count(local, 'trainer process', 'trainer processes')} of a node",
             f"choose one of {_divisors(local)}{more}",
         )
-    if cp > 1 and max(tp, ep) > 1:
-        other = f"tensor_parallel_degree={tp}" if tp > 1 else f"expert_parallel_degree={ep}"
+    if cp > 1 and ep > 1:
         raise UserError(
-            f"trainer.parallelism.context_parallel_degree={cp} does not go with {other}",
+            f"trainer.parallelism.context_parallel_degree={cp} does not go with expert_parallel_degree={ep}",
             "leave that one out: ranks that share rows share the weights too, as FSDP does",
         )
     known = _known_degrees(cfg)

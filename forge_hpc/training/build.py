@@ -155,6 +155,8 @@ class Shape:
             if compile_config.enable:
                 apply_compile(model, compile_config=compile_config, parallel_dims=dims)
         else:
+            if model.enable_weight_tying:
+                _keep_tied(model)
             model = spec.parallelize(
                 model,
                 parallel_dims=_as_data_parallel(dims),
@@ -181,6 +183,21 @@ class Shape:
     def _resharding(self) -> ParallelismConfig:
         """What has visited the GPU leaves it again, on one rank too."""
         return dataclasses.replace(self.parallelism, fsdp_reshard_after_forward="always")
+
+
+def _keep_tied(model: Any) -> None:
+    """Tie the embeddings again once tensor parallelism has distributed both modules, before FSDP sees them.
+
+    TorchTitan 0.3.0 ties them after FSDP, which then keeps two parameters with one tensor: it is gathered twice, and
+    where a shard is padded one of the two stays what it was before the first step.
+    """
+    parallelize = model.parallelize
+
+    def parallelize_and_tie(dims: ParallelDims) -> None:
+        parallelize(dims)
+        model.tok_embeddings.weight = model.lm_head.weight
+
+    model.parallelize = parallelize_and_tie
 
 
 def _use_plain_sums(model: torch.nn.Module) -> None:
