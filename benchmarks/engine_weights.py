@@ -34,6 +34,7 @@ from forge_hpc.actors.trainer import Trainer
 from forge_hpc.config import Config
 from forge_hpc.controller.generators import WeightSync
 from forge_hpc.controller.service import Service
+from forge_hpc.controller.store_at_need import StoreAtNeed
 from forge_hpc.controller.trainers import Trainers
 from forge_hpc.weights import WeightStore
 from forge_hpc.weights.checksum import Checksum, checksum
@@ -195,7 +196,8 @@ async def measure(args: argparse.Namespace) -> None:
 
     meshes = [spawn("volume", 1, []), spawn("trainer", len(trainer_gpus), trainer_gpus)]
     meshes.append(spawn("generator", 1, generator_gpus))
-    store = await WeightStore.start(meshes[0], len(trainer_gpus))
+    store = StoreAtNeed(lambda: WeightStore.start(meshes[0], len(trainer_gpus)))
+    await store.open()
     trainer_mesh = meshes[1].spawn("trainer", BenchTrainer, cfg, log_dir)
     trainers = Trainers(trainer_mesh, 600.0, asyncio.get_running_loop().create_future())
     theirs = copy.deepcopy(cfg)  # of its own: the trainer plans its memory for a node that has one GPU

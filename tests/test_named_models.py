@@ -256,8 +256,8 @@ def test_what_is_published_is_whole_though_a_recipe_trains_on_at_once(
         trainer._snapshot = lambda *args: None  # no memory for a copy that is read in place
         policy = trainer._models.policy
         before = {name: tensor.clone() for name, tensor in policy.hf_state_dict().items()}
-        await ask(Trainer.publish, trainer, None, 1)
-        waiter = asyncio.create_task(ask(Trainer.store, trainer, None, 1)) if waits else None
+        await ask(Trainer.publish, trainer, "the store", 1)
+        waiter = asyncio.create_task(ask(Trainer.store, trainer, "the store", 1)) if waits else None
         await asyncio.sleep(0)
         # Not the critic's step, which publishes nothing; the policy's, where the weights themselves are read.
         await ask(Trainer.train_step, trainer, with_returns(4), True, 100.0, "critic")
@@ -270,7 +270,7 @@ def test_what_is_published_is_whole_though_a_recipe_trains_on_at_once(
         assert len(store.stored) < len(before)
         store.go_on.set()
         await stepping
-        await (waiter or ask(Trainer.store, trainer, None, 1))
+        await (waiter or ask(Trainer.store, trainer, "the store", 1))
         assert policy.step == 1
         assert all(torch.equal(store.stored[name], tensor) for name, tensor in before.items())
         assert not all(torch.equal(policy.hf_state_dict()[name], tensor) for name, tensor in before.items())
@@ -289,7 +289,7 @@ def test_what_is_offered_is_whole_though_training_goes_on_and_may_be_put_into_th
             starts = manifest.bucket_starts()
             stored.update({s.name: s.view(data[starts[s.bucket] :]).clone() for s in manifest.shards})
 
-        monkeypatch.setattr("forge_hpc.weights.bucket_limit", lambda store, rank: 1 << 16)
+        monkeypatch.setattr("forge_hpc.weights.MESSAGE_BYTES", 1 << 16)
         monkeypatch.setattr("forge_hpc.weights.publish_buckets", put)
         trainer = trainer_on(config(), model_dir)
         policy = trainer._models.policy

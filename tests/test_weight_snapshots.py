@@ -223,7 +223,8 @@ class Parts:
         self.answers, self.offers = list(answers), offers
         self.calls: list[Any] = []
         self.told: list[str] = []
-        self.timeout_s, self.spec = 60.0, None
+        self.timeout_s = 60.0
+        self.spec: str | None = None
         self.generators: Any = self
         self.load: Any = self
         self.gate: asyncio.Event | None = None
@@ -233,12 +234,18 @@ class Parts:
         return Offer(version, ()) if self.offers else None
 
     async def store(self, spec: Any, version: int) -> None:
+        assert spec is not None
         self.calls.append(("store", version))
 
     async def commit(self, version: int) -> None:
         self.calls.append(("commit", version))
 
+    async def open(self) -> Any:
+        self.spec = self.spec or "the store"
+        return self.spec
+
     async def fanout(self, spec: Any, version: int, offer: Offer | None, again: bool = False) -> list[str | None]:
+        assert spec is not None or offer is not None
         self.calls.append(("load", version, offer is not None, again))
         if offer is not None:
             return list(self.answers)
@@ -268,6 +275,7 @@ def test_generators_in_reach_of_the_trainers_memory_leave_the_store_empty() -> N
             ("load", 2, True, False),
         ]
         assert parts.told == ["weights: CUDA IPC"]
+        assert parts.spec is None  # and it is not even started
 
     asyncio.run(scenario())
 
@@ -289,8 +297,13 @@ def test_a_generator_out_of_reach_takes_the_store_from_then_on_and_the_others_re
 def test_where_a_rank_has_no_memory_for_a_copy_the_store_has_the_version() -> None:
     async def scenario() -> None:
         parts = Parts("", offers=False)
-        await bring(parts.sync(), 1)
-        assert parts.calls[1:] == [("store", 1), ("commit", 1), ("load", 1, False, False)]
+        weights = parts.sync()
+        await bring(weights, 1)
+        asked = ("publish", 1, [], False, True)  # and again, with a store
+        assert parts.calls == [asked, asked, ("store", 1), ("commit", 1), ("load", 1, False, False)]
+        parts.calls.clear()
+        await bring(weights, 2)
+        assert [call[0] for call in parts.calls] == ["publish", "store", "commit", "load"]
         assert parts.told == ["weights: messages"]
 
     asyncio.run(scenario())

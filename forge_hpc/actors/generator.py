@@ -183,7 +183,9 @@ class Generator(Actor):
             self._named.pop(name, None)
 
     @concurrent_endpoint
-    async def load(self, store: StoreSpec, version: int, offer: Offer | None = None, again: bool = False) -> str | None:
+    async def load(
+        self, store: StoreSpec | None, version: int, offer: Offer | None = None, again: bool = False
+    ) -> str | None:
         """Take a policy version while requests go on: out of the trainers' memory where it is offered, else from the
         store.
 
@@ -199,6 +201,7 @@ class Generator(Actor):
         if again and not self._waits_for_store:
             return ""
         if offer is None:
+            assert store is not None, "what is not offered is in the store"
             tensors = await pull(store, version)
             await self._engine.load_weights(version, tensors.items())
             self._waits_for_store = False

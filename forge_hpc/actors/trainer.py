@@ -165,7 +165,7 @@ class Trainer(Actor):
     @concurrent_endpoint
     async def publish(
         self,
-        store: StoreSpec,
+        store: StoreSpec | None,
         version: int,
         in_use: Collection[int] = (),
         stores: bool = False,
@@ -178,13 +178,16 @@ class Trainer(Actor):
         returns, and ``store`` waits for it.
 
         Args:
+            store: None where it has not been started: without memory for a copy nothing is published then.
             in_use: versions that a generator may still be reading.
             with_checksum: generators verify what they have got.
         """
         from forge_hpc.weights import publish
 
         await self._publishing.done()
-        part = await self._in_thread(self._snapshot, store, version, in_use, with_checksum)
+        part = await self._in_thread(self._snapshot, version, in_use, with_checksum)
+        if store is None:
+            return part
         if part is None:
             copies = self._config.rollout.max_staleness > 0
             weights = await self._in_thread(self._weights, copies)
@@ -218,17 +221,17 @@ class Trainer(Actor):
         self._publishing.begin(storing, reads_weights=False)
         self._stored = version
 
-    def _snapshot(self, store: StoreSpec, version: int, in_use: Collection[int], with_checksum: bool) -> Part | None:
+    def _snapshot(self, version: int, in_use: Collection[int], with_checksum: bool) -> Part | None:
         from torchtitan.config import TORCH_DTYPE_MAP
 
         from forge_hpc.models.device import local_device
-        from forge_hpc.weights import Snapshots, bucket_limit
+        from forge_hpc.weights import MESSAGE_BYTES, Snapshots
 
         policy = self._models.policy
         if self._snapshots is None:
             dtype = TORCH_DTYPE_MAP[self._config.model.dtype]
-            limit, changes = bucket_limit(store, self._rank), self._config.generator.send_changes
-            self._snapshots = Snapshots(self._rank, dtype, local_device(), limit, keeps_previous=changes)
+            changes = self._config.generator.send_changes
+            self._snapshots = Snapshots(self._rank, dtype, local_device(), MESSAGE_BYTES, keeps_previous=changes)
             self._server = self._serve(self._snapshots)
         parameters, weights = policy.model.parameters(), partial(policy.published, cast=False)
         part = self._snapshots.take(version, weights, parameters, in_use=in_use, with_checksum=with_checksum)

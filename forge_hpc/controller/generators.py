@@ -18,10 +18,11 @@ from forge_hpc.config import Config
 from forge_hpc.controller.kept import KeptMesh, KeptMeshes, stop_mesh
 from forge_hpc.controller.recovery import Recoveries
 from forge_hpc.controller.service import ActorLost, Service, answer, cause_of, reason_of
+from forge_hpc.controller.store_at_need import StoreAtNeed
 from forge_hpc.controller.trainers import Trainers
 from forge_hpc.controller.turns import Turns
 from forge_hpc.rollouts.buffer import EpisodeBuffer
-from forge_hpc.weights import Offer, VersionNotFoundError, WeightStore
+from forge_hpc.weights import Offer, VersionNotFoundError
 
 logger = logging.getLogger(__name__)
 STOP_S = 60.0
@@ -357,7 +358,7 @@ class WeightSync:
     def __init__(
         self,
         trainers: Trainers,
-        store: WeightStore,
+        store: StoreAtNeed,
         generators: Service,
         buffer: EpisodeBuffer | None,
         tell: Callable[[str], None] = logger.info,
@@ -402,13 +403,19 @@ class WeightSync:
             in_use = [held for held, num in self._readers.items() if num]
             verify = self._verify or self.version is None
             async with self._turns.training() if self._turns is not None else contextlib.nullcontext():
-                offer = await self._trainers.publish(
-                    self._store.spec, version, in_use, stores=self._stores, with_checksum=verify
-                )
+                offer = await self._offered(version, in_use, verify)
             self.is_changed = False
             self._delivery = asyncio.create_task(self._deliver(version, start, offer))
         else:
             self._delivery = asyncio.create_task(self._relabel(version, start))
+
+    async def _offered(self, version: int, in_use: Sequence[int], verify: bool) -> Offer | None:
+        """What the trainers have copied; None where one of them has no memory for that: then it goes into the store."""
+        options = {"stores": self._stores, "with_checksum": verify}
+        offer = await self._trainers.publish(self._store.spec, version, in_use, **options)
+        if offer is None and self._store.spec is None:  # nothing has been published
+            offer = await self._trainers.publish(await self._store.open(), version, in_use, **options)
+        return offer
 
     async def delivered(self) -> None:
         """Wait until all generators hold the version published last. Raises what went wrong on the way."""
@@ -453,7 +460,7 @@ class WeightSync:
         async with self._storing:
             if self._in_store == version:
                 return
-            await self._trainers.store(self._store.spec, version)
+            await self._trainers.store(await self._store.open(), version)
             async with asyncio.timeout(self._trainers.timeout_s):
                 await self._store.commit(version)
             self._in_store = version

@@ -35,6 +35,7 @@ from forge_hpc.controller.recovery import Leave, Recoveries
 from forge_hpc.controller.resume import find_checkpoint
 from forge_hpc.controller.saving import Saver
 from forge_hpc.controller.service import ActorLost, Service, answer
+from forge_hpc.controller.store_at_need import StoreAtNeed
 from forge_hpc.controller.trainers import Trainers
 from forge_hpc.controller.turns import Turns
 from forge_hpc.data.hub import load_tokenizer, resolve_model
@@ -121,7 +122,6 @@ class Session:
         self._buffer: EpisodeBuffer | None = None
         self._weights: WeightSync | None = None
         self._turns: Turns | None = None
-        self._starting_store: asyncio.Task[WeightStore] | None = None
         self._evaluator: Evaluator | None = None
         self._sft: SFTMix | None = None
         self._players: dict[str, EpisodePlayer | AgentPlayer | None] = {}
@@ -133,7 +133,7 @@ class Session:
         self._meshes: dict[str, Any] = {}
         self._trainer_mesh: KeptMesh
         self._volumes: KeptMesh | None = None
-        self._store: WeightStore | None = None
+        self._store: StoreAtNeed | None = None
         self._closing: list[Callable[[], Awaitable[Any]]] = []
         self._step_ended = time.perf_counter()
         self._checkpoint_s = 0.0
@@ -229,9 +229,8 @@ class Session:
                 raise await why_not_spawned(self.cluster, nodes, "trainers", error) from error
             mesh = procs.spawn(name, Trainer, self.cluster.told(config), self.log_dir, here)
             self._trainer_mesh = KeptMesh(name, procs, mesh, self.cluster.layout("trainer"))
-        if self.needs.generators == "beside":
-            self._starting_store = asyncio.create_task(self._start_store())  # imports take as long as the models
-            self._on_close(self._end_store)
+        self._store = StoreAtNeed(self._start_store)
+        self._on_close(self._store.close)
         self._turns = self._pool.turns
         turn = self._turns.training if self._turns is not None else contextlib.nullcontext
         self._trainers = Trainers(mesh, config.trainer.timeout_s, self.lost, turn, self._frozen)
@@ -374,12 +373,11 @@ class Session:
         if self.needs.learns_from == "samples":
             self._buffer = episode_buffer(self.config, self.step, self._prompts.position, self._prompts.ahead)
             self._buffer.restore(self._restored_groups, self.state)
-        assert self._starting_store is not None, "the trainers have been started"
-        store = self._store = await self._starting_store
+        assert self._store is not None, "the trainers have been started"
         is_first = self._pool.weights is None
         self._weights = self._pool.weights = WeightSync(
             self.trainers,
-            store,
+            self._store,
             self.generators,
             self._buffer,
             self._tell,
@@ -401,14 +399,6 @@ class Session:
         self._volumes = kept
         start = WeightStore.start(self._spawned(kept.name, kept.procs), self.cluster.placement.trainer_procs)
         return await with_timeout(start, self.config.cluster.start_timeout_s, "the weight store did not start")
-
-    async def _end_store(self) -> None:
-        """Its processes are ended with the others; what became of its start tells nobody anything any more."""
-        assert self._starting_store is not None
-        self._starting_store.cancel()
-        await asyncio.wait({self._starting_store})
-        if not self._starting_store.cancelled():
-            self._starting_store.exception()
 
     def _phase(self, name: str) -> None:
         if self.phases is not None:
@@ -816,7 +806,7 @@ class Session:
             await self._saver.saved()
         self._hands_over = True
         await self.close()
-        if self._store is not None and self._volumes is not None and self._volumes.name in self._meshes:
+        if self._store is not None and self._store.is_open and self._volumes and self._volumes.name in self._meshes:
             with contextlib.suppress(Exception):  # then its processes are ended below
                 await asyncio.wait_for(self._store.stop(), REST_S)
                 self._keep("volume", self._volumes)

@@ -111,7 +111,7 @@ class Trainers:
 
     async def publish(
         self,
-        store: StoreSpec,
+        store: StoreSpec | None,
         version: int,
         in_use: Collection[int] = (),
         *,
@@ -119,8 +119,8 @@ class Trainers:
         with_checksum: bool = False,
     ) -> Offer | None:
         """Copy the policy's weights to where generators can read them, and begin to publish them into the store where
-        ``stores`` says so or a rank has no memory for the copy: then there is no offer. No step of the policy begins
-        before they are copied or in the store."""
+        ``stores`` says so or a rank has no memory for the copy: then there is no offer (and, without a ``store``,
+        nothing has been published yet). No step of the policy begins before they are copied or in the store."""
         from forge_hpc.weights import Offer
 
         parts = await self._call_all("publish", store, version, frozenset(in_use), stores, with_checksum)

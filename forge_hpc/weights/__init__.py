@@ -7,11 +7,11 @@ from forge_hpc.weights.memory import Unreachable
 from forge_hpc.weights.remote import RemoteReader, Served
 from forge_hpc.weights.snapshots import Offer, Opened, Part, Snapshots, opened
 from forge_hpc.weights.store import (
+    MESSAGE_BYTES,
     StoreSpec,
     VersionExistsError,
     VersionNotFoundError,
     WeightStore,
-    bucket_limit,
     publish,
     publish_buckets,
     pull,
@@ -19,6 +19,7 @@ from forge_hpc.weights.store import (
 )
 
 __all__ = [
+    "MESSAGE_BYTES",
     "CorruptWeightsError",
     "IncompleteVersionError",
     "LinkReader",
@@ -33,7 +34,6 @@ __all__ = [
     "VersionExistsError",
     "VersionNotFoundError",
     "WeightStore",
-    "bucket_limit",
     "links_dir",
     "opened",
     "publish",
