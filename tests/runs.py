@@ -154,9 +154,7 @@ def unexplained_metrics(run_dir: Path) -> set[str]:
     known = re.compile("|".join(map(pattern_of, explained_metrics())))
     keys = {without_source(key) for record in read(run_dir) for key in record}
     of_sets = {without_source(key) for record in read(run_dir, "evaluations.jsonl") for key in record}
-    keys |= {
-        key if known.fullmatch(key) else key.partition("/")[2] or key for key in of_sets
-    }  # without a label
+    keys |= {key if known.fullmatch(key) else key.partition("/")[2] or key for key in of_sets}  # without a label
     return {key for key in keys if not known.fullmatch(key)}
 
 
