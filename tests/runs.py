@@ -153,7 +153,8 @@ def unexplained_metrics(run_dir: Path) -> set[str]:
     """What a run has written, and docs/metrics.md does not explain."""
     known = re.compile("|".join(map(pattern_of, explained_metrics())))
     keys = {without_source(key) for record in read(run_dir) for key in record}
-    keys |= {key.rpartition("/")[2] for record in read(run_dir, "evaluations.jsonl") for key in record}  # of any set
+    of_sets = {without_source(key) for record in read(run_dir, "evaluations.jsonl") for key in record}
+    keys |= {key if known.fullmatch(key) else key.partition("/")[2] or key for key in of_sets}  # without a label
     return {key for key in keys if not known.fullmatch(key)}
 
 
