@@ -22,8 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rows import PROJECT, row
-from whole_run import LARGE, REWARD
+from whole_run import LARGE, REWARD, on_gpus
 
 from forge_hpc.data.builtin import write_tiny_qwen3
 
@@ -112,20 +113,13 @@ def main() -> None:
 
 def own_model(directory: Path) -> list[str]:
     """Overrides for a run of a model that is made here; a step takes seconds on a GPU."""
-    is_large = gpus_of_this_machine() > 0
-    write_tiny_qwen3(directory / "model", seed=0, **(LARGE if is_large else {}))
+    gpus = torch.cuda.device_count()
+    write_tiny_qwen3(directory / "model", seed=0, **(LARGE if gpus else {}))
     (directory / "reward.py").write_text(REWARD)
     overrides = [f"model.path={directory / 'model'}", f"reward=[{{name: {directory / 'reward.py'}:length}}]"]
     overrides += ["trainer.training.steps=10000", "evaluation.num_prompts=0", "trainer.optimizer.lr=1e-6"]
     overrides += ["rollout.max_staleness=1", "algorithm.max_steps_without_signal=1000000", "checkpoint.interval=5"]
-    large = ["model.dtype=bfloat16", "trainer.training.seq_len=4096", "rollout.max_response_tokens=512"]
-    return overrides + (large if is_large else ["generator.replicas=2"])
-
-
-def gpus_of_this_machine() -> int:
-    import torch
-
-    return torch.cuda.device_count()
+    return overrides + ([*on_gpus(gpus), "rollout.max_response_tokens=512"] if gpus else ["generator.replicas=2"])
 
 
 def measure(run: Watched) -> None:

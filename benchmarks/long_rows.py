@@ -36,7 +36,7 @@ def train(rank: int, ranks: int, directory: Path, args: argparse.Namespace, resu
 
     checkpointing = "full" if ranks == 1 else "auto"
     overrides = [
-        f"model.path={directory / 'model'}", f"cluster.gpus_per_node={ranks if on_gpu else 0}",
+        f"model.path={directory / 'model'}", f"cluster.gpus_per_node={2 * ranks if on_gpu else 0}",
         f"trainer.training.seq_len={args.tokens}", "trainer.training.local_batch_size=1",
         f"trainer.activation_checkpoint.mode={checkpointing}",
         f"trainer.parallelism.context_parallel_degree={ranks}", *args.overrides,

@@ -29,6 +29,7 @@ from forge_hpc.data.builtin import write_tiny_qwen3
 
 EPISODES, GROUP_SIZE, WARM_UP_STEPS = 128, 8, 4
 TASKS = {"short": (8, {}), "long": (512, {"dim": 448, "hidden_dim": 1344, "num_layers": 9, "num_heads": 14})}
+PARTS = {"short": 1, "long": 8}  # microbatches of TRL's trainer: 128 responses of 512 tokens at once take over 24 GB
 TARGETS = {"short": 1.2, "long": 2.5}
 REWARD = "def length(prompt, response, target, **fields):\n    return len(response) / 100\n"
 THEIRS = """
@@ -37,7 +38,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-model, prompts, out, steps, length, episodes, group_size = json.loads(sys.argv[1])
+model, prompts, out, steps, length, episodes, group_size, parts = json.loads(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
 seconds = []
 
@@ -55,7 +56,8 @@ trainer = GRPOTrainer(
     processing_class=tokenizer,
     callbacks=[Clock()],
     args=GRPOConfig(
-        output_dir=out, per_device_train_batch_size=episodes, num_generations=group_size, max_steps=steps, beta=0.0,
+        output_dir=out, per_device_train_batch_size=episodes // parts, gradient_accumulation_steps=parts,
+        num_generations=group_size, max_steps=steps, beta=0.0,
         max_completion_length=length, temperature=1.0, learning_rate=1e-6, use_cpu=True, bf16=False, report_to=[],
         save_strategy="no", logging_strategy="no", gradient_checkpointing=False, disable_tqdm=True,
         shuffle_dataset=False,
@@ -100,8 +102,9 @@ def theirs(directory: Path, name: str, args: argparse.Namespace, package: Path) 
     """Seconds of TRL's steps."""
     length, prompts = TASKS[args.task][0], [f"{a}+{b}=" for a in range(10, 60) for b in range(10, 60)]
     given = [str(directory / "model"), prompts, str(directory / name), args.steps + WARM_UP_STEPS, length]
+    parts = PARTS[args.task]
     process = subprocess.run(
-        [sys.executable, "-c", THEIRS, json.dumps([*given, EPISODES, GROUP_SIZE])],
+        [sys.executable, "-c", THEIRS, json.dumps([*given, EPISODES, GROUP_SIZE, parts])],
         text=True, stdout=subprocess.PIPE, check=True, env=environ(package),
     )  # fmt: skip
     [line] = [line for line in process.stdout.splitlines() if line.startswith("seconds: ")]

@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rows import PROJECT, median, row
 
 from forge_hpc.data.builtin import write_tiny_qwen3
@@ -26,6 +27,12 @@ from forge_hpc.data.builtin import write_tiny_qwen3
 WARM_UP_STEPS = 2
 REWARD = "def length(prompt, response, target, **fields):\n    return len(response) / 100\n"
 LARGE = {"dim": 1024, "hidden_dim": 3072, "num_layers": 28, "num_heads": 16, "num_kv_heads": 8, "head_dim": 128}
+
+
+def on_gpus(num: int) -> list[str]:
+    """The demo's configuration on so many GPUs, in place of two CPU cores."""
+    options = [f"cluster.gpus_per_node={num}", "model.dtype=bfloat16", "trainer.training.seq_len=4096"]
+    return [*options, "trainer.training.local_batch_size=null", "trainer.training.mixed_precision_param=bfloat16"]
 
 
 def run(directory: Path, name: str, staleness: int, args: argparse.Namespace) -> list[dict[str, float]]:
@@ -38,7 +45,7 @@ def run(directory: Path, name: str, staleness: int, args: argparse.Namespace) ->
     command += ["evaluation.num_prompts=0", "checkpoint.interval=0", "trainer.optimizer.lr=1e-6"]
     command += ["algorithm.max_steps_without_signal=1000000", "rollout.sampling.temperature=1.0"]
     if not args.tiny:
-        command += ["model.dtype=bfloat16", "trainer.training.seq_len=4096", "rollout.prompts_per_step=32"]
+        command += [*on_gpus(torch.cuda.device_count()), "rollout.prompts_per_step=32"]
     else:
         command += ["rollout.prompts_per_step=8", "generator.engine.kv_cache_memory_gib=0.25"]
     paths = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))

@@ -25,6 +25,19 @@ HANGS = {
     "in-a-thread": "import threading, time\ndef lost():\n    ready()\n    time.sleep(3600)\n"
     "threading.Thread(target=lost).start()",
 }
+BUSY = """import threading
+def deep(n):
+    return deep(n - 1) if n else 0
+def work():
+    while True:
+        names = {}
+        exec("def wide(n):\\n    return wide(n - 1) if n else 0", names)  # code that comes and goes
+        names["wide"](20)
+        deep(30)
+threading.Thread(target=work, name="engine", daemon=True).start()
+ready()
+threading.Event().wait()
+"""
 READY = "def ready():\n    print('ready', flush=True)\n"
 STAND_BY = "from forge_hpc.cluster.stacks import stand_by\nstand_by({!r})\n"
 
@@ -66,10 +79,23 @@ def test_a_process_shows_its_python_stacks_wherever_it_hangs(
     assert again.count(" in backtrack\n") == 1  # what it does now, and not what it did
 
 
+def test_a_process_that_works_goes_on_however_often_it_is_asked(
+    start: Callable[..., psutil.Process], tmp_path: Path
+) -> None:
+    working = start(BUSY, "generator-0")
+    for _ in range(40):
+        shown = stacks.collect(stacks.folder_in(tmp_path), [working])
+        assert working.is_running() and working.status() != psutil.STATUS_ZOMBIE, (
+            "its stacks moved while they were read"
+        )
+        assert " engine (most recent call first)" in shown and " in work\n" in shown, shown
+
+
 def test_what_cannot_answer_shows_its_state_and_what_does_not_stand_by_lives(
     start: Callable[..., psutil.Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stacks, "DUMP_S", 0.3)
+    monkeypatch.setattr(stacks, "ASK_S", 0.2)
+    monkeypatch.setattr(stacks, "DUMP_S", 0.1)
     stopped, stranger = start("ready()\nimport time; time.sleep(3600)", "trainer-0"), start("ready()\ninput()")
     stopped.send_signal(signal.SIGSTOP)
     wait_for(lambda: stopped.status() == psutil.STATUS_STOPPED, "the stop", 60)

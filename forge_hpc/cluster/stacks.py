@@ -3,9 +3,12 @@
     who sees it ─► stacks-1 in the rendezvous ─► each node's supervisor ─► a signal to all processes below it
                                                    └─► stacks-NODE.log, and stacked-1-NODE in the rendezvous
 
-A process ``stands by``: at ``SIGNAL`` faulthandler's C code writes the Python stacks of all its threads, also where one
-hangs in C code or holds the interpreter, into a file in the node's scratch folder that was opened beforehand. What
-runs no handler (stopped, or asleep in the kernel) and what is not Python shows where the kernel has its threads.
+A process ``stands by``: a thread of its own waits at a pipe, and when it is asked writes the Python stacks of all
+threads into a file in the node's scratch folder that was opened beforehand. It holds the interpreter meanwhile, so
+nothing moves. Where it cannot, because something hangs in C code and holds the interpreter, faulthandler's C code
+writes them at ``SIGNAL``: only then, since it reads stacks without holding anything, and where they move the process
+dies of it. What runs no handler (stopped, or asleep in the kernel) and what is not Python shows where the kernel has
+its threads.
 """
 
 from __future__ import annotations
@@ -15,7 +18,10 @@ import faulthandler
 import os
 import re
 import signal
+import sys
+import threading
 import time
+import traceback
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,18 +38,21 @@ SIGNAL = signal.SIGRTMIN + 5
 """One that no library takes. Who does not stand by is not signalled: it would die of it."""
 FOLDER = "FORGE_HPC_STACKS"
 """Names the folder to whatever a node's supervisor starts."""
+ASK_S = 4.0
+"""A process that can run Python has written its stacks within this time."""
 DUMP_S = 2.0
-"""A process writes its stacks within this time, or not at all."""
+"""One that cannot writes them within this time, or not at all."""
 WRITE_S = 8.0
 """A node's supervisor waits so long for them, and for the file system."""
 ANSWER_S = 8.0
 """All nodes have written theirs within this time, or it is gone on without."""
 _file: IO[str] | None = None  # faulthandler keeps its number alone
+_answering = 0  # the process whose thread waits to be asked: a fork has none
 
 
 def stand_by(role: str) -> None:
     """Answer to ``SIGNAL`` from now on. Below no supervisor nothing happens. To be called again after a fork."""
-    global _file
+    global _file, _answering
     folder = os.environ.get(FOLDER)
     if folder is None:
         return
@@ -53,6 +62,33 @@ def stand_by(role: str) -> None:
         faulthandler.register(SIGNAL, _file, all_threads=True)
         if before is not None:
             before.close()
+        if _answering != os.getpid():
+            pipe = _pipe(Path(folder), os.getpid())
+            pipe.unlink(missing_ok=True)  # of an earlier process of this number
+            os.mkfifo(pipe, 0o600)
+            asked = os.open(pipe, os.O_RDWR | os.O_CLOEXEC)  # it never ends
+            threading.Thread(target=_answer, args=(asked,), name="stacks", daemon=True).start()
+            _answering = os.getpid()
+
+
+def _pipe(folder: Path, pid: int) -> Path:
+    return folder / f".{pid}"
+
+
+def _answer(asked: int) -> None:
+    """Write the stacks of all other threads each time that somebody asks."""
+    while os.read(asked, 4096):
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        text = ""
+        for number, frame in sys._current_frames().items():
+            if number != threading.get_ident():
+                text += f"Thread {number:#x} {names.get(number, '')} (most recent call first):\n"
+                for each, line in traceback.walk_stack(frame):
+                    text += f'  File "{each.f_code.co_filename}", line {line} in {each.f_code.co_name}\n'
+                text += "\n"
+        if _file is not None:
+            with contextlib.suppress(OSError):
+                os.write(_file.fileno(), text.encode(errors="replace"))
 
 
 def stand_by_worker(worker: Any) -> None:
@@ -64,21 +100,23 @@ def collect(folder: Path, processes: Sequence[psutil.Process]) -> str:
     """What the processes do now, a paragraph each; ``folder`` is where those that stand by write."""
     roles = {path.name.partition(".")[0]: path for path in folder.iterdir()} if folder.is_dir() else {}
     files = {process.pid: roles.get(str(process.pid)) for process in processes}
-    sizes = {}
-    for process in processes:
-        file = files[process.pid]
-        if file is not None and _catches_signal(process.pid):
+    sizes = {pid: file.stat().st_size for pid, file in files.items() if file is not None and _catches_signal(pid)}
+    before = {file: sizes[pid] for pid, file in files.items() if file is not None and pid in sizes}
+    for pid in sizes:
+        _ask(_pipe(folder, pid))
+    silent = _wait_for_growth(before, ASK_S)
+    for pid in sizes:
+        if files[pid] in silent:
             with contextlib.suppress(OSError):
-                sizes[process.pid] = file.stat().st_size
-                os.kill(process.pid, SIGNAL)
-    _wait_for_growth({file: sizes[pid] for pid, file in files.items() if file is not None and pid in sizes})
+                os.kill(pid, SIGNAL)
+    _wait_for_growth({file: before[file] for file in silent}, DUMP_S)
     paragraphs = []
     for process in processes:
         file, stacks = files[process.pid], ""
         if file is not None and process.pid in sizes:
             with contextlib.suppress(OSError):
                 stacks = file.read_bytes()[sizes[process.pid] :].decode(errors="replace")
-            stacks = stacks or f"(no answer within {DUMP_S:g} s)\n"
+            stacks = stacks or f"(no answer within {ASK_S + DUMP_S:g} s)\n"
         role = file.name.partition(".")[2] if file is not None else "process"
         paragraphs.append(f"--- {role}, pid {process.pid}: {_command(process)}\n{_kernel(process.pid)}{stacks}")
     return "\n".join(paragraphs)
@@ -91,15 +129,25 @@ def _catches_signal(pid: int) -> bool:
     return False
 
 
-def _wait_for_growth(sizes: dict[Path, int]) -> None:
-    """Until all files have grown, and none grows any more."""
-    deadline, before = time.monotonic() + DUMP_S, dict[Path, int]()
+def _ask(pipe: Path) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it, or it is full of questions
+        asked = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            os.write(asked, b"?")
+        finally:
+            os.close(asked)
+
+
+def _wait_for_growth(sizes: dict[Path, int], within_s: float) -> set[Path]:
+    """Until all files have grown, and none grows any more. Those that have not grown."""
+    deadline, before = time.monotonic() + within_s, dict[Path, int]()
     while time.monotonic() < deadline:
         now = {file: file.stat().st_size for file in sizes if file.exists()}
         if now == before and all(size > sizes[file] for file, size in now.items()):
-            return
+            return set()
         before = now
         time.sleep(0.05)
+    return {file for file, size in before.items() if size <= sizes[file]}
 
 
 def _command(process: psutil.Process) -> str:
