@@ -7,6 +7,7 @@ all that ran there.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import struct
 
@@ -20,6 +21,8 @@ ANSWER_S = 20.0
 STATUS, STARTED = b"\0", b"ok\n"
 END = struct.pack("<Q", 0)
 """In place of a request's length: end the process."""
+_OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
+"""This process, or this node, may open no more connections: no fault of the other's."""
 
 
 class OtherNode:
@@ -32,13 +35,16 @@ class OtherNode:
         self._streams: set[_Stream] = set()
 
     async def open(self, module: str, venv: str | None = None) -> Link:
-        """Start ``python -m module`` there. Raises OSError: the node is lost, or says why it cannot."""
+        """Start ``python -m module`` there. Raises OSError: the node is lost, or says why not; or this process may
+        open no more connections."""
         if self.is_lost:
             raise OSError(f"{self.name} is lost")
         try:
             async with asyncio.timeout(ANSWER_S):
                 reader, writer, said = await self._ask(module, venv)
         except OSError as error:  # also TimeoutError
+            if error.errno in _OUT_OF_FILES:
+                raise
             self.lose(f"it starts no process: {error or type(error).__name__}")
             raise OSError(f"{self.name} does not answer") from error
         if said != STARTED:
@@ -56,6 +62,8 @@ class OtherNode:
             async with asyncio.timeout(ANSWER_S):
                 _, writer, said = await self._ask("")
         except OSError as error:
+            if error.errno in _OUT_OF_FILES:  # nothing is known of it
+                return True
             said = b""
             self.lose(f"it does not answer: {error or type(error).__name__}")
         else:
