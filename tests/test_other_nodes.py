@@ -31,7 +31,7 @@ from forge_hpc.wire.tls import Certificates
 from forge_hpc.workers import remote
 from forge_hpc.workers.channel import frame
 from forge_hpc.workers.link import END_TIMEOUT_S
-from forge_hpc.workers.remote import OtherNode
+from forge_hpc.workers.remote import Caller, OtherNode
 
 NODE = """
 import threading
@@ -93,7 +93,7 @@ class Node:
         self.process = subprocess.Popen([sys.executable, "-c", NODE], stdout=subprocess.PIPE, text=True, env=env)
         assert self.process.stdout is not None
         self.where = "127.0.0.1", int(self.process.stdout.readline())
-        self.place = OtherNode("node 1 (other)", self.where, 4, certificates)
+        self.place = OtherNode("node 1 (other)", self.where, 4, Caller(certificates))
 
     def workers(self) -> list[psutil.Process]:
         """The processes that compute; their keepers end with them."""
@@ -281,6 +281,18 @@ def test_who_may_open_no_more_files_loses_no_node(node: Node) -> None:
     run(scenario)
 
 
+def test_a_controller_that_is_held_up_blames_no_node(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "ANSWER_S", 4.0)
+
+    async def scenario() -> None:
+        asking = asyncio.create_task(node.place.answers())
+        await asyncio.sleep(0.001)
+        time.sleep(5.0)
+        assert await asking
+
+    run(scenario)
+
+
 def test_as_many_workers_as_were_asked_for_are_spread_over_the_nodes(node: Node, user: Path) -> None:
     async def scenario() -> None:
         async with RewardPool(config_of(user, "length", workers=3), others=[node.place]) as pool:
@@ -328,7 +340,7 @@ def test_who_has_no_certificate_of_the_job_starts_nothing(node: Node, user: Path
 
     async def scenario() -> None:
         with pytest.raises(OSError, match="does not answer"):
-            await OtherNode("node 1", node.where, 1, stranger).open("forge_hpc.rewards.worker")
+            await OtherNode("node 1", node.where, 1, Caller(stranger)).open("forge_hpc.rewards.worker")
         with pytest.raises(OSError, match="no worker: os"):
             await node.place.open("os")
         assert await node.place.answers()
