@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from forge_hpc.data.tool_calls import HERMES, LLAMA3, BadToolCall, ToolCall, too
 from forge_hpc.data.types import Episode, Group, Turn
 from forge_hpc.endpoint import Endpoint
 from forge_hpc.environments import EnvironmentFailed, EnvironmentPool
+from forge_hpc.environments.verifiers import address_of_episode
 from forge_hpc.rollouts.agents import AgentPlayer
 from forge_hpc.rollouts.documents import set_advantages, to_documents
 from forge_hpc.rollouts.figures import measure
@@ -210,6 +212,18 @@ def test_an_interpreter_that_does_not_do_is_found_before_the_run_begins(
     config.environment.venv = str(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"no .*/nothing/bin/python that can be run"):
         validate(config)
+
+
+def test_a_key_in_the_path_leaves_the_host_as_it_is() -> None:
+    assert address_of_episode("https://v100-3:4711/v1", "k.1") == "https://v100-3:4711/episode/k.1/v1"
+
+
+def test_the_prompts_of_a_taskset_need_the_python_that_has_verifiers() -> None:
+    command = [sys.executable, "-m", "forge_hpc.environments.verifiers", "my-taskset"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=PROJECT)
+    assert (result.returncode, result.stdout) == (2, "")
+    error, hint = result.stderr.splitlines()
+    assert error.startswith("error: verifiers 0.4 cannot be imported") and "virtual environment" in hint
 
 
 def test_tool_calls_are_read_in_the_format_of_the_family() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import ssl
 import stat
@@ -17,6 +18,7 @@ import pytest
 
 from forge_hpc.cluster.allocation import Allocation, host_address
 from forge_hpc.cluster.identity import make_job_identity, tls_environment
+from forge_hpc.cluster.processes import MAX_OPEN_FILES
 from forge_hpc.cluster.rendezvous import Rendezvous, RendezvousTimeout
 
 ATTACH = """
@@ -29,6 +31,11 @@ ATTACH = """
         async def pid(self):
             import os
             return os.getpid()
+
+        @endpoint
+        async def may_open(self):
+            import resource
+            return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
     async def main():
         hosts = await attach(sys.argv[1:], "127.0.0.1", 60)
@@ -49,10 +56,11 @@ def identity(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def worker(tmp_path: Path, identity: Path) -> Iterator[str]:
-    """Address of a running Monarch worker."""
+    """Address of a running Monarch worker, begun as from a shell that may open 256 files."""
     rendezvous = Rendezvous(tmp_path / "rendezvous")
     command = [sys.executable, "-m", "forge_hpc.cluster.worker", "--rendezvous", str(rendezvous.directory)]
     command += ["--node", "0", "--address", "127.0.0.1", "--parent", str(os.getpid())]
+    command = ["bash", "-c", 'ulimit -Sn 256 && exec "$@"', "bash", *command]
     process = subprocess.Popen(command, env={**os.environ, **tls_environment(identity)}, start_new_session=True)
     try:
         yield rendezvous.wait(["worker-0"], 60)[0]["address"]
@@ -84,6 +92,14 @@ def test_the_identity_is_readable_by_its_owner_alone(identity: Path) -> None:
 def test_the_controller_attaches_with_the_certificate_of_the_job(worker: str, identity: Path) -> None:
     result = run_script(ATTACH, worker, tls=identity)
     assert "answered 1" in result.stdout, result.stderr
+
+
+def test_what_runs_on_a_node_may_open_as_many_files_as_the_system_lets_it(worker: str, identity: Path) -> None:
+    script = ATTACH.replace("pid.call()", "may_open.call()").replace("len([", "min([")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    result = run_script(script, worker, tls=identity)
+    assert f"answered {most}\n" in result.stdout, result.stderr
 
 
 def test_a_client_with_a_certificate_of_another_job_is_refused(worker: str, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import PROJECT
 
 from forge_hpc.actors.generator import Generator
 from forge_hpc.config.errors import UserError
@@ -453,6 +454,29 @@ def test_tensor_parallel_workers_take_new_weights(model_dir: Path) -> None:
     finally:
         engine.close()
     assert not list(Path("/dev/shm").glob("forge-hpc-weights-*"))
+
+
+def test_weights_that_a_killed_process_has_staged_go_with_its_node(tmp_path: Path) -> None:
+    script = """if True:
+        import subprocess, sys
+        from pathlib import Path
+        from forge_hpc.cluster.allocation import Allocation
+        from forge_hpc.run_dir import RunDir
+        from forge_hpc.supervisor.node import Node
+
+        stage = "import os, torch; from forge_hpc.generation.staging import staged_checkpoint as staged\\n" \\
+                "with staged([('a', torch.ones(3))], torch.float32) as d: print(d, flush=True); os.kill(os.getpid(), 9)"
+        node = Node(RunDir(Path(sys.argv[1])).create(), Allocation("7", 0, 1, 0))
+        env = node.environment(Path(sys.argv[1]))
+        killed = subprocess.run([sys.executable, "-c", stage], env=env, stdout=subprocess.PIPE, text=True)
+        staged = Path(killed.stdout.strip())
+        print(killed.returncode, staged.parts[:3], len(list(staged.iterdir())))
+        node.close()
+        print(staged.parent.exists())
+    """
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=PROJECT)
+    assert done.stdout.splitlines() == ["-9 ('/', 'dev', 'shm') 1", "False"], done.stderr
 
 
 def test_what_vllm_refuses_of_its_options_reaches_another_process(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -27,7 +29,9 @@ from forge_hpc.rollouts.episodes import Admission
 from forge_hpc.rollouts.slots import Slot, Slots
 from forge_hpc.wire.tls import Certificates
 from forge_hpc.workers import remote
-from forge_hpc.workers.remote import OtherNode
+from forge_hpc.workers.channel import frame
+from forge_hpc.workers.link import END_TIMEOUT_S
+from forge_hpc.workers.remote import Caller, OtherNode
 
 NODE = """
 import threading
@@ -89,7 +93,7 @@ class Node:
         self.process = subprocess.Popen([sys.executable, "-c", NODE], stdout=subprocess.PIPE, text=True, env=env)
         assert self.process.stdout is not None
         self.where = "127.0.0.1", int(self.process.stdout.readline())
-        self.place = OtherNode("node 1 (other)", self.where, 4, certificates)
+        self.place = OtherNode("node 1 (other)", self.where, 4, Caller(certificates))
 
     def workers(self) -> list[psutil.Process]:
         """The processes that compute; their keepers end with them."""
@@ -240,6 +244,55 @@ def test_a_node_that_falls_silent_is_asked_before_a_call_is_blamed(
     node.process.send_signal(signal.SIGCONT)
 
 
+def test_one_that_hangs_ends_however_much_it_has_not_read(node: Node) -> None:
+    async def scenario() -> None:
+        link = await node.place.open("forge_hpc.environments.worker")
+        await until(node.workers, "the worker")
+        [worker] = node.workers()
+        worker.suspend()  # as where C code keeps the interpreter to itself
+        for _ in range(64):
+            link.write(frame({"do": "load", "name": "x" * (1 << 15)}))
+        start = time.monotonic()
+        link.kill()
+        assert await link.wait() == 128 + signal.SIGTERM
+        assert time.monotonic() - start < END_TIMEOUT_S
+        assert not worker.is_running() and not node.place.is_lost
+
+    run(scenario)
+
+
+def test_who_may_open_no_more_files_loses_no_node(node: Node) -> None:
+    async def scenario() -> None:
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+        try:
+            assert await node.place.answers()
+            with pytest.raises(OSError, match="Too many open files"):
+                await node.place.open("forge_hpc.rewards.worker")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert not node.place.is_lost
+        link = await node.place.open("forge_hpc.rewards.worker")
+        link.kill()
+        await link.wait()
+
+    run(scenario)
+
+
+def test_a_controller_that_is_held_up_blames_no_node(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "ANSWER_S", 4.0)
+
+    async def scenario() -> None:
+        asking = asyncio.create_task(node.place.answers())
+        await asyncio.sleep(0.001)
+        time.sleep(5.0)
+        assert await asking
+
+    run(scenario)
+
+
 def test_as_many_workers_as_were_asked_for_are_spread_over_the_nodes(node: Node, user: Path) -> None:
     async def scenario() -> None:
         async with RewardPool(config_of(user, "length", workers=3), others=[node.place]) as pool:
@@ -287,7 +340,7 @@ def test_who_has_no_certificate_of_the_job_starts_nothing(node: Node, user: Path
 
     async def scenario() -> None:
         with pytest.raises(OSError, match="does not answer"):
-            await OtherNode("node 1", node.where, 1, stranger).open("forge_hpc.rewards.worker")
+            await OtherNode("node 1", node.where, 1, Caller(stranger)).open("forge_hpc.rewards.worker")
         with pytest.raises(OSError, match="no worker: os"):
             await node.place.open("os")
         assert await node.place.answers()

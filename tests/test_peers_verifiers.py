@@ -115,6 +115,22 @@ def test_what_verifiers_cannot_make_is_refused_before_the_run(python: Path) -> N
     assert refused.value.hint is not None and "environment.venv" in refused.value.hint
 
 
+@pytest.mark.parametrize(
+    ("taskset", "words"),
+    [
+        ("nothing", "taskset 'nothing' not found"),
+        ('{"id": "sums-v1", "num": 9}', "num"),
+        ('{"id": ', "error: verifiers: Expecting value"),
+        ("{}", "the taskset has no 'id'"),
+    ],
+)
+def test_a_taskset_that_there_is_not_is_said_in_a_line(python: Path, taskset: str, words: str) -> None:
+    command = [python, "-m", "forge_hpc.environments.verifiers", taskset]
+    env = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr
+
+
 def test_a_run_of_twenty_steps_trains_on_it(python: Path, tmp_path: Path) -> None:
     rows = tasks(python, "sums-v1")
     for name, part in (("train", rows[:90]), ("test", rows[90:])):

@@ -309,6 +309,23 @@ def test_where_a_rank_has_no_memory_for_a_copy_the_store_has_the_version() -> No
     asyncio.run(scenario())
 
 
+def test_a_store_that_starts_while_a_version_is_published_has_not_got_it() -> None:
+    async def scenario() -> None:
+        parts = Parts("", offers=False)
+        publish = parts.publish
+
+        async def while_another_opens_it(*args: Any, **options: Any) -> Any:
+            offer = await publish(*args, **options)
+            await parts.open()  # for a generator that takes the version before
+            return offer
+
+        parts.publish = while_another_opens_it  # type: ignore[method-assign]
+        await bring(parts.sync(), 1)
+        assert [call[0] for call in parts.calls] == ["publish", "publish", "store", "commit", "load"]
+
+    asyncio.run(scenario())
+
+
 def test_a_late_reader_keeps_its_version_until_it_has_read_or_is_lost() -> None:
     async def scenario() -> None:
         parts = Parts("CUDA IPC")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import sys
 import time
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+MAX_OPEN_FILES = 1 << 16
+"""Some programs close each file that they might have open, one by one: a limit of a thousand million holds them up."""
 
 
 def _prctl(option: int, value: int) -> None:
@@ -40,6 +43,24 @@ def die_with_parent(parent_pid: int | None = None) -> None:
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent_pid is not None and os.getppid() != parent_pid:
         os._exit(1)
+
+
+def allow_open_files() -> None:
+    """Let this process, and what it starts, open as many files as the system lets it, ``MAX_OPEN_FILES`` at most.
+
+    A shell's own limit is often 1024, which Slurm takes along to the nodes; a connection to each process of a hundred
+    nodes is more.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # another kernel may have a bound of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def num_cpus() -> int:
+    """CPU cores that this process may use: of a node that jobs share, those of this job."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _is_alive(process: psutil.Process) -> bool:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from forge_hpc.cluster.processes import die_with_parent
+from forge_hpc.cluster.processes import allow_open_files, die_with_parent, num_cpus
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.cluster.stacks import stand_by
 
@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--processes", action="store_true", help="start worker processes for the controller")
     args = parser.parse_args(argv)
     die_with_parent(args.parent)
+    allow_open_files()
     stand_by(f"worker-{args.node}")
 
     from monarch.actor import enable_transport, start_worker_loop_forever
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     record = {
         "host": socket.gethostname(),
         "address": f"tls://{args.address}:{listening_port()}",
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": num_cpus(),
         "gpus": visible_gpus(),
         "processes": worker_host(args.address) if args.processes else None,  # after Monarch, whose port is the only one
     }

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from forge_hpc.cluster.faults import Faults
-from forge_hpc.cluster.processes import die_with_parent
+from forge_hpc.cluster.processes import allow_open_files, die_with_parent
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import UserError, read_config
 from forge_hpc.controller.conduct import Crew, Lending, arrange, conduct, join_nodes, reporting, start_phases
@@ -75,6 +75,7 @@ async def main() -> int:
     parser.add_argument("--keep", action="store_true", help="serve one run after the other (forge_hpc.kept)")
     args = parser.parse_args()
     die_with_parent(args.parent)
+    allow_open_files()
     run_dir, rendezvous = RunDir(args.run_dir), Rendezvous(args.rendezvous)
     prepare_stacks(rendezvous, args.log_dir)
     terminal = setup_logging(args.log_dir / "controller.log", "controller")

@@ -33,7 +33,7 @@ from forge_hpc.supervisor.ending import Cause
 from forge_hpc.supervisor.starts import StartLog
 from forge_hpc.user_files import check_files, keep_files
 from forge_hpc.wire.tls import Certificates
-from forge_hpc.workers.remote import OtherNode
+from forge_hpc.workers.remote import Caller, OtherNode
 
 if TYPE_CHECKING:  # they load torch: only once the nodes have been joined
     from monarch.actor import HostMesh
@@ -293,8 +293,9 @@ def other_nodes(config: Config, workers: Sequence[Mapping[str, Any]]) -> list[Ot
     certificates = Certificates.from_environment()
     if config.cluster.workers_on == "first" or certificates is None:
         return []
+    caller = Caller(certificates)
     return [
-        OtherNode(f"node {node} ({worker['host']})", tuple(worker["processes"]), worker["cpus"], certificates)
+        OtherNode(f"node {node} ({worker['host']})", tuple(worker["processes"]), worker["cpus"], caller)
         for node, worker in enumerate(workers)
         if worker["processes"] is not None
     ]

@@ -412,8 +412,9 @@ class WeightSync:
     async def _offered(self, version: int, in_use: Sequence[int], verify: bool) -> Offer | None:
         """What the trainers have copied; None where one of them has no memory for that: then it goes into the store."""
         options = {"stores": self._stores, "with_checksum": verify}
-        offer = await self._trainers.publish(self._store.spec, version, in_use, **options)
-        if offer is None and self._store.spec is None:  # nothing has been published
+        store = self._store.spec  # a generator that takes the version before may have it started meanwhile
+        offer = await self._trainers.publish(store, version, in_use, **options)
+        if offer is None and store is None:  # nothing has been published
             offer = await self._trainers.publish(await self._store.open(), version, in_use, **options)
         return offer
 

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
+import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from forge_hpc.config.errors import UserError
+from forge_hpc.config.errors import UserError, print_error
 
 _LOCK = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
@@ -36,13 +38,8 @@ async def episode(base_url: str, api_key: str, example: Mapping[str, Any], **env
 
 def check(**env: Any) -> None:
     """Raise UserError where verifiers cannot make the environment."""
-    try:
+    with _importing("name the virtual environment that has it: environment.venv"):
         from verifiers.v1.utils.loaders import load_environment, resolve_env_config
-    except ImportError as error:
-        raise UserError(
-            f"verifiers 0.4 cannot be imported: {error}",
-            "name the virtual environment that has it: environment.venv",
-        ) from None
     try:
         load_environment(resolve_env_config(dict(env)))
     except (ImportError, AttributeError, TypeError, ValueError) as error:
@@ -61,7 +58,7 @@ async def _play(base_url: str, api_key: str, example: Mapping[str, Any], env: Ma
     data = kind.data_type().model_validate_json(example["task"])
     task = kind(data, environment.config.taskset.task)
     # A client's own key would have to stand in the process's environment, which all episodes share.
-    address = base_url.replace("/v1", f"/episode/{api_key}/v1")
+    address = address_of_episode(base_url, api_key)
     context = ModelContext(model="policy", client=EvalClientConfig(base_url=address, api_key_var="NO_KEY"))
     async with environment.serving():  # anew for each: it keeps a client for every address that it has seen
         [slot] = environment.slots(task)
@@ -77,6 +74,11 @@ async def _play(base_url: str, api_key: str, example: Mapping[str, Any], env: Ma
     return {"reward": trace.reward, "info": {"rewards": rewards, "metrics": dict(trace.metrics)}}
 
 
+def address_of_episode(base_url: str, api_key: str) -> str:
+    """The endpoint's address with an episode's key in it."""
+    return f"{base_url.removesuffix('/v1')}/episode/{api_key}/v1"  # a host may be called v100-3
+
+
 def _shared_loop() -> asyncio.AbstractEventLoop:
     """One for all episodes of a process, on a thread of its own: locks of verifiers' classes belong to a loop."""
     global _loop
@@ -87,22 +89,45 @@ def _shared_loop() -> asyncio.AbstractEventLoop:
         return _loop
 
 
-def main() -> None:
+@contextlib.contextmanager
+def _importing(hint: str) -> Iterator[None]:
+    """Around an import of verifiers. Raises UserError where there is none."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"verifiers 0.4 cannot be imported: {error}", hint) from None
+
+
+def _tasks(taskset: str, first: int) -> Any:
+    """The tasks of a taskset, by its id or its block, from the first one wanted. Raises UserError."""
+    with _importing("call the Python of the virtual environment that has it"):
+        from verifiers.v1.utils.loaders import load_taskset, taskset_config_type
+    try:
+        block = json.loads(taskset) if taskset.startswith("{") else {"id": taskset}
+        return load_taskset(taskset_config_type(block["id"]).model_validate(block)).skip(first)
+    except KeyError as error:
+        raise UserError(f"the taskset has no {error}", 'its block is as {"id": "my-taskset"}') from None
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"verifiers: {error}", "give the id of an installed taskset, or its block as JSON") from None
+
+
+def main() -> int:
     """Write the tasks of a taskset as prompts, one JSON object a line."""
     parser = argparse.ArgumentParser(prog="python -m forge_hpc.environments.verifiers", description=main.__doc__)
     parser.add_argument("taskset", help='its id, or its block as JSON: \'{"id": "my-taskset", "difficulty": 2}\'')
     parser.add_argument("--first", type=int, default=0, help="the first one to write (0)")
     parser.add_argument("--num", type=int, help="how many; all, where the taskset ends")
     args = parser.parse_args()
-    from verifiers.v1.utils.loaders import load_taskset, taskset_config_type
-
-    block = json.loads(args.taskset) if args.taskset.startswith("{") else {"id": args.taskset}
-    tasks = load_taskset(taskset_config_type(block["id"]).model_validate(block)).skip(args.first)
+    try:
+        tasks = _tasks(args.taskset, args.first)
+    except UserError as error:
+        return print_error(error)
     if args.num is None and not tasks.bounded:
         parser.error("the taskset has no end: say how many with --num")
     for task in tasks if args.num is None else tasks.take(args.num):
         print(json.dumps({"question": task.data.prompt_text, "task": task.data.model_dump_json(exclude_none=True)}))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
+from forge_hpc.cluster import shared_memory
 from forge_hpc.config.registry import LORA_LAYERS, VLLM_LORA_RANKS
 from forge_hpc.config.schema import LoRAConfig
 from forge_hpc.generation.checkpoint import check_shapes
-from forge_hpc.generation.staging import staging_directory
 
 NAME, ID = "policy", 1
 """Of the one adapter, in vLLM."""
@@ -68,7 +68,7 @@ def staged_adapter(tensors: Mapping[str, torch.Tensor], lora: LoRAConfig, dtype:
         "target_modules": sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensors}),
         "bias": "none",
     }
-    with tempfile.TemporaryDirectory(prefix="forge-hpc-adapter-", dir=staging_directory()) as directory:
+    with tempfile.TemporaryDirectory(prefix="forge-hpc-adapter-", dir=shared_memory.folder()) as directory:
         copies = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
         save_file(copies, Path(directory) / "adapter_model.safetensors")
         (Path(directory) / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")

@@ -56,7 +56,7 @@ class RouteRecorder:
                 have = self._routes.setdefault(internal_id.partition("-")[0], [])
                 # After a preemption tokens are computed again: what sampled the next one counts.
                 again = sum(map(len, have)) - self._runner.requests[internal_id].num_computed_tokens
-                have.append(rows[first + again : first + num])
+                have.append(rows[first + again : first + num].copy())  # not a view, which keeps the rows of all
                 first += num
         return result
 

@@ -9,13 +9,9 @@ from pathlib import Path
 
 import torch
 
+from forge_hpc.cluster import shared_memory
+
 _SHARD_BYTES = 4 << 30
-_SHARED_MEMORY = Path("/dev/shm")
-
-
-def staging_directory() -> Path | None:
-    """Where files are memory; None, the system's place for temporary files, where there is no such."""
-    return _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
 
 
 @contextmanager
@@ -27,7 +23,7 @@ def staged_checkpoint(named_tensors: Sequence[tuple[str, torch.Tensor]], dtype: 
     """
     from safetensors.torch import save_file
 
-    with tempfile.TemporaryDirectory(prefix="forge-hpc-weights-", dir=staging_directory()) as directory:
+    with tempfile.TemporaryDirectory(prefix="forge-hpc-weights-", dir=shared_memory.folder()) as directory:
         shard: dict[str, torch.Tensor] = {}
         num_shards = num_bytes = 0
         for name, tensor in named_tensors:

@@ -1,4 +1,4 @@
-"""What every node of an allocation has: its place in the rendezvous, its Monarch worker, and a folder for scratch."""
+"""What every node of an allocation has: its place in the rendezvous, its Monarch worker, and folders for scratch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from forge_hpc.cluster import stacks
+from forge_hpc.cluster import shared_memory, stacks
 from forge_hpc.cluster.allocation import Allocation, host_address, interface_of, run_address
 from forge_hpc.cluster.identity import tls_environment
 from forge_hpc.cluster.processes import end_descendants
@@ -40,13 +40,15 @@ class Node:
         self.hub_environ: dict[str, str] = {}
         """Variables that say whether its processes ask the hub."""
         self._scratch: Path | None = None
+        self._memory: Path | None = None
         self._comparing: subprocess.Popen[bytes] | None = None
 
     def close(self) -> None:
-        """End all processes below this one, and remove what dead ones have left in the scratch folder."""
+        """End all processes below this one, and remove what dead ones have left in the folders for scratch."""
         end_descendants(grace_s=0)
-        if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+        for folder in (self._scratch, self._memory):
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
 
     @property
     def key(self) -> str:
@@ -119,6 +121,8 @@ class Node:
         supervision = {"HYPERACTOR_MESH_SUPERVISION_POLL_FREQUENCY": "1s"}  # how soon a dead process is noticed
         folder = self.scratch_folder()  # what dead processes leave there goes with us
         scratch = {"TMPDIR": str(folder), stacks.FOLDER: str(stacks.folder_in(folder))}
+        self._memory = self._memory or shared_memory.make_folder()
+        scratch |= {shared_memory.VARIABLE: str(self._memory)} if self._memory is not None else {}
         compiled = compile_cache() if visible_gpus() else {}  # on CPUs nothing is compiled
         mine = {**supervision, **compiled, **self.hub_environ, **scratch, **tls_environment(tls)}
         return {**interface, **os.environ, **mine}

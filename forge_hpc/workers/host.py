@@ -90,13 +90,16 @@ async def _run(module: str, venv: str | None, reader: asyncio.StreamReader, writ
 
 
 async def _forward(reader: asyncio.StreamReader, process: asyncio.subprocess.Process) -> None:
-    """Hand requests on, until there are no more."""
+    """Hand requests on, until there are no more.
+
+    A process that hangs reads none of them: that it is to end comes behind what it has not read, so all of that is
+    taken, as much as the controller has written.
+    """
     assert process.stdin is not None
     try:
         while (length := _HEADER.unpack(header := await reader.readexactly(_HEADER.size))[0]) > 0:
             process.stdin.write(header + await reader.readexactly(length))
-            await process.stdin.drain()
     except (OSError, asyncio.IncompleteReadError):
-        pass  # the controller is gone, or the process, whose end is told
+        pass  # the controller is gone
     finally:
         end_process(process)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from typing import Protocol
 
+from forge_hpc.cluster.processes import num_cpus
 from forge_hpc.workers.link import Link, Pipes
 
 
@@ -17,7 +17,7 @@ class Place(Protocol):
 
     @property
     def num_cpus(self) -> int:
-        """CPU cores."""
+        """CPU cores that worker processes may use."""
 
     @property
     def is_lost(self) -> bool:
@@ -38,8 +38,8 @@ class ThisNode:
 
     @property
     def num_cpus(self) -> int:
-        """CPU cores."""
-        return os.cpu_count() or 1
+        """CPU cores that this process may use."""
+        return num_cpus()
 
     async def open(self, module: str, venv: str | None = None) -> Link:
         """As ``Place``."""

@@ -7,8 +7,10 @@ all that ran there.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import struct
+from typing import TypeAlias
 
 from forge_hpc.wire.tls import Certificates, prepare
 from forge_hpc.workers.link import END_TIMEOUT_S, MAX_LINE_BYTES, Link
@@ -17,28 +19,68 @@ logger = logging.getLogger(__name__)
 
 ANSWER_S = 20.0
 """A node that starts no process and answers no question for so long is lost."""
+LOOKS = 20
+"""In which that time is counted: a controller that is held up itself finds no node silent for it."""
+AT_ONCE = 64
+"""Connections being made: hundreds of nodes with ten processes each would all wait for each other's handshakes."""
 STATUS, STARTED = b"\0", b"ok\n"
 END = struct.pack("<Q", 0)
 """In place of a request's length: end the process."""
+_Answer: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter, bytes]
+_OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
+"""This process, or this node, may open no more connections: no fault of the other's."""
+
+
+class Caller:
+    """Asks other nodes, ``AT_ONCE`` at a time."""
+
+    def __init__(self, certificates: Certificates) -> None:
+        self._context = certificates.client()
+        self._turns = asyncio.Semaphore(AT_ONCE)
+
+    async def ask(self, where: tuple[str, int], line: bytes) -> _Answer:
+        """Connect and send a line: the connection, and the line that is said to it. Raises OSError."""
+        async with self._turns:
+            asking = asyncio.create_task(self._ask(where, line))
+            try:
+                for _ in range(LOOKS):
+                    if (await asyncio.wait({asking}, timeout=ANSWER_S / LOOKS))[0]:
+                        return asking.result()
+                raise TimeoutError(f"not a word for {ANSWER_S:g} s")
+            except BaseException:
+                if not asking.cancel() and not asking.cancelled() and asking.exception() is None:
+                    asking.result()[1].transport.abort()
+                raise
+
+    async def _ask(self, where: tuple[str, int], line: bytes) -> _Answer:
+        reader, writer = await asyncio.open_connection(*where, ssl=self._context, limit=MAX_LINE_BYTES)
+        try:
+            prepare(writer.get_extra_info("socket"))
+            writer.write(line)
+            return reader, writer, await reader.readline()
+        except BaseException:
+            writer.transport.abort()
+            raise
 
 
 class OtherNode:
     """Another node of the run, by the address at which its ``WorkerHost`` listens."""
 
-    def __init__(self, name: str, where: tuple[str, int], num_cpus: int, certificates: Certificates) -> None:
+    def __init__(self, name: str, where: tuple[str, int], num_cpus: int, caller: Caller) -> None:
         self.name, self.num_cpus, self.is_lost = name, num_cpus, False
-        self._where = where
-        self._context = certificates.client()
+        self._where, self._caller = where, caller
         self._streams: set[_Stream] = set()
 
     async def open(self, module: str, venv: str | None = None) -> Link:
-        """Start ``python -m module`` there. Raises OSError: the node is lost, or says why it cannot."""
+        """Start ``python -m module`` there. Raises OSError: the node is lost, or says why not; or this process may
+        open no more connections."""
         if self.is_lost:
             raise OSError(f"{self.name} is lost")
         try:
-            async with asyncio.timeout(ANSWER_S):
-                reader, writer, said = await self._ask(module, venv)
+            reader, writer, said = await self._ask(module, venv)
         except OSError as error:  # also TimeoutError
+            if error.errno in _OUT_OF_FILES:
+                raise
             self.lose(f"it starts no process: {error or type(error).__name__}")
             raise OSError(f"{self.name} does not answer") from error
         if said != STARTED:
@@ -53,14 +95,16 @@ class OtherNode:
         if self.is_lost:
             return False
         try:
-            async with asyncio.timeout(ANSWER_S):
-                _, writer, said = await self._ask("")
+            _, writer, said = await self._ask("")
         except OSError as error:
-            said = b""
+            if error.errno in _OUT_OF_FILES:  # nothing is known of it
+                return True
             self.lose(f"it does not answer: {error or type(error).__name__}")
         else:
             writer.close()
-        return said == STARTED
+            if said != STARTED:
+                self.lose("it has ended a connection instead of answering")
+        return not self.is_lost
 
     def lose(self, reason: str) -> None:
         """Everything there is gone; those that wait for it are told."""
@@ -74,18 +118,9 @@ class OtherNode:
         """It has ended."""
         self._streams.discard(stream)
 
-    async def _ask(
-        self, module: str, venv: str | None = None
-    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, bytes]:
-        host, port = self._where
-        reader, writer = await asyncio.open_connection(host, port, ssl=self._context, limit=MAX_LINE_BYTES)
-        try:
-            prepare(writer.get_extra_info("socket"))
-            writer.write(f"{module}\t{venv or ''}\n".encode(errors="surrogateescape"))
-            return reader, writer, await reader.readline()
-        except BaseException:
-            writer.transport.abort()
-            raise
+    async def _ask(self, module: str, venv: str | None = None) -> _Answer:
+        line = f"{module}\t{venv or ''}\n".encode(errors="surrogateescape")
+        return await self._caller.ask(self._where, line)
 
 
 class _Stream:
