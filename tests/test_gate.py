@@ -18,16 +18,19 @@ import psutil
 import pytest
 from disks import set_read_only, small_disk
 from runs import PROJECT, wait_for
+from sandboxes import needs_bubblewrap
 
 from forge_hpc.cluster.allocation import Allocation
 from forge_hpc.cluster.rendezvous import Rendezvous
-from forge_hpc.config import Config, save_config
+from forge_hpc.config import Config, UserError, save_config
+from forge_hpc.config.schema import RewardConfig, RunSourceConfig
 from forge_hpc.gate.complaints import ComplaintsDesk, complain
 from forge_hpc.gate.environment import differences, environment
 from forge_hpc.gate.neighbours import Port, ask
 from forge_hpc.gate.nvml import GpuHealth
 from forge_hpc.gate.orphans import end_orphans
 from forge_hpc.gate.own import MIN_SCRATCH_BYTES, clock_offset_s, full, look_at_node, short_of_memory
+from forge_hpc.gate.sandboxes import look_at_sandboxes, sandboxes_of
 from forge_hpc.gate.verdict import cut_off_nodes, own_problems, slow_nodes
 from forge_hpc.run_dir import RunDir
 from forge_hpc.supervisor import gate
@@ -175,6 +178,30 @@ def test_where_there_is_no_driver_nothing_is_said_of_gpus() -> None:
     assert GpuHealth(["0"], load=lambda name: ctypes.CDLL("no-such-library.so")).working is None
 
 
+def test_the_sandboxes_of_a_run_are_those_of_its_rewards_and_environments_on_the_nodes_that_have_them() -> None:
+    config = Config()
+    assert sandboxes_of(config, 0) == [] and look_at_sandboxes(config, 0) is None
+    own = {"runtime": "apptainer", "image": "/images/python.sif"}
+    config.reward = [RewardConfig("math"), RewardConfig("code", workers=2), RewardConfig("code", args={"sandbox": own})]
+    assert [options["runtime"] for options in sandboxes_of(config, 1)] == ["auto", "apptainer"]
+    assert sandboxes_of(config, 2) == [own], "two workers are on two nodes"
+    source = RunSourceConfig(name="programs", reward=[RewardConfig("math")])
+    source.environment.name = "code"
+    config.sources = [source]
+    assert [options["runtime"] for options in sandboxes_of(config, 7)] == ["auto"]
+
+
+def test_a_sandbox_that_does_not_start_is_told_with_its_cause(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    needs_bubblewrap()
+    config = Config()
+    config.reward = [RewardConfig("code")]
+    assert look_at_sandboxes(config, 0) == {}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = look_at_sandboxes(config, 0)
+    assert found is not None and found["message"].startswith("bubblewrap is not installed here"), found
+    assert found["hint"].startswith("install bubblewrap")
+
+
 # ---- beside the others
 
 
@@ -206,6 +233,22 @@ def test_gpus_that_do_not_answer_are_the_nodes_fault_and_too_many_asked_for_are_
     assert own_problems({0: report(**four), 1: report(gpus=4)})[1] == ["its GPUs' driver does not answer"]
     assert own_problems({0: report(**four), 1: report(**four)}, gpus=8) == {0: [], 1: []}
     assert own_problems({0: report(**four), 1: report(gpus=8, working_gpus=8)}, gpus=8)[0] == ["it has 4 of 8 GPUs"]
+
+
+def test_a_sandbox_that_works_nowhere_is_no_nodes_fault_and_ends_the_run() -> None:
+    bad = {"message": "bubblewrap is not installed here", "hint": "install it"}
+    nodes = {0: report(sandbox={}), 1: report(sandbox=bad), 2: report(sandbox=None)}
+    assert own_problems(nodes)[1] == ["its sandbox does not work: bubblewrap is not installed here"]
+    with pytest.raises(UserError, match="none works on any of its nodes: bubblewrap is not installed here") as error:
+        own_problems({0: report(sandbox=bad), 1: report(sandbox=bad), 2: report()})
+    assert error.value.hint == "install it"
+    with pytest.raises(UserError, match="none works here: bubblewrap"):
+        own_problems({0: report(sandbox=bad)})
+    late = {"late": "it has not started and ended within 14 s"}
+    assert own_problems({0: report(sandbox={}), 1: report(sandbox=late)})[1] == [
+        f"its sandbox does not work: {late['late']}"
+    ]
+    assert own_problems({0: report(sandbox=late), 1: report(sandbox=late)}) == {0: [], 1: []}, "a crowded machine"
 
 
 def test_memory_that_other_jobs_have_is_no_fault() -> None:
@@ -419,6 +462,26 @@ def test_a_node_with_another_version_of_a_package_is_named(nodes: Nodes, config:
     [(node, problem)] = nodes.judged(config).unfit.items()
     assert node == 2
     assert problem == f"its environment is another: torch 0.1.0, elsewhere {environment()['torch']}"
+    assert nodes.end() == [0, 0, 0]
+
+
+def without_bubblewrap(folder: Path) -> str:
+    """A PATH with all that this machine has but bwrap."""
+    folder.mkdir()
+    for program in (path for place in os.get_exec_path() if Path(place).is_dir() for path in Path(place).iterdir()):
+        if program.name != "bwrap" and not (folder / program.name).is_symlink():
+            (folder / program.name).symlink_to(program)
+    return str(folder)
+
+
+def test_a_node_without_the_sandbox_that_the_run_needs_is_named(nodes: Nodes, config: Config, tmp_path: Path) -> None:
+    needs_bubblewrap()
+    config.reward = [RewardConfig("code")]
+    save_config(config, nodes.run_dir.config)
+    nodes.start(PATH=without_bubblewrap(tmp_path / "bin"))
+    [(node, problem)] = nodes.judged(config).unfit.items()
+    assert node == 2
+    assert problem.startswith("its sandbox does not work: bubblewrap is not installed here"), problem
     assert nodes.end() == [0, 0, 0]
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from forge_hpc.data.types import Prompt
 from forge_hpc.environments.base import Step
-from forge_hpc.rewards.code import make_sandbox, read_tests
+from forge_hpc.rewards.code import read_tests
 from forge_hpc.rewards.program import find_program
+from forge_hpc.sandbox import Sandbox
 
 _MAX_REASON_CHARS = 300
 
@@ -27,7 +28,7 @@ class Code:
     def __init__(
         self, tests_field: str = "tests", max_failures: int = 3, sandbox: dict[str, Any] | None = None
     ) -> None:
-        self._sandbox = make_sandbox(sandbox or {})
+        self._sandbox = Sandbox.of(sandbox or {})
         self.concurrency = self._sandbox.parallel
         self._tests_field, self._max_failures = tests_field, max_failures
         self._best = 0.0

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from statistics import median, median_low
 from typing import Any
 
+from forge_hpc.config.errors import UserError
 from forge_hpc.gate.environment import differences
 
 MAX_CLOCK_S = 300.0
@@ -25,6 +26,9 @@ def own_problems(
         reports: by node.
         whole_nodes: no other jobs run on the nodes, which would have a right to memory.
         gpus: how many GPUs a node must have; None: those that it is given.
+
+    Raises:
+        UserError: the run needs a sandbox, and starts one on none of them.
     """
     found = {node: list(report["problems"]) for node, report in reports.items()}
     told = {node: report for node, report in reports.items() if "memory_bytes" in report}  # else its look has hung
@@ -44,7 +48,21 @@ def own_problems(
             found[node].append(problem)
     for node, problem in differences({node: report["environment"] for node, report in told.items()}).items():
         found[node].append(problem)
+    for node, problem in _lacking_sandbox(told).items():
+        found[node].append(problem)
     return found
+
+
+def _lacking_sandbox(reports: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
+    looked = {node: report["sandbox"] for node, report in reports.items() if report.get("sandbox") is not None}
+    lacking = {node: found for node, found in looked.items() if found}
+    if lacking and len(lacking) == len(looked):  # no node is to blame, and another start would find the same
+        first = next((found for found in lacking.values() if "message" in found), None)
+        if first is None:  # all are late: a crowded machine
+            return {}
+        where = "on any of its nodes" if len(looked) > 1 else "here"
+        raise UserError(f"the run needs a sandbox, and none works {where}: {first['message']}", first["hint"])
+    return {node: f"its sandbox does not work: {why.get('message') or why['late']}" for node, why in lacking.items()}
 
 
 def _lacking_gpus(reports: Mapping[int, Mapping[str, Any]], gpus: int | None) -> dict[int, str]:

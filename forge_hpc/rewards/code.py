@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from forge_hpc.rewards.program import find_program
 
 if TYPE_CHECKING:
-    from forge_hpc.sandbox import Case, Sandbox
+    from forge_hpc.sandbox import Case
 
 
 class CodeReward:
@@ -40,10 +40,12 @@ class CodeReward:
         test_s: float | None = None,
         sandbox: Mapping[str, Any] | None = None,
     ) -> None:
+        from forge_hpc.sandbox import Sandbox
+
         self.tests_field = tests_field
         self.require_all = require_all
         self.test_s = test_s
-        self._sandbox = make_sandbox(sandbox or {})
+        self._sandbox = Sandbox.of(sandbox or {})
         # As many as the sandbox runs at once: waiting there would count as the call's time.
         self.concurrency = self._sandbox.parallel
 
@@ -59,17 +61,6 @@ class CodeReward:
     async def check(self) -> None:
         """Start a sandbox once. Raises UserError where that does not work."""
         await asyncio.to_thread(self._sandbox.check)
-
-
-def make_sandbox(options: Mapping[str, Any]) -> Sandbox:
-    """A sandbox from fields of ``SandboxConfig``."""
-    from omegaconf import OmegaConf
-
-    from forge_hpc.config.schema import SandboxConfig
-    from forge_hpc.sandbox import Sandbox
-
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SandboxConfig), dict(options)))
-    return Sandbox(cast(SandboxConfig, config))
 
 
 def read_tests(tests: Any) -> list[Case | str]:

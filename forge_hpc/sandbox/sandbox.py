@@ -35,7 +35,7 @@ from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import SandboxConfig
@@ -73,6 +73,14 @@ class Sandbox:
         self._config = config or SandboxConfig()
         self.parallel = self._config.parallel or len(os.sched_getaffinity(0))
         """Programs at once in this process, those of its other sandboxes included; the others wait."""
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Self:
+        """The sandbox of these fields of ``SandboxConfig``."""
+        from omegaconf import OmegaConf
+
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SandboxConfig), dict(options)))
+        return cls(cast(SandboxConfig, config))
 
     async def run(
         self, code: str, *, stdin: str = "", files: Mapping[str, str] | None = None, limits: Limits | None = None

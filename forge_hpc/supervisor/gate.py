@@ -61,12 +61,14 @@ class Verdict:
 
 
 def open_gate(node: Node, config: Config, rendezvous: Rendezvous, stop: Callable[[], None]) -> tuple[str, Verdict]:
-    """Introduce the first node, wait for what all have found, and judge: its address, and who takes part. Raises what
-    ``stop`` raises."""
+    """Introduce the first node, wait for what all have found, and judge: its address, and who takes part.
+
+    Raises what ``stop`` raises, and UserError where no node has what the run needs.
+    """
     num_nodes = node.allocation.num_nodes
     with ComplaintsDesk(host_address(num_nodes)) as desk:
         rendezvous.publish("gate", {"desk": desk.where})
-        address = node.introduce(rendezvous, config.cluster.start_timeout_s)
+        address = node.introduce(rendezvous, config)
         return address, _judge(config, rendezvous, num_nodes, desk, stop)
 
 

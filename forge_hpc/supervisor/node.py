@@ -9,10 +9,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from forge_hpc.cluster import shared_memory, stacks
 from forge_hpc.cluster.allocation import Allocation, host_address, interface_of, run_address
@@ -20,13 +20,17 @@ from forge_hpc.cluster.identity import tls_environment
 from forge_hpc.cluster.processes import end_descendants
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.cluster.worker import visible_gpus
+from forge_hpc.config import Config
 from forge_hpc.files import POLL_S, in_thread
 from forge_hpc.gate.deadlines import OWN_S
 from forge_hpc.gate.own import look_at_node
+from forge_hpc.gate.sandboxes import look_at_sandboxes
 from forge_hpc.run_dir import RunDir
 from forge_hpc.supervisor.compile_cache import compile_cache
 from forge_hpc.supervisor.robust import how_it_ended
 from forge_hpc.supervisor.signals import ignoring_signals
+
+T = TypeVar("T")
 
 
 class Node:
@@ -65,15 +69,16 @@ class Node:
         """What Slurm calls this node."""
         return os.environ.get("SLURMD_NODENAME", socket.gethostname())
 
-    def introduce(self, rendezvous: Rendezvous, patience_s: float) -> str:
+    def introduce(self, rendezvous: Rendezvous, config: Config) -> str:
         """Tell the first node by which names the others reach this one, Slurm's name of it, and whether it is fit; then
-        look at it beside the others, who come within ``patience_s``."""
+        look at it beside the others, who come within ``cluster.start_timeout_s``."""
         address = run_address(self.allocation.num_nodes, self.takes_lent)
         names = [address, socket.gethostname(), "localhost"]
-        record = {"address": address, "names": names, "slurm_name": self.slurm_name, "report": self.report(rendezvous)}
+        report = self.report(rendezvous) | {"sandbox": self._look_at_sandboxes(config)}
+        record = {"address": address, "names": names, "slurm_name": self.slurm_name, "report": report}
         rendezvous.publish(f"node-{self.allocation.node_id}", record)
         if self.allocation.num_nodes > 1:
-            self._start_comparing(rendezvous, address, patience_s)
+            self._start_comparing(rendezvous, address, config.cluster.start_timeout_s)
         return address
 
     def report(self, rendezvous: Rendezvous) -> dict[str, Any]:
@@ -83,16 +88,16 @@ class Node:
         def look() -> dict[str, Any]:
             return look_at_node(rendezvous.directory, self.run_dir.tls, start, visible_gpus(), alone)
 
-        waits = iter(range(round(OWN_S / POLL_S)))  # counted, since on a crowded machine each one is longer
-
-        def wait_on() -> None:
-            if next(waits, None) is None:
-                raise TimeoutError
-
         try:
-            return in_thread(look, wait_on)
+            return _in_time(look)
         except TimeoutError:
             return {"problems": [f"its disks or its GPUs' driver have not answered for {OWN_S:.0f} s"]}
+
+    def _look_at_sandboxes(self, config: Config) -> dict[str, Any] | None:
+        try:
+            return _in_time(lambda: look_at_sandboxes(config, self.allocation.node_id))
+        except TimeoutError:
+            return {"late": f"it has not started and ended within {OWN_S:.0f} s"}
 
     def _start_comparing(self, rendezvous: Rendezvous, address: str, patience_s: float) -> None:
         command = [sys.executable, "-m", "forge_hpc.gate.neighbours", "--rendezvous", str(rendezvous.directory)]
@@ -157,3 +162,14 @@ class Node:
         message = f"its Monarch worker {how_it_ended(worker.returncode)}"
         rendezvous.publish(f"ended-{self.allocation.node_id}", {"message": message})
         print(f"node {self.allocation.node_id}: {message}", file=sys.stderr)
+
+
+def _in_time(look: Callable[[], T]) -> T:
+    """What a look at the node finds. Raises TimeoutError after ``OWN_S``."""
+    waits = iter(range(round(OWN_S / POLL_S)))  # counted, since on a crowded machine each one is longer
+
+    def wait_on() -> None:
+        if next(waits, None) is None:
+            raise TimeoutError
+
+    return in_thread(look, wait_on)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from forge_hpc.cluster.rendezvous import Rendezvous, RendezvousTimeout
-from forge_hpc.config import read_config
+from forge_hpc.config import Config, read_config
 from forge_hpc.gate.complaints import complain
 from forge_hpc.hub.offline import offline_environ
 from forge_hpc.supervisor import deadlines
@@ -29,7 +29,7 @@ def serve_node(node: Node, requests: StopRequests) -> int:
     name = f"node {node.allocation.node_id}"
     config = read_config(node.run_dir.config)
     node.hub_environ = offline_environ(config, node.run_dir.path)
-    rendezvous, address = _introduce(node, config.cluster.start_timeout_s, requests)
+    rendezvous, address = _introduce(node, config, requests)
     start = rendezvous.wait_for_any(["start", "outcome"], config.cluster.start_timeout_s, requests.check_interrupt)
     if "code" in start:
         return start["code"]
@@ -64,17 +64,17 @@ def serve_node(node: Node, requests: StopRequests) -> int:
         time.sleep(deadlines.POLL_S if requests.has_signals else deadlines.LOOK_S)
 
 
-def _introduce(node: Node, timeout_s: float, requests: StopRequests) -> tuple[Rendezvous, str | None]:
+def _introduce(node: Node, config: Config, requests: StopRequests) -> tuple[Rendezvous, str | None]:
     """The start's rendezvous, and this node's address. Where nothing can be written there, the first node is told so
     in another way, and there is no address.
 
     Raises:
         RendezvousTimeout: there is no rendezvous, and the first node makes none.
     """
-    until = time.monotonic() + timeout_s
+    until = time.monotonic() + config.cluster.start_timeout_s
     try:
         rendezvous = node.rendezvous()
-        return rendezvous, node.introduce(rendezvous, timeout_s)
+        return rendezvous, node.introduce(rendezvous, config)
     except OSError as error:
         problem = f"it cannot write to the run directory {node.run_dir}: {error.strerror or error}"
         print(f"node {node.allocation.node_id}: {problem}", file=sys.stderr, flush=True)
