@@ -6,7 +6,7 @@
 # make chaos  faults against a run on a real Slurm cluster on this machine (root; SEED=n, ARGS='"fault"')
 # make browser  the pages of report and compare in a real browser, as wide as a phone and a desk (root once: Debian's Chromium)
 # make openenv  the environments of the docs against published OpenEnv servers, installed in a temporary folder
-# make peers  what works with other published packages, beside those, installed in a temporary folder: losses, environments
+# make peers  what works with other published packages, beside those, installed in a temporary folder: losses, environments, MLflow
 # make light  the tests that need no torch, with another Python: PYTHON=python3.12, or SLURM=24.11 with its 3.13
 # make nfs    the run directory on real NFS, in virtual machines (root once; it takes minutes; ARGS="-k name")
 # make session  every command of forge-hpc on a real Slurm cluster on this machine: docs/session.md (root; ARGS=)

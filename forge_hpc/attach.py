@@ -60,6 +60,7 @@ def srun(job_id: str, node: str, command: Sequence[str], run_dir: RunDir, cfg: C
     from launchers.command import with_setup
 
     options = [f"--jobid={job_id}", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={node}", "--cpu-bind=none"]
+    options.append("--quiet")  # of a cluster that binds nothing srun says so each time
     options += ["--pty"] * (not command)
     runtime, setup = cfg.slurm.container.runtime, cfg.slurm.setup
     if runtime is None:

@@ -82,7 +82,7 @@ def check_queue(cfg: Config, known: Sequence[Partition]) -> None:
 
 
 def starts(cfg: Config, run_dir: RunDir, options: Sequence[str] = ()) -> str:
-    """When Slurm would start the job, in a line.
+    """When Slurm would start the job, in a line; its id, which it has not yet, is JOB there.
 
     Args:
         options: of sbatch, besides the job's own.

@@ -29,6 +29,7 @@ from forge_hpc.slurm.job import (
     job_facts,
     job_state,
 )
+from forge_hpc.slurm.partitions import slurm_is_here
 from forge_hpc.supervisor.deadlines import SILENT_S
 
 _POLL_S = 0.5
@@ -79,6 +80,11 @@ def _ask(run_dir: RunDir, *, now: bool) -> Callable[[], None] | None:
         return _ask_job(run_dir, job_id, saves=begun and not now)
     if holder and run_dir.is_locked():
         return _ask_process(run_dir, holder, now=now)
+    if is_job_id(job_id) and not slurm_is_here():
+        raise UserError(
+            f"{run_dir} is job {job_id} of Slurm, and there is no Slurm here",
+            "cancel it on a login node of its cluster",
+        )
     return partial(_mark_cancelled, run_dir, "cancelled; nothing was running")
 
 

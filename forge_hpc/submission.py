@@ -377,7 +377,7 @@ def _begin(request: Request, place: Place, run: Checked, *, follow: bool) -> int
     print(f"job            {job_id}")
     print(f"run directory  {run_dir}")
     print(run.outlook.table())
-    print(begins)
+    print(begins.replace(" JOB", f" {job_id}"))
     print(f"next           {tool()} watch {where}\n               {tool()} logs --follow {where}")
     print(f"               {tool()} cancel {where}", flush=True)
     if follow:

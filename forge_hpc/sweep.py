@@ -134,7 +134,9 @@ def submit_sweep(
     print(f"job array      {job_id}\nsweep          {sweep.directory}")
     print(_table(sweep, job_id))
     first = shlex.quote(str(sweep.runs[0].run_dir))
-    print(f"next           {tool()} watch {first}\n               {tool()} cancel {job_id}")
+    print(f"next           {tool()} watch {first}")
+    print(f"               {tool()} compare {shlex.quote(str(sweep.directory))}")
+    print(f"               {tool()} cancel {job_id}")
     return 0
 
 

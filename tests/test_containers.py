@@ -117,8 +117,9 @@ def test_a_runtime_without_an_image_is_refused() -> None:
         validate(load_config(None, ["slurm.container.runtime=apptainer"]))
 
 
-def test_submit_refuses_an_image_that_is_not_there_and_makes_nothing(tmp_path: Path) -> None:
-    overrides = ["slurm.container.runtime=apptainer", f"slurm.container.image={tmp_path}/a.sif"]
+@pytest.mark.parametrize("image", ["/absent/a.sif", "images/a.sif"])
+def test_submit_refuses_an_image_that_is_not_there_and_makes_nothing(image: str, tmp_path: Path) -> None:
+    overrides = ["slurm.container.runtime=apptainer", f"slurm.container.image={image}"]
     command = [
         sys.executable,
         "-m",
@@ -131,7 +132,7 @@ def test_submit_refuses_an_image_that_is_not_there_and_makes_nothing(tmp_path: P
     ]
     done = subprocess.run([*command, *overrides], text=True, capture_output=True, check=False, cwd=PROJECT)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"error: slurm.container.image={tmp_path}/a.sif is not there" in done.stderr and "hint: " in done.stderr
+    assert f"error: slurm.container.image={image} is not there" in done.stderr and "hint: " in done.stderr
     assert not (tmp_path / "run").exists()
 
 

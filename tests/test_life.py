@@ -102,7 +102,7 @@ def test_the_table_of_all_runs_says_what_the_files_and_slurm_know(
     assert main(["status", "--all"]) == 0
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert re.search(r"pending, queued +0/60 +70_3 +8 ", rows["waits"])
-    assert re.search(r"running +3/60 +0\.100 +2 +80 +4 +1d02h +0s ago$", rows["runs"])
+    assert re.search(r"running +3/60 +0\.100 +2 +80 +4 +1d02h +\d+s ago$", rows["runs"])
     assert "running, lost" in rows["vanished"] and re.search(r"completed +60/60 +5\.700 ", rows["done"])
 
     assert main(["status", "--json", "--all", "runs"]) == 0
@@ -476,6 +476,27 @@ def test_a_process_stands_where_our_code_or_the_users_is_deepest() -> None:
     assert (first.node, first.role, first.function) == (2, "trainer-1", "step")
     assert first.place == "forge_hpc/training/engine.py:9  python: D (disk sleep) in nfs_wait"
     assert (second.function, third.place) == ("sleep 600", "does not answer")
+
+
+# -- no Slurm on the PATH
+
+
+def test_what_needs_slurm_says_that_there_is_none_and_changes_nothing(
+    make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job that waits is not cancelled by who cannot ask for it."""
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    run_dir = make("waits", "pending", 0, "70")
+    for command, words in (
+        (["cancel", "runs/waits"], "is job 70 of Slurm, and there is no Slurm here"),
+        (["cancel", "--now", "runs/waits"], "is job 70 of Slurm, and there is no Slurm here"),
+        (["attach", "runs/waits", "--", "true"], "error: there is no squeue here"),
+    ):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert words in said and re.fullmatch(r"error: .*\nhint: .*\n", said), said
+    status = run_dir.read_status()
+    assert status is not None and status.state == "pending"
 
 
 # -- attach, completion

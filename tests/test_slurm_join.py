@@ -33,7 +33,7 @@ class Slow:
 def forge(cluster: SlurmCluster, *arguments: str, check: bool = True) -> str:
     command = [sys.executable, "-m", "forge_hpc.cli", *arguments]
     environ = {**cluster.env, "PYTHONPATH": str(PROJECT)}
-    done = cluster.run(*command, env=environ, cwd=PROJECT, check=check)
+    done = cluster.run(*command, env=environ, cwd=PROJECT, check=check, timeout_s=300)
     return done.stdout + done.stderr
 
 
@@ -91,3 +91,32 @@ def test_a_run_is_joined_by_two_generators_and_loses_nothing_when_they_are_kille
     assert log.count("leaves the run: its processes were killed, or its host is silent") == 2
     assert not left_over(run_dir) and not processes(run_dir)
     assert "has ended: it is completed" in forge(slurm_cluster, "join", str(run_dir), check=False)
+
+
+def test_jobs_of_an_array_lend_one_after_another_to_a_run_that_is_a_task_of_one(
+    slurm_cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    """The last task of an array has the array's own id for Slurm."""
+    overrides = [*small_run(tmp_path, 100_000), "rollout.max_staleness=1", "rollout.prompts_per_step=4"]
+    overrides += ["evaluation.num_prompts=0", "checkpoint.interval=0", "algorithm.max_steps_without_signal=100000"]
+    forge(slurm_cluster, "submit", "--run-dir", str(tmp_path / "sweep"), *overrides, "--sweep", "seed=7")
+    run_dir = tmp_path / "sweep/0"
+    run_job = status(run_dir)["job_id"]
+    assert run_job.endswith("_0")
+    wait_for(lambda: read(run_dir), "the first step", 300)
+
+    said = forge(slurm_cluster, "join", run_job, "--array", "2", "--at-once", "1")
+    assert f"lends          1 generator on 1 node in each of 2 jobs to {run_dir}\n" in said
+    lender = said.split("job array", 1)[1].split()[0]
+    for task in (f"{lender}_0", f"{lender}_1"):
+        wait_for(lambda: status(run_dir)["lent"] == 1, f"the generator of {task}", 300)
+        assert f"lent       1 generator; job {task} RUNNING, on " in forge(slurm_cluster, "status", run_job)
+        assert f"job {task}: lent to {run_dir}" in (run_dir / f"lent/lender-{task}.out").read_text()
+        if task.endswith("_0"):
+            assert f"job {task} is cancelled: {run_dir} goes on" in forge(slurm_cluster, "cancel", task)
+            wait_for(lambda: status(run_dir)["lent"] == 0, "that it has left", 60)
+            assert slurm_cluster.job(task)["JobState"] in ("CANCELLED", "COMPLETING")
+    assert ": cancelled" in forge(slurm_cluster, "cancel", run_job)
+    slurm_cluster.wait_for_job(f"{lender}_1", ("COMPLETED",), 120)
+    assert [record["event"] for record in read(run_dir, "starts.jsonl")].count("begin") == 1
+    assert not left_over(run_dir) and not lenders()

@@ -3,8 +3,9 @@
     python tests/user_session.py                          # prints commands and output (root, Debian's Slurm)
     python tests/user_session.py --write docs/session.md  # and writes them down, paths and names shortened
 
-``make session`` is the latter. It takes a quarter of an hour on two cores; a command that does not end with the exit
-code that is expected of it ends the session.
+``make session`` is the latter; ``tests/slurm_release.sh 26.05 .venv/bin/python tests/user_session.py`` is the former
+beside another release. It takes a quarter of an hour on two cores; a command that does not end with the exit code that
+is expected of it ends the session.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from disks import small_disk
+from hub_server import HubServer
 from slurm_cluster import SlurmCluster
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -60,6 +64,40 @@ generator:
 algorithm:
   max_steps_without_signal: 1000
 """
+SFT = """\
+base: forge_hpc/configs/sft/demo.yaml
+name: short-sft
+trainer:
+  lr_scheduler:
+    warmup_steps: 0
+  training:
+    steps: 20
+    global_batch_size: 16
+evaluation:
+  num_prompts: 20
+"""
+FROM_THE_HUB = """\
+base: short.yaml
+name: tiny
+model:
+  path: ada/tiny
+data:
+  path: ada/sums
+"""
+CARD = """\
+---
+configs:
+- config_name: default
+  data_files: [{split: train, path: train.jsonl}, {split: test, path: test.jsonl}]
+---
+"""
+NOTEBOOK = """\
+import forge_hpc
+
+run = forge_hpc.Run("runs/a")
+print(run.state, run.job_id)
+print(run.metrics()[["reward/mean", "entropy/mean", "time/step_s"]].tail(3))
+"""
 ANSWERS = """\
 {"prompt": "1+1=", "response": "2", "target": "2"}
 {"prompt": "2+2=", "response": "5", "target": "4"}
@@ -94,7 +132,7 @@ class Session:
         kind = {".py": "python", ".jsonl": "json"}.get(Path(name).suffix, "yaml")
         self._add(f"\n`{name}`:\n\n```{kind}\n{text}```\n")
 
-    def __call__(self, line: str, code: int = 0, timeout_s: float = 600, shown: Callable[[str], str] = str) -> str:
+    def __call__(self, line: str, code: int = 0, timeout_s: float = 1800) -> str:
         """A command, as it is typed."""
         done = subprocess.run(
             ["bash", "-c", line],
@@ -105,11 +143,11 @@ class Session:
             stderr=subprocess.STDOUT,
             timeout=timeout_s,
         )
-        self._show(line, shown(done.stdout))
+        self._show(line, done.stdout)
         assert done.returncode == code, f"{line} ended with {done.returncode}, not {code}:\n{done.stdout}"
         return done.stdout
 
-    def at_a_terminal(self, line: str, *typed: str, timeout_s: float = 120) -> str:
+    def at_a_terminal(self, line: str, *typed: str, timeout_s: float = 600) -> str:
         """A command in a terminal of its own, in which something is typed each time that a prompt is there."""
         pid, fd = pty.fork()
         if pid == 0:
@@ -131,7 +169,7 @@ class Session:
         assert os.waitstatus_to_exitcode(status) == 0, said
         return said
 
-    def wait_for(self, condition: Callable[[], object], timeout_s: float = 600) -> None:
+    def wait_for(self, condition: Callable[[], object], timeout_s: float = 1800) -> None:
         """Nothing is typed until then."""
         until = time.monotonic() + timeout_s
         while not condition():
@@ -143,10 +181,14 @@ class Session:
         path = self.home / "runs" / run / "metrics.jsonl"
         return path.read_text().count("\n") if path.exists() else 0
 
-    def state(self, run: str) -> str:
-        """Of a run."""
+    def status(self, run: str) -> dict[str, Any]:
+        """Of a run; empty before it begins."""
         path = self.home / "runs" / run / "status.json"
-        return json.loads(path.read_text())["state"] if path.exists() else ""
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def has_ended(self, run: str) -> bool:
+        """Whether nothing more will come of it."""
+        return self.status(run).get("state") in ("completed", "failed")
 
     def _show(self, line: str, output: str) -> None:
         lines = [text.rstrip() for text in output.splitlines()]
@@ -168,6 +210,20 @@ class Session:
 def session(s: Session) -> None:
     """The whole of it."""
     (s.home / "forge_hpc").symlink_to(PROJECT)
+    for name, text in (("short.yaml", CONFIG), ("reward.py", REWARD), ("answers.jsonl", ANSWERS), ("sft.yaml", SFT)):
+        (s.home / name).write_text(text)
+    before_the_first_run(s)
+    refused(s)
+    nodes_without_a_network(s)
+    one_run(s)
+    several_runs(s)
+    allocation(s)
+    s.say("## The shell")
+    s("source <(forge-hpc completion bash); complete -p forge-hpc")
+
+
+def before_the_first_run(s: Session) -> None:
+    """What is here, and what would be queued."""
     s.say("## Before the first run")
     s("forge-hpc --help")
     s("forge-hpc doctor")
@@ -176,49 +232,101 @@ def session(s: Session) -> None:
     s.file("reward.py", REWARD)
     s.file("answers.jsonl", ANSWERS)
     s("forge-hpc reward answers.jsonl --config short.yaml")
+    s("printf '3\\n8\\n' | forge-hpc env environment.name=guessing")
     s("forge-hpc plan --config forge_hpc/configs/grpo/qwen3_8b.yaml --nodes 2 --gpu h100 cluster.gpus_per_node=8")
-    s("forge-hpc submit --config short.yaml --nodes 4 --dry-run")
-    s("printf '3\\n8\\n' | forge-hpc env environment.name=guessing | head -20")
-    s.say("## A run that is looked at, cancelled, and goes on")
-    s("forge-hpc submit --config short.yaml --nodes 4 --run-dir runs/a trainer.training.steps=2000")
+    s("forge-hpc submit --config short.yaml --site lab --nodes 4 --dry-run")
+    s.say("Where many nodes would import from one file server, each unpacks the environment on its own disk first:")
+    s("forge-hpc submit --config short.yaml --nodes 4 --dry-run slurm.stage_environment=/tmp 2>&1 | grep staging")
+
+
+def refused(s: Session) -> None:
+    """Mistakes."""
+    s.say("## What would not work, before anything is queued")
+    container = "slurm.container.runtime=apptainer slurm.container.image=images/lab.sif"
+    mistakes = ("trainer.optimizer.lrr=1e-3", "--sweep seed=1,x", "slurm.partition=absent", "--nodes 8", container)
+    for mistake in mistakes:
+        s(f"forge-hpc submit --config short.yaml {mistake}", code=2)
+    s("forge-hpc status runs/absent", code=2)
+
+
+def nodes_without_a_network(s: Session) -> None:
+    """A model and data of a hub, which is a small one of this process."""
+    s.say("## What comes from the hub is fetched before, for nodes without a network")
+    s.file("hub.yaml", FROM_THE_HUB)
+    with HubServer() as hub, tempfile.TemporaryDirectory() as model:
+        s.env["HF_ENDPOINT"] = hub.url
+        write = "import sys; from forge_hpc.data.builtin import write_tiny_qwen3; write_tiny_qwen3(sys.argv[1], 1)"
+        subprocess.run([sys.executable, "-c", write, model], env=s.env, check=True)
+        hub.add("model", "ada/tiny", Path(model))
+        sums = "".join(f'{{"question": "{a}+{a}=", "answer": "{2 * a}"}}\n' for a in range(10, 99)).encode()
+        hub.add("dataset", "ada/sums", {"README.md": CARD.encode(), "train.jsonl": sums, "test.jsonl": sums})
+        s("forge-hpc submit --config hub.yaml --dry-run cluster.offline=true > /dev/null", code=2)
+        s("forge-hpc fetch --config hub.yaml")
+        s("forge-hpc submit --config hub.yaml --dry-run cluster.offline=true > /dev/null")
+    del s.env["HF_ENDPOINT"]
+
+
+def one_run(s: Session) -> None:
+    """On two nodes of three, since one of them is not fit."""
+    s.say("## A run that is looked at, lent a node, cancelled, and goes on")
+    s.say(
+        "Each node has a folder of its own for temporary files here. That of node2 is full: the gate finds it, and a\n"
+        "spare node takes its place."
+    )
+    scratch = "'slurm.setup=[export TMPDIR=$HOME/scratch/$SLURMD_NODENAME]'"
+    options = f"cluster.spare_nodes=1 rollout.max_staleness=1 trainer.training.steps=2000 {scratch}"
+    s(f"forge-hpc submit --config short.yaml --nodes 3 --run-dir runs/a {options}")
     s.wait_for(lambda: s.steps("a") >= 3)
     s("forge-hpc status runs/a")
-    s("timeout --signal=INT 8 forge-hpc watch runs/a", code=124)
+    s("timeout --signal=INT 6 forge-hpc watch runs/a", code=124)
     s("forge-hpc logs runs/a -n 8")
     s("forge-hpc stacks runs/a")
-    s("forge-hpc attach runs/a --node 1 -- hostname")
+    s("forge-hpc attach runs/a --node 2 -- hostname")
     s.at_a_terminal("forge-hpc attach runs/a", "hostname; pgrep -fc forge_hpc.controller", "exit")
+    said = s("forge-hpc join runs/a slurm.time=01:00:00")
+    job = said.split("job", 1)[1].split()[0]
+    s.wait_for(lambda: s.status("a")["lent"] == 1)
+    s("forge-hpc status runs/a")
+    s(f"forge-hpc cancel {job}")
+    s.wait_for(lambda: s.status("a")["lent"] == 0)
     s("forge-hpc cancel runs/a")
+    s("forge-hpc join runs/a", code=2)
     steps = s.steps("a") + 2
     s(f"forge-hpc resume runs/a trainer.training.steps={steps}")
-    s.wait_for(lambda: s.state("a") in ("completed", "failed"))
+    s.wait_for(lambda: s.has_ended("a"))
     s("forge-hpc status runs/a")
     s("forge-hpc report runs/a")
     s("forge-hpc plan --config short.yaml --nodes 4 --from runs/a")
     s("forge-hpc export runs/a")
+    s.file("notebook.py", NOTEBOOK)
+    s("python notebook.py")
+
+
+def several_runs(s: Session) -> None:
+    """A sweep, a pipeline, and jobs that wait."""
     s.say("## Several runs")
+    s.file("sft.yaml", SFT)
     sweep = "--sweep trainer.optimizer.lr=1e-3,1e-2 seed=0,1 --at-once 2"
-    s(f"forge-hpc submit --config short.yaml --run-dir runs/lr {sweep}")
-    s.wait_for(lambda: all(s.state(f"lr/{n}") in ("completed", "failed") for n in range(4)), 1800)
+    s(f"forge-hpc submit --config sft.yaml --run-dir runs/lr {sweep}")
+    s.wait_for(lambda: all(s.has_ended(f"lr/{number}") for number in range(4)))
     s("forge-hpc compare runs/lr")
-    s("forge-hpc status runs/lr/0 --json | head -5")
-    s("forge-hpc submit --config short.yaml --run-dir runs/chain trainer.training.steps=2 --then short.yaml")
-    s("forge-hpc submit --config short.yaml --run-dir runs/held --hold")
+    s("forge-hpc status runs/lr/0 --json")
+    s("forge-hpc submit --config sft.yaml --run-dir runs/chain --then short.yaml --hold")
+    s("forge-hpc submit --config short.yaml --run-dir runs/after --after runs/chain/2-short")
     s("forge-hpc submit --config short.yaml --run-dir runs/later --begin now+2hours")
+    s("timeout --signal=INT 6 forge-hpc watch runs/after", code=124)
     s("forge-hpc status --all")
-    s("forge-hpc cancel runs/held && forge-hpc cancel runs/later")
-    allocation(s)
-    s.say("## The shell")
-    s("source <(forge-hpc completion bash); complete -p forge-hpc")
+    s("COLUMNS=60 forge-hpc status --all")
+    s("forge-hpc cancel runs/later runs/after runs/chain/2-short runs/chain/1-short-sft")
 
 
 def allocation(s: Session) -> None:
     """Two runs in one."""
     s.say("## In an allocation, where engines are kept")
     shell = "forge-hpc submit --config short.yaml --keep-engines 10m trainer.training.steps=2 --run-dir runs"
-    lines = [f"{shell}/one", f"{shell}/two trainer.optimizer.lr=1e-2", "forge-hpc engines --end"]
+    lines = [f"{shell}/one", f"{shell}/two trainer.optimizer.lr=1e-2", "forge-hpc engines", "forge-hpc engines --end"]
     (s.home / "lines.sh").write_text("\n".join(f"echo '$ {line}'\n{line}" for line in lines) + "\n")
-    s("salloc --nodes=2 --exclusive bash lines.sh | grep -v '^|'")
+    s("salloc --nodes=1 --exclusive bash lines.sh 2>&1 | grep -v '^|'")
 
 
 def main() -> int:
@@ -226,9 +334,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="A user's session, with output.")
     parser.add_argument("--write", type=Path, metavar="FILE", help="the page")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="session-") as folder, SlurmCluster(nodes=4) as cluster:
-        s = Session(Path(folder), cluster)
-        session(s)
+    # Not under /tmp, of which a user would be warned: on a cluster that is each node's own.
+    with tempfile.TemporaryDirectory(prefix="session-", dir="/home") as folder, SlurmCluster(nodes=4) as cluster:
+        home = Path(folder)
+        for host in cluster.hosts:
+            (home / "scratch" / host.name).mkdir(parents=True)
+        with small_disk(home / "scratch" / cluster.hosts[1].name, 8 << 20):
+            s = Session(home, cluster)
+            session(s)
     if args.write is not None:
         args.write.write_text("".join(s.page))
     return 0

@@ -13,8 +13,14 @@ from forge_hpc.container.runtimes import binary
 
 
 def is_file_of_image(container: ContainerConfig) -> bool:
-    """Whether the image is a file or folder, and not a registry's (``docker://…``, ``nvcr.io#nvidia/pytorch``)."""
-    return re.match(r"[./~]", container.image or "") is not None
+    """Whether the image is a file or folder, and not a registry's (``docker://…``, ``nvcr.io#nvidia/pytorch``). To
+    Apptainer all is a file that has no scheme, to pyxis what begins like a path."""
+    image = container.image or ""
+    return (
+        bool(image) and "://" not in image
+        if container.runtime == "apptainer"
+        else re.match(r"[./~]", image) is not None
+    )
 
 
 def problems_here(cfg: Config) -> list[str]:

@@ -43,7 +43,7 @@ class RemoteWriter(ABC):
     """What may be done about points that did not get there."""
 
     def __init__(self, run_dir: RunDir, resume_step: int) -> None:
-        self._run_dir = run_dir
+        self._run_dir, self._resume_step = run_dir, resume_step
         self._points: SimpleQueue[tuple[int, dict[str, float]] | None] = SimpleQueue()
         self._error: Exception | None = None
         self._started = threading.Event()

@@ -61,8 +61,8 @@ def ask_both(
             env={**os.environ, "SLURM_TIME_FORMAT": "%s"} if env is None else env,
             cwd=cwd,
         )
-    except FileNotFoundError as error:
-        raise SlurmAbsent(f"{name}: {error}") from None
+    except FileNotFoundError:
+        raise SlurmAbsent(f"there is no {command[0]} here") from None
     except OSError as error:
         raise SlurmRefused(f"{name}: {error}") from None
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -55,7 +56,9 @@ def export_checkpoint(cfg: Config, model_dir: Path, checkpoint: Path, directory:
     model.to_empty(device="cpu")
     if lora.enable:  # the frozen weights are in no checkpoint
         load_hf_weights(model, spec, model_dir)
-    with ordinary_errors(f"cannot read {checkpoint}"):
+    with ordinary_errors(f"cannot read {checkpoint}"), warnings.catch_warnings():
+        # torch 2.13 warns that no processes are there, also where none are meant to be
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
         dcp.load(TrainedWeights(model).state_dict(), checkpoint_id=checkpoint, no_dist=True)
     ends = learned_ends(load_tokenizer(model_dir), cfg) if needs.learns_from == "examples" else []
     export_model(model.state_dict(), spec, cfg, model_dir, directory, ends, owns_state=True)
