@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from runs import read
+
 from forge_hpc.observability.metrics import METRIC_KEYS
 from forge_hpc.run_dir import RunDir
 
@@ -48,6 +50,28 @@ def rollout(step: int, position: int, sample: int, text: str) -> dict[str, Any]:
     known = {"step": step, "position": position, "sample": sample, "prompt": text, "target": text, "completion": text}
     more = {"num_tokens": 3, "finish_reason": "stop", "reward": 0.5, "rewards": rewards, "advantage": None}
     return known | more
+
+
+def with_sources(run_dir: RunDir, *names: str) -> RunDir:
+    """The run as if its prompts had come from these sources: each has a reward, held-out accuracy and samples."""
+    config = "".join(f"  - name: {name}\n    share: {1 + at}\n" for at, name in enumerate(names))
+    run_dir.config.write_text(f"{run_dir.config.read_text()}sources:\n{config}")
+    steps, evaluations = read(run_dir.path), read(run_dir.path, "evaluations.jsonl")
+    for at, name in enumerate(names):
+        for record in steps:
+            record[f"source/{name}/reward/mean"] = record["reward/mean"] / (1 + at)
+        for record in evaluations:
+            share = (record["step"] + 1) / (steps[-1]["step"] + 1) / (1 + at)
+            interval = {"accuracy": share, "accuracy_low": max(0, share - 0.1), "accuracy_high": min(1, share + 0.1)}
+            record |= {f"source/{name}/{key}": value for key, value in interval.items()}
+            record |= {f"source/{name}/pass@8": min(1.0, 2 * share), f"source/{name}/num_prompts": 50}
+    for file, records in zip((run_dir.metrics, run_dir.evaluations), (steps, evaluations), strict=True):
+        write_lines(file, records)
+    samples = [rollout(1, position, sample, "1+1=") for position in range(3 * len(names)) for sample in range(4)]
+    for record in samples:
+        record["source"] = names[record["position"] // 3]
+    write_lines(run_dir.rollouts, samples)
+    return run_dir
 
 
 def write_run(

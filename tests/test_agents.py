@@ -6,12 +6,13 @@ import asyncio
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from endpoints import Scripted, bpe_tokenizer, endpoint_config, prompt_of
-from runs import PROJECT, check_contract, lost_prompts, read, run_local, start_local, status, wait_for
+from runs import PROJECT, check_contract, read, run_local, start_local, status, wait_for
 
 from forge_hpc.checkpoint.episodes import dump_groups, load_groups
 from forge_hpc.config import Config, UserError, load_config
@@ -254,12 +255,13 @@ def test_the_demo_of_agents_is_valid() -> None:
 # --- whole runs
 
 BRANCHING = """
-import openai
+import openai, uuid
 
 async def episode(base_url, api_key, example, log):
+    name = uuid.uuid4().hex
     def note(event):
         with open(log, "a") as file:
-            file.write(event + "\\n")
+            file.write(f"{event} {name}\\n")
     note("begun")
     messages = [{"role": "user", "content": example["question"]}]
     async with openai.AsyncOpenAI(base_url=base_url, api_key=api_key) as client:
@@ -271,8 +273,11 @@ async def episode(base_url, api_key, example, log):
         messages[1]["content"] = "edited"
         await client.chat.completions.create(model="policy", messages=messages, max_tokens=8)
     note("ended")
-    return sum(len(text) for text in said) / 16
+    return {"reward": sum(len(text) for text in said) / 16, "info": {"name": name}}
 """
+
+
+PROMPTS, GROUP = 4, 4
 
 
 def branching_run(directory: Path, steps: int) -> list[str]:
@@ -284,12 +289,12 @@ def branching_run(directory: Path, steps: int) -> list[str]:
         f"environment.args={{log: '{directory / 'episodes'}'}}",
         f"trainer.training.steps={steps}",
         "trainer.lr_scheduler.warmup_steps=0",
-        "rollout.prompts_per_step=4",
-        "rollout.group_size=4",
+        f"rollout.prompts_per_step={PROMPTS}",
+        f"rollout.group_size={GROUP}",
         "rollout.max_staleness=1",
         "checkpoint.interval=1",
         "evaluation.num_prompts=4",
-        "logging.num_rollouts_per_step=4",
+        f"logging.num_groups_per_step={PROMPTS}",
         "generator.engine.kv_cache_memory_gib=0.25",
     ]
 
@@ -301,9 +306,15 @@ def num_under_way(directory: Path) -> int:
 
 
 def check_branching_run(run_dir: Path, steps: int) -> None:
-    """Every step once, with its own prompts, and every token as it was sampled."""
+    """Every step once, with its own prompts and all episodes of them, none twice, every token as it was sampled."""
     check_contract(run_dir, steps)
-    assert lost_prompts(run_dir, range(1, steps + 1), 4) == 0
+    trained = read(run_dir, "rollouts.jsonl")
+    assert sorted((record["step"], record["position"], record["sample"]) for record in trained) == [
+        (1 + position // PROMPTS, position, sample) for position in range(steps * PROMPTS) for sample in range(GROUP)
+    ]
+    names = Counter(record["info"]["name"] for record in trained)
+    events = (run_dir.parent / "episodes").read_text().splitlines()
+    assert max(names.values()) == 1 and {f"ended {name}" for name in names} <= {*events}
     for record in read(run_dir):
         # With another context, or another token, the trainer's log-probabilities would be others.
         assert record["mismatch/logprob_abs_mean"] < 1e-5 or record["staleness/max"] == 1

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
-from report_runs import metrics, write_lines, write_run
+from report_runs import metrics, with_sources, write_lines, write_run
 
 from forge_hpc.cli import main
 from forge_hpc.observability.compare import Interval, compare, find_runs, student_t
@@ -71,12 +71,13 @@ def test_a_key_that_an_older_version_did_not_have_parts_nobody(tmp_path: Path) -
 def test_an_interval_of_shares_ends_with_their_range(tmp_path: Path) -> None:
     for seed, accuracy in enumerate((0.9, 1.0, 1.0)):
         run_dir = write_run(tmp_path / str(seed), seed=seed, lr="1e-6", shift=seed)
-        write_lines(run_dir.evaluations, [{"step": 9, "accuracy": accuracy, "pass@4": 0.0 if seed else 0.05}])
+        shares = {"accuracy": accuracy, "source/sums/accuracy": accuracy, "pass@4": 0.0 if seed else 0.05}
+        write_lines(run_dir.evaluations, [{"step": 9, **shares}])
     [group] = compare(find_runs([RunDir(tmp_path)]))
     figures = group.figures()
     half = 4.303 * 0.1 / 3  # of a deviation of 0.1 / sqrt(3)
-    accuracy = figures["held-out accuracy"]
-    assert (accuracy.low, accuracy.high) == pytest.approx((2.9 / 3 - half, 1.0), abs=1e-3)
+    for name in ("held-out accuracy", "held-out source/sums/accuracy"):
+        assert (figures[name].low, figures[name].high) == pytest.approx((2.9 / 3 - half, 1.0), abs=1e-3)
     assert figures["held-out pass@4"].low == 0.0 and (figures["held-out pass@4"].high or 0) > 0.05
     reward = figures["reward, last 5 steps"]
     assert reward.high is not None and reward.high > reward.mean + 2, "a reward has no range that is known"
@@ -111,6 +112,39 @@ def test_the_page_has_a_curve_of_each_group(sweep: Path, tmp_path: Path) -> None
     key = page.text.partition("groups:")[2][:100]
     assert "lr=1e-6" in key and "lr=3e-6" in key
     assert len(page.pictures()) > 5 and "10 to 40" in page.text
+
+
+def test_sources_are_compared_each_by_itself_and_groups_are_named_by_what_differs_in_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for share in (2, 5):
+        for seed in (0, 1):
+            run_dir = with_sources(write_run(tmp_path / f"{share}-{seed}", seed=seed, shift=seed / 10), "sums", "game")
+            run_dir.config.write_text(run_dir.config.read_text().replace("share: 2", f"share: {share}"))
+    assert main(["compare", str(tmp_path), "--json"]) == 0
+    groups = json.loads(capsys.readouterr().out)
+    assert [group["group"] for group in groups] == ["sources.1.share=2", "sources.1.share=5"]
+    figures = groups[0]["figures"]
+    assert figures["reward of game, last 5 steps"]["mean"] == pytest.approx(
+        figures["reward of sums, last 5 steps"]["mean"] / 2
+    )
+    assert figures["held-out source/sums/accuracy"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "num": 2}
+    pytest.importorskip("matplotlib")
+    from test_report_page import Page
+
+    file = tmp_path / "page.html"
+    assert main(["compare", str(tmp_path), "--html", str(file)]) == 0
+    page = Page(file)
+    for name in ("sums", "game"):
+        assert f"Held-out accuracy of {name}: source/{name}/accuracy" in page.text
+        assert f"Reward of {name}: source/{name}/reward/mean" in page.text
+    assert "Held-out accuracy: accuracy" in page.text
+
+
+def test_runs_with_lists_of_other_lengths_differ_in_the_whole_list(tmp_path: Path) -> None:
+    for names in (("sums",), ("sums", "game")):
+        with_sources(write_run(tmp_path / str(len(names))), *names)
+    assert [list(group.differs) for group in compare(find_runs([RunDir(tmp_path)]))] == [["sources"]] * 2
 
 
 @pytest.mark.parametrize(("freedom", "t"), [(1, 12.706), (10, 2.228), (11, 2.201), (20, 2.086), (120, 1.980)])

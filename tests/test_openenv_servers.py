@@ -7,19 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from published import echo_server, installed, served
 from runs import PROJECT, read, run_local, small_run
 from test_environments import ScriptedGenerator, chat_tokenizer, played, prompt_of
 
@@ -36,49 +31,19 @@ SERVERS = Path(__file__).parent / "openenv_servers"
 
 @pytest.fixture(scope="module", params=PACKAGES)
 def python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of a virtual environment that has the package; OPENENV_VENVS keeps it for the next time."""
-    folder = Path(os.environ.get("OPENENV_VENVS") or tmp_path_factory.mktemp("openenv"))
-    venv = folder / request.param.replace("==", "-")
-    if not (venv / "installed").exists():
-        subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-        subprocess.run([venv / "bin/python", "-m", "pip", "install", "--quiet", request.param], check=True)
-        (venv / "installed").touch()
-    return venv / "bin/python"
+    """The interpreter that has the package."""
+    return installed(request.param.replace("==", "-"), [request.param], tmp_path_factory) / "bin/python"
 
 
 @pytest.fixture(scope="module")
 def echo(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The server that the package's own ``openenv init`` makes, as it is shipped: one session."""
-    folder = tmp_path_factory.mktemp("echo")
-    subprocess.run([python.with_name("openenv"), "init", "echo_env"], cwd=folder, check=True, capture_output=True)
-    yield from serve(python, "server.app:app", folder / "echo_env")
+    yield from echo_server(python, tmp_path_factory.mktemp("echo"))
 
 
 @pytest.fixture(scope="module")
 def tools(python: Path) -> Iterator[str]:
     """Two tools on the package's own MCPEnvironment, with room for four sessions."""
-    yield from serve(python, "tools:app", SERVERS, SESSIONS="4")
-
-
-def serve(python: Path, app: str, folder: Path, **environment: str) -> Iterator[str]:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        port = held.getsockname()[1]
-    command = [python, "-m", "uvicorn", app, "--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"]
-    process = subprocess.Popen(command, cwd=folder, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **environment})
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            assert process.poll() is None and time.monotonic() < deadline, "the server did not start"
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10).read()
-                break
-            except OSError:
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(60)
+    yield from served(python, "tools:app", SERVERS, SESSIONS="4")
 
 
 def example(name: str, url: str, **changes: Any) -> Config:

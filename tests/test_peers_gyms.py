@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
-import sys
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+from published import GYMS, installed
 
 from forge_hpc.config import Config, UserError
 from forge_hpc.config.schema import EnvironmentConfig
@@ -18,18 +15,11 @@ from forge_hpc.data.types import Prompt
 from forge_hpc.environments import EnvironmentPool, Response
 
 pytestmark = [pytest.mark.peers, pytest.mark.timeout(1800)]
-PACKAGES = ["reasoning-gym==0.1.25", "skyrl-gym==0.4.0", "textarena==0.7.4", "numpy", "psutil"]
 
 
 @pytest.fixture(scope="module")
 def venv(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A virtual environment that has the packages; PEERS_VENVS keeps it for the next time."""
-    venv = Path(os.environ.get("PEERS_VENVS") or tmp_path_factory.mktemp("peers")) / "gyms"
-    if not (venv / "installed").exists():
-        subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-        subprocess.run([venv / "bin/python", "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
-        (venv / "installed").touch()
-    return str(venv)
+    return str(installed("gyms", GYMS, tmp_path_factory))
 
 
 def play(venv: str | None, name: str, args: dict[str, Any], scenario: Callable[[Any], Awaitable[Any]]) -> Any:

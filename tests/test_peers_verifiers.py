@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from endpoints import Scripted, bpe_tokenizer, endpoint_config
+from published import at_home, tasks, verifiers, write_tasks
 from runs import PROJECT, check_contract, read, run_local
 
 from forge_hpc.config import Config, UserError
@@ -25,37 +23,17 @@ from forge_hpc.environments import EnvironmentPool
 from forge_hpc.rollouts.agents import AgentPlayer
 
 pytestmark = [pytest.mark.peers, pytest.mark.timeout(1800)]
-PACKAGES = ["verifiers==0.4.0", "numpy", "psutil", "uv"]
-TASKSETS = Path(__file__).parent / "verifiers_tasksets"
 BPE = bpe_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of a virtual environment that has the package; PEERS_VENVS keeps it for the next time."""
-    venv = Path(os.environ.get("PEERS_VENVS") or tmp_path_factory.mktemp("peers")) / "verifiers"
-    if not (venv / "installed").exists():
-        subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-        subprocess.run([venv / "bin/python", "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
-        [packages] = venv.glob("lib/python*/site-packages")
-        (packages / "tasksets.pth").write_text(str(TASKSETS))
-        (venv / "installed").touch()
-    return venv / "bin/python"
+    return verifiers(tmp_path_factory)
 
 
 @pytest.fixture(autouse=True)
 def home(python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """verifiers and uv keep what they make in the home directory: beside the packages here."""
-    monkeypatch.setenv("HOME", str(python.parent.parent / "home"))
-    monkeypatch.setenv("PATH", f"{python.parent}:{os.environ['PATH']}")
-    (python.parent.parent / "home").mkdir(exist_ok=True)
-    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # each of its programs would compile them anew
-
-
-def tasks(python: Path, *options: str) -> list[dict[str, str]]:
-    command = [python, "-m", "forge_hpc.environments.verifiers", *options]
-    found = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(PROJECT)}, stdout=subprocess.PIPE, check=True)
-    return [json.loads(line) for line in found.stdout.splitlines()]
+    at_home(python, monkeypatch)
 
 
 def settings(python: Path, **env: Any) -> Config:
@@ -132,9 +110,7 @@ def test_a_taskset_that_there_is_not_is_said_in_a_line(python: Path, taskset: st
 
 
 def test_a_run_of_twenty_steps_trains_on_it(python: Path, tmp_path: Path) -> None:
-    rows = tasks(python, "sums-v1")
-    for name, part in (("train", rows[:90]), ("test", rows[90:])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    write_tasks(python, tmp_path)
     config = settings(python)
     result = run_local(
         tmp_path / "run",

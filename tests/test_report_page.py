@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from report_runs import HOSTILE, metrics, rollout, write_lines, write_run
+from report_runs import HOSTILE, metrics, rollout, with_sources, write_lines, write_run
 from runs import PROJECT, explained_metrics
 
 from forge_hpc.cli import main
@@ -193,6 +194,34 @@ def test_samples_are_whole_groups_of_the_first_and_the_last_step_also_beside_tor
         [(5, 7)] * 3,
         [(5, 8)] * 3,
     ]
+
+
+def test_each_source_has_curves_of_its_own_under_its_name_and_a_sample(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("sums", "game", "chains")
+    run_dir = with_sources(write_run(tmp_path / "run"), *names)
+    page, without = page_of(run_dir), page_of(write_run(tmp_path / "other"))
+    html = (run_dir.path / "report.html").read_text()
+    for title in ("Reward of each source", "Held-out accuracy of each source", "Held-out pass@8 of each source"):
+        assert title in page.text and title not in without.text
+        [what] = re.findall(rf'<figcaption>{title}[^<]*</figcaption><img src="[^"]*" alt="([^"]*)"', html)
+        assert [part.partition(" ")[0].strip(":") for part in what.split("; ")] == list(names)
+    assert len(page.pictures()) == len(without.pictures()) + 3
+    assert not any("source/" in svg for svg in page.pictures()), "curves have the names of the sources"
+    assert all(f"prompt {position} of {name}:" in page.text for position, name in zip((0, 3, 6), names, strict=True))
+    assert main(["report", str(run_dir)]) == 0
+    told = capsys.readouterr().out
+    for number, name in enumerate(names, 1):
+        assert re.search(rf"^source/{name}/reward/mean +[▁-█]+  \S+ to \S+$", told, re.MULTILINE)
+        last = (1 - math.exp(-3 * 38 / 40)) / number
+        said = re.search(rf"^of {name}: \S+ first 5 steps, (\S+) last 5 steps$", told, re.MULTILINE)
+        assert said and float(said[1]) == pytest.approx(last, abs=0.01)
+
+
+def test_more_sources_than_colours_have_several_pictures(tmp_path: Path) -> None:
+    page = page_of(with_sources(write_run(tmp_path / "run"), *(f"set-{number:02d}" for number in range(11))))
+    assert page.text.count("Reward of each source") == page.text.count("Held-out accuracy of each source") == 2
 
 
 def test_a_run_that_has_not_begun_and_one_of_which_little_is_left_have_pages(tmp_path: Path) -> None:

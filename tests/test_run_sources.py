@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
+import signal
 from collections import Counter
 from collections.abc import AsyncIterator
 from fractions import Fraction
@@ -11,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import check_contract, read, run_local, small_run
+from endpoints import Scripted, bpe_tokenizer
+from runs import check_contract, read, run_local, small_run, start_local, wait_for
 
+from forge_hpc.checkpoint.episodes import dump_groups, load_groups
 from forge_hpc.config import Config, UserError, load_config, read_config, save_config, validate
 from forge_hpc.config.schema import SourceConfig
 from forge_hpc.config.sources import run_source, run_sources
@@ -20,12 +24,18 @@ from forge_hpc.data.builtin import char_tokenizer
 from forge_hpc.data.mixture import open_sources
 from forge_hpc.data.prompts import PromptStream, evaluation_prompts
 from forge_hpc.data.shares import Turns
-from forge_hpc.data.types import HELD_OUT, Completion, Episode, Group, Prompt
+from forge_hpc.data.types import HELD_OUT, Completion, Episode, Group, Prompt, Turn
+from forge_hpc.endpoint import Endpoint
+from forge_hpc.environments import EnvironmentPool
 from forge_hpc.hub.assets import assets_of
 from forge_hpc.rewards import RewardPools
+from forge_hpc.rollouts.agents import AgentPlayer
+from forge_hpc.rollouts.buffer import episode_buffer
 from forge_hpc.rollouts.checks import EpisodeWatch
+from forge_hpc.rollouts.episodes import EpisodePlayer
 from forge_hpc.rollouts.figures import measure
 from forge_hpc.rollouts.sources import by_source
+from forge_hpc.rollouts.stream import RolloutStream
 
 YAML = """
 sources:
@@ -262,6 +272,135 @@ def test_figures_are_those_of_all_and_of_each_source_and_one_that_lost_all_says_
     assert said == ["step 1: 2 of 2 episodes of c were left out, the last one because of: too slow"]
 
 
+# --- three kinds of sources, generated ahead
+
+THREE = """
+sources:
+  - {name: sums, share: 2, reward: [{name: length, args: {max_tokens: 5, ramp_tokens: 2}}]}
+  - {name: game, environment: {name: guessing, args: {low: 1, high: 3}, max_turns: 3}}
+  - {name: agent, environment: {name: agent.py:episode, timeout_s: 60}}
+data: {path: builtin:calculator}
+rollout: {prompts_per_step: 8, group_size: 2, max_staleness: 1, max_prompt_tokens: 200, max_response_tokens: 200}
+trainer: {training: {steps: 6}}
+evaluation: {num_prompts: 0}
+"""
+AGENT = """
+import asyncio, openai
+
+async def episode(base_url, api_key, example):
+    await asyncio.sleep(0.05 * (example["seed"] % 4))
+    messages = [{"role": "user", "content": example["question"]}]
+    async with openai.AsyncOpenAI(base_url=base_url, api_key=api_key) as client:
+        answer = await client.chat.completions.create(model="policy", messages=messages)
+    return float(answer.choices[0].message.content)
+"""
+
+
+class ThreeKinds:
+    """Generators alone, an environment in a process and an agent at an endpoint; what samples is a script."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.tokenizer = config, bpe_tokenizer()
+        self.sampler = Scripted(self.say)
+        self.num_said = 0
+
+    def say(self, turn: Turn) -> tuple[str, list[int], str]:
+        self.num_said += 1
+        text = str(1 + self.num_said % 3)
+        return text, [*self.tokenizer.encode(text), self.tokenizer.eos_token_id], "stop"
+
+    async def sample(self, prompts: list[Prompt], *, key: int | None) -> AsyncIterator[Any]:
+        for index, prompt in enumerate(prompts):
+            for number in range(self.config.rollout.group_size):
+                await asyncio.sleep(0)
+                [completion] = await self.turns([Turn(prompt.position, number, 0, prompt.token_ids, 9)])
+                yield (index, number), dataclasses.replace(completion, sample_index=number)
+
+    async def turns(self, turns: list[Turn], *_: Any, key: int | None = None) -> list[Any]:
+        return await self.sampler.respond(turns, self.config.rollout.sampling, 0, "", "")
+
+    async def __aenter__(self) -> ThreeKinds:
+        game, agent = (run_source(self.config, name) for name in ("game", "agent"))
+        self.endpoint = await Endpoint(agent, self.tokenizer, self.sampler).start()
+        self.pools = [await EnvironmentPool(own, num_workers=1).start() for own in (game, agent)]
+        players = {
+            "sums": self.sample,
+            "game": EpisodePlayer(game, self.tokenizer, self.turns, self.pools[0]).stream,
+            "agent": AgentPlayer(agent, self.tokenizer, self.endpoint, self.pools[1]).stream,
+        }
+        self.stream = by_source(players)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for pool in self.pools:
+            await pool.close()
+        await self.endpoint.close()
+
+
+async def train(kinds: ThreeKinds, config: Config, stops: set[int]) -> list[tuple[list[Group], dict[str, float]]]:
+    """All steps, each with its groups and figures; after some of them the run stops and goes on from what it saved."""
+    taken: list[tuple[list[Group], dict[str, float]]] = []
+    saved: tuple[str, bytes] | None = None
+    last_step = config.trainer.training.steps
+    async with RewardPools(config) as rewards:
+        while len(taken) < last_step:
+            prompts, state = PromptStream(open_sources(config), kinds.tokenizer, config), {}
+            if saved is not None:
+                state = json.loads(saved[0])
+                prompts.load_state_dict(state["prompts"])
+            buffer = episode_buffer(config, len(taken), prompts.position, prompts.ahead)
+            buffer.restore(load_groups(saved[1]) if saved is not None else [], state)
+            stream = RolloutStream(config, prompts, kinds.stream, 1, rewards, buffer, print)
+            running = asyncio.create_task(stream.run())
+            while len(taken) < last_step:
+                groups = await stream.take()
+                step = len(taken) + 1
+                taken.append((groups, measure(groups, step) | stream.metrics()))
+                kinds.sampler.version = step
+                await buffer.weights_loaded(step)
+                if step in stops:
+                    await asyncio.sleep(0.1)  # amid the episodes of the steps to come
+                    saved = json.dumps(stream.state_dict()), dump_groups(buffer.finished())
+                    break
+            running.cancel()
+            await asyncio.wait({running})
+    return taken
+
+
+@pytest.mark.timeout(120)
+def test_sources_of_three_kinds_generated_ahead_keep_their_shares_and_lose_nothing_at_a_stop(tmp_path: Path):
+    (tmp_path / "c.yaml").write_text(THREE)
+    (tmp_path / "agent.py").write_text(AGENT)
+    config = load_config(tmp_path / "c.yaml")
+    late = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, window=2))
+
+    async def both() -> list[Any]:
+        async with ThreeKinds(config) as kinds:
+            found = []
+            for own in (config, late):
+                kinds.sampler.version = 0
+                found.append(await train(kinds, own, {1, 4}))
+            return found
+
+    strict, windowed = asyncio.run(both())
+    shares, steps = {"sums": 4, "game": 2, "agent": 2}, config.trainer.training.steps
+    for taken in (strict, windowed):
+        groups = [group for own, _ in taken for group in own]
+        assert sorted(group.prompt.position for group in groups) == list(range(8 * steps))
+        assert Counter(group.prompt.source for group in groups) == {name: steps * num for name, num in shares.items()}
+        assert all(len(group.episodes) == 2 for group in groups)
+        for own, figures in taken:
+            assert figures["episodes/failed"] == figures["episodes/stale"] == 0 and figures["staleness/max"] <= 1
+            assert {group.prompt.source for group in own} <= {*shares}
+            assert len(own) == 8
+    for own, figures in strict:
+        assert Counter(group.prompt.source for group in own) == shares
+        assert figures["groups/overtaken"] == 0
+    assert any(figures["groups/overtaken"] for _, figures in windowed), "agents are late"
+    source_of = {group.prompt.position: group.prompt.source for own, _ in strict for group in own}
+    assert all(source_of[group.prompt.position] == group.prompt.source for own, _ in windowed for group in own)
+
+
 # --- a run
 
 
@@ -313,3 +452,48 @@ def test_a_run_of_two_sources_holds_the_shares_and_a_resumed_one_repeats_it_to_t
     for key in ("reward/mean", "loss", "grad_norm", "tokens/generated", "source/game/reward/mean"):
         assert [record[key] for record in metrics] == [record[key] for record in read(resumed)]
     assert len({(run / "export/model.safetensors").read_bytes() for run in (whole, resumed)}) == 1
+
+
+@pytest.mark.training  # two starts of a run that is late on purpose
+@pytest.mark.timeout(1800)
+def test_a_run_with_an_agent_among_its_sources_generates_ahead_and_a_preemption_loses_nothing(tmp_path: Path) -> None:
+    """Where late groups may be overtaken, too."""
+    (tmp_path / "agent.py").write_text(AGENT.replace("float(answer.choices", "len(answer.choices"))
+    steps, run_dir, options = 8, tmp_path / "run", small_run(tmp_path, 8)
+    length = next(item for item in options if item.startswith("reward=")).removeprefix("reward=")
+    game = "environment: {name: guessing, args: {low: 1, high: 9}, max_turns: 3, max_turn_tokens: 4}"
+    agent = f"environment: {{name: '{tmp_path / 'agent.py'}:episode', max_turn_tokens: 8, timeout_s: 300}}"
+    options += [
+        f"sources=[{{name: sums, share: 2, reward: {length}}}, {{name: game, {game}}}, {{name: agent, {agent}}}]",
+        "model.path=builtin:qwen3-tiny-chat",
+        "data={path: builtin:calculator, chat_template: true}",
+        "rollout.max_prompt_tokens=64",
+        "rollout.max_response_tokens=64",
+        "rollout.group_size=2",
+        "rollout.max_staleness=1",
+        "rollout.window=2",
+        "checkpoint.interval=1",
+        "evaluation.num_prompts=4",
+        "logging.num_groups_per_step=16",
+    ]
+    run = start_local(run_dir, options)
+    try:
+        wait_for(lambda: len(read(run_dir)) >= 2 or run.poll() is not None, "two steps", 900)
+        run.send_signal(signal.SIGTERM)
+        out, err = run.communicate(timeout=240)
+    finally:
+        run.kill()
+    assert run.returncode == 75 and len(read(run_dir)) < steps, out + err
+    result = run_local(run_dir, options, timeout_s=900)
+    assert result.returncode == 0, result.stdout + result.stderr
+    check_contract(run_dir, steps)
+    rollouts = read(run_dir, "rollouts.jsonl")
+    assert sorted((record["position"], record["sample"]) for record in rollouts) == [
+        (position, sample) for position in range(16 * steps) for sample in range(2)
+    ], "every episode once"
+    assert Counter(record["source"] for record in rollouts) == {"sums": 128, "game": 64, "agent": 64}
+    for record in read(run_dir):
+        assert record["episodes/failed"] == record["endpoint/refused"] == record["episodes/stale"] == 0
+        assert record["staleness/max"] <= 1
+        assert record["mismatch/logprob_abs_mean"] < 1e-5 or record["staleness/max"] == 1
+    assert [record["source/agent/num_prompts"] for record in read(run_dir, "evaluations.jsonl")] == [4, 4]

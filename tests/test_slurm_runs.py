@@ -13,6 +13,7 @@ import psutil
 import pytest
 from runs import PROJECT, check_contract, left_over, processes, read, small_run, status, wait_for
 from slurm_cluster import SlurmCluster
+from test_agents import AGENT_DEMO, branching_run, check_branching_run, num_under_way
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 SPLIT = ["cluster.trainer_nodes=2", "cluster.rollout_nodes=2"]
@@ -113,6 +114,28 @@ def test_a_job_comes_back_after_preemption_and_after_its_controller_died(
     assert status(run_dir)["state"] == "completed", log(run_dir)
     assert slurm_cluster.job(job)["Restarts"] == "2"
     check_contract(run_dir, steps)
+    assert not left_over(run_dir)
+
+
+def test_a_preemption_amid_an_agents_episodes_requeues_the_job_and_every_episode_is_trained_once(
+    slurm_cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    """The agent plays on the first node, and asks a generator on the second."""
+    steps, run_dir = 20, tmp_path / "run"
+    command = ["sbatch", "--parsable", "--nodes=2", "--partition=spot", f"--output={tmp_path}/slurm-%j.out"]
+    command += ["sbatch/grpo.sh", "--config", str(AGENT_DEMO), "--run-dir", str(run_dir)]
+    command += [*branching_run(tmp_path, steps), "evaluation.num_prompts=0"]
+    job = slurm_cluster.run(*command, env=environment(slurm_cluster), cwd=PROJECT).stdout.strip()
+    wait_for(lambda: len(read(run_dir)) >= 1 and num_under_way(tmp_path) > 0, "episodes of a later step", 300)
+    urgent = ["sbatch", "--wait", "--partition=urgent", "--nodes=4", "--exclusive", "--wrap=true"]
+    slurm_cluster.run(*urgent, f"--output={tmp_path}/urgent.out", env=environment(slurm_cluster), timeout_s=120)
+    [end] = ends(run_dir)
+    assert (end["state"], end["cause"]) == ("preempted", "preempted"), log(run_dir)
+    assert 1 <= end["step"] == len(read(run_dir)) < steps, "the last step was saved"
+    wait_for(lambda: slurm_cluster.job(job)["JobState"] in ("COMPLETED", "FAILED"), "the end", 400)
+    assert status(run_dir)["state"] == "completed", log(run_dir)
+    assert slurm_cluster.job(job)["Restarts"] == "1"
+    check_branching_run(run_dir, steps)
     assert not left_over(run_dir)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -21,7 +22,7 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.files import is_there, read_text
 from forge_hpc.observability.jsonl import read_jsonl
 from forge_hpc.observability.steps import Steps
-from forge_hpc.observability.tables import is_shown, table
+from forge_hpc.observability.tables import is_shown, rewards_of_sources, table
 from forge_hpc.run_dir import RunDir
 
 _NOT_THE_EXPERIMENT = ("name", "logging", "profile", "slurm")
@@ -29,8 +30,8 @@ _NOT_THE_EXPERIMENT = ("name", "logging", "profile", "slurm")
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """Student's t at 97.5 %, for 1 to 10 degrees of freedom."""
 _MAX_LABEL = 60
-_RANGES = {"held-out accuracy": (0.0, 1.0), "held-out pass@": (0.0, 1.0), "tokens/s": (0.0, math.inf)}
-"""Of figures, by how their names begin."""
+_RANGES = {r"held-out (.+/)?(accuracy|(pass|maj)@\d+)": (0.0, 1.0), r"tokens/s of a GPU": (0.0, math.inf)}
+"""Of figures, by what their names are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,8 @@ class ComparedRun:
     """``key.of.it``: value."""
     state: str
     steps: Steps
+    evaluations: Steps
+    """The lines of ``evaluations.jsonl``."""
     figures: dict[str, float]
     """By the name of its column."""
 
@@ -97,13 +100,14 @@ class Group:
     def figures(self) -> dict[str, Interval]:
         names = {name: None for run in self.runs for name in run.figures}
         return {
-            name: Interval.of([run.figures[name] for run in self.runs if name in run.figures], _range_of(name))
+            name: Interval.of([run.figures[name] for run in self.runs if name in run.figures], range_of(name))
             for name in names
         }
 
 
-def _range_of(name: str) -> tuple[float, float]:
-    return next((found for start, found in _RANGES.items() if name.startswith(start)), (-math.inf, math.inf))
+def range_of(name: str) -> tuple[float, float]:
+    """Where the values of a figure with this name lie."""
+    return next((found for names, found in _RANGES.items() if re.fullmatch(names, name)), (-math.inf, math.inf))
 
 
 def student_t(freedom: int) -> float:
@@ -140,10 +144,24 @@ def compare(runs: Iterable[RunDir]) -> list[Group]:
         groups.setdefault(identity, Group({})).runs.append(run)
     found = list(groups.values())
     for key in read[0].config:
-        if key in common and len({json.dumps(group.runs[0].config[key], default=str) for group in found}) > 1:
-            for group in found:
-                group.differs[key] = group.runs[0].config[key]
+        if key in common:
+            values = [group.runs[0].config[key] for group in found]
+            for group, differs in zip(found, _differing(key, values), strict=True):
+                group.differs |= differs
     return found
+
+
+def _differing(key: str, values: Sequence[Any]) -> list[dict[str, Any]]:
+    """Of each value of a key what differs: of lists of as many items the keys within, ``sources.1.share``."""
+    if len({json.dumps(value, default=str) for value in values}) == 1:
+        return [{} for _ in values]
+    is_list = all(isinstance(value, list) and all(isinstance(item, Mapping) for item in value) for value in values)
+    if not is_list or len({len(value) for value in values}) > 1:
+        return [{key: value} for value in values]
+    flat = [dict(_flat(dict(enumerate(value)), f"{key}.")) for value in values]
+    keys = {part: None for each in flat for part in each}
+    parts = [_differing(part, [each.get(part) for each in flat]) for part in keys]
+    return [{name: value for part in parts for name, value in part[place].items()} for place in range(len(values))]
 
 
 def render_comparison(groups: Sequence[Group]) -> str:
@@ -191,14 +209,15 @@ def _read(run_dir: RunDir) -> ComparedRun:
         values = [record[key] for record in steps.newest if record.get(key) is not None]
         if values and not figures:
             figures[name] = fmean(values)
-    for record in read_jsonl(run_dir.evaluations):  # the last one stays
-        for key in record:
-            if is_shown(key):
-                figures[f"held-out {key}"] = record[key]
+    for name, key in rewards_of_sources(steps.whole).items():
+        if values := [record[key] for record in steps.newest if record.get(key) is not None]:
+            figures[f"reward of {name}, last 5 steps"] = fmean(values)
+    evaluations = Steps.read(read_jsonl(run_dir.evaluations))
+    figures |= {f"held-out {key}": value for key, value in evaluations.last.items() if is_shown(key)}
     if speed := steps.whole.get("perf/tokens_per_s"):
         figures["tokens/s of a GPU"] = speed.mean
     state = status.state if status else "unknown"
-    return ComparedRun(run_dir, _config(run_dir), state, steps, figures)
+    return ComparedRun(run_dir, _config(run_dir), state, steps, evaluations, figures)
 
 
 def _config(run_dir: RunDir) -> dict[str, Any]:
@@ -214,7 +233,7 @@ def _config(run_dir: RunDir) -> dict[str, Any]:
     return flat
 
 
-def _flat(config: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, Any]]:
+def _flat(config: Mapping[Any, Any], above: str = "") -> Iterable[tuple[str, Any]]:
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{above}{key}.")

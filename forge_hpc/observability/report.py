@@ -18,7 +18,7 @@ from forge_hpc.observability.console import format_duration, tokens_per_second
 from forge_hpc.observability.jsonl import read_jsonl
 from forge_hpc.observability.phases import start_table
 from forge_hpc.observability.summary import figures_of, next_commands, read_evaluations
-from forge_hpc.observability.tables import evaluation_table, table
+from forge_hpc.observability.tables import evaluation_table, rewards_of_sources, table
 from forge_hpc.run_dir import RunDir, Status
 
 _QUANTILES = (0.1, 0.5, 0.9, 1.0)
@@ -58,6 +58,8 @@ def render_report(run_dir: RunDir) -> str:
         lines += ["", "## Learning", "", *_curves(steps)]
         if figures.reward_first is not None and figures.reward_last is not None:
             lines.append(f"reward: {figures.reward_first:.3f} first 5 steps, {figures.reward_last:.3f} last 5 steps")
+        for name, key in rewards_of_sources(steps.names).items():
+            lines.append(f"of {name}: {steps.first(key):.3f} first 5 steps, {steps.last(key):.3f} last 5 steps")
         lines += ["", "## Where the time goes", "", *_time_table(steps)]
         lines += ["", "## Quantiles over steps", "", *_quantile_table(steps)]
         lines += ["", "## Last steps", "", *_steps_table(steps.newest)]
@@ -87,11 +89,13 @@ def total_steps(run_dir: RunDir, status: Status) -> int | None:
 
 
 def _curves(steps: AllSteps) -> list[str]:
-    lines = []
-    for key in ("reward/mean", "loss", "entropy/mean"):
-        if (values := steps[key]).count:
-            lines.append(f"{key:<13} {sparkline(values.kept)}  {values.low:.3g} to {values.high:.3g}")
-    return lines
+    keys = ["reward/mean", *rewards_of_sources(steps.names).values(), "loss", "entropy/mean"]
+    shown = {key: steps[key] for key in keys if steps[key].count}
+    width = max(13, *map(len, shown), 0)
+    return [
+        f"{key:<{width}} {sparkline(values.kept)}  {values.low:.3g} to {values.high:.3g}"
+        for key, values in shown.items()
+    ]
 
 
 def _steps_table(records: Collection[dict[str, Any]]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -20,6 +20,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 _SAMPLED = re.compile(r"(pass|maj|best)@\d+")
+_SOURCE_REWARD = re.compile("source/([^/]+)/reward/mean")
 
 
 def evaluation_table(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -45,6 +46,22 @@ def is_sampled(key: str) -> bool:
 def is_shown(key: str) -> bool:
     """Whether it is one of the figures by which evaluations are compared, of all prompts or a set's."""
     return key.rpartition("/")[2] in ("accuracy", "loss") or is_sampled(key)
+
+
+def rewards_of_sources(keys: Iterable[str]) -> dict[str, str]:
+    """Which of the keys is the mean reward of a source (``sources``), by the source's name, in their order."""
+    found = ((_SOURCE_REWARD.fullmatch(key), key) for key in keys)
+    return {match[1]: key for match, key in found if match}
+
+
+def split_set(key: str, keys: Container[str]) -> tuple[str, str]:
+    """The set or source that a figure of an evaluation with these keys is of, empty for all prompts, and the figure:
+    ``gsm8k``, ``accuracy``."""
+    label = ""
+    for place in (place for place, letter in enumerate(key) if letter == "/"):
+        if f"{key[:place]}/num_prompts" in keys or f"{key[:place]}/num_documents" in keys:
+            label = key[:place]
+    return label.removeprefix("source/"), key[len(label) :].removeprefix("/")
 
 
 def _place(key: str) -> tuple[str, int]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from forge_hpc.observability.compare import Group, Interval
+from forge_hpc.observability.compare import Group, Interval, range_of
 from forge_hpc.observability.page.charts import COLORS, Line, line_chart
 from forge_hpc.observability.page.curves import PANELS
 from forge_hpc.observability.page.markup import color_key, document, element, picture, section, table
+from forge_hpc.observability.steps import Span
+from forge_hpc.observability.tables import rewards_of_sources, split_set
 
 _NUM_POINTS = 150
 
@@ -26,14 +29,11 @@ def render_comparison_page(groups: Sequence[Group]) -> str:
         [group.label, len(group.runs), group.states, group.steps, *(each.get(name, "") for name in names)]
         for group, each in zip(groups, figures, strict=True)
     ]
-    charts = []
-    for panel in PANELS:
-        for figure in panel.keys:
-            lines = [_line(group, figure) for group in groups]
-            if any(line.x for line in lines):
-                unit = f" ({panel.unit})" if panel.unit else ""
-                chart = line_chart(lines, names=False)
-                charts.append(picture(chart, f"{panel.title}: {figure}{unit}", f"{figure} by group"))
+    charts = [
+        picture(line_chart(lines, names=False), title, f"{figure} by group")
+        for title, figure, lines in _pictures(groups)
+        if any(line.x for line in lines)
+    ]
     colors = [COLORS[number % len(COLORS)] for number in range(len(groups))]  # as the charts have them
     key = color_key("groups", [group.label for group in groups], colors)
     runs = [(group.label, run.run_dir, run.state, run.config.get("seed", "")) for group in groups for run in group.runs]
@@ -48,17 +48,40 @@ def render_comparison_page(groups: Sequence[Group]) -> str:
     )
 
 
-def _line(group: Group, key: str) -> Line:
+def _pictures(groups: Sequence[Group]) -> Iterator[tuple[str, str, list[Line]]]:
+    """Title and figure of each, and a line a group: held-out accuracy, reward, that of each source, and the rest."""
+    runs = [run for group in groups for run in group.runs]
+    evaluated = {key: None for run in runs for key in run.evaluations.whole}
+    for key in sorted(evaluated, key=lambda key: "/" in key):
+        if key.rpartition("/")[2] == "accuracy":
+            label, figure = split_set(key, evaluated)
+            title = f"Held-out {figure}{f' of {label}' if label else ''}: {key}"
+            range = range_of(f"held-out {key}")
+            curves = [[run.evaluations.curve(key) for run in group.runs] for group in groups]
+            yield title, key, [_line(group, own, range) for group, own in zip(groups, curves, strict=True)]
+    figures = [(panel.title, key, panel.unit) for panel in PANELS for key in panel.keys]
+    of_sources = rewards_of_sources({key: None for run in runs for key in run.steps.whole})
+    figures[1:1] = [(f"Reward of {name}", key, "") for name, key in of_sources.items()]
+    for title, key, unit in figures:
+        lines = [_line(group, [run.steps.curve(key) for run in group.runs]) for group in groups]
+        yield f"{title}: {key}{f' ({unit})' if unit else ''}", key, lines
+
+
+def _line(
+    group: Group, curves: Sequence[Sequence[tuple[float, Span]]], range: tuple[float, float] = (-math.inf, math.inf)
+) -> Line:
     """The mean of the runs that have come so far, with its interval; a single run is its own mean. Empty where no run
-    has the figure."""
-    curves = [curve for run in group.runs if (curve := run.steps.curve(key))]
+    has the figure. ``range``: where its values lie."""
+    curves = [curve for curve in curves if curve]
     if not curves:
         return Line(group.label, (), ())
     places = [[step for step, _ in curve] for curve in curves]
     values = [[span.mean for _, span in curve] for curve in curves]
     if len(curves) == 1:
         return Line(group.label, places[0], values[0])
-    grid = np.linspace(min(place[0] for place in places), max(place[-1] for place in places), _NUM_POINTS)
+    first, last = min(place[0] for place in places), max(place[-1] for place in places)
+    is_one_grid = all(place == places[0] for place in places)
+    grid = np.array(places[0]) if is_one_grid else np.linspace(first, last, _NUM_POINTS)
     reached = [
         np.interp(grid, place, value, left=np.nan, right=np.nan) for place, value in zip(places, values, strict=True)
     ]
@@ -66,7 +89,7 @@ def _line(group: Group, key: str) -> Line:
     for at, column in zip(grid, np.stack(reached, axis=1), strict=True):
         if known := [float(value) for value in column if not np.isnan(value)]:
             x.append(float(at))
-            intervals.append(Interval.of(known))
+            intervals.append(Interval.of(known, range))
     y = [each.mean for each in intervals]
     low = [each.mean if each.low is None else each.low for each in intervals]
     high = [each.mean if each.high is None else each.high for each in intervals]

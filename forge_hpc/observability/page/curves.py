@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from forge_hpc.observability.tables import rewards_of_sources
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,6 +15,10 @@ class Panel:
     title: str
     keys: tuple[str, ...]
     unit: str = ""
+
+    def label(self, key: str) -> str:
+        """What the curve is called in it: a source's by the source's name."""
+        return next(iter(rewards_of_sources([key])), key)
 
     @property
     def caption(self) -> str:
@@ -32,6 +39,9 @@ PANELS = (
 )
 """docs/metrics.md has the same table, and a test compares them."""
 
+MOST_LINES = 8
+"""Of a picture: so many colours there are."""
+
 TRAINER_PARTS = {
     "train": ("time/train_s",),
     "wait for rollouts": ("time/wait_generator_s",),
@@ -40,3 +50,12 @@ TRAINER_PARTS = {
 }
 """Parts of a step of the trainers; what is left of it are weights and all else."""
 GENERATOR_PARTS = {"generate": ("time/generate_s",), "wait for trainers": ("time/wait_trainer_s",)}
+
+
+def panels_of_sources(keys: Iterable[str]) -> list[Panel]:
+    """The reward of each source of a run with these figures; none where it has no sources of its own."""
+    rewards = list(rewards_of_sources(keys).values())
+    return [
+        Panel("Reward of each source", tuple(rewards[begin : begin + MOST_LINES]))
+        for begin in range(0, len(rewards), MOST_LINES)
+    ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Container, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -25,7 +26,14 @@ from forge_hpc.observability.page.charts import (
     require_matplotlib,
     time_line,
 )
-from forge_hpc.observability.page.curves import GENERATOR_PARTS, PANELS, TRAINER_PARTS, Panel
+from forge_hpc.observability.page.curves import (
+    GENERATOR_PARTS,
+    MOST_LINES,
+    PANELS,
+    TRAINER_PARTS,
+    Panel,
+    panels_of_sources,
+)
 from forge_hpc.observability.page.events import Event, Start, history, starts_of
 from forge_hpc.observability.page.markup import (
     Html,
@@ -41,7 +49,7 @@ from forge_hpc.observability.page.markup import (
 )
 from forge_hpc.observability.page.samples import Group, first_and_last
 from forge_hpc.observability.steps import Bucket, Span, Steps
-from forge_hpc.observability.tables import is_shown
+from forge_hpc.observability.tables import is_shown, split_set
 from forge_hpc.run_dir import RunDir
 from forge_hpc.supervisor.starts import StartLog
 
@@ -120,24 +128,25 @@ def _curves(steps: Steps, marks: Sequence[Mark]) -> Html:
     rewards = [key for key in rewards if key not in ("reward/mean", "reward/std")]
     panels = list(PANELS)
     if len(rewards) > 1:
-        panels.insert(1, Panel("Each reward", tuple(rewards[: len(COLORS)])))
+        panels.insert(1, Panel("Each reward", tuple(rewards[:MOST_LINES])))
+    panels[1:1] = panels_of_sources(steps.whole)
     return element("div", *(_panel(panel, steps, marks) for panel in panels), class_="charts")
 
 
 def _panel(panel: Panel, steps: Steps, marks: Sequence[Mark]) -> Html:
-    lines = [_line(key, curve) for key in panel.keys if (curve := steps.curve(key))]
+    lines = [_line(panel.label(key), curve) for key in panel.keys if (curve := steps.curve(key))]
     if not lines:
         return Html("")
     what = "; ".join(f"{line.label}: {line.y[0]:.4g} at first, {line.y[-1]:.4g} at last" for line in lines)
     return picture(line_chart(lines, _few(marks)), panel.caption, what)
 
 
-def _line(key: str, curve: Sequence[tuple[float, Span]]) -> Line:
+def _line(label: str, curve: Sequence[tuple[float, Span]]) -> Line:
     spans = [span for _, span in curve]
     is_banded = any(span.num > 1 for span in spans)
     low, high = [span.low for span in spans], [span.high for span in spans]
     x, y = [step for step, _ in curve], [span.mean for span in spans]
-    return Line(key, x, y, low if is_banded else None, high if is_banded else None)
+    return Line(label, x, y, low if is_banded else None, high if is_banded else None)
 
 
 def _all(steps: Steps) -> Html:
@@ -152,24 +161,40 @@ def _all(steps: Steps) -> Html:
 def _evaluations(records: Sequence[Mapping[str, Any]], marks: Sequence[Mark]) -> list[Html]:
     names = {key: None for record in records for key in record}
     plain = sorted(filter(is_shown, names), key=lambda key: "/" in key)  # those of all prompts first
-    losses = [key for key in plain if key.rpartition("/")[2] == "loss"]
     charts = []
-    for group in ([key for key in plain if key not in losses], losses):
-        if lines := [_evaluated(key, records) for key in group]:
-            what = "; ".join(f"{line.label} {line.y[-1]:.4g} at step {line.x[-1]:.0f}" for line in lines)
-            title = "Held-out loss" if group == losses else "Held-out prompts, 95 % intervals"
-            charts.append(picture(interval_chart(lines, _few(marks)), title, what))
+    for title, lines in _held_out(plain, names, records).items():
+        for begin in range(0, len(lines), MOST_LINES):
+            part = lines[begin : begin + MOST_LINES]
+            what = "; ".join(f"{line.label} {line.y[-1]:.4g} at step {line.x[-1]:.0f}" for line in part)
+            charts.append(picture(interval_chart(part, _few(marks)), title, what))
     columns = [*plain, *(key for key in ("reward", "reward_sampled", "num_prompts", "num_documents") if key in names)]
     rows = [[record["step"], *(_with_interval(record, key) for key in columns)] for record in _thinned(records, 100)]
     return [element("div", *charts, class_="charts"), table(("step", *columns), rows)]
 
 
-def _evaluated(key: str, records: Sequence[Mapping[str, Any]]) -> Line:
+def _held_out(
+    keys: Sequence[str], names: Container[str], records: Sequence[Mapping[str, Any]]
+) -> dict[str, list[Line]]:
+    """The lines of each picture by its title: figures of all prompts together, and each figure of all sets."""
+    found: dict[str, list[Line]] = defaultdict(list)
+    for key in keys:
+        label, figure = split_set(key, names)
+        is_loss = figure.rpartition("/")[2] == "loss"
+        ending = "" if is_loss else ", 95 % intervals"
+        if label:
+            kind = "source" if key.startswith("source/") else "set"
+            found[f"Held-out {figure} of each {kind}{ending}"].append(_evaluated(key, label, records))
+        else:
+            found[f"Held-out {'loss' if is_loss else 'prompts'}{ending}"].append(_evaluated(key, key, records))
+    return found
+
+
+def _evaluated(key: str, label: str, records: Sequence[Mapping[str, Any]]) -> Line:
     those = [record for record in records if record.get(key) is not None]
     x, y = [record["step"] for record in those], [record[key] for record in those]
     if any(record.get(f"{key}_low") is None for record in those):
-        return Line(key, x, y)
-    return Line(key, x, y, [record[f"{key}_low"] for record in those], [record[f"{key}_high"] for record in those])
+        return Line(label, x, y)
+    return Line(label, x, y, [record[f"{key}_low"] for record in those], [record[f"{key}_high"] for record in those])
 
 
 def _with_interval(record: Mapping[str, Any], key: str) -> str:
@@ -259,7 +284,8 @@ def _group(group: Group, is_open: bool) -> Html:
     known = [reward for reward in rewards if isinstance(reward, int | float)]
     mean = f", mean reward {sum(known) / len(known):.3f}" if known else ""
     plural = "s" if len(group) != 1 else ""
-    title = f"Step {head['step']}, prompt {head.get('position')}: {len(group)} sample{plural}{mean}"
+    of = f" of {head['source']}" if head.get("source") else ""
+    title = f"Step {head['step']}, prompt {head.get('position')}{of}: {len(group)} sample{plural}{mean}"
     parts = [element("p", "Prompt"), element("pre", _cut(head.get("prompt")))]
     if head.get("target") is not None:
         parts += [element("p", "Target"), element("pre", _cut(head["target"]))]

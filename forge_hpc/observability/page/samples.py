@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,14 @@ def _records(data: bytes) -> list[dict[str, Any]]:
 
 
 def _groups(records: Iterable[dict[str, Any]], num: int) -> list[Group]:
-    """By prompt, in order, whole groups first."""
+    """By prompt, in order, whole groups first; of several sources one of each before a second one."""
     groups: dict[object, Group] = {}
     for record in records:
         groups.setdefault(record.get("position"), []).append(record)
-    return list(islice(sorted(groups.values(), key=len, reverse=True), num))
+    num_before: Counter[object] = Counter()
+    ordered: list[tuple[int, Group]] = []
+    for group in sorted(groups.values(), key=len, reverse=True):
+        source = group[0].get("source")
+        ordered.append((num_before[source], group))
+        num_before[source] += 1
+    return [group for _, group in sorted(ordered, key=lambda pair: pair[0])[:num]]
