@@ -1,12 +1,13 @@
 """Advantages: how the rewards of a step's groups compare. Pure functions, all groups of a step in, all out.
 
-Most compare within a group only; those called batch_... look at the whole step, so advantages are computed when its
-groups are complete. A new one is a function here and a line in ``config.names``.
+Most compare within a group only; those called batch_... and ``gdpo`` look at the whole step, so advantages are computed
+when its groups are complete. A new one is a function here and a line in ``config.registry``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,13 +16,22 @@ from forge_hpc.config.registry import ADVANTAGES
 from forge_hpc.config.user_code import load_user_code
 
 _EPS = 1e-6
-StepAdvantage = Callable[[Sequence[Sequence[float]]], list[np.ndarray]]
+Terms = Mapping[str, tuple[float, Sequence[float]]]
+"""The rewards of one group apart, by name: the weight of each, and its values [G]."""
+StepAdvantage = Callable[[Sequence[Any]], list[np.ndarray]]
+"""From what all groups of a step got, their rewards or their ``Terms``, to their advantages."""
 
 
 def sees_step(function: StepAdvantage) -> StepAdvantage:
     """Mark an advantage that looks at all groups of a step; others get the rewards of one group."""
     function.sees_step = True  # type: ignore[attr-defined]
     return function
+
+
+def sees_terms(function: StepAdvantage) -> StepAdvantage:
+    """Mark one that gets the ``Terms`` of each group of a step in place of their weighted sums."""
+    function.sees_terms = True  # type: ignore[attr-defined]
+    return sees_step(function)
 
 
 def group_mean(rewards: Sequence[float]) -> np.ndarray:
@@ -39,7 +49,7 @@ def group_mean_std(rewards: Sequence[float]) -> np.ndarray:
     Args:
         rewards: [G] of one group; equal rewards give zeros. Returns [G] float32.
     """
-    return (_centred(rewards) / (np.std(rewards) + _EPS)).astype(np.float32)
+    return _normalized(rewards).astype(np.float32)
 
 
 def group_mean_mean(rewards: Sequence[float]) -> np.ndarray:
@@ -89,6 +99,30 @@ def batch_mean_std(groups: Sequence[Sequence[float]]) -> list[np.ndarray]:
     return np.split(values, np.cumsum([len(rewards) for rewards in groups])[:-1])
 
 
+@sees_terms
+def gdpo(groups: Sequence[Terms]) -> list[np.ndarray]:
+    """Several rewards, each compared in its group by itself: GDPO, https://arxiv.org/abs/2601.05242. With reward k of
+    weight w_k, r_ik its value for the group's i-th answer:
+
+        a_i = sum_k w_k (r_ik - mean(r_k)) / (std(r_k) + 1e-6)     mean and std over the group
+        A_i = a_i / (std of a over the step + 1e-6)                whose mean over the step is 0
+
+    So a reward counts by its weight, whatever its spread, and answers whose weighted sums are equal may differ. As in
+    ``group_mean_std`` the std is the population's.
+
+    Args:
+        groups: of a step. Returns [G_k] float32 for each; a group in which no reward differs gets zeros.
+    """
+    summed = [sum(weight * _normalized(rewards) for weight, rewards in terms.values()) for terms in groups]
+    std = np.concatenate(summed).std()
+    return [(values / (std + _EPS)).astype(np.float32) for values in summed]
+
+
+def _normalized(rewards: Sequence[float]) -> np.ndarray:
+    """(r - mean(r)) / (std(r) + 1e-6) in float64."""
+    return _centred(rewards) / (np.std(rewards) + _EPS)
+
+
 def _centred(rewards: Sequence[float] | np.ndarray) -> np.ndarray:
     """r - mean(r) in float64, exactly zero where all are equal: a rounding error is no signal."""
     r = np.asarray(rewards, np.float64)
@@ -96,7 +130,9 @@ def _centred(rewards: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def advantage_function(name: str) -> StepAdvantage:
-    """The function of that name, from the rewards of all groups of a step to their advantages. No group may be empty.
+    """The function of that name, from the rewards of all groups of a step, or their terms, to their advantages.
+
+    No group may be empty.
 
     Which one a run takes tells ``config.algorithm.resolve_advantage``.
 

@@ -9,6 +9,7 @@ from contextlib import aclosing
 from forge_hpc.advantages import advantage_function
 from forge_hpc.config import Config
 from forge_hpc.config.algorithm import resolve_advantage
+from forge_hpc.config.rewards import reward_weights
 from forge_hpc.data.types import Document, Group, Prompt
 from forge_hpc.rewards import RewardPool
 from forge_hpc.rollouts.documents import set_advantages, to_documents
@@ -33,5 +34,6 @@ async def make_group(
 
 def documents_of(groups: Sequence[Group], config: Config) -> list[Document]:
     """The documents that GRPO makes of the groups of a step."""
-    set_advantages(groups, advantage_function(resolve_advantage(config.algorithm)))
-    return to_documents(groups, drop_zero_signal=config.algorithm.drop_zero_signal_groups)
+    a = config.algorithm
+    set_advantages(groups, advantage_function(resolve_advantage(a)), reward_weights(config))
+    return to_documents(groups, drop_zero_signal=a.drop_zero_signal_groups, drop_truncated=a.drop_truncated)

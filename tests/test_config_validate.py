@@ -77,7 +77,12 @@ def test_the_configurations_that_the_readme_names_are_there():
         (["algorithm.mismatch.token_bounds=[2]"], "algorithm.mismatch.token_bounds is [2.0]"),
         (["algorithm.mismatch.sequence_bounds=[2, 1]"], "algorithm.mismatch.sequence_bounds is [2.0, 1.0]"),
         (["algorithm.mismatch.cap=2", "algorithm.clip_high=0.3"], "algorithm.clip_high has no effect"),
+        (["algorithm.mismatch.cap=2", "algorithm.old_kl_coef=0.1"], "algorithm.old_kl_coef has no effect"),
         (["algorithm.advantage=mean"], "algorithm.advantage"),
+        (["algorithm.advantage=gdpo", "algorithm.dynamic_sampling=true"], "the advantage gdpo learns where only their"),
+        (["algorithm.top_entropy_quantile=0"], "algorithm.top_entropy_quantile must be greater than 0 and at most 1"),
+        (["algorithm.top_entropy_quantile=0.2", "recipe=online_dpo"], "algorithm.top_entropy_quantile=0.2 is of"),
+        (["algorithm.drop_truncated=true", "recipe=ppo"], "algorithm.drop_truncated is of recipe=grpo"),
         (["trainer.optimizer.name=SGD"], "trainer.optimizer.name"),
         (["model.dtype=float16"], "model.dtype"),
         (["reward.0.name=exat"], "reward.0.name is 'exat'"),
@@ -165,6 +170,8 @@ def test_every_name_stands_for_something_that_exists():
 
 def test_every_option_of_a_loss_is_accepted():
     options = ["kl_coef=0.1", "kl_estimator=k2", "entropy_coef=0.01", "normalization=sequence", "loss=sapo"]
+    options += ["kl_weighted=true", "old_kl_coef=0", "top_entropy_quantile=0.2", "drop_truncated=true"]
+    options += ["advantage=gdpo"]
     more = ["loss_args={tau_pos: 2, tau_neg: 2.5}", "mismatch.cap=2", "mismatch.token_bounds=[0.5, 5]"]
     validate(load_config(None, ["reference.enable=true", *(f"algorithm.{option}" for option in options + more)]))
     validate(load_config(None, ["algorithm.loss=cispo", "algorithm.clip_low=1", "algorithm.clip_high=7"]))

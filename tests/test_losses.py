@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,8 +42,9 @@ from forge_hpc.losses import (
     step_normalizer,
 )
 from forge_hpc.losses.build import check_loss_fits
-from forge_hpc.losses.kl import KL_ESTIMATORS
+from forge_hpc.losses.kl import KL_ESTIMATORS, weighted
 from forge_hpc.losses.reduction import Sequences
+from forge_hpc.losses.top_entropy import entropy_threshold
 
 # ---- sequences, and three ways to lay them out
 
@@ -255,6 +257,7 @@ LOSSES = {name: loss for name, (loss, _, _) in CASES.items()} | {
     "corrected": GRPOLoss(mismatch=MismatchCorrection(1.1, (0.8, 1.2), (0.9, 1.1)), **ALL),
     "corrected by the product": GSPOLoss(mismatch=MismatchCorrection(2.0, level="sequence", veto=0.5), **ALL),
     "off-policy sequences masked": PPOLoss(off_policy_mask_threshold=0.01, **ALL),
+    "weighted KL": GRPOLoss(kl_weighted=True, old_kl_coef=0.1, **ALL),
     "corrected by sequence": DrGRPOLoss(mismatch=MismatchCorrection(1.1), max_tokens=11, **ALL),
 }
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
@@ -474,6 +477,78 @@ def test_the_estimator_that_is_named_is_the_one_in_the_loss(name: str) -> None:
     expected = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[name].mean()
     torch.testing.assert_close(with_kl.metrics["kl/mean"], expected.detach())
     torch.testing.assert_close(with_kl.loss - without.loss, 0.5 * expected)
+
+
+def test_weighted_by_the_ratio_the_gradient_of_each_estimator_is_that_of_the_kl_for_an_older_policys_samples() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    old, reference = torch.randn(2, 8, dtype=torch.float64).log_softmax(-1)
+    policy = logits.log_softmax(-1)
+    exact = (policy.exp() * (policy - reference)).sum()
+    (gradient,) = torch.autograd.grad(exact, logits, retain_graph=True)
+    for name in KL_ESTIMATORS:
+        estimates = weighted(name, KL_ESTIMATORS[name](policy, reference), policy, old)
+        expectation = (old.exp() * estimates).sum()
+        torch.testing.assert_close(torch.autograd.grad(expectation, logits, retain_graph=True)[0], gradient, msg=name)
+        if name != "k2":
+            torch.testing.assert_close(expectation, exact)
+
+
+@pytest.mark.parametrize("layout", [padded, packed])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
+@pytest.mark.parametrize("case", ["grpo", "gspo", "dr_grpo", "simple_grpo", "corrected"])
+def test_the_weighted_kl_equals_its_formula_with_gradients(case: str, dtype: torch.dtype, layout: Any) -> None:
+    group = samples(spread=1.0)
+
+    def term(s: Sample) -> torch.Tensor:
+        return ratio_of(s) * k3(s)
+
+    inputs = layout(group)
+    inputs["mask"] = inputs["mask"].to(dtype)
+    if case == "simple_grpo":
+        plain, with_kl = SimpleGRPOLoss(0.0), SimpleGRPOLoss(0.1, kl_weighted=True)
+    else:
+        correction = MismatchCorrection(cap=1.5) if case == "corrected" else None
+        kind = GRPOLoss if case == "corrected" else type(CASES[case][0])
+        plain, with_kl = (
+            kind(kl_coef=coef, kl_weighted=True, max_tokens=11, mismatch=correction) for coef in (0.0, 0.1)
+        )
+    expected = plain(**inputs).loss + 0.1 * reduce(group, term, with_kl.normalization, 11)
+    output = with_kl(**inputs)
+    torch.testing.assert_close(output.loss, expected)
+    torch.testing.assert_close(gradients(group, output.loss), gradients(group, expected))
+    mean = reduce(group, term, "token" if with_kl.normalization == "token" else "sequence")
+    torch.testing.assert_close(output.metrics["kl/mean"], mean.detach())
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo", "dr_grpo", "dppo", "simple_grpo"])
+def test_the_distance_to_the_policy_that_sampled_is_a_penalty_with_its_gradient(name: str) -> None:
+    group = samples(spread=1.0)
+    plain = type(CASES[name][0])(max_tokens=11) if name != "simple_grpo" else SimpleGRPOLoss(0.0)
+    held = type(plain)(**{"beta": 0.0} if name == "simple_grpo" else {"max_tokens": 11}, old_kl_coef=0.3)
+
+    def term(s: Sample) -> torch.Tensor:
+        return (s.trained("logprobs") - s.trained("old")) ** 2 / 2
+
+    output = held(**packed(group))
+    expected = plain(**packed(group)).loss + 0.3 * reduce(group, term, plain.normalization, 11)
+    torch.testing.assert_close(output.loss, expected)
+    torch.testing.assert_close(gradients(group, output.loss), gradients(group, expected))
+    metric = reduce(group, term, "token" if plain.normalization == "token" else "sequence")
+    torch.testing.assert_close(output.metrics["kl/old"], metric.detach())
+
+
+# ---- the tokens of the largest entropy
+
+
+def test_the_threshold_leaves_the_largest_entropies_of_all_documents_together() -> None:
+    entropies = [np.array([9.0, 0.1, 0.4, 0.2]), np.array([9.0, 0.3, 9.0]), np.array([9.0, 9.0])]
+    masks = [np.array([False, True, True, True]), np.array([0.0, 0.5, 0.0]), np.array([0, 0])]
+    values = [0.4, 0.3, 0.2, 0.1]
+    for quantile, num in ((1.0, 4), (0.999, 3), (0.7, 3), (0.5, 2), (0.34, 2), (0.3, 1), (1e-9, 1)):
+        assert entropy_threshold(entropies, masks, quantile) == values[num - 1], quantile
+    assert entropy_threshold([np.array([0.5, 0.5, 0.5])], [np.ones(3)], 0.1) == 0.5
+    assert entropy_threshold(entropies[2:], masks[2:], 0.2) == 0
 
 
 # ---- the mismatch between generator and trainer

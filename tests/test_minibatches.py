@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from forge_hpc.config import Config, UserError, load_config, validate
 from forge_hpc.config.needs import ModelNeed
 from forge_hpc.config.schema import MismatchConfig
 from forge_hpc.data.types import Document
+from forge_hpc.losses.top_entropy import entropy_threshold
 from forge_hpc.models.attention import attention_inputs
 from forge_hpc.rollouts.mismatch import MismatchWatch
 from forge_hpc.training.distributed import init_distributed
@@ -92,14 +94,32 @@ def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-def token_logprobs(engine: TrainEngine, model: Any, document: Document) -> torch.Tensor:
-    """Of the trained tokens of one document by itself."""
+def distributions(engine: TrainEngine, model: Any, document: Document) -> torch.Tensor:
+    """[L - 1, V]: log-probabilities at the tokens of one document by itself."""
     ids = torch.from_numpy(document.token_ids).long()
     positions = np.arange(len(ids) - 1)[None]
     attention = attention_inputs(engine.spec.inner_attention, positions, torch.device("cpu"))
     hidden = model(ids[None, :-1], positions=torch.from_numpy(positions), attention_masks=attention)
-    logits = hidden[0] @ model.lm_head.weight.T
-    return logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0][document.loss_mask[1:]]
+    return (hidden[0] @ model.lm_head.weight.T).log_softmax(-1)
+
+
+def token_logprobs(engine: TrainEngine, model: Any, document: Document) -> torch.Tensor:
+    """Of the trained tokens of one document by itself."""
+    labels = torch.from_numpy(document.token_ids[1:]).long()
+    found = distributions(engine, model, document).gather(1, labels[:, None])[:, 0]
+    return found[document.loss_mask[1:]]
+
+
+@torch.no_grad()
+def in_doubt(engine: TrainEngine, model: Any, documents: list[Document], quantile: float) -> dict[int, torch.Tensor]:
+    """Which of the trained tokens of each document have the largest entropies of all."""
+    entropies = {}
+    for document in documents:
+        logprobs = distributions(engine, model, document)
+        entropies[id(document)] = -(logprobs.exp() * logprobs).sum(-1)[document.loss_mask[1:]]
+    ordered = torch.cat(list(entropies.values())).sort(descending=True).values
+    least = ordered[math.floor(quantile * (len(ordered) - 1))]
+    return {key: values >= least for key, values in entropies.items()}
 
 
 def plain_loop(engine: TrainEngine, cfg: Config, documents: list[Document], num_steps: int) -> dict[str, Any]:
@@ -119,6 +139,7 @@ def plain_loop(engine: TrainEngine, cfg: Config, documents: list[Document], num_
         if a.mismatch.cap is not None:
             with torch.no_grad():  # float32: as columns of documents are
                 old = {id(d): token_logprobs(engine, model, d).to(torch.float32).double() for d in documents}
+        learns = in_doubt(engine, model, documents, a.top_entropy_quantile)
         losses, clipped, norms = [], [], []
         for part in minibatches(documents, a.minibatches, a.epochs, (cfg.seed, step)):
             optimizer.zero_grad()
@@ -133,7 +154,9 @@ def plain_loop(engine: TrainEngine, cfg: Config, documents: list[Document], num_
                 weight = 1.0
                 if a.mismatch.cap is not None:
                     weight = (old[id(document)] - generator[id(document)]).exp().clamp(max=a.mismatch.cap)
-                total = total - (weight * surrogate).sum() / share[a.normalization] / (num / a.minibatches)
+                total = total - (weight * surrogate * learns[id(document)]).sum() / share[a.normalization] / (
+                    num / a.minibatches
+                )
                 of = 1 if a.normalization in (None, "token") else len(ratio)
                 num_clipped += float((outside < ratio * advantage).sum()) / of
             total.backward()
@@ -149,8 +172,15 @@ def plain_loop(engine: TrainEngine, cfg: Config, documents: list[Document], num_
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"normalization": "sequence"}, {"normalization": "constant"}, {"mismatch": MismatchConfig(cap=1.1)}],
-    ids=["token", "sequence", "constant", "against the trainer"],
+    [
+        {},
+        {"normalization": "sequence"},
+        {"normalization": "constant"},
+        {"mismatch": MismatchConfig(cap=1.1)},
+        {"top_entropy_quantile": 0.2},
+        {"top_entropy_quantile": 0.5, "mismatch": MismatchConfig(cap=1.1), "normalization": "sequence"},
+    ],
+    ids=["token", "sequence", "constant", "against the trainer", "in doubt", "in doubt, against the trainer"],
 )
 def test_two_epochs_of_four_minibatches_equal_a_plain_loop_in_float64(
     model_dir: Path, float64: None, options: dict[str, Any]
@@ -165,14 +195,18 @@ def test_two_epochs_of_four_minibatches_equal_a_plain_loop_in_float64(
     for document in documents:
         document.ref_logprobs = None
     expected = plain_loop(engine, cfg, documents, num_steps=2)
+    if "top_entropy_quantile" in options:
+        for document in documents:
+            document.loss_mask = 0.5 * document.loss_mask  # any number but 0
     # What the ratio is taken against passes through a float32 column, which may round a last bit of float64 elsewhere.
     rel, atol = (1e-6, 1e-7) if "mismatch" in options else (1e-11, 1e-11)
     for step in expected["steps"]:
         metrics = engine.train_step(documents)
         for name, value in step.items():
             assert metrics[name] == pytest.approx(value, rel=rel), name
-        assert metrics["tokens/trained"] == 2 * sum(int(d.loss_mask[1:].sum()) for d in documents)
-    assert expected["steps"][1]["ratio/clip_fraction"] > 0.05, "the clip has work to do"
+        assert metrics["tokens/trained"] == 2 * sum(np.count_nonzero(d.loss_mask[1:]) for d in documents)
+    if "top_entropy_quantile" not in options:
+        assert expected["steps"][1]["ratio/clip_fraction"] > 0.05, "the clip has work to do"
     assert engine.step == 2 and metrics["optimizer_steps"] == 16
     [optimizer] = engine.optimizers
     ours = [optimizer.state[p][name] for p in engine.model.parameters() for name in ("exp_avg", "exp_avg_sq")]
@@ -188,8 +222,14 @@ def test_two_epochs_of_four_minibatches_equal_a_plain_loop_in_float64(
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"normalization": "sequence"}, {"loss": "dr_grpo"}, {"mismatch": MismatchConfig(2.0, None, [0.5, 2.0])}],
-    ids=["token", "sequence", "constant", "corrected"],
+    [
+        {},
+        {"normalization": "sequence"},
+        {"loss": "dr_grpo"},
+        {"mismatch": MismatchConfig(2.0, None, [0.5, 2.0])},
+        {"top_entropy_quantile": 0.2},
+    ],
+    ids=["token", "sequence", "constant", "corrected", "in doubt"],
 )
 def test_at_a_rate_of_nothing_the_minibatches_are_the_step_in_parts(model_dir: Path, options: dict[str, Any]) -> None:
     whole, parts = config(**options), several(epochs=1, **options)
@@ -202,6 +242,41 @@ def test_at_a_rate_of_nothing_the_minibatches_are_the_step_in_parts(model_dir: P
     for name in expected.keys() - other:
         assert metrics[name] == pytest.approx(expected[name], abs=1e-5), name
     assert (metrics["optimizer_steps"], expected["optimizer_steps"]) == (4, 1)
+
+
+@pytest.mark.parametrize("seq_len", [32, 512])
+def test_rows_do_not_change_which_tokens_are_in_doubt_and_what_says_nothing_is_not_learned(
+    model_dir: Path, seq_len: int
+) -> None:
+    plain, cfg = config(), config(top_entropy_quantile=0.2)
+    cfg.trainer.training.seq_len = seq_len
+    engine, whole = TrainEngine(cfg, model_dir), TrainEngine(plain, model_dir)
+    documents = documents_of(engine)
+    entropies = whole._per_token(documents)[1]
+    least = entropy_threshold(entropies, [d.loss_mask for d in documents], 0.2)
+    metrics = engine.train_step(documents)
+    assert metrics["entropy/threshold"] == pytest.approx(least, abs=1e-6)
+    weighted = [
+        dataclasses.replace(d, columns={"weights": e >= least}) for d, e in zip(documents, entropies, strict=True)
+    ]
+    expected = whole.train_step(weighted)
+    for name in expected.keys() - {"tokens/fill"}:
+        assert metrics[name] == pytest.approx(expected[name], abs=1e-5), name
+    share = sum(int((e[d.loss_mask] >= least).sum()) for d, e in zip(documents, entropies, strict=True))
+    assert share / metrics["tokens/trained"] == pytest.approx(0.2, abs=0.01)
+
+
+def test_a_loss_without_weights_cannot_be_on_some_tokens(model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "bare.py").write_text("def bare(*, logprobs, mask, normalizer):\n    ...\n")
+    with pytest.raises(UserError, match=r"top_entropy_quantile is not used by algorithm.loss=.*bare"):
+        TrainEngine(
+            config(top_entropy_quantile=0.2, loss=f"{tmp_path / 'bare.py'}:bare", kl_coef=0, entropy_coef=0), model_dir
+        )
+    critic = TrainEngine(config(top_entropy_quantile=0.2), model_dir, ModelNeed(head="value"))
+    documents = random_documents(4)
+    for document in documents:
+        document.columns["returns"] = 1.0
+    assert "entropy/threshold" not in critic.train_step(documents)
 
 
 def test_one_minibatch_and_one_epoch_are_the_step_as_it_was_to_the_last_bit(model_dir: Path) -> None:
@@ -274,6 +349,12 @@ CASES: dict[str, tuple[int, dict[str, int], dict[str, Any]]] = {
         {"data_parallel_shard_degree": 2},
         {"mismatch": MismatchConfig(cap=1.1), "normalization": "sequence"},
     ),
+    "FSDP, tokens in doubt": (
+        NUM_DOCUMENTS,
+        {"data_parallel_shard_degree": 2},
+        {"top_entropy_quantile": 0.3, "kl_weighted": True},
+    ),
+    "CP, tokens in doubt": (NUM_DOCUMENTS, {"context_parallel_degree": 2}, {"top_entropy_quantile": 0.3}),
     "a rank without documents": (4, {"data_parallel_shard_degree": 2}, {}),
     "TP": (NUM_DOCUMENTS, {"tensor_parallel_degree": 2}, {}),
     "CP": (NUM_DOCUMENTS, {"context_parallel_degree": 2}, {"mismatch": MismatchConfig(cap=1.1)}),

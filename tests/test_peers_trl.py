@@ -5,21 +5,27 @@ TRL is installed without its dependencies into a folder of its own: what it impo
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from forge_hpc.losses import ReinforceLoss
+from forge_hpc.advantages import gdpo
+from forge_hpc.losses import CISPOLoss, DAPOLoss, DrGRPOLoss, GRPOLoss, PolicyLoss, ReinforceLoss, SAPOLoss
 from forge_hpc.losses.bradley_terry import BradleyTerryLoss
 from forge_hpc.losses.dpo import DPOLoss, IPOLoss
 from forge_hpc.losses.kto import KTOLoss
+from forge_hpc.losses.top_entropy import entropy_threshold
 from forge_hpc.recipes.distillation import advantages_of
 
 pytestmark = [pytest.mark.peers, pytest.mark.timeout(900)]
@@ -127,6 +133,95 @@ def test_kto(kl: float, batch: dict[str, torch.Tensor]) -> None:
     z = torch.full((NUM, LENGTH), kl, dtype=torch.float64)
     ours = KTOLoss(BETA, 1.5, 0.5)(**batch, kl=z, normalizer=NUM).loss
     check(ours, theirs.mean(), batch["logprobs"])
+
+
+LIKE_TRL: dict[str, Callable[..., PolicyLoss]] = {
+    "grpo": partial(GRPOLoss, normalization="sequence"),
+    "dapo": partial(DAPOLoss, clip_high=0.2),
+    "dr_grpo": DrGRPOLoss,
+    "cispo": partial(CISPOLoss, clip_low=1.0, clip_high=0.2),
+    "sapo": SAPOLoss,
+}
+"""Our loss for a ``loss_type`` of theirs."""
+
+
+@pytest.mark.parametrize("quantile", [1.0, 0.5, 0.2])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", LIKE_TRL)
+def test_the_tokens_in_doubt_and_the_weighted_kl(
+    kind: str, weighted: bool, quantile: float, batch: dict[str, torch.Tensor]
+) -> None:
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    logprobs, mask = batch["logprobs"], batch["mask"]
+    generator = torch.Generator().manual_seed(3)
+    entropies = torch.rand((NUM, LENGTH), generator=generator).double()  # TRL finds the quantile in float32
+    old = logprobs.detach() + 0.3 * torch.randn((NUM, LENGTH), generator=generator, dtype=torch.float64)
+    advantages = torch.randn(NUM, generator=generator, dtype=torch.float64)
+    options = {"delta": None, "sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05, "steps_per_generation": 1}
+    own = trainer(
+        args=SimpleNamespace(use_bias_correction_kl=weighted, **options),
+        top_entropy_quantile=quantile,
+        beta=BETA,
+        loss_type=kind,
+        epsilon_low=0.2,
+        epsilon_high=1.2 if kind == "cispo" else 0.2,  # there the bound itself
+        importance_sampling_level="token",
+        off_policy_mask_threshold=None,
+        use_vllm=False,
+        max_completion_length=LENGTH,
+        _entropy_bonus_enabled=False,
+    )
+    own.accelerator.pad_across_processes = lambda x, **unused: x
+    own.accelerator.reduce = lambda x, **unused: x
+    own.accelerator.num_processes = 1
+    own.get_high_entropy_mask = partial(GRPOTrainer.get_high_entropy_mask, own)
+    own._get_per_token_logps_and_entropies = lambda *args, **kwargs: (logprobs, entropies, None)
+    inputs = {
+        "prompt_ids": torch.zeros(NUM, 1),
+        "prompt_mask": torch.ones(NUM, 1),
+        "completion_ids": torch.zeros_like(old),
+    }
+    inputs |= {"completion_mask": mask.double(), "advantages": advantages, "num_items_in_batch": mask.sum()}
+    inputs |= {"old_per_token_logps": old, "ref_per_token_logps": batch["ref_logprobs"]}
+    theirs = GRPOTrainer._compute_loss(own, own.model, inputs)
+    least = entropy_threshold([*entropies.numpy()], [*mask.numpy()], quantile)
+    ours = LIKE_TRL[kind](kl_coef=BETA, kl_weighted=weighted, max_tokens=LENGTH)(
+        logprobs=logprobs,
+        old_logprobs=old,
+        ref_logprobs=batch["ref_logprobs"],
+        advantages=advantages,
+        mask=mask.double(),
+        weights=(entropies >= least).double(),
+    )
+    assert int(((entropies >= least) & mask).sum()) == pytest.approx(quantile * int(mask.sum()), abs=1)
+    check(ours.loss, theirs, logprobs)
+
+
+def test_rewards_compared_apart() -> None:
+    """TRL's lines of ``normalize_then_sum``. They add 1e-4 to every std and take the sample's: rewards are so large
+    that 1e-4 does not matter, and advantages are compared by the std that each has."""
+    from trl.trainer import grpo_trainer
+
+    size, num_groups, weights = 5, 4, [1.0, 0.5, -0.2]
+    rewards = 1e6 * torch.randn((num_groups * size, 3), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    tree = ast.parse(Path(grpo_trainer.__file__).read_text())
+    branches = [
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and "normalize_then_sum" in ast.dump(node.test)
+    ]
+    [lines] = [node.body for node in branches]
+    own = SimpleNamespace(reward_funcs=weights, reward_weights=torch.tensor(weights, dtype=torch.float64))
+    given = {"self": own, "rewards_per_func": rewards, "num_generations": size, "device": torch.device("cpu")}
+    given |= {"unscorable_mask": torch.zeros(len(rewards), dtype=torch.bool)}
+    found = vars(grpo_trainer) | given
+    exec(compile(ast.Module(lines, []), "trl", "exec"), found)
+    groups = [
+        {str(k): (weight, rewards[i : i + size, k].tolist()) for k, weight in enumerate(weights)}
+        for i in range(0, len(rewards), size)
+    ]
+    ours, theirs = torch.from_numpy(np.concatenate(gdpo(groups))).double(), found["advantages"]
+    torch.testing.assert_close(ours / ours.std(), theirs / theirs.std(), **NEAR)
+    assert float(ours.std(correction=0)) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("center", [0.0, 0.01])

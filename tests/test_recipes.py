@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from one_group import documents_of, make_group
 
+from forge_hpc.advantages import advantage_function
 from forge_hpc.config import Config
+from forge_hpc.config.rewards import reward_weights
 from forge_hpc.config.schema import RewardConfig
 from forge_hpc.controller.service import cause_of
 from forge_hpc.controller.session import background
@@ -25,6 +27,7 @@ from forge_hpc.recipes.grpo import GRPO
 from forge_hpc.rewards import RewardPool
 from forge_hpc.rollouts.buffer import episode_buffer
 from forge_hpc.rollouts.checks import SignalWatch
+from forge_hpc.rollouts.documents import set_advantages, to_documents
 from forge_hpc.rollouts.figures import RolloutClock, measure
 from forge_hpc.rollouts.groups import has_signal, make_groups
 from forge_hpc.rollouts.stream import RolloutStream
@@ -229,6 +232,50 @@ def test_advantages_of_a_whole_step_give_unanimous_groups_a_signal_too(config: C
     mixed = group_of(config, "2", "3")
     documents = documents_of([right, mixed, failed], config)
     assert [document.advantage for document in documents] == pytest.approx([2**0.5, -(2**0.5)], abs=1e-4)
+
+
+def test_rewards_that_are_compared_apart_have_their_weights(config: Config, tmp_path: Path) -> None:
+    file = tmp_path / "reward.py"
+    file.write_text("def short(prompt, response, target, **fields):\n    return (-float(len(response)), {'seen': 9})\n")
+    config.reward = [RewardConfig(name="exact"), RewardConfig(name=f"{file}:short", weight=0.5)]
+    config.algorithm.advantage = "gdpo"
+    group = group_of(config, "2", "22", "333", "2")
+    documents = documents_of([group], config)
+    exact, short = (np.array(values, float) for values in ([1, 0, 0, 1], [-1, -2, -3, -1]))
+    summed = sum(w * (r - r.mean()) / r.std() for w, r in ((1, exact), (0.5, short)))
+    assert [document.advantage for document in documents] == pytest.approx(summed / summed.std(), abs=1e-4)
+    for episode in group.episodes:  # of an environment, beside a reward
+        episode.rewards["environment"] = 0.0
+    assert reward_weights(config) == {"": {"exact": 1.0, "short": 0.5}}
+    config.environment.name = "calculator"
+    assert reward_weights(config)[""]["environment"] == 1.0
+    with pytest.raises(ValueError, match="reward_weights"):
+        set_advantages([group], advantage_function("gdpo"))
+
+
+def test_answers_that_were_cut_off_are_left_out_and_compared_with(config: Config) -> None:
+    config.algorithm.drop_truncated = True
+    group = group_of(config, "2", "3", "3", "3")
+    for index in (1, 2):
+        group.episodes[index].completion.finish_reason = "length"
+    documents = documents_of([group], config)
+    assert [document.advantage for document in documents] == pytest.approx([3**0.5, -(3**-0.5)], abs=1e-4)
+    for episode in group.episodes:
+        episode.completion.finish_reason = "length"
+    documents = documents_of([group, group_of(config, "2", "2")], config)
+    assert len(documents) == 6 and not any(document.advantage for document in documents)  # a step without a signal
+    config.algorithm.drop_truncated = False
+    assert len(documents_of([group], config)) == 4
+
+
+def test_of_an_agents_conversations_those_that_were_cut_off_are_left_out(config: Config) -> None:
+    group = group_of(config, "2", "3")
+    for episode in group.episodes:
+        episode.branches = [completion(0, "2", 3)]
+        episode.completion.finish_reason = "length"
+    set_advantages([group], advantage_function("group_mean"))
+    assert [len(d.token_ids) for d in to_documents([group], drop_truncated=True)] == [3, 3]
+    assert len(to_documents([group])) == 4
 
 
 def test_the_advantage_is_the_one_of_the_loss_unless_it_is_named(config: Config) -> None:

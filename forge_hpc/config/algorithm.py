@@ -13,9 +13,13 @@ from forge_hpc.config.source import class_defaults
 from forge_hpc.config.user_code import load_user_code, remembered
 
 _CLIPS = ("clip_low", "clip_high")
+_LEARNS_FROM_EQUAL = {"batch_mean_std": "", "gdpo": " where only their sums are equal"}
+"""Advantages of groups whose rewards are equal, and when."""
 _EVERY_LOSS = (
     "kl_coef",
     "kl_estimator",
+    "kl_weighted",
+    "old_kl_coef",
     "entropy_coef",
     "normalization",
     "mismatch",
@@ -57,6 +61,8 @@ def loss_options(a: AlgorithmConfig) -> dict[str, Any]:
         "clip_high": a.clip_high,
         "kl_coef": a.kl_coef,
         "kl_estimator": a.kl_estimator,
+        "kl_weighted": a.kl_weighted or None,
+        "old_kl_coef": a.old_kl_coef,
         "entropy_coef": a.entropy_coef,
         "normalization": a.normalization,
         "mismatch": None if a.mismatch == MismatchConfig() else a.mismatch,
@@ -66,7 +72,8 @@ def loss_options(a: AlgorithmConfig) -> dict[str, Any]:
 
 def options_set(a: AlgorithmConfig) -> list[str]:
     """Those of them that ask something of the loss: it must know them. A coefficient of 0 asks for nothing."""
-    coefs = {"kl_coef": a.kl_coef, "kl_estimator": a.kl_coef, "entropy_coef": a.entropy_coef}
+    coefs = dict.fromkeys(("kl_coef", "kl_estimator", "kl_weighted"), a.kl_coef)
+    coefs |= {"old_kl_coef": a.old_kl_coef, "entropy_coef": a.entropy_coef}
     return [name for name, value in loss_options(a).items() if value is not None and coefs.get(name) != 0]
 
 
@@ -113,11 +120,11 @@ def check_fit(cfg: Config, advantage: str | None, kl_coef: float) -> None:
             "the reference model",
             "set reference.enable=true, or algorithm.kl_coef=0",
         )
-    if a.dynamic_sampling and advantage == "batch_mean_std":
+    if a.dynamic_sampling and advantage in _LEARNS_FROM_EQUAL:
         raise UserError(
-            "algorithm.dynamic_sampling leaves groups with equal rewards out, from which the advantage batch_mean_std "
-            "learns",
-            "set algorithm.dynamic_sampling=false, or algorithm.advantage to one that compares within groups",
+            "algorithm.dynamic_sampling leaves groups with equal rewards out, from which the advantage "
+            f"{advantage} learns{_LEARNS_FROM_EQUAL[advantage]}",
+            "set algorithm.dynamic_sampling=false, or algorithm.advantage to one that compares sums within groups",
         )
 
 
@@ -142,7 +149,7 @@ def _check_mismatch(a: AlgorithmConfig) -> None:
             raise UserError(
                 f"algorithm.mismatch.{name} is {bounds}", "write [low, high] with 0 <= low < high: [0.5, 5]"
             )
-    clips = [name for name in _CLIPS if getattr(a, name) is not None]
+    clips = [name for name in _CLIPS if getattr(a, name) is not None] + ["old_kl_coef"] * bool(a.old_kl_coef)
     if m != MismatchConfig() and clips and a.minibatches * a.epochs == 1:
         raise UserError(
             f"algorithm.{clips[0]} has no effect with algorithm.mismatch: the ratio is taken against the trainer's own "

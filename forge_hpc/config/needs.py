@@ -74,6 +74,8 @@ class Needs:
     """Without a reward, or an environment that gives one, there is nothing to do."""
     environments: bool = True
     """Whether it can play ``environment``."""
+    drops_truncated: bool = False
+    """Whether it leaves out what ``algorithm.drop_truncated`` says, by ``rollouts.documents.to_documents``."""
     columns: tuple[str, ...] | None = None
     """Columns of documents that it fills: a loss that takes another one is refused before the run is queued. None: not
     said, then it is found at the first step."""

@@ -41,6 +41,7 @@ ADVANTAGES = {
     "leave_one_out": "forge_hpc.advantages:leave_one_out",
     "group_mean_batch_std": "forge_hpc.advantages:group_mean_batch_std",
     "batch_mean_std": "forge_hpc.advantages:batch_mean_std",
+    "gdpo": "forge_hpc.advantages:gdpo",
 }
 KL_ESTIMATORS = {"k1": "forge_hpc.losses.kl:k1", "k2": "forge_hpc.losses.kl:k2", "k3": "forge_hpc.losses.kl:k3"}
 REWARDS = {

@@ -7,7 +7,7 @@ installed modules) is checked by the reward pool when the run starts.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.config.registry import REWARDS
 from forge_hpc.config.schema import Config, RewardConfig
 from forge_hpc.config.source import source_file
+from forge_hpc.config.sources import run_sources
 from forge_hpc.config.user_code import find_user_code, nearest
 
 MODEL = "model"
 """The reward that a trained model gives: the run's own frozen model, and no process of the reward pool."""
+ENVIRONMENT = "environment"
+"""What the rewards of an environment are called, which are added with weight 1."""
 SIGNATURE = "(prompt, response, target, **fields)"
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -27,6 +30,23 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef
 def reward_model_of(cfg: Config) -> RewardConfig | None:
     """The reward of a trained model, where the run has one."""
     return next((reward for reward in cfg.reward if reward.name == MODEL), None)
+
+
+def by_label(rewards: Sequence[RewardConfig]) -> dict[str, RewardConfig]:
+    """What a reward is called in metrics and rollouts: its function's name, or all of its name to tell two apart."""
+    short = [reward.name.rpartition(":")[2] for reward in rewards]
+    labels = [reward.name if short.count(name) > 1 else name for reward, name in zip(rewards, short, strict=True)]
+    assert len(set(labels)) == len(labels), "validation refuses a reward given twice"
+    return dict(zip(labels, rewards, strict=True))
+
+
+def reward_weights(cfg: Config) -> dict[str, dict[str, float]]:
+    """By the name of each of the run's sources, the weights of the rewards that its episodes get, by their labels."""
+    found = {}
+    for run in run_sources(cfg):
+        weights = {label: reward.weight for label, reward in by_label(run.config.reward).items()}
+        found[run.name] = weights | ({} if run.config.environment.name is None else {ENVIRONMENT: 1.0})
+    return found
 
 
 def check_reward(key: str, reward: RewardConfig) -> None:

@@ -255,6 +255,12 @@ class AlgorithmConfig:
     kl_estimator: str | None = setting(None, choices=KL_ESTIMATORS)
     """Estimator of the KL (k1, k2, k3); without a reference model nothing is estimated. null is the loss's own default
     (k3)."""
+    kl_weighted: bool = False
+    """Weight the KL of each token by the ratio of the policy to the one that sampled it: its gradient is then that of
+    the KL, also where samples are old (docs/losses.md)."""
+    old_kl_coef: float | None = setting(None, NOT_NEGATIVE)
+    """Weight of a penalty on the distance to the policy that sampled, (log ratio)^2 / 2 a token, beside a clip or in
+    its place; null is the loss's own default (0)."""
     entropy_coef: float | None = setting(None, NOT_NEGATIVE)
     """Weight of the entropy bonus; null is the loss's own default (0)."""
     normalization: str | None = setting(None, choices=NORMALIZATIONS)
@@ -270,6 +276,9 @@ class AlgorithmConfig:
     off_policy_mask_threshold: float | None = setting(None, NOT_NEGATIVE)
     """Leave out sequences with a negative advantage of which the policy has moved away from the generator by more than
     this, in nats a token on average, optimizer steps within the step counted; null leaves none out."""
+    top_entropy_quantile: float = setting(1.0, UP_TO_ONE)
+    """The policy's term is that of this share of the step's tokens alone, those of the largest entropy (usual: 0.2), by
+    one more forward pass a step (docs/losses.md); 1 is all."""
     minibatches: int = setting(1, POSITIVE)
     """Several optimizer steps a batch: a step's documents are cut into so many minibatches, whole groups in each, drawn
     from the seed, and each is an optimizer step (docs/losses.md)."""
@@ -278,6 +287,9 @@ class AlgorithmConfig:
     drop_zero_signal_groups: bool = True
     """Leave groups whose advantages are all zero (their rewards are equal) out of training. A step that has no others
     counts and leaves weights and moments as they are."""
+    drop_truncated: bool = False
+    """Leave answers that a limit on tokens cut off out of training; their rewards are compared with all the same
+    (``recipe: grpo``)."""
     dynamic_sampling: bool = False
     """Draw further prompts in their place, as DAPO does: every step trains on rollout.prompts_per_step groups whose
     rewards differ. Without it a step trains on the fewer that are left."""

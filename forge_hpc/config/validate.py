@@ -66,6 +66,7 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
     if needs.has_algorithm:
         _check_algorithm(cfg)
     _check_minibatches(cfg, needs)
+    _check_left_out(cfg, needs)
     _check_routing_replay(cfg, needs)
     runs = run_sources(cfg)
     for run in runs:
@@ -220,6 +221,18 @@ def _check_minibatches(cfg: Config, needs: Needs) -> None:
             "least",
             f"set algorithm.minibatches to {prompts} or less",
         )
+
+
+def _check_left_out(cfg: Config, needs: Needs) -> None:
+    a = cfg.algorithm
+    if a.top_entropy_quantile < 1 and not needs.has_algorithm:
+        raise UserError(
+            f"algorithm.top_entropy_quantile={a.top_entropy_quantile:g} is of algorithm.loss, and recipe={cfg.recipe} "
+            "trains nothing with it",
+            "leave it out",
+        )
+    if a.drop_truncated and not needs.drops_truncated:
+        raise UserError(f"algorithm.drop_truncated is of recipe=grpo, and not of recipe={cfg.recipe}", "leave it out")
 
 
 def _check_dynamic_sampling(cfg: Config) -> None:

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from forge_hpc.losses.base import LossOutput
-from forge_hpc.losses.kl import KL_ESTIMATORS
+from forge_hpc.losses.kl import KL_ESTIMATORS, k2, weighted
 from forge_hpc.losses.mismatch import MismatchCorrection, off_policy_mask, weight_metrics
 from forge_hpc.losses.reduction import NORMALIZATIONS, Sequences, step_means
 
@@ -30,7 +30,8 @@ class Tokens(NamedTuple):
 class PolicyLoss(ABC):
     """A policy term per token, and what is added to it:
 
-        loss = mean( v w term ) + kl_coef mean( KL(pi || pi_ref) ) - entropy_coef mean( H )
+        loss = mean( v w term ) + kl_coef mean( KL(pi || pi_ref) ) + old_kl_coef mean( (log r)^2 / 2 )
+               - entropy_coef mean( H )                                                   r = pi / pi_old
 
     A subclass gives the term and says which mean is its own. Example of one:
 
@@ -50,6 +51,11 @@ class PolicyLoss(ABC):
     """Weight of the KL penalty against the reference model; its gradient goes through the estimator."""
     kl_estimator: str = "k3"
     """k1, k2 or k3: see ``kl``."""
+    kl_weighted: bool = False
+    """Weight it by the ratio pi / pi_old, for tokens that an older policy sampled: see ``kl``."""
+    old_kl_coef: float = 0.0
+    """Weight of a penalty on the distance to pi_old, k2 of their KL, whose gradient pulls a token back wherever it is
+    (Kimi K2.5, https://arxiv.org/abs/2602.02276); a clip takes a token's gradient away."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     normalization: str = "token"
@@ -145,8 +151,14 @@ class PolicyLoss(ABC):
         metrics = {name: mean(values.detach()) for name, values in per_token.items()}
         if self.kl_coef or "ref_logprobs" in x:
             kl = KL_ESTIMATORS[self.kl_estimator](x["logprobs"], _needed(x, "ref_logprobs", "kl_coef"))
+            if self.kl_weighted:
+                kl = weighted(self.kl_estimator, kl, x["logprobs"], x["old_logprobs"])
             metrics["kl/mean"] = mean(kl.detach())
             loss = loss + self.kl_coef * loss_mean(kl)
+        if self.old_kl_coef:
+            moved = k2(x["logprobs"], x["old_logprobs"])
+            metrics["kl/old"] = mean(moved.detach())
+            loss = loss + self.old_kl_coef * loss_mean(moved)
         if self.entropy_coef:
             loss = loss - self.entropy_coef * loss_mean(_needed(x, "entropy", "entropy_coef"))
         return LossOutput(loss, metrics)

@@ -23,6 +23,8 @@ class SimpleGRPOLoss(PolicyLoss):
         beta: float = 0.1,
         *,
         kl_estimator: str = "k3",
+        kl_weighted: bool = False,
+        old_kl_coef: float = 0.0,
         entropy_coef: float = 0.0,
         normalization: str = "sequence",
         max_tokens: int = 1,
@@ -33,6 +35,8 @@ class SimpleGRPOLoss(PolicyLoss):
         super().__init__(
             kl_coef=beta,
             kl_estimator=kl_estimator,
+            kl_weighted=kl_weighted,
+            old_kl_coef=old_kl_coef,
             entropy_coef=entropy_coef,
             normalization=normalization,
             max_tokens=max_tokens,

@@ -23,7 +23,7 @@ class GRPO(Recipe):
         models = {POLICY: ModelNeed()}
         if config.reference.enable:
             models[REFERENCE] = ModelNeed(trained=False, offload=config.reference.device == "cpu")
-        return Needs(models, columns=())
+        return Needs(models, drops_truncated=True, columns=())
 
     def check(self, config: Config) -> None:
         """An advantage compares."""
@@ -37,12 +37,14 @@ class GRPO(Recipe):
         """The loop."""
         from forge_hpc.advantages import advantage_function
         from forge_hpc.config.algorithm import resolve_advantage
+        from forge_hpc.config.rewards import reward_weights
         from forge_hpc.rollouts.checks import SignalWatch
         from forge_hpc.rollouts.documents import set_advantages, to_documents
         from forge_hpc.rollouts.figures import measure
 
         algorithm = session.config.algorithm
         advantage = advantage_function(resolve_advantage(algorithm))
+        weights = reward_weights(session.config)
         signal = SignalWatch(session.config, session.state)
 
         await session.start()
@@ -51,8 +53,12 @@ class GRPO(Recipe):
             for step in session.remaining_steps():
                 groups = await rollouts.take()
                 metrics = measure(groups, step)
-                set_advantages(groups, advantage)
-                documents = to_documents(groups, drop_zero_signal=algorithm.drop_zero_signal_groups)
+                set_advantages(groups, advantage, weights)
+                documents = to_documents(
+                    groups,
+                    drop_zero_signal=algorithm.drop_zero_signal_groups,
+                    drop_truncated=algorithm.drop_truncated,
+                )
                 learns = signal.check(step, documents, metrics) or not algorithm.drop_zero_signal_groups
                 metrics |= await session.train_step(step, documents, update=learns)
                 await session.publish(step)

@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.rewards import MODEL
+from forge_hpc.config.rewards import MODEL, by_label
 from forge_hpc.config.schema import Config, RewardConfig
 from forge_hpc.config.sources import run_sources
 from forge_hpc.rewards.compute import compute
@@ -70,7 +70,7 @@ class RewardPool:
         frozen model does that (``rollouts.reward_model``). Raises UserError for wrong arguments of inline ones."""
         rewards = [_with_sandbox(reward, config) for reward in config.reward if with_model or reward.name != MODEL]
         make = partial(_Term, num_workers=num_workers, others=others, warn=warn)
-        self._terms = {label: make(reward) for label, reward in _by_label(rewards).items()}
+        self._terms = {label: make(reward) for label, reward in by_label(rewards).items()}
 
     async def start(self) -> Self:
         """Start a process of each reward that needs one and load the reward there; the other processes follow.
@@ -164,14 +164,6 @@ class RewardPools:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
-
-
-def _by_label(rewards: Sequence[RewardConfig]) -> dict[str, RewardConfig]:
-    """What a reward is called in metrics and rollouts: its function's name, or all of its name to tell two apart."""
-    short = [reward.name.rpartition(":")[2] for reward in rewards]
-    labels = [reward.name if short.count(name) > 1 else name for reward, name in zip(rewards, short, strict=True)]
-    assert len(set(labels)) == len(labels), "validation refuses a reward given twice"
-    return dict(zip(labels, rewards, strict=True))
 
 
 def _with_sandbox(reward: RewardConfig, config: Config) -> RewardConfig:

@@ -2,38 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from forge_hpc.advantages import StepAdvantage
+from forge_hpc.advantages import StepAdvantage, Terms
 from forge_hpc.data.types import Completion, Document, Episode, Group
 
+Weights = Mapping[str, Mapping[str, float]]
+"""Of the rewards of each source by their labels: ``config.rewards.reward_weights``."""
 
-def set_advantages(groups: Sequence[Group], advantage: StepAdvantage) -> None:
-    """Compare the rewards of a step's episodes: each gets its advantage."""
+
+def set_advantages(groups: Sequence[Group], advantage: StepAdvantage, weights: Weights | None = None) -> None:
+    """Compare the rewards of a step's episodes: each gets its advantage.
+
+    Raises:
+        ValueError: the advantage compares rewards apart, and ``weights`` are not given.
+    """
     groups = [group for group in groups if group.episodes]
-    advantages = advantage([[episode.reward for episode in group.episodes] for group in groups])
+    if getattr(advantage, "sees_terms", False):
+        if weights is None:
+            raise ValueError("the advantage compares rewards apart: give their config.rewards.reward_weights too")
+        advantages = advantage([_terms(group, weights[group.prompt.source]) for group in groups])
+    else:
+        advantages = advantage([[episode.reward for episode in group.episodes] for group in groups])
     for group, values in zip(groups, advantages, strict=True):
         for episode, value in zip(group.episodes, values, strict=True):
             episode.advantage = float(value)
 
 
-def to_documents(groups: Sequence[Group], *, drop_zero_signal: bool = False) -> list[Document]:
+def _terms(group: Group, weights: Mapping[str, float]) -> Terms:
+    """Its rewards apart. What an episode did not get counts 0, as in the sum."""
+    return {
+        label: (weight, [episode.rewards.get(label, 0.0) for episode in group.episodes])
+        for label, weight in weights.items()
+    }
+
+
+def to_documents(
+    groups: Sequence[Group], *, drop_zero_signal: bool = False, drop_truncated: bool = False
+) -> list[Document]:
     """The episodes of a step as documents.
 
-    With ``drop_zero_signal`` without groups whose advantages are all zero. Where no group carries a signal all are
-    kept: the step measures them and trains on none.
+    With ``drop_zero_signal`` without groups whose advantages are all zero, with ``drop_truncated`` without what a limit
+    on tokens cut off. Where nothing is left that carries a signal all are kept, with no advantage: the step measures
+    them and trains on none.
     """
-    kept = [group for group in groups if any(episode.advantage != 0 for episode in group.episodes)]
-    if not kept or not drop_zero_signal:
-        kept = [group for group in groups if group.episodes]
-    return [document for group in kept for episode in group.episodes for document in documents_of(episode)]
+    signals = [group for group in groups if any(episode.advantage != 0 for episode in group.episodes)]
+    kept = signals if drop_zero_signal else groups
+    documents = [d for group in kept for episode in group.episodes for d in documents_of(episode, drop_truncated)]
+    if any(document.advantage != 0 for document in documents) or (documents and not drop_zero_signal):
+        return documents
+    every = [document for group in groups for episode in group.episodes for document in documents_of(episode)]
+    return [replace(document, advantage=0.0) for document in every]
 
 
-def documents_of(episode: Episode) -> list[Document]:
-    """One document, and of an agent one more for each further branch of its conversations."""
-    return [to_document(episode), *(_document(episode, [], branch) for branch in episode.branches)]
+def documents_of(episode: Episode, drop_truncated: bool = False) -> list[Document]:
+    """One document, and of an agent one more for each further branch of its conversations; with ``drop_truncated`` of
+    those alone that no limit on tokens cut off."""
+    parts = [(episode.prompt.token_ids, episode.completion), *(([], branch) for branch in episode.branches)]
+    return [
+        _document(episode, prompt, completion)
+        for prompt, completion in parts
+        if not (drop_truncated and completion.finish_reason == "length")
+    ]
 
 
 def to_document(episode: Episode) -> Document:

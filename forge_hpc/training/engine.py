@@ -39,6 +39,7 @@ from forge_hpc.data.types import Document
 from forge_hpc.losses import SFTLoss, ValueLoss, add_effective_sample_size, build_loss, step_normalizer
 from forge_hpc.losses.base import accepted, columns_of
 from forge_hpc.losses.build import LossFn
+from forge_hpc.losses.top_entropy import entropy_threshold
 from forge_hpc.training.checkpointer import TrainerCheckpointer
 from forge_hpc.training.export import PeftAdapter, export_model
 from forge_hpc.training.flops import step_flops
@@ -92,6 +93,7 @@ class TrainEngine(ModelShard, Stateful):
         self.lr_schedulers = _build_lr_schedulers(cfg, self.optimizers)
         self.loss_fn = build_model_loss(cfg, need)
         self._columns = columns_of(self.loss_fn, need.head)
+        self._top_entropy = self._top_entropy_quantile()
         if self.temperature <= 0:
             raise UserError(
                 "rollout.sampling.temperature is 0: greedy samples carry no gradient", "set it above 0, usually to 1"
@@ -103,6 +105,18 @@ class TrainEngine(ModelShard, Stateful):
             {"train_state": self},
             async_save=cfg.checkpoint.async_save,
         )
+
+    def _top_entropy_quantile(self) -> float:
+        """The share of the tokens that its loss is on. Raises UserError where that loss cannot be on some of them."""
+        a = self.cfg.algorithm
+        if self.need.loss is not None or not self.spec.has_logprobs or a.top_entropy_quantile == 1:
+            return 1.0
+        if not accepted(self.loss_fn, {"weights": None}):
+            raise UserError(
+                f"algorithm.top_entropy_quantile is not used by algorithm.loss={a.loss}, which takes no weights",
+                "leave it at 1, or give the loss a parameter `weights` and have it multiply each token's policy term",
+            )
+        return a.top_entropy_quantile
 
     # ---- training
 
@@ -151,12 +165,14 @@ class TrainEngine(ModelShard, Stateful):
         normalizer = step_normalizer(self.loss_fn, *counts)
         lr = float(self.lr_schedulers.schedulers[0].get_last_lr()[0])
         num_minibatches, num_epochs = self.cfg.algorithm.minibatches, self.cfg.algorithm.epochs
-        if not update or num_minibatches * num_epochs == 1:
+        is_several = update and num_minibatches * num_epochs > 1
+        documents, figures = self._as_the_step_begins(documents, is_several)
+        if not is_several:
             self.work = self._work_of(documents, num_trained)
+            batch = self._pack(documents) if figures else batch
             metrics = self._optimizer_step(batch, num_trained, normalizer, update, max_mismatch)
         else:
             self.work = self._work_of(documents, num_trained, num_epochs)
-            documents = self._with_old_logprobs(documents)
             parts = minibatches(documents, num_minibatches, num_epochs, (self.cfg.seed, self.step))
             share = num_epochs / len(parts)
             done: list[dict[str, float]] = []
@@ -167,7 +183,7 @@ class TrainEngine(ModelShard, Stateful):
             metrics = _over_optimizer_steps(done)
         self.lr_schedulers.step()
         self.step += 1
-        metrics = add_effective_sample_size(metrics)
+        metrics = add_effective_sample_size(metrics) | figures
         return metrics | {"lr": lr, "optimizer_steps": self.num_optimizer_steps}
 
     def _optimizer_step(
@@ -204,13 +220,34 @@ class TrainEngine(ModelShard, Stateful):
         trained = batch.num_trained_tokens if is_taken else 0
         return metrics | {"grad_norm": grad_norm, "tokens/trained": trained, "tokens/fill": batch.fill}
 
-    def _with_old_logprobs(self, documents: Sequence[Document]) -> Sequence[Document]:
-        """The documents with what the ratio of several optimizer steps is taken against, where the generator's
-        log-probabilities are not it: those under the weights as they are."""
-        if not self.spec.has_logprobs or (not self._is_corrected and documents[0].generator_logprobs is not None):
-            return documents
-        own = self.logprobs(documents)
-        return [replace(document, old_logprobs=old) for document, old in zip(documents, own, strict=True)]
+    def _as_the_step_begins(
+        self, documents: Sequence[Document], is_several: bool
+    ) -> tuple[Sequence[Document], dict[str, float]]:
+        """The documents with what is to be known of the weights as they are, by one more forward pass where anything
+        is; and its figures.
+
+        That is what the ratio of several optimizer steps is taken against, where the generator's log-probabilities are
+        not it; and which tokens have the largest entropies, as factors of their policy terms, of 1 and 0.
+        """
+        needs_old = is_several and self.spec.has_logprobs
+        needs_old = needs_old and (self._is_corrected or documents[0].generator_logprobs is None)
+        if not needs_old and self._top_entropy == 1:
+            return documents, {}
+        logprobs, entropies = self._per_token(documents)
+        if needs_old:
+            documents = [replace(document, old_logprobs=own) for document, own in zip(documents, logprobs, strict=True)]
+        if self._top_entropy == 1:
+            return documents, {}
+        threshold = entropy_threshold(entropies, [document.loss_mask for document in documents], self._top_entropy)
+        weights = [
+            document.columns.get("weights", 1.0) * (own >= threshold)
+            for document, own in zip(documents, entropies, strict=True)
+        ]
+        documents = [
+            replace(document, columns={**document.columns, "weights": own})
+            for document, own in zip(documents, weights, strict=True)
+        ]
+        return documents, {"entropy/threshold": threshold}
 
     @property
     def _is_corrected(self) -> bool:

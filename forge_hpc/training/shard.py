@@ -83,7 +83,7 @@ class ModelShard:
         """
         if not self.spec.has_logprobs:
             raise UserError("a model with a value head has no log-probabilities", "ask for its values()")
-        return self._per_token(documents)
+        return self._per_token(documents)[0]
 
     def values(self, documents: Sequence[Document]) -> list[np.ndarray]:
         """What a model with a value head says, [L] float32 for each document: at a token of the loss mask the value of
@@ -94,26 +94,27 @@ class ModelShard:
         """
         if self.spec.has_logprobs:
             raise UserError("a model without a value head has no values", 'give it one: ModelNeed(head="value")')
-        return self._per_token(documents)
+        return self._per_token(documents)[0]
 
     def eval_loss(self, documents: Sequence[Document]) -> float:
         """Mean negative log-likelihood (nats) of the documents' trained tokens; no step is taken."""
         num_trained = sum(int(np.count_nonzero(document.loss_mask[1:])) for document in documents)
         return -sum(float(values.sum(dtype=np.float64)) for values in self.logprobs(documents)) / num_trained
 
-    def _per_token(self, documents: Sequence[Document]) -> list[np.ndarray]:
+    def _per_token(self, documents: Sequence[Document]) -> list[list[np.ndarray]]:
+        """Each of the outputs of ``_forward`` as ``logprobs`` gives them."""
         batch = self._pack(documents)
-        values = torch.zeros(batch.labels.shape, device=self.device)
+        outputs = torch.zeros((2 if self.spec.has_logprobs else 1, *batch.labels.shape), device=self.device)
         size = self.microbatch.num_rows
         with torch.no_grad():
             for start in self._row_starts(batch):
                 microbatch = self._to_device(batch.rows(start, start + size))
-                output, *_ = self._forward(microbatch)
-                values[start : start + size] = output * microbatch["mask"]
+                for values, output in zip(outputs, self._forward(microbatch), strict=True):
+                    values[start : start + size] = output * microbatch["mask"]
         mesh = self.parallel_dims.get_optional_mesh("batch")
         if mesh is not None:
-            dist.all_reduce(values, group=mesh.get_group())
-        return unpack(values.cpu().numpy(), batch, documents)
+            dist.all_reduce(outputs, group=mesh.get_group())
+        return [unpack(values, batch, documents) for values in outputs.cpu().numpy()]
 
     def _pack(self, documents: Sequence[Document]) -> PackedBatch:
         return pack(
