@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from forge_hpc.config import Config, UserError, load_config, plan, read_config, safe_changes, save_config, validate
 from forge_hpc.config.hub_cache import nodes_environ
 from forge_hpc.config.recipes import needs_of, resolve_recipe_args
+from forge_hpc.config.split import working_nodes
 from forge_hpc.files import is_there
 from forge_hpc.hub.pins import pin_cached
 from forge_hpc.queueing import AT_ONCE, Queueing
@@ -532,7 +533,7 @@ def _set_nodes(cfg: Config, nodes: int, overrides: Sequence[str]) -> None:
     if nodes < 1:
         raise UserError(f"--nodes {nodes}", "give 1 or more")
     cluster.nodes = nodes
-    working = nodes - cluster.spare_nodes - cluster.frozen_nodes
+    working = working_nodes(cfg)
     given = [n for n in (cluster.trainer_nodes, cluster.rollout_nodes) if n is not None]
     by_hand = any(o.partition("=")[0] in ("cluster.trainer_nodes", "cluster.rollout_nodes") for o in overrides)
     if by_hand or not given or (len(given) == 1 and given[0] < working) or (len(given) == 2 and sum(given) == working):

@@ -100,6 +100,8 @@ class Cluster:
     faults: Faults
     other_nodes: Sequence[Place] = ()
     """Where worker processes run, beside this one."""
+    address: str = "127.0.0.1"
+    """Of this node, by which the others reach it."""
 
     def spawn_trainers(self, name: str) -> ProcMesh:
         """One process a trainer rank, as one mesh with dimensions ``hosts`` and ``procs``."""

@@ -384,6 +384,30 @@ class GeneratorConfig:
 
 
 @dataclass
+class ServedConfig:
+    """A frozen model that the run serves beside itself, such as a judge, for its rewards, environments and agents
+    (docs/rewards.md#a-judge-that-the-run-starts)."""
+
+    name: str = ""
+    """What requests call it, in small letters."""
+    path: str = setting("", path=True)
+    """Its weights, as ``model.path`` names them: a hub name, a directory, or a built-in one."""
+    dtype: str | None = setting(None, choices=DTYPES)
+    """dtype of its weights; by default ``model.dtype``."""
+    nodes: int = setting(0, NOT_NEGATIVE, resume=ROUNDING)
+    """Nodes that hold nothing but this model; 0: it is on the only node of the run, and takes its last GPUs."""
+    replicas: int | None = setting(None, POSITIVE, resume=ROUNDING)
+    """Its vLLM engines; by default as many as the GPUs of its nodes hold (one a node on the CPU), and 1 where it has no
+    nodes of its own."""
+    max_tokens: int = setting(4096, POSITIVE)
+    """A conversation with it has at most so many tokens, the response included."""
+    chat_template_args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of its chat template (Qwen3: ``enable_thinking: false``)."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """Options of its engines; the longest sequence is ``max_tokens``."""
+
+
+@dataclass
 class OptimizerConfig:
     name: str = setting("AdamW", choices=("AdamW", "Adam"))
     """AdamW or Adam."""
@@ -763,6 +787,8 @@ class Config:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    served: list[ServedConfig] = field(default_factory=list)
+    """Frozen models that the run serves beside itself, each at an OpenAI-compatible address."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     checkpoint: CheckpointConfig = setting(factory=CheckpointConfig, resume=FREE)

@@ -1,6 +1,7 @@
 """Placement: which nodes and GPUs train, which generate. Pure arithmetic, used by the dry run and to build meshes.
 
-Hosts stand in the order of the allocation: trainers first, then rollout nodes, those of frozen models, then spares.
+Hosts stand in the order of the allocation: trainers first, then rollout nodes, those of frozen models, those of each
+model of ``served``, then spares.
 Every node of a role looks the same, so one list of GPUs per role says it all. On a single node the roles share the
 node, and its GPUs are split; a single GPU is shared by trainer and generator.
 
@@ -11,22 +12,32 @@ generator that is needed only once the trainers have gone starts on the last tra
 ``tensor_parallel_size`` of its GPUs. Generators alone have every node too.
 
 Frozen models with processes of their own take ``cluster.frozen_nodes`` nodes, or the last ``cluster.frozen_processes``
-GPUs of the only node.
+GPUs of the only node. A model of ``served`` takes its own ``nodes``, or before those the last GPUs of the only node.
 
 No node and no GPU is left idle silently: numbers that do not add up are a UserError.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.needs import ModelNeed, Needs
 from forge_hpc.config.recipes import needs_of
-from forge_hpc.config.schema import Config
+from forge_hpc.config.schema import Config, ServedConfig
 
 _Gpus = tuple[tuple[int, ...], ...]
 """GPUs of each process of a node; () for a process on the CPU."""
+
+
+@dataclass(frozen=True)
+class ServedPlace:
+    """Where the engines of a model of ``served`` are."""
+
+    name: str
+    nodes: range
+    gpus: _Gpus = ()
+    """GPUs of each engine of a node; () is one on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +62,14 @@ class Placement:
     """Nodes with frozen models in processes of their own; the trainers' node where they share it."""
     frozen_gpus: _Gpus = ()
     """GPUs of each of these processes of a node, by local rank; () is a process on the CPU."""
+    served: tuple[ServedPlace, ...] = ()
+    """The models of ``served``."""
 
     @property
     def nodes(self) -> int:
         """Nodes of the allocation."""
-        return len({*self.trainer_nodes, *self.rollout_nodes, *self.frozen_nodes, *self.spare_nodes})
+        served = (node for place in self.served for node in place.nodes)
+        return len({*self.trainer_nodes, *self.rollout_nodes, *self.frozen_nodes, *served, *self.spare_nodes})
 
     @property
     def trainer_procs_per_node(self) -> int:
@@ -100,8 +114,22 @@ class Placement:
         """Processes of models and generator replicas that work on `node` at the same time."""
         trainers = self.trainer_procs_per_node * (node in self.trainer_nodes)
         generators = self.replicas_per_node * (node in self.rollout_nodes)
-        frozen = len(self.frozen_gpus) * (node in self.frozen_nodes)
-        return frozen + (max(trainers, generators) if self.generate_after_training else trainers + generators)
+        others = len(self.frozen_gpus) * (node in self.frozen_nodes)
+        others += sum(len(place.gpus) * (node in place.nodes) for place in self.served)
+        return others + (max(trainers, generators) if self.generate_after_training else trainers + generators)
+
+    def with_served(self, number: int) -> Placement:
+        """The engines of a model of ``served`` in the place of the generators, and those in its place."""
+        place, served = self.served[number], list(self.served)
+        served[number] = replace(place, nodes=self.rollout_nodes, gpus=self.replica_gpus)
+        return replace(
+            self,
+            rollout_nodes=place.nodes,
+            replica_gpus=place.gpus,
+            served=tuple(served),
+            spare_nodes=range(0),
+            takes_turns=False,
+        )
 
     def threads_per_process(self, cpus: int, node: int, extra_processes: int = 0) -> int:
         """CPU threads for each process on `node`, at least 1.
@@ -130,6 +158,8 @@ class Placement:
             lines.append(line)
         if self.frozen_nodes:
             lines.append(_line(self.frozen_nodes, "frozen", self.frozen_gpus, "process", "processes"))
+        for place in self.served:
+            lines.append(_line(place.nodes, place.name, place.gpus, "replica", "replicas") + ", served")
         if self.spare_nodes:
             lines.append(f"  {_nodes(self.spare_nodes):<14} {'spares':<11} replace lost nodes")
         return "\n".join(lines)
@@ -148,7 +178,8 @@ def plan(cfg: Config, gpus_per_node: int | None) -> Placement:
     needs = needs_of(cfg)
     trainer_nodes, rollout_nodes, spare_nodes = _split_nodes(cfg, needs)
     after = needs.generators == "after"
-    frozen_nodes = _frozen_nodes(cfg, needs, spare_nodes)
+    served = _served_places(cfg, needs, spare_nodes.start, gpus_per_node)
+    frozen_nodes = _frozen_nodes(cfg, needs, spare_nodes.start - served_nodes(cfg))
     if gpus_per_node is None:
         return Placement(
             trainer_nodes,
@@ -158,11 +189,15 @@ def plan(cfg: Config, gpus_per_node: int | None) -> Placement:
             generate_after_training=after,
             takes_turns=cfg.cluster.colocate,
             frozen_nodes=frozen_nodes,
+            served=served,
         )
     if gpus_per_node < 0:
         raise UserError(f"cluster.gpus_per_node is {gpus_per_node}", "0 is the CPU")
-    frozen_gpus = _frozen_gpus(cfg, gpus_per_node) if frozen_nodes else ()
     node_gpus = gpus_per_node
+    for place, one in zip(served, cfg.served, strict=True):
+        if not one.nodes:  # theirs are those of this node
+            gpus_per_node -= len(_all(place.gpus))
+    frozen_gpus = _frozen_gpus(cfg, gpus_per_node) if frozen_nodes else ()
     if not cfg.cluster.frozen_nodes:  # theirs are those of this node
         gpus_per_node -= len(_all(frozen_gpus))
     trainer_gpus: _Gpus = ()
@@ -189,6 +224,7 @@ def plan(cfg: Config, gpus_per_node: int | None) -> Placement:
         cfg.cluster.colocate,
         frozen_nodes,
         frozen_gpus,
+        served,
     )
     if needs.models:
         _check_degrees(cfg, placement, needs)
@@ -200,14 +236,17 @@ def plan(cfg: Config, gpus_per_node: int | None) -> Placement:
 
 def _split_nodes(cfg: Config, needs: Needs) -> tuple[range, range, range]:
     c = cfg.cluster
-    working = c.nodes - c.spare_nodes - c.frozen_nodes
+    working = working_nodes(cfg)
     if c.spare_nodes < 0 or working < 1:
-        frozen = f" and cluster.frozen_nodes={c.frozen_nodes}" if c.frozen_nodes else ""
+        given = {"cluster.spare_nodes": c.spare_nodes, "cluster.frozen_nodes": c.frozen_nodes}
+        given |= {f"served.{i}.nodes": one.nodes for i, one in enumerate(cfg.served)}
+        others = [key for key, num in given.items() if num or key == "cluster.spare_nodes"]
         raise UserError(
-            f"{_count(c.nodes, 'node')} with cluster.spare_nodes={c.spare_nodes}{frozen} leaves none to work",
-            f"raise cluster.nodes (--nodes) or lower cluster.spare_nodes{' or cluster.frozen_nodes' if frozen else ''}",
+            f"{_count(c.nodes, 'node')} with {' and '.join(f'{key}={given[key]}' for key in others)} leaves none to "
+            "work",
+            f"raise cluster.nodes (--nodes) or lower {' or '.join(others)}",
         )
-    spares = range(working + c.frozen_nodes, c.nodes)
+    spares = range(c.nodes - c.spare_nodes, c.nodes)
     if c.colocate:
         _check_colocate(cfg, needs)
         return range(working), range(working), spares
@@ -285,6 +324,16 @@ def _check_colocate(cfg: Config, needs: Needs) -> None:
         )
 
 
+def working_nodes(cfg: Config) -> int:
+    """Nodes for trainers and generators."""
+    return cfg.cluster.nodes - cfg.cluster.spare_nodes - cfg.cluster.frozen_nodes - served_nodes(cfg)
+
+
+def served_nodes(cfg: Config) -> int:
+    """Nodes that hold nothing but models of ``served``."""
+    return sum(one.nodes for one in cfg.served)
+
+
 def frozen_apart(cfg: Config, needs: Needs) -> dict[str, ModelNeed]:
     """The models that have processes of their own: all frozen ones, where the cluster has a place for them. With LoRA
     not those that are the policy without its adapters."""
@@ -297,7 +346,7 @@ def frozen_apart(cfg: Config, needs: Needs) -> dict[str, ModelNeed]:
     }
 
 
-def _frozen_nodes(cfg: Config, needs: Needs, spares: range) -> range:
+def _frozen_nodes(cfg: Config, needs: Needs, end: int) -> range:
     c = cfg.cluster
     if not (c.frozen_nodes or c.frozen_processes):
         return range(0)
@@ -308,13 +357,75 @@ def _frozen_nodes(cfg: Config, needs: Needs, spares: range) -> range:
             f"leave {given.partition('=')[0]} out",
         )
     if c.frozen_nodes:
-        return range(spares.start - c.frozen_nodes, spares.start)
-    if spares.start > 1:
+        return range(end - c.frozen_nodes, end)
+    if end > 1:
         raise UserError(
-            f"cluster.frozen_processes={c.frozen_processes} without nodes for them, on {_count(spares.start, 'node')}",
+            f"cluster.frozen_processes={c.frozen_processes} without nodes for them, on {_count(end, 'node')}",
             "set cluster.frozen_nodes, and leave cluster.frozen_processes out where nodes have GPUs",
         )
     return range(1)
+
+
+def _served_places(cfg: Config, needs: Needs, end: int, gpus: int | None) -> tuple[ServedPlace, ...]:
+    """Where the models of ``served`` are, their nodes before node ``end``; of the only node they take the last GPUs."""
+    if cfg.served and needs.generators != "beside":
+        raise UserError(
+            f"served models are for the rewards, environments and agents of what a policy samples, and "
+            f"recipe={cfg.recipe} samples nothing while it runs",
+            "leave `served` out",
+        )
+    places, node, free = [], end - served_nodes(cfg), gpus or 0
+    is_alone = node == 1
+    for i, one in enumerate(cfg.served):
+        if not one.nodes and not is_alone:
+            raise UserError(
+                f"served.{i}.nodes is 0, which is for runs on a single node, and this one has {_count(node, 'node')} "
+                "for trainers and generators",
+                f"set served.{i}.nodes to those that {one.name or 'it'} is to have, beside these",
+            )
+        nodes = range(node, node + one.nodes) if one.nodes else range(1)
+        node += one.nodes
+        engines: _Gpus = ()
+        if gpus == 0:
+            engines = ((),) * _engines_on_cpu(f"served.{i}", one)
+        elif gpus and one.nodes:
+            engines = _engines_of_nodes(f"served.{i}", one, gpus)
+        elif gpus:
+            tp = one.engine.tensor_parallel_size
+            num = tp * (one.replicas or 1)
+            if num >= free:
+                raise UserError(
+                    f"served.{i} takes {_count(num, 'GPU')} (replicas * engine.tensor_parallel_size) of {free} that "
+                    "are left of the node, and leaves none to train",
+                    "give it fewer, or nodes of its own",
+                )
+            engines, free = _grouped(range(free - num, free), tp), free - num
+        places.append(ServedPlace(one.name, nodes, engines))
+    return tuple(places)
+
+
+def _engines_on_cpu(key: str, one: ServedConfig) -> int:
+    """Engines of a node without GPUs."""
+    nodes = one.nodes or 1
+    if one.engine.tensor_parallel_size != 1:
+        raise UserError(
+            f"{key}.engine.tensor_parallel_size={one.engine.tensor_parallel_size} needs GPUs",
+            f"on the CPU set it to 1, and give more {key}.replicas",
+        )
+    return _evenly(nodes if one.replicas is None else one.replicas, nodes, f"{key}.replicas")
+
+
+def _engines_of_nodes(key: str, one: ServedConfig, gpus: int) -> _Gpus:
+    """Engines of each of a model's own nodes, on all of its GPUs."""
+    tp = one.engine.tensor_parallel_size
+    if gpus % tp or one.replicas not in (None, one.nodes * gpus // tp):
+        given = "" if one.replicas is None else f"{key}.replicas={one.replicas} of "
+        raise UserError(
+            f"{given}{key}.engine.tensor_parallel_size={tp} does not take all of the {_count(gpus, 'GPU')} of each of "
+            f"its {_count(one.nodes, 'node')}",
+            f"leave {key}.replicas out, and choose a tensor_parallel_size of {_divisors(gpus)}",
+        )
+    return _grouped(range(gpus), tp)
 
 
 def _share(total: int, ratio: float) -> int:
@@ -511,13 +622,13 @@ def _no_tensor_parallel_on_cpu(cfg: Config) -> None:
         )
 
 
-def _evenly(replicas: int, rollout_nodes: int) -> int:
-    if replicas < 1 or replicas % rollout_nodes:
+def _evenly(replicas: int, nodes: int, key: str = "generator.replicas") -> int:
+    if replicas < 1 or replicas % nodes:
+        what = "rollout node" if key == "generator.replicas" else "node"
         raise UserError(
-            f"generator.replicas={replicas} do not spread evenly over {_count(rollout_nodes, 'rollout node')}",
-            f"give a multiple of {rollout_nodes}",
+            f"{key}={replicas} do not spread evenly over {_count(nodes, what)}", f"give a multiple of {nodes}"
         )
-    return replicas // rollout_nodes
+    return replicas // nodes
 
 
 # --- text

@@ -34,6 +34,7 @@ from forge_hpc.config.recipes import load_recipe, needs_of
 from forge_hpc.config.registry import DATA, ENVIRONMENTS, LORA_TARGETS, LOSSES, MODELS, VLLM_LORA_RANKS
 from forge_hpc.config.rewards import MODEL, check_reward, reward_model_of
 from forge_hpc.config.schema import Config, DataConfig, RewardConfig
+from forge_hpc.config.served import check_served
 from forge_hpc.config.sources import (
     MAX_SETS,
     RunSource,
@@ -80,6 +81,7 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
         _check_reward_names(run, needs)
         check_environment(run.config, check_paths=check_paths, key=run.key)
     _check_reward_model(cfg, needs)
+    check_served(cfg, check_paths=check_paths)
     recipe.check(cfg)
     plan(cfg, cfg.cluster.gpus_per_node)
     _check_engine(cfg)
@@ -440,12 +442,13 @@ def _check_lengths(cfg: Config, needs: Needs) -> None:
 
 
 def _check_engine(cfg: Config) -> None:
-    stages = cfg.generator.engine.extra.get("pipeline_parallel_size", 1)
-    if stages != 1:
-        raise UserError(
-            f"generator.engine.extra.pipeline_parallel_size={stages}: a generator's layers are not split into stages",
-            "set generator.engine.tensor_parallel_size, which shares a model among the GPUs of a node",
-        )
+    engines = {"generator": cfg.generator.engine} | {f"served.{i}": one.engine for i, one in enumerate(cfg.served)}
+    for key, engine in engines.items():
+        if (stages := engine.extra.get("pipeline_parallel_size", 1)) != 1:
+            raise UserError(
+                f"{key}.engine.extra.pipeline_parallel_size={stages}: a model's layers are not split into stages",
+                f"set {key}.engine.tensor_parallel_size, which shares a model among the GPUs of a node",
+            )
     if cfg.cluster.colocate and not cfg.generator.engine.extra.get("enable_sleep_mode", True):
         raise UserError(
             "cluster.colocate has generators sleep, and generator.engine.extra.enable_sleep_mode=false forbids it",

@@ -2,6 +2,7 @@
 
 lost generators ─► replaced beside the training (GeneratorPool)
 lent generators ─► come and go (LentGenerators)
+lost served ones ► replaced likewise (ServedModels)
 lost trainers ───► a new attempt from the newest checkpoint; the generators stay
 a lost node ─────► save where that can be done, and leave
 """
@@ -41,6 +42,7 @@ if TYPE_CHECKING:  # they load torch: only once the nodes have been joined
     from forge_hpc.controller.frozen import FrozenProcesses
     from forge_hpc.controller.generators import GeneratorPool
     from forge_hpc.controller.kept import KeptMeshes
+    from forge_hpc.controller.served import ServedModels
     from forge_hpc.controller.session import Session
 
 logger = logging.getLogger("forge_hpc.controller")
@@ -67,11 +69,12 @@ class Crew:
     def __init__(self) -> None:
         self.pool: GeneratorPool | None = None
         self.frozen: FrozenProcesses | None = None
+        self.served: ServedModels | None = None
         self.session: Session | None = None
 
     async def close(self) -> None:
         """End them in good order."""
-        for part in (self.session, self.pool, self.frozen):
+        for part in (self.session, self.pool, self.frozen, self.served):
             if part is not None:
                 await part.close()
 
@@ -83,6 +86,8 @@ class Crew:
             await self.pool.hand_over(kept)
         if self.frozen is not None:
             await self.frozen.end()
+        if self.served is not None:
+            await self.served.end()
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,11 @@ async def conduct(
     pool = crew.pool = GeneratorPool(config, cluster, log_dir, recoveries, node_lost, kept)
     if cluster.placement.frozen_nodes:
         crew.frozen = FrozenProcesses(config, cluster, log_dir, recoveries, node_lost)
+    if config.served:
+        from forge_hpc.controller.served import ServedModels
+
+        suffix = "" if kept is None else kept.suffix
+        crew.served = ServedModels(config, cluster, log_dir, recoveries, node_lost, pool.failed, suffix)
     lent: list[Awaitable[None]] = []
     if lending is not None:
         from forge_hpc.controller.lent import LentGenerators
@@ -131,11 +141,11 @@ async def conduct(
     async with background(*lent):
         while not done and not leave.requested.is_set():
             where = config, run_dir, log_dir, cluster, pool
-            session = Session(*where, recoveries, leave, number, status, crew.frozen, kept)
+            session = Session(*where, recoveries, leave, number, status, crew.frozen, kept, crew.served)
             crew.session = session
             session.phases = phases if number == 0 else None
             faults.begin()
-            faults.watch_nodes(partial(on_ended_node, session, pool, crew.frozen, node_lost))
+            faults.watch_nodes(partial(on_ended_node, session, pool, crew.frozen, crew.served, node_lost))
             try:
                 done = await attempt(session, pool, terminal, leave, status)
             except NodeLost as error:
@@ -215,6 +225,7 @@ def on_ended_node(
     session: Session,
     pool: GeneratorPool,
     frozen: FrozenProcesses | None,
+    served: ServedModels | None,
     node_lost: Callable[[int, str], None],
     node: int,
     reason: str,
@@ -228,6 +239,8 @@ def on_ended_node(
         pool.lose_node(node, reason)
     if frozen is not None:
         frozen.lose_node(node, reason)
+    if served is not None:
+        served.lose_node(node, reason)
 
 
 def take_user_files(config: Config, run_dir: RunDir) -> None:
@@ -285,7 +298,8 @@ def arrange(config: Config, nodes: Nodes, log_dir: Path, faults: Faults) -> Clus
     logger.info("attached to %d nodes\n%s", len(workers), placement.describe())
     cpus = min(worker["cpus"] for worker in workers)
     gpu_names = [worker["gpus"] for worker in workers]
-    return Cluster(nodes.hosts, placement, cpus, gpu_names, log_dir, faults, other_nodes(config, workers))
+    others = other_nodes(config, workers)
+    return Cluster(nodes.hosts, placement, cpus, gpu_names, log_dir, faults, others, nodes.address)
 
 
 def other_nodes(config: Config, workers: Sequence[Mapping[str, Any]]) -> list[OtherNode]:

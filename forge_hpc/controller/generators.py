@@ -82,6 +82,7 @@ class GeneratorPool:
     Args:
         on_node_lost: called with a node on which a replica cannot be replaced, nor on a spare one, and the reason.
         kept: what the run before has left, and where this one leaves its own.
+        role: what the replicas are called in messages, logs and names of processes, which end in ``suffix``.
     """
 
     def __init__(
@@ -92,10 +93,14 @@ class GeneratorPool:
         recoveries: Recoveries,
         on_node_lost: Callable[[int, str], None],
         kept: KeptMeshes | None = None,
+        role: str = "generator",
+        suffix: str = "",
     ) -> None:
         self._config = config
         self._cluster = cluster
         self._log_dir = log_dir
+        self._role, self._suffix = role, suffix if kept is None else kept.suffix
+        self._kind = "generators" if role == "generator" else "served"
         self._kept = kept
         self.said: list[str] = []
         """What became of each kept engine, once it has been asked."""
@@ -110,7 +115,7 @@ class GeneratorPool:
         """Resolved when a replica cannot be replaced."""
         placement = cluster.placement
         self.service = Service(
-            "generator", placement.replicas, config.generator.timeout_s, self._on_loss, recoveries.call_retried
+            role, placement.replicas, config.generator.timeout_s, self._on_loss, recoveries.call_retried
         )
         self.turns = Turns() if placement.takes_turns else None
         """Where trainers use the same GPUs."""
@@ -161,7 +166,7 @@ class GeneratorPool:
 
     async def _sleep(self) -> None:
         for index, said in zip(self.service.serving, await self.service.sleep.fanout(), strict=False):
-            logger.info("generator %d: %s", index, said)
+            logger.info("%s %d: %s", self._role, index, said)
 
     def lose_node(self, node: int, reason: str) -> None:
         """The node's worker has ended: what ran there is gone, and nothing can be started there."""
@@ -192,8 +197,8 @@ class GeneratorPool:
             raise NodeLost(node, "its Monarch worker has ended")
         if self._kept is not None and (actor := await self._take_kept(index, slot, self._kept)) is not None:
             return actor
-        suffix = self._kept.suffix if self._kept is not None else ""
-        slot.mesh = f"generator{index}{suffix}" + (f"r{slot.starts}" if slot.starts else "")
+        mesh = f"{self._role.replace('-', '')}{index}{self._suffix}"
+        slot.mesh = mesh + (f"r{slot.starts}" if slot.starts else "")
         slot.starts += 1
         self._cluster.faults.watch(slot.mesh, lambda reason: self.service.lose(index, reason))
         slot.procs = self._cluster.spawn_generator(slot.mesh, index, slot.node)
@@ -201,7 +206,7 @@ class GeneratorPool:
             await asyncio.wait_for(slot.procs.initialized, SPAWN_S)
         except Exception as error:
             raise NodeLost(node, f"no process starts there: {reason_of(error)}") from error
-        actor = slot.procs.spawn(slot.mesh, Generator, config, index, self._log_dir)
+        actor = slot.procs.spawn(slot.mesh, Generator, config, index, self._log_dir, self._role)
         await self.ask(index, actor.start.call_one(self.model_dir), config.cluster.start_timeout_s, "start()")
         return actor
 
@@ -222,10 +227,11 @@ class GeneratorPool:
         await self._end(index)
         return None
 
-    async def hand_over(self, kept: KeptMeshes) -> None:
-        """The run is over: leave the engines for the next, and end what cannot be left."""
-        if self._starting is not None:  # the next run needs them as much as this one, which failed early
-            await asyncio.wait({self._starting}, timeout=START_S)
+    async def hand_over(self, kept: KeptMeshes | None) -> None:
+        """The run is over: leave the engines for the next, where they are kept, and end what cannot be left."""
+        if self._starting is not None:
+            if kept is not None:  # the next run needs them as much as this one, which failed early
+                await asyncio.wait({self._starting}, timeout=START_S)
             self._starting.cancel()
         for task in self._tasks:
             task.cancel()
@@ -235,7 +241,7 @@ class GeneratorPool:
                 continue
             mesh = KeptMesh(slot.mesh, slot.procs, None, None)
             role = f"generator{index}"
-            if index in serving and slot.node is None:
+            if kept is not None and index in serving and slot.node is None:
                 actor = self.service.actor(index)
                 kept.put(role, replace(mesh, actor=actor, layout=self._cluster.layout(role)))
             else:
@@ -244,7 +250,7 @@ class GeneratorPool:
     async def ask(self, index: int, call: Any, timeout_s: float, what: str) -> Any:
         """The answer of a generator that does not serve yet. Raises ActorLost, or what it raises."""
         nothing: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        return await answer(call, nothing, timeout_s, f"generator {index}, {what}")
+        return await answer(call, nothing, timeout_s, f"{self._role} {index}, {what}")
 
     # ---- replacement
 
@@ -252,16 +258,16 @@ class GeneratorPool:
         if self.lent is not None and index >= self.service.size:
             self.lent.lose_generator(index, reason)
             return
-        logger.error("generator %d is lost: %s", index, reason)
-        task = asyncio.create_task(self._replace(index, f"generator {index}: {reason}"))
+        logger.error("%s %d is lost: %s", self._role, index, reason)
+        task = asyncio.create_task(self._replace(index, f"{self._role} {index}: {reason}"))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _replace(self, index: int, reason: str) -> None:
         """Put another replica in the place of a lost one: on its node, or on a spare one where the node is lost."""
-        start = time.monotonic()
+        start, who = time.monotonic(), f"{self._role} {index}"
         try:
-            self._recoveries.use_retry("generators", f"generator {index}", reason)
+            self._recoveries.use_retry(self._kind, who, reason)
             while True:
                 try:
                     await self._end(index)
@@ -277,11 +283,11 @@ class GeneratorPool:
                     logger.warning("%s; node %d takes its place", error, spare)
                     self._slots[index].node = spare
                 except Exception as error:  # also of an engine that does not start: memory may be free a moment later
-                    logger.warning("generator %d did not come back", index, exc_info=not isinstance(error, ActorLost))
-                    self._recoveries.use_retry("generators", f"generator {index}", reason_of(error))
-            logger.info("generator %d is replaced after %.1f s", index, time.monotonic() - start)
+                    logger.warning("%s did not come back", who, exc_info=not isinstance(error, ActorLost))
+                    self._recoveries.use_retry(self._kind, who, reason_of(error))
+            logger.info("%s is replaced after %.1f s", who, time.monotonic() - start)
         except Exception as error:
-            logger.exception("generator %d cannot be replaced", index)
+            logger.exception("%s cannot be replaced", who)
             if not self.failed.done():
                 self.failed.set_result(error)
 

@@ -18,7 +18,7 @@ class Recoveries:
     """Mended losses, by kind. ``cluster.max_restarts`` bounds how often the same one is mended without a completed step
     in between: a node that takes eight generators with it is eight losses, each the first of its kind."""
 
-    KINDS = ("generators", "trainers", "frozen", "calls")
+    KINDS = ("generators", "trainers", "frozen", "served", "calls")
 
     def __init__(self, limit: int) -> None:
         self.counts: Counter[str] = Counter()

@@ -64,6 +64,7 @@ from forge_hpc.supervisor.starts import StartLog
 from forge_hpc.weights import WeightStore
 
 if TYPE_CHECKING:
+    from forge_hpc.controller.served import ServedModels
     from forge_hpc.endpoint import Endpoint
     from forge_hpc.rollouts.agents import AgentPlayer
     from forge_hpc.rollouts.episodes import EpisodePlayer
@@ -90,6 +91,7 @@ class Session:
         status: StatusWriter | None = None,
         frozen: FrozenProcesses | None = None,
         kept: KeptMeshes | None = None,
+        served: ServedModels | None = None,
     ) -> None:
         self.config = config
         self.recipe = load_recipe(config)
@@ -107,6 +109,8 @@ class Session:
         """Of a start that has not come to its first step yet."""
         self._pool = pool
         self._frozen = frozen
+        self._served = served
+        self._served_dirs: dict[str, Path] = {}
         self._recoveries = recoveries
         self._leave = leave
         self._status = status or StatusWriter(run_dir)
@@ -157,11 +161,22 @@ class Session:
             self.model_dir = await asyncio.to_thread(resolve_model, path, config.seed, self.run_dir.path / "model")
         if self.needs.generators == "beside":  # their start is the longest of all: everything else goes on beside it
             self._pool.begin(self.model_dir)
+        if self._served is not None:
+            self._served_dirs = await asyncio.to_thread(self._find_served)
+            self._served.begin(self._served_dirs)
         self.tokenizer = await asyncio.to_thread(load_tokenizer, self.model_dir)
         found = await asyncio.to_thread(find_checkpoint, self._saver.checkpoints, config, self.run_dir)
         if found is not None:
             await asyncio.to_thread(self._restore, *found)
         self._phase("model")
+
+    def _find_served(self) -> dict[str, Path]:
+        """Where the weights of each served model are."""
+        seed, place = self.config.seed, self.run_dir.path
+        return {
+            one.name: resolve_model(self._pins.named(one.path), seed, place / f"served-{one.name}")
+            for one in self.config.served
+        }
 
     def _restore(self, checkpoint: Path, record: Mapping[str, Any]) -> None:
         self._resume_from, self.step, self.state = checkpoint, record["step"], record["recipe"]
@@ -196,6 +211,8 @@ class Session:
         if self.needs.learns_from == "samples":
             self._prompts = await asyncio.to_thread(self._load_prompts)
             self._sft = await asyncio.to_thread(self._load_sft)
+        if self._served is not None:  # what is started from here on is told where they are
+            await self._served.start(self._served_dirs)
         self._rewards = await self._reward_pool().start()
         self._on_close(self._rewards.close)
         held_out = await self._held_out(self._rewards)
@@ -652,6 +669,8 @@ class Session:
             timing |= self._turns.metrics()
         for endpoint in self._endpoints:
             timing |= {key: timing.get(key, 0.0) + value for key, value in endpoint.metrics().items()}
+        if self._served is not None:
+            timing |= self._served.metrics()
         self._step_ended, self._checkpoint_s = now, 0.0
         self.step = step
         self._recoveries.step_done()

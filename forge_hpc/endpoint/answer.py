@@ -21,7 +21,7 @@ from forge_hpc.data.tool_calls import BadToolCall, ToolFormat
 from forge_hpc.data.types import Completion, Turn
 from forge_hpc.endpoint.conversations import Sampled
 from forge_hpc.endpoint.episode import EndpointEpisode
-from forge_hpc.endpoint.requests import MODEL, ChatRequest, Refused, Request
+from forge_hpc.endpoint.requests import POLICY, ChatRequest, Model, Refused, Request
 from forge_hpc.endpoint.sampler import Sampler
 from forge_hpc.endpoint.text import TextStream, cut
 
@@ -39,6 +39,7 @@ class Serving:
     tools: ToolFormat | None
     max_tokens: int
     """Of a conversation, responses included."""
+    model: Model = POLICY
     cache: str = field(default_factory=lambda: secrets.token_hex(8))
     """Requests of one prompt share a prefix cache by this name, and the prompt's position."""
     counts: Counter[str] = field(default_factory=Counter)
@@ -92,8 +93,7 @@ class Answer:
         most, limits = self._serving.max_tokens, config.environment
         if asked.max_tokens is not None and asked.max_tokens > most:
             raise Refused(
-                f"max_tokens={asked.max_tokens} is more than the {most} tokens of rollout.max_prompt_tokens + "
-                "rollout.max_response_tokens",
+                f"max_tokens={asked.max_tokens} is more than the {most} tokens of {self._serving.model.limit}",
                 code="context_length_exceeded",
                 param="max_tokens",
             )
@@ -102,7 +102,7 @@ class Answer:
             episode.limit = "tokens"
             raise Refused(
                 f"the conversation has {len(self._context)} tokens and leaves no room for a response: there are {most} "
-                "(rollout.max_prompt_tokens + rollout.max_response_tokens)",
+                f"({self._serving.model.limit})",
                 code="context_length_exceeded",
                 param="messages" if self._chat else "prompt",
             )
@@ -160,9 +160,9 @@ class Answer:
         return answer
 
     def _head(self, completion: Completion | None) -> dict[str, Any]:
-        head: dict[str, Any] = {"id": self._id, "created": self._created, "model": MODEL}
+        head: dict[str, Any] = {"id": self._id, "created": self._created, "model": self._serving.model.name}
         if completion is not None:
-            head["system_fingerprint"] = f"policy-{completion.policy_versions[1]}"
+            head["system_fingerprint"] = f"{self._serving.model.name}-{completion.policy_versions[1]}"
         return head
 
     def _usage(self, completions: Sequence[Completion]) -> dict[str, int]:

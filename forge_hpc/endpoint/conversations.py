@@ -115,6 +115,27 @@ class Conversations:
         return [branch for _, branch in sorted(found, key=lambda item: item[0])]
 
 
+class NothingKept(Conversations):
+    """Of whoever asks a model that is not trained: each request stands for itself, and its tokens are counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._counts = (0, 0)
+
+    def take_counts(self) -> tuple[int, int]:
+        """Tokens of prompts and of responses since the last call; a prompt counts once for each of its choices."""
+        counts, self._counts = self._counts, (0, 0)
+        return counts
+
+    def add(self, sampled: Sampled) -> None:
+        num_prompt, num_generated = self._counts
+        self._counts = num_prompt + len(sampled.context), num_generated + sampled.completion.num_tokens
+
+    def answers_chat(self, *_: Any, **__: Any) -> None: ...
+
+    def answers_text(self, *_: Any, **__: Any) -> None: ...
+
+
 @dataclass
 class Branch:
     """A sequence to train on."""

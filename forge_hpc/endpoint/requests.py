@@ -46,6 +46,21 @@ _CHAT = {"messages", "tools", "tool_choice", "max_completion_tokens"}
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
+@dataclass(frozen=True)
+class Model:
+    """Whom an address speaks for, in what it says to clients."""
+
+    name: str = MODEL
+    what: str = "the policy that is trained"
+    limit: str = "rollout.max_prompt_tokens + rollout.max_response_tokens"
+    """What bounds a conversation."""
+    why_not: str = "the trainer would train on other probabilities than those that tokens were drawn from"
+    """Why other parameters are refused."""
+
+
+POLICY = Model()
+
+
 class Refused(Exception):
     """A request that is not answered: an HTTP status, OpenAI's error code, the parameter, and what to do."""
 
@@ -90,9 +105,9 @@ class ChatRequest(Request):
     """No more than the first call of a response is handed out."""
 
     @classmethod
-    def read(cls, body: Mapping[str, Any], own: Mapping[str, Any]) -> Self:
-        """Of the JSON body of a request; ``own`` is the run's sampling (``top_k``, ``min_p``). Raises Refused."""
-        common = _common(body, own, _SHARED | _CHAT, body.get("max_completion_tokens"))
+    def read(cls, body: Mapping[str, Any], own: Mapping[str, Any], model: Model = POLICY) -> Self:
+        """Of the JSON body of a request to a model; ``own`` is its sampling (``top_k``, ``min_p``). Raises Refused."""
+        common = _common(body, own, _SHARED | _CHAT, body.get("max_completion_tokens"), model)
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages:
             raise Refused("messages must be a list with at least one message", param="messages")
@@ -102,7 +117,7 @@ class ChatRequest(Request):
         choice = body.get("tool_choice") or "auto"
         if choice not in ("auto", "none"):
             raise Refused(
-                "tool_choice can be auto or none: a call that is forced is none of the policy's", param="tool_choice"
+                "tool_choice can be auto or none: a call that is forced is none of the model's", param="tool_choice"
             )
         logprobs = body.get("logprobs") or False
         return cls(
@@ -122,9 +137,9 @@ class CompletionRequest(Request):
     prompt: str | list[int] = ""
 
     @classmethod
-    def read(cls, body: Mapping[str, Any], own: Mapping[str, Any]) -> Self:
+    def read(cls, body: Mapping[str, Any], own: Mapping[str, Any], model: Model = POLICY) -> Self:
         """As ``ChatRequest.read``. Raises Refused."""
-        common = _common(body, own, _SHARED | {"prompt"}, None)
+        common = _common(body, own, _SHARED | {"prompt"}, None, model)
         prompt = body.get("prompt")
         if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
             [prompt] = prompt
@@ -139,11 +154,11 @@ class CompletionRequest(Request):
 
 
 def _common(
-    body: Mapping[str, Any], own: Mapping[str, Any], known: set[str], max_completion_tokens: Any
+    body: Mapping[str, Any], own: Mapping[str, Any], known: set[str], max_completion_tokens: Any, model: Model
 ) -> dict[str, Any]:
-    if (model := body.get("model")) != MODEL:
+    if (asked := body.get("model")) != model.name:
         raise Refused(
-            f"there is no model {model!r:.100} here: ask for {MODEL!r}, the policy that is trained",
+            f"there is no model {asked!r:.100} here: ask for {model.name!r}, {model.what}",
             404,
             "model_not_found",
             "model",
@@ -155,11 +170,7 @@ def _common(
             raise Refused(f"{name} is not known here, and might change what is sampled: leave it out", param=name)
         harmless = _HARMLESS[name]
         if value not in (harmless if harmless is not None else (own[name],)):
-            raise Refused(
-                f"{name}={json.dumps(value):.100} is refused: the trainer would train on other probabilities than "
-                "those that tokens were drawn from",
-                param=name,
-            )
+            raise Refused(f"{name}={json.dumps(value):.100} is refused: {model.why_not}", param=name)
     stop = body.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):

@@ -33,7 +33,7 @@ from forge_hpc.data.types import Prompt
 from forge_hpc.endpoint.answer import Answer, Serving
 from forge_hpc.endpoint.episode import EndpointEpisode
 from forge_hpc.endpoint.render import ChatRenderer
-from forge_hpc.endpoint.requests import MODEL, ChatRequest, CompletionRequest, Refused
+from forge_hpc.endpoint.requests import POLICY, ChatRequest, CompletionRequest, Model, Refused
 from forge_hpc.endpoint.sampler import Sampler
 from forge_hpc.wire.tls import Certificates
 
@@ -67,13 +67,15 @@ class Endpoint:
         warn: Callable[[str], None] = logger.warning,
         tls: ssl.SSLContext | None = None,
         ca: Path | None = None,
+        model: Model = POLICY,
     ) -> None:
-        """``tls`` is what it serves with where it is not on loopback, and ``ca`` what a client verifies that with."""
+        """``tls`` is what it serves with where it is not on loopback, and ``ca`` what a client verifies that with;
+        ``model`` is whom it speaks for."""
         self._config, self._tokenizer, self._warn = config, tokenizer, warn
         self._renderer = ChatRenderer(tokenizer, config.data)
         tools = tool_format(tokenizer.chat_template if self._renderer.has_template else None)
         most = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-        self._serving = Serving(config, tokenizer, sampler, tools, most)
+        self._serving = Serving(config, tokenizer, sampler, tools, most, model)
         self._secret = secrets.token_bytes(32)
         self._episodes: dict[str, EndpointEpisode] = {}
         self._warned: set[str] = set()
@@ -177,7 +179,8 @@ class Endpoint:
                 if episode is not None:
                     self._serving.counts["endpoint/refused"] += 1
                     self._warn_once(
-                        f"refused {refusal.code or refusal.param}", f"an agent's request was refused: {refusal}"
+                        f"refused {refusal.code or refusal.param}",
+                        f"a request to {self._serving.model.name} was refused: {refusal}",
                     )
                 return web.json_response(refusal.body(), status=refusal.status)
             except (ConnectionResetError, asyncio.CancelledError) as error:
@@ -209,7 +212,7 @@ class Endpoint:
 
     async def _models(self, request: web.Request, episode: EndpointEpisode) -> web.StreamResponse:
         model = {
-            "id": MODEL,
+            "id": self._serving.model.name,
             "object": "model",
             "created": 0,
             "owned_by": "forge_hpc",
@@ -227,7 +230,7 @@ class Endpoint:
         return body
 
     async def _chat(self, request: web.Request, episode: EndpointEpisode) -> web.StreamResponse:
-        asked = ChatRequest.read(await self._body(request), _own(episode.sampling))
+        asked = ChatRequest.read(await self._body(request), _own(episode.sampling), self._serving.model)
         parent, num = episode.conversations.find_chat(asked.messages, asked.tools)
         if parent is None:
             context, num_own = self._renderer.opening(asked.messages, asked.tools), 0
@@ -239,7 +242,7 @@ class Endpoint:
         return await Answer(self._serving, request, episode, asked, context, parent, num_own, said).send()
 
     async def _complete(self, request: web.Request, episode: EndpointEpisode) -> web.StreamResponse:
-        asked = CompletionRequest.read(await self._body(request), _own(episode.sampling))
+        asked = CompletionRequest.read(await self._body(request), _own(episode.sampling), self._serving.model)
         parent, num = episode.conversations.find_text(asked.prompt)
         rest = asked.prompt[num:]
         if parent is not None:

@@ -97,6 +97,7 @@ def _plain(step: Any) -> dict[str, Any]:
 
 def _load(request: dict[str, Any]) -> tuple[Callable[..., Any] | None, Answer]:
     """What makes an environment, tried once, and what to answer. Of an agent only whether it can be called."""
+    os.environ.update(request["environ"])
     try:
         found = load_environment(request["name"])
         make = functools.partial(found, **request["args"])

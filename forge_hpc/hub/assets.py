@@ -85,6 +85,7 @@ def assets_of(cfg: Config, *, warm_start: bool = True) -> list[Asset]:
 def _assets(cfg: Config) -> Iterator[Asset]:
     paths = {"model.path": cfg.model.path}
     paths |= {f"the model {name!r}": need.path for name, need in needs_of(cfg).models.items() if need.path is not None}
+    paths |= {f"served.{i}.path": one.path for i, one in enumerate(cfg.served)}
     for key, path in paths.items():
         if is_hub_name(path):
             yield Asset("model", path, (key,))

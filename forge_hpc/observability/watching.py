@@ -67,6 +67,7 @@ def render_status(run_dir: RunDir, line: RunLine | None = None) -> str:
         lines.append(("held out", _evaluated(evaluations[-1])))
     if last:
         lines.append(("speed", _speed(last)))
+        lines += [("served", text) for text in _served(last[-1])]
     return "\n".join(f"{name:<{_LABEL}}{text}" for name, text in lines)
 
 
@@ -124,6 +125,16 @@ def _speed(records: Sequence[dict[str, Any]]) -> str:
         return "not measured"
     step_s = seconds / len(records)
     return f"{tokens / seconds:,.0f} tokens/s  {step_s:.3g} s a step  last {len(records)} steps"
+
+
+def _served(record: Mapping[str, Any]) -> list[str]:
+    """What each model of ``served`` was asked in a step."""
+    found = []
+    for key in record:
+        if match := re.fullmatch(r"served/(\w+)/requests", key):
+            num = sum(record[f"served/{match[1]}/{kind}_tokens"] for kind in ("prompt", "generated"))
+            found.append(f"{match[1]}  {record[key]:,.0f} requests  {num:,.0f} tokens  last step")
+    return found
 
 
 def _progress(line: RunLine, records: Sequence[dict[str, Any]], width: int | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Reward given by a language model behind an OpenAI-compatible endpoint: OpenAI's own, or ``vllm serve``."""
+"""Reward given by a language model behind an OpenAI-compatible endpoint: the run's own, OpenAI's, ``vllm serve``."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ class LLMJudgeReward:
 
     Args:
         model: the judge's name at the endpoint.
-        base_url: address of the endpoint up to its version, for example ``http://node7:8000/v1``.
+        base_url: address of the endpoint up to its version, for example ``http://node7:8000/v1``; without one ``model``
+            is a model that the run serves (``served``).
         api_key_env: name of the environment variable that holds the key; none is sent without it. The key itself
             belongs in no configuration, and is blotted out of every error.
         template: the question to the judge, with ``{prompt}``, ``{response}``, ``{target}`` and the fields of the
@@ -79,7 +80,7 @@ class LLMJudgeReward:
     def __init__(
         self,
         model: str,
-        base_url: str,
+        base_url: str | None = None,
         api_key_env: str | None = None,
         template: str = TEMPLATE,
         max_score: float = 1.0,
@@ -90,6 +91,10 @@ class LLMJudgeReward:
     ) -> None:
         import openai
 
+        from forge_hpc.served import served
+
+        own = served(model) if base_url is None else None
+        base_url = own.base_url if own is not None else base_url or ""
         if "@" in urlsplit(base_url).netloc:
             raise UserError("llm_judge: base_url holds a password", "name a variable that holds it in api_key_env")
         try:
@@ -103,6 +108,7 @@ class LLMJudgeReward:
             raise UserError(
                 f"llm_judge: the environment variable {api_key_env} is not set", "export it where the run is started"
             )
+        self._key = own.api_key if own is not None else self._key
         self.model = model
         self.base_url = base_url
         self.template = template
@@ -112,8 +118,13 @@ class LLMJudgeReward:
         self._away_since: float | None = None
         self._looking: asyncio.Task[bool] | None = None
         self.options = {"temperature": 0.0} if options is None else dict(options)
+        http = None if own is None else openai.DefaultAsyncHttpxClient(verify=own.tls, trust_env=False)
         self._client = openai.AsyncOpenAI(
-            base_url=base_url, api_key=self._key or "none", timeout=request_timeout_s, max_retries=max_retries
+            base_url=base_url,
+            api_key=self._key or "none",
+            timeout=request_timeout_s,
+            max_retries=max_retries,
+            http_client=http,
         )
 
     async def __call__(self, prompt: str, response: str, target: str, **fields: Any) -> float:

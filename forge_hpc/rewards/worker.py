@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import resource
 from typing import Any
 
@@ -25,6 +26,7 @@ def main() -> None:
     first = channel.receive()
     if first is None:
         return
+    os.environ.update(first["environ"])
     try:
         if first["memory_gib"] is not None:
             limit = int(first["memory_gib"] * 2**30)

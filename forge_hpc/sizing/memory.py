@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.needs import Needs
 from forge_hpc.config.schema import Config
+from forge_hpc.config.served import served_config
 from forge_hpc.config.split import Placement
 from forge_hpc.sizing.microbatch import RESERVE_BYTES, plan_microbatch, plan_turns
 from forge_hpc.sizing.model import ModelSize
@@ -40,7 +41,7 @@ class MemoryPlan:
 
     gpu_gib: float
     roles: dict[str, RoleMemory]
-    """Of those of ``trainers``, ``generators`` and ``frozen`` that there are."""
+    """Of those of ``trainers``, ``generators``, ``frozen`` and ``served NAME`` that there are."""
     warnings: tuple[str, ...] = ()
 
 
@@ -78,11 +79,17 @@ def plan_memory(
             between = _state_gib(cfg, needs, placement, size_of, between_steps=True)
             plan_turns(int(gpu_gib * GIB), engine_share, int(sum(between) * GIB))
     if placement.replicas and (size := size_of(None)) is not None:
-        roles["generators"] = _generators(cfg, placement, gpu_gib * engine_share, size)
+        roles["generators"] = _engines(cfg, placement, gpu_gib * engine_share, size, _Who())
     if placement.frozen_nodes:
         procs = len(placement.frozen_nodes) * len(placement.frozen_gpus)
         sizes = [size_of(need.path) for need in needs.models.values() if not need.trained]
         roles["frozen"] = RoleMemory({"weights": sum(2 * size.num_params for size in sizes if size) / procs / GIB})
+    for number, one in enumerate(cfg.served):
+        if (size := size_of(one.path)) is not None:
+            share, who = gpu_gib * one.engine.gpu_memory_utilization, f"an engine of {one.name}"
+            whom = _Who(who, f"served.{number}", f"served.{number}.max_tokens")
+            own = placement.with_served(number)
+            roles[f"served {one.name}"] = _engines(served_config(cfg, one), own, share, size, whom)
     return MemoryPlan(gpu_gib, roles, tuple(warnings))
 
 
@@ -149,17 +156,26 @@ def holds_a_copy(cfg: Config) -> bool:
     return cfg.generator.weight_transport == "nccl" and cfg.cluster.nodes > 1
 
 
-def _generators(cfg: Config, placement: Placement, share_gib: float, size: ModelSize) -> RoleMemory:
+@dataclass(frozen=True)
+class _Who:
+    """Whose engines are meant, in messages."""
+
+    name: str = "a generator"
+    section: str = "generator"
+    longest: str = "rollout.max_response_tokens"
+
+
+def _engines(cfg: Config, placement: Placement, share_gib: float, size: ModelSize, who: _Who) -> RoleMemory:
     engine, itemsize, tp = cfg.generator.engine, _ITEMSIZE[cfg.model.dtype], placement.tensor_parallel_size
     weights = size.num_params * itemsize / tp / GIB
     copy = size.num_params * itemsize / GIB if holds_a_copy(cfg) else 0.0
     share_gib -= copy
     if weights > share_gib:
+        enough = 2 ** math.ceil(math.log2(tp * weights / share_gib + 1e-9))
         raise UserError(
-            f"a generator's weights take {weights:.1f} GiB of each GPU, and vLLM may take {share_gib:.1f} of it "
-            f"(generator.engine.gpu_memory_utilization={engine.gpu_memory_utilization:g})",
-            f"set generator.engine.tensor_parallel_size={2 ** math.ceil(math.log2(tp * weights / share_gib + 1e-9))} "
-            "or more",
+            f"{who.name}'s weights take {weights:.1f} GiB of each GPU, and vLLM may take {share_gib:.1f} of it "
+            f"({who.section}.engine.gpu_memory_utilization={engine.gpu_memory_utilization:g})",
+            f"set {who.section}.engine.tensor_parallel_size={enough} or more",
         )
     if size.hf is None:
         return RoleMemory({"weights": weights}, "KV cache unknown: the model is not on this machine")
@@ -173,9 +189,9 @@ def _generators(cfg: Config, placement: Placement, share_gib: float, size: Model
     one = longest * size.kv_bytes(itemsize, tp) / GIB
     if one > share_gib - weights:
         raise UserError(
-            f"the keys and values of one sequence of {longest} tokens take {one:.1f} GiB, and a generator has "
+            f"the keys and values of one sequence of {longest} tokens take {one:.1f} GiB, and {who.name} has "
             f"{share_gib - weights:.1f} beside its weights",
-            "raise generator.engine.tensor_parallel_size, or lower rollout.max_response_tokens",
+            f"raise {who.section}.engine.tensor_parallel_size, or lower {who.longest}",
         )
     together = int(cache / one)
     return RoleMemory(

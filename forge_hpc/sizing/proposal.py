@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from forge_hpc.config import Config, Placement, UserError, plan
 from forge_hpc.config.recipes import needs_of
+from forge_hpc.config.split import working_nodes
 from forge_hpc.observability.tables import table
 from forge_hpc.sizing.speed import Speed
 
@@ -96,7 +97,7 @@ def describe(found: list[Proposal], speed: Speed) -> list[str]:
 
 def _splits(cfg: Config) -> Iterator[tuple[tuple[str, ...], Config]]:
     cluster = cfg.cluster
-    working = cluster.nodes - cluster.spare_nodes - cluster.frozen_nodes
+    working = working_nodes(cfg)
     if working > 1:
         for rollout in range(1, working):
             yield _with(cfg, rollout_nodes=rollout, trainer_nodes=working - rollout)

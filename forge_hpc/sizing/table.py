@@ -45,6 +45,9 @@ def _roles(p: Placement) -> list[tuple[str, str, str, str, str]]:
         found.append(("generators", p.rollout_nodes, p.replica_gpus, remark))
     if p.frozen_nodes:
         found.append(("frozen", p.frozen_nodes, p.frozen_gpus, ""))
+    for place in p.served:
+        gpus = max((len(unit) for unit in place.gpus), default=0)
+        found.append((f"served {place.name}", place.nodes, place.gpus, f"{gpus} GPUs each" if gpus > 1 else ""))
     if p.spare_nodes:
         found.append(("spares", p.spare_nodes, (), "replace lost nodes"))
     return [

@@ -14,6 +14,7 @@ from collections.abc import Coroutine, Mapping
 from typing import Any
 
 from forge_hpc.config.errors import UserError
+from forge_hpc.served import announced
 from forge_hpc.workers.channel import Answer
 from forge_hpc.workers.places import THIS_NODE, Place
 from forge_hpc.workers.process import WorkerLost, WorkerProcess
@@ -55,7 +56,7 @@ class WorkerPool:
         hint = None
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
-                answer = await worker.send({**self._load, **more}).answer
+                answer = await worker.send({**self._load, "environ": announced(), **more}).answer
         except TimeoutError:
             cause = f"that took longer than {_START_TIMEOUT_S:g} s"
         except WorkerLost as lost:
