@@ -367,7 +367,6 @@ async def train(kinds: ThreeKinds, config: Config, stops: set[int]) -> list[tupl
     return taken
 
 
-@pytest.mark.timeout(120)
 def test_sources_of_three_kinds_generated_ahead_keep_their_shares_and_lose_nothing_at_a_stop(tmp_path: Path):
     (tmp_path / "c.yaml").write_text(THREE)
     (tmp_path / "agent.py").write_text(AGENT)

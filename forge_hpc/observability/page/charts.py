@@ -17,6 +17,8 @@ from forge_hpc.observability.page.markup import plain
 COLORS = ("#0b62a4", "#d1600a", "#2d8a4e", "#8a4fbf", "#a8324a", "#5b6470", "#9a7d0a", "#14828c")
 NARROW, WIDE = (4.2, 2.4), (12.0, 2.6)
 """Inches: of a picture in the grid, and of the time line on a desk."""
+_MOST_WITHIN, _SHORT = 3, 16
+"""Lines whose names have room in a picture, and characters of a name of which three stand side by side."""
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "forge_hpc",
@@ -114,17 +116,20 @@ def line_chart(lines: Sequence[Line], marks: Sequence[Mark] = (), *, names: bool
 
 
 def interval_chart(lines: Sequence[Line], marks: Sequence[Mark] = ()) -> str:
-    """Points with their intervals, joined."""
+    """Points with their intervals, joined; those of several lines at one step stand beside each other."""
+    steps = [x for line in lines for x in line.x]
+    between = 0.01 * (max(steps) - min(steps))
     with _figure(NARROW) as (figure, render):
         axes = figure.subplots()
-        for line in lines:
+        for index, line in enumerate(lines):
+            aside = between * (index - (len(lines) - 1) / 2)
             errors = None
             if line.low is not None and line.high is not None:
                 below = [max(0.0, y - low) for y, low in zip(line.y, line.low, strict=True)]
                 above = [max(0.0, high - y) for y, high in zip(line.y, line.high, strict=True)]
                 errors = (below, above)
             options: dict[str, Any] = {"capsize": 3, "marker": "o", "markersize": 3, "linewidth": 1.2}
-            axes.errorbar(line.x, line.y, yerr=errors, label=plain(line.label), **options)
+            axes.errorbar([x + aside for x in line.x], line.y, yerr=errors, label=plain(line.label), **options)
         _mark(axes, marks)
         axes.set_xlabel("step")
         _legend(axes)
@@ -187,7 +192,16 @@ def _name(axes: Any, title: str) -> None:
 
 
 def _legend(axes: Any) -> None:
-    for text in axes.legend(loc="best").get_texts():
+    """Within the picture where there is room for it, else above."""
+    labels = axes.get_legend_handles_labels()
+    if (num := len(labels[1])) <= _MOST_WITHIN:
+        legend = axes.legend(loc="best")
+    else:
+        columns = 3 if max(map(len, labels[1])) <= _SHORT else 2
+        width, height = axes.figure.get_size_inches()
+        axes.figure.set_size_inches(width, height + 0.17 * math.ceil(num / columns))
+        legend = axes.figure.legend(*labels, loc="outside upper left", ncols=columns)
+    for text in legend.get_texts():
         text.set_parse_math(False)
 
 
