@@ -11,10 +11,8 @@ from pathlib import Path
 
 from forge_hpc.cluster.allocation import Allocation
 from forge_hpc.cluster.processes import die_with_parent
-from forge_hpc.config import UserError
 from forge_hpc.container.outside import container_of, run_inside
 from forge_hpc.run_dir import RunDir
-from forge_hpc.supervisor.signals import Stopped
 from forge_hpc.supervisor.supervisor import Supervisor
 
 
@@ -35,13 +33,7 @@ def main() -> int:
     if args.after is None and (contained := container_of(RunDir(run_dir), allocation)) is not None:
         return run_inside(contained, RunDir(run_dir), allocation, sys.argv[1:])
     supervisor = Supervisor(RunDir(run_dir), allocation, summary=not args.no_summary)
-    if args.after is None:
-        return supervisor.run()
-    try:
-        return supervisor.after(args.after)
-    except (UserError, OSError, Stopped) as error:  # another start has the run, or the job is being ended
-        print(f"nothing is done about the end of srun: {error}", file=sys.stderr)
-        return args.after
+    return supervisor.run() if args.after is None else supervisor.after(args.after)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,15 @@ def needs_bubblewrap() -> None:
         pytest.skip(reason)
 
 
+def without_bubblewrap(folder: Path) -> str:
+    """A PATH with all that this machine has but bwrap."""
+    folder.mkdir()
+    for program in (path for place in os.get_exec_path() if Path(place).is_dir() for path in Path(place).iterdir()):
+        if program.name != "bwrap" and not (folder / program.name).is_symlink():
+            (folder / program.name).symlink_to(program)
+    return str(folder)
+
+
 def processes_in_sandboxes() -> list[psutil.Process]:
     """All processes of this machine that have a process tree of their own, and run as who runs ours."""
     uid = 65534 if os.getuid() == 0 else os.getuid()

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from runs import PROJECT, read, small_run, status, wait_for
-from slurm_cluster import SlurmCluster
+from slurm_cluster import SlurmCluster, missing_requirement
 
 from forge_hpc.config import Config, UserError, load_config, validate
 from forge_hpc.container.mounts import Mount, all_mounts, site_mounts
@@ -55,15 +55,21 @@ def test_with_pyxis_srun_starts_the_run_in_the_image_beside_somebody_who_asks_sl
     start = job_command(cfg, tmp_path / "run").partition("\n")[2]
     words, after = (shlex.split(part) for part in start.rsplit(" || ", 1))
     assert words[:4] == [sys.executable, "-m", "forge_hpc.container.relay", "srun"]
-    assert "--container-image=nvcr.io#team/forge:1" in words and "--container-mount-home" in words
+    assert {"--container-image=nvcr.io#team/forge:1", "--no-container-remap-root"} <= set(words)
     [mounts] = [word.partition("=")[2].split(",") for word in words if word.startswith("--container-mounts=")]
     assert {"/data:/mnt/data:ro", f"{tmp_path}/run:{tmp_path}/run", f"{PROJECT}:{PROJECT}"} <= set(mounts)
+    assert mounts[:2] == ["/tmp:/tmp", f"{Path.home()}:{Path.home()}"], "they hide no other mount"
     assert words[-4:-1] == ["bash", "-c", words[-2]]
     command = words[-2].splitlines()[-1]
     assert f"PYTHONPATH={PROJECT} " in command and f"python3 -u -m forge_hpc.run --run-dir {tmp_path}/run" in command
     assert sys.executable in after[2] and "--after" in after[2], "what follows is outside"
     [*_, last] = start_in_allocation(cfg, tmp_path / "run", {}).command[:4]
     assert last == "srun"
+
+
+def test_a_path_that_pyxis_would_cut_in_two_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"pyxis cannot show .*/my run inside"):
+        job_command(contained("pyxis"), tmp_path / "my run")
 
 
 def test_apptainer_gets_the_mounts_and_a_clean_python(tmp_path: Path) -> None:
@@ -270,32 +276,43 @@ def test_a_relay_hands_on_the_exit_code_and_its_folder_goes_with_it(tmp_path: Pa
 # ---- on a cluster whose nodes have no Apptainer
 
 
+def submit_where_there_is_no_apptainer(cluster: SlurmCluster, run_dir: Path, nodes: int) -> str:
+    """The job's id."""
+    command = [sys.executable, "-m", "forge_hpc.submit", "--nodes", str(nodes), "--run-dir", str(run_dir)]
+    command += [*small_run(run_dir.parent), "slurm.container.runtime=apptainer", "cluster.max_restarts=1"]
+    command += [f"slurm.container.image={run_dir.parent}", "slurm.setup=[export PATH=/usr/bin:/bin]"]
+    cluster.run(*command, env={**cluster.env, "PYTHONPATH": str(PROJECT)}, cwd=PROJECT)
+    job_id: str = status(run_dir)["job_id"]
+    return job_id
+
+
+def ends(run_dir: Path) -> list[dict[str, Any]]:
+    return [record for record in read(run_dir, "starts.jsonl") if record["event"] == "end"]
+
+
+@pytest.mark.slurm
+def test_the_first_node_is_shut_out_too_where_its_container_does_not_start(tmp_path: Path) -> None:
+    if reason := missing_requirement():
+        pytest.skip(reason)
+    run_dir = tmp_path / "run"
+    # As with control groups, all that the job script has started is killed with it: by the requeue.
+    with SlurmCluster(nodes=2, options={"ProctrackType": "proctrack/pgid"}) as cluster:
+        job = submit_where_there_is_no_apptainer(cluster, run_dir, nodes=1)
+        [end] = wait_for(lambda: ends(run_dir), "the end of the first start")
+        node = cluster.hosts[0].name
+        assert (end["state"], end["cause"]) == ("preempted", "gate"), end
+        assert end["message"].startswith(f"node 0 ({node}) is not fit: apptainer is not installed here"), end
+        wait_for(lambda: cluster.job(job)["ExcNodeList"] == node, "the exclusion", 60)
+
+
 @pytest.mark.slurm
 def test_nodes_without_the_runtime_are_named_and_the_job_does_not_come_back_for_ever(
     slurm_cluster: SlurmCluster, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "forge_hpc.submit",
-        "--nodes",
-        "2",
-        "--run-dir",
-        str(run_dir),
-        *small_run(tmp_path),
-    ]
-    command += ["slurm.container.runtime=apptainer", f"slurm.container.image={tmp_path}", "cluster.max_restarts=1"]
-    command += ["slurm.setup=[export PATH=/usr/bin:/bin]"]
-    env = {**slurm_cluster.env, "PYTHONPATH": str(PROJECT)}
-    slurm_cluster.run(*command, env=env, cwd=PROJECT)
-    job = status(run_dir)["job_id"]
-
-    def ends() -> list[dict[str, Any]]:
-        return [record for record in read(run_dir, "starts.jsonl") if record["event"] == "end"]
-
+    job = submit_where_there_is_no_apptainer(slurm_cluster, run_dir, nodes=2)
     wait_for(lambda: slurm_cluster.job(job)["JobState"] == "FAILED", "the end of both starts", 200)
-    first, second = ends()
+    first, second = ends(run_dir)
     assert (first["state"], first["cause"]) == ("preempted", "gate"), first
     missing = "is not fit: apptainer is not installed here, or not on the PATH after slurm.setup"
     assert first["message"].startswith("node 0 (") and first["message"].count(missing) == 2, first

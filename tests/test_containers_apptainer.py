@@ -178,8 +178,7 @@ def test_a_node_whose_container_does_not_start_is_named_in_apptainer_s_words(
     named = f"node {sick} ({host.name}) is not fit: the container {own_disks.disk}/image.sif does not start: "
     assert end["message"].startswith(named), end
     assert "image format not recognized" in end["message"], end
-    if sick:  # the first one's job script is ended by the requeue, before it can shut the node out
-        wait_for(lambda: own_disks.job(job)["ExcNodeList"] == host.name, "the exclusion", 60)
+    wait_for(lambda: own_disks.job(job)["ExcNodeList"] == host.name, "the exclusion", 60)
     own_disks.run("scancel", job)
     wait_for(lambda: is_over(own_disks, job), "the cancellation", 60)
     shutil.copy(SIF, image)

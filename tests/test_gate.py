@@ -18,7 +18,7 @@ import psutil
 import pytest
 from disks import set_read_only, small_disk
 from runs import PROJECT, wait_for
-from sandboxes import needs_bubblewrap
+from sandboxes import needs_bubblewrap, without_bubblewrap
 
 from forge_hpc.cluster.allocation import Allocation
 from forge_hpc.cluster.rendezvous import Rendezvous
@@ -463,15 +463,6 @@ def test_a_node_with_another_version_of_a_package_is_named(nodes: Nodes, config:
     assert node == 2
     assert problem == f"its environment is another: torch 0.1.0, elsewhere {environment()['torch']}"
     assert nodes.end() == [0, 0, 0]
-
-
-def without_bubblewrap(folder: Path) -> str:
-    """A PATH with all that this machine has but bwrap."""
-    folder.mkdir()
-    for program in (path for place in os.get_exec_path() if Path(place).is_dir() for path in Path(place).iterdir()):
-        if program.name != "bwrap" and not (folder / program.name).is_symlink():
-            (folder / program.name).symlink_to(program)
-    return str(folder)
 
 
 def test_a_node_without_the_sandbox_that_the_run_needs_is_named(nodes: Nodes, config: Config, tmp_path: Path) -> None:

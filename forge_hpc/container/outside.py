@@ -4,7 +4,8 @@
 
 A node that cannot start the container says so where the gate looks for what its nodes have found: it is named, and left
 out or the job requeued without it, as for every other reason (`gate`). Where that is the first node nobody is there to
-look, and the job script does that (`supervisor.after_srun`).
+look, and this process ends the start (`supervisor.after_srun`): it outlives the requeue, in which Slurm ends the job
+script first, by as much as it takes to shut the node out.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from forge_hpc.slurm import outside
 from forge_hpc.supervisor import deadlines
 from forge_hpc.supervisor.ending import Exit
 from forge_hpc.supervisor.node import Node
+from forge_hpc.supervisor.supervisor import Supervisor
 
 OTHERS_S = 5.0
 """How long a first node that cannot start waits for the others to say whether they can."""
@@ -113,7 +115,7 @@ def _not_fit(run_dir: RunDir, allocation: Allocation, problems: list[str]) -> in
     if allocation.node_id == 0:
         if allocation.num_nodes > 1:
             _wait_for_others(rendezvous, allocation.num_nodes)
-        return Exit.FAILED
+        return Supervisor(run_dir, allocation).after(Exit.FAILED)
     while rendezvous.directory.is_dir() and rendezvous.look("outcome") is None:
         time.sleep(deadlines.LOOK_S)
     return Exit.DONE

@@ -1,16 +1,17 @@
 """How a command gets into a container. What Apptainer (1.4.5) makes of its line is tested with the real one; that of
-pyxis follows its documentation, and has been run nowhere yet."""
+pyxis (0.24.0, with enroot 4.1.2) has been run by hand: docs/containers.md says what."""
 
 from __future__ import annotations
 
 import csv
 import io
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from forge_hpc.config import Config
+from forge_hpc.config import Config, UserError
 from forge_hpc.container.mounts import PROJECT, Mount, all_mounts
 from forge_hpc.container.relay import PARENT
 
@@ -56,16 +57,28 @@ def environment(variables: Mapping[str, str], environ: Mapping[str, str] = os.en
 
 
 def pyxis_options(cfg: Config, run_dir: Path) -> list[str]:
-    """Options of srun that start its tasks in the image."""
+    """Options of srun that start its tasks in the image, as the user that they are outside.
+
+    The home directory is mounted by us: where something is mounted in it, enroot's own way fails (EINVAL, seen).
+
+    Raises:
+        UserError: the path of a mount has what pyxis or enroot takes for the end of one.
+    """
     mounts = all_mounts(cfg, run_dir)
-    if PARENT not in [mount.target for mount in mounts]:
-        mounts.append(Mount(PARENT, PARENT))
+    for place in dict.fromkeys((str(Path.home()), PARENT)):  # before what lies in them, which they would hide
+        if place != "/" and Path(place).is_dir() and place not in [mount.target for mount in mounts]:
+            mounts.insert(0, Mount(place, place))
+    if bad := next((path for m in mounts for path in (m.source, m.target) if re.search(r"[\s,:]", path)), None):
+        raise UserError(
+            f"pyxis cannot show {bad} inside: it has a blank, a comma or a colon", "take another path, or a link"
+        )
     bound = [f"{m.source}:{m.target}{':ro' * m.read_only}" for m in mounts]
     return [
         f"--container-image={cfg.slurm.container.image}",
         f"--container-mounts={','.join(bound)}",
         f"--container-workdir={Path.cwd()}",
-        "--container-mount-home",
+        "--no-container-mount-home",
+        "--no-container-remap-root",
     ]
 
 

@@ -1,4 +1,6 @@
-"""What the job script sees to when srun has ended: a start whose supervisor has died without a word."""
+"""What the job script sees to when srun has ended: a start whose supervisor has died without a word. And how a start
+ends whose container does not start: the first node sees to it, and the job script where that could not, or where srun
+was to start the container (pyxis)."""
 
 from __future__ import annotations
 
@@ -48,6 +50,10 @@ def see_to_the_end(first: FirstNode, job: OwnJob, requests: StopRequests, code: 
         begin, end = starts.newest()
         if begin is None or (begin["job_id"], begin.get("requeues")) != (job_id, requeues):
             unfit = _unfit(first)
+            cause, _ = job.cause_of(signal.SIGTERM)
+            if unfit is None and config.slurm.container.runtime == "pyxis" and cause is Cause.UNKNOWN:
+                why = f"srun has not started the run in its container ({code}): the job's output says where and why"
+                unfit = Ending(Cause.GATE, why)
             return code if unfit is None else first.end_before_it_began(config, unfit, starts)
         if end is not None and end["state"] == "completed":
             print(f"the run is complete; srun's exit code {code} is that of a lost node", file=sys.stderr)

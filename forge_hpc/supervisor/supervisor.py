@@ -66,5 +66,10 @@ class Supervisor:
             self.node.close()
 
     def after(self, code: int) -> int:
-        """The job script's part, when srun has ended with ``code``; returns what the job is to end with."""
-        return see_to_the_end(self.first, self.job, self.requests, code)
+        """The job script's part, when srun has ended with ``code``, and that of a first node that cannot start its
+        container; returns what the job, or the node, is to end with."""
+        try:
+            return see_to_the_end(self.first, self.job, self.requests, code)
+        except (UserError, OSError, Stopped) as error:  # another start has the run, or the job is being ended
+            print(f"nothing is done about the end of the start: {error}", file=sys.stderr)
+            return code
