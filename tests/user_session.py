@@ -17,6 +17,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,8 +34,9 @@ PROJECT = Path(__file__).resolve().parents[1]
 HEAD = """# A session
 
 Every command of `forge-hpc`, as a user gives them on a cluster, with its output: `make session` runs them on a real
-Slurm of four hosts on one machine (two cores, no GPU) and writes this page. The configuration is that of the demo with
-a model from random weights and a reward for length, so that each run takes seconds.
+Slurm of four hosts on one machine (two cores, no GPU), of the release that a section names, and writes this page. The
+configuration is that of the demo with a model from random weights and a reward for length, so that a run takes
+seconds, or minutes where the machine is busy with something else.
 """
 REWARD = """\
 def length(prompt, response, target, **fields):
@@ -74,7 +76,7 @@ trainer:
     steps: 20
     global_batch_size: 16
 evaluation:
-  num_prompts: 20
+  num_prompts: 0
 """
 FROM_THE_HUB = """\
 base: short.yaml
@@ -357,12 +359,15 @@ def main() -> int:
     parser.add_argument("--write", type=Path, metavar="FILE", help="the page")
     parser.add_argument("--only", default="", metavar="WORDS", help="sections whose title has them")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it leaves no cluster behind
     # Not under /tmp, of which a user would be warned: on a cluster that is each node's own.
     with tempfile.TemporaryDirectory(prefix="s-", dir="/home") as folder, SlurmCluster(nodes=4) as cluster:
         s = Session(Path(folder), cluster)
+        release = cluster.run("sinfo", "--version").stdout.split()[-1]
         for title, part in PARTS.items():
             if args.only in title:
                 print(f"\n## {title}")
+                s.say(f"On Slurm {release}:")
                 part(s)
                 if args.write is not None:
                     write(args.write, {title: "".join(s.page)})
