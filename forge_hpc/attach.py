@@ -16,12 +16,14 @@ from forge_hpc.run_dir import RunDir
 from forge_hpc.slurm.client import PATIENT_S, SlurmAbsent, ask, at_a_terminal
 from forge_hpc.slurm.job import is_job_id
 from forge_hpc.slurm.queue import queued_jobs
+from forge_hpc.supervisor.starts import StartLog
 
 _SHELL_OF_IMAGE = ("sh", "-c", "command -v bash >/dev/null && exec bash -l; exec sh -l")
 
 
 def attach(run_dir: RunDir, node: str | None, command: Sequence[str]) -> None:
-    """Become srun. ``node`` is a name, or a number from 0; by default the first, which has the controller.
+    """Become srun. ``node`` is a name, or a number as ``forge-hpc stacks`` has it: from 0, without the nodes that the
+    gate has left out; by default the first, which has the controller.
 
     Raises:
         UserError: there is no allocation to attach to, or no such node in it.
@@ -46,7 +48,9 @@ def attach(run_dir: RunDir, node: str | None, command: Sequence[str]) -> None:
         nodes = ask("scontrol", "show", "hostnames", job.nodes, timeout_s=PATIENT_S).split()
         if shutil.which("srun") is None:
             raise SlurmAbsent("there is no srun here")
-    where = nodes[0] if node is None else nodes[int(node)] if node.isdigit() and int(node) < len(nodes) else node
+    left_out = " ".join(StartLog(run_dir).without())
+    numbered = [name for name in nodes if f"({name})" not in left_out] or nodes  # as the run numbers them
+    where = numbered[int(node or 0)] if node is None or (node.isdigit() and int(node) < len(numbered)) else node
     if where not in nodes:
         raise UserError(
             f"job {job_id} has no node {node}", f"it has {', '.join(nodes[:8])}{' …' if len(nodes) > 8 else ''}"
@@ -60,7 +64,6 @@ def srun(job_id: str, node: str, command: Sequence[str], run_dir: RunDir, cfg: C
     from launchers.command import with_setup
 
     options = [f"--jobid={job_id}", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={node}", "--cpu-bind=none"]
-    options.append("--quiet")  # of a cluster that binds nothing srun says so each time
     options += ["--pty"] * (not command)
     runtime, setup = cfg.slurm.container.runtime, cfg.slurm.setup
     if runtime is None:

@@ -95,6 +95,8 @@ def starts(cfg: Config, run_dir: RunDir, options: Sequence[str] = ()) -> str:
     start = RunExecutor(cfg, run_dir.path, options).expected_start()
     if "--hold" in options:
         return "starts         when it is released: scontrol release JOB"
+    if begin := next((option.partition("=")[2] for option in options if option.startswith("--begin=")), None):
+        return f"starts         not before {begin}"  # Slurm 22.05 answers 6 hours from now, whatever the time is
     return f"starts         {start}, as things are" if start else "starts         Slurm does not say when"
 
 

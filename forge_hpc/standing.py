@@ -18,6 +18,7 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.observability.overview import tail_jsonl
 from forge_hpc.observability.terminal import Column, as_json, cut, fitted, width_of_terminal
 from forge_hpc.run_dir import RunDir
+from forge_hpc.supervisor.starts import StartLog
 
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 _PARAGRAPH = re.compile(r"^--- (?P<role>.*), pid (?P<pid>\d+): (?P<command>.*)$", re.MULTILINE)
@@ -81,7 +82,7 @@ def _start_of(run_dir: RunDir) -> tuple[Path, Rendezvous, int]:
         state = status.state if status is not None else "not begun"
         raise UserError(f"nothing runs in {run_dir}: it is {state}", "stacks are those of a run that runs")
     newest = max(places, key=lambda path: path.stat().st_mtime)
-    return log_dir, Rendezvous(newest), int(begun[-1].get("nodes") or 1)
+    return log_dir, Rendezvous(newest), int(begun[-1].get("nodes") or 1) - len(StartLog(run_dir).without())
 
 
 def _node_of(path: Path) -> int:

@@ -85,6 +85,7 @@ class Server:
             self.process = subprocess.Popen(
                 [*command, "--workers", "1", *store],
                 cwd=self._directory,
+                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # 10 processes more
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -152,11 +153,12 @@ def run_id(run_dir: Path) -> str:
 def test_each_step_is_there_once_whatever_was_away(server: Server, client: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "a run"
 
-    def log_steps(first: int, last: int, wait_s: int = 120) -> str:
+    def log_steps(first: int, last: int, wait_s: int = 120) -> list[str]:
+        """What it warns of."""
         command = [sys.executable, "-c", LOG, str(run_dir), str(first), str(last), str(wait_s)]
         done = subprocess.run(command, env=environment(server, client), text=True, capture_output=True, timeout=400)
         assert done.returncode == 0, done.stderr
-        return done.stderr
+        return [line for line in done.stderr.splitlines() if " INFO mlflow" not in line]
 
     assert not log_steps(1, 4)
     number = run_id(run_dir)
@@ -168,7 +170,7 @@ def test_each_step_is_there_once_whatever_was_away(server: Server, client: Path,
     assert server.run(number)["info"]["status"] == "FINISHED"
 
     server.kill()
-    [said] = log_steps(7, 9, wait_s=3).splitlines()
+    [said] = log_steps(7, 9, wait_s=3)
     assert said.startswith("MLflow has not finished within 3 s; the next start of the run sends those points")
     server.start()
     assert not log_steps(9, 11)
@@ -182,7 +184,7 @@ def start(run_dir: Path, env: dict[str, str], steps: int) -> subprocess.Popen[st
     command = [sys.executable, "-m", "forge_hpc.submit", "--cluster", "local", "--run-dir", str(run_dir)]
     command += ["--config", str(PROJECT / "configs/sft/demo.yaml"), "logging.mlflow=true"]
     command += [f"trainer.training.steps={steps}", "trainer.training.global_batch_size=16", "checkpoint.interval=4"]
-    command += ["evaluation.interval=8", "evaluation.num_prompts=10"]
+    command += ["evaluation.num_prompts=0"]
     return subprocess.Popen(
         command, env=env, cwd=run_dir.parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -233,8 +235,6 @@ def test_a_preempted_run_goes_on_at_mlflow_and_one_whose_server_dies_goes_on_wit
     assert run.returncode == 0 and not left_over(run_dir), said
     assert run_id(run_dir) == number
     assert server.steps(number, "loss") == server.steps(number, "grad_norm") == list(range(1, steps() + 1))
-    evaluated = sorted(record["step"] for record in read(run_dir, "evaluations.jsonl"))
-    assert server.steps(number, "eval/loss") == evaluated
     found = server.run(number)
     params = {item["key"]: item["value"] for item in found["data"]["params"]}
     assert (params["trainer.optimizer.lr"], params["trainer.training.steps"]) == ("0.003", "2000")

@@ -123,8 +123,10 @@ def test_jobs_begin_after_others_when_released_and_not_before_their_time(
     slurm_cluster: SlurmCluster, tmp_path: Path
 ) -> None:
     runs = {name: tmp_path / name for name in ("held", "later", "after", "last")}
-    submit(slurm_cluster, "--run-dir", str(runs["held"]), NOT_STARTED, "--hold")
-    submit(slurm_cluster, "--run-dir", str(runs["later"]), NOT_STARTED, "--begin=now+2hours")
+    said = submit(slurm_cluster, "--run-dir", str(runs["held"]), NOT_STARTED, "--hold").stdout
+    assert f"when it is released: scontrol release {job_of(runs['held'])}\n" in said
+    said = submit(slurm_cluster, "--run-dir", str(runs["later"]), NOT_STARTED, "--begin=now+2hours").stdout
+    assert "starts         not before now+2hours\n" in said
     held, later = job_of(runs["held"]), job_of(runs["later"])
     submit(slurm_cluster, "--run-dir", str(runs["after"]), NOT_STARTED, "--after", str(runs["held"]), "--after", later)
     after = job_of(runs["after"])

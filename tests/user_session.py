@@ -17,6 +17,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,8 +34,9 @@ PROJECT = Path(__file__).resolve().parents[1]
 HEAD = """# A session
 
 Every command of `forge-hpc`, as a user gives them on a cluster, with its output: `make session` runs them on a real
-Slurm of four hosts on one machine (two cores, no GPU) and writes this page. The configuration is that of the demo with
-a model from random weights and a reward for length, so that each run takes seconds.
+Slurm of four hosts on one machine (two cores, no GPU), of the release that a section names, and writes this page. The
+configuration is that of the demo with a model from random weights and a reward for length, so that a run takes
+seconds, or minutes where the machine is busy with something else.
 """
 REWARD = """\
 def length(prompt, response, target, **fields):
@@ -74,7 +76,7 @@ trainer:
     steps: 20
     global_batch_size: 16
 evaluation:
-  num_prompts: 20
+  num_prompts: 0
 """
 FROM_THE_HUB = """\
 base: short.yaml
@@ -111,14 +113,22 @@ class Session:
 
     def __init__(self, home: Path, cluster: SlurmCluster) -> None:
         self.home, self.cluster = home, cluster
-        self.page = [HEAD]
+        self.page: list[str] = []
+        (home / "forge_hpc").symlink_to(PROJECT)
+        for name, text in (
+            ("short.yaml", CONFIG),
+            ("reward.py", REWARD),
+            ("answers.jsonl", ANSWERS),
+            ("sft.yaml", SFT),
+        ):
+            (home / name).write_text(text)
         tool = home / "bin/forge-hpc"  # works before the project is installed, too
         tool.parent.mkdir()
         tool.write_text(f'#!/bin/sh\nexec {sys.executable} -m forge_hpc.cli "$@"\n')
         tool.chmod(0o755)
         path = f"{tool.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.env = {**cluster.env, "PATH": path, "PYTHONPATH": str(PROJECT), "HOME": str(home), "OMP_NUM_THREADS": "1"}
-        self.env |= {"COLUMNS": "110", "USER": "ada", "LOGNAME": "ada", "SHELL": "/bin/bash", "PS1": "$ "}
+        self.env |= {"COLUMNS": "120", "USER": "ada", "LOGNAME": "ada", "SHELL": "/bin/bash", "PS1": "$ "}
         for name in ("XDG_CONFIG_HOME", "XDG_CACHE_HOME", "FORGE_HPC_SITE", "VIRTUAL_ENV"):
             self.env.pop(name, None)
 
@@ -207,24 +217,8 @@ class Session:
         print(text, end="", flush=True)
 
 
-def session(s: Session) -> None:
-    """The whole of it."""
-    (s.home / "forge_hpc").symlink_to(PROJECT)
-    for name, text in (("short.yaml", CONFIG), ("reward.py", REWARD), ("answers.jsonl", ANSWERS), ("sft.yaml", SFT)):
-        (s.home / name).write_text(text)
-    before_the_first_run(s)
-    refused(s)
-    nodes_without_a_network(s)
-    one_run(s)
-    several_runs(s)
-    allocation(s)
-    s.say("## The shell")
-    s("source <(forge-hpc completion bash); complete -p forge-hpc")
-
-
 def before_the_first_run(s: Session) -> None:
     """What is here, and what would be queued."""
-    s.say("## Before the first run")
     s("forge-hpc --help")
     s("forge-hpc doctor")
     s("forge-hpc site init lab --partition main && cat .config/forge_hpc/sites/lab.yaml")
@@ -241,7 +235,6 @@ def before_the_first_run(s: Session) -> None:
 
 def refused(s: Session) -> None:
     """Mistakes."""
-    s.say("## What would not work, before anything is queued")
     container = "slurm.container.runtime=apptainer slurm.container.image=images/lab.sif"
     mistakes = ("trainer.optimizer.lrr=1e-3", "--sweep seed=1,x", "slurm.partition=absent", "--nodes 8", container)
     for mistake in mistakes:
@@ -251,7 +244,6 @@ def refused(s: Session) -> None:
 
 def nodes_without_a_network(s: Session) -> None:
     """A model and data of a hub, which is a small one of this process."""
-    s.say("## What comes from the hub is fetched before, for nodes without a network")
     s.file("hub.yaml", FROM_THE_HUB)
     with HubServer() as hub, tempfile.TemporaryDirectory() as model:
         s.env["HF_ENDPOINT"] = hub.url
@@ -268,12 +260,18 @@ def nodes_without_a_network(s: Session) -> None:
 
 def one_run(s: Session) -> None:
     """On two nodes of three, since one of them is not fit."""
-    s.say("## A run that is looked at, lent a node, cancelled, and goes on")
     s.say(
         "Each node has a folder of its own for temporary files here. That of node2 is full: the gate finds it, and a\n"
-        "spare node takes its place."
+        "spare node takes its place. The nodes that the run goes on with are numbered anew."
     )
-    scratch = "'slurm.setup=[export TMPDIR=$HOME/scratch/$SLURMD_NODENAME]'"
+    for number in range(4):
+        (s.home / f"tmp{number}").mkdir()
+    with small_disk(s.home / "tmp1", 8 << 20):
+        _one_run(s)
+
+
+def _one_run(s: Session) -> None:
+    scratch = "'slurm.setup=[export TMPDIR=$HOME/tmp$SLURM_NODEID]'"
     options = f"cluster.spare_nodes=1 rollout.max_staleness=1 trainer.training.steps=2000 {scratch}"
     s(f"forge-hpc submit --config short.yaml --nodes 3 --run-dir runs/a {options}")
     s.wait_for(lambda: s.steps("a") >= 3)
@@ -281,8 +279,8 @@ def one_run(s: Session) -> None:
     s("timeout --signal=INT 6 forge-hpc watch runs/a", code=124)
     s("forge-hpc logs runs/a -n 8")
     s("forge-hpc stacks runs/a")
-    s("forge-hpc attach runs/a --node 2 -- hostname")
-    s.at_a_terminal("forge-hpc attach runs/a", "hostname; pgrep -fc forge_hpc.controller", "exit")
+    s("forge-hpc attach runs/a --node 1 -- hostname")
+    s.at_a_terminal("forge-hpc attach runs/a", "hostname; echo $SLURM_JOB_ID", "exit")
     said = s("forge-hpc join runs/a slurm.time=01:00:00")
     job = said.split("job", 1)[1].split()[0]
     s.wait_for(lambda: s.status("a")["lent"] == 1)
@@ -304,7 +302,6 @@ def one_run(s: Session) -> None:
 
 def several_runs(s: Session) -> None:
     """A sweep, a pipeline, and jobs that wait."""
-    s.say("## Several runs")
     s.file("sft.yaml", SFT)
     sweep = "--sweep trainer.optimizer.lr=1e-3,1e-2 seed=0,1 --at-once 2"
     s(f"forge-hpc submit --config sft.yaml --run-dir runs/lr {sweep}")
@@ -322,28 +319,59 @@ def several_runs(s: Session) -> None:
 
 def allocation(s: Session) -> None:
     """Two runs in one."""
-    s.say("## In an allocation, where engines are kept")
     shell = "forge-hpc submit --config short.yaml --keep-engines 10m trainer.training.steps=2 --run-dir runs"
     lines = [f"{shell}/one", f"{shell}/two trainer.optimizer.lr=1e-2", "forge-hpc engines", "forge-hpc engines --end"]
     (s.home / "lines.sh").write_text("\n".join(f"echo '$ {line}'\n{line}" for line in lines) + "\n")
     s("salloc --nodes=1 --exclusive bash lines.sh 2>&1 | grep -v '^|'")
 
 
+def the_shell(s: Session) -> None:
+    """What it completes."""
+    s("source <(forge-hpc completion bash); complete -p forge-hpc")
+
+
+PARTS: dict[str, Callable[[Session], None]] = {
+    "Before the first run": before_the_first_run,
+    "What would not work, before anything is queued": refused,
+    "What comes from the hub is fetched before, for nodes without a network": nodes_without_a_network,
+    "A run that is looked at, lent a node, cancelled, and goes on": one_run,
+    "Several runs": several_runs,
+    "In an allocation, where engines are kept": allocation,
+    "The shell": the_shell,
+}
+"""The page's sections. None needs what another has left."""
+
+
+def write(page: Path, parts: dict[str, str]) -> None:
+    """The page, with the sections that were not run as they are there."""
+    old = page.read_text(encoding="utf-8") if page.exists() else ""
+    found = re.split(rf"^## ({'|'.join(map(re.escape, PARTS))})$", old, flags=re.MULTILINE)[
+        1:
+    ]  # a report has such, too
+    there = dict(zip(found[::2], found[1::2], strict=True))
+    sections = [f"\n## {title}\n\n{(there | parts)[title].strip()}\n" for title in PARTS if title in there | parts]
+    page.write_text(HEAD + "".join(sections), encoding="utf-8")
+
+
 def main() -> int:
     """The exit code."""
     parser = argparse.ArgumentParser(description="A user's session, with output.")
     parser.add_argument("--write", type=Path, metavar="FILE", help="the page")
+    parser.add_argument("--only", default="", metavar="WORDS", help="sections whose title has them")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it leaves no cluster behind
     # Not under /tmp, of which a user would be warned: on a cluster that is each node's own.
-    with tempfile.TemporaryDirectory(prefix="session-", dir="/home") as folder, SlurmCluster(nodes=4) as cluster:
-        home = Path(folder)
-        for host in cluster.hosts:
-            (home / "scratch" / host.name).mkdir(parents=True)
-        with small_disk(home / "scratch" / cluster.hosts[1].name, 8 << 20):
-            s = Session(home, cluster)
-            session(s)
-    if args.write is not None:
-        args.write.write_text("".join(s.page))
+    with tempfile.TemporaryDirectory(prefix="s-", dir="/home") as folder, SlurmCluster(nodes=4) as cluster:
+        s = Session(Path(folder), cluster)
+        release = cluster.run("sinfo", "--version").stdout.split()[-1]
+        for title, part in PARTS.items():
+            if args.only in title:
+                print(f"\n## {title}")
+                s.say(f"On Slurm {release}:")
+                part(s)
+                if args.write is not None:
+                    write(args.write, {title: "".join(s.page)})
+                s.page.clear()
     return 0
 
 

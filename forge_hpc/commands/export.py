@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -32,5 +33,7 @@ def _step(text: str) -> int | Literal["best"]:
 def run(args: argparse.Namespace) -> int:
     # so that nothing is left of an export that is ended
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(Exit.TERMINATED))
-    print(export(find_run(args.run_dir), args.step, args.output))
+    directory = export(find_run(args.run_dir), args.step, args.output)
+    print(directory)
+    print(f"next           vllm serve {shlex.quote(str(directory))}", file=sys.stderr)
     return 0

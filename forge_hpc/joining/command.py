@@ -68,7 +68,8 @@ def join(request: JoinRequest, *, dry_run: bool = False) -> int:
     print(f"{'job array' if request.array else 'job':<15}{job_id}")
     print(f"lends          {what} to {run_dir}")
     print(f"starts         {f'{starts}, as things are' if starts else 'Slurm does not say when'}")
-    print(f"next           forge-hpc status {shlex.quote(str(run_dir))}\n               scancel {job_id}", flush=True)
+    print(f"next           forge-hpc status {shlex.quote(str(run_dir))}")
+    print(f"               forge-hpc cancel {job_id}", flush=True)
     return 0
 
 

@@ -74,6 +74,17 @@ class StartLog:
         """The start that began last goes on without these nodes, for these reasons."""
         self._append({"event": "left out", "nodes": dict(nodes)})
 
+    def without(self) -> list[str]:
+        """The nodes that the start that began last goes on without, each as ``node 1 (NAME)``: the others are numbered
+        anew, in their order."""
+        found: list[str] = []
+        for record in reversed(self.read()):
+            if record["event"] == "begin":
+                break
+            if record["event"] == "left out":
+                found += record["nodes"]
+        return found
+
     def phases(self, seconds: Mapping[str, float]) -> None:
         """How long the start that began last took to come to its first step, by phase."""
         self._append({"event": "phases", "seconds": {name: round(value, 3) for name, value in seconds.items()}})
