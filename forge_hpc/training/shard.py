@@ -38,6 +38,7 @@ class ModelShard:
     Args:
         need: what it is.
         available_bytes: GPU memory for its activations (``Shape.activation_bytes``); None: what it leaves alone.
+        base: one whose model this is too.
 
     Raises:
         UserError: a model that cannot be trained here, or degrees that do not fit the number of ranks.
@@ -50,6 +51,7 @@ class ModelShard:
         need: ModelNeed,
         sampling: SamplingConfig,
         available_bytes: int | None = None,
+        base: ModelShard | None = None,
     ) -> None:
         self.cfg = cfg
         self.model_dir = model_dir
@@ -59,13 +61,16 @@ class ModelShard:
         self.parallel_dims = self.shape.dims
         self.temperature = sampling.temperature
         self.truncation = Truncation(sampling.min_p, sampling.top_k, sampling.top_p)
-        spec = self.shape.spec(model_dir)
-        if available_bytes is None:
-            available_bytes = self.shape.activation_bytes({"": (model_dir, need)})
-        self.microbatch = self.shape.plan(spec, available_bytes)
-        self.spec = self.shape.with_parts(spec, need)
-        self.model = self.shape.build(self.spec, need, self.microbatch.mode if need.trained else "none")
-        load_hf_weights(self.model, self.spec, model_dir, needs_head=not need.trained)
+        if base is not None:
+            self.microbatch, self.spec, self.model = base.microbatch, base.spec, base.model
+        else:
+            spec = self.shape.spec(model_dir)
+            if available_bytes is None:
+                available_bytes = self.shape.activation_bytes({"": (model_dir, need)})
+            self.microbatch = self.shape.plan(spec, available_bytes)
+            self.spec = self.shape.with_parts(spec, need)
+            self.model = self.shape.build(self.spec, need, self.microbatch.mode if need.trained else "none")
+            load_hf_weights(self.model, self.spec, model_dir, needs_head=not need.trained)
         # Other models than the policy choose for themselves: the generator's experts are not theirs.
         self._replays_routes = cfg.algorithm.routing_replay and need.trained and self.spec.has_logprobs
         if self._replays_routes and not self.spec.is_moe:
