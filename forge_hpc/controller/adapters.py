@@ -82,10 +82,11 @@ class AdapterSessions:
         self._run_dir = run_dir
         self._where = log_dir, cluster, pool, recoveries, leave, attempt
         self._status = status
-        self._sweep = SweepDir(run_dir.path / "adapters")
+        self._sweep = SweepDir(run_dir.adapters)
         self._sessions: list[Session] = []
         self._statuses: list[_AdapterStatus] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self._preparing = asyncio.Lock()  # transformers cannot be imported by two threads at once
         self._failed: dict[int, Exception] = {}
         self._done: set[int] = set()
         self._steps: dict[int, int] = {}
@@ -161,7 +162,8 @@ class AdapterSessions:
         session, status = self._sessions[number], self._statuses[number]
         status.update(state="starting")
         try:
-            await session.prepare()
+            async with self._preparing:
+                await session.prepare()
             with await asyncio.to_thread(session.open_records, terminal.stdout):
                 total = session.config.trainer.training.steps
                 status.update(state="running", step=session.step, policy_version=session.step, total_steps=total)

@@ -88,7 +88,7 @@ class TrainEngine(ModelShard, Stateful):
     ) -> None:
         need = needs_of(cfg).models[POLICY] if need is None else need
         super().__init__(cfg, model_dir, need, sampling_of(cfg, need), available_bytes, base)
-        self._bench = Bench(self.model) if base is None else base._bench
+        self._bench: Bench = Bench(self.model) if base is None else base._bench
         self.take_turn()
         self.step = 0
         """Steps done."""

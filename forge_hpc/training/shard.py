@@ -26,7 +26,8 @@ from forge_hpc.models.context import shared_rows
 from forge_hpc.models.device import local_device
 from forge_hpc.models.experts import replay_routes
 from forge_hpc.models.head import Truncation
-from forge_hpc.models.spec import load_hf_weights
+from forge_hpc.models.spec import ModelSpec, load_hf_weights
+from forge_hpc.sizing.microbatch import MicrobatchPlan
 from forge_hpc.training.build import Shape
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,9 @@ class ModelShard:
         self.parallel_dims = self.shape.dims
         self.temperature = sampling.temperature
         self.truncation = Truncation(sampling.min_p, sampling.top_k, sampling.top_p)
+        self.microbatch: MicrobatchPlan
+        self.spec: ModelSpec
+        self.model: Any
         if base is not None:
             self.microbatch, self.spec, self.model = base.microbatch, base.spec, base.model
         else:
