@@ -129,6 +129,11 @@ class RunDir:
         return self.path / "warmstart"
 
     @property
+    def adapters(self) -> Path:
+        """The run directories of several adapters on one base (docs/one-base.md), as those of a sweep."""
+        return self.path / "adapters"
+
+    @property
     def tls(self) -> Path:
         return self.path / "tls"
 

@@ -3,7 +3,8 @@
     forge-hpc submit --sweep trainer.optimizer.lr=1e-6,3e-6 seed=0,1,2      6 runs, seed varies fastest
 
 On Slurm they are the tasks of one array, each preempted, requeued and cancelled by itself; elsewhere they run one after
-another. Nothing of a sweep is in its runs: each is what the same configuration alone would be. No torch here.
+another. Nothing of a sweep is in its runs: each is what the same configuration alone would be. With ``--one-base`` they
+are the LoRA adapters of one run (``config.adapters``). No torch here.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 import yaml
 
 from forge_hpc.config import UserError
+from forge_hpc.config.load import override_of
 from forge_hpc.run_dir import make_private_dir
 from forge_hpc.several import check_unused, name_of, run_in_turn, say_warnings
 from forge_hpc.submission import (
@@ -65,6 +67,12 @@ def combinations(sweep: Sequence[str]) -> list[list[str]]:
             )
         axes[key] = [f"{key}={value}" for value in values]
     return [list(run) for run in itertools.product(*axes.values())]
+
+
+def with_adapters(request: Request, sweep: Sequence[str]) -> Request:
+    """One run that trains an adapter for each combination, on one base. Raises UserError as ``combinations``."""
+    items = [shlex.join(overrides) for overrides in combinations(sweep)]
+    return replace(request, overrides=(*request.overrides, override_of("trainer.lora.sweep", items)))
 
 
 def _values(argument: str, text: str) -> list[str]:

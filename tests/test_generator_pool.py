@@ -160,7 +160,7 @@ def test_a_replacement_gets_the_weights_and_the_newest_name_of_them(monkeypatch:
         pool = Pool(spares=0)
         await pool.start()
         nothing: Any = SimpleNamespace(spec=None)
-        weights = pool.pool.weights = WeightSync(nothing, nothing, nothing, None)
+        weights = pool.pool.weights[0] = WeightSync(nothing, nothing, nothing, None)
         weights.version, weights.label = version, label
         weights._offer = Offer(version, ()) if version is not None else None
         told.clear()

@@ -180,6 +180,12 @@ def two_rank_worker(rank: int, directory: Path, model_dir: Path) -> None:
     for name, parallelism in CASES.items():
         engine = TrainEngine(config(**parallelism), model_dir)
         result = three_steps(engine)
+        other = config(**parallelism)
+        other.seed, other.trainer.lora.alpha = 9, 4.0
+        result["beside"] = three_steps(TrainEngine(other, model_dir, base=engine))
+        engine.take_turn()
+        result["afterwards"] = engine.logprobs(documents())
+        result["alone"] = three_steps(TrainEngine(other, model_dir))
         engine.save(directory / name / "trainer")
         engine.export(directory / name / "export")
         torch.save(result, directory / name / f"rank-{rank}.pt")
@@ -205,6 +211,12 @@ def test_two_ranks_train_adapters_as_one_does(
                 assert ours[name] == pytest.approx(theirs[name], abs=1e-4), name
         for ours, theirs in zip(result["logprobs"], trained["logprobs"], strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-3)
+        for ours, theirs in ((result["beside"], result["alone"]), ({"logprobs": result["afterwards"]}, result)):
+            assert all(map(np.array_equal, ours["logprobs"], theirs["logprobs"]))
+        assert result["beside"]["metrics"] == result["alone"]["metrics"]  # on one base, to the last bit
+        assert all(
+            torch.equal(result["beside"]["adapters"][name], a) for name, a in result["alone"]["adapters"].items()
+        )
     exported = load_file(two_ranks / case / "export/model.safetensors")
     assert all(torch.equal(exported[name], result["weights"][name]) for name in exported)
     engine = TrainEngine(config(), model_dir)

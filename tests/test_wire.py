@@ -399,7 +399,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.loaded: dict[int, dict[str, torch.Tensor]] = {}
 
-    async def load_weights(self, version: int, tensors: Any) -> None:
+    async def load_weights(self, version: int, tensors: Any, adapter: int = 0) -> None:
         self.loaded[version] = {name: tensor.clone() for name, tensor in tensors}
 
 
@@ -414,6 +414,8 @@ def test_a_generator_takes_streams_where_it_can_and_tries_again_after_a_break_bu
     monkeypatch.setattr("forge_hpc.actors.generator.setup_logging", lambda *args: None)
     generator, engine = Generator(Config(), 0, tmp_path), FakeEngine()
     generator._engine = engine  # type: ignore[assignment]
+    generator._open_readers()
+    [reader] = generator._readers
     load = Generator.load._method.__wrapped__  # type: ignore[attr-defined]
 
     def elsewhere(offer: Offer) -> Offer:
@@ -435,14 +437,14 @@ def test_a_generator_takes_streams_where_it_can_and_tries_again_after_a_break_bu
         offer = elsewhere(deaf.offer(5))
         deaf.server.close()
         assert await load(generator, None, 5, offer) is None
-        assert generator._unreachable == offer.origin  # from now on the store, without a try
+        assert reader._unreachable == offer.origin  # from now on the store, without a try
         silent = Rank(certificates).snapshots.take(6, lambda: deaf.weights, deaf.weights.values())
         assert silent is not None
         assert await load(generator, None, 6, elsewhere(Offer(6, (silent,)))) is None  # served to nobody
 
     asyncio.run(scenario())
-    assert generator._remote is not None
-    generator._remote.close()
+    assert reader._remote is not None
+    reader.close()
 
 
 # ---- links: from GPU to GPU over NCCL; here, from memory to memory over gloo

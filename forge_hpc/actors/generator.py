@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
-from collections.abc import Coroutine, Hashable, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,8 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from monarch.actor import Actor, Port, endpoint
 from monarch.actor.concurrent import concurrent_endpoint
 
+from forge_hpc.actors.reading import PolicyReader
 from forge_hpc.cluster.worker import visible_gpus
 from forge_hpc.config import Config
+from forge_hpc.config.adapters import adapter_configs
 from forge_hpc.config.schema import SamplingConfig
 from forge_hpc.data.types import Completion, Prompt, Turn
 from forge_hpc.observability.gpu import GpuMonitor
@@ -23,15 +23,16 @@ from forge_hpc.observability.performance import EngineCounts
 from forge_hpc.observability.traces import start_trace, stop_trace
 
 if TYPE_CHECKING:
-    from forge_hpc.weights import LinkReader, Offer, RemoteReader, StoreSpec
-    from forge_hpc.wire.tls import Certificates
+    from forge_hpc.weights import Offer, StoreSpec
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 class Generator(Actor):
-    """Serves completions of the policy. Calls run at once: requests join while others decode."""
+    """Serves completions of the policy. Calls run at once: requests join while others decode.
+
+    With ``trainer.lora.sweep`` it serves several, each an ``adapter`` on one base, by its number.
+    """
 
     def __init__(self, config: Config, replica: int, log_dir: Path, role: str = "generator") -> None:
         self._name = f"{role}-{replica}"
@@ -41,13 +42,8 @@ class Generator(Actor):
         setup_logging(log_dir / f"{self._name}.log", self._name)
         self._config = config
         self._log_dir = log_dir
-        self._links: LinkReader | None = None
-        self._unlinked: Hashable = None  # trainers with which NCCL did not work
-        self._remote: RemoteReader | None = None
-        self._loading = asyncio.Lock()  # what was received is read before the next is
-        self._proven: Hashable = None  # the trainers whose offers could be read,
-        self._unreachable: Hashable = None  # and those whose could not
-        self._waits_for_store = False
+        self._configs = adapter_configs(config)
+        self._readers: list[PolicyReader] = []
         self._named: dict[str, asyncio.Task[Any]] = {}
 
     @endpoint
@@ -57,6 +53,7 @@ class Generator(Actor):
         from forge_hpc.models.device import device_type
 
         self._engine = await asyncio.to_thread(GenerationEngine, model_dir, self._config, device=device_type())
+        self._open_readers()
         self._gpus = GpuMonitor(visible_gpus() if device_type() == "cuda" else [])
 
     @endpoint
@@ -65,11 +62,12 @@ class Generator(Actor):
         where it can (``GenerationEngine.renew``)."""
         self._close_readers()
         self._begin(config, log_dir)
+        self._open_readers()
         return await self._engine.renew(model_dir, config)
 
     @concurrent_endpoint
     async def generate(
-        self, prompts: Sequence[Prompt], port: Port[Any] | None = None
+        self, prompts: Sequence[Prompt], port: Port[Any] | None = None, adapter: int = 0
     ) -> list[list[Completion] | ValueError] | int:
         """``rollout.group_size`` completions of each prompt.
 
@@ -77,8 +75,10 @@ class Generator(Actor):
         (``ServiceEndpoint.stream``) each completion goes there once it is complete, with its place: the indices of the
         prompt and of the sample. A bad prompt's error takes the place of each of its completions.
         """
-        rollout = self._config.rollout
-        return await self._sample(prompts, rollout.group_size, rollout.sampling, self._config.seed, port)
+        config = self._configs[adapter]
+        return await self._sample(
+            prompts, config.rollout.group_size, config.rollout.sampling, config.seed, port, adapter
+        )
 
     @concurrent_endpoint
     async def sample(
@@ -88,15 +88,23 @@ class Generator(Actor):
         sampling: SamplingConfig,
         seed: int,
         port: Port[Any] | None = None,
+        adapter: int = 0,
     ) -> list[list[Completion] | ValueError] | int:
         """As ``generate``, with ``num`` completions of each prompt, other parameters and another seed."""
-        return await self._sample(prompts, num, sampling, seed, port)
+        return await self._sample(prompts, num, sampling, seed, port, adapter)
 
     async def _sample(
-        self, prompts: Sequence[Prompt], num: int, sampling: SamplingConfig, seed: int, port: Port[Any] | None
+        self,
+        prompts: Sequence[Prompt],
+        num: int,
+        sampling: SamplingConfig,
+        seed: int,
+        port: Port[Any] | None,
+        adapter: int,
     ) -> list[list[Completion] | ValueError] | int:
+        options: dict[str, Any] = {"seed": seed, "sampling": sampling, "adapter": adapter}
         if port is None:
-            return await self._engine.generate_batch(prompts, num, seed=seed, sampling=sampling)
+            return await self._engine.generate_batch(prompts, num, **options)
         port.return_undeliverable = False  # or this actor would fail where nobody listens any more
         loop, ready = asyncio.get_running_loop(), []
 
@@ -109,7 +117,7 @@ class Generator(Actor):
             port.send(ready.copy())
             ready.clear()
 
-        results = await self._engine.generate_batch(prompts, num, seed=seed, sampling=sampling, hand_over=hand_over)
+        results = await self._engine.generate_batch(prompts, num, hand_over=hand_over, **options)
         for index, result in enumerate(results):
             if isinstance(result, ValueError):
                 for sample in range(num):
@@ -124,11 +132,12 @@ class Generator(Actor):
         seed: int | None = None,
         share: str | None = None,
         name: str | None = None,
+        adapter: int = 0,
     ) -> list[Completion | ValueError]:
         """The next response of each episode, admitted as those of ``generate``; with other parameters and another seed
         where they are given. Calls with one ``share`` share a cache. One with a ``name`` can be given up by it."""
-        seed = self._config.seed if seed is None else seed
-        work = self._engine.generate_turns(turns, seed=seed, sampling=sampling, share=share)
+        seed = self._configs[adapter].seed if seed is None else seed
+        work = self._engine.generate_turns(turns, seed=seed, sampling=sampling, share=share, adapter=adapter)
         if name is None:
             return await work
         return await self._until_given_up(name, work) or [_given_up(turn) for turn in turns]
@@ -142,6 +151,7 @@ class Generator(Actor):
         share: str | None,
         name: str,
         port: Port[Any],
+        adapter: int = 0,
     ) -> int:
         """As ``generate_turns`` of one turn. Each token goes to the port once it is sampled, ``(place, (id,
         log-probability))``, and at last ``(-1, completion)``."""
@@ -158,8 +168,9 @@ class Generator(Actor):
             port.send(ready.copy())
             ready.clear()
 
-        seed = self._config.seed if seed is None else seed
-        work = self._engine.stream_turn(turn, hand_over, seed=seed, sampling=sampling, share=share)
+        seed = self._configs[adapter].seed if seed is None else seed
+        options: dict[str, Any] = {"sampling": sampling, "share": share, "adapter": adapter}
+        work = self._engine.stream_turn(turn, hand_over, seed=seed, **options)
         completion = await self._until_given_up(name, work) or _given_up(turn)
         if ready:
             send()
@@ -184,7 +195,12 @@ class Generator(Actor):
 
     @concurrent_endpoint
     async def load(
-        self, store: StoreSpec | None, version: int, offer: Offer | None = None, again: bool = False
+        self,
+        store: StoreSpec | None,
+        version: int,
+        offer: Offer | None = None,
+        again: bool = False,
+        adapter: int = 0,
     ) -> str | None:
         """Take a policy version while requests go on: out of the trainers' memory where it is offered, else from the
         store.
@@ -196,95 +212,12 @@ class Generator(Actor):
             How the weights came (``CUDA IPC``, ``shared memory``, ``NCCL``, ``TLS streams``, ``messages``). None where
             this process cannot read what is offered: nothing was loaded, and the store is to have it.
         """
-        from forge_hpc.weights import Unreachable, pull, reads_shared_memory
-
-        if again and not self._waits_for_store:
-            return ""
-        if offer is None:
-            assert store is not None, "what is not offered is in the store"
-            tensors = await pull(store, version)
-            await self._engine.load_weights(version, tensors.items())
-            self._waits_for_store = False
-            return "shared memory" if reads_shared_memory(store) else "messages"
-        self._waits_for_store = True
-        try:
-            if self._unreachable == offer.origin:
-                return None
-            async with self._loading:
-                way = await self._load_offer(offer)
-        except Unreachable as error:
-            logger.warning("the trainers' memory cannot be read from here, the store serves: %s", error)
-            if offer.origin != self._proven:
-                self._unreachable = offer.origin
-            return None
-        self._proven = offer.origin
-        self._waits_for_store = False
-        return way
-
-    async def _load_offer(self, offer: Offer) -> str:
-        """Raises Unreachable."""
-        from forge_hpc.models.device import device_type
-        from forge_hpc.weights import Unreachable
-
-        if offer.is_within_reach(device_type()):
-            await self._load_here(offer)
-            return "CUDA IPC" if device_type() == "cuda" else "shared memory"
-        if not offer.has_streams:
-            raise Unreachable("another host or device")
-        local, way = await asyncio.to_thread(self._receive, offer)
-        await self._load_here(local)
-        return way
-
-    def _receive(self, offer: Offer) -> tuple[Offer, str]:
-        """Bring an offer of another host here, and how. Raises Unreachable."""
-        from forge_hpc.weights import Unreachable
-        from forge_hpc.wire.tls import Certificates
-
-        if (certificates := Certificates.from_environment()) is None:
-            raise Unreachable("another host, and no certificates here")
-        start = time.perf_counter()
-        local, num_bytes, way = self._bring(offer, certificates)
-        duration, whole = time.perf_counter() - start, sum(part.handle.num_bytes for part in local.parts)
-        figures = offer.version, num_bytes / 1e6, whole / 1e6, duration, way
-        logger.info("version %d: %.1f of %.1f MB came in %.3f s by %s", *figures)
-        return local, way
-
-    def _bring(self, offer: Offer, certificates: Certificates) -> tuple[Offer, int, str]:
-        """Raises Unreachable."""
-        from forge_hpc.weights import LinkReader, RemoteReader, Unreachable, links_dir
-
-        if self._config.generator.weight_transport == "nccl" and self._unlinked != offer.origin:
-            import torch
-
-            if self._links is None:
-                device = torch.device("cuda", torch.cuda.current_device())
-                self._links = LinkReader(certificates, links_dir(self._log_dir), device)
-            try:
-                return *self._links.receive(offer), "NCCL"
-            except Unreachable as error:
-                logger.warning("no weights over NCCL, TLS streams serve: %s", error)
-                self._unlinked = offer.origin
-        if self._remote is None:
-            self._remote = RemoteReader(certificates)
-        return *self._remote.receive(offer), "TLS streams"
-
-    async def _load_here(self, offer: Offer) -> None:
-        """Raises Unreachable."""
-        from forge_hpc.models.device import device_type
-        from forge_hpc.weights import opened
-
-        if device_type() == "cuda" and not self._config.trainer.lora.sends_adapters:
-            await self._engine.load_offer(offer)
-            return
-        with opened(offer) as weights:
-            weights.verify()
-            tensors = {name: weights.tensor(name) for name in offer.shapes}
-            await self._engine.load_weights(offer.version, tensors.items())
+        return await self._readers[adapter].load(store, version, offer, again)
 
     @concurrent_endpoint
-    async def relabel(self, version: int) -> None:
+    async def relabel(self, version: int, adapter: int = 0) -> None:
         """The weights that are loaded are those of ``version`` too: no step has changed them since."""
-        await self._engine.relabel(version)
+        await self._engine.relabel(version, adapter)
 
     @concurrent_endpoint
     async def sleep(self) -> str:
@@ -313,9 +246,9 @@ class Generator(Actor):
         await self._engine.call_workers(stop_trace, directory / f"{self._name}.json.gz")
 
     @endpoint
-    async def abort(self) -> None:
-        """End all requests: those who asked for them are gone."""
-        self._engine.abort()
+    async def abort(self, adapter: int = 0) -> None:
+        """End all requests to a policy: those who asked for them are gone."""
+        self._engine.abort(adapter)
 
     @endpoint
     async def leave(self) -> None:
@@ -324,10 +257,13 @@ class Generator(Actor):
         if hasattr(self, "_engine"):
             await asyncio.to_thread(self._engine.close)
 
+    def _open_readers(self) -> None:
+        configs = enumerate(self._configs)
+        self._readers = [PolicyReader(self._engine, config, self._log_dir, adapter) for adapter, config in configs]
+
     def _close_readers(self) -> None:
-        for reader in (self._links, self._remote):
-            if reader is not None:
-                reader.close()
+        for reader in self._readers:
+            reader.close()
 
 
 def _given_up(turn: Turn) -> ValueError:

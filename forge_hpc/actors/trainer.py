@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from forge_hpc.checkpoint import FileRecord
     from forge_hpc.training.engine import TrainEngine
+    from forge_hpc.training.models import Models
     from forge_hpc.weights import Part, Snapshots, StoreSpec
     from forge_hpc.weights.checksum import Checksum
     from forge_hpc.wire.server import Server
@@ -41,15 +42,42 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Trainer(Actor):
-    """Holds this rank's shards of the policy and of the models beside it: a critic, say, or a frozen reference."""
+class OneBase:
+    """What the trainers of several adapters have in common in a process of theirs: a thread, and the frozen weights."""
 
-    def __init__(self, config: Config, log_dir: Path, models: Mapping[str, ModelNeed] | None = None) -> None:
+    def __init__(self) -> None:
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="torch")
+        self.models: Models | None = None
+        """Of the adapter that was started first."""
+
+
+_one_base: OneBase | None = None
+
+
+class Trainer(Actor):
+    """Holds this rank's shards of the policy and of the models beside it: a critic, say, or a frozen reference.
+
+    Args:
+        adapter: the number of the policy among several on one base (``trainer.lora.sweep``), whose trainers are actors
+            of the same processes, called one at a time; None: it has the processes to itself.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        log_dir: Path,
+        models: Mapping[str, ModelNeed] | None = None,
+        adapter: int | None = None,
+    ) -> None:
+        global _one_base
+        if adapter is not None and _one_base is None:
+            _one_base = OneBase()
+        self._one_base = _one_base if adapter is not None else None
         point = current_rank()
         self._rank, self._world_size = point.rank, point.extent.nelements
         self._local_rank = self._rank % point.extent["procs"]
         # One thread for all of torch: OpenMP's pool and the current CUDA device belong to a thread.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="torch")
+        self._thread = self._one_base.thread if self._one_base else ThreadPoolExecutor(1, thread_name_prefix="torch")
         self._begin(config, log_dir, models)
 
     def _begin(self, config: Config, log_dir: Path, models: Mapping[str, ModelNeed] | None) -> None:
@@ -63,7 +91,12 @@ class Trainer(Actor):
         self._stored: int | None = None  # the version that was put into the store last
 
     async def _in_thread(self, function: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+        def work() -> T:
+            if self._one_base is not None and hasattr(self, "_models"):
+                self._models.take_turn()
+            return function(*args)
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     @endpoint
     async def start(self, model_dirs: Mapping[str, Path], file_store: Path, checkpoint: Path | None) -> str:
@@ -75,14 +108,20 @@ class Trainer(Actor):
         return await self._in_thread(self._start, model_dirs, file_store, checkpoint)
 
     def _start(self, model_dirs: Mapping[str, Path], file_store: Path, checkpoint: Path | None) -> str:
+        import torch.distributed as dist
+
         from forge_hpc.losses.build import check_loss_fits
         from forge_hpc.training.distributed import init_distributed
         from forge_hpc.training.models import Models
 
         if self._needs[POLICY].loss is None:
             logger.info("loss %s, advantage %s", self._config.algorithm.loss, check_loss_fits(self._config))
-        init_distributed(file_store, self._rank, self._world_size, self._local_rank)
-        self._models = Models(self._config, self._needs, model_dirs)
+        if not dist.is_initialized():
+            init_distributed(file_store, self._rank, self._world_size, self._local_rank)
+        base = self._one_base.models if self._one_base is not None else None
+        self._models = Models(self._config, self._needs, model_dirs, base)
+        if self._one_base is not None and base is None:
+            self._one_base.models = self._models
         self._watch_gpu()
         if checkpoint is not None:
             self._models.load(checkpoint)

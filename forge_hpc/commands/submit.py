@@ -45,6 +45,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="key=a,b",
         help="a run for each combination of these values, with --run-dir as the directory of them all",
     )
+    several.add_argument(
+        "--one-base",
+        action="store_true",
+        help="train the LoRA adapters of a sweep at once, in one run that holds their base once",
+    )
     several.add_argument("--at-once", type=int, metavar="N", help="run no more than N of them at the same time")
     several.add_argument(
         "--then",
@@ -74,6 +79,16 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--keep-engines is for one run at a time", "leave it out, or --sweep and --then")
     if args.at_once is not None and not args.sweep:
         raise UserError("--at-once is for the runs of a --sweep", "leave it out")
+    if args.one_base:
+        if not args.sweep or args.at_once is not None or request.keep_s is not None:
+            raise UserError(
+                "--one-base is for the adapters of a --sweep, all at once, on engines of their own",
+                "give --sweep key=a,b; leave out --at-once and --keep-engines",
+            )
+        from forge_hpc.sweep import with_adapters
+
+        request = with_adapters(request, args.sweep)
+        args.sweep = []
     if not args.sweep and not args.then:
         return submit(request, dry_run=args.dry_run, fresh=args.fresh, follow=args.follow)
     if args.follow or args.fresh or (args.sweep and args.then):

@@ -166,6 +166,14 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return _resolved(_with_sources(cfg, later))
 
 
+def with_overrides(cfg: Config, overrides: Sequence[str]) -> Config:
+    """A copy of `cfg` with the overrides. Raises UserError."""
+    cfg, later = copy.deepcopy(cfg), _Later()
+    for override in overrides:
+        _merge_override(cfg, override, later)
+    return _resolved(_with_sources(cfg, later))
+
+
 def config_text(cfg: Config) -> str:
     """`cfg` as YAML that ``load_config`` and ``read_config`` read."""
     return yaml.dump(_escape(dataclasses.asdict(cfg)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

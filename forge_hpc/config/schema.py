@@ -496,6 +496,9 @@ class LoRAConfig:
     publish: str = setting("merged", choices=("merged", "adapters"), resume=ROUNDING)
     """What generators get of a new policy: all weights with the adapters merged in, or the adapters alone, which vLLM
     then applies beside the base model: some MB a version, and some work more for each token."""
+    sweep: list[str] = setting(factory=list)
+    """Several adapters at once on one base: an item for each, with what it varies, such as ``seed=1
+    trainer.optimizer.lr=1e-5``. Each is a run of its own in RUN_DIR/adapters (docs/one-base.md)."""
 
     @property
     def sends_adapters(self) -> bool:

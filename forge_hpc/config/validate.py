@@ -16,6 +16,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from forge_hpc.config.adapters import adapter_configs, check_adapters_together
 from forge_hpc.config.algorithm import LossFacts, check_fit, check_loss, loss_facts, resolve_advantage
 from forge_hpc.config.columns import check_columns
 from forge_hpc.config.errors import UserError
@@ -87,6 +88,9 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
     _check_engine(cfg)
     _check_transport(cfg)
     _check_adapters(cfg)
+    check_adapters_together(cfg)
+    for own in adapter_configs(cfg) if cfg.trainer.lora.sweep else ():
+        validate(own, check_paths=False)
     if check_paths:
         _check_model(cfg, needs)
         _check_other_models(needs)

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from forge_hpc.cluster.faults import Faults
 from forge_hpc.cluster.meshes import Cluster, attach
@@ -39,11 +39,14 @@ from forge_hpc.workers.remote import Caller, OtherNode
 if TYPE_CHECKING:  # they load torch: only once the nodes have been joined
     from monarch.actor import HostMesh
 
+    from forge_hpc.controller.adapters import AdapterSessions
     from forge_hpc.controller.frozen import FrozenProcesses
     from forge_hpc.controller.generators import GeneratorPool
     from forge_hpc.controller.kept import KeptMeshes
     from forge_hpc.controller.served import ServedModels
     from forge_hpc.controller.session import Session
+
+    AnySession: TypeAlias = Session | AdapterSessions
 
 logger = logging.getLogger("forge_hpc.controller")
 HEARTBEAT_S = 5.0
@@ -70,7 +73,7 @@ class Crew:
         self.pool: GeneratorPool | None = None
         self.frozen: FrozenProcesses | None = None
         self.served: ServedModels | None = None
-        self.session: Session | None = None
+        self.session: AnySession | None = None
 
     async def close(self) -> None:
         """End them in good order."""
@@ -113,10 +116,13 @@ async def conduct(
     lending: Lending | None = None,
 ) -> bool:
     """Run the recipe to its end (True) or until the run is to leave; lost trainers cost an attempt."""
+    from forge_hpc.controller.adapters import AdapterSessions
     from forge_hpc.controller.frozen import FrozenProcesses
     from forge_hpc.controller.generators import GeneratorPool, NodeLost
     from forge_hpc.controller.session import Session, background
 
+    if config.trainer.lora.sweep and kept is not None:
+        raise UserError("trainer.lora.sweep has processes of its own", "submit it without --keep-engines")
     recoveries, faults = Recoveries(config.cluster.max_restarts), cluster.faults
 
     def node_lost(node: int, reason: str) -> None:
@@ -140,8 +146,13 @@ async def conduct(
     done, number = False, 0
     async with background(*lent):
         while not done and not leave.requested.is_set():
-            where = config, run_dir, log_dir, cluster, pool
-            session = Session(*where, recoveries, leave, number, status, crew.frozen, kept, crew.served)
+            where = config, run_dir, log_dir, cluster, pool, recoveries, leave, number, status
+            session: AnySession
+            session = (
+                AdapterSessions(*where)
+                if config.trainer.lora.sweep
+                else Session(*where, crew.frozen, kept, crew.served)
+            )
             crew.session = session
             session.phases = phases if number == 0 else None
             faults.begin()
@@ -161,7 +172,7 @@ async def conduct(
 
 
 async def attempt(
-    session: Session, pool: GeneratorPool, terminal: Terminal, leave: Leave, status: StatusWriter
+    session: AnySession, pool: GeneratorPool, terminal: Terminal, leave: Leave, status: StatusWriter
 ) -> bool:
     """Run the recipe from the newest checkpoint: True when it is done, False when the run has saved to leave.
 
@@ -212,8 +223,13 @@ async def attempt(
     return False
 
 
-async def run_recipe(session: Session, terminal: Terminal, status: StatusWriter) -> None:
+async def run_recipe(session: AnySession, terminal: Terminal, status: StatusWriter) -> None:
     """The recipe, on the state that the session finds."""
+    from forge_hpc.controller.adapters import AdapterSessions
+
+    if isinstance(session, AdapterSessions):
+        await session.run(terminal)
+        return
     await session.prepare()
     with await asyncio.to_thread(session.open_records, terminal.stdout):
         total = session.config.trainer.training.steps if session.needs.trains else 0
@@ -222,7 +238,7 @@ async def run_recipe(session: Session, terminal: Terminal, status: StatusWriter)
 
 
 def on_ended_node(
-    session: Session,
+    session: AnySession,
     pool: GeneratorPool,
     frozen: FrozenProcesses | None,
     served: ServedModels | None,

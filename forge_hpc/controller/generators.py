@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -109,8 +109,8 @@ class GeneratorPool:
         self._tasks: set[asyncio.Task[None]] = set()
         self._spares = list(cluster.placement.spare_nodes)
         self._replaced: dict[int, int] = {}  # lost nodes, each with the one that has taken its place
-        self.weights: WeightSync | None = None
-        """Where replacements get the weights that the others hold."""
+        self.weights: dict[int, WeightSync] = {}
+        """Where replacements get the weights that the others hold: of each policy, by its adapter's number."""
         self.failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         """Resolved when a replica cannot be replaced."""
         placement = cluster.placement
@@ -317,24 +317,32 @@ class GeneratorPool:
     async def bring_up_to_date(self, index: int, actor: Any) -> None:
         """Give a new replica the weights that the others hold; it returns in the same turn of the event loop in which
         that was found true, so that no delivery falls in between."""
-        held: tuple[WeightSync, int | None] | None = None
-        label: int | None = None
-        while (weights := self.weights) is not None:
+        held: dict[int, tuple[WeightSync, int | None]] = {}
+        labels: dict[int, int | None] = {}
+
+        def is_held(adapter: int, weights: WeightSync) -> bool:
+            return weights.version is None or held.get(adapter) == (weights, weights.version)
+
+        def is_behind(adapter: int, weights: WeightSync) -> bool:
+            return not is_held(adapter, weights) or weights.label not in (None, labels.get(adapter))
+
+        while behind := [adapter for adapter, weights in self.weights.items() if is_behind(adapter, weights)]:
+            weights = self.weights[adapter := behind[0]]
+            options = {"adapter": adapter} if adapter else {}
             wanted = (weights, weights.version)
-            if weights.version is None or held == wanted:  # the weights are there; their newest name may not be
-                if weights.label in (None, label):
-                    return
-                label = weights.label
-                await self.ask(index, actor.relabel.call_one(label), self._config.generator.timeout_s, "relabel()")
+            if is_held(adapter, weights):  # the weights are there; their newest name is not
+                labels[adapter] = label = weights.label
+                call = actor.relabel.call_one(label, **options)
+                await self.ask(index, call, self._config.generator.timeout_s, "relabel()")
                 continue
             try:
 
-                async def load(*args: Any) -> Any:
-                    call = actor.load.call_one(*args)
+                async def load(*args: Any, options: Mapping[str, int] = options) -> Any:
+                    call = actor.load.call_one(*args, **options)
                     return [await self.ask(index, call, self._config.generator.timeout_s, "load()")]
 
                 await weights.give(load, tells=False)
-                held, label = wanted, wanted[1]
+                held[adapter], labels[adapter] = wanted, wanted[1]
             except ActorLost:
                 raise
             except Exception as error:  # dropped for a newer version meanwhile, or the trainers' store is gone
@@ -343,7 +351,7 @@ class GeneratorPool:
                     await self.ask(index, actor.sleep.call_one(), self._config.generator.timeout_s, "sleep()")
                     return
                 async with asyncio.timeout(STORE_S):
-                    while (self.weights, self.weights and self.weights.version) == wanted:
+                    while (self.weights[adapter], self.weights[adapter].version) == wanted:
                         await asyncio.sleep(0.2)
 
 

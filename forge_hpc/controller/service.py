@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Any, cast
 
 from forge_hpc.controller.stacks import write_stacks
 
@@ -133,6 +133,10 @@ class Service:
     def __len__(self) -> int:
         return self.size
 
+    def of(self, adapter: int) -> Service:
+        """It as the session of one of several adapters sees it, by the adapter's number."""
+        return cast(Service, AdapterService(self, adapter))
+
     def __getattr__(self, endpoint: str) -> ServiceEndpoint:
         if endpoint.startswith("_"):
             raise AttributeError(endpoint)
@@ -182,23 +186,52 @@ class Service:
                 return self._replicas[key % self.size]
             return min(self._replicas.values(), key=lambda replica: (replica.in_flight, replica.index))
 
-    async def _call(self, replica: Replica, endpoint: str, args: Sequence[Any]) -> Any:
+    async def _call(self, replica: Replica, endpoint: str, args: Sequence[Any], options: Mapping[str, Any]) -> Any:
         who = f"{self.name} {replica.index}"
         try:
             method = getattr(replica.actor, endpoint)
-            return await answer(method.call_one(*args), replica.lost, self.timeout_s, f"{who}, {endpoint}()")
+            call = method.call_one(*args, **options)
+            return await answer(call, replica.lost, self.timeout_s, f"{who}, {endpoint}()")
         except ActorLost as error:
             if self._replicas.get(replica.index) is replica:
                 self.lose(replica.index, reason_of(error))
             raise
 
 
-class ServiceEndpoint:
-    """An endpoint of a service's replicas."""
+OF_A_POLICY = frozenset(
+    {"generate", "sample", "generate_turns", "stream_turn", "load", "relabel", "abort"},
+)
+"""The endpoints of a generator that mean one of its policies."""
 
-    def __init__(self, service: Service, endpoint: str) -> None:
+
+class AdapterService:
+    """A service of generators that hold several adapters, as the session of one of them sees it: what is asked of a
+    policy is asked of this one. A replica's calls with a key stay one after another, whichever adapter they are of."""
+
+    def __init__(self, service: Service, adapter: int) -> None:
+        self._service = service
+        self._adapter = adapter
+
+    def __len__(self) -> int:
+        return len(self._service)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in OF_A_POLICY:
+            return ServiceEndpoint(self._service, name, {"adapter": self._adapter})
+        return getattr(self._service, name)
+
+
+class ServiceEndpoint:
+    """An endpoint of a service's replicas.
+
+    Args:
+        options: keyword arguments of every call.
+    """
+
+    def __init__(self, service: Service, endpoint: str, options: Mapping[str, Any] | None = None) -> None:
         self._service = service
         self._endpoint = endpoint
+        self._options = options or {}
 
     async def route(self, *args: Any, key: int | None = None) -> Any:
         """Call the least loaded replica, or the one that ``key`` leads to; another one where it is lost on the way."""
@@ -211,7 +244,7 @@ class ServiceEndpoint:
             replica.in_flight += 1
             try:
                 async with replica.alone if key is not None else contextlib.nullcontext():
-                    result = await self._service._call(replica, self._endpoint, args)
+                    result = await self._service._call(replica, self._endpoint, args, self._options)
                 self._service._answered[replica.index >= self._service.size] += 1
                 return result
             except ActorLost:
@@ -254,7 +287,7 @@ class ServiceEndpoint:
     async def fanout(self, *args: Any) -> list[Any]:
         """Call all replicas that serve at once; results by index, without those that are lost on the way."""
         replicas = [self._service._replicas[index] for index in self._service.serving]
-        calls = (self._service._call(replica, self._endpoint, args) for replica in replicas)
+        calls = (self._service._call(replica, self._endpoint, args, self._options) for replica in replicas)
         results = await asyncio.gather(*calls, return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException) and not isinstance(result, ActorLost):

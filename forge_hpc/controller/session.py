@@ -75,8 +75,36 @@ REST_S = 20.0
 """Trainers give their models up within this time, or they end."""
 
 
+class OneBase:
+    """What the sessions of several adapters on one base share (``controller.adapters``): processes, and whose turn it
+    is.
+
+    Args:
+        model_dir: where the base is.
+    """
+
+    def __init__(self, model_dir: Path) -> None:
+        self.model_dir = model_dir
+        self.alone = asyncio.Lock()
+        """Held by each call to the trainers."""
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._starting = asyncio.Lock()
+        self._started: dict[str, Any] = {}
+
+    async def once(self, name: str, start: Callable[[], Awaitable[T]]) -> T:
+        """What ``start`` gave to whoever asked first."""
+        async with self._starting:
+            if name not in self._started:
+                self._started[name] = await start()
+        return self._started[name]
+
+
 class Session:
-    """One attempt at a run, from the controller's side."""
+    """One attempt at a run, from the controller's side.
+
+    Args:
+        base: of one of several adapters what it shares with the others, and ``adapter`` its number.
+    """
 
     def __init__(
         self,
@@ -92,6 +120,8 @@ class Session:
         frozen: FrozenProcesses | None = None,
         kept: KeptMeshes | None = None,
         served: ServedModels | None = None,
+        base: OneBase | None = None,
+        adapter: int = 0,
     ) -> None:
         self.config = config
         self.recipe = load_recipe(config)
@@ -103,7 +133,7 @@ class Session:
         """Optimizer steps done; also the policy version."""
         self.state: Mapping[str, Any] = {}
         """The recipe's state as of ``step``; empty in a fresh run."""
-        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.lost: asyncio.Future[str] = base.lost if base else asyncio.get_running_loop().create_future()
         """Resolved with the reason when trainers or the store of the weights are lost: the attempt is over."""
         self.phases: StartPhases | None = None
         """Of a start that has not come to its first step yet."""
@@ -117,7 +147,10 @@ class Session:
         self._saver = Saver(config, run_dir, recoveries, self._status, self._finished_groups)
         self._kept = kept
         self._hands_over = False
-        self._suffix = (kept.suffix if kept is not None else "") + (f"r{attempt}" if attempt else "")
+        self._base = base
+        self._adapter = adapter
+        self._suffix = (kept.suffix if kept is not None else "") + (f"a{adapter}" if base is not None else "")
+        self._suffix += f"r{attempt}" if attempt else ""
         self._pins = Pins(run_dir.path)
         self._between_steps = asyncio.Event()
         self._between_steps.set()
@@ -154,7 +187,9 @@ class Session:
         """
         config = self.config
         self._pins = await asyncio.to_thread(pin_all, config, self.run_dir.path)
-        if config.model.path == "warmstart":
+        if self._base is not None:
+            self.model_dir = self._base.model_dir
+        elif config.model.path == "warmstart":
             self.model_dir = RunDir(self.run_dir.warmstart).export
         else:
             path = self._pins.named(config.model.path)
@@ -194,7 +229,7 @@ class Session:
             config.logging,
             self.step,
             total_steps=config.trainer.training.steps if self.needs.trains else None,
-            label=config.recipe.rpartition(":")[2],
+            label=config.recipe.rpartition(":")[2] + (f" {self._adapter}" if self._base is not None else ""),
             stream=stream,
         )
         return self.metrics
@@ -213,8 +248,7 @@ class Session:
             self._sft = await asyncio.to_thread(self._load_sft)
         if self._served is not None:  # what is started from here on is told where they are
             await self._served.start(self._served_dirs)
-        self._rewards = await self._reward_pool().start()
-        self._on_close(self._rewards.close)
+        self._rewards = await self._start_rewards()
         held_out = await self._held_out(self._rewards)
         environments = [(run, await self._start_environments(run.config)) for run in run_sources(self.config)]
         async with asyncio.TaskGroup() as tasks:
@@ -238,19 +272,21 @@ class Session:
         mesh = await self._take_kept_trainers(here)
         if mesh is None:
             name = f"trainer{self._suffix}"
-            procs = self._spawned(name, self.cluster.spawn_trainers(name))
-            try:
-                await asyncio.wait_for(procs.initialized, SPAWN_S)
-            except Exception as error:
-                nodes = self.cluster.placement.trainer_nodes
-                raise await why_not_spawned(self.cluster, nodes, "trainers", error) from error
-            mesh = procs.spawn(name, Trainer, self.cluster.told(config), self.log_dir, here)
+            told = self.cluster.told(config), self.log_dir, here
+            if self._base is None:
+                procs = await self._spawn_trainers(name)
+                mesh = procs.spawn(name, Trainer, *told)
+            else:
+                procs = await self._base.once("trainers", partial(self._spawn_trainers, name))
+                self.cluster.faults.watch(name, lambda reason: self.lose(f"{name}: {reason}"))
+                mesh = procs.spawn(name, Trainer, *told, self._adapter)
             self._trainer_mesh = KeptMesh(name, procs, mesh, self.cluster.layout("trainer"))
         self._store = StoreAtNeed(self._start_store)
         self._on_close(self._store.close)
         self._turns = self._pool.turns
         turn = self._turns.training if self._turns is not None else contextlib.nullcontext
-        self._trainers = Trainers(mesh, config.trainer.timeout_s, self.lost, turn, self._frozen)
+        alone = self._base.alone if self._base is not None else None
+        self._trainers = Trainers(mesh, config.trainer.timeout_s, self.lost, turn, self._frozen, alone)
         self._mismatch = MismatchWatch(config, bool(self.cluster.placement.gpus_per_node), self.warn)
         file_store = self.log_dir / f"process-group{self._suffix}"
         checkpoint = self._resume_from / "trainer" if self._resume_from else None
@@ -264,6 +300,16 @@ class Session:
         if said := started.result():
             self._tell(said)
         self._on_close(self._leave_trainers)
+
+    async def _spawn_trainers(self, name: str) -> Any:
+        """Raises NodeLost or ActorLost."""
+        procs = self._spawned(name, self.cluster.spawn_trainers(name))
+        try:
+            await asyncio.wait_for(procs.initialized, SPAWN_S)
+        except Exception as error:
+            nodes = self.cluster.placement.trainer_nodes
+            raise await why_not_spawned(self.cluster, nodes, "trainers", error) from error
+        return procs
 
     async def _take_kept_trainers(self, models: Mapping[str, ModelNeed]) -> Any | None:
         """The processes that the run before has left; None where there are none, or they do not answer."""
@@ -328,7 +374,8 @@ class Session:
 
         Those of an earlier attempt stay, rid of their requests; ``_connect`` gives them this attempt's weights.
         """
-        self._generators = await self._pool.start(model_dir)
+        service = await self._pool.start(model_dir)
+        self._generators = service if self._base is None else service.of(self._adapter)
         while self._pool.said:
             self._tell(self._pool.said.pop(0))
         await self._generators.abort.fanout()
@@ -337,6 +384,16 @@ class Session:
     def _reward_pool(self) -> RewardPools:
         """The rewards of the run."""
         return RewardPools(self.config, self.cluster.other_nodes, self.warn)
+
+    async def _start_rewards(self) -> RewardPools:
+        """Those of the run; of several adapters the same, which the first one's session has started."""
+
+        async def start() -> RewardPools:
+            rewards = await self._reward_pool().start()
+            self._on_close(rewards.close)
+            return rewards
+
+        return await (start() if self._base is None else self._base.once("rewards", start))
 
     async def _start_environments(self, config: Config) -> Any:
         """The pool of ``environment``, None where there is none. Raises UserError where it cannot be loaded."""
@@ -391,8 +448,8 @@ class Session:
             self._buffer = episode_buffer(self.config, self.step, self._prompts.position, self._prompts.ahead)
             self._buffer.restore(self._restored_groups, self.state)
         assert self._store is not None, "the trainers have been started"
-        is_first = self._pool.weights is None
-        self._weights = self._pool.weights = WeightSync(
+        is_first = self._adapter not in self._pool.weights
+        self._weights = self._pool.weights[self._adapter] = WeightSync(
             self.trainers,
             self._store,
             self.generators,

@@ -50,12 +50,14 @@ class Trainers:
         lost: asyncio.Future[str],
         turn: Callable[[], contextlib.AbstractAsyncContextManager[None]] = contextlib.nullcontext,
         frozen: ModelsApart | None = None,
+        alone: asyncio.Lock | None = None,
     ) -> None:
         self._mesh = mesh
         self._frozen = frozen
         self._apart = frozen.models if frozen is not None else frozenset[str]()
         self._lost = lost
         self._turn = turn  # entered around what computes: ``Turns.training`` where the GPUs are shared
+        self._alone = alone  # held by each call, where other sessions call the same processes
         self.timeout_s = timeout_s
 
     # ---- what recipes ask for
@@ -164,6 +166,8 @@ class Trainers:
         return (await self._call_all(endpoint, *args, timeout_s=timeout_s))[0]
 
     async def _call_all(self, endpoint: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
-        call = getattr(self._mesh, endpoint).call(*args)
-        results = await answer(call, self._lost, timeout_s or self.timeout_s, f"the trainers, {endpoint}()")
+        # Ranks get the calls of all sessions in one order. What is waited for beside the training needs none.
+        async with self._alone if self._alone and endpoint not in ("saved", "store") else contextlib.nullcontext():
+            call = getattr(self._mesh, endpoint).call(*args)
+            results = await answer(call, self._lost, timeout_s or self.timeout_s, f"the trainers, {endpoint}()")
         return [value for _, value in results]

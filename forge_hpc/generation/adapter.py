@@ -1,7 +1,8 @@
 """Adapters (LoRA) that an engine keeps beside the base model, in place of new weights (``trainer.lora.publish``).
 
-The engine is built for one adapter. Each version replaces it: the tensors are written as PEFT names them into a folder
-in shared memory, where vLLM 0.32 reads adapters from (it takes no tensors), and the folder goes once they are read.
+The engine is built for one adapter, or for those of ``trainer.lora.sweep``. Each version replaces the one before: the
+tensors are written as PEFT names them into a folder in shared memory, where vLLM 0.32 reads adapters from (it takes no
+tensors), and the folder goes once they are read.
 """
 
 from __future__ import annotations
@@ -20,15 +21,13 @@ from forge_hpc.config.registry import LORA_LAYERS, VLLM_LORA_RANKS
 from forge_hpc.config.schema import LoRAConfig
 from forge_hpc.generation.checkpoint import check_shapes
 
-NAME, ID = "policy", 1
-"""Of the one adapter, in vLLM."""
-
 
 def adapter_arguments(lora: LoRAConfig) -> dict[str, Any]:
     """Keyword arguments of ``vllm.EngineArgs`` for an engine that takes adapters; none for one that does not."""
     if not lora.sends_adapters:
         return {}
-    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": min(r for r in VLLM_LORA_RANKS if r >= lora.rank)}
+    rank = min(rank for rank in VLLM_LORA_RANKS if rank >= lora.rank)
+    return {"enable_lora": True, "max_loras": len(lora.sweep) or 1, "max_lora_rank": rank}
 
 
 def adapter_shapes(model: Mapping[str, tuple[int, ...]], lora: LoRAConfig) -> dict[str, tuple[int, ...]]:

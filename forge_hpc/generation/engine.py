@@ -32,10 +32,10 @@ from typing import Any, TypeAlias, TypeVar, cast
 import torch
 
 from forge_hpc.cluster.stacks import stand_by_worker
+from forge_hpc.config.adapters import adapter_configs
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config, SamplingConfig
 from forge_hpc.data.types import Completion, Prompt, Turn
-from forge_hpc.generation import adapter
 from forge_hpc.generation.adapter import adapter_shapes, complete_adapter, staged_adapter
 from forge_hpc.generation.checkpoint import (
     check_shapes,
@@ -92,6 +92,8 @@ class _Group:
     """One vLLM ``SamplingParams`` a sample."""
     share: str
     """Groups with the same share may reuse each other's prefixes."""
+    adapter: int = 0
+    """Which of the engine's policies answers: 0 but for the others of ``trainer.lora.sweep``."""
     future: Future[list[Completion]] = field(default_factory=lambda: _future())
     completions: dict[int, Completion] = field(default_factory=dict)
     hand_over: Callable[[int, Completion], Any] | None = None
@@ -102,6 +104,9 @@ class _Group:
 
 class GenerationEngine:
     """One vLLM engine on a model directory, used from one event loop.
+
+    With ``trainer.lora.sweep`` it holds several policies, the adapters on one base. Each has its own version, and
+    whatever asks for answers or brings weights says by ``adapter`` which one is meant, by its number.
 
     Example:
         engine = GenerationEngine(model_dir, config, device="cpu")
@@ -125,12 +130,14 @@ class GenerationEngine:
         """
         self._config = config
         self._device = device
-        self._policy_version = policy_version
+        self._configs = adapter_configs(config)
+        self._versions = [policy_version] * len(self._configs)
+        self._num_loads = [0] * len(self._configs)
         self._arguments = engine_arguments(model_dir, config, device)
         self._model = model_files(model_dir)
         self._expected = checkpoint_shapes(model_dir)
         self._adapters = adapter_shapes(self._expected, config.trainer.lora)
-        self._lora_request: Any = None  # of vLLM's, once there is an adapter
+        self._lora_requests: dict[int, Any] = {}  # of vLLM's, by adapter, once there is one
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._pending: deque[tuple[_Group, int]] = deque()
         self._running: dict[str, tuple[_Group, int]] = {}
@@ -141,7 +148,7 @@ class GenerationEngine:
         self._unanswered: set[Future[Any]] = set()
         self._lock = threading.Lock()
         self._num_finished = self._num_generated_tokens = self._num_prompt_tokens = 0
-        self._num_steps = self._num_weight_loads = 0
+        self._num_steps = 0
         self._busy_s = self._weight_load_s = 0.0
         self._counts = EngineCounts()
 
@@ -159,8 +166,8 @@ class GenerationEngine:
 
     @property
     def policy_version(self) -> int:
-        """Version of the weights that the next token is sampled from."""
-        return self._policy_version
+        """Version of the weights that the next token is sampled from; of several adapters the first one's."""
+        return self._versions[0]
 
     async def generate(
         self,
@@ -170,6 +177,7 @@ class GenerationEngine:
         seed: int,
         sampling: SamplingConfig | None = None,
         max_tokens: int | None = None,
+        adapter: int = 0,
     ) -> list[Completion]:
         """Sample ``n`` completions of a prompt, beside whatever else is being generated.
 
@@ -182,7 +190,7 @@ class GenerationEngine:
             TimeoutError: not done after ``generator.timeout_s``; the engine is stuck.
             GenerationError: the engine failed or was closed.
         """
-        group = self._group(prompt, n, seed, sampling, max_tokens, share="")
+        group = self._group(prompt, n, seed, sampling, max_tokens, "", adapter)
         [result] = await self._complete([group])
         if isinstance(result, ValueError):
             raise result
@@ -197,6 +205,7 @@ class GenerationEngine:
         sampling: SamplingConfig | None = None,
         max_tokens: int | None = None,
         hand_over: HandOver | None = None,
+        adapter: int = 0,
     ) -> list[list[Completion] | ValueError]:
         """Sample ``n`` completions of each prompt; all requests are admitted, in order, before the first step.
 
@@ -209,11 +218,17 @@ class GenerationEngine:
         """
         share = f"batch-{next(self._batch_ids)}"
         return await self._batch(
-            prompts, lambda prompt: self._group(prompt, n, seed, sampling, max_tokens, share), hand_over
+            prompts, lambda prompt: self._group(prompt, n, seed, sampling, max_tokens, share, adapter), hand_over
         )
 
     async def generate_turns(
-        self, turns: Sequence[Turn], *, seed: int, sampling: SamplingConfig | None = None, share: str | None = None
+        self,
+        turns: Sequence[Turn],
+        *,
+        seed: int,
+        sampling: SamplingConfig | None = None,
+        share: str | None = None,
+        adapter: int = 0,
     ) -> list[Completion | ValueError]:
         """The next response of each of several episodes; all requests are admitted, in order, before the first step.
 
@@ -224,7 +239,9 @@ class GenerationEngine:
         Errors are as in ``generate_batch``.
         """
         name = f"batch-{next(self._batch_ids)}" if share is None else f"turns-{share}"
-        answers = await self._batch(turns, lambda turn: self._group(turn, 1, seed, sampling, turn.max_tokens, name))
+        answers = await self._batch(
+            turns, lambda turn: self._group(turn, 1, seed, sampling, turn.max_tokens, name, adapter)
+        )
         return [answer if isinstance(answer, ValueError) else answer[0] for answer in answers]
 
     async def stream_turn(
@@ -235,6 +252,7 @@ class GenerationEngine:
         seed: int,
         sampling: SamplingConfig | None = None,
         share: str | None = None,
+        adapter: int = 0,
     ) -> Completion | ValueError:
         """As ``generate_turns`` of one, whose tokens are wanted as they come: ``hand_token`` gets the place, the id and
         the log-probability of each, in the event loop, all of them before this returns."""
@@ -248,7 +266,8 @@ class GenerationEngine:
             num_handed = len(token_ids)
 
         def group(turn: Turn) -> _Group:
-            made = self._group(turn, 1, seed, sampling, turn.max_tokens, share or f"batch-{next(self._batch_ids)}")
+            name = share or f"batch-{next(self._batch_ids)}"
+            made = self._group(turn, 1, seed, sampling, turn.max_tokens, name, adapter)
             made.hand_tokens = hand_new
             for params in made.sampling_params:
                 params.output_kind = RequestOutputKind.CUMULATIVE
@@ -281,7 +300,9 @@ class GenerationEngine:
         completed = iter(await self._complete([result for result in results if isinstance(result, _Group)]))
         return [next(completed) if isinstance(result, _Group) else result for result in results]
 
-    async def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    async def load_weights(
+        self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]], adapter: int = 0
+    ) -> None:
         """Put new weights in place between two steps and make ``version`` the policy version.
 
         ``named_tensors`` are the full, unsharded tensors by Hugging Face name, all that the checkpoint holds (a tied
@@ -296,7 +317,7 @@ class GenerationEngine:
         model directory.
         """
         if self._config.trainer.lora.sends_adapters:
-            await self._load_adapter(version, complete_adapter(named_tensors, self._adapters))
+            await self._load_adapter(version, complete_adapter(named_tensors, self._adapters), adapter)
             return
         tensors = complete_weights(named_tensors, self._expected, self._tied_head)
         if self._config.generator.engine.tensor_parallel_size == 1:
@@ -309,12 +330,12 @@ class GenerationEngine:
         finally:
             await asyncio.to_thread(staging.__exit__, None, None, None)
 
-    async def _load_adapter(self, version: int, tensors: dict[str, torch.Tensor]) -> None:
-        staging = staged_adapter(tensors, self._config.trainer.lora, self._dtype)
+    async def _load_adapter(self, version: int, tensors: dict[str, torch.Tensor], adapter: int) -> None:
+        staging = staged_adapter(tensors, self._configs[adapter].trainer.lora, self._dtype)
         directory = await asyncio.to_thread(staging.__enter__)
         try:
             done = _future()
-            self._post(lambda: self._put_adapter(version, directory, done), [done])
+            self._post(lambda: self._put_adapter(version, directory, adapter, done), [done])
             await self._answers([done])
         finally:
             await asyncio.to_thread(staging.__exit__, None, None, None)
@@ -348,7 +369,7 @@ class GenerationEngine:
         if why := self._differs(model_dir, config):
             return why
         self.abort()
-        self._config = config
+        self._config, self._configs = config, adapter_configs(config)
         try:
             await self.load_weights(0, checkpoint_tensors(model_dir))
         except ValueError as error:
@@ -378,10 +399,10 @@ class GenerationEngine:
             names.append(f"the model ({', '.join(changed[:3])}{', …' * (len(changed) > 3)})")
         return f"other {', '.join(names)}" if names else ""
 
-    async def relabel(self, version: int) -> None:
+    async def relabel(self, version: int, adapter: int = 0) -> None:
         """Make ``version`` the policy version of the weights that are in place. Raises as ``load_weights``."""
         done = _future()
-        self._post(lambda: self._label(version, done), [done])
+        self._post(lambda: self._label(version, done, adapter), [done])
         await self._answers([done])
 
     async def sleep(self) -> str:
@@ -417,9 +438,9 @@ class GenerationEngine:
         self._post(call, [done])
         await self._answers([done])
 
-    def abort(self) -> None:
-        """End all requests; their callers get GenerationError."""
-        self._post(lambda: self._abort(set(self._unfinished())), [])
+    def abort(self, adapter: int = 0) -> None:
+        """End all requests to a policy; their callers get GenerationError."""
+        self._post(lambda: self._abort({group for group in self._unfinished() if group.adapter == adapter}), [])
 
     def close(self, timeout_s: float = 30.0) -> None:
         """End all requests and the engine, its worker processes included. Safe to repeat.
@@ -435,14 +456,14 @@ class GenerationEngine:
     def stats(self) -> EngineStats:
         """Counts since the start; cheap, from any thread."""
         return EngineStats(
-            policy_version=self._policy_version,
+            policy_version=self.policy_version,
             num_running=len(self._running),
             num_waiting=len(self._pending),
             num_finished=self._num_finished,
             num_generated_tokens=self._num_generated_tokens,
             num_prompt_tokens=self._num_prompt_tokens,
             num_steps=self._num_steps,
-            num_weight_loads=self._num_weight_loads,
+            num_weight_loads=sum(self._num_loads),
             busy_s=self._busy_s,
             weight_load_s=self._weight_load_s,
         )
@@ -460,6 +481,7 @@ class GenerationEngine:
         sampling: SamplingConfig | None,
         max_tokens: int | None,
         share: str,
+        adapter: int,
     ) -> _Group:
         """``n`` samples of a prompt, or one of a turn; ValueError for a prompt that the engine cannot take."""
         from vllm import SamplingParams
@@ -477,7 +499,7 @@ class GenerationEngine:
             )
         if max(prompt.token_ids) >= self._vocab_size or min(prompt.token_ids) < 0:
             raise ValueError(f"prompt {prompt.position} has a token outside the vocabulary of {self._vocab_size}")
-        sampling = sampling or self._config.rollout.sampling
+        sampling = sampling or self._configs[adapter].rollout.sampling
         max_tokens = max_tokens or self._config.rollout.max_response_tokens
         if isinstance(prompt, Turn):
             seeds = [sample_seed(seed, prompt.position, prompt.sample_index, prompt.turn)]
@@ -505,7 +527,7 @@ class GenerationEngine:
                 )
                 for request_seed in seeds
             ]
-        return _Group(prompt, sampling_params, share)
+        return _Group(prompt, sampling_params, share, adapter)
 
     async def _complete(self, groups: list[_Group]) -> list[list[Completion] | ValueError]:
         """Send groups through the engine. They enter between the same two steps, in order."""
@@ -598,7 +620,7 @@ class GenerationEngine:
                 raise
             reason = "; ".join(str(problem["msg"]) for problem in error.errors())
             raise UserError(f"vLLM refuses the options of its engine: {reason}", "see generator.engine") from None
-        self._engine.set_weight_version(str(self._policy_version))
+        self._engine.set_weight_version(self._label_text)
         # It warns of modules without weights, rotary embeddings for one, at every update; complete_weights() checks.
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
         model = self._engine.model_config
@@ -618,6 +640,16 @@ class GenerationEngine:
                 [self._routes] = self._engine.collective_rpc(cast(Any, record_routes))
         if self._config.generator.engine.tensor_parallel_size > 1:  # processes of their own
             self._engine.collective_rpc(cast(Any, stand_by_worker))
+        if len(self._configs) > 1:
+            self._add_empty_adapters()
+
+    def _add_empty_adapters(self) -> None:
+        """Of several each has one before it has learned, too: on the CPU vLLM 0.32 takes the index of a request without
+        one, -1, for that of the last, and would answer with somebody else's."""
+        zeros = {name: torch.zeros(shape) for name, shape in self._adapters.items()}
+        for adapter, config in enumerate(self._configs):
+            with staged_adapter(zeros, config.trainer.lora, self._dtype) as directory:
+                self._add_adapter(directory, adapter)
 
     def _count_preemptions(self) -> None:
         """vLLM 0.32 counts them only where it logs all of its statistics, some of them at every token."""
@@ -646,12 +678,13 @@ class GenerationEngine:
         while self._pending and len(self._running) < self._max_num_seqs:
             group, index = self._pending.popleft()
             request_id = str(next(self._request_ids))
-            salt = f"weights-{self._num_weight_loads}/{group.share}"
+            salt = f"weights-{group.adapter}-{self._num_loads[group.adapter]}/{group.share}"
             try:
                 with _refusals(group.prompt):
                     prompt = tokens_input(group.prompt.token_ids, cache_salt=salt)
                     params = group.sampling_params[index]
-                    self._engine.add_request(request_id, prompt, params, lora_request=self._lora_request)
+                    lora_request = self._lora_requests.get(group.adapter)
+                    self._engine.add_request(request_id, prompt, params, lora_request=lora_request)
             except ValueError as error:
                 self._abort({group}, error)
                 continue
@@ -696,7 +729,7 @@ class GenerationEngine:
             token_ids=token_ids,
             logprobs=logprobs,
             finish_reason=sample.finish_reason,
-            policy_versions=(int(versions[0].version), int(versions[-1].version)),
+            policy_versions=(_version_in(versions[0], group.adapter), _version_in(versions[-1], group.adapter)),
             routes=sample.routed_experts if self._routes is None else self._routes.take(output.request_id),
         )
         if group.hand_tokens is not None:
@@ -719,22 +752,26 @@ class GenerationEngine:
         self._sleeping.make_room_for_weights()
         self._engine.collective_rpc("reload_weights", kwargs=arguments)
         self._sleeping.has_weights = True
-        self._num_weight_loads += 1
+        self._num_loads[0] += 1
         self._weight_load_s += time.perf_counter() - start
         self._label(version, done)
 
-    def _put_adapter(self, version: int, directory: Path, done: Future[Any]) -> None:
+    def _put_adapter(self, version: int, directory: Path, adapter: int, done: Future[Any]) -> None:
         """In the place of the one before: requests in flight go on with it."""
-        from vllm.lora.request import LoRARequest
-
         start = time.perf_counter()
         self._settle()
-        self._engine.add_lora(LoRARequest(adapter.NAME, adapter.ID, str(directory), load_inplace=True))
-        if self._lora_request is None:  # with load_inplace every step would read the folder
-            self._lora_request = LoRARequest(adapter.NAME, adapter.ID, str(directory))
-        self._num_weight_loads += 1
+        self._add_adapter(directory, adapter)
+        self._num_loads[adapter] += 1
         self._weight_load_s += time.perf_counter() - start
-        self._label(version, done)
+        self._label(version, done, adapter)
+
+    def _add_adapter(self, directory: Path, adapter: int) -> None:
+        from vllm.lora.request import LoRARequest
+
+        name, number = f"policy-{adapter}", adapter + 1  # vLLM counts them from 1
+        self._engine.add_lora(LoRARequest(name, number, str(directory), load_inplace=True))
+        if adapter not in self._lora_requests:  # with load_inplace every step would read the folder
+            self._lora_requests[adapter] = LoRARequest(name, number, str(directory))
 
     def _load_offer(self, offer: Offer, done: Future[Any]) -> None:
         start = time.perf_counter()
@@ -751,7 +788,7 @@ class GenerationEngine:
             done.set_result(str(error))
             return
         self._sleeping.has_weights = True
-        self._num_weight_loads += 1
+        self._num_loads[0] += 1
         self._weight_load_s += time.perf_counter() - start
         self._label(offer.version, done)
 
@@ -768,9 +805,14 @@ class GenerationEngine:
         except (ValueError, UserError) as error:
             done.set_exception(error)
 
-    def _label(self, version: int, done: Future[Any]) -> None:
-        self._engine.set_weight_version(str(version))
-        self._policy_version = version
+    @property
+    def _label_text(self) -> str:
+        """What vLLM notes of a token's weights: the versions of all policies, since it has one label for all."""
+        return ",".join(map(str, self._versions))
+
+    def _label(self, version: int, done: Future[Any], adapter: int = 0) -> None:
+        self._versions[adapter] = version
+        self._engine.set_weight_version(self._label_text)
         done.set_result(None)
 
     def _settle(self) -> None:
@@ -810,6 +852,11 @@ def _refusals(prompt: Prompt | Turn) -> Iterator[None]:
         yield
     except (VLLMClientError, ValueError) as error:
         raise ValueError(f"prompt {prompt.position}: vLLM refuses the request: {error}") from error
+
+
+def _version_in(span: Any, adapter: int) -> int:
+    """The version of a policy while some tokens were sampled."""
+    return int(span.version.split(",")[adapter])
 
 
 def said_text(tokenizer: Any, token_ids: Sequence[int], finish_reason: str, stop_reason: int | str | None) -> str:

@@ -15,6 +15,7 @@ from forge_hpc.observability.console import format_duration
 from forge_hpc.observability.jsonl import read_jsonl
 from forge_hpc.observability.tables import evaluation_table
 from forge_hpc.run_dir import RunDir
+from forge_hpc.sweep_dir import SweepDir
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +81,14 @@ def final_summary(run_dir: RunDir, wall_s: float | None = None) -> str:
     all_steps, evaluations = AllSteps(read_jsonl(run_dir.metrics)), read_evaluations(run_dir)
     figures = figures_of(all_steps, evaluations)
     status = run_dir.read_status()
-    steps = f" after {figures.num_steps} steps" if figures.num_steps or not evaluations else ""
+    adapters = SweepDir(run_dir.adapters)
+    says_steps = (figures.num_steps or not evaluations) and not adapters.exists
+    steps = f" after {figures.num_steps} steps" if says_steps else ""
     lines = [("run", f"{run_dir.name}: {status.state if status else 'unknown'}{steps}")]
     if status and status.message:
         lines.append(("message", status.message))
+    if adapters.exists:
+        lines += [("adapters" if index == 0 else "", row) for index, row in enumerate(_adapter_rows(adapters))]
     if figures.reward_first is not None:
         lines.append(("reward", _change(figures.reward_first, figures.reward_last, "first 5 steps", "last 5 steps")))
     elif figures.loss_first is not None:
@@ -106,6 +111,21 @@ def final_summary(run_dir: RunDir, wall_s: float | None = None) -> str:
     return "\n".join(f"{name:<10} {text}" for name, text in lines)
 
 
+def _adapter_rows(adapters: SweepDir) -> list[str]:
+    """What became of each of several adapters, in a line each."""
+    rows = []
+    for run, overrides in zip(adapters.runs, adapters.overrides(), strict=True):
+        status, figures = run.read_status(), read_figures(run)
+        row = f"{run.name} ({' '.join(overrides)}): {status.state if status else 'unknown'} after "
+        row += f"{figures.num_steps} steps"
+        if figures.accuracy_after is not None:
+            row += f", accuracy {_change(figures.accuracy_before, figures.accuracy_after, 'before', 'after')}"
+        elif figures.reward_last is not None:
+            row += f", reward {figures.reward_last:.3f}"
+        rows.append(row)
+    return rows
+
+
 def _lost_episodes(steps: AllSteps) -> str | None:
     """How many episodes were left out, where those were most of them."""
     num_failed, num_kept = steps.num_failed_episodes, steps.num_kept_episodes
@@ -120,7 +140,9 @@ def _lost_episodes(steps: AllSteps) -> str | None:
 def next_commands(run_dir: RunDir) -> list[str]:
     """Shell commands that make sense now."""
     path, export = shlex.quote(str(run_dir)), shlex.quote(str(run_dir.export))
-    commands = [f"{_tool('forge-hpc')} report {path}"]
+    several = SweepDir(run_dir.adapters).exists
+    what = f"compare {shlex.quote(str(run_dir.adapters))}" if several else f"report {path}"
+    commands = [f"{_tool('forge-hpc')} {what}"]
     if run_dir.tensorboard.is_dir():
         commands.append(f"{_tool('tensorboard')} --logdir {shlex.quote(str(run_dir.tensorboard))}")
     if run_dir.export.is_dir():

@@ -28,8 +28,9 @@ class WandbWriter(RemoteWriter):
             raise UserError("logging.wandb is true, but wandb is not installed", "pip install wandb") from None
         path, name = self._run_dir.path, self._run_dir.name
         settings = wandb.Settings(console="off", silent=True)
-        try:
-            return wandb.init(id=_run_id(self._run_dir), name=name, dir=str(path), resume="allow", settings=settings)
+        options: dict[str, Any] = {"resume": "allow", "reinit": "create_new", "settings": settings}
+        try:  # beside others of this process, where it has several
+            return wandb.init(id=_run_id(self._run_dir), name=name, dir=str(path), **options)
         except wandb.errors.UsageError as error:
             raise UserError(f"wandb does not start: {error}", "wandb login, or set WANDB_MODE=offline") from None
 

@@ -43,7 +43,7 @@ from forge_hpc.losses.top_entropy import entropy_threshold
 from forge_hpc.training.checkpointer import TrainerCheckpointer
 from forge_hpc.training.export import PeftAdapter, export_model
 from forge_hpc.training.flops import step_flops
-from forge_hpc.training.lora import init_adapters, merge_adapters
+from forge_hpc.training.lora import Bench, init_adapters, merge_adapters
 from forge_hpc.training.minibatches import minibatches
 from forge_hpc.training.shard import ModelShard
 
@@ -66,6 +66,8 @@ class TrainEngine(ModelShard, Stateful):
     Args:
         need: which of the run's models it is; None: its policy.
         available_bytes: as ``ModelShard``.
+        base: an engine beside which it trains adapters of its own, of the same shapes, on the same frozen weights. Both
+            have to be told when their turn begins (``take_turn``).
 
     Example:
         >>> init_distributed(store_path, rank=0, world_size=1, local_rank=0)
@@ -78,10 +80,17 @@ class TrainEngine(ModelShard, Stateful):
     """
 
     def __init__(
-        self, cfg: Config, model_dir: Path, need: ModelNeed | None = None, available_bytes: int | None = None
+        self,
+        cfg: Config,
+        model_dir: Path,
+        need: ModelNeed | None = None,
+        available_bytes: int | None = None,
+        base: TrainEngine | None = None,
     ) -> None:
         need = needs_of(cfg).models[POLICY] if need is None else need
-        super().__init__(cfg, model_dir, need, sampling_of(cfg, need), available_bytes)
+        super().__init__(cfg, model_dir, need, sampling_of(cfg, need), available_bytes, base)
+        self._bench: Bench = Bench(self.model) if base is None else base._bench
+        self.take_turn()
         self.step = 0
         """Steps done."""
         self.num_optimizer_steps = 0
@@ -117,6 +126,11 @@ class TrainEngine(ModelShard, Stateful):
                 "leave it at 1, or give the loss a parameter `weights` and have it multiply each token's policy term",
             )
         return a.top_entropy_quantile
+
+    def take_turn(self) -> None:
+        """Put its own adapters into the model, where another engine's are."""
+        if self.cfg.trainer.lora.enable:
+            self._bench.place(self, self.cfg.trainer.lora)
 
     # ---- training
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torchtitan.components.checkpointer.utils import canonical_fqn
@@ -35,18 +36,51 @@ def add_adapters(spec: ModelSpec, lora: LoRAConfig) -> ModelSpec:
 
 @torch.no_grad()
 def init_adapters(model: nn.Module, seed: int) -> None:
-    """Draw every A from the seed and its name: the same values on any number of ranks, however they are sharded.
+    """Draw every A from the seed and its name, the same values on any number of ranks, however sharded; every B is 0.
 
     On the CPU torch 2.13 draws each shard of a DTensor by itself, so that they would depend on the ranks.
     """
     for name, parameter in model.named_parameters():
+        if name.endswith(_B):
+            parameter.zero_()
         if name.endswith(_A):
             digest = hashlib.sha256(f"{seed}/{canonical_fqn(name)}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
             values = torch.empty(parameter.shape)
             nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            local.copy_(values[_local_slices(parameter)])
+            _local(parameter).copy_(values[_local_slices(parameter)])
+
+
+class Bench:
+    """Sets of adapters that take turns in one model, on one frozen base: one is in place, copies of the others wait.
+
+    The parameters stay what they are, so that each set has an optimizer of its own over the same ones. Adapters are
+    copied when another set's turn begins: some MB. Gradients are not: every optimizer step begins with none.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._placed: object = None
+        self._aside: dict[object, list[torch.Tensor]] = {}
+
+    @torch.no_grad()
+    def place(self, owner: object, lora: LoRAConfig) -> None:
+        """Put the set of ``owner`` into the model; one that was never there begins with what it finds."""
+        if self._placed is owner:
+            return
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what it has gathered of the adapters is the others'
+        trained = [_local(parameter) for parameter in self._model.parameters() if parameter.requires_grad]
+        if self._placed is not None:
+            self._aside[self._placed] = [tensor.clone() for tensor in trained]
+        for tensor, own in zip(trained, self._aside.pop(owner, trained), strict=True):
+            if own is not tensor:
+                tensor.copy_(own)
+        self._placed = owner
+        for module in self._model.modules():
+            if hasattr(module, _SCALING):
+                setattr(module, _SCALING, lora.alpha / lora.rank)
 
 
 @contextmanager
@@ -79,7 +113,7 @@ def merge_adapters(
     for prefix, (a, b) in adapters_of(state).items():
         a, b, weight = whole(a), whole(b), merged[f"{prefix}.weight"]
         rows, columns = _local_slices(weight)
-        local = weight.to_local() if isinstance(weight, DTensor) else weight
+        local = _local(weight)
         update = b[rows].float() @ a[:, columns].float()
         result = (local.float() + lora.alpha / lora.rank * update).to(weight.dtype)
         if in_place:
@@ -105,6 +139,11 @@ def adapters_of(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tens
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of it, on every rank. A collective call where it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of it that this rank holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _local_slices(tensor: torch.Tensor) -> tuple[slice, ...]:

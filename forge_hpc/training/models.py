@@ -29,12 +29,19 @@ class Models:
         needs: by name; there is a ``policy`` among them.
         directories: where the weights of each are, in Hugging Face format; where a name is missing, those of the
             policy.
+        base: those of another adapter, on whose base these train one of their own (``TrainEngine``).
 
     Raises:
         UserError: as ``check_models``; a model that cannot be trained here.
     """
 
-    def __init__(self, cfg: Config, needs: Mapping[str, ModelNeed], directories: Mapping[str, Path]) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        needs: Mapping[str, ModelNeed],
+        directories: Mapping[str, Path],
+        base: Models | None = None,
+    ) -> None:
         check_models(needs)
         places = {name: directories.get(name, directories[POLICY]) for name in needs}
         shares = {
@@ -48,7 +55,9 @@ class Models:
         """How the GPU is shared with a generator, in a line; empty where it is not."""
         available = Shape.of(cfg).activation_bytes(own) if len(own) > 1 else None
         self.trained = {
-            name: TrainEngine(cfg, place, need, available) for name, (place, need) in own.items() if need.trained
+            name: TrainEngine(cfg, place, need, available, base.policy if base is not None else None)
+            for name, (place, need) in own.items()
+            if need.trained
         }
         """Those that have an optimizer and stand in checkpoints."""
         sampling = sampling_of(cfg, needs[POLICY])
@@ -64,6 +73,10 @@ class Models:
     def policy(self) -> TrainEngine:
         """The model that is published and exported."""
         return self.trained[POLICY]
+
+    def take_turn(self) -> None:
+        """As ``TrainEngine.take_turn``, before whatever else is asked."""
+        self.policy.take_turn()
 
     def train_step(
         self, name: str, documents: Sequence[Document], *, update: bool, max_mismatch: float

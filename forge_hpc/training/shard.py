@@ -26,7 +26,8 @@ from forge_hpc.models.context import shared_rows
 from forge_hpc.models.device import local_device
 from forge_hpc.models.experts import replay_routes
 from forge_hpc.models.head import Truncation
-from forge_hpc.models.spec import load_hf_weights
+from forge_hpc.models.spec import ModelSpec, load_hf_weights
+from forge_hpc.sizing.microbatch import MicrobatchPlan
 from forge_hpc.training.build import Shape
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class ModelShard:
     Args:
         need: what it is.
         available_bytes: GPU memory for its activations (``Shape.activation_bytes``); None: what it leaves alone.
+        base: one whose model this is too.
 
     Raises:
         UserError: a model that cannot be trained here, or degrees that do not fit the number of ranks.
@@ -50,6 +52,7 @@ class ModelShard:
         need: ModelNeed,
         sampling: SamplingConfig,
         available_bytes: int | None = None,
+        base: ModelShard | None = None,
     ) -> None:
         self.cfg = cfg
         self.model_dir = model_dir
@@ -59,13 +62,19 @@ class ModelShard:
         self.parallel_dims = self.shape.dims
         self.temperature = sampling.temperature
         self.truncation = Truncation(sampling.min_p, sampling.top_k, sampling.top_p)
-        spec = self.shape.spec(model_dir)
-        if available_bytes is None:
-            available_bytes = self.shape.activation_bytes({"": (model_dir, need)})
-        self.microbatch = self.shape.plan(spec, available_bytes)
-        self.spec = self.shape.with_parts(spec, need)
-        self.model = self.shape.build(self.spec, need, self.microbatch.mode if need.trained else "none")
-        load_hf_weights(self.model, self.spec, model_dir, needs_head=not need.trained)
+        self.microbatch: MicrobatchPlan
+        self.spec: ModelSpec
+        self.model: Any
+        if base is not None:
+            self.microbatch, self.spec, self.model = base.microbatch, base.spec, base.model
+        else:
+            spec = self.shape.spec(model_dir)
+            if available_bytes is None:
+                available_bytes = self.shape.activation_bytes({"": (model_dir, need)})
+            self.microbatch = self.shape.plan(spec, available_bytes)
+            self.spec = self.shape.with_parts(spec, need)
+            self.model = self.shape.build(self.spec, need, self.microbatch.mode if need.trained else "none")
+            load_hf_weights(self.model, self.spec, model_dir, needs_head=not need.trained)
         # Other models than the policy choose for themselves: the generator's experts are not theirs.
         self._replays_routes = cfg.algorithm.routing_replay and need.trained and self.spec.has_logprobs
         if self._replays_routes and not self.spec.is_moe:

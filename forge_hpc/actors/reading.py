@@ -1,0 +1,133 @@
+"""How a generator takes the versions of one policy: out of the trainers' memory where it can, else from the store."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Hashable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from forge_hpc.config import Config
+
+if TYPE_CHECKING:
+    from forge_hpc.generation import GenerationEngine
+    from forge_hpc.weights import LinkReader, Offer, RemoteReader, StoreSpec
+    from forge_hpc.wire.tls import Certificates
+
+logger = logging.getLogger(__name__)
+
+
+class PolicyReader:
+    """Reads the versions of a policy into an engine.
+
+    Args:
+        adapter: which of the engine's policies it is.
+    """
+
+    def __init__(self, engine: GenerationEngine, config: Config, log_dir: Path, adapter: int = 0) -> None:
+        self._engine = engine
+        self._config = config
+        self._log_dir = log_dir
+        self._adapter = adapter
+        self._links: LinkReader | None = None
+        self._unlinked: Hashable = None  # trainers with which NCCL did not work
+        self._remote: RemoteReader | None = None
+        self._loading = asyncio.Lock()  # what was received is read before the next is
+        self._proven: Hashable = None  # the trainers whose offers could be read,
+        self._unreachable: Hashable = None  # and those whose could not
+        self._waits_for_store = False
+
+    async def load(self, store: StoreSpec | None, version: int, offer: Offer | None, again: bool) -> str | None:
+        """As ``Generator.load``."""
+        from forge_hpc.weights import Unreachable, pull, reads_shared_memory
+
+        if again and not self._waits_for_store:
+            return ""
+        if offer is None:
+            assert store is not None, "what is not offered is in the store"
+            tensors = await pull(store, version)
+            await self._engine.load_weights(version, tensors.items(), self._adapter)
+            self._waits_for_store = False
+            return "shared memory" if reads_shared_memory(store) else "messages"
+        self._waits_for_store = True
+        try:
+            if self._unreachable == offer.origin:
+                return None
+            async with self._loading:
+                way = await self._load_offer(offer)
+        except Unreachable as error:
+            logger.warning("the trainers' memory cannot be read from here, the store serves: %s", error)
+            if offer.origin != self._proven:
+                self._unreachable = offer.origin
+            return None
+        self._proven = offer.origin
+        self._waits_for_store = False
+        return way
+
+    async def _load_offer(self, offer: Offer) -> str:
+        """Raises Unreachable."""
+        from forge_hpc.models.device import device_type
+        from forge_hpc.weights import Unreachable
+
+        if offer.is_within_reach(device_type()):
+            await self._load_here(offer)
+            return "CUDA IPC" if device_type() == "cuda" else "shared memory"
+        if not offer.has_streams:
+            raise Unreachable("another host or device")
+        local, way = await asyncio.to_thread(self._receive, offer)
+        await self._load_here(local)
+        return way
+
+    def _receive(self, offer: Offer) -> tuple[Offer, str]:
+        """Bring an offer of another host here, and how. Raises Unreachable."""
+        from forge_hpc.weights import Unreachable
+        from forge_hpc.wire.tls import Certificates
+
+        if (certificates := Certificates.from_environment()) is None:
+            raise Unreachable("another host, and no certificates here")
+        start = time.perf_counter()
+        local, num_bytes, way = self._bring(offer, certificates)
+        duration, whole = time.perf_counter() - start, sum(part.handle.num_bytes for part in local.parts)
+        figures = offer.version, num_bytes / 1e6, whole / 1e6, duration, way
+        logger.info("version %d: %.1f of %.1f MB came in %.3f s by %s", *figures)
+        return local, way
+
+    def _bring(self, offer: Offer, certificates: Certificates) -> tuple[Offer, int, str]:
+        """Raises Unreachable."""
+        from forge_hpc.weights import LinkReader, RemoteReader, Unreachable, links_dir
+
+        if self._config.generator.weight_transport == "nccl" and self._unlinked != offer.origin:
+            import torch
+
+            if self._links is None:
+                device = torch.device("cuda", torch.cuda.current_device())
+                self._links = LinkReader(certificates, links_dir(self._log_dir), device)
+            try:
+                return *self._links.receive(offer), "NCCL"
+            except Unreachable as error:
+                logger.warning("no weights over NCCL, TLS streams serve: %s", error)
+                self._unlinked = offer.origin
+        if self._remote is None:
+            self._remote = RemoteReader(certificates)
+        return *self._remote.receive(offer), "TLS streams"
+
+    async def _load_here(self, offer: Offer) -> None:
+        """Raises Unreachable."""
+        from forge_hpc.models.device import device_type
+        from forge_hpc.weights import opened
+
+        if device_type() == "cuda" and not self._config.trainer.lora.sends_adapters:
+            await self._engine.load_offer(offer)
+            return
+        with opened(offer) as weights:
+            weights.verify()
+            tensors = {name: weights.tensor(name) for name in offer.shapes}
+            await self._engine.load_weights(offer.version, tensors.items(), self._adapter)
+
+    def close(self) -> None:
+        """Close what is open to the trainers."""
+        for reader in (self._links, self._remote):
+            if reader is not None:
+                reader.close()

@@ -1,0 +1,269 @@
+"""Several adapters at once on one base: each learns what a run of it alone learns, to the last bit."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from runs import DEMO, REWARD, read, run_local, small_run, start_local, status, wait_for
+from safetensors.torch import load_file
+from test_generation import GREEDY, prompts, tiny_config
+from tiny_models import random_documents
+
+from forge_hpc.cli import main
+from forge_hpc.config import UserError, load_config, read_config, validate
+from forge_hpc.config.adapters import adapter_configs
+from forge_hpc.config.load import override_of
+from forge_hpc.config.schema import Config
+from forge_hpc.data.builtin import write_tiny_qwen3
+from forge_hpc.data.types import Completion
+from forge_hpc.generation import GenerationEngine
+from forge_hpc.sweep_dir import SweepDir
+from forge_hpc.training.distributed import init_distributed
+from forge_hpc.training.engine import TrainEngine
+
+VARIED = ["seed=3 trainer.optimizer.lr=1e-2", "seed=4 trainer.optimizer.lr=3e-2 trainer.lora.alpha=4"]
+ADAPTERS = ["trainer.lora.enable=true", "trainer.lora.rank=4", "trainer.lora.publish=adapters"]
+TIMES = ("wall_time", "time/", "perf/", "time_s")
+"""What no two runs have in common."""
+
+
+@pytest.fixture(scope="module")
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """As everywhere, but that vLLM ends the default group with its engine."""
+    init_distributed(tmp_path_factory.mktemp("store") / "store", rank=0, world_size=1, local_rank=0, timeout_s=60)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    return write_tiny_qwen3(directory, seed=0, dim=64, hidden_dim=128, tie_word_embeddings=True)
+
+
+def config() -> Config:
+    cfg = tiny_config()
+    cfg.rollout.max_prompt_tokens, cfg.rollout.max_response_tokens = 8, 16
+    cfg.trainer.lora.enable, cfg.trainer.lora.publish, cfg.trainer.lora.rank = True, "adapters", 4
+    cfg.trainer.lora.sweep = list(VARIED)
+    cfg.trainer.training.seq_len = 64
+    cfg.checkpoint.async_save = False
+    return cfg
+
+
+def trained(engine: TrainEngine) -> dict[str, torch.Tensor]:
+    engine.take_turn()
+    return {name: tensor.clone() for name, tensor in engine.published(cast=False).items()}
+
+
+def step(engine: TrainEngine, number: int) -> dict[str, float]:
+    engine.take_turn()
+    return engine.train_step(random_documents(9, seed=number))
+
+
+# ---- trainers
+
+
+def test_adapters_that_take_turns_on_one_base_learn_what_each_learns_alone(
+    process_group: None, model_dir: Path, tmp_path: Path
+) -> None:
+    configs = adapter_configs(config())
+    alone = []
+    for cfg in configs:
+        engine = TrainEngine(cfg, model_dir)
+        alone.append(([step(engine, n) for n in range(4)], trained(engine)))
+    first = TrainEngine(configs[0], model_dir)
+    second = TrainEngine(configs[1], model_dir, base=first)
+    assert second.model is first.model  # no second copy of anything
+    together: list[list[dict[str, float]]] = [[], []]
+    for number in range(2):
+        together[0].append(step(first, number))
+        together[1].append(step(second, number))
+    for name, engine in (("first", first), ("second", second)):
+        engine.take_turn()
+        engine.save(tmp_path / name / "trainer")
+    for number in (2, 3):  # the other way round
+        together[1].append(step(second, number))
+        together[0].append(step(first, number))
+    for engine, metrics, (own_metrics, own) in zip((first, second), together, alone, strict=True):
+        assert metrics == own_metrics  # to the last bit
+        found = trained(engine)
+        assert all(torch.equal(found[name], own[name]) for name in own)
+    for name, engine in (("first", first), ("second", second)):
+        engine.take_turn()
+        engine.load(tmp_path / name / "trainer")
+    for engine, (own_metrics, own) in zip((second, first), reversed(alone), strict=True):
+        assert [step(engine, number) for number in (2, 3)] == own_metrics[2:]
+        assert all(torch.equal(tensor, own[name]) for name, tensor in trained(engine).items())
+
+
+# ---- generators
+
+
+def answer(engine: GenerationEngine, adapter: int = 0, seed: int = 1) -> list[Completion]:
+    call = engine.generate_batch(prompts(3), 2, seed=seed, sampling=None if seed > 1 else GREEDY, adapter=adapter)
+    return [completion for group in asyncio.run(call) for completion in group]  # type: ignore[union-attr]
+
+
+def test_an_engine_of_several_adapters_answers_with_the_one_that_is_asked(process_group: None, model_dir: Path) -> None:
+    configs = adapter_configs(config())
+    published = []
+    for cfg in configs:
+        trainer = TrainEngine(cfg, model_dir)
+        for number in range(3):
+            step(trainer, number)
+        published.append(trained(trainer))
+    engine = GenerationEngine(model_dir, config(), device="cpu")
+    try:
+        base = answer(engine)
+        assert [c.token_ids for c in answer(engine, 1)] == [c.token_ids for c in base]
+        asyncio.run(engine.load_weights(7, published[1].items(), 1))
+        assert [c.policy_versions for c in answer(engine, 1)] == [(7, 7)] * 6
+        assert [c.token_ids for c in answer(engine, 0)] == [c.token_ids for c in base]  # the other is as it was
+        assert [c.policy_versions for c in answer(engine, 0)] == [(0, 0)] * 6
+
+        def mixed() -> list[list[list[int]]]:
+            """What both answer where they are asked at once."""
+
+            async def ask() -> list[Any]:
+                calls = (engine.generate_batch(prompts(3), 2, seed=1, sampling=GREEDY, adapter=n) for n in (0, 1))
+                return await asyncio.gather(*calls)
+
+            return [[c.token_ids for group in groups for c in group] for groups in asyncio.run(ask())]
+
+        assert mixed() == [[c.token_ids for c in base], [c.token_ids for c in answer(engine, 1)]]
+        asyncio.run(engine.load_weights(3, published[0].items(), 0))
+        together = [answer(engine, adapter, seed) for adapter in (0, 1) for seed in (1, 2)]
+        assert mixed() == [[c.token_ids for c in together[number]] for number in (0, 2)]
+        asyncio.run(engine.relabel(4, 0))
+        assert {c.policy_versions for c in answer(engine, 0)} == {(4, 4)}
+    finally:
+        engine.close()
+    for number, cfg in enumerate(configs):
+        engine = GenerationEngine(model_dir, cfg, device="cpu")
+        try:
+            asyncio.run(engine.load_weights(1, published[number].items()))
+            for seed in (1, 2):
+                ours, theirs = together[2 * number + seed - 1], answer(engine, 0, seed)
+                assert [c.token_ids for c in ours] == [c.token_ids for c in theirs]
+                assert [c.logprobs for c in ours] == [c.logprobs for c in theirs]  # to the last bit
+        finally:
+            engine.close()
+
+
+# ---- configuration
+
+
+def test_the_configuration_of_an_adapter_is_that_of_a_run_of_it_alone() -> None:
+    cfg = load_config(DEMO, [*ADAPTERS, override_of("trainer.lora.sweep", VARIED)])
+    for item, own in zip(VARIED, adapter_configs(cfg), strict=True):
+        assert own == load_config(DEMO, [*ADAPTERS, *item.split()])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["trainer.lora.publish=merged"], "generators hold several adapters, and they get merged weights"),
+        (["trainer.lora.sweep=['trainer.lora.rank=8']"], "cannot differ in trainer.lora.rank"),
+        (["trainer.lora.sweep=['data.split=test']"], "cannot differ in data.split"),
+        (["trainer.lora.sweep=['sede=1']"], "unknown key sede"),
+        (["trainer.lora.sweep=['rollout.group_size=1']"], "rollout.group_size is 1"),
+        (["generator.weight_transport=nccl"], "weight_transport=nccl"),
+        (["recipe=ppo"], "it has 'critic' beside the policy"),
+        (["recipe=sft"], "it does not generate beside its training"),
+    ],
+)
+def test_what_adapters_on_one_base_cannot_do_is_refused(overrides: list[str], words: str) -> None:
+    sweep = override_of("trainer.lora.sweep", VARIED)
+    with pytest.raises(UserError, match=words):
+        validate(load_config(DEMO, [*ADAPTERS, sweep, *overrides]), check_paths=False)
+
+
+def test_a_sweep_with_one_base_is_one_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    command = ["submit", "--cluster", "local", "--config", str(DEMO), "--dry-run", "--run-dir", str(tmp_path / "run")]
+    sweep = ["--sweep", "seed=0,1", "trainer.optimizer.lr=1e-3,1e-4", "--one-base"]
+    assert main([*command, *ADAPTERS, *sweep]) == 0
+    assert main([*command, *sweep]) == 2
+    assert "set trainer.lora.enable=true and trainer.lora.publish=adapters" in capsys.readouterr().err
+    assert main([*command, *ADAPTERS, "--one-base"]) == 2
+    assert "--one-base is for the adapters of a --sweep" in capsys.readouterr().err
+
+
+# ---- whole runs
+
+
+def figures(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """What the run computed."""
+    return [
+        {key: value for key, value in record.items() if not key.startswith(TIMES)} for record in read(run_dir, name)
+    ]
+
+
+def overrides_of(tmp_path: Path, *more: str) -> list[str]:
+    model = tmp_path / "model"
+    if not model.exists():
+        write_tiny_qwen3(model, seed=0)
+    common = [f"model.path={model}", "trainer.optimizer.lr=1e-2", "rollout.prompts_per_step=4", *ADAPTERS]
+    return [*small_run(tmp_path, 4, REWARD), *common, *more]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_in_a_run_of_several_adapters_none_sees_the_others(tmp_path: Path) -> None:
+    run_dir, sweep = tmp_path / "run", ["seed=5", "seed=6", "seed=5"]
+    small = ["evaluation.num_prompts=4", "trainer.training.steps=2", override_of("trainer.lora.sweep", sweep)]
+    result = run_local(run_dir, overrides_of(tmp_path, *small))
+    assert result.returncode == 0, result.stdout + result.stderr
+    first, other, third = (SweepDir(run_dir / "adapters").run(number).path for number in range(3))
+    assert [record["step"] for record in figures(first)] == [1, 2]
+    assert figures(first) == figures(third) != figures(other)
+    assert figures(first, "evaluations.jsonl") == figures(third, "evaluations.jsonl")
+    assert all(status(path)["state"] == "completed" for path in (run_dir, first, other, third))
+    assert status(run_dir)["step"] == status(other)["step"] == 2
+    exports = [load_file(path / "export" / "adapter" / "adapter_model.safetensors") for path in (first, third)]
+    assert all(torch.equal(exports[0][name], exports[1][name]) for name in exports[0])
+
+
+@pytest.mark.training
+@pytest.mark.timeout(3000)
+def test_a_run_of_several_adapters_learns_what_each_learns_alone_also_across_a_preemption(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = overrides_of(tmp_path, override_of("trainer.lora.sweep", VARIED))
+    process = start_local(run_dir, arguments)
+    wait_for(lambda: len(read(run_dir / "adapters/1")) > 1, "a second step", 900)
+    process.terminate()
+    out, err = process.communicate(timeout=600)
+    assert process.returncode != 0, out + err
+    result = run_local(run_dir, [], timeout_s=1200)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for number, item in enumerate(VARIED):
+        alone = tmp_path / f"alone{number}"
+        result = run_local(alone, overrides_of(tmp_path, *item.split()), timeout_s=1200)
+        assert result.returncode == 0, result.stdout + result.stderr
+        adapter = run_dir / "adapters" / str(number)
+        for name in ("metrics.jsonl", "evaluations.jsonl"):
+            assert figures(adapter, name) == figures(alone, name), (number, name)
+        ours, theirs = (load_file(path / "export/model.safetensors") for path in (adapter, alone))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        assert json.loads((adapter / "status.json").read_text())["state"] == "completed"
+        before, after = read_config(alone / "config.yaml"), read_config(adapter / "config.yaml")
+        assert before.trainer == after.trainer and before.seed == after.seed
+
+
+@pytest.mark.training
+@pytest.mark.timeout(1500)
+def test_an_adapter_that_diverges_keeps_no_other_from_its_end_and_fails_the_run(tmp_path: Path) -> None:
+    run_dir, sweep = tmp_path / "run", ["seed=5", "trainer.optimizer.lr=1e30"]
+    result = run_local(run_dir, overrides_of(tmp_path, override_of("trainer.lora.sweep", sweep)), timeout_s=1200)
+    assert result.returncode == 1
+    assert "adapter 1 (trainer.optimizer.lr=1e30)" in result.stdout + result.stderr
+    assert status(run_dir)["state"] == "failed" and status(run_dir / "adapters/1")["state"] == "failed"
+    assert status(run_dir / "adapters/0")["state"] == "completed" and len(read(run_dir / "adapters/0")) == 4
