@@ -260,7 +260,7 @@ def test_every_key_of_the_schema_can_be_overridden():
     for key in keys:
         try:
             lists = ["data.sources=[{path: a}]", "sources=[{name: a}]", "algorithm.sft.sources=[{path: a}]"]
-            lists += ["evaluation.sets=[{label: a, reward: [{name: exact}]}]"]
+            lists += ["evaluation.sets=[{label: a, reward: [{name: exact}]}]", "served=[{name: a}]"]
             load_config(None, [*lists, f"{key}={{not: [a, scalar]}}"])
         except UserError as error:
             assert "must be" in error.message and key in error.message

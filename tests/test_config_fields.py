@@ -36,7 +36,13 @@ def test_the_page_of_all_keys_is_what_the_schema_says():
 
 def test_each_key_has_one_rule_however_it_is_reached():
     sets = "evaluation.sets=[{label: a, reward: [{name: exact}]}]"
-    lists = ["data.sources=[{path: a}]", "sources=[{name: a}]", "algorithm.sft.sources=[{path: a}]", sets]
+    lists = [
+        "data.sources=[{path: a}]",
+        "sources=[{name: a}]",
+        "algorithm.sft.sources=[{path: a}]",
+        sets,
+        "served=[{name: a}]",
+    ]
     cfg = load_config(None, lists)
     by_walk = {key: rule for key, _, rule in walk(cfg)}
     assert set(by_walk) == set(all_keys())

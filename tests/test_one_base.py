@@ -178,6 +178,7 @@ def test_the_configuration_of_an_adapter_is_that_of_a_run_of_it_alone() -> None:
         (["trainer.lora.sweep=['rollout.group_size=1']"], "rollout.group_size is 1"),
         (["generator.weight_transport=nccl"], "weight_transport=nccl"),
         (["recipe=ppo"], "it has 'critic' beside the policy"),
+        (['served=[{name: judge, path: "builtin:qwen3-tiny"}]'], "served models stand beside one run"),
         (["recipe=sft"], "it does not generate beside its training"),
     ],
 )

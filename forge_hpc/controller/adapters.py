@@ -138,8 +138,8 @@ class AdapterSessions:
         for number, own in enumerate(configs):
             status = _AdapterStatus(self._sweep.run(number), self, number)
             self._statuses.append(status)
-            log_dir, *rest = self._where
-            session = Session(own, self._sweep.run(number), log_dir, *rest, status, base=base, adapter=number)
+            run_dir = self._sweep.run(number)
+            session = Session(own, run_dir, *self._where, status, base=base, adapter=number)
             self._sessions.append(session)
         self._sessions[0].phases = self.phases
 
