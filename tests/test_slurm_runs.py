@@ -117,6 +117,7 @@ def test_a_job_comes_back_after_preemption_and_after_its_controller_died(
     assert not left_over(run_dir)
 
 
+@pytest.mark.training  # two starts
 def test_a_preemption_amid_an_agents_episodes_requeues_the_job_and_every_episode_is_trained_once(
     slurm_cluster: SlurmCluster, tmp_path: Path
 ) -> None:
