@@ -117,6 +117,7 @@ def test_a_job_comes_back_after_preemption_and_after_its_controller_died(
     assert not left_over(run_dir)
 
 
+@pytest.mark.training  # two starts
 def test_a_preemption_amid_an_agents_episodes_requeues_the_job_and_every_episode_is_trained_once(
     slurm_cluster: SlurmCluster, tmp_path: Path
 ) -> None:
@@ -126,13 +127,13 @@ def test_a_preemption_amid_an_agents_episodes_requeues_the_job_and_every_episode
     command += ["sbatch/grpo.sh", "--config", str(AGENT_DEMO), "--run-dir", str(run_dir)]
     command += [*branching_run(tmp_path, steps), "evaluation.num_prompts=0"]
     job = slurm_cluster.run(*command, env=environment(slurm_cluster), cwd=PROJECT).stdout.strip()
-    wait_for(lambda: len(read(run_dir)) >= 1 and num_under_way(tmp_path) > 0, "episodes of a later step", 300)
+    wait_for(lambda: len(read(run_dir)) >= 1 and num_under_way(tmp_path) > 0, "episodes of a later step", 600)
     urgent = ["sbatch", "--wait", "--partition=urgent", "--nodes=4", "--exclusive", "--wrap=true"]
     slurm_cluster.run(*urgent, f"--output={tmp_path}/urgent.out", env=environment(slurm_cluster), timeout_s=120)
     [end] = ends(run_dir)
     assert (end["state"], end["cause"]) == ("preempted", "preempted"), log(run_dir)
     assert 1 <= end["step"] == len(read(run_dir)) < steps, "the last step was saved"
-    wait_for(lambda: slurm_cluster.job(job)["JobState"] in ("COMPLETED", "FAILED"), "the end", 400)
+    wait_for(lambda: slurm_cluster.job(job)["JobState"] in ("COMPLETED", "FAILED"), "the end", 600)
     assert status(run_dir)["state"] == "completed", log(run_dir)
     assert slurm_cluster.job(job)["Restarts"] == "1"
     check_branching_run(run_dir, steps)

@@ -118,7 +118,7 @@ def line_chart(lines: Sequence[Line], marks: Sequence[Mark] = (), *, names: bool
 def interval_chart(lines: Sequence[Line], marks: Sequence[Mark] = ()) -> str:
     """Points with their intervals, joined; those of several lines at one step stand beside each other."""
     steps = [x for line in lines for x in line.x]
-    between = 0.01 * (max(steps) - min(steps))
+    between = 0.01 * (max(steps, default=0) - min(steps, default=0))
     with _figure(NARROW) as (figure, render):
         axes = figure.subplots()
         for index, line in enumerate(lines):
