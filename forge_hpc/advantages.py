@@ -113,7 +113,7 @@ def gdpo(groups: Sequence[Terms]) -> list[np.ndarray]:
     Args:
         groups: of a step. Returns [G_k] float32 for each; a group in which no reward differs gets zeros.
     """
-    summed = [sum(weight * _normalized(rewards) for weight, rewards in terms.values()) for terms in groups]
+    summed = [np.sum([w * _normalized(rewards) for w, rewards in terms.values()], axis=0) for terms in groups]
     std = np.concatenate(summed).std()
     return [(values / (std + _EPS)).astype(np.float32) for values in summed]
 

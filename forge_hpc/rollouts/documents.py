@@ -61,7 +61,10 @@ def to_documents(
 def documents_of(episode: Episode, drop_truncated: bool = False) -> list[Document]:
     """One document, and of an agent one more for each further branch of its conversations; with ``drop_truncated`` of
     those alone that no limit on tokens cut off."""
-    parts = [(episode.prompt.token_ids, episode.completion), *(([], branch) for branch in episode.branches)]
+    parts: list[tuple[list[int], Completion]] = [
+        (episode.prompt.token_ids, episode.completion),
+        *(([], branch) for branch in episode.branches),
+    ]
     return [
         _document(episode, prompt, completion)
         for prompt, completion in parts
