@@ -134,8 +134,8 @@ def server(folder: Path, tmp_path: Path) -> Iterator[Server]:
     directory = tmp_path / "server"
     directory.mkdir()
     found = Server(venv / "bin/python", directory)
-    found.start()
     try:
+        found.start()
         yield found
     finally:
         found.kill()

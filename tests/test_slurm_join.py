@@ -93,6 +93,8 @@ def test_a_run_is_joined_by_two_generators_and_loses_nothing_when_they_are_kille
     assert "has ended: it is completed" in forge(slurm_cluster, "join", str(run_dir), check=False)
 
 
+@pytest.mark.training  # three engines, one after another
+@pytest.mark.timeout(1800)
 def test_jobs_of_an_array_lend_one_after_another_to_a_run_that_is_a_task_of_one(
     slurm_cluster: SlurmCluster, tmp_path: Path
 ) -> None:
@@ -103,13 +105,13 @@ def test_jobs_of_an_array_lend_one_after_another_to_a_run_that_is_a_task_of_one(
     run_dir = tmp_path / "sweep/0"
     run_job = status(run_dir)["job_id"]
     assert run_job.endswith("_0")
-    wait_for(lambda: read(run_dir), "the first step", 300)
+    wait_for(lambda: read(run_dir), "the first step", 600)
 
     said = forge(slurm_cluster, "join", run_job, "--array", "2", "--at-once", "1")
     assert f"lends          1 generator on 1 node in each of 2 jobs to {run_dir}\n" in said
     lender = said.split("job array", 1)[1].split()[0]
     for task in (f"{lender}_0", f"{lender}_1"):
-        wait_for(lambda: status(run_dir)["lent"] == 1, f"the generator of {task}", 300)
+        wait_for(lambda: status(run_dir)["lent"] == 1, f"the generator of {task}", 600)
         assert f"lent       1 generator; job {task} RUNNING, on " in forge(slurm_cluster, "status", run_job)
         assert f"job {task}: lent to {run_dir}" in (run_dir / f"lent/lender-{task}.out").read_text()
         if task.endswith("_0"):

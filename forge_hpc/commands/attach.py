@@ -11,7 +11,7 @@ from forge_hpc.control import find_run
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     add_run_dir(parser)
-    parser.add_argument("--node", metavar="NAME|N", help="node of the job, or its number; default the first, 0")
+    parser.add_argument("--node", metavar="NAME|N", help="its name, or its number as stacks has it; default 0")
     parser.add_argument("command", nargs="*", metavar="COMMAND", help="after --: run this in place of a shell")
 
 

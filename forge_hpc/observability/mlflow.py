@@ -43,9 +43,14 @@ class MlflowWriter(RemoteWriter):
             raise UserError(
                 "logging.mlflow is true, but mlflow is not installed", "pip install mlflow-skinny"
             ) from None
+        logging.getLogger("urllib3.connectionpool").addFilter(_is_not_ours)  # it warns of each of the client's tries
         run = _Run(mlflow, self._run_dir)
         run.catch_up(self._resume_step)
         return run
+
+
+def _is_not_ours(record: logging.LogRecord) -> bool:
+    return record.threadName != MlflowWriter.NAME
 
 
 class _Run:
