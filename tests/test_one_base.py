@@ -228,6 +228,7 @@ def test_in_a_run_of_several_adapters_none_sees_the_others(tmp_path: Path) -> No
     assert figures(first, "evaluations.jsonl") == figures(third, "evaluations.jsonl")
     assert all(status(path)["state"] == "completed" for path in (run_dir, first, other, third))
     assert status(run_dir)["step"] == status(other)["step"] == 2
+    assert "1 (seed=6): completed after 2 steps" in result.stdout
     exports = [load_file(path / "export" / "adapter" / "adapter_model.safetensors") for path in (first, third)]
     assert all(torch.equal(exports[0][name], exports[1][name]) for name in exports[0])
 
