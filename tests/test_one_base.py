@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,10 @@ def test_an_engine_of_several_adapters_answers_with_the_one_that_is_asked(proces
         assert mixed() == [[c.token_ids for c in together[number]] for number in (0, 2)]
         asyncio.run(engine.relabel(4, 0))
         assert {c.policy_versions for c in answer(engine, 0)} == {(4, 4)}
+        diverged = {name: 1e30 * tensor for name, tensor in published[1].items()}
+        asyncio.run(engine.load_weights(8, diverged.items(), 1))
+        assert not all(math.isfinite(value) for c in answer(engine, 1) for value in c.logprobs)
+        assert [c.logprobs for c in answer(engine, 0)] == [c.logprobs for c in together[0]]  # not touched by it
     finally:
         engine.close()
     for number, cfg in enumerate(configs):
