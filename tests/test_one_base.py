@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,10 @@ def test_an_engine_of_several_adapters_answers_with_the_one_that_is_asked(proces
         assert mixed() == [[c.token_ids for c in together[number]] for number in (0, 2)]
         asyncio.run(engine.relabel(4, 0))
         assert {c.policy_versions for c in answer(engine, 0)} == {(4, 4)}
+        diverged = {name: 1e30 * tensor for name, tensor in published[1].items()}
+        asyncio.run(engine.load_weights(8, diverged.items(), 1))
+        assert not all(math.isfinite(value) for c in answer(engine, 1) for value in c.logprobs)
+        assert [c.logprobs for c in answer(engine, 0)] == [c.logprobs for c in together[0]]  # not touched by it
     finally:
         engine.close()
     for number, cfg in enumerate(configs):
@@ -229,6 +234,7 @@ def test_in_a_run_of_several_adapters_none_sees_the_others(tmp_path: Path) -> No
     assert figures(first, "evaluations.jsonl") == figures(third, "evaluations.jsonl")
     assert all(status(path)["state"] == "completed" for path in (run_dir, first, other, third))
     assert status(run_dir)["step"] == status(other)["step"] == 2
+    assert "1 (seed=6): completed after 2 steps" in result.stdout
     exports = [load_file(path / "export" / "adapter" / "adapter_model.safetensors") for path in (first, third)]
     assert all(torch.equal(exports[0][name], exports[1][name]) for name in exports[0])
 

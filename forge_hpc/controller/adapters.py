@@ -138,8 +138,7 @@ class AdapterSessions:
         for number, own in enumerate(configs):
             status = _AdapterStatus(self._sweep.run(number), self, number)
             self._statuses.append(status)
-            run_dir = self._sweep.run(number)
-            session = Session(own, run_dir, *self._where, status, base=base, adapter=number)
+            session = Session(own, self._sweep.run(number), *self._where, status, base=base, adapter=number)
             self._sessions.append(session)
         self._sessions[0].phases = self.phases
 

@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import queue
 import threading
 import time
@@ -133,6 +134,8 @@ class GenerationEngine:
         self._configs = adapter_configs(config)
         self._versions = [policy_version] * len(self._configs)
         self._num_loads = [0] * len(self._configs)
+        self._is_tainted = False
+        """One of several adapters has left what is not finite in the KV cache, where 0 times it is not 0 for others."""
         self._arguments = engine_arguments(model_dir, config, device)
         self._model = model_files(model_dir)
         self._expected = checkpoint_shapes(model_dir)
@@ -675,6 +678,12 @@ class GenerationEngine:
         """
         from vllm.inputs.engine import tokens_input
 
+        if self._is_tainted and self._pending:
+            if self._running:
+                return
+            self._engine.reset_prefix_cache()
+            self._engine.collective_rpc(cast(Any, clear_kv_cache))
+            self._is_tainted = False
         while self._pending and len(self._running) < self._max_num_seqs:
             group, index = self._pending.popleft()
             request_id = str(next(self._request_ids))
@@ -722,6 +731,7 @@ class GenerationEngine:
         token_ids = list(sample.token_ids)
         logprobs = list(sample.logprobs.logprobs)
         assert len(logprobs) == len(token_ids)
+        self._is_tainted |= len(self._configs) > 1 and not all(map(math.isfinite, logprobs))
         versions = sample.weight_versions
         group.completions[index] = Completion(
             sample_index=group.prompt.sample_index if isinstance(group.prompt, Turn) else index,
@@ -852,6 +862,12 @@ def _refusals(prompt: Prompt | Turn) -> Iterator[None]:
         yield
     except (VLLMClientError, ValueError) as error:
         raise ValueError(f"prompt {prompt.position}: vLLM refuses the request: {error}") from error
+
+
+def clear_kv_cache(worker: Any) -> None:
+    """Called in each of vLLM's workers while there are no requests."""
+    for cache in worker.model_runner.kv_caches:
+        cache.zero_()
 
 
 def _version_in(span: Any, adapter: int) -> int:
