@@ -1,5 +1,5 @@
-"""Rows that several ranks share: who holds which slots, and four ranks against one. What two do is told in
-test_train_engine."""
+"""Rows that several ranks share: who holds which slots, four ranks against one, and two with what stands beside the
+policy. What two do by themselves is told in test_train_engine."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from forge_hpc.data.row_shares import pieces, row_shares
 from forge_hpc.data.types import Document
 from forge_hpc.training.distributed import init_distributed
 from forge_hpc.training.engine import TrainEngine
+from forge_hpc.training.frozen import FrozenModel
+from forge_hpc.training.models import Models
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -231,3 +233,82 @@ def test_ranks_that_share_rows_train_as_one_does(four_ranks: Path, case: str) ->
             torch.testing.assert_close(ours["gradients"][name], gradient, atol=1e-5, rtol=1e-5, msg=name)
         for actual, wanted in zip(ours["says"], expected["says"], strict=True):
             np.testing.assert_allclose(actual, wanted, atol=1e-5, rtol=0)
+
+
+# ---- two ranks: what stands beside the policy
+
+BESIDE = ("LoRA", "frozen reference", "LoRA critic", "frozen reward model")
+
+
+def beside(directory: Path, case: str, degree: int) -> dict[str, Any]:
+    """What two steps make of a policy and of what stands beside it, rows being shared by so many ranks."""
+    cfg = Config()
+    cfg.model.dtype = "float32"
+    cfg.algorithm.kl_coef = 0.5
+    cfg.reference.enable = True
+    cfg.trainer.optimizer.lr = 1e-2
+    cfg.trainer.lora.enable = case.startswith("LoRA")
+    cfg.trainer.lora.rank = 4
+    cfg.trainer.training.seq_len = 64
+    cfg.trainer.parallelism.context_parallel_degree = degree
+    found = documents()
+    if case == "frozen reward model":
+        need = ModelNeed(trained=False, head="value", path=str(directory / "reward"))
+        return {"says": FrozenModel(cfg, directory / "reward", need, cfg.rollout.sampling).values(found)}
+    needs = {"policy": ModelNeed(), "reference": ModelNeed(trained=False), "critic": ModelNeed(head="value")}
+    del needs["reference" if case == "LoRA critic" else "critic"]
+    models = Models(cfg, needs, {"policy": directory / "qwen3"})
+    name, result = "critic" if "critic" in needs else "policy", {"metrics": [], "says": [], "gradients": []}
+    for _ in range(3):
+        result["says"] += models.values("critic", found) if name == "critic" else models.logprobs("reference", found)
+        result["metrics"].append(models.train_step(name, found, update=True, max_mismatch=np.inf))
+        named = models.trained[name].model.named_parameters()
+        result["gradients"].append({key: _full(p.grad) for key, p in named if p.grad is not None})
+    result["weights"] = {key: _full(value) for key, value in models.trained[name].hf_state_dict().items()}
+    return result
+
+
+def worker_beside(rank: int, directory: Path) -> None:
+    torch.set_num_threads(1)
+    init_distributed(directory / "store", rank, 2, rank, timeout_s=300)
+    for case in BESIDE:
+        torch.save(beside(directory, case, 2), directory / f"{case}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory, process_group: None) -> Path:
+    directory = tmp_path_factory.mktemp("two_ranks")
+    write_model(directory / "qwen3", "qwen3", tied=True)
+    cfg = Config()
+    cfg.model.dtype, cfg.trainer.training.seq_len, cfg.trainer.optimizer.lr = "float32", 64, 1e-2
+    reward = TrainEngine(cfg, directory / "qwen3", ModelNeed(head="value"))
+    reward.train_step(documents())
+    reward.export(directory / "reward")
+    mp.spawn(worker_beside, (directory,), nprocs=2)
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", BESIDE)
+def test_what_stands_beside_the_policy_is_the_same_where_two_ranks_share_rows(two_ranks: Path, case: str) -> None:
+    expected = beside(two_ranks, case, 1)
+    for rank in range(2):
+        ours = torch.load(two_ranks / f"{case}-{rank}.pt", weights_only=False)
+        for actual, wanted in zip(ours["says"], expected["says"], strict=True):
+            np.testing.assert_allclose(actual, wanted, atol=1e-4, rtol=0)
+        if case == "frozen reward model":
+            assert any(np.abs(says).max() > 0.01 for says in ours["says"])
+            continue
+        for actual, wanted in zip(ours["metrics"], expected["metrics"], strict=True):
+            for name in wanted.keys() - {"tokens/fill"}:
+                assert actual[name] == pytest.approx(wanted[name], abs=1e-4, rel=1e-4), name
+        for actual, wanted in zip(ours["gradients"], expected["gradients"], strict=True):
+            assert actual.keys() == wanted.keys()
+            for name, gradient in wanted.items():
+                torch.testing.assert_close(actual[name], gradient, atol=1e-4, rtol=1e-3, msg=name)
+        if case != "LoRA critic":
+            first, second, third = (metrics["kl/mean"] for metrics in ours["metrics"])
+            assert abs(first) < 1e-6 and second > 1e-3 and third > 1e-3, "the reference stays what it was"
+        moved = [(value - expected["weights"][name]).abs().max() for name, value in ours["weights"].items()]
+        assert max(moved) < 1e-2

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from runs import DEMO, PROJECT, read, run_local, small_run, unexplained_metrics
+from test_end_to_end import check_same
 
 from forge_hpc.config import UserError, load_config, read_config, validate
 from forge_hpc.config.needs import ModelNeed
@@ -21,7 +22,7 @@ from forge_hpc.training.frozen import FrozenModel
 from forge_hpc.training.offline import export_checkpoint
 
 pytestmark = pytest.mark.timeout(900)
-CONFIG = PROJECT / "configs/reward_model/demo.yaml"
+CONFIG, GRPO = PROJECT / "configs/reward_model/demo.yaml", PROJECT / "configs/reward_model/grpo.yaml"
 REWARDS = 'reward=[{{name: exact, weight: 0}}, {{name: model, weight: 2, path: "{}"}}]'
 
 
@@ -102,15 +103,34 @@ def test_a_checkpoint_of_it_is_exported_as_the_run_itself_does(trained: Path, tm
         assert (tmp_path / "export" / name).read_bytes() == (trained / "export" / name).read_bytes()
 
 
-@pytest.mark.slow
-def test_a_run_that_it_rewards_adds_its_value_to_each_episode(trained: Path, tmp_path: Path) -> None:
-    overrides = [o for o in small_run(tmp_path, 2, "checkpoint.interval=0") if not o.startswith("reward=")]
-    overrides += [REWARDS.format(trained / "export"), "cluster.frozen_processes=1", "rollout.prompts_per_step=8"]
+@pytest.fixture(scope="module")
+def rewarded(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a policy that it rewards."""
+    return run_rewarded(trained, tmp_path_factory.mktemp("rewarded"))
+
+
+def run_rewarded(trained: Path, directory: Path) -> Path:
+    overrides = [o for o in small_run(directory, 3, "checkpoint.interval=0") if not o.startswith("reward=")]
+    overrides += [REWARDS.format(trained / "export"), "rollout.prompts_per_step=8"]
     overrides += ["algorithm.sft={coef: 0.1, documents: 4}"]  # examples beside the episodes, too
     overrides += ["logging.num_rollouts_per_step=8", "logging.num_groups_per_step=8"]
-    run_dir = tmp_path / "run"
-    done = run_local(run_dir, overrides, config=DEMO)
+    done = run_local(directory / "run", overrides, config=GRPO)
     assert done.returncode == 0, done.stdout + done.stderr
+    return directory / "run"
+
+
+@pytest.mark.slow
+def test_two_synchronous_runs_that_it_rewards_repeat_each_other(trained: Path, rewarded: Path, tmp_path: Path) -> None:
+    again = run_rewarded(trained, tmp_path)
+    check_same(rewarded, again)
+    keys = ("step", "position", "response", "reward", "rewards")
+    ours, theirs = ([[r[key] for key in keys] for r in read(run, "rollouts.jsonl")] for run in (rewarded, again))
+    assert ours == theirs and len(ours) > 32
+
+
+@pytest.mark.slow
+def test_a_run_that_it_rewards_adds_its_value_to_each_episode(rewarded: Path) -> None:
+    run_dir = rewarded
     assert not unexplained_metrics(run_dir)
     rollouts = read(run_dir, "rollouts.jsonl")
     assert len({record["rewards"]["model"] for record in rollouts}) > 8
@@ -139,6 +159,6 @@ def test_what_a_reward_model_cannot_be_is_said_before_the_queue(overrides: list[
 
 
 def test_the_model_of_the_reward_is_one_of_the_runs_models() -> None:
-    config = load_config(PROJECT / "configs/reward_model/grpo.yaml")
+    config = load_config(GRPO)
     validate(config)
     assert needs_of(config).models["reward_model"] == ModelNeed(False, "builtin:qwen3-tiny", "value")
