@@ -2,9 +2,9 @@
 
 Bubblewrap and Apptainer (1.4, folders and SIF files: ``make test-apptainer``) are tested. The lines for enroot (later
 than 4.1.2: its ``start`` must know --pid, --net and --ipc) follow its documentation and source: only the arguments are
-tested. Tried by hand, it was refused for a home directory that enroot's hooks fill. Whatever a runtime made of its line,
-process 1 refuses to run anything where it finds a network, foreign processes, capabilities, a writable root or too small
-a /tmp, and ``Sandbox.check`` looks for the user's files.
+tested. Tried by hand, it was refused for a home directory that enroot's hooks fill. Whatever a runtime made of its
+line, process 1 refuses to run anything where it finds a network, foreign processes, capabilities, a writable root or
+too small a /tmp, and ``Sandbox.check`` looks for the user's files.
 """
 
 from __future__ import annotations
