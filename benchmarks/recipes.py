@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -119,6 +119,8 @@ class Runs:
     def learn(self, seed: int, name: str) -> list[dict[str, Any]]:
         """From the warm start."""
         run = name.replace(",", "").replace(" ", "-")
+        if (self.folder(seed) / run).exists():
+            raise RuntimeError(f"{self.folder(seed) / run} is there already: give another --out")
         shutil.copytree(self.folder(seed) / "warmstart", self.folder(seed) / run / "warmstart")
         options = [option.format(seed=self.folder(seed)) for option in CASES[name].options]
         return self.submit(seed, run, CASES[name].config, *options)
@@ -164,28 +166,31 @@ def learn(runs: Runs, args: argparse.Namespace) -> int:
         first = [pool.submit(runs.warm_start, seed) for seed in args.seeds]
         if "distillation" in args.only:
             first += [pool.submit(runs.teacher, seed) for seed in args.seeds]
-        for each in first:
-            each.result()
+        try:
+            for each in first:
+                each.result()
+        except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         on_models = "grpo on the reward model"
         names = [each for each in CASES if each in args.only or (each == "reward model" and on_models in args.only)]
         names.sort(key=lambda each: each not in ("reward model", "kto", "dpo"))
 
-        def one(seed: int, name: str) -> dict[str, list[dict[str, Any]]]:
-            lines = {name: runs.learn(seed, name)}
-            if name == "reward model" and on_models in args.only:
-                lines[on_models] = runs.learn(seed, on_models)
-            return lines
-
-        started: dict[tuple[str, int], Future[dict[str, list[dict[str, Any]]]]] = {
-            (name, seed): pool.submit(one, seed, name) for name in names if name != on_models for seed in args.seeds
-        }
         found: dict[str, dict[int, list[dict[str, Any]]]] = {}
-        for (name, seed), future in started.items():
+
+        def one(seed: int, *chain: str) -> None:
+            for name in chain:
+                found.setdefault(name, {})[seed] = runs.learn(seed, name)
+
+        chains = [(name, on_models) if name == "reward model" else (name,) for name in names if name != on_models]
+        if on_models not in args.only:
+            chains = [chain[:1] for chain in chains]
+        started = {(chain, seed): pool.submit(one, seed, *chain) for chain in chains for seed in args.seeds}
+        for (chain, _), future in started.items():
             try:
-                for each, lines in future.result().items():
-                    found.setdefault(each, {})[seed] = lines
-            except (RuntimeError, subprocess.TimeoutExpired) as error:
-                print(f"error: {name}: {error}", file=sys.stderr, flush=True)
+                future.result()
+            except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
+                print(f"error: {', '.join(chain)}: {error}", file=sys.stderr, flush=True)
                 failed = 1
     for name in CASES:
         if name in found and name in args.only:

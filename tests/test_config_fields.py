@@ -26,7 +26,7 @@ def test_the_page_of_all_keys_is_what_the_schema_says():
     assert (PROJECT / "docs" / "configuration.md").read_text(encoding="utf-8") == page(), "run: make configuration"
     text = page()
     shown_elsewhere = re.compile(
-        r"(sources\.0\.(data|environment|reward)|evaluation\.sets\.0\.reward|algorithm\.sft\.sources\.0)\."
+        r"(sources\.0\.(data|environment|reward)|served\.0\.engine|evaluation\.sets\.0\.reward|algorithm\.sft\.sources\.0)\."
     )
     assert all(f"| `{key}` |" in text for key in all_keys() if not shown_elsewhere.match(key))
     assert "| `sources.0.environment` | `environment` | as `environment` | |" in text

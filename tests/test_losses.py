@@ -501,7 +501,8 @@ def test_the_weighted_kl_equals_its_formula_with_gradients(case: str, dtype: tor
     group = samples(spread=1.0)
 
     def term(s: Sample) -> torch.Tensor:
-        return ratio_of(s) * k3(s)
+        sampled_by = s.trained("generator")  # also where the clip's ratio is to the trainer before the step
+        return (s.trained("logprobs") - sampled_by).exp() * k3(s)
 
     inputs = layout(group)
     inputs["mask"] = inputs["mask"].to(dtype)

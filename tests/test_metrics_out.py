@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 import threading
+import time
 import types
 import urllib.error
 import urllib.request
@@ -165,6 +166,16 @@ def test_a_restart_continues_its_run_at_mlflow_and_doubles_no_step(tmp_path: Pat
     assert steps == [1, 2, 3, 4, 5, 6]
     assert {key for key, _, _ in points} == {"step", "pass_at_8"}
     assert mlflow.ended == ["id-0", "id-0"]
+
+
+def test_runs_of_one_process_write_to_mlflow_beside_each_other(tmp_path: Path, mlflow: Mlflow) -> None:
+    one, other = (RunDir(tmp_path / name).create() for name in ("one", "other"))
+    with MetricLogger(one, WITH_MLFLOW), MetricLogger(other, WITH_MLFLOW) as logger:
+        logger.log(1, {"reward/mean": 1.0})  # while the first goes on
+        while not any(mlflow.runs.values()):
+            time.sleep(0.01)
+    finish_runs(60)
+    assert len(mlflow.runs) == 2
 
 
 @pytest.mark.parametrize("call", ["create_run", "log_batch"])

@@ -123,7 +123,7 @@ def run_rewarded(trained: Path, directory: Path) -> Path:
 def test_two_synchronous_runs_that_it_rewards_repeat_each_other(trained: Path, rewarded: Path, tmp_path: Path) -> None:
     again = run_rewarded(trained, tmp_path)
     check_same(rewarded, again)
-    keys = ("step", "position", "response", "reward", "rewards")
+    keys = ("step", "position", "completion", "reward", "rewards")
     ours, theirs = ([[r[key] for key in keys] for r in read(run, "rollouts.jsonl")] for run in (rewarded, again))
     assert ours == theirs and len(ours) > 32
 

@@ -4,8 +4,8 @@
                                                    └─► stacks-NODE.log, and stacked-1-NODE in the rendezvous
 
 A process ``stands by``: a thread of its own waits at a pipe, and when it is asked writes the Python stacks of all
-threads into a file in the node's scratch folder that was opened beforehand. It holds the interpreter meanwhile, so
-nothing moves. Where it cannot, because something hangs in C code and holds the interpreter, faulthandler's C code
+threads into a file in the node's scratch folder that was opened beforehand. It reads them as Python code does, beside
+whatever goes on. Where it cannot, because something hangs in C code and holds the interpreter, faulthandler's C code
 writes them at ``SIGNAL``: only then, since it reads stacks without holding anything, and where they move the process
 dies of it. What runs no handler (stopped, or asleep in the kernel) and what is not Python shows where the kernel has
 its threads.
@@ -100,7 +100,11 @@ def collect(folder: Path, processes: Sequence[psutil.Process]) -> str:
     """What the processes do now, a paragraph each; ``folder`` is where those that stand by write."""
     roles = {path.name.partition(".")[0]: path for path in folder.iterdir()} if folder.is_dir() else {}
     files = {process.pid: roles.get(str(process.pid)) for process in processes}
-    sizes = {pid: file.stat().st_size for pid, file in files.items() if file is not None and _catches_signal(pid)}
+    sizes = {}
+    for pid, file in files.items():
+        if file is not None and _catches_signal(pid):
+            with contextlib.suppress(OSError):
+                sizes[pid] = file.stat().st_size
     before = {file: sizes[pid] for pid, file in files.items() if file is not None and pid in sizes}
     for pid in sizes:
         _ask(_pipe(folder, pid))

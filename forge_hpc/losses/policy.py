@@ -152,7 +152,8 @@ class PolicyLoss(ABC):
         if self.kl_coef or "ref_logprobs" in x:
             kl = KL_ESTIMATORS[self.kl_estimator](x["logprobs"], _needed(x, "ref_logprobs", "kl_coef"))
             if self.kl_weighted:
-                kl = weighted(self.kl_estimator, kl, x["logprobs"], x["old_logprobs"])
+                sampled_by = x.get("generator_logprobs", x["old_logprobs"])  # a correction's old ones are the trainer's
+                kl = weighted(self.kl_estimator, kl, x["logprobs"], sampled_by)
             metrics["kl/mean"] = mean(kl.detach())
             loss = loss + self.kl_coef * loss_mean(kl)
         if self.old_kl_coef:

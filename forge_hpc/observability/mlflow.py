@@ -65,7 +65,9 @@ class _Run:
             sync_dir(run_dir.path)
         self._id = read_text(path).strip()
         there = self._client.get_run(self._id).data
-        self._there = {marker: int(there.metrics.get(marker, -1)) for marker in (_STEP, _EVALUATED)}
+        step = there.metrics.get(_STEP, -1)
+        # a run that has the one alone was begun when evaluations had no marker of their own
+        self._there = {_STEP: int(step), _EVALUATED: int(there.metrics.get(_EVALUATED, step))}
         self._client.update_run(self._id, status="RUNNING")
         if run_dir.has_config:
             self._describe(there.params)

@@ -47,7 +47,8 @@ class RemoteWriter(ABC):
         self._points: SimpleQueue[tuple[int, dict[str, float]] | None] = SimpleQueue()
         self._error: Exception | None = None
         self._started = threading.Event()
-        earlier = [thread for thread in _threads() if thread.writer.NAME == self.NAME]
+        ours = self.NAME, run_dir.path  # others of this process write to runs of their own
+        earlier = [each for each in _threads() if (each.writer.NAME, each.writer._run_dir.path) == ours]
         self._thread = _Thread(self, earlier)
         self._thread.start()
         if resume_step == 0:
