@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forge_hpc.config import Config, UserError, load_config, plan, read_config, safe_changes, save_config, validate
+from forge_hpc.config.adapters import total_steps
 from forge_hpc.config.hub_cache import nodes_environ
-from forge_hpc.config.recipes import needs_of, resolve_recipe_args
+from forge_hpc.config.recipes import resolve_recipe_args
 from forge_hpc.config.split import working_nodes
 from forge_hpc.files import is_there
 from forge_hpc.hub.pins import pin_cached
@@ -485,7 +486,7 @@ def prepare(
     # An earlier job is no longer this run's: who watches must not take its end for ours.
     step = None if fork is None else fork.step
     run_dir.write_status(
-        state="pending", step=step, policy_version=step, job_id=job_id or "", total_steps=_total_steps(cfg), message=""
+        state="pending", step=step, policy_version=step, job_id=job_id or "", total_steps=total_steps(cfg), message=""
     )
 
 
@@ -511,12 +512,7 @@ def _check(cfg: Config, run_dir: RunDir) -> Config | None:
 
 
 def _is_complete(cfg: Config, status: Status | None) -> bool:
-    return status is not None and status.state == "completed" and status.step >= _total_steps(cfg)
-
-
-def _total_steps(cfg: Config) -> int:
-    """Optimizer steps of the whole run."""
-    return cfg.trainer.training.steps if needs_of(cfg).trains else 0
+    return status is not None and status.state == "completed" and status.step >= total_steps(cfg)
 
 
 def _warn_of_shared_nodes(cfg: Config) -> None:

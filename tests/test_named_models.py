@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from tiny_models import random_documents, write_model
 
 from forge_hpc.actors.publishing import Publishing
-from forge_hpc.actors.trainer import Trainer
+from forge_hpc.actors.trainer import OneBase, Trainer
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.needs import ModelNeed, check_models
 from forge_hpc.config.recipes import needs_of
@@ -225,13 +225,13 @@ class GatedStore:
             self.stored[name] = tensor.clone()
 
 
-def trainer_on(cfg: Config, model_dir: Path) -> Any:
+def trainer_on(cfg: Config, model_dir: Path, models: Models | None = None) -> Any:
     """The actor without its process: its endpoints are called as they stand."""
     trainer: Any = object.__new__(Trainer)
     trainer._config, trainer._rank, trainer._world_size, trainer._publishing = cfg, 0, 1, Publishing()
-    trainer._snapshots = trainer._stored = None
+    trainer._snapshots = trainer._stored = trainer._one_base = None
     trainer._thread = ThreadPoolExecutor(1)
-    trainer._models = Models(cfg, CRITIC, {"policy": model_dir})
+    trainer._models = models or Models(cfg, CRITIC, {"policy": model_dir})
     trainer._watch_gpu()
     return trainer
 
@@ -275,6 +275,33 @@ def test_what_is_published_is_whole_though_a_recipe_trains_on_at_once(
         assert all(torch.equal(store.stored[name], tensor) for name, tensor in before.items())
         assert not all(torch.equal(policy.hf_state_dict()[name], tensor) for name, tensor in before.items())
         trainer._thread.shutdown()
+
+    asyncio.run(scenario())
+
+
+def test_what_is_published_of_an_adapter_is_whole_though_another_takes_its_turn_on_the_base(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config()
+    cfg.trainer.lora.enable, cfg.trainer.lora.publish, cfg.trainer.lora.rank = True, "adapters", 4
+    base = Models(cfg, {"policy": ModelNeed()}, {"policy": model_dir})
+    other = Models(cfg, {"policy": ModelNeed()}, {"policy": model_dir}, base)
+    other.train_step("policy", random_documents(4), update=True, max_mismatch=100.0)
+
+    async def scenario() -> None:
+        store = GatedStore()
+        monkeypatch.setattr("forge_hpc.weights.publish", store.publish)
+        trainer = trainer_on(cfg, model_dir, base)
+        trainer._one_base = OneBase()
+        trainer._snapshot = lambda *args: None
+        base.take_turn()
+        before = {name: tensor.clone() for name, tensor in base.policy.published().items()}
+        await ask(Trainer.publish, trainer, "the store", 1)
+        other.take_turn()
+        assert any(not torch.equal(tensor, before[name]) for name, tensor in other.policy.published().items())
+        store.go_on.set()
+        await ask(Trainer.store, trainer, "the store", 1)
+        assert all(torch.equal(store.stored[name], tensor) for name, tensor in before.items())
 
     asyncio.run(scenario())
 

@@ -18,13 +18,18 @@ from test_generation import GREEDY, prompts, tiny_config
 from tiny_models import random_documents
 
 from forge_hpc.cli import main
-from forge_hpc.config import UserError, load_config, read_config, validate
-from forge_hpc.config.adapters import adapter_configs
+from forge_hpc.config import UserError, load_config, read_config, safe_changes, validate
+from forge_hpc.config.adapters import adapter_configs, total_steps
 from forge_hpc.config.load import override_of
 from forge_hpc.config.schema import Config
+from forge_hpc.controller.adapters import AdapterSessions
+from forge_hpc.controller.recovery import Leave, Recoveries
 from forge_hpc.data.builtin import write_tiny_qwen3
 from forge_hpc.data.types import Completion
 from forge_hpc.generation import GenerationEngine
+from forge_hpc.run_dir import RunDir
+from forge_hpc.status_writer import StatusWriter
+from forge_hpc.submission import _is_complete
 from forge_hpc.sweep_dir import SweepDir
 from forge_hpc.training.distributed import init_distributed
 from forge_hpc.training.engine import TrainEngine
@@ -201,6 +206,50 @@ def test_a_sweep_with_one_base_is_one_run(capsys: pytest.CaptureFixture[str], tm
     assert "set trainer.lora.enable=true and trainer.lora.publish=adapters" in capsys.readouterr().err
     assert main([*command, *ADAPTERS, "--one-base"]) == 2
     assert "--one-base is for the adapters of a --sweep" in capsys.readouterr().err
+
+
+# ---- what is told of a run
+
+
+def attempt(config: Config, run_dir: RunDir, status: StatusWriter) -> AdapterSessions:
+    nothing: Any = None  # no process is asked for anything
+    leave, recoveries = Leave(), Recoveries(0)
+    return AdapterSessions(config, run_dir, run_dir.logs, nothing, nothing, recoveries, leave, 0, status)
+
+
+def test_the_step_of_a_run_is_of_the_slowest_that_still_trains_and_in_the_end_its_last(tmp_path: Path) -> None:
+    sweep = ["trainer.training.steps=4", "trainer.training.steps=8", "seed=1"]  # of 6
+    cfg = load_config(DEMO, [*ADAPTERS, override_of("trainer.lora.sweep", sweep), "trainer.training.steps=6"])
+    run_dir = RunDir(tmp_path / "run").create()
+    for number in range(3):
+        RunDir(run_dir.adapters / str(number)).create()
+
+    async def scenario() -> None:
+        status = StatusWriter(run_dir)
+        status.update(state="running", step=0)
+        sessions = attempt(cfg, run_dir, status)
+
+        def step_after(number: int, **told: Any) -> int:
+            sessions._statuses[number].update(**told)
+            status.flush(30)
+            found = run_dir.read_status()
+            assert found is not None
+            return found.step
+
+        for number in range(3):
+            assert step_after(number, state="running", step=0) == 0
+        assert [step_after(number, step=number + 2) for number in range(3)] == [0, 0, 2]
+        assert step_after(0, step=4) == 3  # it has done all of its steps: the others go on
+        assert step_after(1, step=7) == 4
+        sessions._failed[2] = RuntimeError("a loss that is not finite")
+        assert step_after(2, state="failed") == 7
+        assert step_after(1, step=8) == 8 == total_steps(cfg)
+
+    asyncio.run(scenario())
+    assert not _is_complete(cfg, run_dir.read_status())
+    done = run_dir.write_status(state="completed")
+    assert _is_complete(cfg, done)
+    assert safe_changes(cfg, cfg, done.step, "it", "no") == []  # 8 steps are what one of them was asked for
 
 
 # ---- whole runs

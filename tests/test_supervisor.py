@@ -152,6 +152,20 @@ def test_the_steps_of_a_warm_start_are_progress(tmp_path: Path) -> None:
     assert [record["step"] for record in starts.read() if record["event"] == "end"] == [0, 0, 0]
 
 
+def test_what_any_of_several_adapters_has_saved_is_progress(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path).create()
+    (run_dir.adapters / "0").mkdir(parents=True)
+    (run_dir.adapters / "sweep.json").write_text("{}")
+    starts = StartLog(run_dir)
+    for adapter, step in ((0, 10), (1, 10), (1, 20), (1, 20)):
+        RunDir(run_dir.adapters / str(adapter)).checkpoint(step).mkdir(parents=True, exist_ok=True)
+        starts.begin(job_id="31", restart=0, nodes=1)
+        starts.end(state="preempted", cause="crash", message="")
+    assert [record["step"] for record in starts.read() if record["event"] == "begin"] == [10, 20, 30, 30]
+    assert starts.failures_without_progress() == 2  # not 4: only those that came to nothing end the run
+    assert [record["progress"] for record in starts.read() if record["event"] == "end"] == [10, 20, 30, 30]
+
+
 # ---- signs of life
 
 

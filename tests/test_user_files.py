@@ -99,6 +99,15 @@ def test_other_code_is_refused_once_something_was_learned_and_accepted_where_tha
         check_files(cfg, run_dir)
 
 
+def test_what_an_adapter_on_one_base_has_saved_is_learned_too(code: Path, run_dir: RunDir) -> None:
+    run_dir.checkpoint(5).rmdir()
+    (code / "reward.py").write_text("x = 2\n" + REWARD)
+    assert check_files(configuration(code), run_dir)
+    RunDir(run_dir.adapters / "1").checkpoint(5).mkdir(parents=True)
+    with pytest.raises(UserError, match="is not what it was"):
+        check_files(configuration(code), run_dir)
+
+
 def test_comments_and_lines_of_the_shell_are_told_of_and_not_refused(code: Path, run_dir: RunDir) -> None:
     (code / "reward.py").write_text("# why\n" + REWARD)
     (code / "env.sh").write_text("export A=2\n")

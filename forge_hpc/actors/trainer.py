@@ -228,7 +228,9 @@ class Trainer(Actor):
         if store is None:
             return part
         if part is None:
-            copies = self._config.rollout.max_staleness > 0
+            # The parameters stay what they are only where nobody trains on: neither this policy nor another adapter,
+            # whose turn writes its own over them.
+            copies = self._config.rollout.max_staleness > 0 or self._one_base is not None
             weights = await self._in_thread(self._weights, copies)
             storing = publish(store, version, weights, rank=self._rank, with_checksum=with_checksum)
             self._publishing.begin(storing, reads_weights=not copies)

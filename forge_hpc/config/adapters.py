@@ -34,6 +34,11 @@ def adapter_configs(cfg: Config) -> list[Config]:
     return [_varied(base, item) for item in cfg.trainer.lora.sweep] or [cfg]
 
 
+def total_steps(cfg: Config) -> int:
+    """Optimizer steps of the whole run, 0 where it trains nothing; of several adapters those of the one with most."""
+    return max(own.trainer.training.steps for own in adapter_configs(cfg)) if needs_of(cfg).trains else 0
+
+
 def _varied(base: Config, item: str) -> Config:
     try:
         overrides = shlex.split(item)

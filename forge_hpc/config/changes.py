@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from forge_hpc.config.adapters import adapter_configs
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.fields import FIXED, ROUNDING, rule_of
 from forge_hpc.config.load import diff_config
@@ -41,7 +42,7 @@ def safe_changes(old: Config, new: Config, steps_done: int, refusal: str, hint: 
         shown = ", ".join(f"{key} ({old} there, {new} now)" for key, old, new in differing[:5])
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise UserError(f"{refusal}: {shown}{more}", hint)
-    if (steps := new.trainer.training.steps) < steps_done:
+    if (steps := max(own.trainer.training.steps for own in adapter_configs(new))) < steps_done:
         raise UserError(
             f"trainer.training.steps={steps}, and the run has done {steps_done} steps already",
             f"ask for {steps_done} or more, or choose another --run-dir",

@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from forge_hpc.config import Config, save_config
-from forge_hpc.config.adapters import adapter_configs
+from forge_hpc.config.adapters import adapter_configs, total_steps
 from forge_hpc.controller.generators import NodeLost
 from forge_hpc.controller.service import cause_of, is_loss, reason_of
 from forge_hpc.controller.session import OneBase, Session, background
@@ -83,8 +83,9 @@ class AdapterSessions:
         self._where = log_dir, cluster, pool, recoveries, leave, attempt
         self._status = status
         self._sweep = SweepDir(run_dir.adapters)
+        self._configs = adapter_configs(config)
         self._sessions: list[Session] = []
-        self._statuses: list[_AdapterStatus] = []
+        self._statuses = [_AdapterStatus(self._sweep.run(number), self, number) for number in range(len(self._configs))]
         self._tasks: list[asyncio.Task[None]] = []
         self._preparing = asyncio.Lock()  # transformers cannot be imported by two threads at once
         self._failed: dict[int, Exception] = {}
@@ -102,8 +103,7 @@ class AdapterSessions:
             Exception: what failed all of them, such as a lost process.
         """
         await self._prepare()
-        total = max(session.config.trainer.training.steps for session in self._sessions)
-        self._status.update(state="running", total_steps=total, message="")
+        self._status.update(state="running", total_steps=total_steps(self.config), message="")
         try:
             async with AsyncExitStack() as stack:
                 for status in self._statuses:
@@ -133,11 +133,9 @@ class AdapterSessions:
             model_dir = await asyncio.to_thread(resolve_model, path, config.seed, place / "model")
         base = OneBase(model_dir)
         base.lost = self.lost
-        configs = [self._with_base(own, model_dir) for own in adapter_configs(config)]
-        await asyncio.to_thread(self._make, configs, pins)
-        for number, own in enumerate(configs):
-            status = _AdapterStatus(self._sweep.run(number), self, number)
-            self._statuses.append(status)
+        self._configs = [self._with_base(own, model_dir) for own in self._configs]
+        await asyncio.to_thread(self._make, self._configs, pins)
+        for number, (own, status) in enumerate(zip(self._configs, self._statuses, strict=True)):
             session = Session(own, self._sweep.run(number), *self._where, status, base=base, adapter=number)
             self._sessions.append(session)
         self._sessions[0].phases = self.phases
@@ -186,9 +184,16 @@ class AdapterSessions:
             self._status.update(message=f"adapter {number}: {status['message']}")
         if "step" in status:
             self._steps[number] = status["step"]
-            if len(self._steps) == len(self._statuses):  # before, where the others stand is not known
-                slowest = min(self._steps.values())
-                self._status.update(step=slowest, policy_version=slowest)
+        if "step" in status or "state" in status:
+            going = [n for n in range(len(self._configs)) if not self._is_over(n)]
+            if self._steps and all(n in self._steps for n in going):  # before, where the others stand is not known
+                step = min((self._steps[n] for n in going), default=max(self._steps.values()))
+                self._status.update(step=step, policy_version=step)
+
+    def _is_over(self, number: int) -> bool:
+        """Whether the adapter takes no further step."""
+        total = self._configs[number].trainer.training.steps
+        return number in self._done or number in self._failed or self._steps.get(number, -1) >= total
 
     # ---- leaving, as ``Session`` does
 

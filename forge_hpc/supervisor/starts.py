@@ -29,7 +29,7 @@ class EndRecord:
     """An `ending.Cause`, also of an older version."""
     message: str
     step: int
-    """Step of the newest checkpoint."""
+    """Step of the newest checkpoint, as `newest_step`."""
     progress: int
     """The same with the steps of the warm start."""
 
@@ -150,6 +150,12 @@ def progress(run_dir: RunDir) -> int:
 
 
 def newest_step(run_dir: RunDir) -> int:
-    """Step of the newest checkpoint by name, verified or not; 0 where there is none."""
+    """Step of the newest checkpoint by name, verified or not; 0 where there is none. Of several adapters on one base,
+    which save in directories of their own, the sum of theirs."""
+    adapters = run_dir.adapters.iterdir() if is_there(run_dir.adapters) else ()
+    return _newest(run_dir) + sum(_newest(RunDir(path)) for path in adapters if path.name.isdigit())
+
+
+def _newest(run_dir: RunDir) -> int:
     names = [path.name for path in run_dir.checkpoints.glob("step-*")] if is_there(run_dir.checkpoints) else []
     return max((int(name.removeprefix("step-")) for name in names if name[5:].isdigit()), default=0)
