@@ -23,7 +23,7 @@ from sandboxes import needs_bubblewrap, without_bubblewrap
 from forge_hpc.cluster.allocation import Allocation
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import Config, UserError, save_config
-from forge_hpc.config.schema import RewardConfig, RunSourceConfig
+from forge_hpc.config.schema import HeldOutConfig, RewardConfig, RunSourceConfig
 from forge_hpc.gate.complaints import ComplaintsDesk, complain
 from forge_hpc.gate.environment import differences, environment
 from forge_hpc.gate.neighbours import Port, ask
@@ -189,6 +189,38 @@ def test_the_sandboxes_of_a_run_are_those_of_its_rewards_and_environments_on_the
     source.environment.name = "code"
     config.sources = [source]
     assert [options["runtime"] for options in sandboxes_of(config, 7)] == ["auto"]
+
+
+def test_a_node_that_will_run_no_program_needs_no_sandbox() -> None:
+    config = Config()
+    config.reward = [RewardConfig("code")]
+    config.cluster.workers_on = "first"
+    assert len(sandboxes_of(config, 0)) == 1 and sandboxes_of(config, 1) == []
+    config.cluster.workers_on = "all"
+    config.recipe, config.evaluation.num_prompts = "dpo", 0
+    assert sandboxes_of(config, 0) == [], "nobody computes the reward"
+    config.evaluation.num_prompts = 8
+    assert len(sandboxes_of(config, 0)) == 1, "answers to held-out prompts are judged by it"
+    config.environment.name = "code"
+    config.reward = [RewardConfig("math")]
+    assert sandboxes_of(config, 0) == [], "nobody plays the environment"
+    config.recipe = "no_such_recipe"
+    assert look_at_sandboxes(config, 0) is None, "which is no fault of the node's sandbox"
+
+
+def test_a_reward_of_one_evaluation_set_needs_its_sandbox() -> None:
+    config = Config()
+    config.reward = [RewardConfig("math")]
+    config.evaluation.num_prompts = 8
+    config.evaluation.sets = [HeldOutConfig(label="programs", path="p", reward=[RewardConfig("code")])]
+    assert len(sandboxes_of(config, 1)) == 1
+
+
+def test_a_node_that_may_take_the_place_of_another_needs_the_sandbox_of_that_one() -> None:
+    config = Config()
+    config.reward = [RewardConfig("code", workers=2)]
+    config.cluster.spare_nodes = 1
+    assert [len(sandboxes_of(config, node)) for node in range(4)] == [1, 1, 1, 0]
 
 
 def test_a_sandbox_that_does_not_start_is_told_with_its_cause(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -657,6 +658,28 @@ def test_a_start_that_has_ended_or_was_never_begun_is_left_alone(
     assert (code, asked) == (0, []) and "the run is complete" in err
     started.begin(job_id="77", restart=0, nodes=2)
     assert after(137)[::2] == (137, [])
+
+
+def test_with_pyxis_a_start_is_the_containers_fault_only_where_nobody_has_run_inside(
+    after: Callable[..., tuple[int, str, list[str]]], tmp_path: Path
+) -> None:
+    run_dir = RunDir(tmp_path / "run").create()
+    pyxis = ["slurm.container.runtime=pyxis", "slurm.container.image=team/forge:1", "cluster.max_restarts=1"]
+    save_config(load_config(None, pyxis), run_dir.config)
+    run_dir.write_status(state="queued", job_id="31")
+    assert after(75)[::2] == (75, []), "it has left"
+    with run_dir.lock("77"):  # so that the supervisor ends before it has begun
+        env = os.environ | {"SLURM_JOB_ID": "31", "SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_RESTART_COUNT": "2"}
+        env |= {"SLURM_STEP_ID": "0", "FORGE_HPC_OUTSIDE": str(tmp_path), "PYTHONPATH": str(PROJECT)}
+        command = [sys.executable, "-m", "forge_hpc.run", "--run-dir", str(run_dir)]
+        refused = subprocess.run(command, env=env, text=True, capture_output=True, timeout=60, check=False)
+    assert refused.returncode == 1 and "in use by job 77" in refused.stderr, refused.stderr
+    code, err, asked = after(1)
+    assert code == 1 and "requeue" not in asked, err
+    assert StartLog(run_dir).newest() == (None, None)
+    shutil.rmtree(run_dir.rendezvous)  # as where srun could not start the container
+    code, err, asked = after(1)
+    assert "requeue" in asked and "srun has not started the run in its container (1)" in err
 
 
 def test_a_run_that_another_start_has_is_left_alone(

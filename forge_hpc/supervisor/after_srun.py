@@ -12,7 +12,7 @@ from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import read_config
 from forge_hpc.supervisor import deadlines
 from forge_hpc.supervisor.ending import RULES, Cause, Ending, Exit
-from forge_hpc.supervisor.first_node import FirstNode
+from forge_hpc.supervisor.first_node import INSIDE, FirstNode
 from forge_hpc.supervisor.gate import Verdict
 from forge_hpc.supervisor.job import OwnJob
 from forge_hpc.supervisor.signals import StopRequests
@@ -34,6 +34,19 @@ def _unfit(first: FirstNode) -> Ending | None:
     return None
 
 
+def _not_started(first: FirstNode, job: OwnJob, code: int) -> Ending | None:
+    """How the start has ended whose container srun was to start, and did not; None where the first node's supervisor
+    has run in it, which has left or has said that it is there, or where Slurm ends the job."""
+    start = f"{first.allocation.job_id}.{first.allocation.requeues}.*"
+    is_inside = any(
+        Rendezvous(directory).look(INSIDE) is not None for directory in first.run_dir.rendezvous.glob(start)
+    )
+    if code == Exit.LEFT or is_inside or job.cause_of(signal.SIGTERM)[0] is not Cause.UNKNOWN:
+        return None
+    why = f"srun has not started the run in its container ({code}): the job's output says where and why"
+    return Ending(Cause.GATE, why)
+
+
 def see_to_the_end(first: FirstNode, job: OwnJob, requests: StopRequests, code: int) -> int:
     """Have the run started again where nobody else has; returns what the job is to end with.
 
@@ -50,10 +63,8 @@ def see_to_the_end(first: FirstNode, job: OwnJob, requests: StopRequests, code: 
         begin, end = starts.newest()
         if begin is None or (begin["job_id"], begin.get("requeues")) != (job_id, requeues):
             unfit = _unfit(first)
-            cause, _ = job.cause_of(signal.SIGTERM)
-            if unfit is None and config.slurm.container.runtime == "pyxis" and cause is Cause.UNKNOWN:
-                why = f"srun has not started the run in its container ({code}): the job's output says where and why"
-                unfit = Ending(Cause.GATE, why)
+            if unfit is None and config.slurm.container.runtime == "pyxis":
+                unfit = _not_started(first, job, code)
             return code if unfit is None else first.end_before_it_began(config, unfit, starts)
         if end is not None and end["state"] == "completed":
             print(f"the run is complete; srun's exit code {code} is that of a lost node", file=sys.stderr)

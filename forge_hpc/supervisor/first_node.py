@@ -31,6 +31,7 @@ from forge_hpc.observability.phases import StartPhases
 from forge_hpc.observability.summary import final_summary
 from forge_hpc.run_lock import RunDirLock
 from forge_hpc.status_writer import StatusWriter
+from forge_hpc.slurm import outside
 from forge_hpc.supervisor import deadlines
 from forge_hpc.supervisor.coming_back import come_back, is_to_come_back
 from forge_hpc.supervisor.controller_process import ControllerProcess, cancelled
@@ -43,6 +44,10 @@ from forge_hpc.supervisor.robust import best_effort, how_it_ended, retrying
 from forge_hpc.supervisor.signals import Stopped, StopRequest, StopRequests
 from forge_hpc.supervisor.starts import StartLog
 from forge_hpc.supervisor.warm_start import warm_start
+
+
+INSIDE = "inside"
+"""The record by which a supervisor in a container says that it runs there."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +90,18 @@ class FirstNode:
             Stopped: the run is to end while another start holds the lock.
             UserError: a live job holds it.
         """
+        self._say_that_it_is_inside()
         config = self._requests.config = read_config(self.run_dir.config)
         with self.run_dir.lock(self.job_id, requeues=self.allocation.requeues, stop=self._requests.check) as self.lock:
             if self.job_id:
                 self._job.remember_arguments()
             return self.run_locked(config)
+
+    def _say_that_it_is_inside(self) -> None:
+        """Else the job script takes what ends before it has begun for a container that does not start."""
+        if self.job_id and outside.is_inside():
+            with best_effort():
+                in_thread(lambda: self._node.rendezvous().publish(INSIDE, {}), within_s=deadlines.WRITE_S)
 
     def run_locked(self, config: Config) -> int:
         """The same when the run is ours."""
