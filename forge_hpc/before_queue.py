@@ -10,6 +10,7 @@ import math
 import os
 import resource
 import tempfile
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from forge_hpc.sizing.memory import MemoryPlan, plan_memory
 from forge_hpc.sizing.model import ModelSize, model_size
 from forge_hpc.sizing.table import split_table
 from forge_hpc.slurm.accounts import check_account
+from forge_hpc.slurm.client import PATIENT_S
+from forge_hpc.slurm.job import job_facts
 from forge_hpc.slurm.partitions import Partition, candidates, check_job, gpu_types
 from forge_hpc.supervisor.lead import lead_s
 
@@ -98,6 +101,15 @@ def starts(cfg: Config, run_dir: RunDir, options: Sequence[str] = ()) -> str:
     if begin := next((option.partition("=")[2] for option in options if option.startswith("--begin=")), None):
         return f"starts         not before {begin}"  # Slurm 22.05 answers 6 hours from now, whatever the time is
     return f"starts         {start}, as things are" if start else "starts         Slurm does not say when"
+
+
+def starts_not_before(begin: str, job_id: str) -> str:
+    """That a queued job waits for a time, in a line: in local time as Slurm has understood it, which tells what
+    ``now+2hours`` was, and the `begin` that was asked for. That alone where Slurm does not answer."""
+    facts = job_facts(job_id, timeout_s=PATIENT_S)
+    if facts is None or facts.eligible_time is None:
+        return f"starts         not before {begin}"
+    return f"starts         not before {time.strftime('%Y-%m-%d %H:%M', time.localtime(facts.eligible_time))} ({begin})"
 
 
 def memory_of(cfg: Config, placement: Placement, gpu: Gpu | None, model: str) -> MemoryPlan | None:

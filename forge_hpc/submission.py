@@ -359,7 +359,7 @@ def _look_at_kept_engines(request: Request, place: Place) -> None:
 
 
 def _begin(request: Request, place: Place, run: Checked, *, follow: bool) -> int:
-    from forge_hpc.before_queue import starts
+    from forge_hpc.before_queue import starts, starts_not_before
     from launchers import local
 
     cfg, run_dir = run.cfg, run.run_dir
@@ -374,6 +374,8 @@ def _begin(request: Request, place: Place, run: Checked, *, follow: bool) -> int
         return local.run_here(cfg, run_dir.path, place.start(cfg, run_dir, request.keep_s))
     begins = starts(cfg, run_dir, options)
     job_id = run.queue(options)
+    if request.queueing.begin and not request.queueing.hold:
+        begins = starts_not_before(request.queueing.begin, job_id)
     where = shlex.quote(str(run_dir))
     print(f"job            {job_id}")
     print(f"run directory  {run_dir}")

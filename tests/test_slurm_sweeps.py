@@ -126,7 +126,8 @@ def test_jobs_begin_after_others_when_released_and_not_before_their_time(
     said = submit(slurm_cluster, "--run-dir", str(runs["held"]), NOT_STARTED, "--hold").stdout
     assert f"when it is released: scontrol release {job_of(runs['held'])}\n" in said
     said = submit(slurm_cluster, "--run-dir", str(runs["later"]), NOT_STARTED, "--begin=now+2hours").stdout
-    assert "starts         not before now+2hours\n" in said
+    begin = slurm_cluster.job(job_of(runs["later"]))["EligibleTime"]  # in local time
+    assert f"starts         not before {begin[:16].replace('T', ' ')} (now+2hours)\n" in said
     held, later = job_of(runs["held"]), job_of(runs["later"])
     submit(slurm_cluster, "--run-dir", str(runs["after"]), NOT_STARTED, "--after", str(runs["held"]), "--after", later)
     after = job_of(runs["after"])
