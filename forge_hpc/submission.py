@@ -359,7 +359,7 @@ def _look_at_kept_engines(request: Request, place: Place) -> None:
 
 
 def _begin(request: Request, place: Place, run: Checked, *, follow: bool) -> int:
-    from forge_hpc.before_queue import starts, starts_not_before
+    from forge_hpc.before_queue import starts, starts_later
     from launchers import local
 
     cfg, run_dir = run.cfg, run.run_dir
@@ -374,13 +374,11 @@ def _begin(request: Request, place: Place, run: Checked, *, follow: bool) -> int
         return local.run_here(cfg, run_dir.path, place.start(cfg, run_dir, request.keep_s))
     begins = starts(cfg, run_dir, options)
     job_id = run.queue(options)
-    if request.queueing.begin and not request.queueing.hold:
-        begins = starts_not_before(request.queueing.begin, job_id)
     where = shlex.quote(str(run_dir))
     print(f"job            {job_id}")
     print(f"run directory  {run_dir}")
     print(run.outlook.table())
-    print(begins.replace(" JOB", f" {job_id}"))
+    print(starts_later(options, job_id) or begins)
     print(f"next           {tool()} watch {where}\n               {tool()} logs --follow {where}")
     print(f"               {tool()} cancel {where}", flush=True)
     if follow:
