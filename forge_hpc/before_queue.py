@@ -10,6 +10,7 @@ import math
 import os
 import resource
 import tempfile
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from forge_hpc.sizing.memory import MemoryPlan, plan_memory
 from forge_hpc.sizing.model import ModelSize, model_size
 from forge_hpc.sizing.table import split_table
 from forge_hpc.slurm.accounts import check_account
+from forge_hpc.slurm.client import PATIENT_S
+from forge_hpc.slurm.job import job_facts
 from forge_hpc.slurm.partitions import Partition, candidates, check_job, gpu_types
 from forge_hpc.supervisor.lead import lead_s
 
@@ -93,11 +96,30 @@ def starts(cfg: Config, run_dir: RunDir, options: Sequence[str] = ()) -> str:
     from launchers.slurm import RunExecutor
 
     start = RunExecutor(cfg, run_dir.path, options).expected_start()
-    if "--hold" in options:
-        return "starts         when it is released: scontrol release JOB"
-    if begin := next((option.partition("=")[2] for option in options if option.startswith("--begin=")), None):
-        return f"starts         not before {begin}"  # Slurm 22.05 answers 6 hours from now, whatever the time is
+    if waits := starts_later(options):
+        return waits  # Slurm 22.05 answers 6 hours from now for such, whatever they wait for
     return f"starts         {start}, as things are" if start else "starts         Slurm does not say when"
+
+
+def starts_later(options: Sequence[str], job_id: str | None = None) -> str | None:
+    """What a job with these options of sbatch waits for besides its nodes, in a line; None where that is nothing.
+
+    Args:
+        job_id: once it is queued. A time to begin is then said as Slurm has understood it, in local time: nobody sees
+            later when ``now+2hours`` was asked for.
+    """
+    if "--hold" in options:
+        return f"starts         when it is released: scontrol release {job_id or 'JOB'}"
+    given = dict(option.split("=", 1) for option in options if "=" in option)
+    if begin := given.get("--begin"):
+        facts = job_facts(job_id, timeout_s=PATIENT_S) if job_id else None
+        if facts is not None and facts.eligible_time is not None:
+            begin = f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(facts.eligible_time))} ({begin})"
+        return f"starts         not before {begin}"
+    if jobs := given.get("--dependency", "").split(":")[1:]:
+        named = f"jobs {', '.join(jobs)} have" if len(jobs) > 1 else f"job {jobs[0]} has"
+        return f"starts         after {named} ended well"
+    return None
 
 
 def memory_of(cfg: Config, placement: Placement, gpu: Gpu | None, model: str) -> MemoryPlan | None:

@@ -76,6 +76,7 @@ def _first_model(stage: Checked) -> str:
 
 
 def _queue(stages: Sequence[Checked], options: Sequence[str], titles: Sequence[str], directory: Path) -> int:
+    from forge_hpc.before_queue import starts_later
     from forge_hpc.slurm.job import cancel_job
 
     jobs: list[str] = []
@@ -89,6 +90,8 @@ def _queue(stages: Sequence[Checked], options: Sequence[str], titles: Sequence[s
         raise
     for job_id, stage, title in zip(jobs, stages, titles, strict=True):
         print(f"job {job_id}  {stage.run_dir}  {title}")
+    if waits := starts_later(options, jobs[0]):
+        print(waits)
     print(f"next           {tool()} watch {shlex.quote(str(stages[0].run_dir))}")
     return 0
 

@@ -360,7 +360,7 @@ def _look_at_kept_engines(request: Request, place: Place) -> None:
 
 
 def _begin(request: Request, place: Place, run: Checked, *, follow: bool) -> int:
-    from forge_hpc.before_queue import starts
+    from forge_hpc.before_queue import starts, starts_later
     from launchers import local
 
     cfg, run_dir = run.cfg, run.run_dir
@@ -379,7 +379,7 @@ def _begin(request: Request, place: Place, run: Checked, *, follow: bool) -> int
     print(f"job            {job_id}")
     print(f"run directory  {run_dir}")
     print(run.outlook.table())
-    print(begins.replace(" JOB", f" {job_id}"))
+    print(starts_later(options, job_id) or begins)
     print(f"next           {tool()} watch {where}\n               {tool()} logs --follow {where}")
     print(f"               {tool()} cancel {where}", flush=True)
     if follow:

@@ -129,6 +129,7 @@ def submit_sweep(
         print(f"sweep          {sweep.directory}  ({len(sweep.runs)} runs, one after another)", flush=True)
         titles = [" ".join(overrides) for overrides in sweep.overrides]
         return run_in_turn(place, list(zip(titles, sweep.runs, strict=True)), is_chain=False)
+    from forge_hpc.before_queue import starts_later
     from launchers.slurm import SweepExecutor
 
     try:
@@ -141,6 +142,8 @@ def submit_sweep(
         run.is_job(f"{job_id}_{number}")
     print(f"job array      {job_id}\nsweep          {sweep.directory}")
     print(_table(sweep, job_id))
+    if waits := starts_later(options, job_id):
+        print(waits)
     first = shlex.quote(str(sweep.runs[0].run_dir))
     print(f"next           {tool()} watch {first}")
     print(f"               {tool()} compare {shlex.quote(str(sweep.directory))}")

@@ -7,9 +7,13 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
+import user_session
 from _pytest.mark import ParameterSet
 from runs import PROJECT, left_over, read, small_run, status
 from sandboxes import needs_bubblewrap
@@ -120,3 +124,53 @@ def test_the_session_shows_every_command_with_output_and_no_path_of_the_machine_
     lines = "\n".join(re.findall(r"^\$ (.*)$", page, re.MULTILINE))
     assert {*COMMANDS_OF_THE_TOOL} <= {*re.findall(r"forge-hpc ([a-z]+)", lines)}, "make session writes the page"
     assert not re.search(r"(?<![\w.~])/(?:root|wt|var)/|fhpc", page)
+
+
+class Typed(user_session.Session):
+    """What a user says, writes and types in a session; nothing is run."""
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.page, self.env = home, [], {}
+
+    def __call__(self, line: str, code: int = 0, timeout_s: float = 0) -> str:
+        self._show(line, "")
+        return "job NUMBER"
+
+    def at_a_terminal(self, line: str, *typed: str, timeout_s: float = 0) -> str:
+        self._show(line, "")
+        return ""
+
+    def wait_for(self, condition: Callable[[], object], timeout_s: float = 0) -> None:
+        """At once."""
+
+    def steps(self, run: str) -> int:
+        return 10**9
+
+    def _add(self, text: str) -> None:
+        self.page.append(text.strip().removesuffix("\n```") if text.startswith("\n```console") else text.strip())
+
+
+@pytest.mark.parametrize("title", user_session.PARTS)
+def test_a_section_of_the_session_has_what_its_script_types_now(
+    title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its order, and no other commands: a section that is older than the script fails. Numbers of jobs and steps are
+    those of that day."""
+    monkeypatch.setattr(user_session, "HubServer", MagicMock())
+    monkeypatch.setattr(user_session, "small_disk", lambda *_: nullcontext())
+    monkeypatch.setattr(user_session, "subprocess", MagicMock())
+    user_session.PARTS[title](typed := Typed(tmp_path))
+    section = user_session.sections((DOCS / "session.md").read_text(encoding="utf-8"))[title]
+    inner = tmp_path / "lines.sh"  # commands that are given within one
+    expected = typed.page + re.findall(r"^echo '(\$ .*)'$", inner.read_text() if inner.exists() else "", re.MULTILINE)
+    at = 0
+    for text in expected:
+        pattern = re.escape(text).replace("NUMBER", r"\d+").replace(str(10**9 + 2), r"\d+")
+        found = re.compile(rf"^{pattern}$", re.MULTILINE).search(section, at)
+        assert found, f"make session ARGS='--only \"{title}\"' writes the section, which has not, or not here:\n{text}"
+        at = found.end()
+    assert section.count("\n```console\n") == sum(text.startswith("```console") for text in expected)
+
+
+def test_the_session_begins_as_its_script_says() -> None:
+    assert (DOCS / "session.md").read_text(encoding="utf-8").startswith(user_session.HEAD)

@@ -483,11 +483,30 @@ def test_the_summary_says_what_was_learned_where_it_is_and_what_to_do_next(finis
     assert "resume" in final_summary(finished) and "trainer-0 died" in final_summary(finished)
 
 
+@pytest.mark.parametrize("name", ["reward/mean", "loss"])
+def test_of_a_run_of_few_steps_the_mean_of_all_is_said_once(name: str, tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path / "short").create()
+    run_dir.write_status(state="completed", step=9)
+    for num, said in ((1, "1.000 (mean of 1 step)"), (2, "1.500 (mean of 2 steps)"), (9, "5.000 (mean of 9 steps)")):
+        run_dir.metrics.write_text(
+            "".join(f'{{"step": {n}, "{name}": {n}, "time/step_s": 1}}\n' for n in range(1, num + 1))
+        )
+        for text in (final_summary(run_dir), *[render_report(run_dir)] * (name != "loss")):
+            assert said in text and "first 5 steps" not in text
+        lately = fmean(range(max(1, num - 4), num + 1))
+        assert f"{lately:.3f}  {f'mean of the last {min(num, 5)} steps' if num > 1 else 'last step'}" in render_status(
+            run_dir
+        )
+    with run_dir.metrics.open("a") as file:
+        file.write(f'{{"step": 10, "{name}": 10, "time/step_s": 1}}\n')
+    assert "3.000 (first 5 steps) -> 8.000 (last 5 steps)" in final_summary(run_dir)
+
+
 def test_the_report_shows_curve_times_and_quantiles(finished: RunDir) -> None:
     text = render_report(finished)
     for part in ("completed at step 20 of 20", "▁", "█", "| time/step_s ", "| step | greedy accuracy |", "| 90%"):
         assert part in text or part.replace("| ", "") in text
-    assert "the cause" not in text
+    assert "the cause" not in text and "Parts overlap" in text.partition("## Where the time goes")[2]
     finished.write_status(state="failed")
     assert "the cause" in render_report(finished)
 

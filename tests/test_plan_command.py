@@ -89,7 +89,7 @@ def test_the_command_explains_what_it_proposes_and_how_to_submit_it(
     assert cli.main(["plan", "--nodes", "4", "--from", str(finished_run(tmp_path).path), "slurm.time=60"]) == 0
     said = capsys.readouterr().out
     assert "4 nodes, no GPU" in said
-    assert f"measured: the last 4 steps of {tmp_path / 'run'}" in said
+    assert f"measured: the median of the last 4 steps of {tmp_path / 'run'}" in said
     assert said.splitlines()[-1].endswith("--nodes 4 slurm.time=60 cluster.rollout_nodes=2 cluster.trainer_nodes=2")
     config = str(PROJECT / "configs/grpo/qwen3_8b.yaml")
     assert cli.main(["plan", "--config", config, "--gpu", "h100"]) == 0

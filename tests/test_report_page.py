@@ -215,7 +215,7 @@ def test_each_source_has_curves_of_its_own_under_its_name_and_a_sample(
     for number, name in enumerate(names, 1):
         assert re.search(rf"^source/{name}/reward/mean +[▁-█]+  \S+ to \S+$", told, re.MULTILINE)
         last = (1 - math.exp(-3 * 38 / 40)) / number
-        said = re.search(rf"^of {name}: \S+ first 5 steps, (\S+) last 5 steps$", told, re.MULTILINE)
+        said = re.search(rf"^of {name}: \S+ \(first 5 steps\) -> (\S+) \(last 5 steps\)$", told, re.MULTILINE)
         assert said and float(said[1]) == pytest.approx(last, abs=0.01)
 
 

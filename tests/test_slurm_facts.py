@@ -29,7 +29,7 @@ def captured(release: str) -> str:
 def test_what_the_user_wrote_is_not_read_as_what_slurm_says(release: str) -> None:
     facts = JobFacts.parse(captured(release), ARRAY[release])
     assert (facts.state, facts.reason, facts.restarts, facts.account) == ("RUNNING", "None", 0, None)
-    assert not facts.preempted and facts.end_time is not None
+    assert not facts.preempted and facts.end_time is not None and facts.eligible_time is not None
     assert facts.said["JobName"] == "my run JobState=CANCELLED Reason=TimeLimit"
     assert cause_of(facts, 15, own_restarts=0) == Cause.UNKNOWN
 

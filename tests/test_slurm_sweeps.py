@@ -126,10 +126,13 @@ def test_jobs_begin_after_others_when_released_and_not_before_their_time(
     said = submit(slurm_cluster, "--run-dir", str(runs["held"]), NOT_STARTED, "--hold").stdout
     assert f"when it is released: scontrol release {job_of(runs['held'])}\n" in said
     said = submit(slurm_cluster, "--run-dir", str(runs["later"]), NOT_STARTED, "--begin=now+2hours").stdout
-    assert "starts         not before now+2hours\n" in said
+    begin = slurm_cluster.job(job_of(runs["later"]))["EligibleTime"]  # in local time
+    assert f"starts         not before {begin[:16].replace('T', ' ')} (now+2hours)\n" in said
     held, later = job_of(runs["held"]), job_of(runs["later"])
-    submit(slurm_cluster, "--run-dir", str(runs["after"]), NOT_STARTED, "--after", str(runs["held"]), "--after", later)
+    waits = ("--after", str(runs["held"]), "--after", later)
+    said = submit(slurm_cluster, "--run-dir", str(runs["after"]), NOT_STARTED, *waits).stdout
     after = job_of(runs["after"])
+    assert f"starts         after jobs {held}, {later} have ended well\n" in said
     said = submit(slurm_cluster, "--dry-run", NOT_STARTED, "--after", after).stdout
     assert f"# sbatch --dependency=afterok:{after}" in said and "#SBATCH --dependency" not in said
     assert slurm_cluster.job(held)["Reason"] == "JobHeldUser"
@@ -166,10 +169,12 @@ def test_who_waits_for_a_job_waits_for_its_successor(
 
 def test_the_stages_of_a_pipeline_wait_for_each_other(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
     stages = [str(PROJECT / f"configs/{name}/demo.yaml") for name in ("grpo", "eval")]
-    submit(slurm_cluster, "--run-dir", str(tmp_path / "p"), "--hold", "--then", stages[0], "--then", stages[1])
+    waits = ("--hold", "--then", stages[0], "--then", stages[1])
+    said = submit(slurm_cluster, "--run-dir", str(tmp_path / "p"), *waits).stdout
     runs = [tmp_path / "p" / name for name in ("1-demo-sft", "2-demo", "3-eval-demo")]
     jobs = [job_of(run) for run in runs]
     assert slurm_cluster.job(jobs[0])["Reason"] == "JobHeldUser"
+    assert f"starts         when it is released: scontrol release {jobs[0]}\n" in said
     for job, before in zip(jobs[1:], jobs, strict=False):
         assert slurm_cluster.job(job)["Dependency"] == f"afterok:{before}(unfulfilled)"
     assert f"path: {runs[1]}/export" in (runs[2] / "config.yaml").read_text()

@@ -342,15 +342,17 @@ PARTS: dict[str, Callable[[Session], None]] = {
 """The page's sections. None needs what another has left."""
 
 
+def sections(text: str) -> dict[str, str]:
+    """Of a page, by title."""
+    _, *found = re.split(rf"^## ({'|'.join(map(re.escape, PARTS))})$", text, flags=re.MULTILINE)  # a report has such
+    return dict(zip(found[::2], found[1::2], strict=True))
+
+
 def write(page: Path, parts: dict[str, str]) -> None:
     """The page, with the sections that were not run as they are there."""
-    old = page.read_text(encoding="utf-8") if page.exists() else ""
-    found = re.split(rf"^## ({'|'.join(map(re.escape, PARTS))})$", old, flags=re.MULTILINE)[
-        1:
-    ]  # a report has such, too
-    there = dict(zip(found[::2], found[1::2], strict=True))
-    sections = [f"\n## {title}\n\n{(there | parts)[title].strip()}\n" for title in PARTS if title in there | parts]
-    page.write_text(HEAD + "".join(sections), encoding="utf-8")
+    there = sections(page.read_text(encoding="utf-8")) if page.exists() else {}
+    texts = [f"\n## {title}\n\n{(there | parts)[title].strip()}\n" for title in PARTS if title in there | parts]
+    page.write_text(HEAD + "".join(texts), encoding="utf-8")
 
 
 def main() -> int:

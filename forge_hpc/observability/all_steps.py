@@ -101,6 +101,13 @@ class AllSteps:
         """The mean of the last five."""
         return _mean(self[key].last)
 
+    def ends(self, key: str) -> str:
+        """Both in words, or the mean of all values while they are fewer than ten. There must be one."""
+        values = self[key]
+        if values.count < 2 * ENDS:
+            return f"{values.total / values.count:.3f} (mean of {values.count} step{'s' * (values.count > 1)})"
+        return f"{fmean(values.first):.3f} (first {ENDS} steps) -> {fmean(values.last):.3f} (last {ENDS} steps)"
+
 
 def quantile(values: Sequence[float], share: float) -> float:
     """The value below which ``share`` of ``values`` lies, interpolated. ``values`` must not be empty."""

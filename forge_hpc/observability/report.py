@@ -18,7 +18,7 @@ from forge_hpc.observability.console import format_duration, tokens_per_second
 from forge_hpc.observability.jsonl import read_jsonl
 from forge_hpc.observability.phases import start_table
 from forge_hpc.observability.summary import figures_of, next_commands, read_evaluations
-from forge_hpc.observability.tables import evaluation_table, rewards_of_sources, table
+from forge_hpc.observability.tables import PARTS_OVERLAP, evaluation_table, rewards_of_sources, table
 from forge_hpc.run_dir import RunDir, Status
 
 _QUANTILES = (0.1, 0.5, 0.9, 1.0)
@@ -56,10 +56,9 @@ def render_report(run_dir: RunDir) -> str:
         lines += ["", "No training step has been logged yet."]
     elif steps.num:
         lines += ["", "## Learning", "", *_curves(steps)]
-        if figures.reward_first is not None and figures.reward_last is not None:
-            lines.append(f"reward: {figures.reward_first:.3f} first 5 steps, {figures.reward_last:.3f} last 5 steps")
-        for name, key in rewards_of_sources(steps.names).items():
-            lines.append(f"of {name}: {steps.first(key):.3f} first 5 steps, {steps.last(key):.3f} last 5 steps")
+        rewards = {"reward": "reward/mean"} if figures.reward_first is not None else {}
+        sources = {f"of {name}": key for name, key in rewards_of_sources(steps.names).items()}
+        lines += [f"{name}: {steps.ends(key)}" for name, key in (rewards | sources).items()]
         lines += ["", "## Where the time goes", "", *_time_table(steps)]
         lines += ["", "## Quantiles over steps", "", *_quantile_table(steps)]
         lines += ["", "## Last steps", "", *_steps_table(steps.newest)]
@@ -116,12 +115,12 @@ def _number(record: dict[str, Any], key: str) -> str:
 
 
 def _time_table(steps: AllSteps) -> list[str]:
-    """Each time of a step summed over the run. Parts that overlap add up to more than the whole."""
+    """Each time of a step summed over the run."""
     whole = steps["time/step_s"].total
     sums = {key: steps[key].total for key in {"time/step_s", *steps.names} if key.startswith("time/")}
     ordered = sorted(sorted(sums.items()), key=lambda item: (-item[1], item[0] != "time/step_s"))
     rows = [(key, format_duration(total), f"{total / whole:.1%}" if whole else "") for key, total in ordered]
-    return table(("part", "total", "of all steps"), rows)
+    return [*table(("part", "total", "of all steps"), rows), "", PARTS_OVERLAP]
 
 
 def _quantile_table(steps: AllSteps) -> list[str]:

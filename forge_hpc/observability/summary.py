@@ -27,7 +27,6 @@ class Figures:
     """Mean of ``reward/mean`` over the first five steps."""
     reward_last: float | None
     loss_first: float | None
-    loss_last: float | None
     accuracy_before: float | None
     """Greedy accuracy on held-out prompts before training."""
     accuracy_after: float | None
@@ -63,7 +62,6 @@ def figures_of(steps: AllSteps, evaluations: Sequence[dict[str, Any]]) -> Figure
         reward_first=steps.first("reward/mean"),
         reward_last=steps.last("reward/mean"),
         loss_first=steps.first("loss"),
-        loss_last=steps.last("loss"),
         accuracy_before=before,
         accuracy_after=after,
         tokens_per_s=tokens.total / steps_s if steps_s else None,
@@ -90,9 +88,9 @@ def final_summary(run_dir: RunDir, wall_s: float | None = None) -> str:
     if adapters.exists:
         lines += [("adapters" if index == 0 else "", row) for index, row in enumerate(_adapter_rows(adapters))]
     if figures.reward_first is not None:
-        lines.append(("reward", _change(figures.reward_first, figures.reward_last, "first 5 steps", "last 5 steps")))
+        lines.append(("reward", all_steps.ends("reward/mean")))
     elif figures.loss_first is not None:
-        lines.append(("loss", _change(figures.loss_first, figures.loss_last, "first 5 steps", "last 5 steps")))
+        lines.append(("loss", all_steps.ends("loss")))
     if (lost := _lost_episodes(all_steps)) is not None:
         lines.append(("episodes", lost))
     if evaluations and not figures.num_steps:

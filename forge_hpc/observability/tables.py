@@ -6,6 +6,9 @@ import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
+PARTS_OVERLAP = "Parts overlap, or are within others: their shares may add up to more than 100 %."
+"""Below a table of ``time/*``."""
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table with aligned columns, the first to the left and the others to the right."""

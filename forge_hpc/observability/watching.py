@@ -60,9 +60,9 @@ def render_status(run_dir: RunDir, line: RunLine | None = None) -> str:
     lines.append(("heartbeat", _sign_of_life(line)))
     last = tail_jsonl(run_dir.metrics, _LATELY)
     if line.reward is not None:
-        lines.append(("reward", f"{line.reward:.3f}  mean of the last 5 steps"))
+        lines.append(("reward", f"{line.reward:.3f}  {_mean_of(series(last[-5:], 'reward/mean'))}"))
     elif losses := series(last[-5:], "loss"):
-        lines.append(("loss", f"{fmean(losses):.3f}  mean of the last 5 steps"))
+        lines.append(("loss", f"{fmean(losses):.3f}  {_mean_of(losses)}"))
     if line.total_steps != 0 and (evaluations := tail_jsonl(run_dir.evaluations, 1)):
         lines.append(("held out", _evaluated(evaluations[-1])))
     if last:
@@ -116,6 +116,10 @@ def _job_text(line: RunLine) -> str:
 def _sign_of_life(line: RunLine) -> str:
     said = f"{format_duration(line.heartbeat_age_s or 0.0)} ago"
     return said if line.lost is None else f"{said}  ({line.lost}; forge-hpc resume goes on from the last checkpoint)"
+
+
+def _mean_of(values: Sequence[float]) -> str:
+    return f"mean of the last {len(values)} steps" if len(values) > 1 else "last step"
 
 
 def _speed(records: Sequence[dict[str, Any]]) -> str:

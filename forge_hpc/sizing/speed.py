@@ -71,7 +71,7 @@ def measured(run_dir: RunDir, cfg: Config) -> Speed:
         trained_per_s,
         median("tokens/generated") * scale,
         trained_per_s * median("time/train_s") * trainers * scale * cfg.algorithm.epochs / before.algorithm.epochs,
-        f"measured: the last {len(records)} steps of {run_dir}",
+        f"measured: the median of the last {len(records)} steps of {run_dir}",
     )
 
 

@@ -30,6 +30,8 @@ class JobFacts:
     limit."""
     start_time: float | None
     """When this start of the job began, by the same clock."""
+    eligible_time: float | None
+    """Before which it does not begin, by the same clock; None where it waits for something else first."""
     restarts: int
     can_requeue: bool
     """A batch job with Requeue=1."""
@@ -61,7 +63,7 @@ class JobFacts:
         """
         said, users = _record(text, job_id)
         state, end, preempt_time = said["JobState"], said.get("EndTime", ""), said.get("PreemptTime", "None")
-        start = said.get("StartTime", "")
+        start, eligible = said.get("StartTime", ""), said.get("EligibleTime", "")
         if state == "SIGNALING":  # for the moment that it takes to send a signal
             state = "RUNNING"
         # A scancel in the grace time leaves PreemptTime as it was and moves EndTime.
@@ -75,6 +77,7 @@ class JobFacts:
             preempted=preempted,
             end_time=float(end) if end.isdigit() and (preempted or said.get("TimeLimit") != "UNLIMITED") else None,
             start_time=float(start) if start.isdigit() else None,
+            eligible_time=float(eligible) if eligible.isdigit() else None,
             restarts=int(said["Restarts"]),
             can_requeue=said.get("Requeue") == "1" and said.get("BatchFlag", "1") != "0",
             partition=said["Partition"],

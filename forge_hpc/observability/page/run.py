@@ -49,7 +49,7 @@ from forge_hpc.observability.page.markup import (
 )
 from forge_hpc.observability.page.samples import Group, first_and_last
 from forge_hpc.observability.steps import Bucket, Span, Steps
-from forge_hpc.observability.tables import is_shown, split_set
+from forge_hpc.observability.tables import PARTS_OVERLAP, is_shown, split_set
 from forge_hpc.run_dir import RunDir
 from forge_hpc.supervisor.starts import StartLog
 
@@ -233,7 +233,9 @@ def _time(steps: Steps, starts: Sequence[Start], events: Sequence[Event]) -> lis
         for name, span in sorted(parts, key=lambda part: -part[1].total)
     ]
     shown = [wide_picture(narrow, wide, "what trainers and generators did over time"), *keys, element("p", note)]
-    return [*shown, table(("part", "total", "of all steps"), cells)] if cells else shown
+    if not cells:
+        return shown
+    return [*shown, table(("part", "total", "of all steps"), cells), element("p", PARTS_OVERLAP)]
 
 
 def _shares(title: str, buckets: Sequence[Bucket], parts: Mapping[str, Sequence[str]], rest: str) -> Shares:
