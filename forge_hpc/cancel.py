@@ -85,7 +85,20 @@ def _ask(run_dir: RunDir, *, now: bool) -> Callable[[], None] | None:
             f"{run_dir} is job {job_id} of Slurm, and there is no Slurm here",
             "cancel it on a login node of its cluster",
         )
+    if (one_base := run_dir.one_base) is not None and _is_under_way(one_base):
+        raise UserError(
+            f"{run_dir} is one of the adapters of {one_base}, which run as one",
+            f"forge-hpc cancel {shlex.quote(str(one_base))} ends all of them",
+        )
     return partial(_mark_cancelled, run_dir, "cancelled; nothing was running")
+
+
+def _is_under_way(run_dir: RunDir) -> bool:
+    """Whether a job in the queue, or a process, works on it."""
+    status, holder = run_dir.read_status(), run_dir.lock_holder()
+    job_id = (holder or {}).get("job_id") or (status.job_id if status else None)
+    state = job_state(job_id) if is_job_id(job_id) else None
+    return run_dir.is_locked() or (state is not None and is_active_state(state[0]))
 
 
 def _ask_job(run_dir: RunDir, job_id: str, *, saves: bool) -> Callable[[], None]:

@@ -134,6 +134,12 @@ class RunDir:
         return self.path / "adapters"
 
     @property
+    def one_base(self) -> RunDir | None:
+        """The run of several adapters on one base that this is one of; None where it is a run of its own."""
+        parent = RunDir(self.path.parent.parent)
+        return parent if self.path.parent == parent.adapters and parent.has_config else None
+
+    @property
     def tls(self) -> Path:
         return self.path / "tls"
 

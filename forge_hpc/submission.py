@@ -592,9 +592,20 @@ def _record(changes: Sequence[str], run_dir: RunDir) -> None:
 
 
 def _refuse_busy(run_dir: RunDir, own_job_id: str | None = None) -> None:
-    """Refuse a directory that a queued or running job, or a live process, works on."""
+    """Refuse a directory that a queued or running job, or a live process, works on; of one of several adapters also
+    where it works on all of them, and of all of them where it works on one."""
     if not run_dir.exists:
         return
+    _refuse_busy_one(run_dir, own_job_id)
+    if (one_base := run_dir.one_base) is not None:
+        _refuse_busy_one(one_base, own_job_id)
+    elif is_there(run_dir.adapters):
+        for path in sorted(run_dir.adapters.iterdir()):
+            if (adapter := RunDir(path)).has_config:
+                _refuse_busy_one(adapter, own_job_id)
+
+
+def _refuse_busy_one(run_dir: RunDir, own_job_id: str | None) -> None:
     from forge_hpc.slurm.job import is_active
 
     status, holder = run_dir.read_status(), run_dir.lock_holder()

@@ -17,19 +17,21 @@ from safetensors.torch import load_file
 from test_generation import GREEDY, prompts, tiny_config
 from tiny_models import random_documents
 
+from forge_hpc.cancel import cancel_runs
 from forge_hpc.cli import main
-from forge_hpc.config import UserError, load_config, read_config, safe_changes, validate
+from forge_hpc.config import UserError, load_config, read_config, safe_changes, save_config, validate
 from forge_hpc.config.adapters import adapter_configs, total_steps
-from forge_hpc.config.load import override_of
+from forge_hpc.config.load import override_of, with_overrides
 from forge_hpc.config.schema import Config
 from forge_hpc.controller.adapters import AdapterSessions
 from forge_hpc.controller.recovery import Leave, Recoveries
 from forge_hpc.data.builtin import write_tiny_qwen3
 from forge_hpc.data.types import Completion
 from forge_hpc.generation import GenerationEngine
+from forge_hpc.hub.pins import Pins
 from forge_hpc.run_dir import RunDir
 from forge_hpc.status_writer import StatusWriter
-from forge_hpc.submission import _is_complete
+from forge_hpc.submission import _is_complete, _refuse_busy
 from forge_hpc.sweep_dir import SweepDir
 from forge_hpc.training.distributed import init_distributed
 from forge_hpc.training.engine import TrainEngine
@@ -250,6 +252,47 @@ def test_the_step_of_a_run_is_of_the_slowest_that_still_trains_and_in_the_end_it
     done = run_dir.write_status(state="completed")
     assert _is_complete(cfg, done)
     assert safe_changes(cfg, cfg, done.step, "it", "no") == []  # 8 steps are what one of them was asked for
+
+
+def test_one_adapter_is_no_run_of_its_own_while_all_of_them_are_at_work(tmp_path: Path) -> None:
+    cfg = load_config(DEMO, [*ADAPTERS, override_of("trainer.lora.sweep", VARIED)])
+    run_dir = RunDir(tmp_path / "run").create()
+    adapter = RunDir(run_dir.adapters / "1").create()
+    for place in (run_dir, adapter):
+        save_config(cfg, place.config)
+        place.write_status(state="running")
+    with run_dir.lock():
+        with pytest.raises(UserError, match=f"works on {run_dir} already"):
+            _refuse_busy(adapter)
+        with pytest.raises(UserError, match=f"{adapter} is one of the adapters of {run_dir}") as refused:
+            cancel_runs([adapter], now=False)
+        assert refused.value.hint == f"forge-hpc cancel {run_dir} ends all of them"
+    with adapter.lock(), pytest.raises(UserError, match=f"works on {adapter} already"):
+        _refuse_busy(run_dir)
+    _refuse_busy(adapter)
+    _refuse_busy(run_dir)
+
+
+def test_an_adapter_that_went_further_alone_keeps_its_steps(tmp_path: Path) -> None:
+    sweep = override_of("trainer.lora.sweep", VARIED)
+    cfg = load_config(DEMO, [*ADAPTERS, sweep, "trainer.training.steps=6"])
+    run_dir = RunDir(tmp_path / "run").create()
+
+    async def make() -> list[int]:
+        sessions = attempt(cfg, run_dir, StatusWriter(run_dir))
+        sessions._make(Pins(run_dir.path))
+        kept = [read_config(RunDir(run_dir.adapters / n).config) for n in "01"]
+        assert kept == sessions._configs
+        return [own.trainer.training.steps for own in kept]
+
+    assert asyncio.run(make()) == [6, 6]
+    alone = RunDir(run_dir.adapters / "1")
+    save_config(with_overrides(read_config(alone.config), ["trainer.training.steps=500"]), alone.config)
+    alone.checkpoint(6).mkdir(parents=True)
+    assert asyncio.run(make()) == [6, 6]  # asked to, and has not
+    save_config(with_overrides(read_config(alone.config), ["trainer.training.steps=500"]), alone.config)
+    alone.checkpoint(9).mkdir()
+    assert asyncio.run(make()) == [6, 500]
 
 
 # ---- whole runs

@@ -19,8 +19,9 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from forge_hpc.config import Config, save_config
+from forge_hpc.config import Config, read_config, save_config
 from forge_hpc.config.adapters import adapter_configs, total_steps
+from forge_hpc.config.load import with_overrides
 from forge_hpc.controller.generators import NodeLost
 from forge_hpc.controller.service import cause_of, is_loss, reason_of
 from forge_hpc.controller.session import OneBase, Session, background
@@ -29,6 +30,7 @@ from forge_hpc.hub.pins import FILE, Pins, pin_all
 from forge_hpc.observability.logs import Terminal
 from forge_hpc.run_dir import RunDir
 from forge_hpc.status_writer import StatusWriter
+from forge_hpc.supervisor.starts import newest_step
 from forge_hpc.sweep_dir import SweepDir
 
 if TYPE_CHECKING:
@@ -83,7 +85,7 @@ class AdapterSessions:
         self._where = log_dir, cluster, pool, recoveries, leave, attempt
         self._status = status
         self._sweep = SweepDir(run_dir.adapters)
-        self._configs = adapter_configs(config)
+        self._configs, self._total = adapter_configs(config), total_steps(config)
         self._sessions: list[Session] = []
         self._statuses = [_AdapterStatus(self._sweep.run(number), self, number) for number in range(len(self._configs))]
         self._tasks: list[asyncio.Task[None]] = []
@@ -103,7 +105,7 @@ class AdapterSessions:
             Exception: what failed all of them, such as a lost process.
         """
         await self._prepare()
-        self._status.update(state="running", total_steps=total_steps(self.config), message="")
+        self._status.update(state="running", total_steps=self._total, message="")
         try:
             async with AsyncExitStack() as stack:
                 for status in self._statuses:
@@ -134,7 +136,7 @@ class AdapterSessions:
         base = OneBase(model_dir)
         base.lost = self.lost
         self._configs = [self._with_base(own, model_dir) for own in self._configs]
-        await asyncio.to_thread(self._make, self._configs, pins)
+        await asyncio.to_thread(self._make, pins)
         for number, (own, status) in enumerate(zip(self._configs, self._statuses, strict=True)):
             session = Session(own, self._sweep.run(number), *self._where, status, base=base, adapter=number)
             self._sessions.append(session)
@@ -146,9 +148,13 @@ class AdapterSessions:
             return replace(own, model=replace(own.model, path=str(model_dir)))
         return own
 
-    def _make(self, configs: list[Config], pins: Pins) -> None:
-        for number, own in enumerate(configs):
+    def _make(self, pins: Pins) -> None:
+        for number, own in enumerate(self._configs):
             directory = self._sweep.run(number).create()
+            if directory.has_config and newest_step(directory) > own.trainer.training.steps:
+                # It has gone on alone, and further than this run would take it: as far as it was to go then.
+                steps = read_config(directory.config).trainer.training.steps
+                own = self._configs[number] = with_overrides(own, [f"trainer.training.steps={steps}"])
             save_config(own, directory.config)
             if pins.path.exists() and not (directory.path / FILE).exists():
                 shutil.copyfile(pins.path, directory.path / FILE)
@@ -187,7 +193,8 @@ class AdapterSessions:
         if "step" in status or "state" in status:
             going = [n for n in range(len(self._configs)) if not self._is_over(n)]
             if self._steps and all(n in self._steps for n in going):  # before, where the others stand is not known
-                step = min((self._steps[n] for n in going), default=max(self._steps.values()))
+                slowest = min((self._steps[n] for n in going), default=max(self._steps.values()))
+                step = min(slowest, self._total)  # one that went further alone does not count beyond
                 self._status.update(step=step, policy_version=step)
 
     def _is_over(self, number: int) -> bool:
