@@ -30,8 +30,8 @@ from forge_hpc.observability.jsonl import read_jsonl
 from forge_hpc.observability.phases import StartPhases
 from forge_hpc.observability.summary import final_summary
 from forge_hpc.run_lock import RunDirLock
-from forge_hpc.status_writer import StatusWriter
 from forge_hpc.slurm import outside
+from forge_hpc.status_writer import StatusWriter
 from forge_hpc.supervisor import deadlines
 from forge_hpc.supervisor.coming_back import come_back, is_to_come_back
 from forge_hpc.supervisor.controller_process import ControllerProcess, cancelled
@@ -44,7 +44,6 @@ from forge_hpc.supervisor.robust import best_effort, how_it_ended, retrying
 from forge_hpc.supervisor.signals import Stopped, StopRequest, StopRequests
 from forge_hpc.supervisor.starts import StartLog
 from forge_hpc.supervisor.warm_start import warm_start
-
 
 INSIDE = "inside"
 """The record by which a supervisor in a container says that it runs there."""
