@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from disks import set_read_only, small_disk
 from runs import PROJECT, wait_for
 from sandboxes import needs_bubblewrap, without_bubblewrap
 
+from forge_hpc.cluster import shared_memory
 from forge_hpc.cluster.allocation import Allocation
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import Config, UserError, save_config
@@ -128,6 +130,35 @@ process.wait()
     finally:
         os.kill(child, signal.SIGKILL)
         process.wait()
+
+
+def test_the_folder_in_shared_memory_of_a_supervisor_that_was_killed_is_removed_and_nobody_elses() -> None:
+    code = "from forge_hpc.cluster.shared_memory import Folder; f = Folder(); print(f.path, flush=True); input()"
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    env = os.environ | {"PYTHONPATH": str(PROJECT)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=env, **pipes)
+    assert process.stdout is not None
+    killed = Path(process.stdout.readline().strip())
+    mine = shared_memory.Folder()
+    link, open_to_all = killed.with_name(f"{killed.name}-link"), killed.with_name(f"{killed.name}-open")
+    try:
+        (killed / "weights").write_bytes(b"1")
+        link.symlink_to(mine.path)
+        open_to_all.mkdir()
+        open_to_all.chmod(0o755)
+        assert not {str(killed), str(mine.path)} & {*shared_memory.remove_left_over()}
+        process.kill()
+        process.communicate()
+        assert str(killed) in shared_memory.remove_left_over() and not killed.exists()
+        assert mine.path.is_dir() and link.is_symlink() and open_to_all.is_dir()
+    finally:
+        process.kill()
+        process.wait()
+        link.unlink(missing_ok=True)
+        mine.remove()
+        for path in (killed, open_to_all):
+            shutil.rmtree(path, ignore_errors=True)
+    assert not mine.path.exists()
 
 
 class FakeNvml:
