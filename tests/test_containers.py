@@ -146,7 +146,8 @@ def test_a_mount_that_is_not_on_the_login_node_is_a_warning(tmp_path: Path) -> N
     cfg = contained(image=str(tmp_path), mounts=[f"{tmp_path}/none", str(tmp_path)])
     [warning] = check_container(cfg)
     assert warning == f"slurm.container.mounts: {tmp_path}/none is not on this machine; nodes without it are left out"
-    assert check_container(contained(image="docker://debian")) == []
+    for image in ("docker://debian", "docker-archive:img.tar", "oci-archive:x.tar", "oci:folder"):
+        assert check_container(contained(image=image)) == []
     assert check_container(Config()) == []
 
 

@@ -666,7 +666,7 @@ def test_with_pyxis_a_start_is_the_containers_fault_only_where_nobody_has_run_in
     run_dir = RunDir(tmp_path / "run").create()
     pyxis = ["slurm.container.runtime=pyxis", "slurm.container.image=team/forge:1", "cluster.max_restarts=1"]
     save_config(load_config(None, pyxis), run_dir.config)
-    run_dir.write_status(state="queued", job_id="31")
+    run_dir.write_status(state="pending", job_id="31")
     assert after(75)[::2] == (75, []), "it has left"
     with run_dir.lock("77"):  # so that the supervisor ends before it has begun
         env = os.environ | {"SLURM_JOB_ID": "31", "SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_RESTART_COUNT": "2"}

@@ -1,12 +1,16 @@
 """Files that are memory, ``/dev/shm``: a start has a folder of its own there, which its supervisor removes.
 
 What is killed while it writes there leaves what it has written, and that is memory of the node until somebody removes
-it, whichever job it was.
+it, whichever job it was. A supervisor that is killed itself leaves the whole folder: it has locked it (flock, which
+ends with its process), and the next start on the node removes this user's folders that nobody holds.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,14 +18,75 @@ from pathlib import Path
 VARIABLE = "FORGE_HPC_SHARED_MEMORY"
 """The start's folder, in the environment of its processes."""
 _SHARED_MEMORY = Path("/dev/shm")
+_PREFIX = "forge-hpc-start-"
+"""Of these folders alone: a temporary directory may be there, too, and nobody locks what is made in it."""
 
 
-def make_folder() -> Path | None:
-    """A new folder for a start, this user's alone; None where there can be none."""
+class Folder:
+    """A start's folder, this user's alone, and its lock.
+
+    Raises:
+        OSError: there can be none.
+    """
+
+    def __init__(self) -> None:
+        while True:
+            self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_SHARED_MEMORY))
+            try:
+                self._lock = _lock(self.path)
+            except FileNotFoundError:
+                continue
+            if self._lock is not None and self.path.is_dir():
+                return
+            self._unlock()  # another start has taken it for one that nobody holds
+
+    def remove(self) -> None:
+        """With all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def make_folder() -> Folder | None:
+    """A new folder for a start; None where there can be none."""
     try:
-        return Path(tempfile.mkdtemp(prefix="forge-hpc-", dir=_SHARED_MEMORY))
+        return Folder()
     except OSError:
         return None
+
+
+def remove_left_over() -> list[str]:
+    """Remove this user's folders whose supervisor is dead; their paths."""
+    removed = []
+    for path in _SHARED_MEMORY.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # a link, another user's, or gone by now
+            if (lock := _lock(path)) is not None:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(lock)
+                removed.append(str(path))
+    return removed
+
+
+def _lock(path: Path) -> int | None:
+    """The descriptor that holds the lock of a folder; None where another has it, or the folder is not this user's
+    alone. Raises OSError where it is no folder, or cannot be locked."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        found = os.fstat(fd)
+        if found.st_uid == os.geteuid() and not found.st_mode & 0o077:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+    except BlockingIOError:
+        pass
+    except OSError:
+        os.close(fd)
+        raise
+    os.close(fd)
+    return None
 
 
 def folder(environ: Mapping[str, str] = os.environ) -> Path | None:

@@ -13,14 +13,13 @@ from forge_hpc.container.runtimes import binary
 
 
 def is_file_of_image(container: ContainerConfig) -> bool:
-    """Whether the image is a file or folder, and not a registry's (``docker://…``, ``nvcr.io#nvidia/pytorch``). To
-    Apptainer all is a file that has no scheme, to pyxis what begins like a path."""
+    """Whether the image is a file or folder, and nothing with a scheme (``docker://…``, ``docker-archive:a.tar``) or of
+    a registry (``nvcr.io#nvidia/pytorch``). To Apptainer all is a file that has no scheme, to pyxis what begins like a
+    path."""
     image = container.image or ""
-    return (
-        bool(image) and "://" not in image
-        if container.runtime == "apptainer"
-        else re.match(r"[./~]", image) is not None
-    )
+    if container.runtime == "apptainer":
+        return bool(image) and re.match(r"[a-z][a-z0-9+-]*:", image) is None
+    return re.match(r"[./~]", image) is not None
 
 
 def problems_here(cfg: Config) -> list[str]:

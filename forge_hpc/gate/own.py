@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from forge_hpc.cluster.shared_memory import remove_left_over
 from forge_hpc.gate.environment import environment
 from forge_hpc.gate.nvml import GpuHealth
 from forge_hpc.gate.orphans import end_orphans
@@ -31,6 +32,7 @@ def look_at_node(shared: Path, tls: Path, start: str, gpus: list[str], alone: bo
         alone: there are no other nodes to compare with.
     """
     orphans = end_orphans(tls, start)  # first: they hold what is looked at next
+    remove_left_over()
     health = GpuHealth(gpus)
     looks: list[Callable[[], str | None]] = [
         lambda: full(Path(tempfile.gettempdir()), "its temporary directory", MIN_SCRATCH_BYTES),

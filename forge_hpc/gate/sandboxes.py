@@ -40,7 +40,8 @@ def _sandboxes(config: Config, node: int) -> Iterator[dict[str, Any]]:
     rewards = [reward for run in sources for reward in run.config.reward]
     rewards += [reward for one in held_out_sets(config) for reward in one.rewards]
     environments = [run.config.environment for run in sources]
-    if not any(one.name == _USES_ONE for one in (*rewards, *environments)):  # then the recipe need not be loaded
+    names = {*(reward.name for reward in rewards), *(environment.name for environment in environments)}
+    if _USES_ONE not in names:  # then the recipe need not be loaded
         return
     generators = needs_of(config).generators
     if generators == "beside" or (generators == "after" and config.evaluation.num_prompts):

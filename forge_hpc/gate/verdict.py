@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median, median_low
 from typing import Any
 
@@ -28,7 +28,7 @@ def own_problems(
         gpus: how many GPUs a node must have; None: those that it is given.
 
     Raises:
-        UserError: the run needs a sandbox, and starts one on none of them.
+        UserError: the run needs a sandbox, and it starts on none of several that have nothing else.
     """
     found = {node: list(report["problems"]) for node, report in reports.items()}
     told = {node: report for node, report in reports.items() if "memory_bytes" in report}  # else its look has hung
@@ -48,21 +48,33 @@ def own_problems(
             found[node].append(problem)
     for node, problem in differences({node: report["environment"] for node, report in told.items()}).items():
         found[node].append(problem)
-    for node, problem in _lacking_sandbox(told).items():
+    for node, problem in _lacking_sandbox(told, found).items():
         found[node].append(problem)
     return found
 
 
-def _lacking_sandbox(reports: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
+def late_sandboxes(reports: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
+    """What is to be said of nodes whose sandbox has taken long. It is no reason to leave one out: a sandbox may take
+    longer than the gate waits, and what a crowded machine or a file server holds up comes all the same."""
+    looked = {node: report.get("sandbox") or {} for node, report in reports.items()}
+    return {node: f"its sandbox is slow: {found['late']}" for node, found in looked.items() if "late" in found}
+
+
+def _lacking_sandbox(reports: Mapping[int, Mapping[str, Any]], problems: Mapping[int, Sequence[str]]) -> dict[int, str]:
+    """Nodes on which a sandbox does not start. Raises UserError where that is so on all of several that have tried it,
+    and nothing else is wrong with any of them: no node is to blame then, and another start would find the same."""
     looked = {node: report["sandbox"] for node, report in reports.items() if report.get("sandbox") is not None}
-    lacking = {node: found for node, found in looked.items() if found}
-    if lacking and len(lacking) == len(looked):  # no node is to blame, and another start would find the same
-        first = next((found for found in lacking.values() if "message" in found), None)
-        if first is None:  # all are late: a crowded machine
-            return {}
-        where = "on any of its nodes" if len(looked) > 1 else "here"
-        raise UserError(f"the run needs a sandbox, and none works {where}: {first['message']}", first["hint"])
-    return {node: f"its sandbox does not work: {why.get('message') or why['late']}" for node, why in lacking.items()}
+    lacking = {node: found for node, found in looked.items() if "message" in found}
+    if len(lacking) == len(looked) > 1 and not any(problems[node] for node in lacking):
+        first = next(iter(lacking.values()))
+        raise UserError(
+            f"the run needs a sandbox, and none works on any of its nodes: {first['message']}", first["hint"]
+        )
+    said = {node: (why["message"], why["hint"]) for node, why in lacking.items()}
+    return {
+        node: f"its sandbox does not work: {message}{f' ({hint})' if hint else ''}"
+        for node, (message, hint) in said.items()
+    }
 
 
 def _lacking_gpus(reports: Mapping[int, Mapping[str, Any]], gpus: int | None) -> dict[int, str]:

@@ -20,7 +20,7 @@ from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import Config
 from forge_hpc.gate.complaints import ComplaintsDesk
 from forge_hpc.gate.deadlines import CALM_S, GATE_S, PRODUCT_S
-from forge_hpc.gate.verdict import cut_off_nodes, own_problems, slow_nodes
+from forge_hpc.gate.verdict import cut_off_nodes, late_sandboxes, own_problems, slow_nodes
 from forge_hpc.supervisor.ending import Cause, Ending
 from forge_hpc.supervisor.node import Node
 
@@ -79,8 +79,9 @@ def _judge(
     complained = lambda prefix: {f"{prefix}-{node}" for node in desk.complaints}  # noqa: E731
     found = rendezvous.gather([f"node-{n}" for n in nodes], timeout_s, stop, lambda: complained("node"))
     introductions = {node: found[f"node-{node}"] for node in nodes if f"node-{node}" in found}
+    reports = {node: record["report"] for node, record in introductions.items()}
     problems = own_problems(
-        {node: record["report"] for node, record in introductions.items()},
+        reports,
         whole_nodes=config.slurm.exclusive,
         gpus=config.cluster.gpus_per_node,
     )
@@ -99,6 +100,8 @@ def _judge(
     for node, record in introductions.items():
         for orphan in record["report"].get("orphans", ()):
             print(f"node {node} ({names[node]}): ended {orphan}, left over by an earlier start", file=sys.stderr)
+    for node, slow in late_sandboxes(reports).items():
+        print(f"warning: node {node} ({names[node]}): {slow}; it is not left out for that", file=sys.stderr)
     members = [node for node in nodes if node not in unfit]
     return Verdict(members, unfit, {node: introductions[node] for node in members}, names)
 

@@ -44,15 +44,16 @@ class Node:
         self.hub_environ: dict[str, str] = {}
         """Variables that say whether its processes ask the hub."""
         self._scratch: Path | None = None
-        self._memory: Path | None = None
+        self._memory: shared_memory.Folder | None = None
         self._comparing: subprocess.Popen[bytes] | None = None
 
     def close(self) -> None:
         """End all processes below this one, and remove what dead ones have left in the folders for scratch."""
         end_descendants(grace_s=0)
-        for folder in (self._scratch, self._memory):
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+        if self._memory is not None:
+            self._memory.remove()
 
     @property
     def key(self) -> str:
@@ -127,7 +128,7 @@ class Node:
         folder = self.scratch_folder()  # what dead processes leave there goes with us
         scratch = {"TMPDIR": str(folder), stacks.FOLDER: str(stacks.folder_in(folder))}
         self._memory = self._memory or shared_memory.make_folder()
-        scratch |= {shared_memory.VARIABLE: str(self._memory)} if self._memory is not None else {}
+        scratch |= {shared_memory.VARIABLE: str(self._memory.path)} if self._memory is not None else {}
         compiled = compile_cache() if visible_gpus() else {}  # on CPUs nothing is compiled
         mine = {**supervision, **compiled, **self.hub_environ, **scratch, **tls_environment(tls)}
         return {**interface, **os.environ, **mine}
