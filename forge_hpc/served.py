@@ -28,7 +28,7 @@ class Served:
     """The address of a served model."""
 
     base_url: str
-    """Up to the version: ``http://127.0.0.1:4711/v1``; https where the run has several nodes."""
+    """Up to the version: ``http://127.0.0.1:4711/v1``; https where workers are on other nodes too."""
     api_key: str
 
     @property
@@ -54,6 +54,12 @@ def served(name: str) -> Served:
 def announce(name: str, where: Served) -> None:
     """Have this process, and those that it starts, find a served model."""
     os.environ.update(zip(_variables(name), (where.base_url, where.api_key), strict=True))
+
+
+def withdraw(name: str) -> None:
+    """Have nobody find it from here on."""
+    for variable in _variables(name):
+        os.environ.pop(variable, None)
 
 
 def announced() -> dict[str, str]:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,8 @@ from forge_hpc.config.load import override_of, with_overrides
 from forge_hpc.config.schema import Config
 from forge_hpc.controller.adapters import AdapterSessions
 from forge_hpc.controller.recovery import Leave, Recoveries
+from forge_hpc.controller.service import Service
+from forge_hpc.controller.session import Session
 from forge_hpc.data.builtin import write_tiny_qwen3
 from forge_hpc.data.types import Completion
 from forge_hpc.generation import GenerationEngine
@@ -293,6 +296,50 @@ def test_an_adapter_that_went_further_alone_keeps_its_steps(tmp_path: Path) -> N
     save_config(with_overrides(read_config(alone.config), ["trainer.training.steps=500"]), alone.config)
     alone.checkpoint(9).mkdir()
     assert asyncio.run(make()) == [6, 500]
+
+
+def test_the_directories_say_what_is_varied_now_and_keep_the_users_files(tmp_path: Path) -> None:
+    (tmp_path / "reward.py").write_text("def score(prompt, response, target, **fields):\n    return 0.0\n")
+    run_dir = RunDir(tmp_path / "run").create()
+
+    async def make(sweep: list[str]) -> None:
+        reward = f"reward=[{{name: '{tmp_path / 'reward.py'}:score'}}]"
+        cfg = load_config(DEMO, [*ADAPTERS, override_of("trainer.lora.sweep", sweep), reward])
+        attempt(cfg, run_dir, StatusWriter(run_dir))._make(Pins(run_dir.path))
+
+    for sweep in (["seed=1"], ["seed=1", "seed=2"]):
+        asyncio.run(make(sweep))
+        assert SweepDir(run_dir.adapters).overrides() == [[item] for item in sweep]
+    for adapter in SweepDir(run_dir.adapters).runs:
+        assert [path.suffix for path in (adapter.path / "code").iterdir() if path.name != "files.json"] == [".py"]
+
+
+def test_what_an_adapter_that_has_failed_had_asked_for_is_given_up(tmp_path: Path) -> None:
+    cfg = load_config(DEMO, [*ADAPTERS, override_of("trainer.lora.sweep", VARIED)])
+    run_dir = RunDir(tmp_path / "run").create()
+    RunDir(run_dir.adapters / "1").create()
+    run_dir.write_status(state="running")
+    aborted: list[dict[str, int]] = []
+
+    async def abort(**options: int) -> None:
+        aborted.append(options)
+
+    async def scenario() -> None:
+        sessions = attempt(cfg, run_dir, StatusWriter(run_dir))
+        service = Service("generator", 2, 30.0, lambda *lost: None)
+        for index in range(2):
+            await service.admit(index, SimpleNamespace(abort=SimpleNamespace(call_one=abort)))
+        nothing: Any = None
+        own = [
+            Session(own, run_dir, run_dir.logs, nothing, nothing, Recoveries(0), Leave()) for own in sessions._configs
+        ]
+        own[1]._generators = service.of(1)
+        sessions._sessions = own
+        await sessions._run(1, nothing)
+        assert list(sessions._failed) == [1]
+
+    asyncio.run(scenario())
+    assert aborted == [{"adapter": 1}] * 2  # of every engine, and nothing of the other's
 
 
 # ---- whole runs

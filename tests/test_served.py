@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from forge_hpc.config.needs import Needs
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.config.schema import RewardConfig
 from forge_hpc.config.served import served_config
+from forge_hpc.controller.served import _ServedModel
 from forge_hpc.data.types import Completion, Prompt, Turn
 from forge_hpc.endpoint import tls_context
 from forge_hpc.endpoint.conversations import NothingKept
@@ -201,6 +203,22 @@ def test_each_request_stands_for_itself_and_is_counted() -> None:
             given = [(len(context), completion.num_tokens) for context, completion in sampler.given]
             assert kept.take_counts() == (sum(n for n, _ in given), sum(n for _, n in given))
             assert kept.take_counts() == (0, 0)
+
+    asyncio.run(scenario())
+
+
+def test_nobody_finds_a_model_whose_run_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        cfg = config(f"served=[{{name: judge, path: '{TINY}', max_tokens: 512}}]")
+        async with serving(served_config(cfg, cfg.served[0]), BPE, Scripted(scored), model=WHAT) as (endpoint, key):
+            model: Any = object.__new__(_ServedModel)  # without its engines
+            model.name, model._endpoint, model._open = "judge", endpoint, contextlib.ExitStack()
+            announce("judge", Served(endpoint.base_url, key.key))
+            assert served("judge").api_key == key.key
+            await model.close()
+            assert not announced()
+            with pytest.raises(UserError, match="no model 'judge' is served here"):
+                served("judge")
 
     asyncio.run(scenario())
 

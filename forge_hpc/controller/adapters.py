@@ -32,6 +32,7 @@ from forge_hpc.run_dir import RunDir
 from forge_hpc.status_writer import StatusWriter
 from forge_hpc.supervisor.starts import newest_step
 from forge_hpc.sweep_dir import SweepDir
+from forge_hpc.user_files import keep_files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -158,8 +159,10 @@ class AdapterSessions:
             save_config(own, directory.config)
             if pins.path.exists() and not (directory.path / FILE).exists():
                 shutil.copyfile(pins.path, directory.path / FILE)
-        if not self._sweep.exists:
-            self._sweep.write([[item] for item in self.config.trainer.lora.sweep])
+            keep_files(own, directory)
+        overrides = [[item] for item in self.config.trainer.lora.sweep]
+        if not self._sweep.exists or self._sweep.overrides() != overrides:
+            self._sweep.write(overrides)
 
     async def _run(self, number: int, terminal: Terminal) -> None:
         session, status = self._sessions[number], self._statuses[number]
@@ -177,6 +180,7 @@ class AdapterSessions:
             logger.exception("adapter %d has failed", number)
             self._failed[number] = error
             status.update(state="failed", message=reason_of(error))
+            await session.end_requests()
             return
         self._done.add(number)
         status.update(state="completed", message="")

@@ -26,7 +26,7 @@ from forge_hpc.data.types import Prompt
 from forge_hpc.endpoint import Endpoint, GeneratorSampler, tls_context
 from forge_hpc.endpoint.conversations import NothingKept
 from forge_hpc.endpoint.requests import Model
-from forge_hpc.served import Served, announce
+from forge_hpc.served import Served, announce, withdraw
 
 logger = logging.getLogger(__name__)
 
@@ -151,5 +151,6 @@ class _ServedModel:
     async def close(self) -> None:
         if self._endpoint is not None:
             self._open.close()
+            withdraw(self.name)
             endpoint, self._endpoint = self._endpoint, None
             await endpoint.close()

@@ -378,7 +378,7 @@ class Session:
         self._generators = service if self._base is None else service.of(self._adapter)
         while self._pool.said:
             self._tell(self._pool.said.pop(0))
-        await self._generators.abort.fanout()
+        await self.end_requests()
         return self._generators
 
     def _reward_pool(self) -> RewardPools:
@@ -858,6 +858,11 @@ class Session:
             await self._saver.save(self.trainers, self.step, self.state)
             await self._saver.saved()
         return self._saver.saved_step == self.step
+
+    async def end_requests(self) -> None:
+        """Have the generators answer nothing more of what was asked of this policy: who asked is gone."""
+        if self._generators is not None:
+            await self._generators.abort.fanout()
 
     async def abandon(self) -> None:
         """After the recipe was cancelled: end what remains of this attempt's processes. The generators stay."""
