@@ -50,7 +50,7 @@ def attach(run_dir: RunDir, node: str | None, command: Sequence[str]) -> None:
             raise SlurmAbsent("there is no srun here")
     left_out = " ".join(StartLog(run_dir).without())
     numbered = [name for name in nodes if f"({name})" not in left_out] or nodes  # as the run numbers them
-    where = numbered[int(node or 0)] if node is None or (node.isdigit() and int(node) < len(numbered)) else node
+    where = numbered[int(node or 0)] if node is None or (node.isdecimal() and int(node) < len(numbered)) else node
     if where not in nodes:
         raise UserError(
             f"job {job_id} has no node {node}", f"it has {', '.join(nodes[:8])}{' …' if len(nodes) > 8 else ''}"

@@ -524,6 +524,18 @@ def test_attach_without_a_terminal_takes_a_command_alone(
     assert "error: a shell needs a terminal" in said and "-- nvidia-smi" in said
 
 
+def test_attach_to_a_node_that_the_job_has_not_says_which_it_has(
+    make: Make, squeue: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make("runs", job_id="80")
+    squeue.append("80|RUNNING|None|1:00:00|1795889264|2|n[1-2]")
+    monkeypatch.setattr("forge_hpc.attach.ask", lambda *command, **_: "n1\nn2\n")
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    for node in ("²", "2", "n3"):
+        assert main(["attach", "runs/runs", "--node", node, "--", "true"]) == 2
+        assert f"job 80 has no node {node}\nhint: it has n1, n2" in capsys.readouterr().err
+
+
 def test_status_all_shows_the_runs_of_a_sweep_and_a_pipeline_together(
     make: Make, squeue: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
