@@ -128,6 +128,10 @@ def test_jobs_begin_after_others_when_released_and_not_before_their_time(
     said = submit(slurm_cluster, "--run-dir", str(runs["later"]), NOT_STARTED, "--begin=now+2hours").stdout
     begin = slurm_cluster.job(job_of(runs["later"]))["EligibleTime"]  # in local time
     assert f"starts         not before {begin[:16].replace('T', ' ')} (now+2hours)\n" in said
+    several = ("--run-dir", str(tmp_path / "sweep"), "--sweep", "seed=0,1", "--begin=2037-01-31T08:00")
+    said = submit(slurm_cluster, NOT_STARTED, *several).stdout
+    assert "starts         not before 2037-01-31 08:00 (2037-01-31T08:00)\n" in said
+    slurm_cluster.run("scancel", job_of(tmp_path / "sweep/0").partition("_")[0])
     held, later = job_of(runs["held"]), job_of(runs["later"])
     waits = ("--after", str(runs["held"]), "--after", later)
     said = submit(slurm_cluster, "--run-dir", str(runs["after"]), NOT_STARTED, *waits).stdout
