@@ -377,7 +377,7 @@ async def in_turns(gpus: int = 2) -> tuple[GeneratorPool, SleepyCluster, FakeTra
     assert pool.turns is not None
     store: Any = SimpleNamespace(spec=None)
     weights = WeightSync(trainers, store, pool.service, None, turns=pool.turns)  # type: ignore[arg-type]
-    pool.weights, pool.turns.wake = weights, weights.wake
+    pool.weights[0], pool.turns.wake = weights, weights.wake
     return pool, cluster, trainers, weights
 
 
@@ -435,7 +435,7 @@ def test_a_generator_that_starts_when_the_trainers_are_gone_sleeps_until_the_nex
         assert cluster.actors[2].log == ["sleep"] and pool.service.serving == [0, 1]
         store: Any = SimpleNamespace(spec=None)
         again = WeightSync(trainers, store, pool.service, None, turns=pool.turns)  # type: ignore[arg-type]
-        pool.weights, pool.turns.wake = again, again.wake
+        pool.weights[0], pool.turns.wake = again, again.wake
         async with pool.turns.training():  # the next trainers start
             pass
         await publish(again, 0)
