@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.load import diff_config, with_overrides
 from forge_hpc.config.needs import POLICY
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.config.schema import Config
@@ -30,8 +29,12 @@ def adapter_configs(cfg: Config) -> list[Config]:
     Raises:
         UserError: something that is no override, or that adapters on one base cannot differ in.
     """
-    base = with_overrides(cfg, ["trainer.lora.sweep=[]"]) if cfg.trainer.lora.sweep else cfg
-    return [_varied(base, item) for item in cfg.trainer.lora.sweep] or [cfg]
+    if not cfg.trainer.lora.sweep:
+        return [cfg]
+    from forge_hpc.config.load import with_overrides  # brings YAML, which workers in a venv of their own may lack
+
+    base = with_overrides(cfg, ["trainer.lora.sweep=[]"])
+    return [_varied(base, item) for item in cfg.trainer.lora.sweep]
 
 
 def total_steps(cfg: Config) -> int:
@@ -40,6 +43,8 @@ def total_steps(cfg: Config) -> int:
 
 
 def _varied(base: Config, item: str) -> Config:
+    from forge_hpc.config.load import diff_config, with_overrides
+
     try:
         overrides = shlex.split(item)
     except ValueError as error:
