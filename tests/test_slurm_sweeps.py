@@ -204,7 +204,10 @@ def test_a_run_object_is_its_job(slurm_cluster: SlurmCluster, tmp_path: Path, mo
 def test_what_is_submitted_within_an_allocation_runs_on_its_nodes_at_once(
     slurm_cluster: SlurmCluster, tmp_path: Path
 ) -> None:
-    run_dir, host = tmp_path / "run", "slurm.setup=['echo on $SLURMD_NODENAME as $SLURM_PROCID of $SLURM_JOB_ID; exit 3']"
+    run_dir, host = (
+        tmp_path / "run",
+        "slurm.setup=['echo on $SLURMD_NODENAME as $SLURM_PROCID of $SLURM_JOB_ID; exit 3']",
+    )
     command = [sys.executable, "-m", "forge_hpc.cli", "submit", "--config", str(SFT), "--run-dir", str(run_dir), host]
     env = {**slurm_cluster.env, "PYTHONPATH": str(PROJECT)}
     salloc = ["salloc", "--nodes=2", "--exclusive", "--mem=0"]
