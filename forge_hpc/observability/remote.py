@@ -96,11 +96,13 @@ def finish_runs(timeout_s: float = FINISH_S) -> None:
     """Wait until what was written and closed is at its servers, but no longer than ``timeout_s``. For the end of a
     process, when all that the run needs itself is saved."""
     deadline = time.monotonic() + timeout_s
+    late = {}
     for thread in _threads():
         thread.join(max(0.0, deadline - time.monotonic()))
-        if thread.is_alive():
-            name, later = thread.writer.NAME, thread.writer.LATER
-            logger.warning("%s has not finished within %.0f s; %s", name, timeout_s, later)
+        if thread.is_alive():  # of a run whose trainers were lost there are several
+            late[thread.writer.NAME, thread.writer._run_dir.path] = thread.writer
+    for writer in late.values():
+        logger.warning("%s has not finished within %.0f s; %s", writer.NAME, timeout_s, writer.LATER)
 
 
 def _threads() -> list[_Thread]:
