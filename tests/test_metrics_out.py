@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import sys
 import threading
-import time
 import types
 import urllib.error
 import urllib.request
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import wait_for
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import LoggingConfig
@@ -172,8 +172,7 @@ def test_runs_of_one_process_write_to_mlflow_beside_each_other(tmp_path: Path, m
     one, other = (RunDir(tmp_path / name).create() for name in ("one", "other"))
     with MetricLogger(one, WITH_MLFLOW), MetricLogger(other, WITH_MLFLOW) as logger:
         logger.log(1, {"reward/mean": 1.0})  # while the first goes on
-        while not any(mlflow.runs.values()):
-            time.sleep(0.01)
+        wait_for(lambda: any(mlflow.runs.values()), "its point", 60)
     finish_runs(60)
     assert len(mlflow.runs) == 2
 
