@@ -47,10 +47,9 @@ ROLES = {
 FLOOR = {
     "supervisors": (4, "forge_hpc.run"),
     "Monarch workers": (4, "forge_hpc.cluster.worker, monarch.actor"),
-    "controller": (1, "monarch.actor, forge_hpc.controller.__main__"),
+    "controller": (1, "monarch.actor, transformers.models.auto.tokenization_auto"),
     "trainers": (2, "torchtitan.components.optimizer, torchtitan.distributed, torchtitan.models.qwen3"),
-    "generators": (2, "vllm.v1.engine.llm_engine"),
-    "other actors": (2, "monarch.actor, torch"),
+    "generators": (2, "vllm.v1.engine.llm_engine, vllm.v1.worker.cpu_worker"),
 }
 """By role: processes, and what they cannot be without."""
 
@@ -148,12 +147,10 @@ def floor() -> None:
 
 
 def imports(modules: str) -> float:
-    """CPU seconds of a Python that imports these."""
-    prepare = (
-        "import forge_hpc.models.device as d; getattr(d, 'prepare_torchtitan', lambda: 0)(); "
-        if "titan" in modules
-        else ""
-    )
+    """CPU seconds of a Python that imports these, with the garbage left where it is."""
+    prepare = "import gc; gc.disable(); "
+    if "titan" in modules:
+        prepare += "import forge_hpc.models.device as d; d.prepare_torchtitan(); "
     env = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "PYTHONPATH": str(PROJECT)}
     before = os.times()
     subprocess.run([sys.executable, "-c", f"{prepare}import {modules}"], env=env, check=True, capture_output=True)

@@ -17,6 +17,7 @@ from forge_hpc.config import Config
 from forge_hpc.config.adapters import adapter_configs
 from forge_hpc.config.schema import SamplingConfig
 from forge_hpc.data.types import Completion, Prompt, Turn
+from forge_hpc.imports import importing
 from forge_hpc.observability.gpu import GpuMonitor
 from forge_hpc.observability.logs import setup_logging
 from forge_hpc.observability.performance import EngineCounts
@@ -49,8 +50,9 @@ class Generator(Actor):
     @endpoint
     async def start(self, model_dir: Path) -> None:
         """Build the engine on the weights in ``model_dir``."""
-        from forge_hpc.generation import GenerationEngine
-        from forge_hpc.models.device import device_type
+        with importing():
+            from forge_hpc.generation import GenerationEngine
+            from forge_hpc.models.device import device_type
 
         self._engine = await asyncio.to_thread(GenerationEngine, model_dir, self._config, device=device_type())
         self._open_readers()

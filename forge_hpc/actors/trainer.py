@@ -23,6 +23,7 @@ from forge_hpc.config.needs import POLICY, ModelNeed
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.config.user_code import forget_user_code
 from forge_hpc.data.types import Document
+from forge_hpc.imports import importing
 from forge_hpc.observability.logs import setup_logging
 from forge_hpc.observability.traces import trace_dir, traced
 from forge_hpc.user_files import named_files
@@ -108,11 +109,12 @@ class Trainer(Actor):
         return await self._in_thread(self._start, model_dirs, file_store, checkpoint)
 
     def _start(self, model_dirs: Mapping[str, Path], file_store: Path, checkpoint: Path | None) -> str:
-        import torch.distributed as dist
+        with importing():
+            import torch.distributed as dist
 
-        from forge_hpc.losses.build import check_loss_fits
-        from forge_hpc.training.distributed import init_distributed
-        from forge_hpc.training.models import Models
+            from forge_hpc.losses.build import check_loss_fits
+            from forge_hpc.training.distributed import init_distributed
+            from forge_hpc.training.models import Models
 
         if self._needs[POLICY].loss is None:
             logger.info("loss %s, advantage %s", self._config.algorithm.loss, check_loss_fits(self._config))

@@ -25,6 +25,7 @@ from forge_hpc.controller.outcome import outcome_of, tell
 from forge_hpc.controller.recovery import Leave
 from forge_hpc.controller.service import reason_of
 from forge_hpc.controller.stacks import prepare_stacks
+from forge_hpc.imports import importing
 from forge_hpc.joining.door import DOOR
 from forge_hpc.observability.logs import Terminal, setup_logging
 from forge_hpc.observability.remote import finish_runs
@@ -37,7 +38,8 @@ CLOSE_S, SHUTDOWN_S = 8.0, 1.0
 
 async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, terminal: Terminal, leave: Leave) -> bool:
     """Attach, and run the recipe to its end (True) or until the run is to leave."""
-    from forge_hpc.controller.session import background
+    with importing():
+        from forge_hpc.controller.session import background
 
     config = read_config(run_dir.config)
     faults, crew = Faults(rendezvous), Crew()

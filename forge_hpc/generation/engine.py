@@ -51,6 +51,7 @@ from forge_hpc.generation.options import engine_arguments, prepare_environment
 from forge_hpc.generation.seeds import sample_seed
 from forge_hpc.generation.sleep import SleepingEngine
 from forge_hpc.generation.staging import staged_checkpoint
+from forge_hpc.imports import importing
 from forge_hpc.observability.performance import EngineCounts
 from forge_hpc.weights.memory import Unreachable
 from forge_hpc.weights.snapshots import Offer
@@ -613,8 +614,9 @@ class GenerationEngine:
 
     def _build(self, arguments: dict[str, Any]) -> None:
         prepare_environment()
-        from vllm import EngineArgs
-        from vllm.v1.engine.llm_engine import LLMEngine
+        with importing():
+            from vllm import EngineArgs
+            from vllm.v1.engine.llm_engine import LLMEngine
 
         try:
             self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))

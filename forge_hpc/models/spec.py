@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -197,10 +199,32 @@ def load_spec(
         layers=[block() for _ in range(hf["num_hidden_layers"])],
     )
     try:
-        config.update_from_config(config=SimpleNamespace(parallelism=parallelism))
+        with _no_trainer_of_torchtitan():
+            config.update_from_config(config=SimpleNamespace(parallelism=parallelism))
     except ValueError as error:
         raise UserError(str(error), "choose trainer.parallelism.tensor_parallel_degree to divide the heads") from error
     return ModelSpec(config, parallelize, HFNames(config), hf, inner_attention)
+
+
+@contextmanager
+def _no_trainer_of_torchtitan() -> Iterator[None]:
+    """Within this ``torchtitan.trainer`` is there, without being imported.
+
+    The configurations of torchtitan 0.3.0's models ask whether they were given that of its trainer, and import it for
+    the question, with datasets, pandas and pyarrow: more than a second of CPU in each process. It can go when they
+    import it for type checks alone.
+    """
+    name = "torchtitan.trainer"
+    if name in sys.modules:
+        yield
+        return
+    stand_in = cast(Any, ModuleType(name))
+    stand_in.Trainer = type("Trainer", (), {"Config": type("Config", (), {})})
+    sys.modules[name] = stand_in
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 def read_hf_config(model_dir: Path) -> dict[str, Any]:
