@@ -127,6 +127,15 @@ def test_the_gpus_of_one_node_are_split_by_what_is_given():
     assert p.trainer_procs == 4
 
 
+def test_trainers_warm_up_while_generators_start_on_gpus_of_their_own():
+    assert placed(8).starts_beside_generators
+    assert placed(8, "cluster.nodes=4").starts_beside_generators
+    assert not placed(8, "cluster.colocate=true").starts_beside_generators
+    assert not placed(1).starts_beside_generators  # on the same GPU
+    assert not placed(8, "recipe=sft").starts_beside_generators
+    assert not placed(0).starts_beside_generators
+
+
 def test_degrees_that_do_not_make_the_trainer_processes_are_refused():
     shard, tp = "trainer.parallelism.data_parallel_shard_degree", "trainer.parallelism.tensor_parallel_degree"
     placed(8, "cluster.nodes=4", f"{shard}=4", f"{tp}=4")

@@ -112,6 +112,22 @@ def assert_same_training(actual: dict[str, Any], expected: dict[str, Any]) -> No
 # ---- one step
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_model_that_has_warmed_up_trains_as_one_that_has_not(model_dir: Path, lora: bool) -> None:
+    cfg, found = config(), []
+    cfg.trainer.lora.enable = lora
+    for warms_up in (False, True):
+        engine = TrainEngine(cfg, model_dir)
+        if warms_up:
+            engine.warm_up()
+            assert not gradients(engine)
+        metrics = [engine.train_step(random_documents(NUM_DOCUMENTS, seed=seed)) for seed in range(2)]
+        found.append((metrics, weights(engine)))
+    (cold, cold_weights), (warm, warm_weights) = found
+    assert warm == cold
+    assert_equal(warm_weights, cold_weights)
+
+
 @pytest.mark.parametrize(("family", "tied"), [("qwen3", True), ("qwen3", False), ("qwen2", False), ("llama", False)])
 def test_loss_and_gradients_equal_those_of_transformers_on_each_document_alone(
     tmp_path: Path, family: str, tied: bool

@@ -100,15 +100,18 @@ class Trainer(Actor):
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     @endpoint
-    async def start(self, model_dirs: Mapping[str, Path], file_store: Path, checkpoint: Path | None) -> str:
-        """Join the process group through ``file_store``, build the models, load their weights or the checkpoint.
+    async def start(
+        self, model_dirs: Mapping[str, Path], file_store: Path, checkpoint: Path | None, warms_up: bool = False
+    ) -> str:
+        """Join the process group through ``file_store``, build the models, load their weights or the checkpoint; and
+        with ``warms_up`` compile what the first step needs, while generators start on GPUs of their own.
 
         ``model_dirs`` are by name; a model without one has the policy's. How the GPU is shared with a generator, in a
         line; empty where it is not.
         """
-        return await self._in_thread(self._start, model_dirs, file_store, checkpoint)
+        return await self._in_thread(self._start, model_dirs, file_store, checkpoint, warms_up)
 
-    def _start(self, model_dirs: Mapping[str, Path], file_store: Path, checkpoint: Path | None) -> str:
+    def _start(self, model_dirs: Mapping[str, Path], file_store: Path, checkpoint: Path | None, warms_up: bool) -> str:
         with importing():
             import torch.distributed as dist
 
@@ -127,6 +130,10 @@ class Trainer(Actor):
         self._watch_gpu()
         if checkpoint is not None:
             self._models.load(checkpoint)
+        if warms_up:
+            start = time.perf_counter()
+            self._models.warm_up()
+            logger.info("warmed up in %.1f s", time.perf_counter() - start)
         return self._models.turns
 
     def _watch_gpu(self) -> None:

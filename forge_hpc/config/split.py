@@ -104,6 +104,12 @@ class Placement:
         return max((len(gpus) for gpus in self.replica_gpus), default=1) or 1
 
     @property
+    def starts_beside_generators(self) -> bool:
+        """Whether trainers on GPUs start while generators do, on others."""
+        apart = not (self.generate_after_training or self.takes_turns or self.shared_gpus)
+        return bool(self.gpus_per_node and self.replicas) and apart
+
+    @property
     def shared_gpus(self) -> tuple[int, ...]:
         """GPUs that hold a trainer and a generator at the same time."""
         if self.generate_after_training or not set(self.trainer_nodes) & set(self.rollout_nodes):

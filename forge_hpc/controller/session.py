@@ -291,12 +291,15 @@ class Session:
         file_store = self.log_dir / f"process-group{self._suffix}"
         checkpoint = self._resume_from / "trainer" if self._resume_from else None
         model_dirs = await self._model_dirs()
+        # Else nobody is waited for meanwhile, or vLLM would plan with memory that the trainers take and give back.
+        warms_up = self.cluster.placement.starts_beside_generators
         if self._turns is not None:  # vLLM plans with the memory that is free while it starts: trainers come after it
             await self._pool.start(self.model_dir)
         async with asyncio.TaskGroup() as tasks:
             if self._frozen is not None:
                 tasks.create_task(self._frozen.start(model_dirs))
-            started = tasks.create_task(self._trainers.start(model_dirs, file_store, checkpoint, timeout_s))
+            start = self._trainers.start(model_dirs, file_store, checkpoint, timeout_s, warms_up=warms_up)
+            started = tasks.create_task(start)
         if said := started.result():
             self._tell(said)
         self._on_close(self._leave_trainers)

@@ -101,11 +101,17 @@ class Trainers:
     # ---- what the session does with them
 
     async def start(
-        self, model_dirs: Mapping[str, Path], file_store: Path, checkpoint: Path | None, timeout_s: float
+        self,
+        model_dirs: Mapping[str, Path],
+        file_store: Path,
+        checkpoint: Path | None,
+        timeout_s: float,
+        *,
+        warms_up: bool = False,
     ) -> str:
         """As ``actors.trainer.Trainer.start``."""
         async with self._turn():
-            return await self._call("start", model_dirs, file_store, checkpoint, timeout_s=timeout_s)
+            return await self._call("start", model_dirs, file_store, checkpoint, warms_up, timeout_s=timeout_s)
 
     async def release(self) -> str:
         """Give back the GPU memory that no step needs after the last one; the first rank's line about it."""

@@ -78,6 +78,12 @@ class Models:
         """As ``TrainEngine.take_turn``, before whatever else is asked."""
         self.policy.take_turn()
 
+    def warm_up(self) -> None:
+        """As ``ModelShard.warm_up``, of all of them."""
+        for model in (*self.trained.values(), *self.frozen.values()):
+            if isinstance(model, ModelShard):
+                model.warm_up()
+
     def train_step(
         self, name: str, documents: Sequence[Document], *, update: bool, max_mismatch: float
     ) -> dict[str, float]:

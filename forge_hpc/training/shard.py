@@ -110,6 +110,22 @@ class ModelShard:
         num_trained = sum(int(np.count_nonzero(document.loss_mask[1:])) for document in documents)
         return -sum(float(values.sum(dtype=np.float64)) for values in self.logprobs(documents)) / num_trained
 
+    def warm_up(self) -> None:
+        """Compile what a step needs, and load its libraries, on a row of no meaning: nothing of the model changes.
+
+        What is compiled is for full rows, as those of most steps are. Experts count the tokens that they get, and a
+        model that visits the GPU is to leave it alone: with those nothing is done.
+        """
+        if self.spec.is_moe or self.need.offload:
+            return
+        length = self.cfg.trainer.training.seq_len + 1
+        batch = self._pack([Document(np.zeros(length, np.int32), np.ones(length, bool))])
+        with torch.set_grad_enabled(self.need.trained):
+            outputs = self._forward(next(self._microbatches(batch)))
+            if self.need.trained:
+                torch.stack([output.sum() for output in outputs]).sum().backward()
+        self.model.zero_grad()
+
     def _per_token(self, documents: Sequence[Document]) -> list[list[np.ndarray]]:
         """Each of the outputs of ``_forward`` as ``logprobs`` gives them."""
         batch = self._pack(documents)
