@@ -169,9 +169,8 @@ def configuration(args: argparse.Namespace, is_cuda: bool) -> Config:
     engine = cfg.generator.engine
     engine.max_num_seqs = 16
     engine.gpu_memory_utilization = args.utilization
-    engine.extra = {"load_format": "dummy"}
     if is_cuda:
-        engine.extra["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL"}
+        engine.extra = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL"}}
     else:
         engine.kv_cache_memory_gib = 0.25
     return cfg
@@ -209,9 +208,10 @@ async def measure(args: argparse.Namespace) -> None:
         print(f"trainer {time.perf_counter() - start:.1f} s", flush=True)
         await generator.start.call_one(model_dir)
         print(f"generator {time.perf_counter() - start:.1f} s", flush=True)
-        service = Service("generator", 1, 600.0, lambda index, reason: print("lost", reason, flush=True))
+        lost: list[str] = []
+        service = Service("generator", 1, 600.0, lambda index, reason: lost.append(str(reason)))
         await service.admit(0, generator)
-        result = await rounds(args, trainers, trainer_mesh, generator, service, store)
+        result = await rounds(args, trainers, trainer_mesh, generator, service, store, lost)
     except BaseException:
         for log in sorted(log_dir.glob("*.log")):
             print(f"--- {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-25:]), flush=True)
@@ -229,7 +229,13 @@ async def measure(args: argparse.Namespace) -> None:
 
 
 async def rounds(
-    args: argparse.Namespace, trainers: Trainers, trainer_mesh: Any, generator: Any, service: Service, store: Any
+    args: argparse.Namespace,
+    trainers: Trainers,
+    trainer_mesh: Any,
+    generator: Any,
+    service: Service,
+    store: Any,
+    lost: list[str],
 ) -> dict[str, Any]:
     """Bring one version after the other over; the figures of each, the first of each way apart."""
     sync = WeightSync(trainers, store, service, None, tell=lambda text: print(text, flush=True))
@@ -244,6 +250,7 @@ async def rounds(
         published = time.perf_counter()
         await sync.delivered()
         loaded = time.perf_counter()
+        assert not lost, f"the generator is lost: {lost[0]}"
         ranks = [value for _, value in await trainer_mesh.figures.call()]
         load_s, held = await generator.figures.call_one()
         sent = sum((total for _, total, _ in ranks), Checksum())

@@ -3,8 +3,8 @@
     python benchmarks/faults.py [--config configs/grpo/qwen3_0_6b.yaml] [key=value ...]
 
 It submits a run on this machine (of a model with random weights, a step ahead, with two generators), and of each kind
-waits for three more steps, then does it; lost is the longest time between two steps, less a usual one. SIGTERM comes
-last: the run saves and leaves, and is submitted again.
+waits for three more steps, then does it; lost is the time until the end of the next new step, less a usual one.
+SIGTERM comes last: the run saves and leaves, and is submitted again.
 """
 
 from __future__ import annotations
@@ -69,19 +69,18 @@ class Watched:
         return next(each["pid"] for each in json.loads(out) if each["role"] == role)
 
     def kill(self, role: str) -> float:
-        """Seconds lost: until the next step, less a median one."""
+        """Seconds lost: until the end of the next new step, less a median one."""
         pid, before = self.pid_of(role), self.wait_for(self.steps()[-1]["step"] + CALM)
         os.kill(pid, signal.SIGKILL)
         killed = time.time()
         last = before[-1]["step"]
-        after = self.wait_for(last + 2)  # the next may have been finished before
         usual = statistics.median(b["wall_time"] - a["wall_time"] for a, b in itertools.pairwise(before))
-        times = [each["wall_time"] for each in after if each["step"] >= last]
-        gaps = [b - a for a, b in itertools.pairwise(times)]
-        worst = max(gaps) - usual
-        print(f"{role} (pid {pid}) killed after step {last}: {worst:.1f} s lost, usual step {usual:.2f} s, gaps "
-              f"{[round(gap, 2) for gap in gaps]}, next step {times[1] - killed:.1f} s after", flush=True)  # fmt: skip
-        return worst
+        after = self.wait_for(last + 2)  # the next may have been finished before; those done again are not new
+        new = next(each for each in after if each["step"] > last and each["wall_time"] > killed)
+        lost = new["wall_time"] - killed - usual
+        print(f"{role} (pid {pid}) killed after step {last}: {lost:.1f} s lost, usual step {usual:.2f} s, step "
+              f"{new['step']} {new['wall_time'] - killed:.1f} s after", flush=True)  # fmt: skip
+        return lost
 
 
 def main() -> None:

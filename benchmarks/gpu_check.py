@@ -45,6 +45,7 @@ def parts(num_gpus: int) -> dict[str, list[Script]]:
     weights = [Script("engine_weights.py", ("--model", "0.6b", "--gpus", "shared"))]
     if num_gpus > 1:
         weights.append(Script("engine_weights.py", ("--model", "0.6b", "--gpus", apart)))
+        weights.append(Script("engine_weights.py", ("--model", "0.6b", "--gpus", "tp2")))
         weights.append(Script("links.py"))
     return {
         # as the plan of a shipped configuration has it, and the same shape for both
