@@ -27,8 +27,9 @@ from rows import PROJECT, median, row
 
 from forge_hpc.data.builtin import write_tiny_qwen3
 
-EPISODES, GROUP_SIZE, WARM_UP_STEPS = 128, 8, 4
+EPISODES, GROUP_SIZE = 128, 8
 TASKS = {"short": (8, {}), "long": (512, {"dim": 448, "hidden_dim": 1344, "num_layers": 9, "num_heads": 14})}
+WARM_UP_STEPS = {"short": 4, "long": 1}  # a step of TRL's takes minutes there
 PARTS = {"short": 1, "long": 8}  # microbatches of TRL's trainer: 128 responses of 512 tokens at once take over 24 GB
 TARGETS = {"short": 1.2, "long": 2.5}
 REWARD = "def length(prompt, response, target, **fields):\n    return len(response) / 100\n"
@@ -87,11 +88,13 @@ def ours(directory: Path, name: str, args: argparse.Namespace) -> list[float]:
     command += ["--config", str(PROJECT / "configs/grpo/demo.yaml"), f"model.path={directory / 'model'}"]
     command += [f"reward=[{{name: {directory / 'reward.py'}:length}}]", f"rollout.group_size={GROUP_SIZE}"]
     command += [f"rollout.prompts_per_step={EPISODES // GROUP_SIZE}", f"rollout.max_response_tokens={length}"]
-    command += [f"trainer.training.steps={args.steps + WARM_UP_STEPS}", "trainer.optimizer.lr=1e-6"]
+    command += [f"trainer.training.steps={args.steps + WARM_UP_STEPS[args.task]}", "trainer.optimizer.lr=1e-6"]
     command += ["evaluation.num_prompts=0", "checkpoint.interval=0", "algorithm.max_steps_without_signal=1000000"]
     command += [f"trainer.training.seq_len={max(512, 2 * length)}", "algorithm.drop_zero_signal_groups=false"]
     subprocess.run([*command, *args.overrides], check=True, stdout=subprocess.DEVNULL, env=environ(PROJECT))
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][WARM_UP_STEPS:]
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][
+        WARM_UP_STEPS[args.task] :
+    ]
     keys = ("step", "generate", "train", "weight_sync")
     parts = {key: round(median([record[f"time/{key}_s"] for record in records]), 4) for key in keys}
     print("ours", parts, "tokens", median([record["tokens/generated"] for record in records]), flush=True)
@@ -101,14 +104,14 @@ def ours(directory: Path, name: str, args: argparse.Namespace) -> list[float]:
 def theirs(directory: Path, name: str, args: argparse.Namespace, package: Path) -> list[float]:
     """Seconds of TRL's steps."""
     length, prompts = TASKS[args.task][0], [f"{a}+{b}=" for a in range(10, 60) for b in range(10, 60)]
-    given = [str(directory / "model"), prompts, str(directory / name), args.steps + WARM_UP_STEPS, length]
+    given = [str(directory / "model"), prompts, str(directory / name), args.steps + WARM_UP_STEPS[args.task], length]
     parts = PARTS[args.task]
     process = subprocess.run(
         [sys.executable, "-c", THEIRS, json.dumps([*given, EPISODES, GROUP_SIZE, parts])],
         text=True, stdout=subprocess.PIPE, check=True, env=environ(package),
     )  # fmt: skip
     [line] = [line for line in process.stdout.splitlines() if line.startswith("seconds: ")]
-    return list(json.loads(line.removeprefix("seconds: ")))[WARM_UP_STEPS:]
+    return list(json.loads(line.removeprefix("seconds: ")))[WARM_UP_STEPS[args.task] :]
 
 
 def measure(args: argparse.Namespace, directory: Path) -> tuple[list[float], list[float]]:
