@@ -7,6 +7,8 @@ import random
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from one_group import token_routes
+
 from forge_hpc.config import Config
 from forge_hpc.config.schema import EnvironmentConfig, SamplingConfig
 from forge_hpc.data.types import Completion, Prompt, Turn
@@ -80,6 +82,7 @@ class Scripted:
         rng = random.Random(len(self.given))
         logprobs = [-rng.random() for _ in token_ids]
         completion = Completion(0, text, token_ids, logprobs, finish, (self.version, self.version))
+        completion.routes = token_routes(turn, token_ids)
         self.given.append((list(turn.token_ids), completion))
         return completion
 
@@ -157,6 +160,9 @@ async def serving(
 def check_record(given: Sequence[tuple[list[int], Completion]], episode: EndpointEpisode) -> None:
     """Every response that was sampled is trained on once, token for token, behind what it was sampled behind."""
     branches = episode.conversations.branches(0)
+    for branch in branches:
+        if (routes := branch.completion.routes) is not None:  # as a script has them
+            assert routes.flatten().tolist() == [*branch.opening, *branch.completion.token_ids][:-1]
     left = [
         (branch.opening + branch.completion.token_ids, [False] * len(branch.opening) + branch.completion.loss_mask,
          [0.0] * len(branch.opening) + branch.completion.logprobs)

@@ -6,14 +6,21 @@ import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 
+import numpy as np
+
 from forge_hpc.advantages import advantage_function
 from forge_hpc.config import Config
 from forge_hpc.config.algorithm import resolve_advantage
 from forge_hpc.config.rewards import reward_weights
-from forge_hpc.data.types import Document, Group, Prompt
+from forge_hpc.data.types import Document, Group, Prompt, Turn
 from forge_hpc.rewards import RewardPool
 from forge_hpc.rollouts.documents import set_advantages, to_documents
 from forge_hpc.rollouts.groups import Sample, make_groups
+
+
+def token_routes(turn: Turn, token_ids: list[int]) -> np.ndarray:
+    """Of a response, where each token is its own one expert: what comes of them must be the tokens again."""
+    return np.array([*turn.token_ids, *token_ids][turn.num_routed : -1], np.int32).reshape(-1, 1, 1)
 
 
 async def make_group(

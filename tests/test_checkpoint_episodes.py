@@ -6,7 +6,7 @@ import io
 import json
 import math
 import pickle
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from time import process_time
@@ -73,11 +73,16 @@ def test_routes_of_experts_come_back_in_as_many_bytes() -> None:
     group, other = make_group(0), make_group(1)
     for episode in group.episodes:
         episode.completion.routes = np.random.default_rng(0).integers(0, 256, (13, 3, 2)).astype(np.uint8)
+        branch = np.random.default_rng(1).integers(0, 256, (8, 3, 2)).astype(np.uint8)
+        episode.branches = [replace(episode.completion, routes=branch)]
     loaded, without = load_groups(dump_groups([group, other]))
     for ours, theirs in zip(loaded.episodes, group.episodes, strict=True):
-        routes, expected = ours.completion.routes, theirs.completion.routes
-        assert routes is not None and expected is not None and routes.dtype == np.uint8
-        assert np.array_equal(routes, expected)
+        for one, other_one in zip(
+            [ours.completion, *ours.branches], [theirs.completion, *theirs.branches], strict=True
+        ):
+            routes, expected = one.routes, other_one.routes
+            assert routes is not None and expected is not None and routes.dtype == np.uint8
+            assert np.array_equal(routes, expected)
     assert_same(without, other)
 
 

@@ -268,7 +268,7 @@ def test_expert_parallelism_and_routing_replay_must_suit_the_model_and_the_run(m
     assert "does not divide the 6 experts" in refused(path, "cluster.gpus_per_node=8", four).message
     tensor_parallel = (path, "cluster.gpus_per_node=8", "trainer.parallelism.tensor_parallel_degree=2")
     assert "tensor_parallel_degree cuts the tokens" in refused(*tensor_parallel, replay).message
-    assert "several turns" in refused(path, replay, "environment.name=calculator").message
+    validate(load_config(None, [path, replay, "environment.name=calculator", "reward=[]"]))
     no_cache = (path, "cluster.gpus_per_node=8", "generator.engine.enable_prefix_caching=false")
     assert "enable_prefix_caching=true" in refused(*no_cache, replay).message
 

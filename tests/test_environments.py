@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from one_group import documents_of, make_group
+from one_group import documents_of, make_group, token_routes
 from sandboxes import needs_bubblewrap
 
 from forge_hpc.checkpoint.episodes import dump_groups, load_groups
@@ -338,7 +338,9 @@ class ScriptedGenerator:
         asked = self.asked.setdefault((turn.position, turn.sample_index), [])
         assert len(asked) == turn.turn
         asked.append((turn.token_ids, ids))
-        return Completion(0, text, ids, [-0.5 - turn.turn] * len(ids), "stop", (turn.turn, turn.turn + 1))
+        completion = Completion(0, text, ids, [-0.5 - turn.turn] * len(ids), "stop", (turn.turn, turn.turn + 1))
+        completion.routes = token_routes(turn, ids)
+        return completion
 
 
 class InProcess:
@@ -419,6 +421,7 @@ def test_the_tokens_that_are_trained_are_the_tokens_that_were_generated(config: 
             assert logprobs[start:end] == [-0.5 - turn] * len(ids)
             written[start:end] = [True] * len(ids)
         assert document.loss_mask.tolist() == written and written[-1]
+        assert document.routes is not None and document.routes.flatten().tolist() == tokens[:-1]
         assert not any(logprob for logprob, mine in zip(logprobs, written, strict=True) if not mine)
         assert len(episode.completion.token_ids) <= 105
         assert episode.completion.policy_versions == (0, len(asked))

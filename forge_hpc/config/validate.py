@@ -677,18 +677,12 @@ def _check_routing_replay(cfg: Config, needs: Needs) -> None:
     refusals = {
         f"recipe={cfg.recipe} trains on nothing that generators sampled": not needs.has_algorithm
         or needs.learns_from != "samples",
-        "environment.name has episodes of several turns, whose routes are not put together": any(
-            run.config.environment.name is not None for run in run_sources(cfg)
-        ),
         "algorithm.sft learns examples that no generator has chosen experts for": cfg.algorithm.sft.coef > 0,
         "trainer.parallelism.context_parallel_degree cuts the rows that routes belong to, set it to 1": (
             cfg.trainer.parallelism.context_parallel_degree > 1
         ),
         "trainer.parallelism.tensor_parallel_degree cuts the tokens that routes belong to, set it to 1": (
             cfg.trainer.parallelism.tensor_parallel_degree > 1
-        ),
-        "generator.engine.tensor_parallel_size is above 1, and on the CPU routes are recorded in one process": (
-            on_cpu and engine.tensor_parallel_size > 1
         ),
         "vLLM returns routes with generator.engine.enable_prefix_caching=true alone": (
             not on_cpu and not engine.enable_prefix_caching

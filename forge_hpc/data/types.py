@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
@@ -55,6 +56,8 @@ class Turn:
     """Everything so far: the prompt, what was sampled, and what the environment said."""
     max_tokens: int
     """The response ends here at the latest."""
+    num_routed: int = 0
+    """Tokens at the beginning whose routes an earlier response has brought: those of this one begin behind them."""
 
 
 @dataclass(slots=True)
@@ -82,7 +85,7 @@ class Completion:
     after the prompt) and ``info`` (what the environment's last step added). JSON."""
     routes: np.ndarray | None = field(default=None, compare=False, repr=False)
     """[prompt + L - 1, layers, k], small integers: the experts that computed each token but the last, those of the
-    prompt first; with ``algorithm.routing_replay``."""
+    prompt first; with ``algorithm.routing_replay``. Of a turn's response without the first ``Turn.num_routed``."""
 
     @property
     def num_tokens(self) -> int:
@@ -103,6 +106,13 @@ class Completion:
         if self.num_tokens < LONG:
             return Completion, (self.sample_index, self.text, self.token_ids, self.logprobs, *rest)
         return _unpack, (self.sample_index, self.text, *map(_narrow, self.arrays()), *rest)
+
+
+def joined_routes(responses: Iterable[Completion]) -> np.ndarray | None:
+    """Of responses that go on from one another, from the first token to the last one's last but one: each token has the
+    experts that computed it first, so a sampled one those that it was sampled with. None where there are none."""
+    routes = [response.routes for response in responses if response.routes is not None]
+    return np.concatenate(routes) if routes else None
 
 
 LONG = 64

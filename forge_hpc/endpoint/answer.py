@@ -117,10 +117,8 @@ class Answer:
         # A client that names a seed gets the same for the same request.
         first = episode.num_turns if asked.seed is None else 0
         episode.num_turns += asked.n
-        return [
-            Turn(episode.prompt.position, episode.sample_index, first + i, self._context, max_tokens)
-            for i in range(asked.n)
-        ]
+        place, num_routed = (episode.prompt.position, episode.sample_index), max(0, self._num_own - 1)
+        return [Turn(*place, first + i, self._context, max_tokens, num_routed) for i in range(asked.n)]
 
     async def send(self) -> web.StreamResponse:
         share = f"{self._serving.cache}-{self._episode.prompt.position}"

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from forge_hpc.data.types import Completion
+from forge_hpc.data.types import Completion, joined_routes
 
 
 @dataclass(eq=False)
@@ -168,8 +168,16 @@ def _branch(path: Sequence[Sampled], taken: set[int], sample_index: int) -> Bran
     end = len(mask) - mask[::-1].index(True)  # what comes behind is in no loss
     token_ids, logprobs, mask = token_ids[:end], logprobs[:end], mask[:end]
     versions = [version for sampled in path for version in sampled.completion.policy_versions]
+    routes = joined_routes(sampled.completion for sampled in path)
     completion = Completion(
-        sample_index, last.text, token_ids, logprobs, last.finish_reason, (min(versions), max(versions)), loss_mask=mask
+        sample_index,
+        last.text,
+        token_ids,
+        logprobs,
+        last.finish_reason,
+        (min(versions), max(versions)),
+        loss_mask=mask,
+        routes=None if routes is None else routes[: len(opening) + end - 1],
     )
     return Branch(opening, completion, [message for sampled in path for message in sampled.said])
 

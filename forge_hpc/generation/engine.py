@@ -528,6 +528,7 @@ class GenerationEngine:
                     skip_special_tokens=False,  # they may be a part of what is looked for
                     output_kind=RequestOutputKind.FINAL_ONLY,
                     skip_clone=True,
+                    routed_experts_prompt_start=prompt.num_routed if isinstance(prompt, Turn) else 0,
                 )
                 for request_seed in seeds
             ]
@@ -735,6 +736,7 @@ class GenerationEngine:
         assert len(logprobs) == len(token_ids)
         self._is_tainted |= len(self._configs) > 1 and not all(map(math.isfinite, logprobs))
         versions = sample.weight_versions
+        num_routed = group.sampling_params[index].routed_experts_prompt_start
         group.completions[index] = Completion(
             sample_index=group.prompt.sample_index if isinstance(group.prompt, Turn) else index,
             text=said_text(self._tokenizer, token_ids, sample.finish_reason, sample.stop_reason),
@@ -742,7 +744,7 @@ class GenerationEngine:
             logprobs=logprobs,
             finish_reason=sample.finish_reason,
             policy_versions=(_version_in(versions[0], group.adapter), _version_in(versions[-1], group.adapter)),
-            routes=sample.routed_experts if self._routes is None else self._routes.take(output.request_id),
+            routes=sample.routed_experts if self._routes is None else self._routes.take(output.request_id, num_routed),
         )
         if group.hand_tokens is not None:
             group.hand_tokens(token_ids, logprobs)

@@ -60,10 +60,10 @@ class RouteRecorder:
                 first += num
         return result
 
-    def take(self, request_id: str) -> np.ndarray:
-        """Routes of a request that has ended: int16 [tokens, layers, experts a token], of all its tokens but the last
-        one, which was sampled and never computed."""
-        return np.concatenate(self._routes.pop(request_id))
+    def take(self, request_id: str, num_routed: int) -> np.ndarray:
+        """Routes of a request that has ended: int16 [tokens, layers, experts a token], of all its tokens but the first
+        ``num_routed``, whose routes are known, and the last one, which was sampled and never computed."""
+        return np.concatenate(self._routes.pop(request_id))[num_routed:]
 
     def drop(self, request_id: str) -> None:
         """Forget a request that was aborted."""

@@ -28,7 +28,7 @@ from typing import Any, TypeAlias
 from forge_hpc.config import Config
 from forge_hpc.config.schema import SamplingConfig
 from forge_hpc.data.tool_calls import tool_format
-from forge_hpc.data.types import Completion, Episode, Prompt, Turn
+from forge_hpc.data.types import Completion, Episode, Prompt, Turn, joined_routes
 from forge_hpc.environments import EnvironmentFailed, EnvironmentPool, Response
 from forge_hpc.environments.rendering import ConversationRenderer
 from forge_hpc.rollouts.lockstep import Lockstep, Respond
@@ -174,6 +174,8 @@ class EpisodePlayer(Admission):
         completion = Completion(sample_index, "", [], [], "turns", (0, 0), loss_mask=[])
         tokens, transcript, num_truncated = completion.token_ids, [], 0
         rewards: list[float] = []
+        responses: list[Completion] = []
+        num_routed = 0
         async with self._environments.open() as environment:
             opening = await environment.reset(prompt)
             self._full_since = None
@@ -185,11 +187,13 @@ class EpisodePlayer(Admission):
             for turn in range(limits.max_turns):
                 room = rollout.max_response_tokens - len(tokens)
                 max_tokens = min(room, limits.max_turn_tokens or room)
-                request = Turn(prompt.position, sample_index, turn, prompt.token_ids + tokens, max_tokens)
+                request = Turn(prompt.position, sample_index, turn, prompt.token_ids + tokens, max_tokens, num_routed)
                 response = await respond(request)
                 if isinstance(response, ValueError):
                     raise EnvironmentFailed(f"the generator refused turn {turn}: {response}")
                 _add_response(completion, response, is_first=turn == 0)
+                responses.append(response)
+                num_routed = len(prompt.token_ids) + len(tokens) - 1
                 truncated = response.finish_reason == "length"
                 num_truncated += truncated
                 step = await environment.step(Response(response.text, truncated, self._tools))
@@ -218,6 +222,7 @@ class EpisodePlayer(Admission):
             "transcript": transcript,
             "info": step.info,
         }
+        completion.routes = joined_routes(responses)
         reward = float(sum(rewards))
         return Episode(prompt, completion, reward, {"environment": reward} if rewards else {})
 
