@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,29 +30,56 @@ assert torchtitan.trainer.Trainer.Config.__dataclass_fields__, "the stand-in has
 """
 
 
+LEAVE = """
+import atexit, gc, sys
+atexit.register(lambda: print(gc.get_freeze_count()))  # after what is registered later
+from forge_hpc.imports import importing
+with importing():
+    import colorsys
+print(gc.get_freeze_count())
+"""
+
+
 @pytest.fixture
-def _objects_as_before() -> Iterator[None]:
-    yield
+def new_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Makes 100,000 objects."""
+    (tmp_path / "only_here.py").write_text("made = [[number] for number in range(100_000)]")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "only_here"
+    sys.modules.pop("only_here", None)
     gc.unfreeze()
 
 
-@pytest.mark.usefixtures("_objects_as_before")
-def test_no_garbage_is_looked_for_while_modules_are_imported_nor_among_them_later() -> None:
+def test_no_garbage_is_looked_for_while_modules_are_imported_nor_among_them_later(new_module: str) -> None:
     frozen, collections = gc.get_freeze_count(), []
     gc.callbacks.append(lambda phase, info: collections.append(phase))
     try:
         with importing():
-            made = [[number] for number in range(100_000)]
+            importlib.import_module(new_module)
             assert not gc.isenabled()
         assert collections == []
     finally:
         gc.callbacks.pop()
     assert gc.isenabled()
-    assert gc.get_freeze_count() >= frozen + len(made)
+    assert gc.get_freeze_count() >= frozen + 100_000
 
 
-@pytest.mark.usefixtures("_objects_as_before")
-def test_a_module_that_is_missing_leaves_the_collector_as_it_was() -> None:
+def test_where_no_module_is_new_nothing_is_kept(new_module: str) -> None:
+    importlib.import_module(new_module)
+    frozen = gc.get_freeze_count()
+    with importing():
+        importlib.import_module(new_module)
+    assert gc.get_freeze_count() == frozen
+
+
+def test_the_collector_is_as_it_was_when_the_last_of_several_has_imported() -> None:
+    first, second = importing(), importing()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)  # as threads may
+    assert not gc.isenabled()
+    second.__exit__(None, None, None)
+    assert gc.isenabled()
     with pytest.raises(ImportError), importing():
         raise ImportError
     assert gc.isenabled()
@@ -62,6 +90,12 @@ def test_a_module_that_is_missing_leaves_the_collector_as_it_was() -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_at_the_end_of_a_process_nothing_is_left_out() -> None:
+    done = subprocess.run([sys.executable, "-c", LEAVE], capture_output=True, text=True, timeout=120, check=True)
+    meanwhile, at_the_end = map(int, done.stdout.split())
+    assert meanwhile > 0 and at_the_end == 0
 
 
 def test_a_trainer_imports_no_data_sets_with_its_model(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +113,40 @@ def assert_same_training(actual: dict[str, Any], expected: dict[str, Any]) -> No
 # ---- one step
 
 
+def warmed_up(engine: TrainEngine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Full rows of each forward pass of its warming up."""
+    rows: list[int] = []
+
+    def forward(self: TrainEngine, microbatch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        assert torch.is_grad_enabled()
+        rows.append(int(microbatch["mask"].all(-1).sum()))
+        return TrainEngine._forward(self, microbatch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_forward", forward.__get__(engine))
+        engine.warm_up()
+    return rows
+
+
+def test_a_microbatch_that_may_not_fit_is_not_tried_before_there_is_one(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = TrainEngine(config(), model_dir)
+    engine.microbatch = replace(engine.microbatch, activation_bytes=engine.microbatch.available_bytes + 1)
+    assert warmed_up(engine, monkeypatch) == []
+
+
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_model_that_has_warmed_up_trains_as_one_that_has_not(model_dir: Path, lora: bool) -> None:
+def test_a_model_that_has_warmed_up_trains_as_one_that_has_not(
+    model_dir: Path, lora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cfg, found = config(), []
     cfg.trainer.lora.enable = lora
     for warms_up in (False, True):
         engine = TrainEngine(cfg, model_dir)
         if warms_up:
-            engine.warm_up()
+            rows = warmed_up(engine, monkeypatch)
+            assert rows == [cfg.trainer.training.local_batch_size]
             assert not gradients(engine)
         metrics = [engine.train_step(random_documents(NUM_DOCUMENTS, seed=seed)) for seed in range(2)]
         found.append((metrics, weights(engine)))

@@ -15,6 +15,7 @@ from monarch.actor.concurrent import concurrent_endpoint
 from forge_hpc.config import Config
 from forge_hpc.config.schema import ParallelismConfig
 from forge_hpc.data.types import Document
+from forge_hpc.imports import importing
 from forge_hpc.observability.logs import setup_logging
 
 if TYPE_CHECKING:
@@ -46,8 +47,9 @@ class Frozen(Actor):
         await self._in_thread(self._start, model_dirs, file_store)
 
     def _start(self, model_dirs: Mapping[str, Path], file_store: Path) -> None:
-        from forge_hpc.training.distributed import init_distributed
-        from forge_hpc.training.frozen import FrozenModels
+        with importing():
+            from forge_hpc.training.distributed import init_distributed
+            from forge_hpc.training.frozen import FrozenModels
 
         init_distributed(file_store, self._rank, self._world_size, self._local_rank)
         self._models = FrozenModels(self._config, model_dirs)

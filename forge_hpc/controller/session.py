@@ -292,7 +292,7 @@ class Session:
         checkpoint = self._resume_from / "trainer" if self._resume_from else None
         model_dirs = await self._model_dirs()
         # Else nobody is waited for meanwhile, or vLLM would plan with memory that the trainers take and give back.
-        warms_up = self.cluster.placement.starts_beside_generators
+        warms_up = self.cluster.placement.starts_beside_generators and not self._pool.is_serving and not self._adapter
         if self._turns is not None:  # vLLM plans with the memory that is free while it starts: trainers come after it
             await self._pool.start(self.model_dir)
         async with asyncio.TaskGroup() as tasks:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from forge_hpc.config.errors import UserError
-from forge_hpc.imports import importing
 
 SPLITS = ("train", "test", "sft")
 NUM_HELD_OUT = 500
@@ -149,10 +148,9 @@ def write_tiny_qwen3(
     128, ...). The weights are drawn wider (0.1) than a large model's, without which a model this small learns three
     times as slowly.
     """
-    with importing():
-        import torch
-        from safetensors.torch import save_file
-        from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+    import torch
+    from safetensors.torch import save_file
+    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,6 @@ from forge_hpc.config.models import check_tokenizer, check_weights, read_model_c
 from forge_hpc.config.registry import MODELS
 from forge_hpc.config.user_code import load_user_code
 from forge_hpc.hub.assets import Asset, find_cached, is_hub_name
-from forge_hpc.imports import importing
 
 BUILTIN_PREFIX = "builtin:"
 
@@ -40,8 +39,7 @@ def resolve_model(path: str, seed: int, cache_dir: str | Path) -> Path:
 
 def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer of a model directory, as ``transformers.AutoTokenizer`` loads it. Never goes to the network."""
-    with importing():
-        from transformers import AutoTokenizer
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     if tokenizer.eos_token_id is None:

@@ -33,6 +33,11 @@ class MicrobatchPlan:
     activation_bytes: int
     available_bytes: int
 
+    @property
+    def fits(self) -> bool:
+        """By the estimate; where it does not, only a try tells."""
+        return self.activation_bytes <= self.available_bytes
+
     def __str__(self) -> str:
         return (
             f"{self.num_rows} row(s) a microbatch, activation checkpointing {self.mode}: about "

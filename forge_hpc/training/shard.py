@@ -111,15 +111,20 @@ class ModelShard:
         return -sum(float(values.sum(dtype=np.float64)) for values in self.logprobs(documents)) / num_trained
 
     def warm_up(self) -> None:
-        """Compile what a step needs, and load its libraries, on a row of no meaning: nothing of the model changes.
+        """Compile what a step needs, and load its libraries, on a microbatch of no meaning: nothing of the model
+        changes. A collective call.
 
-        What is compiled is for full rows, as those of most steps are. Experts count the tokens that they get, and a
-        model that visits the GPU is to leave it alone: with those nothing is done.
+        What is compiled is for rows of ``seq_len``. A step with too few tokens for those compiles once more, for rows
+        of any length, as it would for its second length without this.
+
+        Nothing is done where full rows may not fit the GPU, for a model that only visits it, and with experts, which
+        count the tokens that they get.
         """
-        if self.spec.is_moe or self.need.offload:
+        if self.spec.is_moe or self.need.offload or not self.microbatch.fits:
             return
         length = self.cfg.trainer.training.seq_len + 1
-        batch = self._pack([Document(np.zeros(length, np.int32), np.ones(length, bool))])
+        row = Document(np.zeros(length, np.int32), np.ones(length, bool))
+        batch = self._pack([row] * self._data_parallel_degree * self.microbatch.num_rows)
         with torch.set_grad_enabled(self.need.trained):
             outputs = self._forward(next(self._microbatches(batch)))
             if self.need.trained:
