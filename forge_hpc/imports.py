@@ -36,9 +36,7 @@ def importing() -> Iterator[None]:
             _inside -= 1
             if len(sys.modules) > num_modules:
                 gc.freeze()
-                atexit.unregister(
-                    gc.unfreeze
-                )  # once
+                atexit.unregister(gc.unfreeze)  # once
                 atexit.register(gc.unfreeze)  # libraries that count their objects then find none left
             if not _inside and _was_enabled:
                 gc.enable()
