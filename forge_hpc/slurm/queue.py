@@ -50,7 +50,7 @@ class QueuedJob:
         if self.reason == "JobHeldUser":
             return f"{why}; to let it go: scontrol release {self.job_id}"
         if self.reason == "DependencyNeverSatisfied":
-            return f"{why}; it never starts: forge-hpc cancel {self.job_id}"
+            return f"{why}: forge-hpc cancel {self.job_id}"
         if self.start_time is None:
             expected = "Slurm has not planned its start"
         else:
