@@ -231,7 +231,9 @@ def test_what_slurm_does_not_know_of_a_start_is_no_time_and_no_refusal(monkeypat
 
     line = "sbatch: Job 7 to start at {} a using 8 processors on nodes n[2-3] in partition main"
     assert answers(line.format(1000)) == "at once on n[2-3]"
-    assert answers(line.format(1000 + 6 * 3600)) is None  # a job in the queue waits for another one
+    for seconds in (6 * 3600, 6 * 3600 - 3, 18 * 3600 - 1):  # jobs in the queue have no planned start
+        assert answers(line.format(1000 + seconds)) is None
+    assert (answers(line.format(1000 + 6 * 3600 + 60)) or "").startswith("in about 6 h 1 min")
     missing = "sbatch --test-only: allocation failure: Requested node configuration is not available"
     assert answers(missing) == "not on the nodes that are up now"
     with pytest.raises(SlurmRefused):

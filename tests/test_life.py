@@ -27,11 +27,12 @@ from forge_hpc.observability import overview as overviews
 from forge_hpc.observability.overview import tail_jsonl
 from forge_hpc.observability.terminal import Column, fitted
 from forge_hpc.run_dir import RunDir
-from forge_hpc.slurm import queue
+from forge_hpc.slurm import job, queue
 from forge_hpc.slurm.client import SlurmAbsent, SlurmRefused
 from forge_hpc.slurm.job import is_active_state, is_job_id, is_waiting_state
 from forge_hpc.standing import read_stacks, standing_table
 from forge_hpc.supervisor.starts import StartLog
+from forge_hpc.sweep_dir import SweepDir
 
 Make = Callable[..., RunDir]
 
@@ -300,7 +301,7 @@ def test_watch_shows_progress_curve_times_and_events_in_lines_that_fit(make: Mak
     assert any(line.startswith("progress") and "30/60  50%  about 1m00s to go" in line for line in lines)
     assert "train 75%, generate 25% of a step" in text and "100 tokens/s" in text and "▁" in text and "█" in text
     assert "generator 1 did not come back" in text and "start 1 from step 0 on 4 nodes" in text
-    assert "preempted (preempted): " in text
+    assert "  preempted: preempted by another job" in text
 
 
 # -- logs
@@ -582,6 +583,27 @@ def test_status_all_shows_the_runs_of_a_sweep_and_a_pipeline_together(
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["10", "2", "0", "1"]
     assert main(["status"]) == 0
     assert "rates/10" in capsys.readouterr().out, "the newest"
+
+
+def test_a_folder_of_runs_is_no_run_and_a_sweep_is_several(
+    make: Make, squeue: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(2):
+        make(f"sweep/{number}")
+    SweepDir(tmp_path / "runs/sweep").write([["seed=0"], ["seed=1"]])
+    assert main(["status", "runs/sweep"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["run", "0", "1"]
+    assert main(["watch", "runs/sweep"]) == 2
+    assert capsys.readouterr().err.startswith("error: runs/sweep has 2 runs\nhint: name one of them, such as ")
+    assert main(["cancel", "runs"]) == 2  # never a guess
+    assert re.search("hint: it is a folder of runs, such as .*/sweep/[01]$", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("words", ["Invalid job id specified", "Job 70_3 not found"])
+def test_a_job_that_slurm_has_forgotten_has_left_the_queue(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    monkeypatch.setattr(job, "ask", lambda *_, **__: (_ for _ in ()).throw(SlurmRefused(f"scontrol show: {words}")))
+    assert job.job_state("70_3") is None
+    job.ask_to_cancel("70_3")
 
 
 def test_bash_completes_commands_options_choices_and_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,9 @@ def run(args: argparse.Namespace) -> int:
     one = lines[0] if len(lines) == 1 and not args.all else None
     if one is not None and one.state == "unreadable":
         run_dirs[0].read_status()  # says what to do
-        raise UserError(one.message, "name a run directory of yours: forge-hpc status RUN_DIR")
+        raise UserError(
+            f"{run_dirs[0]}: {one.message}", "forge-hpc resume goes on with it; or name another run directory"
+        )
     if args.json:
         print(as_json([line.as_dict() for line in lines]) if one is None else json.dumps(one.as_dict()))
     elif one is not None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from forge_hpc.slurm.client import PATIENT_S, SlurmRefused, SlurmSilent, ask_both
 
 _NOT_KNOWN_S = 6 * 3600
-"""Slurm's answer, from now, where a job in the queue waits for another one (22.05.8, 26.05.5): it has not looked on."""
+"""Slurm adds so much for each job in the queue whose start it has not planned (22.05.8, 26.05.5)."""
 
 
 def expected_start(command: Sequence[str], now: float | None = None) -> str | None:
@@ -35,7 +35,7 @@ def _when(text: str, now: float) -> str | None:
     """`text` is a Unix time (SLURM_TIME_FORMAT=%s), or a date of Slurm's."""
     start = float(text) if text.isdigit() else time.mktime(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))
     wait_s = start - now
-    if -PATIENT_S <= wait_s - _NOT_KNOWN_S <= 1:
+    if wait_s > 3600 and (wait_s + PATIENT_S) % _NOT_KNOWN_S < PATIENT_S + 2:
         return None
     if wait_s < 60:
         return "at once"

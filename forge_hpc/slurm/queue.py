@@ -7,12 +7,20 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from forge_hpc.slurm.client import PATIENT_S, SlurmRefused, ask
+from forge_hpc.slurm.client import PATIENT_S, SlurmRefused, ask, is_unknown
 from forge_hpc.slurm.job import is_active_state, is_waiting_state
 
 # squeue's letters: neither names nor comments, which may hold anything. %i is ARRAY_TASK, or LEADER+COMPONENT of a
 # heterogeneous job; -r gives the waiting tasks of an array a line each. %E is such as afterok:7(unfulfilled).
 _FORMAT = "%i|%T|%r|%L|%S|%D|%N|%E"
+
+
+_SHORT = {
+    "Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions": (
+        "nodes that are down, drained or reserved"
+    )
+}
+"""The reason that is a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +80,7 @@ def queued_jobs(job_ids: Iterable[str]) -> dict[str, QueuedJob]:
     try:
         lines = ask(*command, timeout_s=PATIENT_S).splitlines()
     except SlurmRefused as refused:
-        if "Invalid job id" in str(refused):  # of a single job; of several it says nothing
+        if is_unknown(refused):  # of a single job; of several it says nothing
             return {}
         raise
     jobs = (_parse(line) for line in lines)
@@ -87,7 +95,7 @@ def _parse(line: str) -> QueuedJob | None:
     return QueuedJob(
         job_id,
         state,
-        "" if reason in ("None", "N/A") else reason,
+        "" if reason in ("None", "N/A") else _SHORT.get(reason, reason),
         duration_s(left),
         float(start) if start.isdigit() else None,
         int(num_nodes) if num_nodes.isdigit() else 0,
