@@ -149,6 +149,6 @@ def standing_table(found: list[Standing], width: int | None) -> list[str]:
 
 def _others(found: list[Standing]) -> str:
     """A line on those that the table leaves out; empty where there are none."""
-    silent = Counter(cut(standing.function, 40) for standing in found if standing.place == _SILENT)
+    silent = Counter(cut(standing.function, 24) for standing in found if standing.place == _SILENT)
     names = ", ".join(f"{num} {name}" for name, num in sorted(silent.items()))
     return f"{silent.total()} more, which say nothing of themselves: {names}\n" if silent else ""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from forge_hpc.slurm.client import PATIENT_S, SlurmRefused, SlurmSilent, ask_both
 
 _NOT_KNOWN_S = 6 * 3600
-"""Slurm adds so much for each job in the queue whose start it has not planned (22.05.8, 26.05.5)."""
+"""Slurm adds so much for each job in the queue whose start it has not planned (22.05.8, 24.11.5, 26.05.5)."""
 
 
 def expected_start(command: Sequence[str], now: float | None = None) -> str | None:
