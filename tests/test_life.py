@@ -599,6 +599,21 @@ def test_a_folder_of_runs_is_no_run_and_a_sweep_is_several(
     assert re.search("hint: it is a folder of runs, such as .*/sweep/[01]$", capsys.readouterr().err)
 
 
+def test_of_a_sweep_those_that_wait_are_cancelled_before_one_that_ends_makes_room_for_them(
+    make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs, asked = [make(str(number)) for number in range(3)], list[str]()
+
+    def ask(run_dir: RunDir, *, now: bool) -> Callable[[], None]:
+        asked.append(run_dir.name)
+        return lambda: None
+
+    monkeypatch.setattr(cancel, "_ask", ask)
+    assert cancel.cancel_runs(runs, now=False) == 0
+    assert asked == ["2", "1", "0"]
+    assert [line.partition(": ")[0] for line in capsys.readouterr().out.splitlines()] == [str(run) for run in runs]
+
+
 @pytest.mark.parametrize("words", ["Invalid job id specified", "Job 70_3 not found"])
 def test_a_job_that_slurm_has_forgotten_has_left_the_queue(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
     monkeypatch.setattr(job, "ask", lambda *_, **__: (_ for _ in ()).throw(SlurmRefused(f"scontrol show: {words}")))
