@@ -9,7 +9,7 @@
 # make peers  what works with other published packages, beside those, installed in a temporary folder: losses, environments, MLflow
 # make light  the tests that need no torch, with another Python: PYTHON=python3.12, or SLURM=24.11 with its 3.13
 # make nfs    the run directory on real NFS, in virtual machines (root once; it takes minutes; ARGS="-k name")
-# make session  every command of forge-hpc on a real Slurm cluster on this machine: docs/session.md (root; ARGS=)
+# make session  every command of forge-hpc on a real Slurm cluster on this machine: docs/session.md (root; SLURM=26.05; ARGS=)
 # make bench  what needs no GPU, measured: a table and runs/bench.json (at most 20 minutes; ARGS="--only packing.py")
 # make gpu-check  the same on a machine with GPUs, in the Python it has: PYTHON=python3, ARGS="--part trainer"
 # make lint   ruff and mypy
@@ -113,7 +113,7 @@ peers: setup
 	@exec $(BIN)/python -m pytest -m peers tests/test_peers_*.py $(ARGS)
 
 session: setup debian
-	@exec $(BIN)/python tests/user_session.py --write docs/session.md $(ARGS)
+	@exec $(BESIDE) $(BIN)/python tests/user_session.py --write docs/session.md $(ARGS)
 
 browser: DEBIAN_PACKAGES = chromium-headless-shell
 browser: setup debian

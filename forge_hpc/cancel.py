@@ -44,7 +44,9 @@ def cancel_runs(run_dirs: Sequence[RunDir], *, now: bool) -> int:
     Raises:
         UserError: nothing runs that could be cancelled from here, or it does not end.
     """
-    waits = [_ask(run_dir, now=now) for run_dir in run_dirs]  # all of them, before one is waited for
+    # All of them before one is waited for, and the last one first: of a sweep those that wait, for which one that ends
+    # would make room.
+    waits = [_ask(run_dir, now=now) for run_dir in reversed(run_dirs)][::-1]
     for run_dir, wait in zip(run_dirs, waits, strict=True):
         if wait is None:
             continue

@@ -10,9 +10,10 @@ from pathlib import Path
 from forge_hpc.config.errors import UserError
 from forge_hpc.files import Look, is_there, look, reading
 from forge_hpc.run_dir import RunDir, Status
-from forge_hpc.slurm.client import PATIENT_S, SlurmRefused, ask
+from forge_hpc.slurm.client import PATIENT_S, SlurmRefused, ask, is_unknown
 from forge_hpc.slurm.facts import JobFacts
 from forge_hpc.slurm.job import is_job_id
+from forge_hpc.sweep_dir import SweepDir
 
 RUNS = Path("runs")
 """Where runs lie unless somebody says otherwise."""
@@ -28,12 +29,14 @@ def find_run(what: Path | None) -> RunDir:
         return _newest()
     runs = find_runs(what)
     if len(runs) > 1:
-        raise UserError(f"job {what} has {len(runs)} runs", f"name one of them, such as {runs[0]}")
+        raise UserError(
+            f"{'' if is_there(what) else 'job '}{what} has {len(runs)} runs", f"name one of them, such as {runs[0]}"
+        )
     return runs[0]
 
 
 def find_runs(what: Path) -> list[RunDir]:
-    """The same for those who take several: the job of an array has a run each task.
+    """The same for those who take several: a sweep, and its job, have a run each task.
 
     Raises:
         UserError: there is no run.
@@ -41,9 +44,14 @@ def find_runs(what: Path) -> list[RunDir]:
     if is_job_id(str(what)) and not is_there(what):
         return _of_job(str(what))
     run_dir = RunDir(what)
-    if not run_dir.has_config and run_dir.read_status() is None:
-        raise UserError(f"no run in {run_dir}", "a run directory holds config.yaml and status.json")
-    return [run_dir]
+    if run_dir.has_config or run_dir.read_status() is not None:
+        return [run_dir]
+    if (sweep := SweepDir(what)).exists:
+        return sweep.runs
+    hint = "a run directory holds config.yaml and status.json"
+    with suppress(UserError):
+        hint = f"it is a folder of runs, such as {runs_in(what)[0]}"
+    raise UserError(f"no run in {run_dir}", hint)
 
 
 def runs_in(folder: Path) -> list[RunDir]:
@@ -111,7 +119,7 @@ def _of_job(job_id: str) -> list[RunDir]:
     try:
         facts = JobFacts.parse(ask("scontrol", "show", "job", job_id, timeout_s=PATIENT_S), job_id)
     except SlurmRefused as refused:
-        why = "and Slurm does not know it" if "Invalid job id" in str(refused) else f"and {refused}"
+        why = "and Slurm does not know it" if is_unknown(refused) else f"and {refused}"
         raise UserError(f"no run of job {job_id} in runs/, {why}", "name its run directory") from None
     places = [Path(facts.said.get("StdOut", "")).parent.parent]
     work_dir = Path(facts.said.get("WorkDir", "."))

@@ -62,13 +62,13 @@ def log_files(run_dir: RunDir, role: str, rank: int | None) -> list[Path]:
         return [found[role]]
     named = re.compile(rf"{re.escape(role)}-(\d+)")
     ranks = {int(match[1]): path for name, path in found.items() if (match := named.fullmatch(name))}
-    if role == JOB and (jobs := [path for name, path in found.items() if name.startswith(f"{JOB}-")]):
+    if role == JOB and rank is None and (jobs := [path for name, path in found.items() if name.startswith(f"{JOB}-")]):
         return [max(jobs, key=lambda path: path.stat().st_mtime)]
     if rank is None and ranks:
         return [ranks[number] for number in sorted(ranks)]
     if rank is not None and rank in ranks:
         return [ranks[rank]]
-    if role == "controller" and found:  # the run ended before there was a controller: what the job printed
+    if role == "controller" and rank is None and found:  # it ended before there was one: what the job printed
         return [max(found.values(), key=lambda path: path.stat().st_mtime)]
     missing = role if rank is None else f"{role} of rank {rank}"
     raise UserError(f"no log {missing} in {run_dir.logs}", _what_there_is(found))

@@ -232,7 +232,8 @@ class RunDir:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{self.status} is damaged: {error}", "remove it; the run writes it anew") from None
+            hint = "remove it: the run writes it anew, or forge-hpc resume does"
+            raise UserError(f"{self.status} is damaged: {error}", hint) from None
 
     def write_status(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from forge_hpc.run_dir import RunDir
 from forge_hpc.supervisor.starts import StartLog
 
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
+_SILENT = "says nothing of itself"
 _PARAGRAPH = re.compile(r"^--- (?P<role>.*), pid (?P<pid>\d+): (?P<command>.*)$", re.MULTILINE)
 
 
@@ -65,7 +67,7 @@ def show_stacks(run_dir: RunDir, *, full: bool, as_records: bool) -> int:
             print(as_json([asdict(standing) for standing in found]))
         else:
             print("\n".join(standing_table(found, width_of_terminal())))
-            print(f"all of their stacks: --full, or {log_dir}/stacks-*.log", file=sys.stderr)
+            print(f"{_others(found)}all of their stacks: --full, or {log_dir}/stacks-*.log", file=sys.stderr)
     if silent := sorted(set(range(num_nodes)) - texts.keys()):
         print(
             f"note: no answer within {stacks.ANSWER_S:.0f} s from node {', '.join(map(str, silent))}", file=sys.stderr
@@ -116,9 +118,8 @@ def _where(body: str, command: str) -> tuple[str, str]:
         file, line, function = threads[-1][0]
     else:
         module = re.search(r" -m (\S+)", command)
-        return module[1] if module else command, kernel.strip() or (
-            "does not answer" if "no answer" in body else "says nothing of itself"
-        )
+        program = module[1] if module else re.sub(r"^\S*/", "", command)
+        return program, kernel.strip() or ("does not answer" if "no answer" in body else _SILENT)
     return function, f"{_short(file)}:{line}{kernel}"
 
 
@@ -134,7 +135,7 @@ def _short(file: str) -> str:
 
 
 def standing_table(found: list[Standing], width: int | None) -> list[str]:
-    """The records as a table of at most ``width`` characters."""
+    """The records as a table of at most ``width`` characters, without those of processes that say nothing."""
     columns = (
         Column("process", right=False),
         Column("node"),
@@ -142,5 +143,12 @@ def standing_table(found: list[Standing], width: int | None) -> list[str]:
         Column("stands in", right=False),
         Column("at", 1, right=False),
     )
-    rows = [[s.role, str(s.node), str(s.pid), cut(s.function, 40), s.place] for s in found]
+    rows = [[s.role, str(s.node), str(s.pid), cut(s.function, 40), s.place] for s in found if s.place != _SILENT]
     return fitted(columns, rows, width)
+
+
+def _others(found: list[Standing]) -> str:
+    """A line on those that the table leaves out; empty where there are none."""
+    silent = Counter(cut(standing.function, 24) for standing in found if standing.place == _SILENT)
+    names = ", ".join(f"{num} {name}" for name, num in sorted(silent.items()))
+    return f"{silent.total()} more, which say nothing of themselves: {names}\n" if silent else ""

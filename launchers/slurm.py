@@ -25,7 +25,7 @@ from forge_hpc.slurm.expected_start import expected_start
 from forge_hpc.supervisor.lead import lead_s
 from launchers.command import job_command, lent_job_command
 
-_REFUSED = "see `sinfo`, and the keys slurm.*"
+_REFUSED = "see `sinfo`, `man sbatch`, and the keys slurm.*"
 
 
 class RunExecutor(SlurmExecutor):

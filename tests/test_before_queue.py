@@ -18,8 +18,9 @@ from forge_hpc.config import Config, UserError, load_config
 from forge_hpc.run_dir import RunDir
 from forge_hpc.sizing.gpus import gpu_named
 from forge_hpc.sizing.model import model_size, num_params
-from forge_hpc.slurm import accounts
-from forge_hpc.slurm.expected_start import _when
+from forge_hpc.slurm import SlurmRefused, accounts
+from forge_hpc.slurm import expected_start as starting
+from forge_hpc.slurm.expected_start import _when, expected_start
 from forge_hpc.slurm.partitions import Kind, Partition
 
 QWEN3_8B = {
@@ -215,7 +216,28 @@ def test_without_an_earlier_start_the_time_of_a_step_is_estimated(hub: Path, tmp
     [("1030", "at once"), ("1600", "in about 10 min ("), ("9000", "in about 2 h 13 min ("), ("200000", "2 d 7 h")],
 )
 def test_the_expected_start_is_told_in_words(text: str, said: str) -> None:
-    assert said in _when(text, now=1000.0)
+    assert said in (_when(text, now=1000.0) or "")
+
+
+def test_what_slurm_does_not_know_of_a_start_is_no_time_and_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answers(text: str) -> str | None:
+        def ask_both(*_: str, **__: float) -> tuple[str, str]:
+            if "to start" in text:
+                return "", text
+            raise SlurmRefused(text)
+
+        monkeypatch.setattr(starting, "ask_both", ask_both)
+        return expected_start(["job.sh"], now=1000.0)
+
+    line = "sbatch: Job 7 to start at {} a using 8 processors on nodes n[2-3] in partition main"
+    assert answers(line.format(1000)) == "at once on n[2-3]"
+    for seconds in (6 * 3600, 6 * 3600 - 3, 18 * 3600 - 1):  # jobs in the queue have no planned start
+        assert answers(line.format(1000 + seconds)) is None
+    assert (answers(line.format(1000 + 6 * 3600 + 60)) or "").startswith("in about 6 h 1 min")
+    missing = "sbatch --test-only: allocation failure: Requested node configuration is not available"
+    assert answers(missing) == "not on the nodes that are up now"
+    with pytest.raises(SlurmRefused):
+        answers("sbatch --test-only: allocation failure: Invalid license specification")
 
 
 # -- accounts
@@ -299,6 +321,10 @@ def test_slurm_is_asked_before_a_job_is_queued(tmp_path: Path) -> None:
         later = cli("submit", "--run-dir", "r", "--nodes", "2", cwd=tmp_path, **conf)
         assert later.returncode == 0, later.stderr
         assert "starts         in about 1 h" in later.stdout
+        cluster.run("scontrol", "update", f"NodeName={cluster.hosts[1].name}", "State=DOWN", "Reason=a test")
+        waits = cli("submit", "--run-dir", "w", "--nodes", "2", cwd=tmp_path, **conf)  # as sbatch has it
+        assert waits.returncode == 0, waits.stderr
+        assert "starts         not on the nodes that are up now, as things are\n" in waits.stdout
 
 
 @pytest.mark.slurm

@@ -27,11 +27,12 @@ from forge_hpc.observability import overview as overviews
 from forge_hpc.observability.overview import tail_jsonl
 from forge_hpc.observability.terminal import Column, fitted
 from forge_hpc.run_dir import RunDir
-from forge_hpc.slurm import queue
+from forge_hpc.slurm import job, queue
 from forge_hpc.slurm.client import SlurmAbsent, SlurmRefused
 from forge_hpc.slurm.job import is_active_state, is_job_id, is_waiting_state
-from forge_hpc.standing import read_stacks
+from forge_hpc.standing import read_stacks, standing_table
 from forge_hpc.supervisor.starts import StartLog
+from forge_hpc.sweep_dir import SweepDir
 
 Make = Callable[..., RunDir]
 
@@ -98,7 +99,8 @@ def test_the_table_of_all_runs_says_what_the_files_and_slurm_know(
     make("runs", job_id="80", restarts=2)
     age(make("vanished", job_id="81"), 100)
     make("done", "completed", 60)
-    squeue += ["70_3|PENDING|Resources|1:00:00|N/A|8|", "80|RUNNING|None|1-02:03:04|1795889264|4|n[1-4]", "a line"]
+    squeue += ["70_3|PENDING|Resources|1:00:00|N/A|8||(null)", "80|RUNNING|None|1-02:03:04|1795889264|4|n[1-4]|(null)"]
+    squeue.append("a line")
     assert main(["status", "--all"]) == 0
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert re.search(r"pending, queued +0/60 +70_3 +8 ", rows["waits"])
@@ -137,6 +139,10 @@ def test_a_table_leaves_out_columns_by_their_rank_and_those_without_a_word() -> 
     assert fitted(columns, rows, None) == ["run    worth  least", "a-run     12    345"]
     assert fitted(columns, rows, 14) == ["run    worth", "a-run     12"]
     assert fitted(columns, rows, 3) == ["run", "a-…"]
+    columns = (Column("run", right=False), Column("least", 3), Column("at", 1, right=False))
+    rows = [["a-run", "345", "a place of many words that is long"]]
+    assert fitted(columns, rows, 40) == ["run    least  at", "a-run    345  a place of many words tha…"]
+    assert fitted(columns, rows, 12) == ["run", "a-run"]
 
 
 def test_runs_that_cannot_be_read_are_a_line_of_the_table_and_an_error_alone(
@@ -149,8 +155,8 @@ def test_runs_that_cannot_be_read_are_a_line_of_the_table_and_an_error_alone(
     assert re.search(r"^torn +unreadable", said.out, re.MULTILINE) and "torn: " in said.err and "damaged" in said.err
     for command in (["status"], ["watch"], ["logs"], ["cancel"], ["attach"], ["stacks"]):
         assert main([*command, "runs/torn"]) == 2
-        [error] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert "damaged" in error or "no log" in error
+        error, hint = capsys.readouterr().err.splitlines()
+        assert "no log" in error or ("damaged" in error and hint.startswith("hint: remove it")), error
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
@@ -243,7 +249,7 @@ def test_watch_of_a_queued_job_says_why_it_waits_and_until_when(
 
     run_dir = make("waits", "pending", 0, "70")
     start = time.time() + 3600
-    squeue.append(f"70|PENDING|Priority|1:00:00|{start:.0f}|8|")
+    squeue.append(f"70|PENDING|Priority|1:00:00|{start:.0f}|8||(null)")
     assert f"Priority; expected to start {time.strftime('%H:%M', time.localtime(int(start)))}" in render_watch(run_dir)
 
     monkeypatch.setattr(watch, "_REFRESH_S", 0.0)
@@ -254,6 +260,26 @@ def test_watch_of_a_queued_job_says_why_it_waits_and_until_when(
     said = capsys.readouterr()
     assert said.out.count("waits for") == 1  # without a terminal what has not changed is not said again
     assert "\033" not in said.out and said.err == "error: job 70 is gone\n"
+
+
+@pytest.mark.parametrize(
+    ("reason", "dependency", "text"),
+    [
+        ("Dependency", "afterok:7(unfulfilled),afterany:8_3(unfulfilled)", "Dependency afterok:7,afterany:8_3; Slurm"),
+        ("Resources", "(null)", "Resources; Slurm has not planned its start"),
+        ("JobHeldUser", "(null)", "JobHeldUser; to let it go: scontrol release 70"),
+        (
+            "DependencyNeverSatisfied",
+            "afterok:7(failed)",
+            "DependencyNeverSatisfied afterok:7(failed): forge-hpc cancel 70",
+        ),
+    ],
+)
+def test_a_job_that_waits_names_what_it_waits_for_and_how_it_goes_on(
+    squeue: list[str], reason: str, dependency: str, text: str
+) -> None:
+    squeue.append(f"70|PENDING|{reason}|1:00:00|N/A|8||{dependency}")
+    assert text in queue.queued_jobs(["70"])["70"].waits_for()
 
 
 def test_watch_shows_progress_curve_times_and_events_in_lines_that_fit(make: Make) -> None:
@@ -275,7 +301,7 @@ def test_watch_shows_progress_curve_times_and_events_in_lines_that_fit(make: Mak
     assert any(line.startswith("progress") and "30/60  50%  about 1m00s to go" in line for line in lines)
     assert "train 75%, generate 25% of a step" in text and "100 tokens/s" in text and "▁" in text and "█" in text
     assert "generator 1 did not come back" in text and "start 1 from step 0 on 4 nodes" in text
-    assert "preempted (preempted): " in text
+    assert "  preempted: preempted by another job" in text
 
 
 # -- logs
@@ -319,7 +345,7 @@ def test_logs_of_a_role_are_merged_by_time_and_of_a_rank_its_own(
 
 
 def test_an_unknown_role_or_rank_is_told_which_there_are(logged: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--role", "trainers"], ["--role", "trainer", "--rank", "7"]):
+    for arguments in (["--role", "trainers"], ["--role", "trainer", "--rank", "7"], ["--rank", "7"]):
         assert main(["logs", *arguments]) == 2
         there = "there are: controller, generator-4, slurm, trainer (--rank 0 to 2), worker (--rank 0 to 1)"
         assert there in capsys.readouterr().err
@@ -451,6 +477,10 @@ def test_stacks_of_a_running_run_are_a_table_of_where_its_processes_stand(
         [found] = [line for line in json.loads(capsys.readouterr().out) if line["pid"] == hanging.pid]
         assert (found["node"], found["role"], found["function"]) == (0, "trainer-0", "deadlock")
         assert found["place"] == f"{program}:3"
+        assert main(["stacks"]) == 0
+        said = capsys.readouterr()
+        assert f"  deadlock   {program}:3\n" in said.out
+        assert said.err.endswith(f"all of their stacks: --full, or {log_dir}/stacks-*.log\n")
     finally:
         over.set()
         supervisor.join()
@@ -470,12 +500,14 @@ def test_a_process_stands_where_our_code_or_the_users_is_deepest() -> None:
         '  File "/p/forge_hpc/training/engine.py", line 9 in step\n'
         '  File "/p/forge_hpc/actors/trainer.py", line 2 in f\n\n'
         'Current thread 0x3 (most recent call first):\n  File "/usr/lib/python3.12/selectors.py", line 468 in select\n'
-        "\n--- process, pid 8: sleep 600\n\n--- generator-0, pid 9: python\n(no answer within 2 s)\n"
+        "\n--- process, pid 8: /usr/bin/sleep 600\n\n--- generator-0, pid 9: python\n(no answer within 2 s)\n"
     )
     first, second, third = read_stacks(2, text)
     assert (first.node, first.role, first.function) == (2, "trainer-1", "step")
     assert first.place == "forge_hpc/training/engine.py:9  python: D (disk sleep) in nfs_wait"
     assert (second.function, third.place) == ("sleep 600", "does not answer")
+    table = "\n".join(standing_table([first, second, third], 80))
+    assert "trainer-1" in table and "does not answer" in table and "sleep" not in table
 
 
 # -- no Slurm on the PATH
@@ -508,7 +540,7 @@ def test_attach_says_why_there_is_nothing_to_attach_to(
     make("done", "completed")
     make("here")
     make("waits", "pending", 0, "70")
-    squeue.append("70|PENDING|Priority|1:00:00|N/A|8|")
+    squeue.append("70|PENDING|Priority|1:00:00|N/A|8||(null)")
     for name, words in (("done", "is completed"), ("here", "is not a job of Slurm"), ("waits", "Priority")):
         assert main(["attach", f"runs/{name}", "--", "true"]) == 2
         assert words in capsys.readouterr().err
@@ -528,7 +560,7 @@ def test_attach_to_a_node_that_the_job_has_not_says_which_it_has(
     make: Make, squeue: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make("runs", job_id="80")
-    squeue.append("80|RUNNING|None|1:00:00|1795889264|2|n[1-2]")
+    squeue.append("80|RUNNING|None|1:00:00|1795889264|2|n[1-2]|(null)")
     monkeypatch.setattr("forge_hpc.attach.ask", lambda *command, **_: "n1\nn2\n")
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     for node in ("²", "2", "n3"):
@@ -551,6 +583,42 @@ def test_status_all_shows_the_runs_of_a_sweep_and_a_pipeline_together(
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["10", "2", "0", "1"]
     assert main(["status"]) == 0
     assert "rates/10" in capsys.readouterr().out, "the newest"
+
+
+def test_a_folder_of_runs_is_no_run_and_a_sweep_is_several(
+    make: Make, squeue: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(2):
+        make(f"sweep/{number}")
+    SweepDir(tmp_path / "runs/sweep").write([["seed=0"], ["seed=1"]])
+    assert main(["status", "runs/sweep"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["run", "0", "1"]
+    assert main(["watch", "runs/sweep"]) == 2
+    assert capsys.readouterr().err.startswith("error: runs/sweep has 2 runs\nhint: name one of them, such as ")
+    assert main(["cancel", "runs"]) == 2  # never a guess
+    assert re.search("hint: it is a folder of runs, such as .*/sweep/[01]$", capsys.readouterr().err)
+
+
+def test_of_a_sweep_those_that_wait_are_cancelled_before_one_that_ends_makes_room_for_them(
+    make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs, asked = [make(str(number)) for number in range(3)], list[str]()
+
+    def ask(run_dir: RunDir, *, now: bool) -> Callable[[], None]:
+        asked.append(run_dir.name)
+        return lambda: None
+
+    monkeypatch.setattr(cancel, "_ask", ask)
+    assert cancel.cancel_runs(runs, now=False) == 0
+    assert asked == ["2", "1", "0"]
+    assert [line.partition(": ")[0] for line in capsys.readouterr().out.splitlines()] == [str(run) for run in runs]
+
+
+@pytest.mark.parametrize("words", ["Invalid job id specified", "Job 70_3 not found"])
+def test_a_job_that_slurm_has_forgotten_has_left_the_queue(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    monkeypatch.setattr(job, "ask", lambda *_, **__: (_ for _ in ()).throw(SlurmRefused(f"scontrol show: {words}")))
+    assert job.job_state("70_3") is None
+    job.ask_to_cancel("70_3")
 
 
 def test_bash_completes_commands_options_choices_and_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -313,6 +313,15 @@ def test_a_run_without_a_signal_ends_after_the_steps_that_are_allowed(config: Co
         watch.check(4, [flat], {"reward/mean": 0.0})
 
 
+def test_of_many_steps_without_a_signal_a_few_are_told_of(config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    config.algorithm.max_steps_without_signal = 40
+    watch, flat = SignalWatch(config), Document(np.array([1]), np.array([True]), advantage=0.0)
+    for step in range(1, 40):
+        watch.check(step, [flat], {"reward/mean": 5.0})
+    assert [int(message.split()[1][:-1]) for message in caplog.messages] == [1, 2, 4, 8, 16, 20, 32]
+    assert caplog.messages[-1].endswith("(reward/mean 5.000); 32 such steps so far, 32 of 40 in a row")
+
+
 def test_steps_without_a_signal_are_counted_across_a_restart(config: Config) -> None:
     config.algorithm.max_steps_without_signal = 3
     flat = Document(np.array([1]), np.array([True]), advantage=0.0)

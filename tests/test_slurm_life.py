@@ -41,7 +41,8 @@ def test_a_job_that_waits_says_why_and_is_cancelled_at_once(user: User) -> None:
     user("submit", "--nodes", "4", "--run-dir", "runs/held", *held)
     job = status(user.folder / "runs/held")["job_id"]
     shown = user("status", job).stdout
-    assert f"{job}  PENDING, 4 nodes\n" in shown and "waits for  JobHeldUser; Slurm has not planned its start" in shown
+    assert f"{job}  PENDING, 4 nodes\n" in shown
+    assert f"waits for  JobHeldUser; to let it go: scontrol release {job}\n" in shown
     [row] = user("status", "--all").stdout.splitlines()[1:]
     assert row.split()[:3] == ["held", "pending,", "queued"]
     said = json.loads(user("status", "--json").stdout)

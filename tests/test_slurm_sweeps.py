@@ -26,10 +26,14 @@ NOT_STARTED = "slurm.setup=['exit 3']"
 """These are about how a run gets there."""
 
 
-def submit(cluster: SlurmCluster, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "forge_hpc.cli", "submit", "--config", str(SFT), *arguments]
+def forge(cluster: SlurmCluster, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "forge_hpc.cli", *arguments]
     env = {**cluster.env, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
     return cluster.run(*command, env=env, cwd=PROJECT, check=check, timeout_s=300)
+
+
+def submit(cluster: SlurmCluster, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return forge(cluster, "submit", "--config", str(SFT), *arguments, check=check)
 
 
 def job_of(run_dir: Path) -> str:
@@ -146,6 +150,23 @@ def test_jobs_begin_after_others_when_released_and_not_before_their_time(
     slurm_cluster.run("scancel", held, later, after)
     refused = submit(slurm_cluster, NOT_STARTED, "--after", str(runs["held"]), check=False)
     assert refused.returncode == 2 and "is pending, and no job goes on with it" in refused.stderr
+
+
+def test_a_task_that_waits_is_cancelled_alone_and_a_sweep_by_its_directory(
+    slurm_cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    """Slurm forgets such a task at once."""
+    sweep = tmp_path / "sweep"
+    submit(slurm_cluster, "--run-dir", str(sweep), NOT_STARTED, "--hold", "--sweep", "seed=0,1,2")
+    task = job_of(sweep / "1")
+    assert task.endswith("_1")
+    said = forge(slurm_cluster, "cancel", str(sweep / "1")).stdout
+    assert said == f"{sweep}/1: cancelled  job {task} was cancelled\n"
+    rows = forge(slurm_cluster, "status", str(sweep)).stdout.splitlines()[1:]
+    assert [row.split()[:2] for row in rows] == [["0", "pending,"], ["1", "cancelled"], ["2", "pending,"]]
+    said = forge(slurm_cluster, "cancel", str(sweep)).stdout
+    assert f"{sweep}/1 is cancelled already\n" in said and said.count(" was cancelled\n") == 2
+    assert {status(sweep / str(number))["state"] for number in range(3)} == {"cancelled"}
 
 
 def test_who_waits_for_a_job_waits_for_its_successor(

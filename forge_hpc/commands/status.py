@@ -28,7 +28,10 @@ def run(args: argparse.Namespace) -> int:
     lines, problem = overview(run_dirs)
     one = lines[0] if len(lines) == 1 and not args.all else None
     if one is not None and one.state == "unreadable":
-        raise UserError(one.message, "name a run directory of yours: forge-hpc status RUN_DIR")
+        run_dirs[0].read_status()  # says what to do
+        raise UserError(
+            f"{run_dirs[0]}: {one.message}", "forge-hpc resume goes on with it; or name another run directory"
+        )
     if args.json:
         print(as_json([line.as_dict() for line in lines]) if one is None else json.dumps(one.as_dict()))
     elif one is not None:

@@ -13,6 +13,8 @@ from typing import Any
 _GAP = "  "
 _MIN_NAME = 12
 """The first column is cut down to so many characters before another one is left out."""
+_MIN_LAST = 24
+"""The same of the last one where that has words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +38,12 @@ def width_of_terminal() -> int | None:
 def fitted(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int | None) -> list[str]:
     """Lines of a table no wider than ``width``: columns are left out by their rank, names and last words are cut."""
     kept = [index for index, column in enumerate(columns) if any(row[index] for row in rows) or not column.rank]
-    widths = {index: max(len(columns[index].name), *(len(row[index]) for row in rows)) for index in kept}
+    widths = {index: max([len(columns[index].name), *(len(row[index]) for row in rows)]) for index in kept}
 
     def total(first: int) -> int:
-        return first + sum(widths[index] for index in kept[1:]) + len(_GAP) * (len(kept) - 1)
+        last = widths[kept[-1]] if columns[kept[-1]].right else min(widths[kept[-1]], _MIN_LAST)
+        between = sum(widths[index] for index in kept[1:-1])
+        return first + between + (last if len(kept) > 1 else 0) + len(_GAP) * (len(kept) - 1)
 
     while width is not None and total(min(widths[0], _MIN_NAME)) > width:
         least = max(kept, key=lambda index: columns[index].rank)

@@ -115,7 +115,7 @@ def _job_text(line: RunLine) -> str:
 
 def _sign_of_life(line: RunLine) -> str:
     said = f"{format_duration(line.heartbeat_age_s or 0.0)} ago"
-    return said if line.lost is None else f"{said}  ({line.lost}; forge-hpc resume goes on from the last checkpoint)"
+    return said if line.lost is None else f"{said}  ({line.lost}; forge-hpc logs, forge-hpc resume)"
 
 
 def _mean_of(values: Sequence[float]) -> str:
@@ -211,7 +211,8 @@ def _start_text(record: dict[str, Any]) -> str:
         nodes = f"{record.get('nodes')} node{'s' * (record.get('nodes') != 1)}"
         return f"{again} from step {record.get('step', 0)} on {nodes}{job}"
     if record["event"] == "end":
-        return f"{record.get('state')} ({record.get('cause')}): {record.get('message')}"
+        state, cause, message = (record.get(key) for key in ("state", "cause", "message"))
+        return f"{state}{f' ({cause})' if cause not in (None, state) else ''}{f': {message}' if message else ''}"
     if record["event"] == "changed":
         return f"changed: {', '.join(record.get('changes', ()))}"
     if record["event"] == "phases":

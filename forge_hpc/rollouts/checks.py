@@ -42,7 +42,9 @@ class SignalWatch:
             return True
         self.num_steps += 1
         self.num_in_all += 1
-        logger.warning("step %d: no group carries a signal (reward/mean %.3f)", step, metrics["reward/mean"])
+        if self.num_in_all.bit_count() == 1 or 2 * self.num_steps == self._limit:  # not at each: there may be thousands
+            text = "step %d: no group carries a signal (reward/mean %.3f); %d such steps so far, %d of %d in a row"
+            logger.warning(text, step, metrics["reward/mean"], self.num_in_all, self.num_steps, self._limit)
         if self.num_steps >= self._limit:
             raise RuntimeError(
                 f"no learning signal: in the last {self.num_steps} steps all rewards of each group were equal "

@@ -76,9 +76,7 @@ def describe(found: list[Proposal], speed: Speed) -> list[str]:
             " ".join(each.overrides),
             str(each.placement.trainer_procs),
             str(each.placement.replicas * each.placement.tensor_parallel_size),
-            f"{each.generate_s:.1f}",
-            f"{each.train_s:.1f}",
-            f"{each.step_s:.1f}",
+            *map(_seconds, (each.generate_s, each.train_s, each.step_s)),
             each.waits,
         ]
         for each in found[:_SHOWN]
@@ -93,6 +91,10 @@ def describe(found: list[Proposal], speed: Speed) -> list[str]:
         f"a trainer's trains on {speed.trained_per_s:,.0f} tokens/s.",
         f"That is {speed.source}.",
     ]
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
 def _splits(cfg: Config) -> Iterator[tuple[tuple[str, ...], Config]]:

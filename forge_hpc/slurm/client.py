@@ -34,6 +34,12 @@ class SlurmAbsent(SlurmRefused):
     """There is no such command here."""
 
 
+def is_unknown(refused: SlurmRefused) -> bool:
+    """Whether Slurm refuses because it does not know the job (any more). A task of an array that waits and is cancelled
+    is gone at once: it is "not found"."""
+    return re.search(r"Invalid job id|Job \S+ not found", str(refused)) is not None
+
+
 def ask(
     *command: str, timeout_s: float = ANSWER_S, env: Mapping[str, str] | None = None, cwd: str | None = None
 ) -> str:

@@ -55,7 +55,7 @@ import sys
 from collections.abc import Iterable
 from typing import TypeGuard
 
-from forge_hpc.slurm.client import ANSWER_S, PATIENT_S, SlurmAbsent, SlurmRefused, ask, at_a_terminal
+from forge_hpc.slurm.client import ANSWER_S, PATIENT_S, SlurmAbsent, SlurmRefused, ask, at_a_terminal, is_unknown
 from forge_hpc.slurm.facts import JobFacts
 from forge_hpc.supervisor.ending import Cause
 
@@ -183,7 +183,7 @@ def job_state(job_id: str) -> tuple[str, str] | None:
         except SlurmAbsent:
             return None
         except SlurmRefused as refused:
-            if "Invalid job id" in str(refused):
+            if is_unknown(refused):
                 return None
             raise
     return facts.state, facts.reason
@@ -203,10 +203,11 @@ def cancel_job(job_id: str) -> None:
 
 def ask_to_cancel(job_id: str) -> None:
     """Have the run of the job save and end as cancelled: SIGINT to its steps, not to the job script. A step that ends
-    already has had it. Raises UserError where Slurm refuses."""
+    already has had it, and so has a job that has ended. Raises UserError where Slurm refuses."""
     with at_a_terminal("forge-hpc cancel --now ends it at once"):
         try:
             ask("scancel", "--signal=INT", job_id, timeout_s=PATIENT_S)
         except SlurmRefused as refused:
-            if "already complet" not in str(refused):
+            # 26.05 says "already completing" by a code alone: 2021 % 256
+            if not is_unknown(refused) and not re.search(r"already complet|exit code 229$", str(refused)):
                 raise

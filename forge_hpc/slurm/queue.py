@@ -7,12 +7,20 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from forge_hpc.slurm.client import PATIENT_S, SlurmRefused, ask
+from forge_hpc.slurm.client import PATIENT_S, SlurmRefused, ask, is_unknown
 from forge_hpc.slurm.job import is_active_state, is_waiting_state
 
 # squeue's letters: neither names nor comments, which may hold anything. %i is ARRAY_TASK, or LEADER+COMPONENT of a
-# heterogeneous job; -r gives the waiting tasks of an array a line each.
-_FORMAT = "%i|%T|%r|%L|%S|%D|%N"
+# heterogeneous job; -r gives the waiting tasks of an array a line each. %E is such as afterok:7(unfulfilled).
+_FORMAT = "%i|%T|%r|%L|%S|%D|%N|%E"
+
+
+_SHORT = {
+    "Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions": (
+        "nodes that are down, drained or reserved"
+    )
+}
+"""The reason that is a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +39,8 @@ class QueuedJob:
     num_nodes: int
     nodes: str
     """Slurm's list; empty before it runs."""
+    dependency: str = ""
+    """What it waits for, as sbatch takes it: ``afterok:7``; empty where it waits for no job."""
 
     @property
     def is_active(self) -> bool:
@@ -41,12 +51,19 @@ class QueuedJob:
         return is_waiting_state(self.state)
 
     def waits_for(self) -> str:
-        """Why it waits, and until when, for a user."""
+        """Why it waits, and until when or for how it goes on, for a user."""
+        why = self.reason or self.state
+        if self.dependency and why.startswith("Dependency"):
+            why += f" {self.dependency}"
+        if self.reason == "JobHeldUser":
+            return f"{why}; to let it go: scontrol release {self.job_id}"
+        if self.reason == "DependencyNeverSatisfied":
+            return f"{why}: forge-hpc cancel {self.job_id}"
         if self.start_time is None:
             expected = "Slurm has not planned its start"
         else:
             expected = f"expected to start {_when(self.start_time)}"
-        return f"{self.reason or self.state}; {expected}"
+        return f"{why}; {expected}"
 
 
 def queued_jobs(job_ids: Iterable[str]) -> dict[str, QueuedJob]:
@@ -63,7 +80,7 @@ def queued_jobs(job_ids: Iterable[str]) -> dict[str, QueuedJob]:
     try:
         lines = ask(*command, timeout_s=PATIENT_S).splitlines()
     except SlurmRefused as refused:
-        if "Invalid job id" in str(refused):  # of a single job; of several it says nothing
+        if is_unknown(refused):  # of a single job; of several it says nothing
             return {}
         raise
     jobs = (_parse(line) for line in lines)
@@ -72,17 +89,18 @@ def queued_jobs(job_ids: Iterable[str]) -> dict[str, QueuedJob]:
 
 def _parse(line: str) -> QueuedJob | None:
     fields = line.strip().split("|")
-    if len(fields) != 7:  # another line than ours
+    if len(fields) != 8:  # another line than ours
         return None
-    job_id, state, reason, left, start, num_nodes, nodes = fields
+    job_id, state, reason, left, start, num_nodes, nodes, dependency = fields
     return QueuedJob(
         job_id,
         state,
-        "" if reason in ("None", "N/A") else reason,
+        "" if reason in ("None", "N/A") else _SHORT.get(reason, reason),
         duration_s(left),
         float(start) if start.isdigit() else None,
         int(num_nodes) if num_nodes.isdigit() else 0,
         nodes,
+        "" if dependency == "(null)" else dependency.replace("(unfulfilled)", ""),
     )
 
 
