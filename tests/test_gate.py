@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -132,14 +133,18 @@ process.wait()
         process.wait()
 
 
-def test_the_folder_in_shared_memory_of_a_supervisor_that_was_killed_is_removed_and_nobody_elses() -> None:
-    code = "from forge_hpc.cluster.shared_memory import Folder; f = Folder(); print(f.path, flush=True); input()"
+@pytest.mark.parametrize("parent", [Path("/dev/shm"), None])
+def test_the_folder_of_a_supervisor_that_was_killed_is_removed_and_nobody_elses(parent: Path | None) -> None:
+    code = "import sys; from pathlib import Path; from forge_hpc.cluster.shared_memory import Folder; "
+    code += "f = Folder(*map(Path, sys.argv[1:])); print(f.path, flush=True); input()"
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     env = os.environ | {"PYTHONPATH": str(PROJECT)}
-    process = subprocess.Popen([sys.executable, "-c", code], env=env, **pipes)
+    given = [] if parent is None else [str(parent)]
+    process = subprocess.Popen([sys.executable, "-c", code, *given], env=env, **pipes)
     assert process.stdout is not None
     killed = Path(process.stdout.readline().strip())
-    mine = shared_memory.Folder()
+    mine = shared_memory.Folder(parent)
+    assert killed.parent == mine.path.parent == (parent or Path(tempfile.gettempdir()))
     link, open_to_all = killed.with_name(f"{killed.name}-link"), killed.with_name(f"{killed.name}-open")
     try:
         (killed / "weights").write_bytes(b"1")

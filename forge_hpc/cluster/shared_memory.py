@@ -1,14 +1,16 @@
-"""Files that are memory, ``/dev/shm``: a start has a folder of its own there, which its supervisor removes.
+"""A start's own folders on a node, which its supervisor removes: for files that are memory, in ``/dev/shm``, and for
+temporary ones.
 
-What is killed while it writes there leaves what it has written, and that is memory of the node until somebody removes
-it, whichever job it was. A supervisor that is killed itself leaves the whole folder: it has locked it (flock, which
-ends with its process), and the next start on the node removes this user's folders that nobody holds.
+What is killed while it writes there leaves what it has written, and in ``/dev/shm`` that is memory of the node until
+somebody removes it, whichever job it was. A supervisor that is killed itself leaves the whole folder: it has locked it
+(flock, which ends with its process), and the next start on the node removes this user's folders that nobody holds.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import shutil
 import tempfile
@@ -19,19 +21,22 @@ VARIABLE = "FORGE_HPC_SHARED_MEMORY"
 """The start's folder, in the environment of its processes."""
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "forge-hpc-start-"
-"""Of these folders alone: a temporary directory may be there, too, and nobody locks what is made in it."""
+"""Of these folders alone: other temporary ones are beside them, and nobody locks those."""
 
 
 class Folder:
     """A start's folder, this user's alone, and its lock.
 
+    Args:
+        parent: where it is made; None: where temporary files are.
+
     Raises:
         OSError: there can be none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parent: Path | None = None) -> None:
         while True:
-            self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_SHARED_MEMORY))
+            self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
             try:
                 self._lock = _lock(self.path)
             except FileNotFoundError:
@@ -52,9 +57,9 @@ class Folder:
 
 
 def make_folder() -> Folder | None:
-    """A new folder for a start; None where there can be none."""
+    """A new folder in memory for a start; None where there can be none."""
     try:
-        return Folder()
+        return Folder(_SHARED_MEMORY)
     except OSError:
         return None
 
@@ -62,7 +67,8 @@ def make_folder() -> Folder | None:
 def remove_left_over() -> list[str]:
     """Remove this user's folders whose supervisor is dead; their paths."""
     removed = []
-    for path in _SHARED_MEMORY.glob(f"{_PREFIX}*"):
+    parents = {_SHARED_MEMORY, Path(tempfile.gettempdir())}
+    for path in itertools.chain.from_iterable(parent.glob(f"{_PREFIX}*") for parent in parents):
         with contextlib.suppress(OSError):  # a link, another user's, or gone by now
             if (lock := _lock(path)) is not None:
                 shutil.rmtree(path, ignore_errors=True)

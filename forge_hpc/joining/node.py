@@ -10,12 +10,10 @@ nothing of each other: each may go at any moment.
 from __future__ import annotations
 
 import contextlib
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from dataclasses import replace
@@ -128,19 +126,16 @@ class LentNode:
 
     def _serve(self, rendezvous: Rendezvous, found: Door, silent_s: float) -> None:
         """Lend the node to a start of the run. Raises what ends that."""
-        node, scratch = (
-            Node(self.run_dir, self.allocation, takes_lent=True),
-            Path(tempfile.mkdtemp(prefix="forge-hpc-lent-")),
-        )
+        node = Node(self.run_dir, self.allocation, takes_lent=True)
         try:
-            address = host_address(2)
-            number = self._ask(node, rendezvous, address, scratch / "tls")
+            address, tls = host_address(2), node.scratch_folder() / "tls"
+            number = self._ask(node, rendezvous, address, tls)
             node.allocation = replace(self.allocation, node_id=number, num_nodes=number + 1)
             self._say(f"lent to {self.run_dir} as its node {number}")
             log_dir = Path(found.log_dir)
-            worker = node.start_worker(rendezvous, address, scratch / "tls", log_dir)
+            worker = node.start_worker(rendezvous, address, tls, log_dir)
             try:
-                self._look_after(node, rendezvous, worker, scratch / "tls", log_dir, silent_s)
+                self._look_after(node, rendezvous, worker, tls, log_dir, silent_s)
             except _Leave:
                 self._give_back(rendezvous, number)
                 raise
@@ -152,7 +147,6 @@ class LentNode:
             raise _StartOver(f"{error.filename} is gone") from error
         finally:
             node.close()
-            shutil.rmtree(scratch, ignore_errors=True)
 
     def _ask(self, node: Node, rendezvous: Rendezvous, address: str, tls: Path) -> int:
         """Ask to be let in, and keep the certificate; this node's number in the run."""

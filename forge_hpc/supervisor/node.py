@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -43,17 +41,16 @@ class Node:
         """Other jobs may lend the run nodes: it is to be reached from elsewhere, also where it has one node alone."""
         self.hub_environ: dict[str, str] = {}
         """Variables that say whether its processes ask the hub."""
-        self._scratch: Path | None = None
+        self._scratch: shared_memory.Folder | None = None
         self._memory: shared_memory.Folder | None = None
         self._comparing: subprocess.Popen[bytes] | None = None
 
     def close(self) -> None:
         """End all processes below this one, and remove what dead ones have left in the folders for scratch."""
         end_descendants(grace_s=0)
-        if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
-        if self._memory is not None:
-            self._memory.remove()
+        for folder in (self._scratch, self._memory):
+            if folder is not None:
+                folder.remove()
 
     @property
     def key(self) -> str:
@@ -155,8 +152,8 @@ class Node:
 
     def scratch_folder(self) -> Path:
         """Goes with the node's processes."""
-        self._scratch = self._scratch or Path(tempfile.mkdtemp(prefix="forge-hpc-"))
-        return self._scratch
+        self._scratch = self._scratch or shared_memory.Folder()
+        return self._scratch.path
 
     def report_worker_ended(self, rendezvous: Rendezvous, worker: subprocess.Popen[bytes]) -> None:
         """Tell the controller, which would notice much later, that nothing runs on this node any more."""
