@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from forge_hpc.config.errors import UserError
+from forge_hpc.config.errors import UserError, print_error
 from forge_hpc.run_dir import RunDir
 from forge_hpc.slurm.job import (
     ask_to_cancel,
@@ -46,13 +46,26 @@ def cancel_runs(run_dirs: Sequence[RunDir], *, now: bool) -> int:
     """
     # All of them before one is waited for, and the last one first: of a sweep those that wait, for which one that ends
     # would make room.
-    waits = [_ask(run_dir, now=now) for run_dir in reversed(run_dirs)][::-1]
-    for run_dir, wait in zip(run_dirs, waits, strict=True):
-        if wait is None:
+    waits: list[tuple[RunDir, Callable[[], None]]] = []
+    errors: list[UserError] = []
+    for run_dir in reversed(run_dirs):
+        try:
+            if (wait := _ask(run_dir, now=now)) is not None:
+                waits.append((run_dir, wait))
+        except UserError as error:  # of one, which keeps no other from ending
+            errors.append(error)
+    for run_dir, wait in reversed(waits):
+        try:
+            wait()
+        except UserError as error:
+            errors.append(error)
             continue
-        wait()
         status = run_dir.read_status()
         print(f"{run_dir}: {status.state if status else 'cancelled'}  {status.message if status else ''}".rstrip())
+    for each in errors[:-1]:
+        print_error(each)
+    if errors:
+        raise errors[-1]
     return 0
 
 

@@ -46,10 +46,11 @@ def find_runs(what: Path) -> list[RunDir]:
     run_dir = RunDir(what)
     if run_dir.has_config or run_dir.read_status() is not None:
         return [run_dir]
-    if (sweep := SweepDir(what)).exists:
-        return sweep.runs
+    sweep = SweepDir(what)
+    if sweep.exists and (runs := [run for run in sweep.runs if run.has_config or run.read_status() is not None]):
+        return runs
     hint = "a run directory holds config.yaml and status.json"
-    with suppress(UserError):
+    with suppress(UserError, OSError):
         hint = f"it is a folder of runs, such as {runs_in(what)[0]}"
     raise UserError(f"no run in {run_dir}", hint)
 
@@ -65,7 +66,7 @@ def runs_in(folder: Path) -> list[RunDir]:
         folders = list(folder.iterdir()) if is_there(folder) and folder.is_dir() else []
     found = _statuses(folders)
     for several in [path for path in folders if path not in found]:
-        with suppress(PermissionError, NotADirectoryError):  # another user's, a file
+        with suppress(OSError):  # another user's, a file, a link to nothing
             found |= _statuses(several.iterdir())
     if not found:
         raise UserError(f"no run in {folder}/", "name the folder that run directories lie in, or a run directory")

@@ -235,7 +235,9 @@ def test_what_slurm_does_not_know_of_a_start_is_no_time_and_no_refusal(monkeypat
         assert answers(line.format(1000 + seconds)) is None
     assert (answers(line.format(1000 + 6 * 3600 + 60)) or "").startswith("in about 6 h 1 min")
     missing = "sbatch --test-only: allocation failure: Requested node configuration is not available"
-    assert answers(missing) == "not on the nodes that are up now"
+    assert answers(missing) == "not on the nodes that are up now, or on none at all"
+    with pytest.raises(SlurmRefused):
+        answers(f"sbatch: error: Memory specification can not be satisfied\n{missing}")
     with pytest.raises(SlurmRefused):
         answers("sbatch --test-only: allocation failure: Invalid license specification")
 
@@ -324,7 +326,7 @@ def test_slurm_is_asked_before_a_job_is_queued(tmp_path: Path) -> None:
         cluster.run("scontrol", "update", f"NodeName={cluster.hosts[1].name}", "State=DOWN", "Reason=a test")
         waits = cli("submit", "--run-dir", "w", "--nodes", "2", cwd=tmp_path, **conf)  # as sbatch has it
         assert waits.returncode == 0, waits.stderr
-        assert "starts         not on the nodes that are up now, as things are\n" in waits.stdout
+        assert "starts         not on the nodes that are up now, or on none at all, as things are\n" in waits.stdout
 
 
 @pytest.mark.slurm

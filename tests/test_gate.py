@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import fcntl
 import os
 import shlex
 import shutil
@@ -131,6 +133,26 @@ process.wait()
     finally:
         os.kill(child, signal.SIGKILL)
         process.wait()
+
+
+def test_a_folder_is_made_where_nothing_can_be_locked_or_modes_are_the_servers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    locked = shared_memory.Folder()
+    locked.path.chmod(0o770)  # as a server may have it
+    locked._unlock()
+    assert str(locked.path) not in shared_memory.remove_left_over()
+
+    def flock(*_: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    folder = shared_memory.Folder()
+    assert folder.path.parent == tmp_path
+    assert str(folder.path) not in shared_memory.remove_left_over() and folder.path.is_dir()
+    folder.remove()
+    assert not folder.path.exists()
 
 
 @pytest.mark.parametrize("parent", [Path("/dev/shm"), None])

@@ -23,6 +23,7 @@ from forge_hpc.cli import main
 from forge_hpc.cluster import stacks
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.commands import COMMANDS
+from forge_hpc.config.errors import UserError
 from forge_hpc.observability import overview as overviews
 from forge_hpc.observability.overview import tail_jsonl
 from forge_hpc.observability.terminal import Column, fitted
@@ -588,9 +589,10 @@ def test_status_all_shows_the_runs_of_a_sweep_and_a_pipeline_together(
 def test_a_folder_of_runs_is_no_run_and_a_sweep_is_several(
     make: Make, squeue: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for number in range(2):
+    for number in (0, 1):
         make(f"sweep/{number}")
-    SweepDir(tmp_path / "runs/sweep").write([["seed=0"], ["seed=1"]])
+    SweepDir(tmp_path / "runs/sweep").write([["seed=0"], ["seed=1"], ["seed=2"]])  # the last one has been removed
+    (tmp_path / "runs/nowhere").symlink_to(tmp_path / "gone")
     assert main(["status", "runs/sweep"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["run", "0", "1"]
     assert main(["watch", "runs/sweep"]) == 2
@@ -614,11 +616,29 @@ def test_of_a_sweep_those_that_wait_are_cancelled_before_one_that_ends_makes_roo
     assert [line.partition(": ")[0] for line in capsys.readouterr().out.splitlines()] == [str(run) for run in runs]
 
 
+def test_one_run_that_cannot_be_cancelled_keeps_no_other_from_it(
+    make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs, waited = [make(str(number)) for number in range(3)], list[str]()
+
+    def ask(run_dir: RunDir, *, now: bool) -> Callable[[], None]:
+        if run_dir.name != "0":
+            raise UserError(f"{run_dir.name} is elsewhere", "go there")
+        return lambda: waited.append(run_dir.name)
+
+    monkeypatch.setattr(cancel, "_ask", ask)
+    with pytest.raises(UserError, match="1 is elsewhere"):
+        cancel.cancel_runs(runs, now=False)
+    assert waited == ["0"]
+    assert capsys.readouterr().err == "error: 2 is elsewhere\nhint: go there\n"
+
+
 @pytest.mark.parametrize("words", ["Invalid job id specified", "Job 70_3 not found"])
 def test_a_job_that_slurm_has_forgotten_has_left_the_queue(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
     monkeypatch.setattr(job, "ask", lambda *_, **__: (_ for _ in ()).throw(SlurmRefused(f"scontrol show: {words}")))
     assert job.job_state("70_3") is None
     job.ask_to_cancel("70_3")
+    job.cancel_job("70_3")
 
 
 def test_bash_completes_commands_options_choices_and_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

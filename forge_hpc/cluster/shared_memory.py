@@ -8,11 +8,14 @@ somebody removes it, whichever job it was. A supervisor that is killed itself le
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import fcntl
+import hashlib
 import itertools
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +23,11 @@ from pathlib import Path
 VARIABLE = "FORGE_HPC_SHARED_MEMORY"
 """The start's folder, in the environment of its processes."""
 _SHARED_MEMORY = Path("/dev/shm")
-_PREFIX = "forge-hpc-start-"
-"""Of these folders alone: other temporary ones are beside them, and nobody locks those."""
+_HOST = base64.b32encode(hashlib.sha256(os.uname().nodename.encode()).digest())[:6].decode().lower()
+_PREFIX = f"fhpc{_HOST}-"
+"""Of these folders alone: other temporary ones are beside them, and nobody locks those. Where hosts share a directory a
+lock may be one of a host alone, so each looks at its own. It is short, since names of sockets in there have 107
+characters in all."""
 
 
 class Folder:
@@ -35,12 +41,15 @@ class Folder:
     """
 
     def __init__(self, parent: Path | None = None) -> None:
+        self._lock: int | None = None
         while True:
             self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
             try:
                 self._lock = _lock(self.path)
             except FileNotFoundError:
                 continue
+            except OSError:  # a file system without locks: who cannot lock it leaves it alone, too
+                return
             if self._lock is not None and self.path.is_dir():
                 return
             self._unlock()  # another start has taken it for one that nobody holds
@@ -69,30 +78,32 @@ def remove_left_over() -> list[str]:
     removed = []
     parents = {_SHARED_MEMORY, Path(tempfile.gettempdir())}
     for path in itertools.chain.from_iterable(parent.glob(f"{_PREFIX}*") for parent in parents):
-        with contextlib.suppress(OSError):  # a link, another user's, or gone by now
-            if (lock := _lock(path)) is not None:
+        with contextlib.suppress(OSError):  # gone by now, or on a file system without locks
+            if _is_ours_alone(path) and (lock := _lock(path)) is not None:
                 shutil.rmtree(path, ignore_errors=True)
                 os.close(lock)
                 removed.append(str(path))
     return removed
 
 
+def _is_ours_alone(path: Path) -> bool:
+    found = path.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+
+
 def _lock(path: Path) -> int | None:
-    """The descriptor that holds the lock of a folder; None where another has it, or the folder is not this user's
-    alone. Raises OSError where it is no folder, or cannot be locked."""
+    """The descriptor that holds the lock of a folder; None where another has it. Raises OSError where it is no folder,
+    or cannot be locked."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        found = os.fstat(fd)
-        if found.st_uid == os.geteuid() and not found.st_mode & 0o077:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return fd
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        pass
+        os.close(fd)
+        return None
     except OSError:
         os.close(fd)
         raise
-    os.close(fd)
-    return None
+    return fd
 
 
 def folder(environ: Mapping[str, str] = os.environ) -> Path | None:

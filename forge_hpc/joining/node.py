@@ -127,8 +127,9 @@ class LentNode:
     def _serve(self, rendezvous: Rendezvous, found: Door, silent_s: float) -> None:
         """Lend the node to a start of the run. Raises what ends that."""
         node = Node(self.run_dir, self.allocation, takes_lent=True)
+        tls = node.scratch_folder() / "tls"
         try:
-            address, tls = host_address(2), node.scratch_folder() / "tls"
+            address = host_address(2)
             number = self._ask(node, rendezvous, address, tls)
             node.allocation = replace(self.allocation, node_id=number, num_nodes=number + 1)
             self._say(f"lent to {self.run_dir} as its node {number}")

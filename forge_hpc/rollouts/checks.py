@@ -42,7 +42,8 @@ class SignalWatch:
             return True
         self.num_steps += 1
         self.num_in_all += 1
-        if self.num_in_all.bit_count() == 1 or 2 * self.num_steps == self._limit:  # not at each: there may be thousands
+        # Not at each: there may be thousands.
+        if self.num_in_all.bit_count() == 1 or self.num_steps == (self._limit + 1) // 2:
             text = "step %d: no group carries a signal (reward/mean %.3f); %d such steps so far, %d of %d in a row"
             logger.warning(text, step, metrics["reward/mean"], self.num_in_all, self.num_steps, self._limit)
         if self.num_steps >= self._limit:

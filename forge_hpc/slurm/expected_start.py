@@ -11,6 +11,8 @@ from forge_hpc.slurm.client import PATIENT_S, SlurmRefused, SlurmSilent, ask_bot
 _NOT_KNOWN_S = 6 * 3600
 """Slurm adds so much for each job in the queue whose start it has not planned (22.05.8, 24.11.5, 26.05.5)."""
 
+_NOT_NOW = "not on the nodes that are up now, or on none at all"
+
 
 def expected_start(command: Sequence[str], now: float | None = None) -> str | None:
     """When and where the job of sbatch's options and script would start, for a person; None where Slurm does not say.
@@ -23,9 +25,10 @@ def expected_start(command: Sequence[str], now: float | None = None) -> str | No
     except SlurmSilent:
         return None  # whether it is down is told by who asks next
     except SlurmRefused as refused:
-        if "Requested node configuration is not available" not in str(refused):
+        said = str(refused)
+        if "Requested node configuration is not available" not in said or "can not be satisfied" in said:
             raise
-        return "not on the nodes that are up now"  # sbatch itself takes the job where the others are down for a while
+        return _NOT_NOW  # sbatch itself takes the job where the others are down for a while
     found = re.search(r"to start at (\S+)(?: .*)? using (\d+) processors on nodes (\S+)", err or out)
     when = None if found is None else _when(found[1], time.time() if now is None else now)
     return None if found is None or when is None else f"{when} on {found[3]}"

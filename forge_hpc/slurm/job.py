@@ -52,7 +52,8 @@ from __future__ import annotations
 import re
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeGuard
 
 from forge_hpc.slurm.client import ANSWER_S, PATIENT_S, SlurmAbsent, SlurmRefused, ask, at_a_terminal, is_unknown
@@ -196,18 +197,24 @@ def is_active(job_id: str) -> bool:
 
 
 def cancel_job(job_id: str) -> None:
-    """End the job, also one that is held or that would be requeued. Raises UserError where Slurm refuses."""
-    with at_a_terminal("try again"):
+    """End the job, also one that is held or that would be requeued; one that has ended is left alone. Raises UserError
+    where Slurm refuses."""
+    with at_a_terminal("try again"), _it_may_have_ended():
         ask("scancel", job_id, timeout_s=PATIENT_S)
 
 
 def ask_to_cancel(job_id: str) -> None:
     """Have the run of the job save and end as cancelled: SIGINT to its steps, not to the job script. A step that ends
     already has had it, and so has a job that has ended. Raises UserError where Slurm refuses."""
-    with at_a_terminal("forge-hpc cancel --now ends it at once"):
-        try:
-            ask("scancel", "--signal=INT", job_id, timeout_s=PATIENT_S)
-        except SlurmRefused as refused:
-            # 26.05 says "already completing" by a code alone: 2021 % 256
-            if not is_unknown(refused) and not re.search(r"already complet|exit code 229$", str(refused)):
-                raise
+    with at_a_terminal("forge-hpc cancel --now ends it at once"), _it_may_have_ended():
+        ask("scancel", "--signal=INT", job_id, timeout_s=PATIENT_S)
+
+
+@contextmanager
+def _it_may_have_ended() -> Iterator[None]:
+    try:
+        yield
+    except SlurmRefused as refused:
+        # 26.05 says "already completing" by a code alone: 2021 % 256
+        if not is_unknown(refused) and not re.search(r"already complet|exit code 229$", str(refused)):
+            raise

@@ -55,7 +55,7 @@ class QueuedJob:
         why = self.reason or self.state
         if self.dependency and why.startswith("Dependency"):
             why += f" {self.dependency}"
-        if self.reason == "JobHeldUser":
+        if self.reason == "JobHeldUser" or "requeued held" in self.reason:
             return f"{why}; to let it go: scontrol release {self.job_id}"
         if self.reason == "DependencyNeverSatisfied":
             return f"{why}: forge-hpc cancel {self.job_id}"
