@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -112,6 +113,7 @@ async def _browser() -> AsyncIterator[_Calls]:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
         )
         try:
             address = await asyncio.wait_for(_address(process), 60)
@@ -123,7 +125,7 @@ async def _browser() -> AsyncIterator[_Calls]:
                 await socket.send_json({"id": 2, "method": "Target.attachToTarget", "params": params})
                 yield _Calls(socket, (await _answer(socket, 2))["sessionId"])
         finally:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # its children outlive it, and hold the pipe that wait() waits for
             await process.wait()
 
 
