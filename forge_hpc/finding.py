@@ -66,7 +66,7 @@ def runs_in(folder: Path) -> list[RunDir]:
         folders = list(folder.iterdir()) if is_there(folder) and folder.is_dir() else []
     found = _statuses(folders)
     for several in [path for path in folders if path not in found]:
-        with suppress(OSError):  # another user's, a file, a link to nothing
+        with suppress(PermissionError, NotADirectoryError, FileNotFoundError):  # another user's, a file, a dead link
             found |= _statuses(several.iterdir())
     if not found:
         raise UserError(f"no run in {folder}/", "name the folder that run directories lie in, or a run directory")

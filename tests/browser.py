@@ -125,7 +125,8 @@ async def _browser() -> AsyncIterator[_Calls]:
                 await socket.send_json({"id": 2, "method": "Target.attachToTarget", "params": params})
                 yield _Calls(socket, (await _answer(socket, 2))["sessionId"])
         finally:
-            os.killpg(process.pid, signal.SIGKILL)  # its children outlive it, and hold the pipe that wait() waits for
+            with contextlib.suppress(ProcessLookupError):  # it may have ended
+                os.killpg(process.pid, signal.SIGKILL)  # its children outlive it, and hold the pipe that wait() awaits
             await process.wait()
 
 

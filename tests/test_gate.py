@@ -24,7 +24,7 @@ from disks import set_read_only, small_disk
 from runs import PROJECT, wait_for
 from sandboxes import needs_bubblewrap, without_bubblewrap
 
-from forge_hpc.cluster import shared_memory
+from forge_hpc.cluster import folders
 from forge_hpc.cluster.allocation import Allocation
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import Config, UserError, save_config
@@ -139,25 +139,25 @@ def test_a_folder_is_made_where_nothing_can_be_locked_or_modes_are_the_servers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    locked = shared_memory.Folder()
+    locked = folders.Folder()
     locked.path.chmod(0o770)  # as a server may have it
     locked._unlock()
-    assert str(locked.path) not in shared_memory.remove_left_over()
+    assert str(locked.path) not in folders.remove_left_over()
 
     def flock(*_: int) -> None:
         raise OSError(errno.ENOLCK, "no locks here")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    folder = shared_memory.Folder()
+    folder = folders.Folder()
     assert folder.path.parent == tmp_path
-    assert str(folder.path) not in shared_memory.remove_left_over() and folder.path.is_dir()
+    assert str(folder.path) not in folders.remove_left_over() and folder.path.is_dir()
     folder.remove()
     assert not folder.path.exists()
 
 
 @pytest.mark.parametrize("parent", [Path("/dev/shm"), None])
 def test_the_folder_of_a_supervisor_that_was_killed_is_removed_and_nobody_elses(parent: Path | None) -> None:
-    code = "import sys; from pathlib import Path; from forge_hpc.cluster.shared_memory import Folder; "
+    code = "import sys; from pathlib import Path; from forge_hpc.cluster.folders import Folder; "
     code += "f = Folder(*map(Path, sys.argv[1:])); print(f.path, flush=True); input()"
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     env = os.environ | {"PYTHONPATH": str(PROJECT)}
@@ -165,7 +165,7 @@ def test_the_folder_of_a_supervisor_that_was_killed_is_removed_and_nobody_elses(
     process = subprocess.Popen([sys.executable, "-c", code, *given], env=env, **pipes)
     assert process.stdout is not None
     killed = Path(process.stdout.readline().strip())
-    mine = shared_memory.Folder(parent)
+    mine = folders.Folder(parent)
     assert killed.parent == mine.path.parent == (parent or Path(tempfile.gettempdir()))
     link, open_to_all = killed.with_name(f"{killed.name}-link"), killed.with_name(f"{killed.name}-open")
     try:
@@ -173,10 +173,10 @@ def test_the_folder_of_a_supervisor_that_was_killed_is_removed_and_nobody_elses(
         link.symlink_to(mine.path)
         open_to_all.mkdir()
         open_to_all.chmod(0o755)
-        assert not {str(killed), str(mine.path)} & {*shared_memory.remove_left_over()}
+        assert not {str(killed), str(mine.path)} & {*folders.remove_left_over()}
         process.kill()
         process.communicate()
-        assert str(killed) in shared_memory.remove_left_over() and not killed.exists()
+        assert str(killed) in folders.remove_left_over() and not killed.exists()
         assert mine.path.is_dir() and link.is_symlink() and open_to_all.is_dir()
     finally:
         process.kill()

@@ -601,36 +601,34 @@ def test_a_folder_of_runs_is_no_run_and_a_sweep_is_several(
     assert re.search("hint: it is a folder of runs, such as .*/sweep/[01]$", capsys.readouterr().err)
 
 
-def test_of_a_sweep_those_that_wait_are_cancelled_before_one_that_ends_makes_room_for_them(
-    make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("refused", [[], ["70_1"]])
+def test_of_a_sweep_those_that_wait_are_cancelled_first_and_one_that_slurm_keeps_holds_up_no_other(
+    refused: list[str], make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs, asked = [make(str(number)) for number in range(3)], list[str]()
+    runs = [make(str(number), "pending", job_id=f"70_{number}") for number in range(3)]
+    asked: list[str] = []
 
-    def ask(run_dir: RunDir, *, now: bool) -> Callable[[], None]:
-        asked.append(run_dir.name)
-        return lambda: None
+    def ask(program: str, *arguments: str, **_: object) -> str:
+        job_id = arguments[-1]
+        if program == "scancel":
+            asked.append(job_id)
+            if job_id in refused:
+                raise SlurmRefused("scancel: Access/permission denied")
+        elif job_id in asked:  # as Slurm forgets a task that waits
+            raise SlurmRefused(f"scontrol: Job {job_id} not found")
+        text = f"JobId=7{job_id[-1]} ArrayJobId=70 ArrayTaskId={job_id[-1]} JobState=PENDING Reason=Resources"
+        return f"{text} Restarts=0 NumNodes=4 Partition=main"
 
-    monkeypatch.setattr(cancel, "_ask", ask)
-    assert cancel.cancel_runs(runs, now=False) == 0
-    assert asked == ["2", "1", "0"]
-    assert [line.partition(": ")[0] for line in capsys.readouterr().out.splitlines()] == [str(run) for run in runs]
-
-
-def test_one_run_that_cannot_be_cancelled_keeps_no_other_from_it(
-    make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    runs, waited = [make(str(number)) for number in range(3)], list[str]()
-
-    def ask(run_dir: RunDir, *, now: bool) -> Callable[[], None]:
-        if run_dir.name != "0":
-            raise UserError(f"{run_dir.name} is elsewhere", "go there")
-        return lambda: waited.append(run_dir.name)
-
-    monkeypatch.setattr(cancel, "_ask", ask)
-    with pytest.raises(UserError, match="1 is elsewhere"):
-        cancel.cancel_runs(runs, now=False)
-    assert waited == ["0"]
-    assert capsys.readouterr().err == "error: 2 is elsewhere\nhint: go there\n"
+    monkeypatch.setattr(job, "ask", ask)
+    if refused:
+        with pytest.raises(UserError, match="denied"):
+            cancel.cancel_runs(runs, now=False)
+    else:
+        assert cancel.cancel_runs(runs, now=False) == 0
+    assert asked == ["70_2", "70_1", "70_0"]
+    ended = [run for run in runs if (status := run.read_status()) is not None and status.state == "cancelled"]
+    assert ended == [run for run in runs if f"70_{run.name}" not in refused]
+    assert [line.partition(": ")[0] for line in capsys.readouterr().out.splitlines()] == [str(run) for run in ended]
 
 
 @pytest.mark.parametrize("words", ["Invalid job id specified", "Job 70_3 not found"])

@@ -110,7 +110,7 @@ class Completion:
 
 def joined_routes(responses: Iterable[Completion]) -> np.ndarray | None:
     """Of responses that go on from one another, from the first token to the last one's last but one: each token has the
-    experts that computed it first, so a sampled one those that it was sampled with. None where there are none."""
+    experts that computed it first, a response's last token those of the next request. None where there are none."""
     routes = [response.routes for response in responses if response.routes is not None]
     return np.concatenate(routes) if routes else None
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from forge_hpc.cluster.shared_memory import remove_left_over
+from forge_hpc.cluster.folders import remove_left_over
 from forge_hpc.gate.environment import environment
 from forge_hpc.gate.nvml import GpuHealth
 from forge_hpc.gate.orphans import end_orphans

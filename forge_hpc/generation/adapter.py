@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from forge_hpc.cluster import shared_memory
+from forge_hpc.cluster import folders
 from forge_hpc.config.registry import LORA_LAYERS, VLLM_LORA_RANKS
 from forge_hpc.config.schema import LoRAConfig
 from forge_hpc.generation.checkpoint import check_shapes
@@ -67,7 +67,7 @@ def staged_adapter(tensors: Mapping[str, torch.Tensor], lora: LoRAConfig, dtype:
         "target_modules": sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensors}),
         "bias": "none",
     }
-    with tempfile.TemporaryDirectory(prefix="forge-hpc-adapter-", dir=shared_memory.folder()) as directory:
+    with tempfile.TemporaryDirectory(prefix="forge-hpc-adapter-", dir=folders.folder()) as directory:
         copies = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
         save_file(copies, Path(directory) / "adapter_model.safetensors")
         (Path(directory) / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")

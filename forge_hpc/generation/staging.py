@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from forge_hpc.cluster import shared_memory
+from forge_hpc.cluster import folders
 
 _SHARD_BYTES = 4 << 30
 
@@ -23,7 +23,7 @@ def staged_checkpoint(named_tensors: Sequence[tuple[str, torch.Tensor]], dtype: 
     """
     from safetensors.torch import save_file
 
-    with tempfile.TemporaryDirectory(prefix="forge-hpc-weights-", dir=shared_memory.folder()) as directory:
+    with tempfile.TemporaryDirectory(prefix="forge-hpc-weights-", dir=folders.folder()) as directory:
         shard: dict[str, torch.Tensor] = {}
         num_shards = num_bytes = 0
         for name, tensor in named_tensors:

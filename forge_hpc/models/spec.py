@@ -211,7 +211,7 @@ def _no_trainer_of_torchtitan() -> Iterator[None]:
     """Within this ``torchtitan.trainer`` is there, without being imported.
 
     The configurations of torchtitan 0.3.0's models ask whether they were given that of its trainer, and import it for
-    the question, with datasets, pandas and pyarrow: more than a second of CPU in each process. It can go when they
+    the question, with datasets, pandas and pyarrow: about a second of CPU in each process. It can go when they
     import it for type checks alone.
     """
     name = "torchtitan.trainer"

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from forge_hpc.cluster import shared_memory, stacks
+from forge_hpc.cluster import folders, stacks
 from forge_hpc.cluster.allocation import Allocation, host_address, interface_of, run_address
 from forge_hpc.cluster.identity import tls_environment
 from forge_hpc.cluster.processes import end_descendants
@@ -41,8 +41,8 @@ class Node:
         """Other jobs may lend the run nodes: it is to be reached from elsewhere, also where it has one node alone."""
         self.hub_environ: dict[str, str] = {}
         """Variables that say whether its processes ask the hub."""
-        self._scratch: shared_memory.Folder | None = None
-        self._memory: shared_memory.Folder | None = None
+        self._scratch: folders.Folder | None = None
+        self._memory: folders.Folder | None = None
         self._comparing: subprocess.Popen[bytes] | None = None
 
     def close(self) -> None:
@@ -124,8 +124,8 @@ class Node:
         supervision = {"HYPERACTOR_MESH_SUPERVISION_POLL_FREQUENCY": "1s"}  # how soon a dead process is noticed
         folder = self.scratch_folder()  # what dead processes leave there goes with us
         scratch = {"TMPDIR": str(folder), stacks.FOLDER: str(stacks.folder_in(folder))}
-        self._memory = self._memory or shared_memory.make_folder()
-        scratch |= {shared_memory.VARIABLE: str(self._memory.path)} if self._memory is not None else {}
+        self._memory = self._memory or folders.make_folder()
+        scratch |= {folders.VARIABLE: str(self._memory.path)} if self._memory is not None else {}
         compiled = compile_cache() if visible_gpus() else {}  # on CPUs nothing is compiled
         mine = {**supervision, **compiled, **self.hub_environ, **scratch, **tls_environment(tls)}
         return {**interface, **os.environ, **mine}
@@ -152,7 +152,7 @@ class Node:
 
     def scratch_folder(self) -> Path:
         """Goes with the node's processes."""
-        self._scratch = self._scratch or shared_memory.Folder()
+        self._scratch = self._scratch or folders.Folder()
         return self._scratch.path
 
     def report_worker_ended(self, rendezvous: Rendezvous, worker: subprocess.Popen[bytes]) -> None:

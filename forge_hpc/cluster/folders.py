@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import fcntl
 import hashlib
 import itertools
@@ -28,6 +29,9 @@ _PREFIX = f"fhpc{_HOST}-"
 """Of these folders alone: other temporary ones are beside them, and nobody locks those. Where hosts share a directory a
 lock may be one of a host alone, so each looks at its own. It is short, since names of sockets in there have 107
 characters in all."""
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""Said by a file system that has none."""
 
 
 class Folder:
@@ -48,8 +52,10 @@ class Folder:
                 self._lock = _lock(self.path)
             except FileNotFoundError:
                 continue
-            except OSError:  # a file system without locks: who cannot lock it leaves it alone, too
-                return
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                return  # who cannot lock it leaves it alone, too
             if self._lock is not None and self.path.is_dir():
                 return
             self._unlock()  # another start has taken it for one that nobody holds
