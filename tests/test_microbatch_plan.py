@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from forge_hpc.sizing.microbatch import plan_microbatch, token_bytes
+from forge_hpc.sizing.microbatch import plan_microbatch, token_bytes, whole_bytes
 
 GIB = 2**30
 QWEN3_0_6B = {
@@ -65,3 +65,28 @@ def test_what_is_given_stands() -> None:
     assert plan(QWEN3_0_6B, 6e8, 4096, 60, num_rows=16) == (16, "selective")
     assert plan(QWEN3_0_6B, 6e8, 4096, 60, mode="full") == (8, "full")
     assert plan(QWEN3_8B, 8.2e9, 4096, 10, tensor_parallel=2) == (1, "none")
+
+
+@pytest.mark.parametrize(
+    ("gib", "num_shards", "expected"),
+    [
+        (45, 4, True),  # 40.8 GiB of activations, and 3/4 of 6 bytes for each of 0.6 G parameters
+        (42, 4, False),  # not for fewer rows, nor for more to compute again
+        (42, 1, True),  # one rank has them whole
+        (40, 4, True),  # with checkpoints there is room again
+        (2, 4, False),
+    ],
+)
+def test_weights_are_gathered_once_a_step_where_that_takes_no_rows(gib: float, num_shards: int, expected: bool) -> None:
+    whole = whole_bytes(600_000_000, num_shards)
+    assert whole == 600_000_000 * 6 * (num_shards - 1) // num_shards
+    result = plan_microbatch(QWEN3_0_6B, 600_000_000, 4096, int(gib * GIB), whole_bytes=whole)
+    assert result.gathers_once is expected
+    assert result.whole_bytes == (whole if expected else 0)
+    assert (result.num_rows, result.mode) == plan(QWEN3_0_6B, 6e8, 4096, gib)
+    assert ("gathered once" in str(result)) is (expected and num_shards > 1)
+
+
+def test_adapters_have_few_gradients_and_tensor_parallel_ranks_a_part() -> None:
+    assert whole_bytes(8_000, 4, lora=True) == 8_000 * 2 * 3 // 4
+    assert whole_bytes(8_000, 4, tensor_parallel=2) == 8_000 * 6 * 3 // 8

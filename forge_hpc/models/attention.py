@@ -18,7 +18,7 @@ from torchtitan.models.common.attention import VarlenAttention, VarlenMetadata
 from torchtitan.protocols.module import Module
 
 from forge_hpc.models.context import ContextAttention, SharedRows, context_inputs
-from forge_hpc.models.device import device_type
+from forge_hpc.models.device import device_type, to_device
 
 _SHORT_TOKENS = 32  # documents up to this length are batched together: padding them costs less than another kernel
 
@@ -59,9 +59,7 @@ def document_batches(positions: np.ndarray, device: torch.device) -> DocumentBat
         slots.append(tokens.reshape(-1))
         shapes.append((num, int(longest)))
         num_slots += tokens.size
-    return DocumentBatches(
-        torch.from_numpy(np.concatenate(slots)).to(device), torch.from_numpy(token_slots).to(device), tuple(shapes)
-    )
+    return DocumentBatches(to_device(np.concatenate(slots), device), to_device(token_slots, device), tuple(shapes))
 
 
 class _ToSlots(torch.autograd.Function):
@@ -143,6 +141,6 @@ def attention_inputs(
         flat = positions.reshape(-1)
         bounds = np.append(np.flatnonzero(flat == 0), flat.size).astype(np.int32)
         longest = int(np.diff(bounds).max())
-        offsets = torch.from_numpy(bounds).to(device, non_blocking=True)
+        offsets = to_device(bounds, device)
         return VarlenMetadata(offsets, offsets, longest, longest)
     return document_batches(positions, device)

@@ -25,6 +25,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torchtitan.models.common.attention import VarlenAttention, VarlenMetadata
 
 from forge_hpc.data.row_shares import pieces, row_shares
+from forge_hpc.models.device import to_device
 
 
 class SharedRows(NamedTuple):
@@ -65,19 +66,19 @@ def shared_rows(positions: np.ndarray, group: dist.ProcessGroup, device: torch.d
     places = np.empty(positions.size, np.int64)
     places[shares.reshape(-1)] = np.arange(positions.size)
     slots = shares[group.rank()]
-    on_device = torch.from_numpy(slots).to(device), torch.from_numpy(places).to(device)
+    on_device = to_device(slots, device), to_device(places, device)
     return SharedRows(slots, places, on_device, group.group_name)
 
 
 def context_inputs(positions: np.ndarray, shared: SharedRows, *, varlen: bool) -> ContextInputs:
     """What the attention of this rank takes, for kernels that know varlen or for plain ones."""
     own, device = pieces(positions, shared.slots), shared.on_device[0].device
-    keys = torch.from_numpy(shared.places[own.keys]).to(device)
+    keys = to_device(shared.places[own.keys], device)
     if not varlen:
         lengths = zip(own.num_queries.tolist(), own.num_keys.tolist(), strict=True)
         return ContextInputs(keys, shared.group, tuple(lengths))
-    bounds = (torch.from_numpy(np.append(0, np.cumsum(n)).astype(np.int32)) for n in (own.num_queries, own.num_keys))
-    cu_q, cu_k = (each.to(device, non_blocking=True) for each in bounds)
+    bounds = (np.append(0, np.cumsum(n)).astype(np.int32) for n in (own.num_queries, own.num_keys))
+    cu_q, cu_k = (to_device(each, device) for each in bounds)
     longest_q, longest_k = int(own.num_queries.max()), int(own.num_keys.max())
     return ContextInputs(keys, shared.group, VarlenMetadata(cu_q, cu_k, longest_q, longest_k))
 

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import sys
 
+import numpy as np
 import torch
 
 
@@ -30,6 +31,13 @@ def local_device() -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     # A launcher may have masked the process down to a single device.
     return torch.device("cuda", 0 if torch.cuda.device_count() == 1 else local_rank)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The array there, in order with the device's work. The host does not wait for it, as it would where memory is not
+    page-locked: the copy of what the next microbatch needs comes after all the work of this one."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def prepare_torchtitan() -> None:

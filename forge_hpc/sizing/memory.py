@@ -12,7 +12,7 @@ from forge_hpc.config.needs import Needs
 from forge_hpc.config.schema import Config
 from forge_hpc.config.served import served_config
 from forge_hpc.config.split import Placement
-from forge_hpc.sizing.microbatch import RESERVE_BYTES, plan_microbatch, plan_turns
+from forge_hpc.sizing.microbatch import RESERVE_BYTES, plan_microbatch, plan_turns, whole_bytes
 from forge_hpc.sizing.model import ModelSize
 
 GIB = 2**30
@@ -111,6 +111,8 @@ def _trainers(
     size, training = size_of(None), cfg.trainer.training
     if size is None or size.hf is None:
         return RoleMemory(gib, "activations unknown: the model is not on this machine")
+    degrees = cfg.trainer.parallelism
+    tp, replicas = degrees.tensor_parallel_degree, degrees.data_parallel_replicate_degree
     microbatch = plan_microbatch(
         size.hf,
         size.num_params,
@@ -118,10 +120,18 @@ def _trainers(
         max(0, int((room_gib - sum(gib.values())) * GIB)),
         num_rows=training.local_batch_size,
         mode=cfg.trainer.activation_checkpoint.mode,
-        tensor_parallel=cfg.trainer.parallelism.tensor_parallel_degree,
-        context_parallel=cfg.trainer.parallelism.context_parallel_degree,
+        tensor_parallel=tp,
+        context_parallel=degrees.context_parallel_degree,
+        whole_bytes=whole_bytes(
+            size.num_params,
+            max(1, placement.trainer_procs // (replicas * tp)),
+            tensor_parallel=tp,
+            lora=cfg.trainer.lora.enable,
+        ),
     )
     gib["activations"] = microbatch.activation_bytes / GIB
+    if microbatch.whole_bytes:
+        gib["gathered"] = microbatch.whole_bytes / GIB
     rows = f"{microbatch.num_rows} row{'s' * (microbatch.num_rows != 1)}"
     return RoleMemory(gib, f"{rows} a microbatch, checkpointing {microbatch.mode}")
 

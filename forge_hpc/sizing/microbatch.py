@@ -32,6 +32,11 @@ class MicrobatchPlan:
     """Of activation checkpointing."""
     activation_bytes: int
     available_bytes: int
+    whole_bytes: int = 0
+    """What is taken beside the activations where ``gathers_once``."""
+    gathers_once: bool = True
+    """Whether a step gathers sharded weights, and sums gradients over ranks, once (``training.accumulation``) and not
+    for each microbatch."""
 
     @property
     def fits(self) -> bool:
@@ -39,9 +44,10 @@ class MicrobatchPlan:
         return self.activation_bytes <= self.available_bytes
 
     def __str__(self) -> str:
+        whole = f", weights gathered once a step: {self.whole_bytes / 2**30:.1f} GiB more" if self.whole_bytes else ""
         return (
             f"{self.num_rows} row(s) a microbatch, activation checkpointing {self.mode}: about "
-            f"{self.activation_bytes / 2**30:.1f} of {self.available_bytes / 2**30:.1f} GiB"
+            f"{self.activation_bytes / 2**30:.1f} of {self.available_bytes / 2**30:.1f} GiB{whole}"
         )
 
 
@@ -55,8 +61,10 @@ def plan_microbatch(
     mode: str = "auto",
     tensor_parallel: int = 1,
     context_parallel: int = 1,
+    whole_bytes: int = 0,
 ) -> MicrobatchPlan:
-    """Choose what is open: ``num_rows`` where it is None, ``mode`` where it is ``auto``.
+    """Choose what is open: ``num_rows`` where it is None, ``mode`` where it is ``auto``; and gather weights once a step
+    where that leaves both as they are.
 
     Args:
         hf: the model's ``config.json``.
@@ -64,6 +72,7 @@ def plan_microbatch(
         seq_len: slots of a row.
         available_bytes: of a GPU, for activations: free memory less gradients, optimizer and ``RESERVE_BYTES``.
         context_parallel: GPUs that share a row.
+        whole_bytes: what that takes (``whole_bytes``).
     """
     seq_len = -(-seq_len // context_parallel)
     wanted = num_rows or max(1, round(BUSY_FLOPS / (6 * num_params * seq_len)))
@@ -71,10 +80,22 @@ def plan_microbatch(
     costs = {each: int(SAFETY * seq_len * token_bytes(hf, each, context_parallel) / tensor_parallel) for each in modes}
     for each, cost in costs.items():
         if wanted * cost <= available_bytes:
-            return MicrobatchPlan(wanted, each, wanted * cost, available_bytes)
+            once = wanted * cost + whole_bytes <= available_bytes
+            return MicrobatchPlan(wanted, each, wanted * cost, available_bytes, whole_bytes if once else 0, once)
     least = modes[-1]  # fewer rows of it, and at least one: only a try tells
     rows = num_rows or max(1, min(wanted, available_bytes // costs[least]))
-    return MicrobatchPlan(rows, least, rows * costs[least], available_bytes)
+    return MicrobatchPlan(rows, least, rows * costs[least], available_bytes, gathers_once=not whole_bytes)
+
+
+def whole_bytes(num_params: int, num_shards: int, *, tensor_parallel: int = 1, lora: bool = False) -> int:
+    """What a rank holds more where a step gathers its weights once: those of the other shards in the compute dtype, of
+    two bytes, and gradients of them in float32, of which adapters have few.
+
+    Args:
+        num_params: of the whole model; of one with experts of several ranks it is fewer.
+        num_shards: of the weights, those of tensor parallelism aside.
+    """
+    return int(num_params / tensor_parallel * (1 - 1 / num_shards) * (2 if lora else 6))
 
 
 def plan_turns(total_bytes: int, engine_share: float, kept_bytes: int) -> str:

@@ -30,7 +30,7 @@ from forge_hpc.models.device import device_type, local_device
 from forge_hpc.models.head import LogprobHead
 from forge_hpc.models.spec import ModelSpec, load_spec
 from forge_hpc.models.value_head import with_value_head
-from forge_hpc.sizing.microbatch import RESERVE_BYTES, MicrobatchPlan, plan_microbatch, plan_turns
+from forge_hpc.sizing.microbatch import RESERVE_BYTES, MicrobatchPlan, plan_microbatch, plan_turns, whole_bytes
 from forge_hpc.training.lora import add_adapters
 
 logger = logging.getLogger(__name__)
@@ -123,6 +123,12 @@ class Shape:
             mode=mode,
             tensor_parallel=self.dims.tp,
             context_parallel=self.dims.cp,
+            whole_bytes=whole_bytes(
+                num_params,
+                self.dims.dp_shard * self.dims.cp,
+                tensor_parallel=self.dims.tp,
+                lora=self.cfg.trainer.lora.enable,
+            ),
         )
         logger.info("%s", plan)
         return plan

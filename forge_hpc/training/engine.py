@@ -40,6 +40,7 @@ from forge_hpc.losses import SFTLoss, ValueLoss, add_effective_sample_size, buil
 from forge_hpc.losses.base import accepted, columns_of
 from forge_hpc.losses.build import LossFn
 from forge_hpc.losses.top_entropy import entropy_threshold
+from forge_hpc.training.accumulation import accumulation
 from forge_hpc.training.checkpointer import TrainerCheckpointer
 from forge_hpc.training.export import PeftAdapter, export_model
 from forge_hpc.training.flops import step_flops
@@ -217,8 +218,15 @@ class TrainEngine(ModelShard, Stateful):
         """
         self.optimizers.zero_grad()
         sums: dict[str, torch.Tensor] = {}
-        with torch.set_grad_enabled(update):
+        num_left = len(self._row_starts(batch))
+        is_sharded, once = self.parallel_dims.fsdp_enabled, update and self.microbatch.gathers_once
+        with (
+            torch.set_grad_enabled(update),
+            accumulation(self.model, gathers_once=once, is_sharded=is_sharded) as begin,
+        ):
             for microbatch in self._microbatches(batch):
+                num_left -= 1
+                begin(num_left == 0)
                 for name, value in self._forward_backward(microbatch, num_trained, normalizer, sft_scale).items():
                     sums[name] = sums[name] + value if name in sums else value
         metrics = ({"kl/mean": 0.0} if self.spec.has_logprobs else {}) | self._sum_over_ranks(sums)

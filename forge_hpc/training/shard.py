@@ -23,7 +23,7 @@ from forge_hpc.data.packing import PackedBatch, pack, unpack
 from forge_hpc.data.types import Document
 from forge_hpc.models.attention import attention_inputs
 from forge_hpc.models.context import shared_rows
-from forge_hpc.models.device import local_device
+from forge_hpc.models.device import local_device, to_device
 from forge_hpc.models.experts import replay_routes
 from forge_hpc.models.head import Truncation
 from forge_hpc.models.spec import ModelSpec, load_hf_weights
@@ -177,15 +177,13 @@ class ModelShard:
         if self.parallel_dims.cp_enabled:
             shared = shared_rows(positions, self.parallel_dims.get_mesh("cp").get_group(), self.device)
             rows = rows | {name: shared.own(rows[name]) for name in ("input_ids", "labels", "positions")}
-        microbatch: dict[str, Any] = {
-            name: torch.from_numpy(array).to(self.device, non_blocking=True) for name, array in rows.items()
-        }
+        microbatch: dict[str, Any] = {name: to_device(array, self.device) for name, array in rows.items()}
         # A GPU has the head compute what is trained, and something on a rank that has nothing to train. On the CPU all
         # of it: heads are small there, and sums of other terms would be others in the last bit.
         trained = rows["mask"] | (rows["sft"] != 0) if "sft" in rows else rows["mask"]
         trained = trained if shared is None else shared.own(trained)
         slots = np.flatnonzero(trained) if self.device.type == "cuda" else np.arange(trained.size)
-        microbatch["slots"] = torch.from_numpy(slots if len(slots) else np.zeros(1, int)).to(self.device)
+        microbatch["slots"] = to_device(slots if len(slots) else np.zeros(1, int), self.device)
         microbatch["attention"] = attention_inputs(self.spec.inner_attention, positions, self.device, shared)
         microbatch["shared"] = shared
         return microbatch
