@@ -211,3 +211,25 @@ def test_all_descendants_end_even_those_that_detached_and_ignore_signals() -> No
     """
     result = run_script(script, tls=None)
     assert result.stdout.split() == ["before", "2", "after", "0"], result.stdout + result.stderr
+
+
+def test_what_killed_processes_share_does_not_stay_in_memory() -> None:
+    script = """
+        import subprocess, sys, psutil
+        from pathlib import Path
+        from forge_hpc.cluster.processes import become_subreaper, end_descendants
+
+        become_subreaper()
+        shares = "import multiprocessing, time; from multiprocessing.shared_memory import SharedMemory; " \\
+                 "lock = multiprocessing.get_context('spawn').Lock(); memory = SharedMemory(create=True, size=8); " \\
+                 "print(lock._semlock.name, memory.name, flush=True); time.sleep(600)"
+        child = subprocess.Popen([sys.executable, "-c", shares], stdout=subprocess.PIPE, text=True)
+        lock, memory = child.stdout.readline().split()
+        files = [Path("/dev/shm") / ("sem." + lock.strip("/")), Path("/dev/shm") / memory.strip("/")]
+        print("before", *[file.exists() for file in files], len(psutil.Process().children(recursive=True)))
+        end_descendants(grace_s=0)
+        print("after", *[file.exists() for file in files], len(psutil.Process().children(recursive=True)))
+    """
+    result = run_script(script, tls=None)
+    expected = ["before", "True", "True", "2", "after", "False", "False", "0"]
+    assert result.stdout.split() == expected, result.stdout + result.stderr

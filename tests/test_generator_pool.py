@@ -23,7 +23,7 @@ class FakeCluster:
     def __init__(self, config: Config) -> None:
         self.placement = plan(config, config.cluster.gpus_per_node or 0)
         self.dead: set[int] = set()
-        self.broken_starts = 0
+        self.broken_starts = self.num_left = self.num_stopped = 0
         self.spawned: list[tuple[int, int]] = []
         nothing = SimpleNamespace(watch=lambda *args: None, forget=lambda *args: None, ended_nodes=set())
         self.faults: Any = nothing
@@ -40,6 +40,7 @@ class FakeCluster:
             raise RuntimeError("unreachable")
 
     async def stopped(self, node: int) -> None:
+        self.num_stopped += 1
         if node in self.dead:
             await asyncio.get_running_loop().create_future()
 
@@ -50,7 +51,11 @@ class FakeCluster:
 class FakeActor:
     def __init__(self, cluster: FakeCluster) -> None:
         self.start = SimpleNamespace(call_one=self.begin)
+        self.leave = SimpleNamespace(call_one=self.end)
         self.cluster = cluster
+
+    async def end(self) -> None:
+        self.cluster.num_left += 1
 
     async def begin(self, model_dir: Path) -> None:
         if self.cluster.broken_starts:
@@ -144,6 +149,23 @@ def test_a_start_outlives_the_attempt_that_began_it_and_one_that_failed_is_begun
         num_spawned = len(pool.cluster.spawned)
         assert (await pool.pool.start(Path())).serving == list(range(16))
         assert len(pool.cluster.spawned) - num_spawned == 16
+
+    asyncio.run(scenario())
+
+
+def test_retired_generators_end_at_once_and_others_start_where_the_run_comes_back() -> None:
+    async def scenario() -> None:
+        pool = Pool(spares=0)
+        service = (await pool.start()).service
+        pool.cluster.spawned.clear()
+        pool.pool.retire()
+        service.lose(3, "ended")  # nobody misses it
+        await asyncio.wait_for(pool.pool.close(), 10)
+        assert pool.cluster.num_left == 15 and not pool.cluster.spawned and not pool.pool._tasks
+        assert (await asyncio.wait_for(pool.pool.start(Path()), 10)).serving == list(range(16))  # trainers were lost
+        assert pool.cluster.num_stopped == len(pool.cluster.spawned) == 16
+        await pool.lose(3)
+        assert len(pool.cluster.spawned) == 17 and service.serving == list(range(16))
 
     asyncio.run(scenario())
 

@@ -254,10 +254,14 @@ class Generator(Actor):
 
     @endpoint
     async def leave(self) -> None:
-        """End the engine and its processes."""
+        """End the engine and its processes. This one is to end next."""
         self._close_readers()
-        if hasattr(self, "_engine"):
+        if not hasattr(self, "_engine"):
+            return
+        if self._config.generator.engine.tensor_parallel_size > 1:
             await asyncio.to_thread(self._engine.close)
+        else:
+            self._engine.begin_to_close()
 
     def _open_readers(self) -> None:
         configs = enumerate(self._configs)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+TRACKERS_S = 2.0
 MAX_OPEN_FILES = 1 << 16
 """Some programs close each file that they might have open, one by one: a limit of a thousand million holds them up."""
 
@@ -72,8 +73,21 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
+def _is_resource_tracker(process: psutil.Process) -> bool:
+    import psutil
+
+    try:
+        return any("multiprocessing.resource_tracker" in argument for argument in process.cmdline())
+    except psutil.Error:
+        return False
+
+
 def end_descendants(grace_s: float = 3.0) -> int:
-    """End all processes below this one: SIGTERM, after the grace SIGKILL, until none is left. Returns their number."""
+    """End all processes below this one: SIGTERM, after the grace SIGKILL, until none is left. Returns their number.
+
+    Python's resource trackers end by themselves when those whose semaphores and shared memory they track are dead, and
+    remove what these have left in /dev/shm: they get ``TRACKERS_S`` for it.
+    """
     import psutil
 
     me = psutil.Process()
@@ -85,10 +99,12 @@ def end_descendants(grace_s: float = 3.0) -> int:
             break
         ended.update(p.pid for p in alive)
         force = attempt > 0 or grace_s <= 0
-        for process in alive:
+        if not (targets := [process for process in alive if not _is_resource_tracker(process)]):
+            _, targets = psutil.wait_procs(alive, timeout=TRACKERS_S)
+        for process in targets:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL if force else signal.SIGTERM)
-        psutil.wait_procs(alive, timeout=max(0.1, killed_at - time.monotonic()) if not force else 2.0)
+        psutil.wait_procs(targets, timeout=max(0.1, killed_at - time.monotonic()) if not force else 2.0)
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

@@ -33,7 +33,7 @@ from forge_hpc.run_dir import RunDir
 
 logger = logging.getLogger("forge_hpc.controller")
 FLUSH_S = 2.0
-CLOSE_S, SHUTDOWN_S = 8.0, 1.0
+CLOSE_S = 8.0
 
 
 async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, terminal: Terminal, leave: Leave) -> bool:
@@ -58,10 +58,8 @@ async def control(run_dir: RunDir, rendezvous: Rendezvous, log_dir: Path, termin
                 await crew.close()
         except Exception as error:  # of a node that was lost on the way, say: the run is done
             logger.warning("ending the actors: %s", reason_of(error))
-        closed = time.perf_counter()
-        with contextlib.suppress(Exception):  # processes may take long to give back a GPU, and have nothing to lose
-            await asyncio.wait_for(cluster.hosts.shutdown(), SHUTDOWN_S)
-        logger.info("actors ended in %.1f s, nodes in %.1f s", closed - start, time.perf_counter() - closed)
+        # Their processes the supervisors end, and faster than Monarch does: they have nothing to lose any more.
+        logger.info("actors ended in %.1f s", time.perf_counter() - start)
     with contextlib.suppress(OSError, UserError):  # the supervisor writes the last one
         await asyncio.to_thread(status.flush, FLUSH_S)
     return done

@@ -76,10 +76,11 @@ class Crew:
         self.session: AnySession | None = None
 
     async def close(self) -> None:
-        """End them in good order."""
-        for part in (self.session, self.pool, self.frozen, self.served):
-            if part is not None:
-                await part.close()
+        """End them in good order, all at once."""
+        from forge_hpc.controller.session import all_of
+
+        parts = (self.session, self.pool, self.frozen, self.served)
+        await all_of(*(part.close() for part in parts if part is not None))
 
     async def hand_over(self, kept: KeptMeshes) -> None:
         """Leave for the next run what it may use, and end all else."""

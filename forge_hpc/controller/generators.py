@@ -125,6 +125,8 @@ class GeneratorPool:
             self.turns.sleep = self._sleep
         self._slots = {index: _ReplicaSlot() for index in range(placement.replicas)}
         self._starting: asyncio.Task[None] | None = None
+        self._ending: asyncio.Task[None] | None = None  # of engines, once they are retired
+        self._retiring: asyncio.Task[None] | None = None  # and of their processes
         self.model_dir = Path()
         """What replicas start on."""
         self.lent: Lending | None = None
@@ -151,6 +153,9 @@ class GeneratorPool:
         return self.service
 
     async def _start(self) -> None:
+        if self._retiring is not None:  # lost trainers have brought the run back
+            await asyncio.wait({self._retiring})
+            self._ending = self._retiring = None
         async with self._turn():  # vLLM plans with the memory that is free while it starts
             try:
                 async with asyncio.TaskGroup() as tasks:
@@ -176,8 +181,27 @@ class GeneratorPool:
         if self.lent is not None:
             self.lent.lose_node(node, reason)
 
+    def retire(self) -> None:
+        """Nobody asks the generators any more: begin to end engines and processes, beside what the run has still to do.
+        ``begin`` starts new ones."""
+        if self._retiring is None and self._kept is None and self.lent is None:
+            self._ending = asyncio.create_task(self._end_engines())
+            self._retiring = asyncio.create_task(self._end_processes(self._ending))
+
+    async def _end_processes(self, ending: asyncio.Task[None]) -> None:
+        await asyncio.wait({ending})
+        self.service.forget()
+        self._starting = None
+        meshes = [KeptMesh(slot.mesh, slot.procs, None, None) for slot in self._slots.values() if slot.procs]
+        for slot in self._slots.values():
+            slot.procs = None
+        await asyncio.gather(*(stop_mesh(self._cluster.faults, mesh) for mesh in meshes))
+
     async def close(self) -> None:
         """End starts and replacements under way, and the engines."""
+        await (self._ending or self._end_engines())
+
+    async def _end_engines(self) -> None:
         for task in (*self._tasks, *([self._starting] if self._starting is not None else [])):
             task.cancel()
         if self.service.serving:
@@ -257,6 +281,8 @@ class GeneratorPool:
     def _on_loss(self, index: int, reason: str) -> None:
         if self.lent is not None and index >= self.service.size:
             self.lent.lose_generator(index, reason)
+            return
+        if self._ending is not None:
             return
         logger.error("%s %d is lost: %s", self._role, index, reason)
         task = asyncio.create_task(self._replace(index, f"{self._role} {index}: {reason}"))

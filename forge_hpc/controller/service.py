@@ -179,6 +179,10 @@ class Service:
             replica.lost.set_result(reason)
             self._on_loss(index, reason)
 
+    def forget(self) -> None:
+        """No replica serves any more, and none is missed."""
+        self._replicas.clear()
+
     async def _pick(self, key: int | None) -> Replica:
         async with self._admitted:
             await self._admitted.wait_for(lambda: self._replicas)

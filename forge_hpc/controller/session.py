@@ -812,13 +812,20 @@ class Session:
             RuntimeError: the final state could not be saved.
         """
         start = time.perf_counter()
-        if not await self.save_to_leave():
-            raise RuntimeError(f"the state after the last step cannot be saved in {self.run_dir.checkpoints}")
-        saved = time.perf_counter()
-        better = self._saver.better_step() if self.config.checkpoint.export_best else None
-        if better is None or self.needs.generators == "after":  # these answer with the last weights
-            await self.trainers.export(self.run_dir.export)
-        logger.info("saved in %.1f s, exported in %.1f s", saved - start, time.perf_counter() - saved)
+        if self.needs.generators == "beside" and self._turns is None and self._base is None:
+            self._pool.retire()
+        export = partial(self.trainers.export, self.run_dir.export)
+        if (
+            self.config.checkpoint.export_best and self.needs.generators != "after"
+        ):  # these answer with the last weights
+            await self._save_last()
+            better = self._saver.better_step()
+            if better is None:
+                await export()
+        else:
+            await all_of(self._save_last(), export())
+            better = self._saver.better_step() if self.config.checkpoint.export_best else None
+        logger.info("saved and exported in %.1f s", time.perf_counter() - start)
         if self._turns is not None:
             async with self._turns.generating():  # an engine that sleeps does not end in good order
                 pass
@@ -830,6 +837,12 @@ class Session:
                 self.metrics.log_evaluation(self.step, loss)
         if better is not None:
             await self._saver.export_best()
+
+    async def _save_last(self) -> None:
+        start = time.perf_counter()
+        if not await self.save_to_leave():
+            raise RuntimeError(f"the state after the last step cannot be saved in {self.run_dir.checkpoints}")
+        logger.info("saved in %.1f s", time.perf_counter() - start)
 
     async def _evaluate_after_training(self, loss: Mapping[str, float]) -> None:
         """With generators on the hardware that the trainers held."""
@@ -909,6 +922,13 @@ class Session:
                 await close()
             except Exception:  # the run's result stands, and the supervisor ends what is left
                 logger.warning("an actor did not end in good order", exc_info=True)
+
+
+async def all_of(*awaitables: Awaitable[Any]) -> None:
+    """Wait until all are done; the first one's error, where some have one."""
+    for result in await asyncio.gather(*awaitables, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
 
 
 async def with_timeout(awaitable: Awaitable[T], timeout_s: float, what: str) -> T:
