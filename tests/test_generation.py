@@ -25,7 +25,7 @@ from forge_hpc.data.builtin import write_tiny_qwen3
 from forge_hpc.data.types import Completion, Prompt
 from forge_hpc.generation import GenerationEngine, GenerationError, sample_seed
 from forge_hpc.generation.checkpoint import checkpoint_shapes, complete_weights
-from forge_hpc.generation.options import engine_arguments
+from forge_hpc.generation.options import engine_arguments, has_room_for_graphs, inspect_architecture
 
 GREEDY = SamplingConfig(temperature=0.0)
 
@@ -354,6 +354,39 @@ def test_cuda_has_flash_attention_where_it_takes_the_dtype() -> None:
     assert engine_arguments("model", config, "cuda")["hf_overrides"] == {"head_dtype": "float32"}
     config.model.dtype = "float32"
     assert "attention_backend" not in engine_arguments("model", config, "cuda")
+
+
+def test_graphs_are_measured_unless_the_engine_leaves_room_on_a_gpu_of_its_own() -> None:
+    def has_room(gib: int, **cluster: Any) -> bool:
+        config = tiny_config()
+        config.generator.engine.gpu_memory_utilization = 0.85
+        for name, value in cluster.items():
+            setattr(config.cluster, name, value)
+        return has_room_for_graphs(config, gib << 30)
+
+    assert has_room(80, gpus_per_node=8)
+    assert not has_room(24, gpus_per_node=8)
+    assert not has_room(80, gpus_per_node=1)  # a trainer counts on what is left
+    assert not has_room(80, gpus_per_node=2, colocate=True)
+    assert not has_room(80)  # whatever a node has
+
+
+def test_vllm_starts_no_process_to_look_at_a_model(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.models import registry
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise AssertionError(f"started {args}")
+
+    nothing_found_before = lambda *args: None  # noqa: E731
+    monkeypatch.setattr(registry._LazyRegisteredModel, "_load_modelinfo_from_cache", nothing_found_before)
+    monkeypatch.setattr(registry.subprocess, "run", refuse)
+    name = json.loads((model_dir / "config.json").read_text())["architectures"][0]
+    module, class_name = registry._TEXT_GENERATION_MODELS[name]
+    registry.ModelRegistry.register_model(name, f"vllm.model_executor.models.{module}:{class_name}")
+    with pytest.raises(AssertionError, match="started"):
+        registry.ModelRegistry.models[name].inspect_model_cls()
+    inspect_architecture(model_dir)
+    assert registry.ModelRegistry.models[name].inspect_model_cls().is_text_generation_model
 
 
 def test_a_cancelled_call_leaves_the_engine_to_others(engine: GenerationEngine) -> None:

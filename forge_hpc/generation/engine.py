@@ -47,7 +47,12 @@ from forge_hpc.generation.checkpoint import (
 )
 from forge_hpc.generation.direct import load_offer, try_to_open
 from forge_hpc.generation.experts import RouteRecorder, record_routes, set_up_experts_anew
-from forge_hpc.generation.options import engine_arguments, prepare_environment
+from forge_hpc.generation.options import (
+    engine_arguments,
+    has_room_for_graphs,
+    inspect_architecture,
+    prepare_environment,
+)
 from forge_hpc.generation.seeds import sample_seed
 from forge_hpc.generation.sleep import SleepingEngine
 from forge_hpc.generation.staging import staged_checkpoint
@@ -618,11 +623,14 @@ class GenerationEngine:
         self._engine.engine_core.shutdown()
 
     def _build(self, arguments: dict[str, Any]) -> None:
-        prepare_environment()
+        on_gpu = self._device != "cpu"
+        gpu_bytes = torch.cuda.get_device_properties(0).total_memory if on_gpu else 0
+        prepare_environment(measures_graphs=on_gpu and not has_room_for_graphs(self._config, gpu_bytes))
         with importing():
             from vllm import EngineArgs
             from vllm.v1.engine.llm_engine import LLMEngine
 
+            inspect_architecture(arguments["model"])
         try:
             self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         except ValueError as error:  # pydantic's cannot be sent to another process
