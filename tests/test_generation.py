@@ -379,7 +379,7 @@ def test_vllm_starts_no_process_to_look_at_a_model(model_dir: Path, monkeypatch:
 
     nothing_found_before = lambda *args: None  # noqa: E731
     monkeypatch.setattr(registry._LazyRegisteredModel, "_load_modelinfo_from_cache", nothing_found_before)
-    monkeypatch.setattr(registry.subprocess, "run", refuse)
+    monkeypatch.setattr(registry, "_run_in_subprocess", refuse)
     name = json.loads((model_dir / "config.json").read_text())["architectures"][0]
     module, class_name = registry._TEXT_GENERATION_MODELS[name]
     registry.ModelRegistry.register_model(name, f"vllm.model_executor.models.{module}:{class_name}")
