@@ -89,7 +89,8 @@ def ours(directory: Path, name: str, args: argparse.Namespace) -> list[float]:
     command += [f"reward=[{{name: {directory / 'reward.py'}:length}}]", f"rollout.group_size={GROUP_SIZE}"]
     command += [f"rollout.prompts_per_step={EPISODES // GROUP_SIZE}", f"rollout.max_response_tokens={length}"]
     command += [f"trainer.training.steps={args.steps + WARM_UP_STEPS[args.task]}", "trainer.optimizer.lr=1e-6"]
-    command += ["evaluation.num_prompts=0", "checkpoint.interval=0", "algorithm.max_steps_without_signal=1000000"]
+    command += ["trainer.lr_scheduler.warmup_steps=1", "evaluation.num_prompts=0", "checkpoint.interval=0"]
+    command += ["algorithm.max_steps_without_signal=1000000"]
     command += [f"trainer.training.seq_len={max(512, 2 * length)}", "algorithm.drop_zero_signal_groups=false"]
     subprocess.run([*command, *args.overrides], check=True, stdout=subprocess.DEVNULL, env=environ(PROJECT))
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][

@@ -25,7 +25,7 @@ from forge_hpc.data.builtin import write_tiny_qwen3
 from forge_hpc.data.types import Completion, Prompt
 from forge_hpc.generation import GenerationEngine, GenerationError, sample_seed
 from forge_hpc.generation.checkpoint import checkpoint_shapes, complete_weights
-from forge_hpc.generation.options import engine_arguments, has_room_for_graphs, inspect_architecture
+from forge_hpc.generation.options import engine_arguments, inspect_architecture
 
 GREEDY = SamplingConfig(temperature=0.0)
 
@@ -354,21 +354,6 @@ def test_cuda_has_flash_attention_where_it_takes_the_dtype() -> None:
     assert engine_arguments("model", config, "cuda")["hf_overrides"] == {"head_dtype": "float32"}
     config.model.dtype = "float32"
     assert "attention_backend" not in engine_arguments("model", config, "cuda")
-
-
-def test_graphs_are_measured_unless_the_engine_leaves_room_on_a_gpu_of_its_own() -> None:
-    def has_room(gib: int, **cluster: Any) -> bool:
-        config = tiny_config()
-        config.generator.engine.gpu_memory_utilization = 0.85
-        for name, value in cluster.items():
-            setattr(config.cluster, name, value)
-        return has_room_for_graphs(config, gib << 30)
-
-    assert has_room(80, gpus_per_node=8)
-    assert not has_room(24, gpus_per_node=8)
-    assert not has_room(80, gpus_per_node=1)  # a trainer counts on what is left
-    assert not has_room(80, gpus_per_node=2, colocate=True)
-    assert not has_room(80)  # whatever a node has
 
 
 def test_vllm_starts_no_process_to_look_at_a_model(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

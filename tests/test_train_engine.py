@@ -113,13 +113,14 @@ def assert_same_training(actual: dict[str, Any], expected: dict[str, Any]) -> No
 # ---- one step
 
 
-def warmed_up(engine: TrainEngine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Full rows of each forward pass of its warming up."""
-    rows: list[int] = []
+def warmed_up(engine: TrainEngine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """Rows without an empty slot, their slots, and documents of each forward pass of its warming up."""
+    rows: list[tuple[int, int, int]] = []
 
     def forward(self: TrainEngine, microbatch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         assert torch.is_grad_enabled()
-        rows.append(int(microbatch["mask"].all(-1).sum()))
+        num_full, positions = int(microbatch["mask"].all(-1).sum()), microbatch["positions"]
+        rows.append((num_full, positions.shape[1], int((positions == 0).sum())))
         return TrainEngine._forward(self, microbatch)
 
     with monkeypatch.context() as patch:
@@ -146,7 +147,7 @@ def test_a_model_that_has_warmed_up_trains_as_one_that_has_not(
         engine = TrainEngine(cfg, model_dir)
         if warms_up:
             rows = warmed_up(engine, monkeypatch)
-            assert rows == [cfg.trainer.training.local_batch_size]
+            assert rows == [(2, 64, 2), (2, 56, 4)]  # of 64 slots, and of as many less as lengths are rounded to
             assert not gradients(engine)
         metrics = [engine.train_step(random_documents(NUM_DOCUMENTS, seed=seed)) for seed in range(2)]
         found.append((metrics, weights(engine)))

@@ -47,12 +47,7 @@ from forge_hpc.generation.checkpoint import (
 )
 from forge_hpc.generation.direct import load_offer, try_to_open
 from forge_hpc.generation.experts import RouteRecorder, record_routes, set_up_experts_anew
-from forge_hpc.generation.options import (
-    engine_arguments,
-    has_room_for_graphs,
-    inspect_architecture,
-    prepare_environment,
-)
+from forge_hpc.generation.options import engine_arguments, inspect_architecture, prepare_environment
 from forge_hpc.generation.seeds import sample_seed
 from forge_hpc.generation.sleep import SleepingEngine
 from forge_hpc.generation.staging import staged_checkpoint
@@ -623,9 +618,7 @@ class GenerationEngine:
         self._engine.engine_core.shutdown()
 
     def _build(self, arguments: dict[str, Any]) -> None:
-        on_gpu = self._device != "cpu"
-        gpu_bytes = torch.cuda.get_device_properties(0).total_memory if on_gpu else 0
-        prepare_environment(measures_graphs=on_gpu and not has_room_for_graphs(self._config, gpu_bytes))
+        prepare_environment()
         with importing():
             from vllm import EngineArgs
             from vllm.v1.engine.llm_engine import LLMEngine

@@ -9,22 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from forge_hpc.config.schema import Config
-from forge_hpc.config.split import plan
 from forge_hpc.generation.adapter import adapter_arguments
 from forge_hpc.sizing.memory import holds_a_copy
 
 _GIB = 1 << 30
 _MIN_BATCHED_TOKENS = 8192
-_GRAPH_BYTES = 4 * _GIB
-"""0.2 for a model of 0.6 B."""
+_COMBO_KERNELS = {"combo_kernels": True, "benchmark_combo_kernel": False}
+"""Kernels of queries and of keys are fused as vLLM has it, but not compiled and timed in all their ways before: half of
+what inductor takes for a model."""
 
 
-def prepare_environment(*, measures_graphs: bool = True) -> None:
+def prepare_environment() -> None:
     """Set what vLLM reads from the environment. The only place that does; call it before ``import vllm``.
-
-    Args:
-        measures_graphs: capture the CUDA graphs twice, once to measure them, so that they and the KV cache together
-            take no more than ``generator.engine.gpu_memory_utilization``.
 
     The number of threads is not set here: OMP_NUM_THREADS belongs to whoever starts the process and knows what else
     runs on the node.
@@ -38,21 +34,8 @@ def prepare_environment(*, measures_graphs: bool = True) -> None:
         VLLM_NO_USAGE_STATS="1",
         VLLM_DO_NOT_TRACK="1",
         HF_HUB_OFFLINE="1",  # models are local directories
-        VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS=str(int(measures_graphs)),
     )
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-
-
-def has_room_for_graphs(config: Config, gpu_bytes: int) -> bool:
-    """Whether CUDA graphs fit into what the engine leaves free of its GPU, and nobody else counts on that.
-
-    Args:
-        gpu_bytes: all memory of the GPU.
-    """
-    gpus = config.cluster.gpus_per_node
-    if gpus is None or config.cluster.colocate or plan(config, gpus).shared_gpus:
-        return False
-    return (1 - config.generator.engine.gpu_memory_utilization) * gpu_bytes >= _GRAPH_BYTES
 
 
 def inspect_architecture(model_dir: str | Path) -> None:
@@ -103,6 +86,7 @@ def engine_arguments(model_dir: str | Path, config: Config, device: str) -> dict
             arguments["enable_prefix_caching"] = False
     else:
         arguments["enforce_eager"] = engine.enforce_eager
+        arguments["compilation_config"] = {"inductor_compile_config": dict(_COMBO_KERNELS)}
         copy = _copy_share(Path(model_dir), config) if holds_a_copy(config) else 0.0
         arguments["gpu_memory_utilization"] = engine.gpu_memory_utilization - copy
         arguments["enable_sleep_mode"] = config.cluster.colocate

@@ -114,21 +114,23 @@ class ModelShard:
         """Compile what a step needs, and load its libraries, on a microbatch of no meaning: nothing of the model
         changes. A collective call.
 
-        What is compiled is for rows of ``seq_len``. A step with too few tokens for those compiles once more, for rows
-        of any length, as it would for its second length without this.
+        There are two: full rows, and then shorter ones of two documents each, at which what was compiled for the first
+        is compiled anew for rows and documents of any length, as it would be at a second step.
 
         Nothing is done where full rows may not fit the GPU, for a model that only visits it, and with experts, which
         count the tokens that they get.
         """
         if self.spec.is_moe or self.need.offload or not self.microbatch.fits:
             return
-        length = self.cfg.trainer.training.seq_len + 1
-        row = Document(np.zeros(length, np.int32), np.ones(length, bool))
-        batch = self._pack([row] * self._data_parallel_degree * self.microbatch.num_rows)
-        with torch.set_grad_enabled(self.need.trained):
-            outputs = self._forward(next(self._microbatches(batch)))
-            if self.need.trained:
-                torch.stack([output.sum() for output in outputs]).sum().backward()
+        longest, num_rows = self.cfg.trainer.training.seq_len, self._data_parallel_degree * self.microbatch.num_rows
+        shorter = max(1, (longest - self.shape.row_len_multiple) // 2)
+        for num_slots, num_documents in ((longest, 1), (shorter, 2)):
+            document = Document(np.zeros(num_slots + 1, np.int32), np.ones(num_slots + 1, bool))
+            batch = self._pack([document] * num_rows * num_documents)
+            with torch.set_grad_enabled(self.need.trained):
+                outputs = self._forward(next(self._microbatches(batch)))
+                if self.need.trained:
+                    torch.stack([output.sum() for output in outputs]).sum().backward()
         self.model.zero_grad()
 
     def _per_token(self, documents: Sequence[Document]) -> list[list[np.ndarray]]:
