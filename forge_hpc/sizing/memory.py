@@ -16,7 +16,7 @@ from forge_hpc.sizing.microbatch import RESERVE_BYTES, plan_microbatch, plan_tur
 from forge_hpc.sizing.model import ModelSize
 
 GIB = 2**30
-COLUMNS = ("weights", "optimizer", "activations", "KV cache", "other")
+COLUMNS = ("weights", "optimizer", "activations", "gathered", "KV cache", "other")
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}
 _BATCHED_TOKENS = 8192
 _ENGINE_BYTES = 1.5 * GIB
