@@ -77,7 +77,7 @@ def train(rank: int, ranks: int, directory: Path, recipe: str, args: argparse.Na
             "recipe": recipe, "model": args.model, "ranks": ranks, "rows": plan.num_rows, "ac": plan.mode,
             "tokens_per_s_a_gpu": round(tokens / ranks / statistics.median(times)), "peak_gib": round(peak, 2),
             "planned_gib": round(state + (plan.activation_bytes + plan.whole_bytes) / 2**30, 2), "tokens": tokens,
-            "gathers_once": plan.gathers_once,
+            "gathers_once": plan.gathers_once, "sums_once": plan.sums_once,
             "state_gib": round(state, 2), "activations_gib": round(plan.activation_bytes / 2**30, 2),
         })  # fmt: skip
 

@@ -59,6 +59,7 @@ def main() -> int:
     num_bytes = sum(tensor.nbytes for tensor in state.values())
     threads = threads_for(num_bytes)
     took: dict[str, list[float]] = {"dd": [], "ours": [], "one thread": []}
+    args.directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.directory, prefix="forge-hpc-benchmark-") as name:
         directory = Path(name)
         for _ in range(args.repeats):

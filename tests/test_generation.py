@@ -356,6 +356,20 @@ def test_cuda_has_flash_attention_where_it_takes_the_dtype() -> None:
     assert "attention_backend" not in engine_arguments("model", config, "cuda")
 
 
+@pytest.mark.parametrize("given", [{}, {"cudagraph_mode": "FULL"}, {"inductor_compile_config": {"max_autotune": True}}])
+def test_kernels_are_not_timed_before_they_are_fused_whatever_else_is_asked_for(given: dict[str, Any]) -> None:
+    config = tiny_config()
+    config.generator.engine.extra = {"compilation_config": given} if given else {}
+    options = engine_arguments("model", config, "cuda")["compilation_config"]
+    assert options["inductor_compile_config"]["benchmark_combo_kernel"] is False
+    assert {**options, **given} | {"inductor_compile_config": options["inductor_compile_config"]} == options
+    config.generator.engine.extra = {
+        "compilation_config": {"inductor_compile_config": {"benchmark_combo_kernel": True}}
+    }
+    options = engine_arguments("model", config, "cuda")["compilation_config"]
+    assert options["inductor_compile_config"]["benchmark_combo_kernel"] is True
+
+
 def test_vllm_starts_no_process_to_look_at_a_model(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.model_executor.models import registry
 
@@ -367,11 +381,13 @@ def test_vllm_starts_no_process_to_look_at_a_model(model_dir: Path, monkeypatch:
     monkeypatch.setattr(registry, "_run_in_subprocess", refuse)
     name = json.loads((model_dir / "config.json").read_text())["architectures"][0]
     module, class_name = registry._TEXT_GENERATION_MODELS[name]
-    registry.ModelRegistry.register_model(name, f"vllm.model_executor.models.{module}:{class_name}")
+    lazily = registry._LazyRegisteredModel(f"vllm.model_executor.models.{module}", class_name)
+    monkeypatch.setitem(registry.ModelRegistry.models, name, lazily)
     with pytest.raises(AssertionError, match="started"):
         registry.ModelRegistry.models[name].inspect_model_cls()
     inspect_architecture(model_dir)
     assert registry.ModelRegistry.models[name].inspect_model_cls().is_text_generation_model
+    inspect_architecture(model_dir / "that is not there")  # vLLM says so by itself
 
 
 def test_a_cancelled_call_leaves_the_engine_to_others(engine: GenerationEngine) -> None:

@@ -24,6 +24,7 @@ class FakeCluster:
         self.placement = plan(config, config.cluster.gpus_per_node or 0)
         self.dead: set[int] = set()
         self.broken_starts = self.num_left = self.num_stopped = 0
+        self.leave_s = 0.0
         self.spawned: list[tuple[int, int]] = []
         nothing = SimpleNamespace(watch=lambda *args: None, forget=lambda *args: None, ended_nodes=set())
         self.faults: Any = nothing
@@ -55,6 +56,7 @@ class FakeActor:
         self.cluster = cluster
 
     async def end(self) -> None:
+        await asyncio.sleep(self.cluster.leave_s)
         self.cluster.num_left += 1
 
     async def begin(self, model_dir: Path) -> None:
@@ -153,17 +155,31 @@ def test_a_start_outlives_the_attempt_that_began_it_and_one_that_failed_is_begun
     asyncio.run(scenario())
 
 
-def test_retired_generators_end_at_once_and_others_start_where_the_run_comes_back() -> None:
+@pytest.mark.parametrize("leave_s", [0.0, 0.3, 60.0])
+@pytest.mark.parametrize("waits", [True, False])
+def test_retired_generators_end_and_others_start_where_the_run_comes_back(
+    leave_s: float, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generators, "LEAVE_S", 1.0)
+
     async def scenario() -> None:
         pool = Pool(spares=0)
         service = (await pool.start()).service
         pool.cluster.spawned.clear()
+        pool.cluster.leave_s = leave_s
         pool.pool.retire()
+        assert not service.serving and not pool.pool.is_serving
         service.lose(3, "ended")  # nobody misses it
-        await asyncio.wait_for(pool.pool.close(), 10)
-        assert pool.cluster.num_left == 15 and not pool.cluster.spawned and not pool.pool._tasks
+        with pytest.raises(RuntimeError, match="nothing can be asked of them after finish"):
+            await asyncio.wait_for(service.generate.route(), 10)
+        if waits:
+            await asyncio.wait_for(pool.pool.close(), 10)
+            assert pool.cluster.num_left == (16 if leave_s < 1 else 0)
+        assert not pool.cluster.spawned and not pool.pool._tasks
         assert (await asyncio.wait_for(pool.pool.start(Path()), 10)).serving == list(range(16))  # trainers were lost
         assert pool.cluster.num_stopped == len(pool.cluster.spawned) == 16
+        await asyncio.sleep(0)
+        assert service.serving == list(range(16))  # what ends the old ones leaves these alone
         await pool.lose(3)
         assert len(pool.cluster.spawned) == 17 and service.serving == list(range(16))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from forge_hpc.sizing.microbatch import plan_microbatch, token_bytes, whole_bytes
+from forge_hpc.sizing.microbatch import WholeBytes, plan_microbatch, token_bytes
 
 GIB = 2**30
 QWEN3_0_6B = {
@@ -70,23 +70,28 @@ def test_what_is_given_stands() -> None:
 @pytest.mark.parametrize(
     ("gib", "num_shards", "expected"),
     [
-        (45, 4, True),  # 40.8 GiB of activations, and 3/4 of 6 bytes for each of 0.6 G parameters
-        (42, 4, False),  # not for fewer rows, nor for more to compute again
-        (42, 1, True),  # one rank has them whole
-        (40, 4, True),  # with checkpoints there is room again
-        (2, 4, False),
+        (45, 4, (True, True)),  # 40.8 GiB of activations; 0.8 for 3/4 of 0.6 G weights, 1.7 for their gradients
+        (42, 4, (True, False)),  # the weights alone
+        (41, 4, (False, False)),  # not for fewer rows, nor for more to compute again
+        (41, 1, (True, True)),  # one rank has them whole
+        (40, 4, (True, True)),  # with checkpoints there is room again
+        (2, 4, (False, False)),
     ],
 )
-def test_weights_are_gathered_once_a_step_where_that_takes_no_rows(gib: float, num_shards: int, expected: bool) -> None:
-    whole = whole_bytes(600_000_000, num_shards)
-    assert whole == 600_000_000 * 6 * (num_shards - 1) // num_shards
-    result = plan_microbatch(QWEN3_0_6B, 600_000_000, 4096, int(gib * GIB), whole_bytes=whole)
-    assert result.gathers_once is expected
-    assert result.whole_bytes == (whole if expected else 0)
+def test_weights_are_gathered_once_a_step_where_that_takes_no_rows(
+    gib: float, num_shards: int, expected: tuple[bool, bool]
+) -> None:
+    whole = WholeBytes.of(600_000_000, num_shards, 2)
+    assert whole == (600_000_000 * 2 * (num_shards - 1) // num_shards, 600_000_000 * 4 * (num_shards - 1) // num_shards)
+    result = plan_microbatch(QWEN3_0_6B, 600_000_000, 4096, int(gib * GIB), whole=whole)
+    assert (result.gathers_once, result.sums_once) == expected
+    assert result.whole_bytes == whole.weights * expected[0] + whole.gradients * expected[1]
     assert (result.num_rows, result.mode) == plan(QWEN3_0_6B, 6e8, 4096, gib)
-    assert ("gathered once" in str(result)) is (expected and num_shards > 1)
+    assert ("gathered" in str(result)) is (expected[0] and num_shards > 1)
+    assert ("summed" in str(result)) is (expected[1] and num_shards > 1)
 
 
 def test_adapters_have_few_gradients_and_tensor_parallel_ranks_a_part() -> None:
-    assert whole_bytes(8_000, 4, lora=True) == 8_000 * 2 * 3 // 4
-    assert whole_bytes(8_000, 4, tensor_parallel=2) == 8_000 * 6 * 3 // 8
+    assert WholeBytes.of(8_000, 4, 2, lora=True) == (12_000, 0)
+    assert WholeBytes.of(8_000, 4, 2, tensor_parallel=2) == (6_000, 12_000)
+    assert WholeBytes.of(8_000, 4, 4) == (24_000, 24_000)

@@ -254,7 +254,7 @@ class Generator(Actor):
 
     @endpoint
     async def leave(self) -> None:
-        """End the engine and its processes. This one is to end next."""
+        """End the engine and its processes. Whoever asks for it ends this process next."""
         self._close_readers()
         if not hasattr(self, "_engine"):
             return

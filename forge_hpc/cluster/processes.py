@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
-TRACKERS_S = 2.0
+TRACKERS_S = 1.0
 MAX_OPEN_FILES = 1 << 16
 """Some programs close each file that they might have open, one by one: a limit of a thousand million holds them up."""
 
@@ -74,12 +74,15 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def _is_resource_tracker(process: psutil.Process) -> bool:
+    """Whether it is one of ``multiprocessing``, of another process than this one, which would never end by itself."""
     import psutil
 
+    mine = getattr(sys.modules.get("multiprocessing.resource_tracker"), "_resource_tracker", None)
     try:
-        return any("multiprocessing.resource_tracker" in argument for argument in process.cmdline())
+        is_one = any(part.startswith("from multiprocessing.resource_tracker import main") for part in process.cmdline())
     except psutil.Error:
         return False
+    return is_one and process.pid != getattr(mine, "_pid", None)
 
 
 def end_descendants(grace_s: float = 3.0) -> int:
@@ -101,6 +104,7 @@ def end_descendants(grace_s: float = 3.0) -> int:
         force = attempt > 0 or grace_s <= 0
         if not (targets := [process for process in alive if not _is_resource_tracker(process)]):
             _, targets = psutil.wait_procs(alive, timeout=TRACKERS_S)
+            force = True
         for process in targets:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL if force else signal.SIGTERM)

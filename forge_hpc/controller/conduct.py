@@ -76,11 +76,15 @@ class Crew:
         self.session: AnySession | None = None
 
     async def close(self) -> None:
-        """End them in good order, all at once."""
+        """End them in good order, at once but for those that one needs to end: environments may ask served models."""
         from forge_hpc.controller.session import all_of
 
-        parts = (self.session, self.pool, self.frozen, self.served)
-        await all_of(*(part.close() for part in parts if part is not None))
+        async def in_turn(*parts: AnySession | ServedModels | GeneratorPool | FrozenProcesses | None) -> None:
+            for part in parts:
+                if part is not None:
+                    await part.close()
+
+        await all_of(in_turn(self.session, self.served), in_turn(self.pool), in_turn(self.frozen))
 
     async def hand_over(self, kept: KeptMeshes) -> None:
         """Leave for the next run what it may use, and end all else."""

@@ -33,6 +33,7 @@ END_S, PROBE_S = 5.0, 20.0
 """A replica that has not ended after END_S on a node that starts no process within PROBE_S went with its node."""
 START_S = 90.0
 """An engine that is still starting when its run ends is kept where it is there within this time."""
+LEAVE_S = 10.0
 STORE_S = 120.0
 """A replacement waits so long for the weight store of restarted trainers."""
 
@@ -183,29 +184,48 @@ class GeneratorPool:
 
     def retire(self) -> None:
         """Nobody asks the generators any more: begin to end engines and processes, beside what the run has still to do.
-        ``begin`` starts new ones."""
-        if self._retiring is None and self._kept is None and self.lent is None:
-            self._ending = asyncio.create_task(self._end_engines())
-            self._retiring = asyncio.create_task(self._end_processes(self._ending))
+        Calls raise from now on, until ``begin`` has started new ones."""
+        if self._retiring is not None or self._kept is not None or self.lent is not None:
+            return
+        under_way = [*self._tasks, *([self._starting] if self._starting is not None else [])]
+        actors = [self.service.actor(index) for index in self.service.serving]
+        self.service.retire()
+        self._starting = None
+        self._ending = asyncio.create_task(self._end_engines(under_way, actors))
+        self._retiring = asyncio.create_task(self._end_processes(self._ending))
+
+    async def _end_engines(self, under_way: Sequence[asyncio.Task[None]], actors: Sequence[Any]) -> None:
+        for task in under_way:
+            task.cancel()
+        calls = [asyncio.ensure_future(actor.leave.call_one()) for actor in actors]
+        if waits := [*under_way, *calls]:
+            await asyncio.wait(waits, timeout=LEAVE_S)
+        for call in calls:
+            if not call.done() or call.exception() is not None:  # its process ends all the same
+                why = reason_of(error) if call.done() and (error := call.exception()) else f"not within {LEAVE_S:.0f} s"
+                logger.warning("ending an engine of %s: %s", self._role, why)
+                call.cancel()
 
     async def _end_processes(self, ending: asyncio.Task[None]) -> None:
         await asyncio.wait({ending})
-        self.service.forget()
-        self._starting = None
-        meshes = [KeptMesh(slot.mesh, slot.procs, None, None) for slot in self._slots.values() if slot.procs]
-        for slot in self._slots.values():
+        there = [(index, slot) for index, slot in self._slots.items() if slot.procs is not None]
+        gone = self._cluster.faults.ended_nodes
+        meshes = [
+            KeptMesh(slot.mesh, slot.procs, None, None) for index, slot in there if self._home(index, slot) not in gone
+        ]
+        for _, slot in there:
             slot.procs = None
         await asyncio.gather(*(stop_mesh(self._cluster.faults, mesh) for mesh in meshes))
 
     async def close(self) -> None:
         """End starts and replacements under way, and the engines."""
-        await (self._ending or self._end_engines())
-
-    async def _end_engines(self) -> None:
+        if self._ending is not None:
+            await self._ending
+            return
         for task in (*self._tasks, *([self._starting] if self._starting is not None else [])):
             task.cancel()
         if self.service.serving:
-            await asyncio.wait_for(self.service.leave.fanout(), 10)
+            await asyncio.wait_for(self.service.leave.fanout(), LEAVE_S)
 
     def _home(self, index: int, slot: _ReplicaSlot) -> int:
         placement = self._cluster.placement
@@ -281,8 +301,6 @@ class GeneratorPool:
     def _on_loss(self, index: int, reason: str) -> None:
         if self.lent is not None and index >= self.service.size:
             self.lent.lose_generator(index, reason)
-            return
-        if self._ending is not None:
             return
         logger.error("%s %d is lost: %s", self._role, index, reason)
         task = asyncio.create_task(self._replace(index, f"{self._role} {index}: {reason}"))

@@ -48,6 +48,8 @@ class Saver:
         self.checkpoints = CheckpointStore(run_dir, config.checkpoint.keep)
         self.saved_step = 0
         """Of the newest checkpoint."""
+        self.begun_step = 0
+        """Of the newest one that is complete, or on its way there."""
         self.num_failed = 0
         """Saves of the run that have failed."""
         self._config = config
@@ -92,6 +94,7 @@ class Saver:
         except Exception as error:
             await self._save_failed(step, error)
         else:
+            self.begun_step = step
             self._saving = asyncio.create_task(self._complete(commit(), step, start))
 
     async def saved(self) -> None:
@@ -121,6 +124,7 @@ class Saver:
 
     async def _save_failed(self, step: int, error: Exception) -> None:
         await asyncio.to_thread(self.checkpoints.abandon, step)
+        self.begun_step = self.saved_step
         self.num_failed += 1
         reason = " ".join(str(error).split()) or type(error).__name__
         logger.error("the checkpoint of step %d failed, the one before it stands: %s", step, reason)

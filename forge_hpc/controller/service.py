@@ -127,6 +127,7 @@ class Service:
         self._on_loss = on_loss
         self._on_retry = on_retry
         self._replicas: dict[int, Replica] = {}
+        self._is_retired = False
         self._answered = [0, 0]  # calls, by own replicas and by lent ones
         self._admitted = asyncio.Condition()
 
@@ -169,6 +170,7 @@ class Service:
     async def admit(self, index: int, actor: Any) -> None:
         """``actor`` serves as replica ``index`` from the moment of the call."""
         self._replicas[index] = Replica(index, actor)
+        self._is_retired = False
         async with self._admitted:
             self._admitted.notify_all()
 
@@ -179,13 +181,16 @@ class Service:
             replica.lost.set_result(reason)
             self._on_loss(index, reason)
 
-    def forget(self) -> None:
-        """No replica serves any more, and none is missed."""
+    def retire(self) -> None:
+        """No replica serves any more, and none is missed: routed calls raise RuntimeError, until one is admitted."""
         self._replicas.clear()
+        self._is_retired = True
 
     async def _pick(self, key: int | None) -> Replica:
         async with self._admitted:
-            await self._admitted.wait_for(lambda: self._replicas)
+            await self._admitted.wait_for(lambda: self._replicas or self._is_retired)
+            if not self._replicas:
+                raise RuntimeError(f"{self.name}s have ended with the run: nothing can be asked of them after finish()")
             if key is not None and key % self.size in self._replicas:
                 return self._replicas[key % self.size]
             return min(self._replicas.values(), key=lambda replica: (replica.in_flight, replica.index))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -813,18 +814,17 @@ class Session:
         """
         start = time.perf_counter()
         if self.needs.generators == "beside" and self._turns is None and self._base is None:
+            if self._weights is not None:
+                self._weights.cancel()
             self._pool.retire()
-        export = partial(self.trainers.export, self.run_dir.export)
-        if (
-            self.config.checkpoint.export_best and self.needs.generators != "after"
-        ):  # these answer with the last weights
+        better: int | None = None
+        if not self.config.checkpoint.export_best:
+            await self._save_and_export()
+        else:
             await self._save_last()
             better = self._saver.better_step()
-            if better is None:
-                await export()
-        else:
-            await all_of(self._save_last(), export())
-            better = self._saver.better_step() if self.config.checkpoint.export_best else None
+            if better is None or self.needs.generators == "after":  # these answer with the last weights
+                await self.trainers.export(self.run_dir.export)
         logger.info("saved and exported in %.1f s", time.perf_counter() - start)
         if self._turns is not None:
             async with self._turns.generating():  # an engine that sleeps does not end in good order
@@ -839,10 +839,25 @@ class Session:
             await self._saver.export_best()
 
     async def _save_last(self) -> None:
-        start = time.perf_counter()
         if not await self.save_to_leave():
             raise RuntimeError(f"the state after the last step cannot be saved in {self.run_dir.checkpoints}")
-        logger.info("saved in %.1f s", time.perf_counter() - start)
+
+    async def _save_and_export(self) -> None:
+        """The last save, and beside it the export. The save comes first in all that one of them has to wait for."""
+        if self._saver.begun_step < self.step:
+            await self._saver.save(self.trainers, self.step, self.state)
+        exporting = asyncio.ensure_future(self.trainers.export(self.run_dir.export))
+        try:
+            await self._saver.saved()
+            if self._saver.saved_step < self.step:  # without the model there may be room for it
+                await asyncio.wait({exporting})
+                await asyncio.to_thread(shutil.rmtree, self.run_dir.export, ignore_errors=True)
+                await self._save_last()
+                exporting = asyncio.ensure_future(self.trainers.export(self.run_dir.export))
+            await exporting
+        finally:
+            if not exporting.cancel() and not exporting.cancelled():
+                exporting.exception()  # the save's is raised
 
     async def _evaluate_after_training(self, loss: Mapping[str, float]) -> None:
         """With generators on the hardware that the trainers held."""

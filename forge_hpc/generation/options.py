@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from pathlib import Path
@@ -12,11 +13,12 @@ from forge_hpc.config.schema import Config
 from forge_hpc.generation.adapter import adapter_arguments
 from forge_hpc.sizing.memory import holds_a_copy
 
+logger = logging.getLogger(__name__)
 _GIB = 1 << 30
 _MIN_BATCHED_TOKENS = 8192
 _COMBO_KERNELS = {"combo_kernels": True, "benchmark_combo_kernel": False}
-"""Kernels of queries and of keys are fused as vLLM has it, but not compiled and timed in all their ways before: half of
-what inductor takes for a model."""
+"""Kernels of queries and of keys are fused, as they may be with vLLM's defaults, but not compiled and timed before,
+together and apart: half of what inductor takes for a model."""
 
 
 def prepare_environment() -> None:
@@ -41,14 +43,17 @@ def prepare_environment() -> None:
 def inspect_architecture(model_dir: str | Path) -> None:
     """Have vLLM look at the model's class in this process.
 
-    vLLM 0.32 starts one of its own for it, which imports all of vLLM, the first time on a machine: for processes that
-    fork once CUDA is initialized. Ours do not.
+    vLLM 0.32 starts a process for it, which imports all of vLLM, the first time on a machine: one that forks must not
+    have touched CUDA. Our workers are spawned. What cannot be looked at here is left to vLLM, which then says why.
     """
     from vllm import ModelRegistry
 
-    for name in json.loads((Path(model_dir) / "config.json").read_text()).get("architectures") or ():
-        if name in ModelRegistry.models:
-            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+    try:
+        for name in json.loads((Path(model_dir) / "config.json").read_text()).get("architectures") or ():
+            if name in ModelRegistry.models:
+                ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+    except Exception as error:
+        logger.info("vLLM looks at %s by itself: %s", model_dir, error)
 
 
 def engine_arguments(model_dir: str | Path, config: Config, device: str) -> dict[str, Any]:
@@ -86,7 +91,7 @@ def engine_arguments(model_dir: str | Path, config: Config, device: str) -> dict
             arguments["enable_prefix_caching"] = False
     else:
         arguments["enforce_eager"] = engine.enforce_eager
-        arguments["compilation_config"] = {"inductor_compile_config": dict(_COMBO_KERNELS)}
+        arguments["compilation_config"] = {}
         copy = _copy_share(Path(model_dir), config) if holds_a_copy(config) else 0.0
         arguments["gpu_memory_utilization"] = engine.gpu_memory_utilization - copy
         arguments["enable_sleep_mode"] = config.cluster.colocate
@@ -95,7 +100,11 @@ def engine_arguments(model_dir: str | Path, config: Config, device: str) -> dict
         if config.model.dtype != "float32":  # which FlashAttention does not take: vLLM chooses
             arguments["attention_backend"] = "FLASH_ATTN"
             arguments["hf_overrides"] = {"head_dtype": config.model.head_dtype}
-    return arguments | adapter_arguments(config.trainer.lora) | engine.extra
+    arguments |= adapter_arguments(config.trainer.lora) | engine.extra
+    if device != "cpu" and isinstance(given := arguments["compilation_config"], dict):
+        options = _COMBO_KERNELS | given.get("inductor_compile_config", {})
+        arguments["compilation_config"] = given | {"inductor_compile_config": options}
+    return arguments
 
 
 def _copy_share(model_dir: Path, config: Config) -> float:

@@ -34,8 +34,11 @@ def local_device() -> torch.device:
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """The array there, in order with the device's work. The host does not wait for it, as it would where memory is not
-    page-locked: the copy of what the next microbatch needs comes after all the work of this one."""
+    """The array there: on the CPU its own memory, on a GPU a copy, in order with the device's work.
+
+    The host does not wait for it, as it would where memory is not page-locked: what the next microbatch needs comes
+    after all the work of this one.
+    """
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 

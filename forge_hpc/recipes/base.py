@@ -152,4 +152,5 @@ class Session(Protocol):
         """Show the user a line, on the terminal, in the status and in the log."""
 
     async def finish(self) -> None:
-        """The last save, the export, and an evaluation that has waited for the trainers' GPUs."""
+        """The last save, the export, and an evaluation that has waited for the trainers' GPUs. The generators end
+        meanwhile: nothing is asked of them afterwards."""

@@ -12,7 +12,7 @@ from forge_hpc.config.needs import Needs
 from forge_hpc.config.schema import Config
 from forge_hpc.config.served import served_config
 from forge_hpc.config.split import Placement
-from forge_hpc.sizing.microbatch import RESERVE_BYTES, plan_microbatch, plan_turns, whole_bytes
+from forge_hpc.sizing.microbatch import RESERVE_BYTES, WholeBytes, plan_microbatch, plan_turns
 from forge_hpc.sizing.model import ModelSize
 
 GIB = 2**30
@@ -122,9 +122,10 @@ def _trainers(
         mode=cfg.trainer.activation_checkpoint.mode,
         tensor_parallel=tp,
         context_parallel=degrees.context_parallel_degree,
-        whole_bytes=whole_bytes(
+        whole=WholeBytes.of(
             size.num_params,
             max(1, placement.trainer_procs // (replicas * tp)),
+            _ITEMSIZE[training.mixed_precision_param],
             tensor_parallel=tp,
             lora=cfg.trainer.lora.enable,
         ),

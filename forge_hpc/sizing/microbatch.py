@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from forge_hpc.config.errors import UserError
 
@@ -32,11 +32,12 @@ class MicrobatchPlan:
     """Of activation checkpointing."""
     activation_bytes: int
     available_bytes: int
-    whole_bytes: int = 0
-    """What is taken beside the activations where ``gathers_once``."""
     gathers_once: bool = True
-    """Whether a step gathers sharded weights, and sums gradients over ranks, once (``training.accumulation``) and not
-    for each microbatch."""
+    """Whether a step gathers sharded weights once (``training.accumulation``) and not for each microbatch."""
+    sums_once: bool = True
+    """And sums gradients over ranks once."""
+    whole_bytes: int = 0
+    """What these two take beside the activations, as far as they are done."""
 
     @property
     def fits(self) -> bool:
@@ -44,7 +45,8 @@ class MicrobatchPlan:
         return self.activation_bytes <= self.available_bytes
 
     def __str__(self) -> str:
-        whole = f", weights gathered once a step: {self.whole_bytes / 2**30:.1f} GiB more" if self.whole_bytes else ""
+        what = "weights gathered and gradients summed" if self.sums_once else "weights gathered"
+        whole = f"; {what} once a step: {self.whole_bytes / 2**30:.1f} GiB more" if self.whole_bytes else ""
         return (
             f"{self.num_rows} row(s) a microbatch, activation checkpointing {self.mode}: about "
             f"{self.activation_bytes / 2**30:.1f} of {self.available_bytes / 2**30:.1f} GiB{whole}"
@@ -61,10 +63,10 @@ def plan_microbatch(
     mode: str = "auto",
     tensor_parallel: int = 1,
     context_parallel: int = 1,
-    whole_bytes: int = 0,
+    whole: WholeBytes | None = None,
 ) -> MicrobatchPlan:
-    """Choose what is open: ``num_rows`` where it is None, ``mode`` where it is ``auto``; and gather weights once a step
-    where that leaves both as they are.
+    """Choose what is open: ``num_rows`` where it is None, ``mode`` where it is ``auto``; and gather weights, and sum
+    gradients, once a step where that leaves both as they are.
 
     Args:
         hf: the model's ``config.json``.
@@ -72,30 +74,44 @@ def plan_microbatch(
         seq_len: slots of a row.
         available_bytes: of a GPU, for activations: free memory less gradients, optimizer and ``RESERVE_BYTES``.
         context_parallel: GPUs that share a row.
-        whole_bytes: what that takes (``whole_bytes``).
+        whole: what that takes; None: nothing.
     """
     seq_len = -(-seq_len // context_parallel)
     wanted = num_rows or max(1, round(BUSY_FLOPS / (6 * num_params * seq_len)))
     modes = MODES if mode == "auto" else (mode,)
     costs = {each: int(SAFETY * seq_len * token_bytes(hf, each, context_parallel) / tensor_parallel) for each in modes}
+    weights, gradients = whole or WholeBytes(0, 0)
     for each, cost in costs.items():
-        if wanted * cost <= available_bytes:
-            once = wanted * cost + whole_bytes <= available_bytes
-            return MicrobatchPlan(wanted, each, wanted * cost, available_bytes, whole_bytes if once else 0, once)
+        if (spare := available_bytes - wanted * cost) >= 0:
+            once = weights <= spare, weights + gradients <= spare
+            taken = weights * once[0] + gradients * once[1]
+            return MicrobatchPlan(wanted, each, wanted * cost, available_bytes, *once, taken)
     least = modes[-1]  # fewer rows of it, and at least one: only a try tells
     rows = num_rows or max(1, min(wanted, available_bytes // costs[least]))
-    return MicrobatchPlan(rows, least, rows * costs[least], available_bytes, gathers_once=not whole_bytes)
+    return MicrobatchPlan(rows, least, rows * costs[least], available_bytes, not weights, not weights + gradients)
 
 
-def whole_bytes(num_params: int, num_shards: int, *, tensor_parallel: int = 1, lora: bool = False) -> int:
-    """What a rank holds more where a step gathers its weights once: those of the other shards in the compute dtype, of
-    two bytes, and gradients of them in float32, of which adapters have few.
+class WholeBytes(NamedTuple):
+    """What a rank holds more where a step gathers its weights once, and where it sums its gradients once too."""
 
-    Args:
-        num_params: of the whole model; of one with experts of several ranks it is fewer.
-        num_shards: of the weights, those of tensor parallelism aside.
-    """
-    return int(num_params / tensor_parallel * (1 - 1 / num_shards) * (2 if lora else 6))
+    weights: int
+    """Those of the other shards in the compute dtype."""
+    gradients: int
+    """Of those weights in float32; adapters have few."""
+
+    @classmethod
+    def of(
+        cls, num_params: int, num_shards: int, itemsize: int, *, tensor_parallel: int = 1, lora: bool = False
+    ) -> WholeBytes:
+        """Of the model's size; with expert parallelism a rank gathers fewer, so that this is more than it takes.
+
+        Args:
+            num_params: of the whole model.
+            num_shards: of the weights, those of tensor parallelism aside.
+            itemsize: bytes of a weight in the compute dtype.
+        """
+        others = num_params * (num_shards - 1) // (num_shards * tensor_parallel)
+        return cls(itemsize * others, 0 if lora else 4 * others)
 
 
 def plan_turns(total_bytes: int, engine_share: float, kept_bytes: int) -> str:

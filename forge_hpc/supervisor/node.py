@@ -29,6 +29,8 @@ from forge_hpc.supervisor.robust import how_it_ended
 from forge_hpc.supervisor.signals import ignoring_signals
 
 T = TypeVar("T")
+NO_LEAK = "ignore::UserWarning:multiprocessing.resource_tracker"
+"""Processes end by being killed; that what they shared is left to Python's trackers is no leak."""
 
 
 class Node:
@@ -127,7 +129,8 @@ class Node:
         self._memory = self._memory or folders.make_folder()
         scratch |= {folders.VARIABLE: str(self._memory.path)} if self._memory is not None else {}
         compiled = compile_cache() if visible_gpus() else {}  # on CPUs nothing is compiled
-        mine = {**supervision, **compiled, **self.hub_environ, **scratch, **tls_environment(tls)}
+        quiet = {"PYTHONWARNINGS": ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), NO_LEAK]))}
+        mine = {**supervision, **compiled, **self.hub_environ, **scratch, **quiet, **tls_environment(tls)}
         return {**interface, **os.environ, **mine}
 
     def start_worker(self, rendezvous: Rendezvous, address: str, tls: Path, log_dir: Path) -> subprocess.Popen[bytes]:

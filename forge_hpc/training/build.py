@@ -30,7 +30,7 @@ from forge_hpc.models.device import device_type, local_device
 from forge_hpc.models.head import LogprobHead
 from forge_hpc.models.spec import ModelSpec, load_spec
 from forge_hpc.models.value_head import with_value_head
-from forge_hpc.sizing.microbatch import RESERVE_BYTES, MicrobatchPlan, plan_microbatch, plan_turns, whole_bytes
+from forge_hpc.sizing.microbatch import RESERVE_BYTES, MicrobatchPlan, WholeBytes, plan_microbatch, plan_turns
 from forge_hpc.training.lora import add_adapters
 
 logger = logging.getLogger(__name__)
@@ -107,13 +107,16 @@ class Shape:
         logger.info("%s", said)
         return said
 
-    def plan(self, spec: ModelSpec, available_bytes: int) -> MicrobatchPlan:
-        """What a microbatch of the model is."""
+    def plan(self, spec: ModelSpec, available_bytes: int, *, trained: bool = True) -> MicrobatchPlan:
+        """What a microbatch of the model is, which is trained or only asked."""
         training, mode = self.cfg.trainer.training, self.cfg.trainer.activation_checkpoint.mode
         if device_type() == "cpu":
             return MicrobatchPlan(training.local_batch_size or 1, "none" if mode == "auto" else mode, 0, 0)
         with torch.device("meta"):
             num_params = sum(parameter.numel() for parameter in spec.config.build().parameters())
+        dims, lora = self.dims, self.cfg.trainer.lora.enable
+        itemsize, shards = self.param_dtype.itemsize, dims.dp_shard * dims.cp
+        whole = WholeBytes.of(num_params, shards, itemsize, tensor_parallel=dims.tp, lora=lora)
         plan = plan_microbatch(
             spec.hf_config,
             num_params,
@@ -123,12 +126,7 @@ class Shape:
             mode=mode,
             tensor_parallel=self.dims.tp,
             context_parallel=self.dims.cp,
-            whole_bytes=whole_bytes(
-                num_params,
-                self.dims.dp_shard * self.dims.cp,
-                tensor_parallel=self.dims.tp,
-                lora=self.cfg.trainer.lora.enable,
-            ),
+            whole=whole if trained else None,
         )
         logger.info("%s", plan)
         return plan

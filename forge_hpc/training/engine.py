@@ -219,11 +219,14 @@ class TrainEngine(ModelShard, Stateful):
         self.optimizers.zero_grad()
         sums: dict[str, torch.Tensor] = {}
         num_left = len(self._row_starts(batch))
-        is_sharded, once = self.parallel_dims.fsdp_enabled, update and self.microbatch.gathers_once
-        with (
-            torch.set_grad_enabled(update),
-            accumulation(self.model, gathers_once=once, is_sharded=is_sharded) as begin,
-        ):
+        plan = self.microbatch
+        accumulating = accumulation(
+            self.model,
+            gathers_once=update and plan.gathers_once,
+            sums_once=plan.sums_once,
+            is_sharded=self.parallel_dims.fsdp_enabled,
+        )
+        with torch.set_grad_enabled(update), accumulating as begin:
             for microbatch in self._microbatches(batch):
                 num_left -= 1
                 begin(num_left == 0)

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torchtitan.components.checkpointer.utils import canonical_fqn
@@ -22,6 +21,7 @@ from torchtitan.components.lora import LoRAConverter
 
 from forge_hpc.config.schema import LoRAConfig
 from forge_hpc.models.spec import ModelSpec
+from forge_hpc.training.accumulation import forget_passes
 
 _A, _B = ".lora_a.weight", ".lora_b.weight"
 _SCALING = "_lora_scaling"
@@ -68,9 +68,7 @@ class Bench:
         """Put the set of ``owner`` into the model; one that was never there begins with what it finds."""
         if self._placed is owner:
             return
-        for module in self._model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # what it has gathered of the adapters is the others'
+        forget_passes(self._model)  # what it has gathered of the adapters is the others'
         trained = [_local(parameter) for parameter in self._model.parameters() if parameter.requires_grad]
         if self._placed is not None:
             self._aside[self._placed] = [tensor.clone() for tensor in trained]

@@ -71,7 +71,7 @@ class ModelShard:
             spec = self.shape.spec(model_dir)
             if available_bytes is None:
                 available_bytes = self.shape.activation_bytes({"": (model_dir, need)})
-            self.microbatch = self.shape.plan(spec, available_bytes)
+            self.microbatch = self.shape.plan(spec, available_bytes, trained=need.trained)
             self.spec = self.shape.with_parts(spec, need)
             self.model = self.shape.build(self.spec, need, self.microbatch.mode if need.trained else "none")
             load_hf_weights(self.model, self.spec, model_dir, needs_head=not need.trained)
