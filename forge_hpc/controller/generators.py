@@ -34,6 +34,7 @@ END_S, PROBE_S = 5.0, 20.0
 START_S = 90.0
 """An engine that is still starting when its run ends is kept where it is there within this time."""
 LEAVE_S = 10.0
+"""Engines end within this time, or with their processes."""
 STORE_S = 120.0
 """A replacement waits so long for the weight store of restarted trainers."""
 
@@ -187,6 +188,8 @@ class GeneratorPool:
         Calls raise from now on, until ``begin`` has started new ones."""
         if self._retiring is not None or self._kept is not None or self.lent is not None:
             return
+        for weights in self.weights.values():
+            weights.cancel()
         under_way = [*self._tasks, *([self._starting] if self._starting is not None else [])]
         actors = [self.service.actor(index) for index in self.service.serving]
         self.service.retire()

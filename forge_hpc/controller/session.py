@@ -814,8 +814,6 @@ class Session:
         """
         start = time.perf_counter()
         if self.needs.generators == "beside" and self._turns is None and self._base is None:
-            if self._weights is not None:
-                self._weights.cancel()
             self._pool.retire()
         better: int | None = None
         if not self.config.checkpoint.export_best:
