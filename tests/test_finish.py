@@ -28,14 +28,14 @@ class Trainers:
         self.export_dir, self.room = run_dir.export, room
         self.told: list[str] = []
         self.num_saved = 0
-        self.alone = asyncio.Lock()
+        self.alone, self.has_exported = asyncio.Lock(), asyncio.Event()
 
     async def save(self, directory: Path) -> None:
         async with self.alone:
             self.told.append("save")
 
     async def saved(self) -> dict[str, Any]:
-        await asyncio.sleep(0.1)
+        await asyncio.wait_for(self.has_exported.wait(), 60)  # it takes longer than the model
         if self.export_dir.exists() and self.room < 2:
             raise CheckpointError("no space left")
         self.num_saved += 1
@@ -44,6 +44,7 @@ class Trainers:
     async def export(self, directory: Path) -> None:
         async with self.alone:
             self.told.append("export")
+            self.has_exported.set()
             if self.num_saved >= self.room:
                 raise OSError("no space left for the model")
             directory.mkdir()

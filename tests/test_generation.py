@@ -25,7 +25,7 @@ from forge_hpc.data.builtin import write_tiny_qwen3
 from forge_hpc.data.types import Completion, Prompt
 from forge_hpc.generation import GenerationEngine, GenerationError, sample_seed
 from forge_hpc.generation.checkpoint import checkpoint_shapes, complete_weights
-from forge_hpc.generation.options import engine_arguments, inspect_architecture
+from forge_hpc.generation.options import engine_arguments
 
 GREEDY = SamplingConfig(temperature=0.0)
 
@@ -370,24 +370,35 @@ def test_kernels_are_not_timed_before_they_are_fused_whatever_else_is_asked_for(
     assert options["inductor_compile_config"]["benchmark_combo_kernel"] is True
 
 
-def test_vllm_starts_no_process_to_look_at_a_model(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.model_executor.models import registry
+LOOK = """
+import sys
+from forge_hpc.generation.options import inspect_architecture, prepare_environment
 
-    def refuse(*args: Any, **options: Any) -> None:
-        raise AssertionError(f"started {args}")
+started = []
+prepare_environment()
+from vllm import EngineArgs
 
-    nothing_found_before = lambda *args: None  # noqa: E731
-    monkeypatch.setattr(registry._LazyRegisteredModel, "_load_modelinfo_from_cache", nothing_found_before)
-    monkeypatch.setattr(registry, "_run_in_subprocess", refuse)
-    name = json.loads((model_dir / "config.json").read_text())["architectures"][0]
-    module, class_name = registry._TEXT_GENERATION_MODELS[name]
-    lazily = registry._LazyRegisteredModel(f"vllm.model_executor.models.{module}", class_name)
-    monkeypatch.setitem(registry.ModelRegistry.models, name, lazily)
-    with pytest.raises(AssertionError, match="started"):
-        registry.ModelRegistry.models[name].inspect_model_cls()
+def note(event, arguments):
+    if event == "subprocess.Popen" and "vllm.model_executor.models.registry" in arguments[1]:
+        started.append(arguments[1])
+
+sys.addaudithook(note)
+model_dir, looks_here = sys.argv[1:]
+if looks_here == "True":
     inspect_architecture(model_dir)
-    assert registry.ModelRegistry.models[name].inspect_model_cls().is_text_generation_model
-    inspect_architecture(model_dir / "that is not there")  # vLLM says so by itself
+inspect_architecture(model_dir + "/that is not there")  # vLLM says so by itself
+EngineArgs(model=model_dir, dtype="float32").create_model_config()
+print("started", len(started))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("looks_here", [True, False])
+def test_vllm_starts_no_process_to_look_at_a_model(model_dir: Path, tmp_path: Path, looks_here: bool) -> None:
+    environ = {**os.environ, "VLLM_CACHE_ROOT": str(tmp_path)}  # where it would find what it has found before
+    command = [sys.executable, "-c", LOOK, str(model_dir), str(looks_here)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environ, cwd=PROJECT)
+    assert result.stdout.split()[-2:] == ["started", "0" if looks_here else "1"], result.stdout + result.stderr
 
 
 def test_a_cancelled_call_leaves_the_engine_to_others(engine: GenerationEngine) -> None:

@@ -190,14 +190,18 @@ class GeneratorPool:
             return
         for weights in self.weights.values():
             weights.cancel()
-        under_way = [*self._tasks, *([self._starting] if self._starting is not None else [])]
-        actors = [self.service.actor(index) for index in self.service.serving]
+        self._ending = self._end_engines()
+        self._retiring = asyncio.create_task(self._end_processes(self._ending))
         self.service.retire()
         self._starting = None
-        self._ending = asyncio.create_task(self._end_engines(under_way, actors))
-        self._retiring = asyncio.create_task(self._end_processes(self._ending))
 
-    async def _end_engines(self, under_way: Sequence[asyncio.Task[None]], actors: Sequence[Any]) -> None:
+    def _end_engines(self) -> asyncio.Task[None]:
+        """Begin to end starts and replacements under way, and the engines that serve now."""
+        under_way = [*self._tasks, *([self._starting] if self._starting is not None else [])]
+        actors = [self.service.actor(index) for index in self.service.serving]
+        return asyncio.create_task(self._leave(under_way, actors))
+
+    async def _leave(self, under_way: Sequence[asyncio.Task[None]], actors: Sequence[Any]) -> None:
         for task in under_way:
             task.cancel()
         calls = [asyncio.ensure_future(actor.leave.call_one()) for actor in actors]
@@ -222,13 +226,7 @@ class GeneratorPool:
 
     async def close(self) -> None:
         """End starts and replacements under way, and the engines."""
-        if self._ending is not None:
-            await self._ending
-            return
-        for task in (*self._tasks, *([self._starting] if self._starting is not None else [])):
-            task.cancel()
-        if self.service.serving:
-            await asyncio.wait_for(self.service.leave.fanout(), LEAVE_S)
+        await (self._ending or self._end_engines())
 
     def _home(self, index: int, slot: _ReplicaSlot) -> int:
         placement = self._cluster.placement

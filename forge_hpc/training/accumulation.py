@@ -46,7 +46,7 @@ def accumulation(
         if is_sharded:
             model.set_reshard_after_forward(False)
         yield begin
-    except BaseException:
+    except Exception:
         for group in groups:
             _forget_gradients(group)
         forget_passes(model)
