@@ -11,6 +11,7 @@ nothing is set up, nothing is downloaded. A part takes at most ten minutes:
     ranks     FSDP over 2 and 4 GPUs beside one, and memory beside the plan                          ranks.py
     long      a row of 65,536 tokens that two GPUs share, beside one                                 long_rows.py
     run       a whole run of a model of 0.4 B with random weights, synchronous and a step ahead      whole_run.py
+              with GPUs of their own, and on the same GPUs at once
     faults    what a killed generator, a killed trainer rank and SIGTERM cost such a run             faults.py
 
 Without a GPU everything runs on the CPU with tiny models, for its own sake, and targets say nothing.
@@ -47,13 +48,16 @@ def parts(num_gpus: int) -> dict[str, list[Script]]:
         weights.append(Script("engine_weights.py", ("--model", "0.6b", "--gpus", apart)))
         weights.append(Script("engine_weights.py", ("--model", "0.6b", "--gpus", "tp2")))
         weights.append(Script("links.py"))
+    runs = [Script("whole_run.py")]
+    if num_gpus > 1:  # one is shared anyway
+        runs.append(Script("whole_run.py", ("--together", "--rounds", "1")))
     return {
         # as the plan of a shipped configuration has it, and the same shape for both
         "trainer": [Script("trainer.py", ("--rows", "0", "--ac", "auto")), Script("trainer.py", ("--head", "32768"))],
         "weights": weights,
         "ranks": [Script("ranks.py", ("--ranks", *[str(n) for n in (1, 2, 4) if n <= num_gpus]))],
         **({"long": [Script("long_rows.py")]} if num_gpus > 1 else {}),
-        "run": [Script("whole_run.py")],
+        "run": runs,
         "faults": [Script("faults.py")],
     }
 

@@ -173,12 +173,27 @@ def test_the_plan_says_what_each_gpu_holds(hub: Path, tmp_path: Path) -> None:
             "keys and values of one sequence of 250512 tokens take 34.4 GiB, and a generator has 23.0",
         ),
         (["cluster.gpu_memory_gib=79", "rollout.max_staleness=0", "cluster.colocate=true"], "GiB too much"),
+        (["cluster.gpu_memory_gib=79", "rollout.max_staleness=1", "cluster.colocate=true"], "GiB too much"),
     ],
 )
 def test_what_cannot_fit_a_gpu_is_refused(hub: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         outlook(large(*overrides), tmp_path)
     assert error.value.hint
+
+
+def test_trainers_that_have_less_beside_a_generator_that_is_awake_are_a_warning(hub: Path, tmp_path: Path) -> None:
+    def slower(share: float) -> list[str]:
+        shared = [
+            "cluster.colocate=true",
+            "cluster.gpu_memory_gib=79",
+            f"generator.engine.gpu_memory_utilization={share}",
+        ]
+        return [text for text in outlook(large(*shared), tmp_path).warnings if "more slowly" in text]
+
+    assert not slower(0.4)
+    [said] = slower(0.55)
+    assert "checkpointing selective, alone on a GPU 1 row a microbatch, checkpointing none" in said
 
 
 def test_what_may_not_fit_is_a_warning_and_what_is_not_known_is_left_out(hub: Path, tmp_path: Path) -> None:

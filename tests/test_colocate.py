@@ -20,7 +20,7 @@ from forge_hpc.controller.service import ActorLost, Service
 from forge_hpc.controller.turns import Turns
 from forge_hpc.generation.options import engine_arguments
 from forge_hpc.generation.sleep import SleepingEngine
-from forge_hpc.sizing.microbatch import plan_turns
+from forge_hpc.sizing.microbatch import plan_shared
 from forge_hpc.weights import VersionNotFoundError
 
 GIB = 2**30
@@ -68,7 +68,6 @@ def test_the_table_of_a_dry_run_says_who_takes_turns() -> None:
     [
         (["recipe=sft"], "recipe=sft does not have both at the same time"),
         (["recipe=eval"], "recipe=eval does not have both at the same time"),
-        (["rollout.max_staleness=2"], "rollout.max_staleness=2 has them overlap"),
         (["cluster.nodes=4", "cluster.trainer_nodes=2"], "on every node, and cluster.trainer_nodes is 2"),
         (["cluster.nodes=4", "cluster.rollout_nodes=1"], "on every node, and cluster.rollout_nodes is 1"),
         (["cluster.nodes=4", "cluster.spare_nodes=1"], "cluster.spare_nodes=1 replace nodes that only generate"),
@@ -79,6 +78,24 @@ def test_the_table_of_a_dry_run_says_who_takes_turns() -> None:
 )
 def test_what_does_not_go_with_turns_is_refused_in_a_line(others: list[str], message: str) -> None:
     assert message in refused(8, COLOCATE, *others).message
+
+
+@pytest.mark.parametrize("others", [["rollout.max_staleness=1"], ["generator.engine.sleep_level=0"]])
+def test_where_both_compute_at_once_or_no_engine_may_sleep_they_share_every_gpu(others: list[str]) -> None:
+    placement = placed(2, COLOCATE, *others)
+    assert (placement.trainer_procs, placement.replicas, placement.shared_gpus) == (2, 2, (0, 1))
+    assert not placement.takes_turns and not placement.starts_beside_generators
+    assert placement.describe().splitlines()[-1].endswith("GPUs 0-1, sharing GPUs 0-1 with the trainers")
+    assert placed(1, COLOCATE, *others).describe().splitlines()[-1].endswith("sharing GPU 0 with the trainer")
+    config = load_config(None, ["model.path=builtin:qwen3-tiny", COLOCATE, *others])
+    assert engine_arguments("m", config, "cuda")["enable_sleep_mode"] is False
+    config.generator.engine.extra["enable_sleep_mode"] = False
+    validate(config, check_paths=False)
+
+
+def test_on_the_cpu_they_stand_as_without_it_in_an_asynchronous_run() -> None:
+    ahead = "rollout.max_staleness=1"
+    assert placed(0, COLOCATE, ahead) == placed(0, ahead)
 
 
 def test_an_engine_that_may_not_sleep_is_refused() -> None:
@@ -103,15 +120,23 @@ def test_a_run_may_be_resumed_with_turns_or_without_and_says_so() -> None:
 
 
 def test_what_both_take_of_a_gpu_is_said_and_what_is_too_much_refused_with_the_share_that_fits() -> None:
-    said = plan_turns(80 * GIB, 0.8, 10 * GIB)
+    said = plan_shared(80 * GIB, 0.8, 10 * GIB, in_turns=True)
     assert "of 80.0 GiB of a GPU the generator takes 64.0" in said and "the trainer keeps 10.0" in said
     with pytest.raises(UserError, match=r"takes 68\.0 .*=0\.85.* keeps 10\.0 .*: 1\.0 GiB too much") as caught:
-        plan_turns(80 * GIB, 0.85, 10 * GIB)
+        plan_shared(80 * GIB, 0.85, 10 * GIB, in_turns=True)
     assert caught.value.hint.startswith("set generator.engine.gpu_memory_utilization to 0.83 or less")
-    assert plan_turns(80 * GIB, 0.83, 10 * GIB)
+    assert plan_shared(80 * GIB, 0.83, 10 * GIB, in_turns=True)
     with pytest.raises(UserError) as caught:
-        plan_turns(80 * GIB, 0.85, 90 * GIB)
+        plan_shared(80 * GIB, 0.85, 90 * GIB, in_turns=True)
     assert caught.value.hint.startswith("take more GPUs")
+
+
+def test_of_a_gpu_that_both_use_at_once_the_rest_is_for_activations() -> None:
+    said = plan_shared(80 * GIB, 0.5, 10 * GIB, in_turns=False)
+    assert said.startswith("shared: ") and said.endswith("the rest, 27.0, for activations")
+    with pytest.raises(UserError, match=r"a trainer and a generator on one GPU: .*: 1\.0 GiB too much") as caught:
+        plan_shared(80 * GIB, 0.85, 10 * GIB, in_turns=False)
+    assert caught.value.hint.startswith("set generator.engine.gpu_memory_utilization to less than 0.83")
 
 
 class FakeVLLM:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from runs import PROJECT
 from forge_hpc import cli
 from forge_hpc.config import Config, UserError, load_config, save_config
 from forge_hpc.run_dir import RunDir
+from forge_hpc.sizing.memory import MemoryPlan, RoleMemory
 from forge_hpc.sizing.proposal import Proposal, proposals
 from forge_hpc.sizing.speed import Speed, measured
 
@@ -43,6 +45,26 @@ def test_in_turns_both_times_add_up_and_all_gpus_do_both_where_that_is_quicker()
     assert apart.step_s == pytest.approx(apart.generate_s + apart.train_s)
     assert together.overrides == ("cluster.colocate=true",)
     assert together.step_s < apart.step_s
+
+
+@pytest.mark.parametrize(("staleness", "awake"), [(0, ("generator.engine.sleep_level=0",)), (1, ())])
+def test_all_gpus_do_both_at_once_where_their_memory_is_known_to_be_enough(
+    staleness: int, awake: tuple[str, ...]
+) -> None:
+    cfg = nodes(2, f"rollout.max_staleness={staleness}", "cluster.gpus_per_node=8")
+    room = MemoryPlan(80.0, {"trainers": RoleMemory({"weights": 1.0, "activations": 20.0})})
+    unknown = MemoryPlan(80.0, {"trainers": RoleMemory({"weights": 1.0})})
+
+    def best(memory: MemoryPlan | None) -> Proposal:
+        return proposals(cfg, speed(10, 20), lambda config, placement: memory)[0]
+
+    both = best(room)
+    share = "generator.engine.gpu_memory_utilization=0.45"
+    assert both.overrides == ("cluster.colocate=true", *awake, share)
+    assert both.placement.shared_gpus == tuple(range(8)) and not both.placement.takes_turns
+    assert both.step_s == pytest.approx(both.generate_s + both.train_s)
+    for memory in (unknown, dataclasses.replace(room, warnings=("too little",)), None):
+        assert share not in best(memory).overrides
 
 
 def test_spares_stay_out_of_the_split_and_a_split_that_does_not_fit_is_left_out() -> None:

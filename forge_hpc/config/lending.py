@@ -20,11 +20,6 @@ def check_takes_lent(cfg: Config) -> None:
             f"the run is in a container (slurm.container.runtime={cfg.slurm.container.runtime}), lent nodes are not",
             "nodes can be lent to runs without a container",
         )
-    if cfg.cluster.colocate:
-        raise UserError(
-            "with cluster.colocate the run's generators and trainers take turns, and lent ones would wait with them",
-            "nodes can be lent to runs with cluster.colocate=false and rollout.max_staleness of 1 or more",
-        )
     if cfg.rollout.max_staleness == 0:
         raise UserError(
             "the run is synchronous (rollout.max_staleness=0): it repeats exactly, with the generators it began with",

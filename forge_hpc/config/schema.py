@@ -41,7 +41,7 @@ PORT = Range("from 1 to 65535", lambda v: 1 <= v <= 65535)
 ALL_OR_POSITIVE = Range("-1 (all) or greater than 0", lambda v: v == -1 or v > 0)
 REST_OR_POSITIVE = Range("-1 or greater than 0", lambda v: v == -1 or v > 0)
 TOKEN_IDS = Range("token ids, 0 or more", lambda v: v >= 0)
-SLEEP_LEVEL = Range("1 or 2", lambda v: v in (1, 2))
+SLEEP_LEVEL = Range("0, 1 or 2", lambda v: v in (0, 1, 2))
 SEED = Range("0 or more, and less than 2**63", lambda v: 0 <= v < 2**63)
 
 
@@ -357,9 +357,10 @@ class EngineConfig:
     """Size of the KV cache on the CPU, in GiB; on CUDA gpu_memory_utilization decides."""
     enable_prefix_caching: bool = setting(True, resume=ROUNDING)
     """Share the prompt's KV cache in a group."""
-    sleep_level: int = setting(2, SLEEP_LEVEL, resume=FREE)
-    """With ``cluster.colocate``: what becomes of an engine's weights while the trainers compute. 2 drops them: new ones
-    come anyway; 1 moves them to host memory. Its KV cache is dropped always."""
+    sleep_level: int = setting(2, SLEEP_LEVEL, resume=ROUNDING)
+    """With ``cluster.colocate``, in a synchronous run: what becomes of an engine's weights while the trainers compute.
+    2 drops them: new ones come anyway; 1 moves them to host memory; both drop its KV cache. 0: it stays awake, where a
+    GPU has memory for both."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of ``vllm.EngineArgs``."""
 
@@ -614,8 +615,8 @@ class ClusterConfig:
     rollout_ratio: float = setting(0.5, SHARE, resume=ROUNDING)
     """Share of the nodes (of the GPUs on one node) that generate, where no number is given."""
     colocate: bool = setting(False, resume=ROUNDING)
-    """Every GPU has a trainer and a generator, which take turns: the engines sleep while the trainers compute
-    (docs/colocate.md). Synchronous runs alone (``rollout.max_staleness=0``)."""
+    """Every GPU has a trainer and a generator. With ``rollout.max_staleness=0`` they take turns: the engines sleep
+    while the trainers compute; above it both compute at once, and share the memory (docs/colocate.md)."""
     frozen_nodes: int = setting(0, NOT_NEGATIVE, resume=ROUNDING)
     """Nodes that hold nothing but the recipe's frozen models (a teacher, a reference), which are too large to stand
     beside the policy. 0: they stand beside it, in the trainers."""

@@ -7,7 +7,7 @@ node, and its GPUs are split; a single GPU is shared by trainer and generator.
 
 The recipe says what it needs. Models beside generators split the nodes by ``cluster.trainer_nodes`` and
 ``cluster.rollout_nodes``, or by ``cluster.rollout_ratio`` where neither is given; with ``cluster.colocate`` both are on
-every node and every GPU, and take turns. Models alone have every node; a
+every node and every GPU, and take turns (``takes_turns``) or compute at the same time. Models alone have every node; a
 generator that is needed only once the trainers have gone starts on the last trainer node, on the first
 ``tensor_parallel_size`` of its GPUs. Generators alone have every node too.
 
@@ -116,6 +116,12 @@ class Placement:
             return ()
         return tuple(sorted(_all(self.trainer_gpus) & _all(self.replica_gpus)))
 
+    @property
+    def sharing(self) -> str:
+        """Of the generators, for a person: with whom they share which GPUs."""
+        shared = self.shared_gpus
+        return f"sharing {_gpus(shared)} with the trainer{'s' * (len(shared) > 1)}" if shared else ""
+
     def processes_on(self, node: int) -> int:
         """Processes of models and generator replicas that work on `node` at the same time."""
         trainers = self.trainer_procs_per_node * (node in self.trainer_nodes)
@@ -160,7 +166,7 @@ class Placement:
             if self.takes_turns:
                 line += ", in turns with the trainers"
             elif self.shared_gpus:
-                line += f", sharing {_gpus(self.shared_gpus)} with the trainer"
+                line += f", {self.sharing}"
             lines.append(line)
         if self.frozen_nodes:
             lines.append(_line(self.frozen_nodes, "frozen", self.frozen_gpus, "process", "processes"))
@@ -193,7 +199,7 @@ def plan(cfg: Config, gpus_per_node: int | None) -> Placement:
             spare_nodes,
             None,
             generate_after_training=after,
-            takes_turns=cfg.cluster.colocate,
+            takes_turns=takes_turns(cfg),
             frozen_nodes=frozen_nodes,
             served=served,
         )
@@ -227,7 +233,7 @@ def plan(cfg: Config, gpus_per_node: int | None) -> Placement:
         trainer_gpus,
         replica_gpus,
         after,
-        cfg.cluster.colocate,
+        takes_turns(cfg),
         frozen_nodes,
         frozen_gpus,
         served,
@@ -301,20 +307,20 @@ def _split_nodes(cfg: Config, needs: Needs) -> tuple[range, range, range]:
     return range(trainers), range(trainers, working), spares
 
 
+def takes_turns(cfg: Config) -> bool:
+    """Whether generators sleep while the trainers on their GPUs compute (``cluster.colocate``): a run in which both
+    compute at the same time, or whose generators may not sleep, has memory for both all the time."""
+    return cfg.cluster.colocate and cfg.rollout.max_staleness == 0 and cfg.generator.engine.sleep_level > 0
+
+
 def _check_colocate(cfg: Config, needs: Needs) -> None:
-    """Whether there is somebody to take turns, and nothing that belongs to a split."""
+    """Whether there are both, and nothing that belongs to a split."""
     c = cfg.cluster
     if not needs.models or needs.generators != "beside":
         raise UserError(
-            f"cluster.colocate has trainers and generators take turns, and recipe={cfg.recipe} does not have both at "
-            "the same time",
+            f"cluster.colocate has trainers and generators on the same GPUs, and recipe={cfg.recipe} does not have "
+            "both at the same time",
             "leave cluster.colocate out",
-        )
-    if cfg.rollout.max_staleness > 0:
-        raise UserError(
-            f"cluster.colocate has generation and training take turns, and rollout.max_staleness="
-            f"{cfg.rollout.max_staleness} has them overlap",
-            "set rollout.max_staleness=0, or cluster.colocate=false",
         )
     for name, value in (("trainer_nodes", c.trainer_nodes), ("rollout_nodes", c.rollout_nodes)):
         if value is not None:
@@ -443,7 +449,7 @@ def _share(total: int, ratio: float) -> int:
 
 
 def _on_same(cfg: Config, gpus: int, nodes: int) -> tuple[_Gpus, _Gpus]:
-    """Both roles on all that a node has: its GPUs, in turns, or its cores."""
+    """Both roles on all that a node has: its GPUs or its cores."""
     replica_gpus = _replicas(cfg, gpus, nodes)
     if gpus == 0:
         return ((),) * (cfg.trainer.processes_per_node or 1), replica_gpus

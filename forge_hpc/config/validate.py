@@ -45,7 +45,7 @@ from forge_hpc.config.sources import (
     run_sources,
     with_sft_data,
 )
-from forge_hpc.config.split import plan
+from forge_hpc.config.split import plan, takes_turns
 from forge_hpc.config.user_code import find_user_code
 
 _MAX_CHECKED_LINES = 10_000
@@ -453,10 +453,10 @@ def _check_engine(cfg: Config) -> None:
                 f"{key}.engine.extra.pipeline_parallel_size={stages}: a model's layers are not split into stages",
                 f"set {key}.engine.tensor_parallel_size, which shares a model among the GPUs of a node",
             )
-    if cfg.cluster.colocate and not cfg.generator.engine.extra.get("enable_sleep_mode", True):
+    if takes_turns(cfg) and not cfg.generator.engine.extra.get("enable_sleep_mode", True):
         raise UserError(
             "cluster.colocate has generators sleep, and generator.engine.extra.enable_sleep_mode=false forbids it",
-            "leave enable_sleep_mode out",
+            "leave enable_sleep_mode out, or set generator.engine.sleep_level=0",
         )
 
 
@@ -473,11 +473,11 @@ def _check_adapters(cfg: Config) -> None:
             f"trainer.lora.rank={lora.rank}, and vLLM takes adapters of rank {max(VLLM_LORA_RANKS)} at most",
             "lower it, or set trainer.lora.publish=merged",
         )
-    if cfg.cluster.colocate:
+    if takes_turns(cfg):
         raise UserError(
             "trainer.lora.publish=adapters needs the base model in the generators, and with cluster.colocate their "
             "weights go while trainers compute",
-            "set trainer.lora.publish=merged",
+            "set trainer.lora.publish=merged, or generator.engine.sleep_level=0 where there is memory for both",
         )
 
 

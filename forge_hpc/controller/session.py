@@ -294,7 +294,8 @@ class Session:
         model_dirs = await self._model_dirs()
         # Else nobody is waited for meanwhile, or vLLM would plan with memory that the trainers take and give back.
         warms_up = self.cluster.placement.starts_beside_generators and not self._pool.is_serving and not self._adapter
-        if self._turns is not None:  # vLLM plans with the memory that is free while it starts: trainers come after it
+        if self._turns is not None or self.cluster.placement.shared_gpus:
+            # vLLM plans with the memory that is free while it starts: trainers come after it.
             await self._pool.start(self.model_dir)
         async with asyncio.TaskGroup() as tasks:
             if self._frozen is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from forge_hpc.config.schema import Config
+from forge_hpc.config.split import takes_turns
 from forge_hpc.generation.adapter import adapter_arguments
 from forge_hpc.sizing.memory import holds_a_copy
 
@@ -94,7 +95,7 @@ def engine_arguments(model_dir: str | Path, config: Config, device: str) -> dict
         arguments["compilation_config"] = {}
         copy = _copy_share(Path(model_dir), config) if holds_a_copy(config) else 0.0
         arguments["gpu_memory_utilization"] = engine.gpu_memory_utilization - copy
-        arguments["enable_sleep_mode"] = config.cluster.colocate
+        arguments["enable_sleep_mode"] = takes_turns(config)
         if config.algorithm.routing_replay:
             arguments["enable_return_routed_experts"] = True
         if config.model.dtype != "float32":  # which FlashAttention does not take: vLLM chooses

@@ -12,7 +12,7 @@ from forge_hpc.config.needs import Needs
 from forge_hpc.config.schema import Config
 from forge_hpc.config.served import served_config
 from forge_hpc.config.split import Placement
-from forge_hpc.sizing.microbatch import RESERVE_BYTES, WholeBytes, plan_microbatch, plan_turns
+from forge_hpc.sizing.microbatch import RESERVE_BYTES, WholeBytes, plan_microbatch, plan_shared
 from forge_hpc.sizing.model import ModelSize
 
 GIB = 2**30
@@ -67,6 +67,9 @@ def plan_memory(
     shared = bool(placement.shared_gpus) and not placement.takes_turns
     engine_share = cfg.generator.engine.gpu_memory_utilization
     if placement.trainer_procs:
+        if placement.shared_gpus:
+            state = _state_gib(cfg, needs, placement, size_of, between_steps=placement.takes_turns)
+            plan_shared(int(gpu_gib * GIB), engine_share, int(sum(state) * GIB), in_turns=placement.takes_turns)
         room_gib = gpu_gib * (1 - engine_share) if shared else gpu_gib
         roles["trainers"] = _trainers(cfg, needs, placement, room_gib, size_of)
         kept, there = roles["trainers"].total_gib, "what the generator beside it leaves" if shared else "a GPU's memory"
@@ -75,9 +78,13 @@ def plan_memory(
                 f"a trainer takes about {kept:.1f} GiB, {room_gib:.1f} are {there}: it may run out of memory "
                 "(more trainer nodes or GPUs, a shorter trainer.training.seq_len, or trainer.lora.enable=true)"
             )
-        if placement.takes_turns:
-            between = _state_gib(cfg, needs, placement, size_of, between_steps=True)
-            plan_turns(int(gpu_gib * GIB), engine_share, int(sum(between) * GIB))
+        elif shared:
+            beside, alone = roles["trainers"].remark, _trainers(cfg, needs, placement, gpu_gib, size_of).remark
+            if beside != alone:
+                warnings.append(
+                    f"beside the generator trainers have {beside}, alone on a GPU {alone}: they compute more slowly "
+                    "(a lower generator.engine.gpu_memory_utilization leaves them more)"
+                )
     if placement.replicas and (size := size_of(None)) is not None:
         roles["generators"] = _engines(cfg, placement, gpu_gib * engine_share, size, _Who())
     if placement.frozen_nodes:

@@ -114,12 +114,13 @@ class WholeBytes(NamedTuple):
         return cls(itemsize * others, 0 if lora else 4 * others)
 
 
-def plan_turns(total_bytes: int, engine_share: float, kept_bytes: int) -> str:
-    """A GPU on which a trainer and a generator take turns, in a line.
+def plan_shared(total_bytes: int, engine_share: float, kept_bytes: int, *, in_turns: bool) -> str:
+    """A GPU that has a trainer and a generator, in a line.
 
     Args:
         engine_share: ``generator.engine.gpu_memory_utilization``.
-        kept_bytes: what the trainer holds while the generator computes.
+        kept_bytes: what the trainer holds all the time, activations aside.
+        in_turns: they compute one after the other, and activations have the sleeping generator's memory.
 
     Raises:
         UserError: that is too much together.
@@ -133,12 +134,13 @@ def plan_turns(total_bytes: int, engine_share: float, kept_bytes: int) -> str:
     )
     missing = engine_bytes + kept_bytes + RESERVE_BYTES - total_bytes
     if missing <= 0:
-        return f"in turns: {sums}"
+        return f"in turns: {sums}" if in_turns else f"shared: {sums}; the rest, {-missing / gib:.1f}, for activations"
     fits = math.floor(100 * (total_bytes - kept_bytes - RESERVE_BYTES) / total_bytes) / 100
     more = "take more GPUs, which share the trainer's part"
+    less = f"{fits:g} or less" if in_turns else f"less than {fits:g} (activations take what is left)"
     raise UserError(
-        f"cluster.colocate: {sums}: {missing / gib:.1f} GiB too much",
-        f"set generator.engine.gpu_memory_utilization to {fits:g} or less, or {more}" if fits > 0 else more,
+        f"a trainer and a generator on one GPU: {sums}: {missing / gib:.1f} GiB too much",
+        f"set generator.engine.gpu_memory_utilization to {less}, or {more}" if fits > 0 else more,
     )
 
 

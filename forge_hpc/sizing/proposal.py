@@ -1,23 +1,27 @@
 """Which nodes generate and which train: every split that works, with the seconds of a step in it, the quickest first.
 
 The model: a step's tokens over the tokens a second of the GPUs that generate, and of those that train. Where generation
-runs ahead (``rollout.max_staleness`` above 0) the slower side decides, in turns the two add up. What it leaves out: the
-longest answer of a step, restarts, evaluations, saves, and that more trainers talk more.
+runs ahead (``rollout.max_staleness`` above 0) the slower side decides, on the same GPUs the two add up. What it leaves
+out: the longest answer of a step, restarts, evaluations, saves, and that more trainers talk more.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from forge_hpc.config import Config, Placement, UserError, plan
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.config.split import working_nodes
 from forge_hpc.observability.tables import table
+from forge_hpc.sizing.memory import MemoryPlan
 from forge_hpc.sizing.speed import Speed
 
 _SHOWN = 5
+_SHARE_BESIDE_TRAINER = 0.45
+"""Of a GPU's memory, for a generator that is awake while a trainer computes there."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,12 @@ class Proposal:
         return f"{who} {idle[who] / self.step_s:.0%}"
 
 
-def proposals(cfg: Config, speed: Speed, check: Callable[[Config, Placement], object]) -> list[Proposal]:
+def proposals(cfg: Config, speed: Speed, check: Callable[[Config, Placement], MemoryPlan | None]) -> list[Proposal]:
     """All splits of ``cluster.nodes`` that work, the quickest first; of two that are equally quick the one with more
     rollout nodes.
 
     Args:
-        check: raises a UserError for a split that does not fit.
+        check: the memory plan of a split, None where it is not known. Raises a UserError for one that does not fit.
 
     Raises:
         UserError: there is nothing to split, or no split works; then with the reason of the last one.
@@ -57,15 +61,22 @@ def proposals(cfg: Config, speed: Speed, check: Callable[[Config, Placement], ob
     for overrides, changed in _splits(cfg):
         try:
             placement = plan(changed, changed.cluster.gpus_per_node)
-            check(changed, placement)
+            memory = check(changed, placement)
         except UserError as error:
             reason = error
+            continue
+        if changed.cluster.colocate and not placement.takes_turns and not _has_room_for_both(memory):
             continue
         times = speed.step_s(placement, needs, synchronous=cfg.rollout.max_staleness == 0)
         found.append(Proposal(overrides, changed, placement, *times))
     if not found:
         raise reason or UserError(f"{cfg.cluster.nodes} nodes have no split", "give more --nodes")
     return sorted(found, key=lambda p: (round(p.step_s, 3), -len(p.placement.rollout_nodes)))
+
+
+def _has_room_for_both(memory: MemoryPlan | None) -> bool:
+    """Whether a trainer has all that it wants beside a generator that is awake, as far as is known."""
+    return memory is not None and not memory.warnings and "activations" in memory.roles["trainers"].gib
 
 
 def describe(found: list[Proposal], speed: Speed) -> list[str]:
@@ -109,17 +120,28 @@ def _splits(cfg: Config) -> Iterator[tuple[tuple[str, ...], Config]]:
             yield _with(cfg, rollout_ratio=rollout / gpus)
         if gpus <= 1:
             yield _with(cfg, rollout_ratio=cluster.rollout_ratio)
-    if cfg.rollout.max_staleness == 0 and not cluster.spare_nodes and cluster.gpus_per_node:
+    if cluster.spare_nodes or not cluster.gpus_per_node:
+        return
+    awake: dict[str, float] = {}
+    if cfg.rollout.max_staleness == 0:
         yield _with(cfg, colocate=True)
+        awake["sleep_level"] = 0
+    if cfg.generator.engine.gpu_memory_utilization > _SHARE_BESIDE_TRAINER:
+        awake["gpu_memory_utilization"] = _SHARE_BESIDE_TRAINER
+    yield _with(cfg, awake, colocate=True)
 
 
-def _with(cfg: Config, **keys: float | bool) -> tuple[tuple[str, ...], Config]:
+def _with(
+    cfg: Config, engine: Mapping[str, float] = MappingProxyType({}), **cluster: float | bool
+) -> tuple[tuple[str, ...], Config]:
     changed = copy.deepcopy(cfg)
     changed.cluster.rollout_nodes = changed.cluster.trainer_nodes = None
     changed.cluster.colocate = False
-    for key, value in keys.items():
-        setattr(changed.cluster, key, value)
-    return tuple(f"cluster.{key}={_text(value)}" for key, value in keys.items()), changed
+    sections = [("cluster", changed.cluster, cluster), ("generator.engine", changed.generator.engine, engine)]
+    for _, section, keys in sections:
+        for key, value in keys.items():
+            setattr(section, key, value)
+    return tuple(f"{name}.{key}={_text(keys[key])}" for name, _, keys in sections for key in keys), changed
 
 
 def _text(value: float | bool) -> str:

@@ -40,9 +40,9 @@ class Speed:
         generators = placement.replicas * placement.tensor_parallel_size if placement.replicas else 0
         generate_s = self.generated / (self.generated_per_s * generators) if needs.generators == "beside" else 0.0
         train_s = self.trained / (self.trained_per_s * placement.trainer_procs) if placement.trainer_procs else 0.0
-        if placement.takes_turns:
-            return generate_s + train_s + _SWITCH_S, generate_s, train_s
-        return (generate_s + train_s if synchronous else max(generate_s, train_s)), generate_s, train_s
+        one_by_one = synchronous or placement.takes_turns or placement.shared_gpus
+        step_s = generate_s + train_s if one_by_one else max(generate_s, train_s)
+        return step_s + (_SWITCH_S if placement.takes_turns else 0.0), generate_s, train_s
 
 
 def measured(run_dir: RunDir, cfg: Config) -> Speed:

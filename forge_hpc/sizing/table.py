@@ -39,7 +39,7 @@ def _roles(p: Placement) -> list[tuple[str, str, str, str, str]]:
         if p.takes_turns:
             remark = "in turns with the trainers"
         elif p.shared_gpus:
-            remark = f"sharing GPU {p.shared_gpus[0]} with the trainer"
+            remark = p.sharing
         elif p.tensor_parallel_size > 1:
             remark = f"{p.tensor_parallel_size} GPUs each"
         found.append(("generators", p.rollout_nodes, p.replica_gpus, remark))

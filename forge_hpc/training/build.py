@@ -25,12 +25,13 @@ from forge_hpc.config.needs import ModelNeed
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.config.schema import Config
 from forge_hpc.config.split import plan as placement
+from forge_hpc.config.split import takes_turns
 from forge_hpc.models.attention import inner_attention_config
 from forge_hpc.models.device import device_type, local_device
 from forge_hpc.models.head import LogprobHead
 from forge_hpc.models.spec import ModelSpec, load_spec
 from forge_hpc.models.value_head import with_value_head
-from forge_hpc.sizing.microbatch import RESERVE_BYTES, MicrobatchPlan, WholeBytes, plan_microbatch, plan_turns
+from forge_hpc.sizing.microbatch import RESERVE_BYTES, MicrobatchPlan, WholeBytes, plan_microbatch, plan_shared
 from forge_hpc.training.lora import add_adapters
 
 logger = logging.getLogger(__name__)
@@ -88,22 +89,31 @@ class Shape:
         if device_type() == "cpu":
             return 0
         free, total = torch.cuda.mem_get_info()
-        cluster = self.cfg.cluster
-        gpus = cluster.gpus_per_node if cluster.gpus_per_node is not None else torch.cuda.device_count()
-        trains = any(need.trained for _, need in models.values())  # else it has processes of its own
-        # With a generator, which may not have taken its share yet; one that takes turns sleeps while this is asked.
-        if trains and not cluster.colocate and placement(self.cfg, gpus).shared_gpus:
+        # One that takes turns sleeps while this is asked.
+        if self._shares_gpu(models) and not takes_turns(self.cfg):
             free = min(free, int(total * (1 - self.cfg.generator.engine.gpu_memory_utilization)))
         states = sum(self.state_bytes(self.spec(directory), need) for directory, need in models.values())
         available = torch.tensor(free - states - RESERVE_BYTES, device=local_device())
         dist.all_reduce(available, dist.ReduceOp.MIN)
         return int(available)
 
-    def turns(self, models: Mapping[str, tuple[Path, ModelNeed]]) -> str:
-        """How this rank's GPU is shared with a generator, in a line. Raises UserError: there is not enough of it."""
-        kept = sum(self.state_bytes(self.spec(place), need, between_steps=True) for place, need in models.values())
+    def _shares_gpu(self, models: Mapping[str, tuple[Path, ModelNeed]]) -> bool:
+        """Whether a generator is on this rank's GPU too."""
+        if not any(need.trained for _, need in models.values()):  # it has processes of its own
+            return False
+        gpus = self.cfg.cluster.gpus_per_node
+        return bool(placement(self.cfg, gpus if gpus is not None else torch.cuda.device_count()).shared_gpus)
+
+    def beside_generator(self, models: Mapping[str, tuple[Path, ModelNeed]]) -> str:
+        """How this rank's GPU is shared with a generator, in a line; empty where it is not. Raises UserError: there is
+        not enough of it."""
+        if device_type() == "cpu" or not self._shares_gpu(models):
+            return ""
+        in_turns = takes_turns(self.cfg)
+        states = (self.state_bytes(self.spec(place), need, between_steps=in_turns) for place, need in models.values())
         _, total = torch.cuda.mem_get_info()
-        said = plan_turns(total, self.cfg.generator.engine.gpu_memory_utilization, kept)
+        share = self.cfg.generator.engine.gpu_memory_utilization
+        said = plan_shared(total, share, sum(states), in_turns=in_turns)
         logger.info("%s", said)
         return said
 
