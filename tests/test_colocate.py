@@ -20,7 +20,7 @@ from forge_hpc.controller.service import ActorLost, Service
 from forge_hpc.controller.turns import Turns
 from forge_hpc.generation.options import engine_arguments
 from forge_hpc.generation.sleep import SleepingEngine
-from forge_hpc.sizing.microbatch import plan_shared
+from forge_hpc.sizing.microbatch import plan_shared, trainer_share
 from forge_hpc.weights import VersionNotFoundError
 
 GIB = 2**30
@@ -134,6 +134,9 @@ def test_what_both_take_of_a_gpu_is_said_and_what_is_too_much_refused_with_the_s
 def test_of_a_gpu_that_both_use_at_once_the_rest_is_for_activations() -> None:
     said = plan_shared(80 * GIB, 0.5, 10 * GIB, in_turns=False)
     assert said.startswith("shared: ") and said.endswith("the rest, 27.0, for activations")
+    assert 80 * trainer_share(80 * GIB, 0.5) == pytest.approx(
+        38.5
+    )  # of what it allocates, all that is no activation too
     with pytest.raises(UserError, match=r"a trainer and a generator on one GPU: .*: 1\.0 GiB too much") as caught:
         plan_shared(80 * GIB, 0.85, 10 * GIB, in_turns=False)
     assert caught.value.hint.startswith("set generator.engine.gpu_memory_utilization to less than 0.83")

@@ -134,7 +134,7 @@ class Trainer(Actor):
             start = time.perf_counter()
             self._models.warm_up()
             logger.info("warmed up in %.1f s", time.perf_counter() - start)
-        return self._models.beside_generator
+        return self._models.sharing
 
     def _watch_gpu(self) -> None:
         import torch

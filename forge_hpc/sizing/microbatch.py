@@ -144,6 +144,12 @@ def plan_shared(total_bytes: int, engine_share: float, kept_bytes: int, *, in_tu
     )
 
 
+def trainer_share(total_bytes: int, engine_share: float) -> float:
+    """The share of a GPU that a trainer may allocate beside a generator that is awake: what is left but for the context
+    and NCCL's buffers, for which half of the reserve is taken."""
+    return max(0.0, 1 - engine_share - RESERVE_BYTES / 2 / total_bytes)
+
+
 def token_bytes(hf: dict[str, Any], mode: str, context_parallel: int = 1) -> int:
     """Activations of a token that a microbatch holds at its peak, in a two-byte dtype.
 

@@ -31,7 +31,14 @@ from forge_hpc.models.device import device_type, local_device
 from forge_hpc.models.head import LogprobHead
 from forge_hpc.models.spec import ModelSpec, load_spec
 from forge_hpc.models.value_head import with_value_head
-from forge_hpc.sizing.microbatch import RESERVE_BYTES, MicrobatchPlan, WholeBytes, plan_microbatch, plan_shared
+from forge_hpc.sizing.microbatch import (
+    RESERVE_BYTES,
+    MicrobatchPlan,
+    WholeBytes,
+    plan_microbatch,
+    plan_shared,
+    trainer_share,
+)
 from forge_hpc.training.lora import add_adapters
 
 logger = logging.getLogger(__name__)
@@ -104,9 +111,9 @@ class Shape:
         gpus = self.cfg.cluster.gpus_per_node
         return bool(placement(self.cfg, gpus if gpus is not None else torch.cuda.device_count()).shared_gpus)
 
-    def beside_generator(self, models: Mapping[str, tuple[Path, ModelNeed]]) -> str:
-        """How this rank's GPU is shared with a generator, in a line; empty where it is not. Raises UserError: there is
-        not enough of it."""
+    def share_gpu(self, models: Mapping[str, tuple[Path, ModelNeed]]) -> str:
+        """Have this process keep to its part of a GPU that it shares with a generator. Returns how it is shared, in a
+        line; empty where it is not. Raises UserError: there is not enough of it."""
         if device_type() == "cpu" or not self._shares_gpu(models):
             return ""
         in_turns = takes_turns(self.cfg)
@@ -114,6 +121,8 @@ class Shape:
         _, total = torch.cuda.mem_get_info()
         share = self.cfg.generator.engine.gpu_memory_utilization
         said = plan_shared(total, share, sum(states), in_turns=in_turns)
+        if not in_turns:  # a generator that takes the place of one that died finds its part free
+            torch.cuda.set_per_process_memory_fraction(trainer_share(total, share), local_device())
         logger.info("%s", said)
         return said
 

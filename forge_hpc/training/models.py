@@ -50,7 +50,7 @@ class Models:
             if cfg.trainer.lora.enable and not need.trained and places[name] == places[POLICY]
         }
         own = {name: (places[name], need) for name, need in needs.items() if name not in shares}
-        self.beside_generator = Shape.of(cfg).beside_generator(own) if base is None else ""
+        self.sharing = Shape.of(cfg).share_gpu(own) if base is None else ""
         """How the GPU is shared with a generator, in a line; empty where it is not."""
         available = Shape.of(cfg).activation_bytes(own) if len(own) > 1 else None
         self.trained = {
