@@ -9,18 +9,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from test_generator_pool import FakeActor, FakeCluster
 from test_split import placed, refused
 
 from forge_hpc.config import Config, UserError, load_config, validate
 from forge_hpc.config.changes import safe_changes
+from forge_hpc.config.lending import takes_lent
+from forge_hpc.config.recipes import needs_of
 from forge_hpc.controller.generators import GeneratorPool, WeightSync
 from forge_hpc.controller.recovery import Recoveries
 from forge_hpc.controller.service import ActorLost, Service
 from forge_hpc.controller.turns import Turns
+from forge_hpc.data.builtin import write_tiny_qwen3
 from forge_hpc.generation.options import engine_arguments
 from forge_hpc.generation.sleep import SleepingEngine
 from forge_hpc.sizing.microbatch import plan_shared, trainer_share
+from forge_hpc.training.build import Shape
 from forge_hpc.weights import VersionNotFoundError
 
 GIB = 2**30
@@ -85,6 +90,7 @@ def test_where_both_compute_at_once_or_no_engine_may_sleep_they_share_every_gpu(
     placement = placed(2, COLOCATE, *others)
     assert (placement.trainer_procs, placement.replicas, placement.shared_gpus) == (2, 2, (0, 1))
     assert not placement.takes_turns and not placement.starts_beside_generators
+    assert placement.starts_after_generators and takes_lent(load_config(None, [COLOCATE, "rollout.max_staleness=1"]))
     assert placement.describe().splitlines()[-1].endswith("GPUs 0-1, sharing GPUs 0-1 with the trainers")
     assert placed(1, COLOCATE, *others).describe().splitlines()[-1].endswith("sharing GPU 0 with the trainer")
     config = load_config(None, ["model.path=builtin:qwen3-tiny", COLOCATE, *others])
@@ -134,12 +140,37 @@ def test_what_both_take_of_a_gpu_is_said_and_what_is_too_much_refused_with_the_s
 def test_of_a_gpu_that_both_use_at_once_the_rest_is_for_activations() -> None:
     said = plan_shared(80 * GIB, 0.5, 10 * GIB, in_turns=False)
     assert said.startswith("shared: ") and said.endswith("the rest, 27.0, for activations")
-    assert 80 * trainer_share(80 * GIB, 0.5) == pytest.approx(
-        38.5
-    )  # of what it allocates, all that is no activation too
-    with pytest.raises(UserError, match=r"a trainer and a generator on one GPU: .*: 1\.0 GiB too much") as caught:
-        plan_shared(80 * GIB, 0.85, 10 * GIB, in_turns=False)
-    assert caught.value.hint.startswith("set generator.engine.gpu_memory_utilization to less than 0.83")
+    assert 80 * trainer_share(80 * GIB, 0.5) == pytest.approx(38.5)  # what is no activation too
+    with pytest.raises(UserError, match=r"a trainer and a generator on one GPU: .*: 6\.0 GiB too much") as caught:
+        plan_shared(80 * GIB, 0.85, 15 * GIB, in_turns=False)
+    assert caught.value.hint.startswith("set generator.engine.gpu_memory_utilization to less than 0.77")
+
+
+def test_of_a_small_gpu_that_both_use_at_once_only_what_they_surely_take_is_refused() -> None:
+    said = plan_shared(16 * GIB, 0.85, GIB // 10, in_turns=False)
+    assert "0.7 GiB too much" in said and "may run out of memory" in said
+    assert 16 * trainer_share(16 * GIB, 0.85) == pytest.approx(1.2)  # half of what is left
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_trainer_keeps_to_its_part_of_a_gpu_and_a_process_that_was_kept_forgets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, parts = write_tiny_qwen3(tmp_path / "model", seed=0), []
+    kinds = (["rollout.max_staleness=1"], [], ["cluster.colocate=false", "rollout.max_staleness=1"])
+    given = [[f"model.path={model}", "cluster.gpus_per_node=2", COLOCATE, *others] for others in kinds]
+    configs = [load_config(None, each) for each in given]
+    shapes = [Shape.of(config) for config in configs]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100 * GIB, 100 * GIB))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part, device: parts.append(part))
+    said = [
+        shape.share_gpu({name: (model, need) for name, need in needs_of(config).models.items()})
+        for shape, config in zip(shapes, configs, strict=True)
+    ]
+    assert [line.split(":")[0] for line in said] == ["shared", "in turns", ""]
+    assert parts == [pytest.approx(1 - 0.85 - 1.5 / 100), 1.0, 1.0]
 
 
 class FakeVLLM:

@@ -69,7 +69,6 @@ def with_door(run_dir: RunDir, gpus: int = 0, **versions: str) -> RunDir:
     ("config", "overrides", "why"),
     [
         ("grpo/demo.yaml", [], "the run is synchronous (rollout.max_staleness=0)"),
-        ("grpo/demo.yaml", ["cluster.colocate=true"], "the run is synchronous"),
         ("sft/demo.yaml", [], "recipe=sft does not generate beside its training"),
         ("eval/demo.yaml", [], "recipe=eval does not generate beside its training"),
     ],

@@ -51,9 +51,11 @@ def test_in_turns_both_times_add_up_and_all_gpus_do_both_where_that_is_quicker()
 def test_all_gpus_do_both_at_once_where_their_memory_is_known_to_be_enough(
     staleness: int, awake: tuple[str, ...]
 ) -> None:
-    cfg = nodes(2, f"rollout.max_staleness={staleness}", "cluster.gpus_per_node=8")
-    room = MemoryPlan(80.0, {"trainers": RoleMemory({"weights": 1.0, "activations": 20.0})})
-    unknown = MemoryPlan(80.0, {"trainers": RoleMemory({"weights": 1.0})})
+    cfg = nodes(2, f"rollout.max_staleness={staleness}", "cluster.gpus_per_node=8", "rollout.prompts_per_step=64")
+    trainers, answers = RoleMemory({"weights": 1.0, "activations": 20.0}), 64 * 8 // 16
+    room = MemoryPlan(80.0, {"trainers": trainers, "generators": RoleMemory(sequences=answers)})
+    few = MemoryPlan(80.0, {"trainers": trainers, "generators": RoleMemory(sequences=answers - 1)})
+    unknown = MemoryPlan(80.0, {"trainers": RoleMemory({"weights": 1.0}), "generators": RoleMemory(sequences=answers)})
 
     def best(memory: MemoryPlan | None) -> Proposal:
         return proposals(cfg, speed(10, 20), lambda config, placement: memory)[0]
@@ -63,8 +65,29 @@ def test_all_gpus_do_both_at_once_where_their_memory_is_known_to_be_enough(
     assert both.overrides == ("cluster.colocate=true", *awake, share)
     assert both.placement.shared_gpus == tuple(range(8)) and not both.placement.takes_turns
     assert both.step_s == pytest.approx(both.generate_s + both.train_s)
-    for memory in (unknown, dataclasses.replace(room, warnings=("too little",)), None):
+    for memory in (few, unknown, dataclasses.replace(room, warnings=("too little",)), None):
         assert share not in best(memory).overrides
+
+
+def test_what_was_given_for_another_split_is_taken_back() -> None:
+    given = nodes(2, "rollout.max_staleness=0", "cluster.gpus_per_node=8", "cluster.trainer_nodes=1")
+    together, apart = splits(given, speed(10, 10))
+    assert together.overrides == ("cluster.colocate=true", "cluster.trainer_nodes=null")
+    assert load_config(None, together.overrides).cluster.trainer_nodes is None
+    assert apart.overrides == ("cluster.rollout_nodes=1", "cluster.trainer_nodes=1")
+    in_turns = nodes(1, "rollout.max_staleness=0", "cluster.gpus_per_node=2", "cluster.colocate=true")
+    assert splits(in_turns, speed(10, 10))[-1].overrides == ("cluster.rollout_ratio=0.5", "cluster.colocate=false")
+
+
+def test_of_two_that_take_as_long_the_one_with_memory_enough_comes_first() -> None:
+    cfg = nodes(1, "rollout.max_staleness=1")
+
+    def memory(config: Config, placement: object) -> MemoryPlan:
+        roles = {"trainers": RoleMemory({"activations": 1.0}), "generators": RoleMemory(sequences=1000)}
+        return MemoryPlan(80.0, roles, () if config.cluster.colocate else ("little",))
+
+    first, second = proposals(cfg, speed(10, 10), memory)
+    assert first.step_s == second.step_s and first.config.cluster.colocate and not second.config.cluster.colocate
 
 
 def test_spares_stay_out_of_the_split_and_a_split_that_does_not_fit_is_left_out() -> None:

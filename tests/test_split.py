@@ -131,6 +131,8 @@ def test_trainers_warm_up_while_generators_start_on_gpus_of_their_own():
     assert placed(8).starts_beside_generators
     assert placed(8, "cluster.nodes=4").starts_beside_generators
     assert not placed(8, "cluster.colocate=true").starts_beside_generators
+    assert placed(1).starts_after_generators and placed(8, "cluster.colocate=true").starts_after_generators
+    assert not placed(8).starts_after_generators and not placed(0).starts_after_generators
     assert not placed(1).starts_beside_generators  # on the same GPU
     assert not placed(8, "recipe=sft").starts_beside_generators
     assert not placed(0).starts_beside_generators

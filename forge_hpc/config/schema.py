@@ -616,7 +616,8 @@ class ClusterConfig:
     """Share of the nodes (of the GPUs on one node) that generate, where no number is given."""
     colocate: bool = setting(False, resume=ROUNDING)
     """Every GPU has a trainer and a generator. With ``rollout.max_staleness=0`` they take turns: the engines sleep
-    while the trainers compute; above it both compute at once, and share the memory (docs/colocate.md)."""
+    while the trainers compute (not with ``generator.engine.sleep_level=0``); above it both compute at once, and share
+    the memory (docs/colocate.md)."""
     frozen_nodes: int = setting(0, NOT_NEGATIVE, resume=ROUNDING)
     """Nodes that hold nothing but the recipe's frozen models (a teacher, a reference), which are too large to stand
     beside the policy. 0: they stand beside it, in the trainers."""

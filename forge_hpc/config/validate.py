@@ -455,7 +455,8 @@ def _check_engine(cfg: Config) -> None:
             )
     if takes_turns(cfg) and not cfg.generator.engine.extra.get("enable_sleep_mode", True):
         raise UserError(
-            "cluster.colocate has generators sleep, and generator.engine.extra.enable_sleep_mode=false forbids it",
+            "cluster.colocate has generators of a synchronous run sleep while trainers compute, and "
+            "generator.engine.extra.enable_sleep_mode=false forbids it",
             "leave enable_sleep_mode out, or set generator.engine.sleep_level=0",
         )
 
@@ -475,8 +476,8 @@ def _check_adapters(cfg: Config) -> None:
         )
     if takes_turns(cfg):
         raise UserError(
-            "trainer.lora.publish=adapters needs the base model in the generators, and with cluster.colocate their "
-            "weights go while trainers compute",
+            "trainer.lora.publish=adapters needs the base model in the generators, and with cluster.colocate those "
+            "of a synchronous run sleep without it while trainers compute",
             "set trainer.lora.publish=merged, or generator.engine.sleep_level=0 where there is memory for both",
         )
 

@@ -294,14 +294,16 @@ class Session:
         model_dirs = await self._model_dirs()
         # Else nobody is waited for meanwhile, or vLLM would plan with memory that the trainers take and give back.
         warms_up = self.cluster.placement.starts_beside_generators and not self._pool.is_serving and not self._adapter
-        if self._turns is not None or self.cluster.placement.shared_gpus:
-            # vLLM plans with the memory that is free while it starts: trainers come after it.
-            await self._pool.start(self.model_dir)
+
+        async def start(trainers: Trainers) -> str:
+            if self.cluster.placement.starts_after_generators:
+                await self._pool.start(self.model_dir)
+            return await trainers.start(model_dirs, file_store, checkpoint, timeout_s, warms_up=warms_up)
+
         async with asyncio.TaskGroup() as tasks:
             if self._frozen is not None:
                 tasks.create_task(self._frozen.start(model_dirs))
-            start = self._trainers.start(model_dirs, file_store, checkpoint, timeout_s, warms_up=warms_up)
-            started = tasks.create_task(start)
+            started = tasks.create_task(start(self._trainers))
         if said := started.result():
             self._tell(said)
         self._on_close(self._leave_trainers)

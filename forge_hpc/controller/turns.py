@@ -1,5 +1,5 @@
-"""Trainers and generators on the same GPUs (``cluster.colocate``): one side computes, and the other has given up what
-memory it can.
+"""Trainers and generators on the same GPUs in turns (``split.takes_turns``): one side computes, and the other has given
+up what memory it can.
 
     generators compute ──► they sleep ──► trainers compute ──► they release what is cached ──► new weights, KV cache ──┐
             ▲                                                                                                          │

@@ -7,7 +7,7 @@ between two steps while others decode. New weights are loaded between two steps 
 them, keep the KV cache they have (the usual thing in asynchronous RL) and report both versions; requests that start
 later never share a prefix that older weights computed, because the number of loads salts the prefix cache.
 
-Where trainers use the same GPU (``cluster.colocate``) the engine sleeps while they compute (``sleep``): requests wait.
+Where trainers use the same GPU in turns with it the engine sleeps while they compute (``sleep``): requests wait.
 
 If the thread fails, every caller that waits, and every later one, gets a GenerationError.
 """
@@ -36,6 +36,7 @@ from forge_hpc.cluster.stacks import stand_by_worker
 from forge_hpc.config.adapters import adapter_configs
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config, SamplingConfig
+from forge_hpc.config.split import takes_turns
 from forge_hpc.data.types import Completion, Prompt, Turn
 from forge_hpc.generation.adapter import adapter_shapes, complete_adapter, staged_adapter
 from forge_hpc.generation.checkpoint import (
@@ -391,7 +392,7 @@ class GenerationEngine:
             for name in sorted(ours.keys() | theirs.keys())
             if name not in ("model", "seed") and ours.get(name) != theirs.get(name)
         ]
-        if self._config.generator.engine.sleep_level != config.generator.engine.sleep_level:
+        if takes_turns(config) and self._config.generator.engine.sleep_level != config.generator.engine.sleep_level:
             names.append("sleep_level")
         if self._config.algorithm.routing_replay != config.algorithm.routing_replay:
             names.append("routing_replay")

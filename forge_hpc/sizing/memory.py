@@ -29,6 +29,8 @@ class RoleMemory:
 
     gib: dict[str, float] = field(default_factory=dict)
     remark: str = ""
+    sequences: int | None = None
+    """Of the longest, that a generator's KV cache holds at once; None where that is not known."""
 
     @property
     def total_gib(self) -> float:
@@ -79,11 +81,11 @@ def plan_memory(
                 "(more trainer nodes or GPUs, a shorter trainer.training.seq_len, or trainer.lora.enable=true)"
             )
         elif shared:
-            beside, alone = roles["trainers"].remark, _trainers(cfg, needs, placement, gpu_gib, size_of).remark
-            if beside != alone:
+            beside, alone = roles["trainers"], _trainers(cfg, needs, placement, gpu_gib, size_of)
+            if _work(beside) != _work(alone):
                 warnings.append(
-                    f"beside the generator trainers have {beside}, alone on a GPU {alone}: they compute more slowly "
-                    "(a lower generator.engine.gpu_memory_utilization leaves them more)"
+                    f"beside the generator trainers have {_work(beside)}, alone on a GPU {_work(alone)}: they compute "
+                    "more slowly (a lower generator.engine.gpu_memory_utilization leaves them more)"
                 )
     if placement.replicas and (size := size_of(None)) is not None:
         roles["generators"] = _engines(cfg, placement, gpu_gib * engine_share, size, _Who())
@@ -142,6 +144,12 @@ def _trainers(
         gib["gathered"] = microbatch.whole_bytes / GIB
     rows = f"{microbatch.num_rows} row{'s' * (microbatch.num_rows != 1)}"
     return RoleMemory(gib, f"{rows} a microbatch, checkpointing {microbatch.mode}")
+
+
+def _work(trainers: RoleMemory) -> str:
+    """How trainers compute, as far as memory decides it."""
+    gathered = trainers.gib.get("gathered")
+    return trainers.remark + (f", {gathered:.1f} GiB gathered once a step" if gathered else "")
 
 
 def _state_gib(
@@ -215,4 +223,5 @@ def _engines(cfg: Config, placement: Placement, share_gib: float, size: ModelSiz
     return RoleMemory(
         {"weights": weights + copy, "KV cache": cache, "other": other},
         f"holds {together} sequence{'s' * (together != 1)} of {longest} tokens",
+        together,
     )

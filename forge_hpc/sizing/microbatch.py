@@ -132,22 +132,25 @@ def plan_shared(total_bytes: int, engine_share: float, kept_bytes: int, *, in_tu
         f"(generator.engine.gpu_memory_utilization={engine_share:g}), the trainer keeps {kept_bytes / gib:.1f} all "
         f"the time, and {RESERVE_BYTES / gib:.1f} are for contexts, CUDA graphs and NCCL"
     )
-    missing = engine_bytes + kept_bytes + RESERVE_BYTES - total_bytes
-    if missing <= 0:
-        return f"in turns: {sums}" if in_turns else f"shared: {sums}; the rest, {-missing / gib:.1f}, for activations"
+    left = total_bytes - engine_bytes - kept_bytes - RESERVE_BYTES
+    if left >= 0:
+        return f"in turns: {sums}" if in_turns else f"shared: {sums}; the rest, {left / gib:.1f}, for activations"
+    if not in_turns and left + RESERVE_BYTES > 0:  # a small model on a small GPU needs less than that: a try tells
+        return f"shared: {sums}: {-left / gib:.1f} GiB too much, and none for activations; it may run out of memory"
     fits = math.floor(100 * (total_bytes - kept_bytes - RESERVE_BYTES) / total_bytes) / 100
     more = "take more GPUs, which share the trainer's part"
     less = f"{fits:g} or less" if in_turns else f"less than {fits:g} (activations take what is left)"
     raise UserError(
-        f"a trainer and a generator on one GPU: {sums}: {missing / gib:.1f} GiB too much",
+        f"a trainer and a generator on one GPU: {sums}: {-left / gib:.1f} GiB too much",
         f"set generator.engine.gpu_memory_utilization to {less}, or {more}" if fits > 0 else more,
     )
 
 
 def trainer_share(total_bytes: int, engine_share: float) -> float:
     """The share of a GPU that a trainer may allocate beside a generator that is awake: what is left but for the context
-    and NCCL's buffers, for which half of the reserve is taken."""
-    return max(0.0, 1 - engine_share - RESERVE_BYTES / 2 / total_bytes)
+    and NCCL's buffers, for which half of the reserve is taken, and half of what is left at most."""
+    left = 1 - engine_share
+    return max(left / 2, left - RESERVE_BYTES / 2 / total_bytes)
 
 
 def token_bytes(hf: dict[str, Any], mode: str, context_parallel: int = 1) -> int:

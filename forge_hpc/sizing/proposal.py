@@ -35,6 +35,8 @@ class Proposal:
     step_s: float
     generate_s: float
     train_s: float
+    warnings: tuple[str, ...] = ()
+    """Of its memory plan."""
 
     @property
     def waits(self) -> str:
@@ -65,18 +67,27 @@ def proposals(cfg: Config, speed: Speed, check: Callable[[Config, Placement], Me
         except UserError as error:
             reason = error
             continue
-        if changed.cluster.colocate and not placement.takes_turns and not _has_room_for_both(memory):
+        if (
+            changed.cluster.colocate
+            and not placement.takes_turns
+            and not _has_room_for_both(changed, placement, memory)
+        ):
             continue
         times = speed.step_s(placement, needs, synchronous=cfg.rollout.max_staleness == 0)
-        found.append(Proposal(overrides, changed, placement, *times))
+        found.append(Proposal(overrides, changed, placement, *times, warnings=memory.warnings if memory else ()))
     if not found:
         raise reason or UserError(f"{cfg.cluster.nodes} nodes have no split", "give more --nodes")
-    return sorted(found, key=lambda p: (round(p.step_s, 3), -len(p.placement.rollout_nodes)))
+    return sorted(found, key=lambda p: (round(p.step_s, 3), len(p.warnings), -len(p.placement.rollout_nodes)))
 
 
-def _has_room_for_both(memory: MemoryPlan | None) -> bool:
-    """Whether a trainer has all that it wants beside a generator that is awake, as far as is known."""
-    return memory is not None and not memory.warnings and "activations" in memory.roles["trainers"].gib
+def _has_room_for_both(cfg: Config, placement: Placement, memory: MemoryPlan | None) -> bool:
+    """Whether it is known that a trainer has all that it wants beside a generator that is awake, and that one's KV
+    cache holds its answers of a step."""
+    if memory is None or memory.warnings or "activations" not in memory.roles["trainers"].gib:
+        return False
+    answers = cfg.rollout.prompts_per_step * cfg.rollout.group_size / placement.replicas
+    sequences = memory.roles["generators"].sequences
+    return sequences is not None and sequences >= min(cfg.generator.engine.max_num_seqs, answers)
 
 
 def describe(found: list[Proposal], speed: Speed) -> list[str]:
@@ -141,7 +152,12 @@ def _with(
     for _, section, keys in sections:
         for key, value in keys.items():
             setattr(section, key, value)
-    return tuple(f"{name}.{key}={_text(keys[key])}" for name, _, keys in sections for key in keys), changed
+    given = [f"{name}.{key}={_text(keys[key])}" for name, _, keys in sections for key in keys]
+    for key in ("rollout_nodes", "trainer_nodes", "colocate"):  # of another split, where they have been given
+        before, after = getattr(cfg.cluster, key), getattr(changed.cluster, key)
+        if key not in cluster and before != after:
+            given.append(f"cluster.{key}={'null' if after is None else _text(after)}")
+    return tuple(given), changed
 
 
 def _text(value: float | bool) -> str:

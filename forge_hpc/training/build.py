@@ -114,15 +114,19 @@ class Shape:
     def share_gpu(self, models: Mapping[str, tuple[Path, ModelNeed]]) -> str:
         """Have this process keep to its part of a GPU that it shares with a generator. Returns how it is shared, in a
         line; empty where it is not. Raises UserError: there is not enough of it."""
-        if device_type() == "cpu" or not self._shares_gpu(models):
+        if device_type() == "cpu":
             return ""
-        in_turns = takes_turns(self.cfg)
-        states = (self.state_bytes(self.spec(place), need, between_steps=in_turns) for place, need in models.values())
+        shares, in_turns = self._shares_gpu(models), takes_turns(self.cfg)
         _, total = torch.cuda.mem_get_info()
         share = self.cfg.generator.engine.gpu_memory_utilization
+        # Beside one that is awake, so that another one in its place finds its part free; a process that an earlier run
+        # has left forgets that run's part.
+        part = trainer_share(total, share) if shares and not in_turns else 1.0
+        torch.cuda.set_per_process_memory_fraction(part, local_device())
+        if not shares:
+            return ""
+        states = (self.state_bytes(self.spec(place), need, between_steps=in_turns) for place, need in models.values())
         said = plan_shared(total, share, sum(states), in_turns=in_turns)
-        if not in_turns:  # a generator that takes the place of one that died finds its part free
-            torch.cuda.set_per_process_memory_fraction(trainer_share(total, share), local_device())
         logger.info("%s", said)
         return said
 
