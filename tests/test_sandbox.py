@@ -149,7 +149,7 @@ def outcomes(request: pytest.FixtureRequest, host: Host) -> dict[str, Outcome]:
 def how_it_ended(result: Result) -> set[str]:
     last = result.stderr.strip().rpartition("\n")[2]
     ends = {result.killed_by or f"exit {result.exit_code}", last.partition(":")[0]}
-    ends |= set(re.findall(r"^(\w+Error)\b", result.stderr, re.MULTILINE))  # of threads, whose end may abort the program
+    ends |= set(re.findall(r"^(\w+Error)\b", result.stderr, re.MULTILINE))  # of threads, which may abort it at its end
     ends |= set(re.findall(r"^object type name: (\w+)$", result.stderr, re.MULTILINE))  # no memory for a traceback
     return ends | {"held"} if result.exit_code == 0 and "held" in result.stdout else ends
 
