@@ -7,12 +7,16 @@ import asyncio
 import importlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import monarch.actor
 import pytest
 from failing_actor import Failing
 from monarch.actor import ActorError, this_host
+from monarch.config import configured
 
+from forge_hpc.cluster.faults import Faults
+from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.controller import service
 from forge_hpc.controller.service import ActorLost, answer, cause_of, is_loss, reason_of
 
@@ -25,15 +29,15 @@ def test_the_names_by_which_losses_are_told_are_those_of_classes_that_exist() ->
 
 
 def test_what_a_real_actor_fails_with_is_a_loss_where_a_process_a_device_or_a_network_is_gone(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("monarch.actor.unhandled_fault_hook", lambda failure: None)
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     monkeypatch.setenv("PYTHONPATH", path)  # where the actor's process finds its class
     monkeypatch.setenv("HYPERACTOR_MESH_SUPERVISION_POLL_FREQUENCY", "1s")
     losses = ("device", "network", "collective", "engine", "deadline", "connection", "dies")
 
     async def scenario() -> None:
+        faults = Faults(Rendezvous(tmp_path))
         procs = this_host().spawn_procs(per_host={"procs": 1}, name="failing")
         actor: Any = procs.spawn("failing", Failing)
         nothing: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -48,8 +52,13 @@ def test_what_a_real_actor_fails_with_is_a_loss_where_a_process_a_device_or_a_ne
             assert lost.value.__cause__ is not None and is_loss(lost.value.__cause__), how
         with pytest.raises(ActorLost):  # what is asked of a dead process
             await answer(actor.fail.call_one("bug"), nothing, 60, "it")
+        assert (await asyncio.wait_for(faults.unexpected, 60)).startswith("failing failed: ")
 
-    asyncio.run(scenario())
+    with configured():  # Monarch waits for silent processes as before, once this is over
+        asyncio.run(scenario())
+    # Of the dead process more is reported at any time, after the end, too; what the hook raises Monarch makes an end of
+    # this process of. That of `Faults` stays, as it does in a controller.
+    monarch.actor.unhandled_fault_hook(cast("Any", None))
 
 
 def test_of_a_group_of_errors_the_first_one_tells() -> None:

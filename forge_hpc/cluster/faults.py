@@ -11,6 +11,7 @@ the number of nodes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import logging
 from collections.abc import Callable
@@ -46,11 +47,14 @@ class Faults:
         self._forgotten: set[str] = set()
         self._on_node: Callable[[int, str], None] | None = None
         loop, ours = asyncio.get_running_loop(), contextvars.copy_context()
-        # Monarch's own hook ends the controller. It is called in another actor's context, from which nothing can be
-        # spawned: what is done about the fault happens in ours.
-        monarch.actor.unhandled_fault_hook = lambda failure: loop.call_soon_threadsafe(
-            self._report, failure, context=ours
-        )
+
+        def hand_over(failure: Any) -> None:
+            """Monarch's own hook ends the controller, and so does an error in this one. It is called in another actor's
+            context, from which nothing can be spawned: what is done about the fault happens in ours."""
+            with contextlib.suppress(RuntimeError):  # the loop is closed: what dies after the end is no news
+                loop.call_soon_threadsafe(self._report, failure, context=ours)
+
+        monarch.actor.unhandled_fault_hook = hand_over
 
     def watch(self, mesh: str, on_loss: Callable[[str], None]) -> None:
         """Call ``on_loss`` with the reason when a process or an actor of the mesh named ``mesh`` fails."""
