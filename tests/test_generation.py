@@ -456,7 +456,8 @@ def test_a_batch_repeats_bitwise_in_a_fresh_process_and_after_updates(
 
 
 def test_a_crash_while_stepping_reaches_every_caller(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = GenerationEngine(model_dir, tiny_config(), device="cpu")
+    engine = GenerationEngine(model_dir, tiny_config(), device="cpu", kv_cache_bytes=60 << 20)
+    assert 59 << 20 < engine.kv_cache_bytes <= 60 << 20  # whole blocks
     step = engine._engine.step
 
     def failing_step() -> list:

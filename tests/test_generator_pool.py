@@ -25,6 +25,7 @@ class FakeCluster:
         self.dead: set[int] = set()
         self.broken_starts = self.num_left = self.num_stopped = 0
         self.leave_s = 0.0
+        self.free_bytes = 1000
         self.spawned: list[tuple[int, int]] = []
         nothing = SimpleNamespace(watch=lambda *args: None, forget=lambda *args: None, ended_nodes=set())
         self.faults: Any = nothing
@@ -59,10 +60,11 @@ class FakeActor:
         await asyncio.sleep(self.cluster.leave_s)
         self.cluster.num_left += 1
 
-    async def begin(self, model_dir: Path) -> None:
+    async def begin(self, model_dir: Path, kv_cache_bytes: int | None) -> int:
         if self.cluster.broken_starts:
             self.cluster.broken_starts -= 1
             raise ValueError("no free memory")
+        return self.cluster.free_bytes if kv_cache_bytes is None else kv_cache_bytes
 
 
 class Pool:
@@ -107,6 +109,19 @@ def test_all_replicas_of_a_lost_node_move_to_one_spare_node() -> None:
         await pool.lose(*range(8))
         assert sorted(pool.cluster.spawned) == [(replica, 4) for replica in range(8)]
         assert service.serving == list(range(16)) and not pool.lost_nodes
+
+    asyncio.run(scenario())
+
+
+def test_a_replacement_has_the_kv_cache_of_the_first_engine_whatever_is_free_beside_trainers() -> None:
+    async def scenario() -> None:
+        pool = Pool(spares=1)
+        await pool.start()
+        pool.cluster.free_bytes = 10
+        pool.cluster.dead = {1}
+        await pool.lose(0, 15)
+        await pool.lose(15)
+        assert {slot.kv_cache_bytes for slot in pool.pool._slots.values()} == {1000}
 
     asyncio.run(scenario())
 

@@ -48,15 +48,18 @@ class Generator(Actor):
         self._named: dict[str, asyncio.Task[Any]] = {}
 
     @endpoint
-    async def start(self, model_dir: Path) -> None:
-        """Build the engine on the weights in ``model_dir``."""
+    async def start(self, model_dir: Path, kv_cache_bytes: int | None = None) -> int:
+        """Build the engine on the weights in ``model_dir``. The size of its KV cache, which another in its place is to
+        have: what is free then is not what was."""
         with importing():
             from forge_hpc.generation import GenerationEngine
             from forge_hpc.models.device import device_type
 
-        self._engine = await asyncio.to_thread(GenerationEngine, model_dir, self._config, device=device_type())
+        options: dict[str, Any] = {"device": device_type(), "kv_cache_bytes": kv_cache_bytes}
+        self._engine = await asyncio.to_thread(GenerationEngine, model_dir, self._config, **options)
         self._open_readers()
         self._gpus = GpuMonitor(visible_gpus() if device_type() == "cuda" else [])
+        return self._engine.kv_cache_bytes
 
     @endpoint
     async def renew(self, config: Config, log_dir: Path, model_dir: Path) -> str:

@@ -76,6 +76,8 @@ class _ReplicaSlot:
     mesh: str = ""
     procs: Any = None
     starts: int = 0
+    kv_cache_bytes: int | None = None
+    """Of its first engine: trainers may have taken what is free beside it while another starts in its place."""
 
 
 class GeneratorPool:
@@ -252,7 +254,8 @@ class GeneratorPool:
         except Exception as error:
             raise NodeLost(node, f"no process starts there: {reason_of(error)}") from error
         actor = slot.procs.spawn(slot.mesh, Generator, config, index, self._log_dir, self._role)
-        await self.ask(index, actor.start.call_one(self.model_dir), config.cluster.start_timeout_s, "start()")
+        call = actor.start.call_one(self.model_dir, slot.kv_cache_bytes)
+        slot.kv_cache_bytes = await self.ask(index, call, config.cluster.start_timeout_s, "start()")
         return actor
 
     async def _take_kept(self, index: int, slot: _ReplicaSlot, kept: KeptMeshes) -> Any | None:

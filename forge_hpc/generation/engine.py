@@ -118,7 +118,15 @@ class GenerationEngine:
         engine.close()
     """
 
-    def __init__(self, model_dir: str | Path, config: Config, *, device: str, policy_version: int = 0) -> None:
+    def __init__(
+        self,
+        model_dir: str | Path,
+        config: Config,
+        *,
+        device: str,
+        policy_version: int = 0,
+        kv_cache_bytes: int | None = None,
+    ) -> None:
         """Build the engine; blocks for seconds (CPU) to a minute (CUDA graphs).
 
         Args:
@@ -126,6 +134,7 @@ class GenerationEngine:
             config: ``model.dtype``, ``seed``, ``rollout.*`` and ``generator.*`` are read.
             device: ``cpu`` or ``cuda``, what the installed vLLM was built for.
             policy_version: version of the weights in ``model_dir``.
+            kv_cache_bytes: size of the KV cache on each GPU; else what is free while vLLM starts decides.
 
         Raises:
             FileNotFoundError: the directory has no safetensors.
@@ -138,7 +147,7 @@ class GenerationEngine:
         self._num_loads = [0] * len(self._configs)
         self._is_tainted = False
         """One of several adapters has left what is not finite in the KV cache, where 0 times it is not 0 for others."""
-        self._arguments = engine_arguments(model_dir, config, device)
+        self._arguments = engine_arguments(model_dir, config, device, kv_cache_bytes)
         self._model = model_files(model_dir)
         self._expected = checkpoint_shapes(model_dir)
         self._adapters = adapter_shapes(self._expected, config.trainer.lora)
@@ -173,6 +182,11 @@ class GenerationEngine:
     def policy_version(self) -> int:
         """Version of the weights that the next token is sampled from; of several adapters the first one's."""
         return self._versions[0]
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Size of the KV cache, on each GPU of a tensor-parallel engine."""
+        return sum(tensor.size for tensor in self._scheduler.kv_cache_config.kv_cache_tensors)
 
     async def generate(
         self,

@@ -57,10 +57,12 @@ def inspect_architecture(model_dir: str | Path) -> None:
         logger.info("vLLM looks at %s by itself: %s", model_dir, error)
 
 
-def engine_arguments(model_dir: str | Path, config: Config, device: str) -> dict[str, Any]:
+def engine_arguments(
+    model_dir: str | Path, config: Config, device: str, kv_cache_bytes: int | None = None
+) -> dict[str, Any]:
     """Keyword arguments of ``vllm.EngineArgs`` for a model directory; ``generator.engine.extra`` has the last word.
 
-    ``device`` is ``cpu`` or ``cuda``.
+    ``device`` is ``cpu`` or ``cuda``. With ``kv_cache_bytes`` (of each tensor-parallel worker) vLLM measures nothing.
     """
     engine = config.generator.engine
     max_model_len = engine.max_model_len
@@ -80,6 +82,9 @@ def engine_arguments(model_dir: str | Path, config: Config, device: str) -> dict
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
     }
+    if kv_cache_bytes is None and device == "cpu":
+        kv_cache_bytes = int(engine.kv_cache_memory_gib * _GIB)
+    arguments["kv_cache_memory_bytes"] = kv_cache_bytes
     if engine.tensor_parallel_size > 1:
         arguments["distributed_executor_backend"] = "mp"
     if device == "cpu":
@@ -87,7 +92,6 @@ def engine_arguments(model_dir: str | Path, config: Config, device: str) -> dict
         # vLLM 0.32.0 rewinds a request's own random generator after a part of a prompt, which a CPU generator cannot
         # do ("does not use offset"). A prompt always fits into one step here.
         arguments["enable_chunked_prefill"] = False
-        arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_memory_gib * _GIB)
         if config.algorithm.routing_replay:  # the routes of what is not computed are not seen
             arguments["enable_prefix_caching"] = False
     else:
