@@ -2,7 +2,8 @@
 
     python benchmarks/experts.py [--ranks 2] [--experts 64] [--per-token 2] [--layers 4] [--steps 4]
 
-A Qwen3 MoE with random weights. Its experts on one rank and over several: losses of the same rows, tokens a second.
+A Qwen3 MoE with random weights, on one rank, over several by FSDP alone, and with its experts over them: losses of the
+same rows, tokens a second. What FSDP alone changes is the rounding of rows that are put together otherwise.
 Then vLLM samples (bfloat16) after an update of its weights and says which experts it took, and the trainer computes the
 mismatch with those (`algorithm.routing_replay`) and with its own. Without a GPU it is a tiny model on the CPU.
 """
@@ -54,11 +55,11 @@ def write_model(directory: Path, seed: int, args: argparse.Namespace) -> Path:
     return directory
 
 
-def configuration(model_dir: Path, ranks: int, args: argparse.Namespace) -> Config:
+def configuration(model_dir: Path, ranks: int, experts_over: int, args: argparse.Namespace) -> Config:
     gpus = 2 * ranks if torch.cuda.is_available() else 0  # those of generators, which are not here
     overrides = [f"model.path={model_dir}", f"cluster.gpus_per_node={gpus}", "trainer.training.seq_len=4096"]
     overrides += ["trainer.training.local_batch_size=2", "trainer.activation_checkpoint.mode=none"]
-    overrides += [f"trainer.parallelism.expert_parallel_degree={ranks}", "rollout.max_prompt_tokens=64"]
+    overrides += [f"trainer.parallelism.expert_parallel_degree={experts_over}", "rollout.max_prompt_tokens=64"]
     overrides += ["rollout.max_response_tokens=64", "generator.engine.gpu_memory_utilization=0.3"]
     overrides += ["generator.engine.enforce_eager=true"]
     if not gpus:
@@ -66,11 +67,11 @@ def configuration(model_dir: Path, ranks: int, args: argparse.Namespace) -> Conf
     return load_config(PROJECT / "configs/grpo/qwen3_0_6b.yaml", [*overrides, *args.overrides])
 
 
-def train(rank: int, ranks: int, directory: Path, args: argparse.Namespace, results: Any) -> None:
-    init_distributed(directory / f"store-{ranks}", rank=rank, world_size=ranks, local_rank=rank)
+def train(rank: int, ranks: int, experts_over: int, directory: Path, args: argparse.Namespace, results: Any) -> None:
+    init_distributed(directory / f"store-{ranks}-{experts_over}", rank=rank, world_size=ranks, local_rank=rank)
     from forge_hpc.training.engine import TrainEngine
 
-    cfg = configuration(directory / "model", ranks, args)
+    cfg = configuration(directory / "model", ranks, experts_over, args)
     engine = TrainEngine(cfg, directory / "model")
     documents = make_documents(args.documents, VOCAB_SIZE, cfg.trainer.training.seq_len)
     losses, times = [engine.eval_loss(documents)], []
@@ -83,7 +84,14 @@ def train(rank: int, ranks: int, directory: Path, args: argparse.Namespace, resu
             times.append(seconds)
     if rank == 0:
         tokens = sum(len(document.token_ids) for document in documents)
-        results.put({"ranks": ranks, "losses": losses, "tokens_per_s": tokens / statistics.median(times)})
+        results.put(
+            {
+                "ranks": ranks,
+                "experts over": experts_over,
+                "losses": losses,
+                "tokens_per_s": tokens / statistics.median(times),
+            }
+        )
 
 
 def sample(directory: Path, args: argparse.Namespace, results: Any) -> None:
@@ -93,7 +101,7 @@ def sample(directory: Path, args: argparse.Namespace, results: Any) -> None:
     from forge_hpc.generation import GenerationEngine
     from forge_hpc.training.engine import TrainEngine
 
-    cfg = configuration(directory / "model", 1, args)
+    cfg = configuration(directory / "model", 1, 1, args)
     cfg.model.dtype, cfg.algorithm.routing_replay = "bfloat16", True
     engine = GenerationEngine(directory / "stale", cfg, device="cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -144,6 +152,10 @@ def alone(target: Any, *arguments: Any) -> Any:
     return result
 
 
+def distance(run: dict[str, Any], other: dict[str, Any]) -> float:
+    return max(abs(ours - theirs) for ours, theirs in zip(run["losses"], other["losses"], strict=True))
+
+
 def main() -> None:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -162,18 +174,21 @@ def main() -> None:
         write_model(directory / "model", 0, args)
         write_model(directory / "stale", 1, args)
         found = []
-        for ranks in (1, args.ranks):
+        for ranks, experts_over in ((1, 1), (args.ranks, 1), (args.ranks, args.ranks)):
             results = mp.get_context("spawn").SimpleQueue()
-            mp.spawn(train, (ranks, directory, args, results), nprocs=ranks)  # type: ignore[no-untyped-call]
+            told = (ranks, experts_over, directory, args, results)
+            mp.spawn(train, told, nprocs=ranks)  # type: ignore[no-untyped-call]
             found.append(results.get())
             print(json.dumps(found[-1]), flush=True)
         replay = alone(sample, directory, args)
         print(json.dumps(replay), flush=True)
-    one, several = found
-    far = max(abs(ours - theirs) for ours, theirs in zip(several["losses"], one["losses"], strict=True))
-    row(f"experts over {args.ranks} ranks: losses beside one's", far, target=1e-3, better="less", unit="nats")
-    row(f"experts over {args.ranks} ranks: tokens/s of each", several["tokens_per_s"] / args.ranks, one["tokens_per_s"],
-        unit="tokens/s", peer="one rank")  # fmt: skip
+    one, fsdp, several = found
+    over = f"experts over {args.ranks} ranks"
+    row(f"{over}: losses beside those of FSDP alone", distance(several, fsdp), target=1e-3, better="less", unit="nats")
+    row(f"{over}: losses beside one rank's", distance(several, one), unit="nats")
+    row(f"FSDP alone over {args.ranks} ranks: losses beside one rank's", distance(fsdp, one), unit="nats")
+    row(f"{over}: tokens/s of each", several["tokens_per_s"] / args.ranks, one["tokens_per_s"], unit="tokens/s",
+        peer="one rank")  # fmt: skip
     row("mismatch with the generator's routes", replay["replayed"], replay["without"], target=0.3, better="less",
         unit="nats", peer="with the trainer's own")  # fmt: skip
 

@@ -1,10 +1,11 @@
 """What a fault costs a run: a generator killed, a trainer rank killed, SIGTERM; seconds until the next new step.
 
-    python benchmarks/faults.py [--config configs/grpo/qwen3_0_6b.yaml] [key=value ...]
+    python benchmarks/faults.py [--together] [--config configs/grpo/qwen3_0_6b.yaml] [key=value ...]
 
 It submits a run on this machine (of a model with random weights, a step ahead, with two generators), and of each kind
 waits for three more steps, then does it; lost is the time until the end of the next new step, less a usual one.
-SIGTERM comes last: the run saves and leaves, and is submitted again.
+SIGTERM comes last: the run saves and leaves, and is submitted again. With ``--together`` trainers and generators are on
+all GPUs at once: on two of them there are two generators.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 from rows import PROJECT, row
-from whole_run import LARGE, REWARD, on_gpus
+from whole_run import LARGE, REWARD, TOGETHER, on_gpus
 
 from forge_hpc.data.builtin import write_tiny_qwen3
 
@@ -87,16 +88,17 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     parser = argparse.ArgumentParser(description="What a fault costs a run.")
     parser.add_argument("--config", help="of a run that has a model")
+    parser.add_argument("--together", action="store_true", help="trainers and generators on all GPUs")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory(prefix="forge-hpc-faults-") as name:
-        config, overrides = args.config, list(args.overrides)
+        config, overrides = args.config, [*(TOGETHER if args.together else ()), *args.overrides]
         if config is None:
             config, overrides = str(PROJECT / "configs/grpo/demo.yaml"), [*own_model(Path(name)), *overrides]
         run = Watched(Path(name) / "run", config, overrides)
         run.start()
         try:
-            measure(run)
+            measure(run, "on the same GPUs, " if args.together else "")
         finally:
             if run.process is not None and run.process.poll() is None:
                 run.process.terminate()
@@ -121,7 +123,7 @@ def own_model(directory: Path) -> list[str]:
     return overrides + ([*on_gpus(gpus), "rollout.max_response_tokens=512"] if gpus else ["generator.replicas=2"])
 
 
-def measure(run: Watched) -> None:
+def measure(run: Watched, where: str) -> None:
     run.wait_for(CALM)
     generator_s = run.kill("generator-0")
     trainer_s = run.kill("trainer-0")
@@ -138,11 +140,12 @@ def measure(run: Watched) -> None:
     again_s = next(each["wall_time"] for each in after if each["step"] > before[-1]["step"]) - start
     print(f"SIGTERM after step {last}: exit code {code} after {left_s:.1f} s, state {status['state']} at step "
           f"{status['step']} of {before[-1]['step']}; the next new step {again_s:.1f} s after", flush=True)  # fmt: skip
-    row("a generator killed: lost beside a usual step", generator_s, target=1.0, better="less", unit="s")
-    row("a trainer rank killed: lost beside a usual step", trainer_s, unit="s", note="20 s and the load are the target")
-    row("SIGTERM: steps repeated", before[-1]["step"] - status["step"], target=0, better="less")
-    row("SIGTERM: until it has saved and left", left_s, unit="s", note=f"exit code {code}")
-    row("SIGTERM: until the next new step", again_s, unit="s")
+    row(f"{where}a generator killed: lost beside a usual step", generator_s, target=1.0, better="less", unit="s")
+    row(f"{where}a trainer rank killed: lost beside a usual step", trainer_s, unit="s",
+        note="20 s and the load are the target")  # fmt: skip
+    row(f"{where}SIGTERM: steps repeated", before[-1]["step"] - status["step"], target=0, better="less")
+    row(f"{where}SIGTERM: until it has saved and left", left_s, unit="s", note=f"exit code {code}")
+    row(f"{where}SIGTERM: until the next new step", again_s, unit="s")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a machine with GPUs must show, in one table and one JSON file: `make gpu-check`.
 
-    python benchmarks/gpu_check.py [--part trainer weights ranks long run faults] [--out FILE]
+    python benchmarks/gpu_check.py [--part trainer weights ...] [--out FILE]
 
 It takes the Python that it is started with (torch, vllm, torchtitan, monarch) and 1, 2 or 4 GPUs as it finds them;
 nothing is set up, nothing is downloaded. A part takes at most ten minutes:
@@ -10,9 +10,10 @@ nothing is set up, nothing is downloaded. A part takes at most ten minutes:
               between two GPUs by NCCL over sockets, as between hosts                                links.py
     ranks     FSDP over 2 and 4 GPUs beside one, and memory beside the plan                          ranks.py
     long      a row of 65,536 tokens that two GPUs share, beside one                                 long_rows.py
+    experts   a mixture of experts over two GPUs beside FSDP alone, and replayed routes              experts.py
     run       a whole run of a model of 0.4 B with random weights, synchronous and a step ahead      whole_run.py
-              with GPUs of their own, and on the same GPUs at once
     faults    what a killed generator, a killed trainer rank and SIGTERM cost such a run             faults.py
+    together  both with trainers and generators on the same GPUs at once
 
 Without a GPU everything runs on the CPU with tiny models, for its own sake, and targets say nothing.
 """
@@ -28,6 +29,7 @@ from pathlib import Path
 from rows import PROJECT, Script, run
 
 PART_S = 600.0
+PARTS = ("trainer", "weights", "ranks", "long", "experts", "run", "faults", "together")
 
 
 def parts(num_gpus: int) -> dict[str, list[Script]]:
@@ -39,8 +41,13 @@ def parts(num_gpus: int) -> dict[str, list[Script]]:
             "weights": [Script("engine_weights.py", ("--model", "tiny", "--rounds", "2"))],
             "ranks": [Script("ranks.py", ("--ranks", "1", "2", "--steps", "2", "--recipe", "grpo"))],
             "long": [Script("long_rows.py", ("--steps", "1"))],
+            "experts": [Script("experts.py")],
             "run": [Script("whole_run.py", ("--tiny",))],
             "faults": [Script("faults.py")],
+            "together": [
+                Script("whole_run.py", (*tiny, "--together", "--rounds", "1")),
+                Script("faults.py", ("--together",)),
+            ],
         }
     apart = "split" if num_gpus == 2 else "fsdp2"
     weights = [Script("engine_weights.py", ("--model", "0.6b", "--gpus", "shared"))]
@@ -48,17 +55,17 @@ def parts(num_gpus: int) -> dict[str, list[Script]]:
         weights.append(Script("engine_weights.py", ("--model", "0.6b", "--gpus", apart)))
         weights.append(Script("engine_weights.py", ("--model", "0.6b", "--gpus", "tp2")))
         weights.append(Script("links.py"))
-    runs = [Script("whole_run.py")]
-    if num_gpus > 1:  # one is shared anyway
-        runs.append(Script("whole_run.py", ("--together", "--rounds", "1")))
+    several: dict[str, list[Script]] = {"long": [Script("long_rows.py")], "experts": [Script("experts.py")]}
+    together = [Script("whole_run.py", ("--together", "--rounds", "1")), Script("faults.py", ("--together",))]
     return {
         # as the plan of a shipped configuration has it, and the same shape for both
         "trainer": [Script("trainer.py", ("--rows", "0", "--ac", "auto")), Script("trainer.py", ("--head", "32768"))],
         "weights": weights,
         "ranks": [Script("ranks.py", ("--ranks", *[str(n) for n in (1, 2, 4) if n <= num_gpus]))],
-        **({"long": [Script("long_rows.py")]} if num_gpus > 1 else {}),
-        "run": runs,
+        **(several if num_gpus > 1 else {}),
+        "run": [Script("whole_run.py")],
         "faults": [Script("faults.py")],
+        **({"together": together} if num_gpus > 1 else {}),  # one is shared anyway
     }
 
 
@@ -71,7 +78,7 @@ def gpus() -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="*", choices=("trainer", "weights", "ranks", "long", "run", "faults"))
+    parser.add_argument("--part", nargs="*", choices=PARTS)
     parser.add_argument("--out", type=Path, default=PROJECT / "runs/gpu-check.json")
     args = parser.parse_args()
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
