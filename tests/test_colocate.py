@@ -1,4 +1,5 @@
-"""Trainers and generators in turns on the same GPUs: placement, memory, whose turn it is. Whole runs: test_survival."""
+"""Trainers and generators on the same GPUs, in turns or at once: placement, memory, whose turn it is, who starts first.
+Whole runs: test_survival."""
 
 from __future__ import annotations
 
@@ -18,14 +19,17 @@ from forge_hpc.config.changes import safe_changes
 from forge_hpc.config.lending import takes_lent
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.controller.generators import GeneratorPool, WeightSync
-from forge_hpc.controller.recovery import Recoveries
+from forge_hpc.controller.recovery import Leave, Recoveries
 from forge_hpc.controller.service import ActorLost, Service
+from forge_hpc.controller.session import Session
 from forge_hpc.controller.turns import Turns
 from forge_hpc.data.builtin import write_tiny_qwen3
-from forge_hpc.generation.options import engine_arguments
+from forge_hpc.generation.options import cache_arguments, engine_arguments
 from forge_hpc.generation.sleep import SleepingEngine
+from forge_hpc.run_dir import RunDir
 from forge_hpc.sizing.microbatch import plan_shared, trainer_share
 from forge_hpc.training.build import Shape
+from forge_hpc.training.models import Models
 from forge_hpc.weights import VersionNotFoundError
 
 GIB = 2**30
@@ -83,6 +87,13 @@ def test_the_table_of_a_dry_run_says_who_takes_turns() -> None:
 )
 def test_what_does_not_go_with_turns_is_refused_in_a_line(others: list[str], message: str) -> None:
     assert message in refused(8, COLOCATE, *others).message
+
+
+def test_weights_by_nccl_between_hosts_whose_gpus_do_both_are_refused() -> None:
+    nccl = [COLOCATE, "model.path=builtin:qwen3-tiny", "generator.weight_transport=nccl"]
+    validate(load_config(None, nccl), check_paths=False)
+    with pytest.raises(UserError, match="one of those is on its own GPU, where NCCL takes no two"):
+        validate(load_config(None, [*nccl, "cluster.nodes=2"]), check_paths=False)
 
 
 @pytest.mark.parametrize("others", [["rollout.max_staleness=1"], ["generator.engine.sleep_level=0"]])
@@ -150,6 +161,9 @@ def test_of_a_small_gpu_that_both_use_at_once_only_what_they_surely_take_is_refu
     said = plan_shared(16 * GIB, 0.85, GIB // 10, in_turns=False)
     assert "0.7 GiB too much" in said and "may run out of memory" in said
     assert 16 * trainer_share(16 * GIB, 0.85) == pytest.approx(1.2)  # half of what is left
+    for total, share, kept in ((16, 0.85, 1.25), (80, 0.85, 11.0), (141, 0.85, 20.0)):  # the limit is below that
+        with pytest.raises(UserError, match="GiB too much"):
+            plan_shared(total * GIB, share, int(kept * GIB), in_turns=False)
 
 
 @pytest.mark.usefixtures("process_group")
@@ -171,6 +185,63 @@ def test_a_trainer_keeps_to_its_part_of_a_gpu_and_a_process_that_was_kept_forget
     ]
     assert [line.split(":")[0] for line in said] == ["shared", "in turns", ""]
     assert parts == [pytest.approx(1 - 0.85 - 1.5 / 100), 1.0, 1.0]
+
+
+def test_an_engine_in_the_place_of_another_asks_for_its_kv_cache_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM wants the share that it is given free of all others' contexts, too."""
+    properties = SimpleNamespace(total_memory=80 * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert cache_arguments(None, "cuda") == {}
+    assert cache_arguments(20 * GIB, "cpu") == {"kv_cache_memory_bytes": 20 * GIB}
+    assert cache_arguments(20 * GIB, "cuda") == {"kv_cache_memory_bytes": 20 * GIB, "gpu_memory_utilization": 0.25}
+
+
+@pytest.mark.usefixtures("process_group")
+def test_models_are_built_once_their_process_keeps_to_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_tiny_qwen3(tmp_path / "model", seed=0)
+    config = load_config(None, [f"model.path={model}"])
+
+    def share(shape: Shape, models: Any) -> str:
+        raise UserError(f"too much of {', '.join(models)}", None)
+
+    monkeypatch.setattr(Shape, "share_gpu", share)
+    with pytest.raises(UserError, match="too much of policy"):
+        Models(config, needs_of(config).models, {"policy": model})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "order"),
+    [
+        ([COLOCATE, "rollout.max_staleness=1"], ["generators", "trainers"]),
+        ([COLOCATE], ["generators", "trainers"]),
+        (["rollout.max_staleness=1"], ["trainers"]),  # nobody waits for the generators
+    ],
+)
+def test_on_gpus_in_common_vllm_plans_before_the_trainers_start(
+    tmp_path: Path, overrides: list[str], order: list[str]
+) -> None:
+    config, placement = load_config(None, overrides), placed(2, *overrides)
+    run_dir, began = RunDir(tmp_path / "run").create(), list[str]()
+
+    async def start(who: str) -> Any:
+        began.append(who)
+        return [(0, "")]
+
+    async def nothing(*args: Any) -> dict[str, Path]:
+        return {}
+
+    async def scenario() -> None:
+        pool: Any = SimpleNamespace(turns=None, is_serving=False, start=lambda model_dir: start("generators"))
+        mesh = SimpleNamespace(start=SimpleNamespace(call=lambda *args: start("trainers")))
+        cluster: Any = SimpleNamespace(placement=placement, told=lambda config: config, layout=lambda role: None)
+        session = Session(config, run_dir, tmp_path, cluster, pool, Recoveries(0), Leave())
+        session.model_dir, session.tokenizer = tmp_path, SimpleNamespace(get_vocab=dict)
+        procs = SimpleNamespace(initialized=nothing(), spawn=lambda *args: mesh)
+        cluster.spawn_trainers, cluster.faults = lambda name: procs, SimpleNamespace(watch=lambda *args: None)
+        await asyncio.wait_for(session._start_trainers(), 60)
+
+    asyncio.run(scenario())
+    assert began == order
 
 
 class FakeVLLM:

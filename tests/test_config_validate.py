@@ -245,6 +245,12 @@ def test_pipeline_parallelism_is_refused_with_what_there_is_in_its_place(key, in
     assert "not split into stages" in error.message and error.hint
 
 
+@pytest.mark.parametrize("key", ["gpu_memory_utilization", "tensor_parallel_size", "max_num_seqs"])
+def test_what_is_planned_with_a_key_is_not_changed_behind_it(key):
+    error = refused(f"generator.engine.extra.{key}=1")
+    assert f"generator.engine.extra.{key} is vLLM's" in error.message and error.hint == f"set generator.engine.{key}"
+
+
 def test_sequences_and_tensor_parallel_degrees_must_suit_the_model(model):
     path = f"model.path={model}"
     assert "longer than the 4096 positions" in refused(path, "trainer.training.seq_len=5000").message

@@ -12,6 +12,7 @@ import pytest
 from forge_hpc.config import Config, plan
 from forge_hpc.controller import generators
 from forge_hpc.controller.generators import GeneratorPool, WeightSync
+from forge_hpc.controller.kept import KeptMeshes
 from forge_hpc.controller.recovery import Recoveries
 from forge_hpc.controller.service import ActorLost
 from forge_hpc.weights import Offer
@@ -49,16 +50,23 @@ class FakeCluster:
     async def can_spawn(self, node: int, timeout_s: float) -> bool:
         return node not in self.dead
 
+    def layout(self, role: str) -> str:
+        return role
+
 
 class FakeActor:
     def __init__(self, cluster: FakeCluster) -> None:
         self.start = SimpleNamespace(call_one=self.begin)
         self.leave = SimpleNamespace(call_one=self.end)
+        self.renew = SimpleNamespace(call_one=self.begin_again)
         self.cluster = cluster
 
     async def end(self) -> None:
         await asyncio.sleep(self.cluster.leave_s)
         self.cluster.num_left += 1
+
+    async def begin_again(self, *args: Any) -> str:
+        return ""
 
     async def begin(self, model_dir: Path, kv_cache_bytes: int | None) -> int:
         if self.cluster.broken_starts:
@@ -77,9 +85,9 @@ class Pool:
         self.cluster, self.lost_nodes = FakeCluster(self.config), list[int]()
         self.recoveries = Recoveries(self.config.cluster.max_restarts)
 
-    async def start(self) -> GeneratorPool:
+    async def start(self, kept: KeptMeshes | None = None) -> GeneratorPool:
         on_node_lost = lambda node, reason: self.lost_nodes.append(node)  # noqa: E731
-        self.pool = GeneratorPool(self.config, self.cluster, Path(), self.recoveries, on_node_lost)  # type: ignore
+        self.pool = GeneratorPool(self.config, self.cluster, Path(), self.recoveries, on_node_lost, kept)  # type: ignore
         await self.pool.start(Path())
         return self.pool
 
@@ -123,7 +131,18 @@ def test_a_replacement_has_the_kv_cache_of_the_first_engine_whatever_is_free_bes
         await pool.lose(15)
         assert {slot.kv_cache_bytes for slot in pool.pool._slots.values()} == {1000}
 
+    async def with_kept_engines() -> None:
+        pool = Pool(spares=0)
+        kept = KeptMeshes(pool.cluster.faults)
+        await (await pool.start(kept)).hand_over(kept)
+        pool.cluster.free_bytes = 10
+        await pool.start(kept)
+        assert pool.cluster.spawned == [(replica, 1 + replica // 8) for replica in range(16)]  # and no more
+        await pool.lose(3)
+        assert pool.pool._slots[3].kv_cache_bytes == 1000
+
     asyncio.run(scenario())
+    asyncio.run(with_kept_engines())
 
 
 def test_without_a_spare_node_the_lost_node_is_reported_and_the_others_serve_on() -> None:

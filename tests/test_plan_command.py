@@ -79,6 +79,47 @@ def test_what_was_given_for_another_split_is_taken_back() -> None:
     assert splits(in_turns, speed(10, 10))[-1].overrides == ("cluster.rollout_ratio=0.5", "cluster.colocate=false")
 
 
+def test_what_was_given_for_gpus_in_common_is_taken_back_for_others_and_no_split_comes_twice() -> None:
+    share, awake = "generator.engine.gpu_memory_utilization=0.45", "generator.engine.sleep_level=0"
+    usual, asleep = "generator.engine.gpu_memory_utilization=0.85", "generator.engine.sleep_level=2"
+    ahead = nodes(1, "cluster.gpus_per_node=2", "cluster.colocate=true", share)
+    apart = next(each for each in splits(ahead, speed(10, 10)) if not each.shares)
+    assert apart.overrides == ("cluster.rollout_ratio=0.5", usual, "cluster.colocate=false")
+    given = ("rollout.max_staleness=0", "cluster.gpus_per_node=2", "cluster.colocate=true", share, awake)
+    found = [each.overrides for each in splits(nodes(1, *given), speed(10, 10))]
+    assert sorted(found) == [
+        ("cluster.colocate=true", usual, asleep),
+        ("cluster.colocate=true", awake),
+        ("cluster.rollout_ratio=0.5", usual, "cluster.colocate=false"),
+    ]
+    more = nodes(1, "cluster.gpus_per_node=2", "cluster.colocate=true", "generator.engine.gpu_memory_utilization=0.6")
+    assert all("utilization=0.85" not in str(each.overrides) for each in splits(more, speed(10, 10)))
+
+
+def test_what_a_run_does_is_among_the_proposals_though_its_memory_is_not_known() -> None:
+    ours = nodes(1, "cluster.gpus_per_node=2", "cluster.colocate=true")
+    assert sorted(each.shares for each in splits(ours, speed(10, 10))) == [False, True]
+    assert [each.shares for each in splits(nodes(1, "cluster.gpus_per_node=2"), speed(10, 10))] == [False]
+
+
+def test_a_split_that_submit_would_refuse_is_not_proposed() -> None:
+    adapters = ("trainer.lora.enable=true", "trainer.lora.publish=adapters")
+    cfg = nodes(1, "rollout.max_staleness=0", "cluster.gpus_per_node=2", *adapters)
+    assert not any(each.placement.takes_turns for each in splits(cfg, speed(10, 10)))
+
+
+def test_speeds_of_gpus_that_did_both_are_not_added_up_again(tmp_path: Path) -> None:
+    run_dir = finished_run(tmp_path)
+    options = ["cluster.gpus_per_node=2", "rollout.max_staleness=1", "cluster.colocate=true"]
+    cfg = load_config(PROJECT / "configs/grpo/demo.yaml", options)
+    save_config(cfg, run_dir.config)
+    found = measured(run_dir, cfg)
+    assert found.together and found.source.endswith("apart each does more")
+    best = next(each for each in splits(cfg, found) if each.shares)
+    assert (best.generate_s, best.train_s, best.step_s) == (pytest.approx(2.0), pytest.approx(4.0), pytest.approx(4.0))
+    assert best.waits == "nobody"
+
+
 def test_of_two_that_take_as_long_the_one_with_memory_enough_comes_first() -> None:
     cfg = nodes(1, "rollout.max_staleness=1")
 
@@ -136,6 +177,7 @@ def test_the_command_explains_what_it_proposes_and_how_to_submit_it(
     assert "4 nodes, no GPU" in said
     assert f"measured: the median of the last 4 steps of {tmp_path / 'run'}" in said
     assert said.splitlines()[-1].endswith("--nodes 4 slurm.time=60 cluster.rollout_nodes=2 cluster.trainer_nodes=2")
+    assert f" --config {tmp_path / 'run' / 'config.yaml'} --nodes 4 " in said.splitlines()[-1]
     config = str(PROJECT / "configs/grpo/qwen3_8b.yaml")
     assert cli.main(["plan", "--config", config, "--gpu", "h100"]) == 0
     assert "an estimate: docs/performance.md has 75,600 tokens/s trained" in capsys.readouterr().out

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     memory = memory_of(best.config, best.placement, gpu, cfg.model.path)
     print("\n".join([*split_table(best.placement, memory), "", *describe(found, speed)]))
     nodes = f" --nodes {cfg.cluster.nodes}" if args.nodes else ""
-    given = f" --config {shlex.quote(str(args.config))}" if args.config else ""
+    given = f" --config {shlex.quote(str(config))}" if config else ""
     print(f"\nforge-hpc submit{given}{nodes} {shlex.join([*args.overrides, *best.overrides])}")
     return 0
 

@@ -85,9 +85,7 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
     check_served(cfg, check_paths=check_paths)
     recipe.check(cfg)
     plan(cfg, cfg.cluster.gpus_per_node)
-    _check_engine(cfg)
-    _check_transport(cfg)
-    _check_adapters(cfg)
+    check_generators(cfg)
     check_adapters_together(cfg)
     for own in adapter_configs(cfg) if cfg.trainer.lora.sweep else ():
         validate(own, check_paths=False)
@@ -445,9 +443,22 @@ def _check_lengths(cfg: Config, needs: Needs) -> None:
         )
 
 
+def check_generators(cfg: Config) -> None:
+    """Raise a UserError where the generators cannot be what the split of the nodes makes of them."""
+    _check_engine(cfg)
+    _check_transport(cfg)
+    _check_adapters(cfg)
+
+
 def _check_engine(cfg: Config) -> None:
     engines = {"generator": cfg.generator.engine} | {f"served.{i}": one.engine for i, one in enumerate(cfg.served)}
     for key, engine in engines.items():
+        if twice := sorted(engine.extra.keys() & {each.name for each in dataclasses.fields(engine)}):
+            raise UserError(
+                f"{key}.engine.extra.{twice[0]} is vLLM's, and placement and memory are planned with "
+                f"{key}.engine.{twice[0]}",
+                f"set {key}.engine.{twice[0]}",
+            )
         if (stages := engine.extra.get("pipeline_parallel_size", 1)) != 1:
             raise UserError(
                 f"{key}.engine.extra.pipeline_parallel_size={stages}: a model's layers are not split into stages",
@@ -487,6 +498,12 @@ def _check_transport(cfg: Config) -> None:
         raise UserError(
             "generator.send_changes is of TLS streams, and generator.weight_transport=nccl sends all of the weights",
             hint="leave one of the two out: nccl on a fast network, send_changes on a slow one",
+        )
+    if cfg.generator.weight_transport == "nccl" and cfg.cluster.colocate and cfg.cluster.nodes > 1:
+        raise UserError(
+            "generator.weight_transport=nccl connects each generator with each trainer rank, and with cluster.colocate "
+            "one of those is on its own GPU, where NCCL takes no two",
+            hint="leave one of the two out: with cluster.colocate weights go over TLS streams between hosts",
         )
     if cfg.generator.weight_transport == "nccl" and cfg.cluster.gpus_per_node == 0:
         raise UserError(

@@ -262,7 +262,7 @@ class GeneratorPool:
         """The kept replica of this place, once it serves this run; None where there is none, or it cannot."""
         if (mesh := kept.take(f"generator{index}")) is None:
             return None
-        slot.mesh, slot.procs = mesh.name, mesh.procs
+        slot.mesh, slot.procs, slot.kv_cache_bytes = mesh.name, mesh.procs, mesh.kv_cache_bytes
         self._cluster.faults.watch(mesh.name, lambda reason: self.service.lose(index, reason))
         call = mesh.actor.renew.call_one(self._config, self._log_dir, self.model_dir)
         try:
@@ -272,6 +272,7 @@ class GeneratorPool:
         self.said.append(f"generator {index}: {f'a new engine, {why}' if why else 'its engine was kept'}")
         if not why:
             return mesh.actor
+        slot.kv_cache_bytes = None
         await self._end(index)
         return None
 
@@ -291,7 +292,8 @@ class GeneratorPool:
             role = f"generator{index}"
             if kept is not None and index in serving and slot.node is None:
                 actor = self.service.actor(index)
-                kept.put(role, replace(mesh, actor=actor, layout=self._cluster.layout(role)))
+                layout, kv_cache_bytes = self._cluster.layout(role), slot.kv_cache_bytes
+                kept.put(role, replace(mesh, actor=actor, layout=layout, kv_cache_bytes=kv_cache_bytes))
             else:
                 await stop_mesh(self._cluster.faults, mesh)
 

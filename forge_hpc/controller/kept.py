@@ -31,6 +31,8 @@ class KeptMesh:
     """The actors in it; None where the processes are all that is kept."""
     layout: Any
     """Where it runs and on what (``Cluster.layout``): the next run takes it for the same alone."""
+    kv_cache_bytes: int | None = None
+    """Of a generator's engine."""
 
 
 class KeptMeshes:

@@ -48,7 +48,7 @@ from forge_hpc.generation.checkpoint import (
 )
 from forge_hpc.generation.direct import load_offer, try_to_open
 from forge_hpc.generation.experts import RouteRecorder, record_routes, set_up_experts_anew
-from forge_hpc.generation.options import engine_arguments, inspect_architecture, prepare_environment
+from forge_hpc.generation.options import cache_arguments, engine_arguments, inspect_architecture, prepare_environment
 from forge_hpc.generation.seeds import sample_seed
 from forge_hpc.generation.sleep import SleepingEngine
 from forge_hpc.generation.staging import staged_checkpoint
@@ -147,7 +147,7 @@ class GenerationEngine:
         self._num_loads = [0] * len(self._configs)
         self._is_tainted = False
         """One of several adapters has left what is not finite in the KV cache, where 0 times it is not 0 for others."""
-        self._arguments = engine_arguments(model_dir, config, device, kv_cache_bytes)
+        self._arguments = engine_arguments(model_dir, config, device)
         self._model = model_files(model_dir)
         self._expected = checkpoint_shapes(model_dir)
         self._adapters = adapter_shapes(self._expected, config.trainer.lora)
@@ -169,7 +169,7 @@ class GenerationEngine:
         started: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._run,
-            args=(self._arguments, started),
+            args=(self._arguments | cache_arguments(kv_cache_bytes, device), started),
             name="generation",
             daemon=True,
         )

@@ -57,12 +57,10 @@ def inspect_architecture(model_dir: str | Path) -> None:
         logger.info("vLLM looks at %s by itself: %s", model_dir, error)
 
 
-def engine_arguments(
-    model_dir: str | Path, config: Config, device: str, kv_cache_bytes: int | None = None
-) -> dict[str, Any]:
+def engine_arguments(model_dir: str | Path, config: Config, device: str) -> dict[str, Any]:
     """Keyword arguments of ``vllm.EngineArgs`` for a model directory; ``generator.engine.extra`` has the last word.
 
-    ``device`` is ``cpu`` or ``cuda``. With ``kv_cache_bytes`` (of each tensor-parallel worker) vLLM measures nothing.
+    ``device`` is ``cpu`` or ``cuda``.
     """
     engine = config.generator.engine
     max_model_len = engine.max_model_len
@@ -82,9 +80,6 @@ def engine_arguments(
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
     }
-    if kv_cache_bytes is None and device == "cpu":
-        kv_cache_bytes = int(engine.kv_cache_memory_gib * _GIB)
-    arguments["kv_cache_memory_bytes"] = kv_cache_bytes
     if engine.tensor_parallel_size > 1:
         arguments["distributed_executor_backend"] = "mp"
     if device == "cpu":
@@ -92,6 +87,7 @@ def engine_arguments(
         # vLLM 0.32.0 rewinds a request's own random generator after a part of a prompt, which a CPU generator cannot
         # do ("does not use offset"). A prompt always fits into one step here.
         arguments["enable_chunked_prefill"] = False
+        arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_memory_gib * _GIB)
         if config.algorithm.routing_replay:  # the routes of what is not computed are not seen
             arguments["enable_prefix_caching"] = False
     else:
@@ -109,6 +105,19 @@ def engine_arguments(
     if device != "cpu" and isinstance(given := arguments["compilation_config"], dict):
         options = _COMBO_KERNELS | given.get("inductor_compile_config", {})
         arguments["compilation_config"] = given | {"inductor_compile_config": options}
+    return arguments
+
+
+def cache_arguments(kv_cache_bytes: int | None, device: str) -> dict[str, Any]:
+    """Arguments of an engine whose KV cache has a size that is known, of each tensor-parallel worker: vLLM measures
+    nothing then, and asks for no more than that to be free. Of one that is to measure, none."""
+    if kv_cache_bytes is None:
+        return {}
+    arguments: dict[str, Any] = {"kv_cache_memory_bytes": kv_cache_bytes}
+    if device == "cuda":
+        import torch
+
+        arguments["gpu_memory_utilization"] = kv_cache_bytes / torch.cuda.get_device_properties(0).total_memory
     return arguments
 
 

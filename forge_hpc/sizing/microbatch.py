@@ -135,7 +135,9 @@ def plan_shared(total_bytes: int, engine_share: float, kept_bytes: int, *, in_tu
     left = total_bytes - engine_bytes - kept_bytes - RESERVE_BYTES
     if left >= 0:
         return f"in turns: {sums}" if in_turns else f"shared: {sums}; the rest, {left / gib:.1f}, for activations"
-    if not in_turns and left + RESERVE_BYTES > 0:  # a small model on a small GPU needs less than that: a try tells
+    if not in_turns and kept_bytes < total_bytes * trainer_share(
+        total_bytes, engine_share
+    ):  # a try tells: small models
         return f"shared: {sums}: {-left / gib:.1f} GiB too much, and none for activations; it may run out of memory"
     fits = math.floor(100 * (total_bytes - kept_bytes - RESERVE_BYTES) / total_bytes) / 100
     more = "take more GPUs, which share the trainer's part"

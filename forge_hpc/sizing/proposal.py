@@ -14,7 +14,9 @@ from types import MappingProxyType
 
 from forge_hpc.config import Config, Placement, UserError, plan
 from forge_hpc.config.recipes import needs_of
-from forge_hpc.config.split import working_nodes
+from forge_hpc.config.schema import EngineConfig
+from forge_hpc.config.split import takes_turns, working_nodes
+from forge_hpc.config.validate import check_generators
 from forge_hpc.observability.tables import table
 from forge_hpc.sizing.memory import MemoryPlan
 from forge_hpc.sizing.speed import Speed
@@ -39,8 +41,15 @@ class Proposal:
     """Of its memory plan."""
 
     @property
+    def shares(self) -> bool:
+        """Whether trainers and generators are on the same GPUs at once."""
+        return bool(self.placement.shared_gpus) and not self.placement.takes_turns
+
+    @property
     def waits(self) -> str:
-        """Who has nothing to do, and for how much of a step."""
+        """Who has nothing to do, and for how much of a step; nobody where both compute on the same GPUs."""
+        if self.shares:
+            return "nobody"
         idle = {"generators": self.step_s - self.generate_s, "trainers": self.step_s - self.train_s}
         who = max(idle, key=lambda role: idle[role])
         return f"{who} {idle[who] / self.step_s:.0%}"
@@ -62,22 +71,24 @@ def proposals(cfg: Config, speed: Speed, check: Callable[[Config, Placement], Me
     found, reason = [], None
     for overrides, changed in _splits(cfg):
         try:
+            check_generators(changed)
             placement = plan(changed, changed.cluster.gpus_per_node)
             memory = check(changed, placement)
         except UserError as error:
             reason = error
             continue
-        if (
-            changed.cluster.colocate
-            and not placement.takes_turns
-            and not _has_room_for_both(changed, placement, memory)
-        ):
+        is_new = _shares_at_once(changed) and not _shares_at_once(cfg)
+        if is_new and not _has_room_for_both(changed, placement, memory):
             continue
         times = speed.step_s(placement, needs, synchronous=cfg.rollout.max_staleness == 0)
         found.append(Proposal(overrides, changed, placement, *times, warnings=memory.warnings if memory else ()))
     if not found:
         raise reason or UserError(f"{cfg.cluster.nodes} nodes have no split", "give more --nodes")
     return sorted(found, key=lambda p: (round(p.step_s, 3), len(p.warnings), -len(p.placement.rollout_nodes)))
+
+
+def _shares_at_once(cfg: Config) -> bool:
+    return cfg.cluster.colocate and not takes_turns(cfg)
 
 
 def _has_room_for_both(cfg: Config, placement: Placement, memory: MemoryPlan | None) -> bool:
@@ -103,6 +114,7 @@ def describe(found: list[Proposal], speed: Speed) -> list[str]:
         ]
         for each in found[:_SHOWN]
     ]
+    untried = "Sharing GPUs at once was measured with 0.6B alone: try another split too."
     unit = "GPUs" if best.placement.gpus_per_node else "processes"
     header = ["split", f"trainer {unit}", f"generator {unit}", "generate, s", "train, s", "step, s", "waiting"]
     return [
@@ -112,6 +124,7 @@ def describe(found: list[Proposal], speed: Speed) -> list[str]:
         f"A generator's {unit[:-1] if unit == 'GPUs' else 'process'} writes {speed.generated_per_s:,.0f} tokens/s, "
         f"a trainer's trains on {speed.trained_per_s:,.0f} tokens/s.",
         f"That is {speed.source}.",
+        *([untried] if best.shares and not speed.together else []),
     ]
 
 
@@ -122,20 +135,24 @@ def _seconds(value: float) -> str:
 def _splits(cfg: Config) -> Iterator[tuple[tuple[str, ...], Config]]:
     cluster = cfg.cluster
     working = working_nodes(cfg)
+    usual: dict[str, float] = {}
+    if _shares_at_once(cfg) and cfg.generator.engine.gpu_memory_utilization <= _SHARE_BESIDE_TRAINER:
+        usual["gpu_memory_utilization"] = EngineConfig().gpu_memory_utilization  # less was given for that alone
     if working > 1:
         for rollout in range(1, working):
-            yield _with(cfg, rollout_nodes=rollout, trainer_nodes=working - rollout)
+            yield _with(cfg, usual, rollout_nodes=rollout, trainer_nodes=working - rollout)
     else:
         gpus = cluster.gpus_per_node or 0
         for rollout in range(1, gpus):
-            yield _with(cfg, rollout_ratio=rollout / gpus)
+            yield _with(cfg, usual, rollout_ratio=rollout / gpus)
         if gpus <= 1:
-            yield _with(cfg, rollout_ratio=cluster.rollout_ratio)
+            yield _with(cfg, usual, rollout_ratio=cluster.rollout_ratio)
     if cluster.spare_nodes or not cluster.gpus_per_node:
         return
     awake: dict[str, float] = {}
     if cfg.rollout.max_staleness == 0:
-        yield _with(cfg, colocate=True)
+        asleep = {} if cfg.generator.engine.sleep_level else {"sleep_level": EngineConfig().sleep_level}
+        yield _with(cfg, usual | asleep, colocate=True)
         awake["sleep_level"] = 0
     if cfg.generator.engine.gpu_memory_utilization > _SHARE_BESIDE_TRAINER:
         awake["gpu_memory_utilization"] = _SHARE_BESIDE_TRAINER

@@ -34,13 +34,15 @@ class Speed:
     """Tokens in its rows, counted once an epoch."""
     source: str
     """Where this is from, for a person."""
+    together: bool = False
+    """Both are of GPUs that did the other at the same time."""
 
     def step_s(self, placement: Placement, needs: Needs, *, synchronous: bool) -> tuple[float, float, float]:
         """Seconds of a step, of its generation and of its training, in a split."""
         generators = placement.replicas * placement.tensor_parallel_size if placement.replicas else 0
         generate_s = self.generated / (self.generated_per_s * generators) if needs.generators == "beside" else 0.0
         train_s = self.trained / (self.trained_per_s * placement.trainer_procs) if placement.trainer_procs else 0.0
-        one_by_one = synchronous or placement.takes_turns or placement.shared_gpus
+        one_by_one = synchronous or placement.takes_turns or (placement.shared_gpus and not self.together)
         step_s = generate_s + train_s if one_by_one else max(generate_s, train_s)
         return step_s + (_SWITCH_S if placement.takes_turns else 0.0), generate_s, train_s
 
@@ -65,13 +67,17 @@ def measured(run_dir: RunDir, cfg: Config) -> Speed:
     trained_per_s, generated_per_s = median("perf/trainer_tokens_per_s"), median("perf/generator_tokens_per_s")
     scale = _episodes(cfg) / _episodes(before)
     # Each rank's figure is its own rows over the step's time: on the CPU a process stands for a GPU.
-    trainers = max(1, plan(before, before.cluster.gpus_per_node).trainer_procs)
+    placement = plan(before, before.cluster.gpus_per_node)
+    trainers = max(1, placement.trainer_procs)
+    together = bool(placement.shared_gpus) and before.rollout.max_staleness > 0
+    both = ", whose trainers and generators were on the same GPUs at once: apart each does more" * together
     return Speed(
         generated_per_s,
         trained_per_s,
         median("tokens/generated") * scale,
         trained_per_s * median("time/train_s") * trainers * scale * cfg.algorithm.epochs / before.algorithm.epochs,
-        f"measured: the median of the last {len(records)} steps of {run_dir}",
+        f"measured: the median of the last {len(records)} steps of {run_dir}{both}",
+        together,
     )
 
 
