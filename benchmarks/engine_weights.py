@@ -1,13 +1,13 @@
 """A policy version from a real TrainEngine to a real vLLM engine in other processes of one host, by each of our ways.
 
-    python benchmarks/engine_weights.py [--model 0.6b|8b|tiny] [--gpus shared|split|fsdp2|tp2] [--rounds 5]
+    python benchmarks/engine_weights.py [--model 0.6b|8b|tiny] [--gpus shared|split|fsdp2|tp2|tp4] [--rounds 5]
 
 Weights are made from a seed; vLLM starts on its own random ones. Each round changes all weights and brings them over
 by the offer of the trainers' memory (A) and by the store (B), A B A B …; after each the generator's whole model has to
 have the trainers' checksum. Columns, medians in seconds: ``publish -> loaded`` as the controller sees it; ``snapshot``,
 for which training stands still; ``load``, for which generation does. GPUs: ``shared`` puts all on one, ``split`` the
 trainer on the first and the generator on the second, ``fsdp2`` two trainer ranks on the first two and the generator on
-the last, ``tp2`` one trainer and two workers. Without a GPU everything runs on the CPU (``tiny``).
+the last, ``tp2`` and ``tp4`` one trainer and so many workers. Without a GPU everything runs on the CPU (``tiny``).
 """
 
 from __future__ import annotations
@@ -155,7 +155,9 @@ def peak_bytes() -> int:
 def placement(gpus: str) -> tuple[list[int], list[int]]:
     """The GPUs of the trainer ranks and of the generator."""
     last = max(torch.cuda.device_count() - 1, 0)
-    return {"shared": ([0], [0]), "split": ([0], [1]), "fsdp2": ([0, 1], [last]), "tp2": ([0], [0, 1])}[gpus]
+    if gpus.startswith("tp"):
+        return [0], list(range(int(gpus[2:])))
+    return {"shared": ([0], [0]), "split": ([0], [1]), "fsdp2": ([0, 1], [last])}[gpus]
 
 
 def configuration(args: argparse.Namespace, is_cuda: bool) -> Config:
@@ -288,7 +290,7 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Weights from a TrainEngine to a vLLM engine on one host.")
     parser.add_argument("--model", choices=SHAPES, default="0.6b" if torch.cuda.is_available() else "tiny")
-    parser.add_argument("--gpus", choices=("shared", "split", "fsdp2", "tp2"), default="shared")
+    parser.add_argument("--gpus", choices=("shared", "split", "fsdp2", "tp2", "tp4"), default="shared")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--training-dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--utilization", type=float, default=0.3, help="of the generator's GPU, for vLLM")

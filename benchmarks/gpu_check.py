@@ -53,7 +53,7 @@ def parts(num_gpus: int) -> dict[str, list[Script]]:
     weights = [Script("engine_weights.py", ("--model", "0.6b", "--gpus", "shared"))]
     if num_gpus > 1:
         weights.append(Script("engine_weights.py", ("--model", "0.6b", "--gpus", apart)))
-        weights.append(Script("engine_weights.py", ("--model", "0.6b", "--gpus", "tp2")))
+        weights.append(Script("engine_weights.py", ("--model", "0.6b", "--gpus", f"tp{min(4, num_gpus)}")))
         weights.append(Script("links.py"))
     several: dict[str, list[Script]] = {"long": [Script("long_rows.py")], "experts": [Script("experts.py")]}
     together = [Script("whole_run.py", ("--together", "--rounds", "1")), Script("faults.py", ("--together",))]

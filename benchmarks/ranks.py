@@ -1,10 +1,10 @@
 """The trainer on several GPUs of one host beside one: tokens a second of each GPU, and its memory beside the plan.
 
-    python benchmarks/ranks.py [--ranks 1 2 4] [--recipe grpo sft] [--model 0.6b|1.7b|8b|tiny] [--steps 5]
+    python benchmarks/ranks.py [--ranks 1 2 4] [--copies 1] [--recipe grpo sft] [--model 0.6b|1.7b|8b|tiny] [--steps 5]
 
-Each rank is a process with the TrainEngine of a shipped configuration of that model (FSDP over all), its weights from
-a seed. A step has 128,000 tokens a rank in packed rows; the first two of each are not counted. Without a GPU it runs on
-the CPU (``tiny``), for its own sake.
+Each rank is a process with the TrainEngine of a shipped configuration of that model, its weights from a seed: FSDP over
+all, or with several ``--copies`` of the model HSDP, each of them over a part. A step has 128,000 tokens a rank in
+packed rows; the first two of each are not counted. Without a GPU it runs on the CPU (``tiny``), for its own sake.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ def train(rank: int, ranks: int, directory: Path, recipe: str, args: argparse.Na
 
     model_dir = directory / "model"
     overrides = [f"model.path={model_dir}", f"cluster.gpus_per_node={8 if on_gpu else 0}", *args.overrides]
+    if ranks > 1:
+        overrides.append(f"trainer.parallelism.data_parallel_replicate_degree={args.copies}")
     if not on_gpu:
         overrides += ["model.dtype=float32", "trainer.training.seq_len=512"]
     cfg = load_config(PROJECT / "configs" / CONFIGS[recipe, args.model], overrides)
@@ -85,11 +87,13 @@ def train(rank: int, ranks: int, directory: Path, recipe: str, args: argparse.Na
 def main() -> None:
     parser = argparse.ArgumentParser(description="The trainer on several GPUs beside one.")
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4])
+    parser.add_argument("--copies", type=int, default=1)
     parser.add_argument("--recipe", nargs="*", choices=("grpo", "sft"), default=["grpo", "sft"])
     parser.add_argument("--model", choices=MODELS, default="0.6b" if torch.cuda.is_available() else "tiny")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
+    how = f"HSDP in {args.copies} copies" if args.copies > 1 else "FSDP"
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="forge-hpc-ranks-") as name:
@@ -104,7 +108,7 @@ def main() -> None:
                 print(json.dumps(found), flush=True)
                 one = one or (found["tokens_per_s_a_gpu"] if ranks == 1 else None)
                 if ranks > 1:
-                    row(f"FSDP over {ranks}, {recipe} {args.model}: tokens/s a GPU", found["tokens_per_s_a_gpu"], one,
+                    row(f"{how} over {ranks}, {recipe} {args.model}: tokens/s a GPU", found["tokens_per_s_a_gpu"], one,
                         target=0.95, peer="on one GPU")  # fmt: skip
                 note = f"{found['rows']} rows, checkpointing {found['ac']}"
                 row(f"memory of a trainer, {recipe} {args.model}, {ranks} ranks", found["peak_gib"],

@@ -335,8 +335,8 @@ def test_slurm_is_asked_before_a_job_is_queued(tmp_path: Path) -> None:
         refused = ("submit", "slurm.extra={licenses: absent}")
         assert "Slurm refused the job" in cli(*refused, cwd=tmp_path, **conf).stderr
         assert list(tmp_path.iterdir()) == []
-        blocker = ("sbatch", "--nodes=2", "--exclusive", "--time=90", "--output=/dev/null", "--wrap=sleep 600")
-        cluster.run(*blocker)
+        blocker = ("--nodes=2", "--exclusive", "--time=90", "--output=/dev/null", "--wrap=sleep 600")
+        cluster.wait_for_job(cluster.run("sbatch", "--parsable", *blocker).stdout.strip(), ["RUNNING"])
         later = cli("submit", "--run-dir", "r", "--nodes", "2", cwd=tmp_path, **conf)
         assert later.returncode == 0, later.stderr
         assert "starts         in about 1 h" in later.stdout

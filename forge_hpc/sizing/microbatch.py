@@ -135,9 +135,8 @@ def plan_shared(total_bytes: int, engine_share: float, kept_bytes: int, *, in_tu
     left = total_bytes - engine_bytes - kept_bytes - RESERVE_BYTES
     if left >= 0:
         return f"in turns: {sums}" if in_turns else f"shared: {sums}; the rest, {left / gib:.1f}, for activations"
-    if not in_turns and kept_bytes < total_bytes * trainer_share(
-        total_bytes, engine_share
-    ):  # a try tells: small models
+    limit = total_bytes * trainer_share(total_bytes, engine_share)
+    if not in_turns and kept_bytes < limit:  # a small model needs less than the reserve: a try tells
         return f"shared: {sums}: {-left / gib:.1f} GiB too much, and none for activations; it may run out of memory"
     fits = math.floor(100 * (total_bytes - kept_bytes - RESERVE_BYTES) / total_bytes) / 100
     more = "take more GPUs, which share the trainer's part"
