@@ -46,7 +46,7 @@ MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "meta-llama/Llama-3.1-8B-Instruct": ("llama", LLAMA),
     "meta-llama/Meta-Llama-3-8B-Instruct": ("llama", LLAMA),
 }
-TINY = {**SHAPES["tiny"], "vocab_size": 1200}
+TINY = {**SHAPES["tiny"], "head_dim": 32, "vocab_size": 1200}
 MEAN_LENGTH = 750
 """Of an answer without a limit, in tokens."""
 REWARD = """import random
@@ -134,8 +134,9 @@ class Shipped:
                 raise SystemExit("".join(output.readlines()[-20:]) + f"{name}: exit code {done.returncode}")
         lines = (self.directory / name / "metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines][2:-1]
-        for key in ("time/step_s", "time/generate_s", "time/train_s", "tokens/generated", "perf/tokens_per_s"):
-            print(f"{name} {key}: {[round(record[key], 3) for record in records if key in record]}", flush=True)
+        for key in ("time/step_s", "time/generate_s", "time/train_s", "tokens/generated"):
+            if values := [round(record[key], 3) for record in records if key in record]:
+                print(f"{name} {key}: {values}", flush=True)
         return records
 
 
@@ -148,7 +149,8 @@ def tokens_per_s(records: Sequence[Mapping[str, float]]) -> float:
 
 def report(label: str, records: Sequence[Mapping[str, float]], cfg: Config, gpus: int) -> None:
     row(f"{label}: tokens/s a GPU", tokens_per_s(records), unit="tokens/s")
-    row(f"{label}: MFU of the trainers", _median(records, "perf/mfu"))
+    if (mfu := _median(records, "perf/mfu")) is not None:  # of a GPU that is known
+        row(f"{label}: MFU of the trainers", mfu)
     gpu = Gpu("", torch.cuda.get_device_properties(0).total_memory / 2**30, 0.0) if gpus else None
     memory = memory_of(cfg, plan(cfg, gpus), gpu, cfg.model.path)
     if memory is not None:
@@ -207,12 +209,14 @@ def main() -> None:
     if args.splits and 1 not in args.staleness:
         parser.error("--splits takes what the run a step ahead has measured: --staleness 1")
     gpus, label = torch.cuda.device_count(), args.config.stem
-    family, shape = MODELS[load_config(args.config).model.path] if gpus else ("qwen3", TINY)
+    family, shape = MODELS[load_config(args.config).model.path]
+    if not gpus:
+        shape = TINY
     with tempfile.TemporaryDirectory(prefix="forge-hpc-shipped-", dir="/dev/shm") as name:
         directory = Path(name)
         write_model(directory / "model", family, shape, "bfloat16" if gpus else "float32")
         overrides = [f"model.path={directory / 'model'}", *write_data(directory, shape["vocab_size"])]
-        overrides += [f"trainer.training.steps={args.steps}"]
+        overrides += [f"trainer.training.steps={args.steps}", "trainer.lr_scheduler.warmup_steps=0"]
         overrides += [f"cluster.gpus_per_node={gpus}"] if gpus else ON_THE_CPU
         shipped = Shipped(args.config, [*overrides, *args.overrides], directory)
         if needs_of(shipped.cfg()).generators != "beside":
