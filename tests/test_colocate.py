@@ -94,6 +94,8 @@ def test_weights_by_nccl_between_hosts_whose_gpus_do_both_are_refused() -> None:
     validate(load_config(None, nccl), check_paths=False)
     with pytest.raises(UserError, match="one of those is on its own GPU, where NCCL takes no two"):
         validate(load_config(None, [*nccl, "cluster.nodes=2"]), check_paths=False)
+    a_copy_a_node = "trainer.parallelism.data_parallel_replicate_degree=2"  # the first one's GPUs read it by CUDA IPC
+    validate(load_config(None, [*nccl, "cluster.nodes=2", "cluster.gpus_per_node=8", a_copy_a_node]), check_paths=False)
 
 
 @pytest.mark.parametrize("others", [["rollout.max_staleness=1"], ["generator.engine.sleep_level=0"]])
@@ -204,7 +206,11 @@ def test_models_are_built_once_their_process_keeps_to_its_part(tmp_path: Path, m
     def share(shape: Shape, models: Any) -> str:
         raise UserError(f"too much of {', '.join(models)}", None)
 
+    def build(*args: Any) -> None:
+        raise AssertionError("built before")
+
     monkeypatch.setattr(Shape, "share_gpu", share)
+    monkeypatch.setattr("forge_hpc.training.models.TrainEngine", build)
     with pytest.raises(UserError, match="too much of policy"):
         Models(config, needs_of(config).models, {"policy": model})
 

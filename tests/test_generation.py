@@ -25,6 +25,7 @@ from forge_hpc.data.builtin import write_tiny_qwen3
 from forge_hpc.data.types import Completion, Prompt
 from forge_hpc.generation import GenerationEngine, GenerationError, sample_seed
 from forge_hpc.generation.checkpoint import checkpoint_shapes, complete_weights
+from forge_hpc.generation.engine import cache_bytes
 from forge_hpc.generation.options import engine_arguments
 
 GREEDY = SamplingConfig(temperature=0.0)
@@ -453,6 +454,16 @@ def test_a_batch_repeats_bitwise_in_a_fresh_process_and_after_updates(
         fresh.kill()
         fresh.wait()
     assert json.loads(out.read_text()) == batch
+
+
+def test_the_tensors_of_a_kv_cache_lie_in_one_allocation(engine: GenerationEngine) -> None:
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheTensor
+
+    assert 0.09 < engine.kv_cache_bytes / 2**30 <= 0.1
+    tensor: dict[str, Any] = {"layers": ["0"], "layer_stride": 0, "block_stride": 1024}
+    tensors = [KVCacheTensor(size=4096, **tensor), KVCacheTensor(size=4096, offset=2048, **tensor)]
+    assert cache_bytes(KVCacheConfig(num_blocks=4, kv_cache_tensors=tensors, kv_cache_groups=[])) == 4096
+    assert cache_bytes(KVCacheConfig(num_blocks=0, kv_cache_tensors=[], kv_cache_groups=[])) == 0
 
 
 def test_a_crash_while_stepping_reaches_every_caller(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

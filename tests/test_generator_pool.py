@@ -78,10 +78,13 @@ class FakeActor:
 class Pool:
     """A pool of two rollout nodes with eight replicas each."""
 
-    def __init__(self, spares: int) -> None:
+    def __init__(self, spares: int, *, shares: bool = False) -> None:
         self.config = Config()
+        self.config.rollout.max_staleness = 1
         self.config.cluster.nodes, self.config.cluster.spare_nodes = 3 + spares, spares
         self.config.cluster.trainer_nodes, self.config.cluster.gpus_per_node = 1, 8
+        if shares:  # with the trainers, on every node
+            self.config.cluster.nodes, self.config.cluster.trainer_nodes, self.config.cluster.colocate = 2, None, True
         self.cluster, self.lost_nodes = FakeCluster(self.config), list[int]()
         self.recoveries = Recoveries(self.config.cluster.max_restarts)
 
@@ -122,26 +125,25 @@ def test_all_replicas_of_a_lost_node_move_to_one_spare_node() -> None:
 
 
 def test_a_replacement_has_the_kv_cache_of_the_first_engine_whatever_is_free_beside_trainers() -> None:
-    async def scenario() -> None:
-        pool = Pool(spares=1)
+    async def scenario(pool: Pool) -> set[int | None]:
         await pool.start()
         pool.cluster.free_bytes = 10
-        pool.cluster.dead = {1}
         await pool.lose(0, 15)
         await pool.lose(15)
-        assert {slot.kv_cache_bytes for slot in pool.pool._slots.values()} == {1000}
+        return {slot.kv_cache_bytes for slot in pool.pool._slots.values()}
 
     async def with_kept_engines() -> None:
-        pool = Pool(spares=0)
+        pool = Pool(spares=0, shares=True)
         kept = KeptMeshes(pool.cluster.faults)
         await (await pool.start(kept)).hand_over(kept)
         pool.cluster.free_bytes = 10
         await pool.start(kept)
-        assert pool.cluster.spawned == [(replica, 1 + replica // 8) for replica in range(16)]  # and no more
+        assert pool.cluster.spawned == [(replica, replica // 8) for replica in range(16)]  # and no more
         await pool.lose(3)
         assert pool.pool._slots[3].kv_cache_bytes == 1000
 
-    asyncio.run(scenario())
+    assert asyncio.run(scenario(Pool(spares=0, shares=True))) == {1000}
+    assert asyncio.run(scenario(Pool(spares=1))) == {10, 1000}  # alone on its GPU it measures
     asyncio.run(with_kept_engines())
 
 

@@ -93,7 +93,15 @@ def test_what_was_given_for_gpus_in_common_is_taken_back_for_others_and_no_split
         ("cluster.rollout_ratio=0.5", usual, "cluster.colocate=false"),
     ]
     more = nodes(1, "cluster.gpus_per_node=2", "cluster.colocate=true", "generator.engine.gpu_memory_utilization=0.6")
-    assert all("utilization=0.85" not in str(each.overrides) for each in splits(more, speed(10, 10)))
+    assert all("utilization" not in str(each.overrides) for each in splits(more, speed(10, 10)))
+    one = nodes(1, "cluster.gpus_per_node=1", "cluster.colocate=true", share)
+    assert [each.overrides for each in splits(one, speed(10, 10))] == [("cluster.colocate=true",)]
+    cpu = nodes(1, "cluster.gpus_per_node=0", "cluster.colocate=true", share)
+    assert [each.overrides for each in splits(cpu, speed(10, 10))] == [
+        ("cluster.rollout_ratio=0.5", "cluster.colocate=false")
+    ]
+    halves = nodes(1, "cluster.gpus_per_node=8", "generator.engine.tensor_parallel_size=4")
+    assert len(splits(halves, speed(10, 10))) == 1  # four GPUs and four, by whatever ratio
 
 
 def test_what_a_run_does_is_among_the_proposals_though_its_memory_is_not_known() -> None:

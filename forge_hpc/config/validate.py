@@ -45,7 +45,7 @@ from forge_hpc.config.sources import (
     run_sources,
     with_sft_data,
 )
-from forge_hpc.config.split import plan, takes_turns
+from forge_hpc.config.split import plan, takes_turns, working_nodes
 from forge_hpc.config.user_code import find_user_code
 
 _MAX_CHECKED_LINES = 10_000
@@ -499,7 +499,9 @@ def _check_transport(cfg: Config) -> None:
             "generator.send_changes is of TLS streams, and generator.weight_transport=nccl sends all of the weights",
             hint="leave one of the two out: nccl on a fast network, send_changes on a slow one",
         )
-    if cfg.generator.weight_transport == "nccl" and cfg.cluster.colocate and cfg.cluster.nodes > 1:
+    # The first copy of the model is published: where no other host has a part of it, its own generators read it there.
+    is_spread = cfg.trainer.parallelism.data_parallel_replicate_degree % max(1, working_nodes(cfg)) != 0
+    if cfg.generator.weight_transport == "nccl" and cfg.cluster.colocate and is_spread:
         raise UserError(
             "generator.weight_transport=nccl connects each generator with each trainer rank, and with cluster.colocate "
             "one of those is on its own GPU, where NCCL takes no two",

@@ -77,7 +77,7 @@ class _ReplicaSlot:
     procs: Any = None
     starts: int = 0
     kv_cache_bytes: int | None = None
-    """Of its first engine: trainers may have taken what is free beside it while another starts in its place."""
+    """Of its engine. Where trainers are on the same GPU, another in its place has as much: what is free changes."""
 
 
 class GeneratorPool:
@@ -254,7 +254,8 @@ class GeneratorPool:
         except Exception as error:
             raise NodeLost(node, f"no process starts there: {reason_of(error)}") from error
         actor = slot.procs.spawn(slot.mesh, Generator, config, index, self._log_dir, self._role)
-        call = actor.start.call_one(self.model_dir, slot.kv_cache_bytes)
+        given = slot.kv_cache_bytes if self._cluster.placement.shared_gpus else None
+        call = actor.start.call_one(self.model_dir, given)
         slot.kv_cache_bytes = await self.ask(index, call, config.cluster.start_timeout_s, "start()")
         return actor
 

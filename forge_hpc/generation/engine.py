@@ -134,7 +134,7 @@ class GenerationEngine:
             config: ``model.dtype``, ``seed``, ``rollout.*`` and ``generator.*`` are read.
             device: ``cpu`` or ``cuda``, what the installed vLLM was built for.
             policy_version: version of the weights in ``model_dir``.
-            kv_cache_bytes: size of the KV cache on each GPU; else what is free while vLLM starts decides.
+            kv_cache_bytes: size of the KV cache on each GPU; else vLLM measures what its share of one leaves for it.
 
         Raises:
             FileNotFoundError: the directory has no safetensors.
@@ -186,7 +186,7 @@ class GenerationEngine:
     @property
     def kv_cache_bytes(self) -> int:
         """Size of the KV cache, on each GPU of a tensor-parallel engine."""
-        return sum(tensor.size for tensor in self._scheduler.kv_cache_config.kv_cache_tensors)
+        return cache_bytes(self._scheduler.kv_cache_config)
 
     async def generate(
         self,
@@ -886,6 +886,11 @@ def _refusals(prompt: Prompt | Turn) -> Iterator[None]:
         yield
     except (VLLMClientError, ValueError) as error:
         raise ValueError(f"prompt {prompt.position}: vLLM refuses the request: {error}") from error
+
+
+def cache_bytes(kv_cache_config: Any) -> int:
+    """Bytes of vLLM's KV cache: each of its tensors names the size of the one allocation that it lies in."""
+    return max((tensor.size for tensor in kv_cache_config.kv_cache_tensors), default=0)
 
 
 def clear_kv_cache(worker: Any) -> None:

@@ -68,7 +68,9 @@ def proposals(cfg: Config, speed: Speed, check: Callable[[Config, Placement], Me
     needs = needs_of(cfg)
     if not needs.models or needs.generators != "beside":
         raise UserError(f"recipe={cfg.recipe} has no generators beside trainers: all nodes do the same", None)
-    found, reason = [], None
+    found: list[Proposal] = []
+    seen: set[tuple[Placement, float]] = set()
+    reason = None
     for overrides, changed in _splits(cfg):
         try:
             check_generators(changed)
@@ -78,8 +80,10 @@ def proposals(cfg: Config, speed: Speed, check: Callable[[Config, Placement], Me
             reason = error
             continue
         is_new = _shares_at_once(changed) and not _shares_at_once(cfg)
-        if is_new and not _has_room_for_both(changed, placement, memory):
+        is_known = (placement, changed.generator.engine.gpu_memory_utilization) in seen
+        if is_known or (is_new and not _has_room_for_both(changed, placement, memory)):
             continue
+        seen.add((placement, changed.generator.engine.gpu_memory_utilization))
         times = speed.step_s(placement, needs, synchronous=cfg.rollout.max_staleness == 0)
         found.append(Proposal(overrides, changed, placement, *times, warnings=memory.warnings if memory else ()))
     if not found:
@@ -124,7 +128,7 @@ def describe(found: list[Proposal], speed: Speed) -> list[str]:
         f"A generator's {unit[:-1] if unit == 'GPUs' else 'process'} writes {speed.generated_per_s:,.0f} tokens/s, "
         f"a trainer's trains on {speed.trained_per_s:,.0f} tokens/s.",
         f"That is {speed.source}.",
-        *([untried] if best.shares and not speed.together else []),
+        *([untried] if best.shares and not speed.together and any(not each.shares for each in found) else []),
     ]
 
 
@@ -136,7 +140,9 @@ def _splits(cfg: Config) -> Iterator[tuple[tuple[str, ...], Config]]:
     cluster = cfg.cluster
     working = working_nodes(cfg)
     usual: dict[str, float] = {}
-    if _shares_at_once(cfg) and cfg.generator.engine.gpu_memory_utilization <= _SHARE_BESIDE_TRAINER:
+    utilization = cfg.generator.engine.gpu_memory_utilization
+    shares = bool(cluster.gpus_per_node) and _shares_at_once(cfg)
+    if shares and utilization <= _SHARE_BESIDE_TRAINER:
         usual["gpu_memory_utilization"] = EngineConfig().gpu_memory_utilization  # less was given for that alone
     if working > 1:
         for rollout in range(1, working):
@@ -145,8 +151,8 @@ def _splits(cfg: Config) -> Iterator[tuple[tuple[str, ...], Config]]:
         gpus = cluster.gpus_per_node or 0
         for rollout in range(1, gpus):
             yield _with(cfg, usual, rollout_ratio=rollout / gpus)
-        if gpus <= 1:
-            yield _with(cfg, usual, rollout_ratio=cluster.rollout_ratio)
+        if gpus == 0 or (gpus == 1 and not cluster.colocate):  # one GPU is shared in any case
+            yield _with(cfg, rollout_ratio=cluster.rollout_ratio)
     if cluster.spare_nodes or not cluster.gpus_per_node:
         return
     awake: dict[str, float] = {}
@@ -154,7 +160,7 @@ def _splits(cfg: Config) -> Iterator[tuple[tuple[str, ...], Config]]:
         asleep = {} if cfg.generator.engine.sleep_level else {"sleep_level": EngineConfig().sleep_level}
         yield _with(cfg, usual | asleep, colocate=True)
         awake["sleep_level"] = 0
-    if cfg.generator.engine.gpu_memory_utilization > _SHARE_BESIDE_TRAINER:
+    if not shares and utilization > _SHARE_BESIDE_TRAINER:
         awake["gpu_memory_utilization"] = _SHARE_BESIDE_TRAINER
     yield _with(cfg, awake, colocate=True)
 
