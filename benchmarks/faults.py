@@ -53,8 +53,9 @@ class Watched:
         path = self.run_dir / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def wait_for(self, step: int) -> list[dict[str, Any]]:
-        end = time.monotonic() + WAIT_S
+    def wait_for(self, step: int, limit_s: float = WAIT_S) -> list[dict[str, Any]]:
+        """The steps so far, once that one is done. SystemExit: the run has ended before, or it takes too long."""
+        end = time.monotonic() + limit_s
         while not (found := self.steps()) or found[-1]["step"] < step:
             assert self.process is not None
             if self.process.poll() is not None or time.monotonic() > end:
@@ -62,6 +63,17 @@ class Watched:
                 raise SystemExit("\n".join(output[-30:]) + f"\nno step {step}: {self.process.poll()}")
             time.sleep(0.05)
         return found
+
+    def end(self, signum: signal.Signals, *more: signal.Signals) -> None:
+        """Signals, a second apart, to what still runs, and wait for its end."""
+        for number, each in enumerate((signum, *more)):
+            if self.process is None or self.process.poll() is not None:
+                return
+            if number:
+                time.sleep(1)
+            self.process.send_signal(each)
+        if self.process is not None:
+            self.process.wait(120)
 
     def pid_of(self, role: str) -> int:
         """The process of a role, as `forge-hpc stacks` names it."""
@@ -100,9 +112,7 @@ def main() -> None:
         try:
             measure(run, "on the same GPUs, " if args.together else "")
         finally:
-            if run.process is not None and run.process.poll() is None:
-                run.process.terminate()
-                run.process.wait(120)
+            run.end(signal.SIGTERM)
             logs = "\n".join(
                 line
                 for path in sorted(run.run_dir.glob("logs/*/controller.log"))
@@ -126,7 +136,10 @@ def own_model(directory: Path) -> list[str]:
 def measure(run: Watched, where: str) -> None:
     run.wait_for(CALM)
     generator_s = run.kill("generator-0")
+    row(f"{where}a generator killed: lost beside a usual step", generator_s, target=1.0, better="less", unit="s")
     trainer_s = run.kill("trainer-0")
+    row(f"{where}a trainer rank killed: lost beside a usual step", trainer_s, unit="s",
+        note="20 s and the load are the target")  # fmt: skip
     last = run.wait_for(run.steps()[-1]["step"] + CALM)[-1]["step"]
     assert run.process is not None
     start = time.time()
@@ -140,9 +153,6 @@ def measure(run: Watched, where: str) -> None:
     again_s = next(each["wall_time"] for each in after if each["step"] > before[-1]["step"]) - start
     print(f"SIGTERM after step {last}: exit code {code} after {left_s:.1f} s, state {status['state']} at step "
           f"{status['step']} of {before[-1]['step']}; the next new step {again_s:.1f} s after", flush=True)  # fmt: skip
-    row(f"{where}a generator killed: lost beside a usual step", generator_s, target=1.0, better="less", unit="s")
-    row(f"{where}a trainer rank killed: lost beside a usual step", trainer_s, unit="s",
-        note="20 s and the load are the target")  # fmt: skip
     row(f"{where}SIGTERM: steps repeated", before[-1]["step"] - status["step"], target=0, better="less")
     row(f"{where}SIGTERM: until it has saved and left", left_s, unit="s", note=f"exit code {code}")
     row(f"{where}SIGTERM: until the next new step", again_s, unit="s")

@@ -13,7 +13,8 @@ nothing is set up, nothing is downloaded. A part takes at most ten minutes:
     experts   a mixture of experts over two GPUs beside FSDP alone, and replayed routes              experts.py
     run       a whole run of a model of 0.4 B with random weights, synchronous and a step ahead      whole_run.py
     faults    what a killed generator, a killed trainer rank and SIGTERM cost such a run             faults.py
-    together  both with trainers and generators on the same GPUs at once
+    together  the whole run, and
+    together-faults  the faults, with trainers and generators on the same GPUs at once
 
 Without a GPU everything runs on the CPU with tiny models, for its own sake, and targets say nothing.
 """
@@ -29,7 +30,7 @@ from pathlib import Path
 from rows import PROJECT, Script, run
 
 PART_S = 600.0
-PARTS = ("trainer", "weights", "ranks", "long", "experts", "run", "faults", "together")
+PARTS = ("trainer", "weights", "ranks", "long", "experts", "run", "faults", "together", "together-faults")
 
 
 def parts(num_gpus: int) -> dict[str, list[Script]]:
@@ -44,19 +45,20 @@ def parts(num_gpus: int) -> dict[str, list[Script]]:
             "experts": [Script("experts.py")],
             "run": [Script("whole_run.py", ("--tiny",))],
             "faults": [Script("faults.py")],
-            "together": [
-                Script("whole_run.py", (*tiny, "--together", "--rounds", "1")),
-                Script("faults.py", ("--together",)),
-            ],
+            "together": [Script("whole_run.py", (*tiny, "--together", "--rounds", "1"))],
+            "together-faults": [Script("faults.py", ("--together",))],
         }
     apart = "split" if num_gpus == 2 else "fsdp2"
     weights = [Script("engine_weights.py", ("--model", "0.6b", "--gpus", "shared"))]
     if num_gpus > 1:
         weights.append(Script("engine_weights.py", ("--model", "0.6b", "--gpus", apart)))
-        weights.append(Script("engine_weights.py", ("--model", "0.6b", "--gpus", f"tp{min(4, num_gpus)}")))
+        weights.append(Script("engine_weights.py", ("--model", "0.6b", "--gpus", "tp4" if num_gpus >= 4 else "tp2")))
         weights.append(Script("links.py"))
     several: dict[str, list[Script]] = {"long": [Script("long_rows.py")], "experts": [Script("experts.py")]}
-    together = [Script("whole_run.py", ("--together", "--rounds", "1")), Script("faults.py", ("--together",))]
+    together = {
+        "together": [Script("whole_run.py", ("--together", "--rounds", "1"))],
+        "together-faults": [Script("faults.py", ("--together",))],
+    }
     return {
         # as the plan of a shipped configuration has it, and the same shape for both
         "trainer": [Script("trainer.py", ("--rows", "0", "--ac", "auto")), Script("trainer.py", ("--head", "32768"))],
@@ -65,7 +67,7 @@ def parts(num_gpus: int) -> dict[str, list[Script]]:
         **(several if num_gpus > 1 else {}),
         "run": [Script("whole_run.py")],
         "faults": [Script("faults.py")],
-        **({"together": together} if num_gpus > 1 else {}),  # one is shared anyway
+        **(together if num_gpus > 1 else {}),  # one is shared anyway
     }
 
 

@@ -93,6 +93,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
+    if any(ranks % args.copies for ranks in args.ranks if ranks > 1):
+        parser.error(f"--copies {args.copies} does not divide --ranks {' '.join(map(str, args.ranks))}")
     how = f"HSDP in {args.copies} copies" if args.copies > 1 else "FSDP"
     context = mp.get_context("spawn")
     results = context.SimpleQueue()

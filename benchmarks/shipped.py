@@ -4,19 +4,18 @@
                                  [key=value ...]
 
 What is replaced is the model (weights from a seed; so many tokens end an answer that its length is near 750 in the
-mean, as far as the limit lets it), the data (random words) and the reward (noise, and shorter is better). Evaluations
-and saves are left out. The first two steps of each run do not count, nor does the last, beside which nothing is
-generated ahead. With ``--splits`` the split that ``forge-hpc plan --from`` proposes after the run is compared with its
-two neighbours. Without a GPU it is a tiny model on the CPU, for its own sake.
+mean where no limit cuts it), the data (random words) and the reward (noise, and shorter is better). Nothing is
+evaluated or saved: a run is ended once it has done so many steps, of which the first two do not count. With
+``--splits`` the split that ``forge-hpc plan --from`` proposes after the run is compared with its two neighbours.
+Without a GPU it is a tiny model on the CPU, for its own sake.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import subprocess
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -26,14 +25,17 @@ from typing import Any
 
 import torch
 from engine_weights import SHAPES
+from experts import alone
+from faults import Watched
 from ranks import MODELS as SIZES
 from rows import PROJECT, median, row
 
 from forge_hpc.before_queue import memory_of
-from forge_hpc.config import Config, load_config, plan
+from forge_hpc.config import Config, Placement, load_config, plan
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.run_dir import RunDir
 from forge_hpc.sizing.gpus import Gpu
+from forge_hpc.sizing.memory import MemoryPlan
 from forge_hpc.sizing.proposal import Proposal, proposals
 from forge_hpc.sizing.speed import measured
 
@@ -49,6 +51,7 @@ MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 TINY = {**SHAPES["tiny"], "head_dim": 32, "vocab_size": 1200}
 MEAN_LENGTH = 750
 """Of an answer without a limit, in tokens."""
+RUN_S = 1200.0
 REWARD = """import random
 def noisy(prompt, response, target, *, num_tokens=0, **fields):
     return random.random() - num_tokens / 1024
@@ -60,8 +63,9 @@ ON_THE_CPU = (
 )  # fmt: skip
 
 
-def write_model(directory: Path, family: str, shape: Mapping[str, Any], dtype: str) -> None:
-    """Weights of a normal distribution from a seed, norms of 1, and a tokenizer of words that fill the vocabulary."""
+def write_model(directory: Path, family: str, shape: Mapping[str, Any], dtype: str, results: Any) -> None:
+    """Weights of a normal distribution from a seed, norms of 1, and a tokenizer of words that fill the vocabulary. Puts
+    the GiB of a GPU, 0 where there is none."""
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
@@ -93,6 +97,7 @@ def write_model(directory: Path, family: str, shape: Mapping[str, Any], dtype: s
         value = torch.empty(tensor.shape, dtype=getattr(torch, dtype), device=device)
         tensors[name] = (value.fill_(1.0) if "norm" in name else value.normal_(0, 0.02)).cpu()
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    results.put(torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 0.0)
 
 
 def write_data(directory: Path, vocab_size: int) -> list[str]:
@@ -118,26 +123,28 @@ class Shipped:
     config: Path
     overrides: list[str]
     directory: Path
+    steps: int
+    gpu_gib: float
 
     def cfg(self, *overrides: str) -> Config:
         return load_config(self.config, [*self.overrides, *overrides])
 
     def run(self, name: str, *overrides: str) -> list[dict[str, float]]:
         """The records of the steps that count."""
-        command = [sys.executable, "-m", "forge_hpc.submit", "--cluster", "local", "--config", str(self.config)]
-        command += ["--run-dir", str(self.directory / name), *self.overrides, *overrides]
-        environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])}
-        with (self.directory / f"{name}.out").open("w+") as output:
-            done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environ)
-            if done.returncode:
-                output.seek(0)
-                raise SystemExit("".join(output.readlines()[-20:]) + f"{name}: exit code {done.returncode}")
-        lines = (self.directory / name / "metrics.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines][2:-1]
+        watched = Watched(self.directory / name, str(self.config), [*self.overrides, *overrides])
+        watched.start()
+        try:
+            records = watched.wait_for(self.steps, RUN_S)[2 : self.steps]
+        finally:
+            watched.end(signal.SIGINT, signal.SIGINT)  # the second one: without a save
         for key in ("time/step_s", "time/generate_s", "time/train_s", "tokens/generated"):
             if values := [round(record[key], 3) for record in records if key in record]:
                 print(f"{name} {key}: {values}", flush=True)
         return records
+
+    def memory(self, cfg: Config, placement: Placement) -> MemoryPlan | None:
+        gpu = Gpu("", self.gpu_gib, 0.0) if self.gpu_gib else None
+        return memory_of(cfg, placement, gpu, cfg.model.path)
 
 
 def tokens_per_s(records: Sequence[Mapping[str, float]]) -> float:
@@ -147,12 +154,12 @@ def tokens_per_s(records: Sequence[Mapping[str, float]]) -> float:
     return sum(figures) / sum(weights)
 
 
-def report(label: str, records: Sequence[Mapping[str, float]], cfg: Config, gpus: int) -> None:
+def report(label: str, records: Sequence[Mapping[str, float]], shipped: Shipped, *given: str) -> None:
+    cfg, gpus = shipped.cfg(*given), torch.cuda.device_count()
     row(f"{label}: tokens/s a GPU", tokens_per_s(records), unit="tokens/s")
     if (mfu := _median(records, "perf/mfu")) is not None:  # of a GPU that is known
         row(f"{label}: MFU of the trainers", mfu)
-    gpu = Gpu("", torch.cuda.get_device_properties(0).total_memory / 2**30, 0.0) if gpus else None
-    memory = memory_of(cfg, plan(cfg, gpus), gpu, cfg.model.path)
+    memory = shipped.memory(cfg, plan(cfg, gpus))
     if memory is not None:
         trainers = memory.roles["trainers"]
         planned = trainers.total_gib - trainers.gib["other"]  # contexts, which torch does not count
@@ -168,25 +175,22 @@ def _median(records: Sequence[Mapping[str, float]], key: str) -> float | None:
     return median(values) if values else None
 
 
-def compare_splits(shipped: Shipped, label: str, gpus: int) -> None:
+def compare_splits(shipped: Shipped, label: str) -> None:
     """The split that is proposed from what the run a step ahead has measured, beside its neighbours."""
     cfg = shipped.cfg("rollout.max_staleness=1")
-    gpu = Gpu("", torch.cuda.get_device_properties(0).total_memory / 2**30, 0.0) if gpus else None
-    found = proposals(
-        cfg,
-        measured(RunDir(shipped.directory / "ahead"), cfg),
-        lambda changed, placement: memory_of(changed, placement, gpu, cfg.model.path),
-    )
+    found = proposals(cfg, measured(RunDir(shipped.directory / "ahead"), cfg), shipped.memory)
+    if not neighbours(found):
+        print(f"{label}: there is no other split", flush=True)
+        return
     best, *others = [found[0], *neighbours(found)]
     figures = {}
     for number, each in enumerate((best, *others)):
         records = shipped.run(f"split-{number}", "rollout.max_staleness=1", *each.overrides)
         figures[each.overrides] = tokens_per_s(records)
         print(f"{' '.join(each.overrides)}: {figures[each.overrides]:.0f} tokens/s a GPU", flush=True)
-    if others:
-        quickest = max(others, key=lambda each: figures[each.overrides])
-        row(f"{label}: the proposed split ({' '.join(best.overrides)})", figures[best.overrides],
-            figures[quickest.overrides], target=0.97, unit="tokens/s", peer=" ".join(quickest.overrides))  # fmt: skip
+    quickest = max(others, key=lambda each: figures[each.overrides])
+    row(f"{label}: the proposed split ({' '.join(best.overrides)})", figures[best.overrides],
+        figures[quickest.overrides], target=0.97, unit="tokens/s", peer=" ".join(quickest.overrides))  # fmt: skip
 
 
 def neighbours(found: Sequence[Proposal]) -> list[Proposal]:
@@ -209,31 +213,35 @@ def main() -> None:
     if args.splits and 1 not in args.staleness:
         parser.error("--splits takes what the run a step ahead has measured: --staleness 1")
     gpus, label = torch.cuda.device_count(), args.config.stem
-    family, shape = MODELS[load_config(args.config).model.path]
+    if (path := load_config(args.config).model.path) not in MODELS:
+        parser.error(f"{args.config}: the dimensions of {path} are not here: {', '.join(MODELS)}")
+    family, shape = MODELS[path]
     if not gpus:
         shape = TINY
-    with tempfile.TemporaryDirectory(prefix="forge-hpc-shipped-", dir="/dev/shm") as name:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    with tempfile.TemporaryDirectory(prefix="forge-hpc-shipped-") as name:
         directory = Path(name)
-        write_model(directory / "model", family, shape, "bfloat16" if gpus else "float32")
+        gpu_gib = alone(write_model, directory / "model", family, shape, "bfloat16" if gpus else "float32")
         overrides = [f"model.path={directory / 'model'}", *write_data(directory, shape["vocab_size"])]
-        overrides += [f"trainer.training.steps={args.steps}", "trainer.lr_scheduler.warmup_steps=0"]
+        overrides += ["trainer.training.steps=10000"]
         overrides += [f"cluster.gpus_per_node={gpus}"] if gpus else ON_THE_CPU
-        shipped = Shipped(args.config, [*overrides, *args.overrides], directory)
+        shipped = Shipped(args.config, [*overrides, *args.overrides], directory, args.steps, gpu_gib)
         if needs_of(shipped.cfg()).generators != "beside":
-            report(label, shipped.run("run"), shipped.cfg(), gpus)
+            report(label, shipped.run("run"), shipped)
             return
         runs: dict[int, list[dict[str, float]]] = {}
         for staleness in args.staleness:
             who, given = ("ahead" if staleness else "synchronous"), f"rollout.max_staleness={staleness}"
             runs[staleness] = shipped.run(who, given)
-            report(f"{label}, {'a step ahead' if staleness else who}", runs[staleness], shipped.cfg(given), gpus)
+            report(f"{label}, {'a step ahead' if staleness else who}", runs[staleness], shipped, given)
         if len(runs) == 2:
+            shares = plan(shipped.cfg("rollout.max_staleness=1"), gpus).shared_gpus
             longest = max(_median(runs[0], f"time/{part}_s") or 0.0 for part in ("generate", "train"))
             step_s = sum(record["time/step_s"] for record in runs[1]) / len(runs[1])
-            row(f"{label}: the longer of generation and training over a step ahead", longest, step_s, target=0.95,
-                unit="s", peer="s the step")  # fmt: skip
+            row(f"{label}: the longer of generation and training over a step ahead", longest, step_s,
+                target=None if shares else 0.95, unit="s", peer="s the step")  # fmt: skip
         if args.splits:
-            compare_splits(shipped, label, gpus)
+            compare_splits(shipped, label)
 
 
 if __name__ == "__main__":
