@@ -340,7 +340,7 @@ def test_slurm_is_asked_before_a_job_is_queued(tmp_path: Path) -> None:
         later = cli("submit", "--run-dir", "r", "--nodes", "2", cwd=tmp_path, **conf)
         assert later.returncode == 0, later.stderr
         assert "starts         in about 1 h" in later.stdout
-        cluster.run("scontrol", "update", f"NodeName={cluster.hosts[1].name}", "State=DOWN", "Reason=a test")
+        cluster.run("scontrol", "update", f"NodeName={cluster.hosts[1].name}", "State=DRAIN", "Reason=a test")
         waits = cli("submit", "--run-dir", "w", "--nodes", "2", cwd=tmp_path, **conf)  # as sbatch has it
         assert waits.returncode == 0, waits.stderr
         assert "starts         not on the nodes that are up now, or on none at all, as things are\n" in waits.stdout
