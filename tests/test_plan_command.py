@@ -186,6 +186,9 @@ def test_the_command_explains_what_it_proposes_and_how_to_submit_it(
     assert f"measured: the median of the last 4 steps of {tmp_path / 'run'}" in said
     assert said.splitlines()[-1].endswith("--nodes 4 slurm.time=60 cluster.rollout_nodes=2 cluster.trainer_nodes=2")
     assert f" --config {tmp_path / 'run' / 'config.yaml'} --nodes 4 " in said.splitlines()[-1]
+    given = ["plan", "--nodes", "4", "--from", str(finished_run(tmp_path).path), "cluster.rollout_nodes=2"]
+    assert cli.main(given) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(" 4 cluster.rollout_nodes=2 cluster.trainer_nodes=2")
     config = str(PROJECT / "configs/grpo/qwen3_8b.yaml")
     assert cli.main(["plan", "--config", config, "--gpu", "h100"]) == 0
     assert "an estimate: docs/performance.md has 75,600 tokens/s trained" in capsys.readouterr().out

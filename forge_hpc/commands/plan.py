@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join([*split_table(best.placement, memory), "", *describe(found, speed)]))
     nodes = f" --nodes {cfg.cluster.nodes}" if args.nodes else ""
     given = f" --config {shlex.quote(str(config))}" if config else ""
-    print(f"\nforge-hpc submit{given}{nodes} {shlex.join([*args.overrides, *best.overrides])}")
+    overrides = dict.fromkeys([*args.overrides, *best.overrides])  # what was given already once
+    print(f"\nforge-hpc submit{given}{nodes} {shlex.join(overrides)}")
     return 0
 
 
