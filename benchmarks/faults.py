@@ -64,16 +64,13 @@ class Watched:
             time.sleep(0.05)
         return found
 
-    def end(self, signum: signal.Signals, *more: signal.Signals) -> None:
-        """Signals, a second apart, to what still runs, and wait for its end."""
-        for number, each in enumerate((signum, *more)):
-            if self.process is None or self.process.poll() is not None:
-                return
-            if number:
-                time.sleep(1)
-            self.process.send_signal(each)
-        if self.process is not None:
-            self.process.wait(120)
+    def end(self) -> None:
+        """End what still runs, without a save."""
+        if self.process is None or self.process.poll() is not None:
+            return
+        command = [sys.executable, "-m", "forge_hpc.cli", "cancel", "--now", str(self.run_dir)]
+        subprocess.run(command, env=self._environ, check=True, stdout=subprocess.DEVNULL, timeout=120)
+        self.process.wait(120)
 
     def pid_of(self, role: str) -> int:
         """The process of a role, as `forge-hpc stacks` names it."""
@@ -112,7 +109,7 @@ def main() -> None:
         try:
             measure(run, "on the same GPUs, " if args.together else "")
         finally:
-            run.end(signal.SIGTERM)
+            run.end()
             logs = "\n".join(
                 line
                 for path in sorted(run.run_dir.glob("logs/*/controller.log"))

@@ -136,7 +136,7 @@ class Shipped:
         try:
             records = watched.wait_for(self.steps, RUN_S)[2 : self.steps]
         finally:
-            watched.end(signal.SIGINT, signal.SIGINT)  # the second one: without a save
+            watched.end()
         for key in ("time/step_s", "time/generate_s", "time/train_s", "tokens/generated"):
             if values := [round(record[key], 3) for record in records if key in record]:
                 print(f"{name} {key}: {values}", flush=True)

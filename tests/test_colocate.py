@@ -201,17 +201,15 @@ def test_an_engine_in_the_place_of_another_asks_for_its_kv_cache_alone(monkeypat
 @pytest.mark.usefixtures("process_group")
 def test_models_are_built_once_their_process_keeps_to_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = write_tiny_qwen3(tmp_path / "model", seed=0)
-    config = load_config(None, [f"model.path={model}"])
+    config = load_config(None, [f"model.path={model}", "cluster.gpus_per_node=2", COLOCATE, "rollout.max_staleness=1"])
 
-    def share(shape: Shape, models: Any) -> str:
-        raise UserError(f"too much of {', '.join(models)}", None)
+    def limit(part: float, device: torch.device) -> None:
+        raise RuntimeError(f"{part:.3f} of {device}")
 
-    def build(*args: Any) -> None:
-        raise AssertionError("built before")
-
-    monkeypatch.setattr(Shape, "share_gpu", share)
-    monkeypatch.setattr("forge_hpc.training.models.TrainEngine", build)
-    with pytest.raises(UserError, match="too much of policy"):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # on one that is not there nothing can be built
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100 * GIB, 100 * GIB))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limit)
+    with pytest.raises(RuntimeError, match=r"0\.135 of cuda"):
         Models(config, needs_of(config).models, {"policy": model})
 
 

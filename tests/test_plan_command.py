@@ -83,7 +83,7 @@ def test_what_was_given_for_gpus_in_common_is_taken_back_for_others_and_no_split
     share, awake = "generator.engine.gpu_memory_utilization=0.45", "generator.engine.sleep_level=0"
     usual, asleep = "generator.engine.gpu_memory_utilization=0.85", "generator.engine.sleep_level=2"
     ahead = nodes(1, "cluster.gpus_per_node=2", "cluster.colocate=true", share)
-    apart = next(each for each in splits(ahead, speed(10, 10)) if not each.shares)
+    apart = next(each for each in splits(ahead, speed(10, 10)) if not each.placement.shares_at_once)
     assert apart.overrides == ("cluster.rollout_ratio=0.5", usual, "cluster.colocate=false")
     given = ("rollout.max_staleness=0", "cluster.gpus_per_node=2", "cluster.colocate=true", share, awake)
     found = [each.overrides for each in splits(nodes(1, *given), speed(10, 10))]
@@ -106,8 +106,10 @@ def test_what_was_given_for_gpus_in_common_is_taken_back_for_others_and_no_split
 
 def test_what_a_run_does_is_among_the_proposals_though_its_memory_is_not_known() -> None:
     ours = nodes(1, "cluster.gpus_per_node=2", "cluster.colocate=true")
-    assert sorted(each.shares for each in splits(ours, speed(10, 10))) == [False, True]
-    assert [each.shares for each in splits(nodes(1, "cluster.gpus_per_node=2"), speed(10, 10))] == [False]
+    assert sorted(each.placement.shares_at_once for each in splits(ours, speed(10, 10))) == [False, True]
+    assert [each.placement.shares_at_once for each in splits(nodes(1, "cluster.gpus_per_node=2"), speed(10, 10))] == [
+        False
+    ]
 
 
 def test_a_split_that_submit_would_refuse_is_not_proposed() -> None:
@@ -123,7 +125,7 @@ def test_speeds_of_gpus_that_did_both_are_not_added_up_again(tmp_path: Path) -> 
     save_config(cfg, run_dir.config)
     found = measured(run_dir, cfg)
     assert found.together and found.source.endswith("apart each does more")
-    best = next(each for each in splits(cfg, found) if each.shares)
+    best = next(each for each in splits(cfg, found) if each.placement.shares_at_once)
     assert (best.generate_s, best.train_s, best.step_s) == (pytest.approx(2.0), pytest.approx(4.0), pytest.approx(4.0))
     assert best.waits == "nobody"
 

@@ -123,6 +123,11 @@ class Placement:
         return tuple(sorted(_all(self.trainer_gpus) & _all(self.replica_gpus)))
 
     @property
+    def shares_at_once(self) -> bool:
+        """Whether trainers and generators on the same GPUs compute, and hold memory, at the same time."""
+        return bool(self.shared_gpus) and not self.takes_turns
+
+    @property
     def sharing(self) -> str:
         """Of the generators, for a person: with whom they share which GPUs."""
         shared = self.shared_gpus

@@ -66,7 +66,7 @@ def plan_memory(
     if not placement.gpus_per_node or any(size_of(path) is None for path in paths):
         return None
     roles, warnings = {}, []
-    shared = bool(placement.shared_gpus) and not placement.takes_turns
+    shared = placement.shares_at_once
     engine_share = cfg.generator.engine.gpu_memory_utilization
     if placement.trainer_procs:
         if placement.shared_gpus:

@@ -41,14 +41,9 @@ class Proposal:
     """Of its memory plan."""
 
     @property
-    def shares(self) -> bool:
-        """Whether trainers and generators are on the same GPUs at once."""
-        return bool(self.placement.shared_gpus) and not self.placement.takes_turns
-
-    @property
     def waits(self) -> str:
         """Who has nothing to do, and for how much of a step; nobody where both compute on the same GPUs."""
-        if self.shares:
+        if self.placement.shares_at_once:
             return "nobody"
         idle = {"generators": self.step_s - self.generate_s, "trainers": self.step_s - self.train_s}
         who = max(idle, key=lambda role: idle[role])
@@ -80,10 +75,10 @@ def proposals(cfg: Config, speed: Speed, check: Callable[[Config, Placement], Me
             reason = error
             continue
         is_new = _shares_at_once(changed) and not _shares_at_once(cfg)
-        is_known = (placement, changed.generator.engine.gpu_memory_utilization) in seen
-        if is_known or (is_new and not _has_room_for_both(changed, placement, memory)):
+        split = placement, changed.generator.engine.gpu_memory_utilization
+        if split in seen or (is_new and not _has_room_for_both(changed, placement, memory)):
             continue
-        seen.add((placement, changed.generator.engine.gpu_memory_utilization))
+        seen.add(split)
         times = speed.step_s(placement, needs, synchronous=cfg.rollout.max_staleness == 0)
         found.append(Proposal(overrides, changed, placement, *times, warnings=memory.warnings if memory else ()))
     if not found:
@@ -118,6 +113,7 @@ def describe(found: list[Proposal], speed: Speed) -> list[str]:
         ]
         for each in found[:_SHOWN]
     ]
+    has_others = any(not each.placement.shares_at_once for each in found)
     untried = "Sharing GPUs at once was measured with 0.6B alone: try another split too."
     unit = "GPUs" if best.placement.gpus_per_node else "processes"
     header = ["split", f"trainer {unit}", f"generator {unit}", "generate, s", "train, s", "step, s", "waiting"]
@@ -128,7 +124,7 @@ def describe(found: list[Proposal], speed: Speed) -> list[str]:
         f"A generator's {unit[:-1] if unit == 'GPUs' else 'process'} writes {speed.generated_per_s:,.0f} tokens/s, "
         f"a trainer's trains on {speed.trained_per_s:,.0f} tokens/s.",
         f"That is {speed.source}.",
-        *([untried] if best.shares and not speed.together and any(not each.shares for each in found) else []),
+        *([untried] if best.placement.shares_at_once and not speed.together and has_others else []),
     ]
 
 
