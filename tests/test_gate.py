@@ -30,9 +30,10 @@ from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import Config, UserError, save_config
 from forge_hpc.config.schema import HeldOutConfig, RewardConfig, RunSourceConfig
 from forge_hpc.gate.complaints import ComplaintsDesk, complain
+from forge_hpc.gate.deadlines import OWN_S
 from forge_hpc.gate.environment import differences, environment
 from forge_hpc.gate.neighbours import Port, ask
-from forge_hpc.gate.nvml import GpuHealth
+from forge_hpc.gate.nvml import RETURN_S, GpuHealth
 from forge_hpc.gate.orphans import end_orphans
 from forge_hpc.gate.own import MIN_SCRATCH_BYTES, clock_offset_s, full, look_at_node, short_of_memory
 from forge_hpc.gate.sandboxes import look_at_sandboxes, sandboxes_of
@@ -222,7 +223,7 @@ class FakeNvml:
 
 def test_a_gpu_is_found_that_is_lost_or_faulty_or_hot_or_used_by_somebody() -> None:
     gpus = [{}, {"lost": True}, {"failed": 1}, {"pending": 1}, {"reasons": 0x40}, {"used": 60 << 30}]
-    health = GpuHealth([str(index) for index in range(6)], load=lambda name: FakeNvml(*gpus))
+    health = GpuHealth([str(index) for index in range(6)], load=lambda name: FakeNvml(*gpus), return_s=0.2)
     assert health.working == 5
     assert health.problems == [
         "GPU 2: a faulty row of its memory could not be remapped",
@@ -230,6 +231,26 @@ def test_a_gpu_is_found_that_is_lost_or_faulty_or_hot_or_used_by_somebody() -> N
         "GPU 4: thermal slowdown",
         "GPU 5: 60.0 of 80.0 GiB are in use",
     ]
+
+
+def test_the_memory_of_processes_that_have_just_been_killed_is_waited_for() -> None:
+    class Returning(FakeNvml):
+        """Of each GPU 60 GiB are in use the first three times that somebody looks."""
+
+        def __init__(self, *gpus: dict[str, Any]) -> None:
+            super().__init__(*gpus)
+            self.left = [3] * len(gpus)
+
+        def nvmlDeviceGetMemoryInfo(self, handle: ctypes.c_void_p, memory: Any) -> int:
+            assert handle.value is not None
+            self.left[handle.value - 1] -= 1
+            self.gpus[handle.value - 1]["used"] = (60 << 30) * (self.left[handle.value - 1] >= 0)
+            return super().nvmlDeviceGetMemoryInfo(handle, memory)
+
+    nvml = Returning({}, {})
+    health = GpuHealth(["0", "1"], load=lambda name: nvml)
+    assert health.working == 2 and health.problems == [] and nvml.left == [-1, -1]
+    assert RETURN_S < OWN_S / 1.5, "a look has time for the rest"
 
 
 def test_where_there_is_no_driver_nothing_is_said_of_gpus() -> None:

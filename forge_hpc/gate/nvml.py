@@ -6,12 +6,17 @@ NVML is called by ctypes: the supervisor imports nothing heavy, and the library 
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 LIBRARY = "libnvidia-ml.so.1"
 _THROTTLED = {0x8: "hardware slowdown", 0x40: "thermal slowdown", 0x80: "power brake"}
 _MAX_USED = 0.5
+RETURN_S = 8.0
+"""The memory of processes that were killed comes back seconds later: those of a run that has just been cancelled, or of
+this run's own earlier start."""
+_LOOK_S = 0.1
 
 
 class GpuHealth:
@@ -19,10 +24,13 @@ class GpuHealth:
 
     Attributes:
         working: how many of them answer; None where there is no driver.
-        problems: what is wrong with those that do, a line a GPU.
+        problems: what is wrong with those that do, a line a GPU. Memory in use is one when it is so for ``return_s``.
     """
 
-    def __init__(self, gpus: Sequence[str], load: Callable[[str], Any] = ctypes.CDLL) -> None:
+    def __init__(
+        self, gpus: Sequence[str], load: Callable[[str], Any] = ctypes.CDLL, return_s: float = RETURN_S
+    ) -> None:
+        self._until = time.monotonic() + return_s
         self.working: int | None = None
         self.problems: list[str] = []
         if not gpus:
@@ -46,10 +54,15 @@ class GpuHealth:
         else:
             code = self._nvml.nvmlDeviceGetHandleByUUID(gpu.encode(), ctypes.byref(handle))
         memory = (ctypes.c_ulonglong * 3)()  # total, free, used
-        if code != 0 or self._nvml.nvmlDeviceGetMemoryInfo(handle, memory) != 0:
+        while (code := code or self._nvml.nvmlDeviceGetMemoryInfo(handle, memory)) == 0:
+            if memory[2] <= _MAX_USED * memory[0]:
+                break
+            if time.monotonic() > self._until:
+                self.problems.append(f"GPU {gpu}: {memory[2] / 2**30:.1f} of {memory[0] / 2**30:.1f} GiB are in use")
+                break
+            time.sleep(_LOOK_S)
+        if code != 0:
             return False
-        if memory[2] > _MAX_USED * memory[0]:
-            self.problems.append(f"GPU {gpu}: {memory[2] / 2**30:.1f} of {memory[0] / 2**30:.1f} GiB are in use")
         correctable, uncorrectable, pending, failed = (ctypes.c_uint() for _ in range(4))
         rows = (correctable, uncorrectable, pending, failed)
         if self._nvml.nvmlDeviceGetRemappedRows(handle, *map(ctypes.byref, rows)) == 0:  # from Ampere on
