@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
 
 from monarch.actor import Actor, endpoint
 
 
 class Failing(Actor):
     """Fails in the way that it is asked to."""
+
+    @endpoint
+    async def pid(self) -> int:
+        return os.getpid()
+
+    @endpoint
+    async def wait_for_others(self) -> None:
+        """As in a collective that a dead rank never comes to: a thread waits in C, and no other call is answered."""
+        await asyncio.to_thread(time.sleep, 600)
 
     @endpoint
     async def fail(self, how: str) -> None:

@@ -137,12 +137,16 @@ class FakeCluster:
             watched=watched, watch=watched.__setitem__, forget=lambda name: None, ended_nodes=set[int]()
         )
         self.num_losses, self.node_is_gone, self.stores = num_losses, node_is_gone, list[str]()
+        self.killed: list[str] = []
 
     def told(self, config: Config) -> Config:
         return config
 
     def spawn_frozen(self, name: str) -> Procs:
         return Procs(self, self.node_is_gone and bool(self.stores))
+
+    def end_at_once(self, name: str) -> None:
+        self.killed.append(name)
 
     async def can_spawn(self, node: int, timeout_s: float) -> bool:
         return not self.node_is_gone
@@ -192,6 +196,7 @@ def test_lost_processes_are_started_again_and_asked_again_until_that_has_gone_on
         answers = await frozen.logprobs(random_documents(3), "reference")
         assert len(answers) == 3 and (answers[0] == -1).all()
         assert cluster.stores == ["process-group-frozen", "process-group-frozenr1", "process-group-frozenr2"]
+        assert cluster.killed == ["frozen", "frozenr1"], "ranks that wait for a dead one end no sooner by themselves"
         cluster.num_losses = 1
         with pytest.raises(ActorLost, match=r"frozen models: killed \(lost 3 times without a completed step"):
             await frozen.logprobs(random_documents(3), "reference")

@@ -28,6 +28,7 @@ class FakeCluster:
         self.leave_s = 0.0
         self.free_bytes = 1000
         self.spawned: list[tuple[int, int]] = []
+        self.killed: list[str] = []
         nothing = SimpleNamespace(watch=lambda *args: None, forget=lambda *args: None, ended_nodes=set())
         self.faults: Any = nothing
 
@@ -46,6 +47,9 @@ class FakeCluster:
         self.num_stopped += 1
         if node in self.dead:
             await asyncio.get_running_loop().create_future()
+
+    def end_at_once(self, name: str) -> None:
+        self.killed.append(name)
 
     async def can_spawn(self, node: int, timeout_s: float) -> bool:
         return node not in self.dead
@@ -114,6 +118,7 @@ def test_all_replicas_of_a_lost_node_move_to_one_spare_node() -> None:
         pool.cluster.spawned.clear()
         await pool.lose(*range(8))
         assert sorted(pool.cluster.spawned) == [(replica, 3) for replica in range(8)]
+        assert sorted(pool.cluster.killed) == [f"generator{replica}" for replica in range(8)]  # if they only hang
         assert service.serving == list(range(16)) and not pool.lost_nodes
         pool.cluster.dead = {1, 3}  # the spare node is lost as well
         pool.cluster.spawned.clear()

@@ -21,6 +21,8 @@ from forge_hpc.cluster.rendezvous import Rendezvous
 
 logger = logging.getLogger(__name__)
 LOOK_S = 1.0
+ENDER = "ender"
+"""Name of the actor beside a role's (``cluster.ender``)."""
 SILENT_HOST_S = 20
 """A host that does not say for so long how its processes are is cut off."""
 SILENT_PROCESS_S = 3
@@ -97,7 +99,9 @@ class Faults:
         lines = failure.report().strip().splitlines()
         reason = lines[-1].strip() if lines else "failed"
         logger.error("Monarch reports of %s: %s", mesh, reason)
-        if mesh == "logger" or mesh in self._forgotten:  # what a dead process takes with it is reported as well
+        if (
+            mesh in ("logger", ENDER) or mesh in self._forgotten
+        ):  # what a dead process takes with it is reported as well
             return
         if mesh in self._watched:
             self._watched[mesh](reason)

@@ -160,5 +160,7 @@ class FrozenProcesses:
         procs, self._procs = self._procs, None
         if procs is None or self._cluster.faults.ended_nodes & {*self._cluster.placement.frozen_nodes}:
             return
+        if self._lost.done():
+            self._cluster.end_at_once(self._name)
         with contextlib.suppress(Exception):  # whether others can be started is what matters
             await asyncio.wait_for(procs.stop(), STOP_S)

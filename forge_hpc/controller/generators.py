@@ -355,6 +355,7 @@ class GeneratorPool:
         self._cluster.faults.forget(slot.mesh)
         if slot.procs is None or node in self._cluster.faults.ended_nodes or node in self._replaced:
             return
+        self._cluster.end_at_once(slot.mesh)
         stopping, slot.procs = asyncio.ensure_future(slot.procs.stop()), None
         await asyncio.wait({stopping}, timeout=END_S)
         if not stopping.done() and not await self._cluster.can_spawn(node, PROBE_S):

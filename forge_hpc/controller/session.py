@@ -906,6 +906,8 @@ class Session:
         while self._meshes:
             name, procs = self._meshes.popitem()
             self.cluster.faults.forget(name)
+            if self.lost.done():
+                self.cluster.end_at_once(name)
             try:
                 await with_timeout(procs.stop(), STOP_S, f"{name} did not end")
             except Exception as error:  # of a dead host, say: whether new ones can be started is what matters
