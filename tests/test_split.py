@@ -127,15 +127,9 @@ def test_the_gpus_of_one_node_are_split_by_what_is_given():
     assert p.trainer_procs == 4
 
 
-def test_trainers_warm_up_while_generators_start_on_gpus_of_their_own():
-    assert placed(8).starts_beside_generators
-    assert placed(8, "cluster.nodes=4").starts_beside_generators
-    assert not placed(8, "cluster.colocate=true").starts_beside_generators
+def test_trainers_on_the_gpus_of_generators_start_after_them():
     assert placed(1).starts_after_generators and placed(8, "cluster.colocate=true").starts_after_generators
     assert not placed(8).starts_after_generators and not placed(0).starts_after_generators
-    assert not placed(1).starts_beside_generators  # on the same GPU
-    assert not placed(8, "recipe=sft").starts_beside_generators
-    assert not placed(0).starts_beside_generators
 
 
 def test_degrees_that_do_not_make_the_trainer_processes_are_refused():

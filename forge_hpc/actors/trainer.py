@@ -104,7 +104,7 @@ class Trainer(Actor):
         self, model_dirs: Mapping[str, Path], file_store: Path, checkpoint: Path | None, warms_up: bool = False
     ) -> str:
         """Join the process group through ``file_store``, build the models, load their weights or the checkpoint; and
-        with ``warms_up`` compile what the first step needs, while generators start on GPUs of their own.
+        with ``warms_up`` compile what the first steps need.
 
         ``model_dirs`` are by name; a model without one has the policy's. How the GPU is shared with a generator, in a
         line; empty where it is not.

@@ -104,12 +104,6 @@ class Placement:
         return max((len(gpus) for gpus in self.replica_gpus), default=1) or 1
 
     @property
-    def starts_beside_generators(self) -> bool:
-        """Whether trainers on GPUs start while generators do, on others."""
-        apart = not (self.generate_after_training or self.starts_after_generators)
-        return bool(self.gpus_per_node and self.replicas) and apart
-
-    @property
     def starts_after_generators(self) -> bool:
         """Whether trainers start when the generators have: vLLM plans with the memory of its GPU that is free while it
         starts."""

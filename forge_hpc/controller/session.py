@@ -292,8 +292,9 @@ class Session:
         file_store = self.log_dir / f"process-group{self._suffix}"
         checkpoint = self._resume_from / "trainer" if self._resume_from else None
         model_dirs = await self._model_dirs()
-        # Else nobody is waited for meanwhile, or vLLM would plan with memory that the trainers take and give back.
-        warms_up = self.cluster.placement.starts_beside_generators and not self._pool.is_serving and not self._adapter
+        # On CPUs nothing is compiled. What is compiled for rows of a known length is in the caches at the next start,
+        # so that this pays also where no generator starts meanwhile. Of adapters on one base the first does it for all.
+        warms_up = bool(self.cluster.placement.gpus_per_node) and not self._adapter
 
         async def start(trainers: Trainers) -> str:
             if self.cluster.placement.starts_after_generators:
