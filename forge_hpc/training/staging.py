@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import mmap
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,14 +18,17 @@ from torch.distributed.tensor import DTensor
 logger = logging.getLogger(__name__)
 _PIN_FROM_BYTES = 1 << 20
 """Below it the copy's time is that of the call."""
+_HUGE_PAGE = 2 << 20
+"""Of x86, and of ARM with pages of 4 KiB; the kernel takes what parts of a range it can."""
 
 
 class Staging:
     """What a save writes while the training goes on.
 
     It holds as much host memory as the state takes, from the first copy on. Where there is a GPU the buffers are
-    pinned, so that the copy runs at the speed of the bus: 15 GB in 0.27 s on an H200; to allocate them takes 12 s,
-    which ``reserve`` does beside the training. Into new memory it takes 8 s every time.
+    pinned, so that the copy runs at the speed of the bus: 15 GB in 0.27 s on an H200, where into new memory it takes
+    8 s every time. To allocate them in pages of 4 KiB takes 0.8 s a GB, through which training beside it (``reserve``)
+    stands still; so huge pages are asked for, of which there are 512 times fewer to touch and to pin.
     """
 
     def __init__(self) -> None:
@@ -58,13 +63,23 @@ class Staging:
 
 
 def _allocate(state: dict[str, Any]) -> dict[str, Any]:
-    """Buffers for the state. Each is touched before it is pinned: most of the time, and it holds up no kernel."""
+    """Buffers for the state; on a GPU's host each is touched, and then pinned."""
     copies = _create_cpu_state_dict(state)
+    for tensor in tensors_of(copies):
+        _ask_for_huge_pages(tensor)
     if torch.cuda.is_available():
         for tensor in tensors_of(copies):
             tensor.zero_()
             _pin(tensor)
     return copies
+
+
+def _ask_for_huge_pages(tensor: torch.Tensor) -> None:
+    """Have the kernel back untouched memory by transparent huge pages, where it does so on request; else nothing."""
+    begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    first = begin + -begin % _HUGE_PAGE
+    if (num_bytes := (end - first) // _HUGE_PAGE * _HUGE_PAGE) > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(num_bytes), mmap.MADV_HUGEPAGE)
 
 
 def _pin(tensor: torch.Tensor) -> None:
