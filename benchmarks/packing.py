@@ -28,7 +28,7 @@ def documents(num: int, seed: int) -> list[Document]:
 def imbalance(batch: PackedBatch, num_ranks: int) -> float:
     """How much more than the mean the costliest rank has."""
     costs = np.zeros(num_ranks)
-    for number, ids in enumerate(batch.segment_ids):
+    for number, ids in enumerate(batch.rows(0, batch.num_rows)["segment_ids"]):
         costs[number % num_ranks] += (np.bincount(ids)[1:].astype(float) ** 2).sum()
     return float(costs.max() / costs.mean() - 1)
 

@@ -26,7 +26,7 @@ from rows import row
 
 import forge_hpc.models  # noqa: F401  (before torchtitan is imported)
 from forge_hpc.config import load_config
-from forge_hpc.data.packing import PackedBatch, pack
+from forge_hpc.data.packing import pack
 from forge_hpc.data.types import Document
 from forge_hpc.models.attention import attention_inputs
 from forge_hpc.training.distributed import init_distributed
@@ -154,23 +154,23 @@ class Theirs:
         self.loss = ChunkedLossWrapper.Config(loss_fn=CrossEntropyLoss.Config()).build(compile_config=compile_config)
         self.loss.set_lm_head(self.model.lm_head)
         self.optimizers = optimizers_of(engine, self.model)
-        self.spec, self.rows = spec, rows
-        self.batch = pack(documents, cfg.training.seq_len, num_rows_multiple=rows, row_len_multiple=128)
+        self.spec = spec
+        batch = pack(documents, cfg.training.seq_len, num_rows_multiple=rows, row_len_multiple=128)
+        self.microbatches = [batch.rows(start, start + rows) for start in range(0, batch.num_rows, rows)]
+        self.num_trained = float(batch.num_trained_tokens)
 
     def step(self) -> None:
         from torchtitan.components.loss import IGNORE_INDEX
         from torchtitan.distributed import utils as dist_utils
 
-        batch: PackedBatch = self.batch
-        valid = torch.tensor(float(batch.num_trained_tokens), device=DEVICE)
+        valid = torch.tensor(self.num_trained, device=DEVICE)
         self.optimizers.zero_grad()
-        for start in range(0, batch.num_rows, self.rows):
-            rows = slice(start, start + self.rows)
-            labels = np.where(batch.mask[rows], batch.labels[rows], IGNORE_INDEX)
+        for rows in self.microbatches:
+            labels = np.where(rows["mask"], rows["labels"], IGNORE_INDEX)
             hidden = self.model(
-                torch.from_numpy(batch.input_ids[rows]).to(DEVICE),
-                positions=torch.from_numpy(batch.positions[rows]).to(DEVICE),
-                attention_masks=attention_inputs(self.spec.inner_attention, batch.positions[rows], DEVICE),
+                torch.from_numpy(rows["input_ids"]).to(DEVICE),
+                positions=torch.from_numpy(rows["positions"]).to(DEVICE),
+                attention_masks=attention_inputs(self.spec.inner_attention, rows["positions"], DEVICE),
             )
             loss, _ = self.loss(hidden, torch.from_numpy(labels).to(DEVICE), valid)
             loss.backward()

@@ -28,20 +28,19 @@ def test_a_column_stands_at_the_label_that_it_is_of_and_a_number_at_all_of_the_d
         document(4, columns={"returns": returns[1], "chosen": -1}),
     ]
     batch = pack(documents, 16)
-    for own, label, back in zip(
-        documents, (1.0, -1.0), unpack(batch.columns["returns"], batch, documents), strict=True
-    ):
+    arrays = batch.rows(0, batch.num_rows)
+    for own, label, back in zip(documents, (1.0, -1.0), unpack(arrays["returns"], batch, documents), strict=True):
         np.testing.assert_array_equal(back[1:], np.asarray(own.columns["returns"])[1:].astype(np.float32))
         row, start = batch.placements[0 if own is documents[0] else 1]
         slots = slice(start, start + len(own.token_ids) - 1)
-        assert (batch.columns["chosen"][row, slots] == label).all()
-    assert batch.columns["returns"].dtype == np.float32
-    assert (batch.columns["chosen"][batch.segment_ids == 0] == 0).all()
+        assert (arrays["chosen"][row, slots] == label).all()
+    assert arrays["returns"].dtype == np.float32
+    assert (arrays["chosen"][arrays["segment_ids"] == 0] == 0).all()
 
 
 def test_advantages_of_tokens_take_the_place_of_the_documents_advantage() -> None:
     batch = pack([document(5, advantage=3.0, columns={"advantages": np.arange(5.0)})], 8)
-    assert batch.columns["advantages"][0, :4].tolist() == [1, 2, 3, 4]
+    assert batch.rows(0, 1)["advantages"][0, :4].tolist() == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -73,14 +72,16 @@ def test_the_documents_of_a_group_stand_in_one_row_whatever_the_rows_and_ranks()
         documents = [document(int(n), group=i // 2 if i < 30 else None) for i, n in enumerate(lengths)]
         batch = pack(documents, 24, num_rows_multiple=num_rows_multiple)
         assert batch.num_rows % num_rows_multiple == 0
-        ids = [int(batch.group_ids[place]) for place in batch.placements]
+        arrays = batch.rows(0, batch.num_rows)
+        ids = [int(arrays["group_ids"][place]) for place in batch.placements]
         for i in range(0, 30, 2):
             assert batch.placements[i][0] == batch.placements[i + 1][0] and ids[i] == ids[i + 1]
         groups = [(row, number) for (row, _), number in zip(batch.placements, ids, strict=True)]
         assert len(set(groups)) == batch.num_trained_groups == 15 + 10
         assert batch.num_trained_sequences == 40
-        assert sorted(np.unique(batch.segment_ids[0])[1:]) == list(range(1, batch.segment_ids[0].max() + 1))
-        back = unpack(batch.labels, batch, documents)
+        segments = arrays["segment_ids"][0]
+        assert sorted(np.unique(segments)[1:]) == list(range(1, segments.max() + 1))
+        back = unpack(arrays["labels"], batch, documents)
         assert all((own[1:] == d.token_ids[1:]).all() for own, d in zip(back, documents, strict=True))
 
 
@@ -91,7 +92,7 @@ def test_a_pair_longer_than_a_row_is_a_user_error_that_names_the_length() -> Non
 
 def test_a_mask_of_floats_is_taken_like_one_of_bools() -> None:
     numbers = Document(np.arange(5, dtype=np.int32), np.array([0.0, 0.0, 1.0, 0.0, 1.0]))
-    assert pack([numbers], 8).mask[0, :4].tolist() == [False, True, False, True]
+    assert pack([numbers], 8).rows(0, 1)["mask"][0, :4].tolist() == [False, True, False, True]
 
 
 def test_a_loss_is_asked_which_columns_it_takes() -> None:

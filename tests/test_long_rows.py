@@ -213,7 +213,8 @@ def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_documents_of_the_four_ranks_are_cut() -> None:
-    positions = pack(documents(), 64, row_len_multiple=32).positions
+    batch = pack(documents(), 64, row_len_multiple=32)
+    positions = batch.rows(0, batch.num_rows)["positions"]
     cuts = [np.count_nonzero(positions.reshape(-1)[share[0]] > 0) for share in row_shares(positions, 4)]
     assert any(cuts) and positions.max() >= 44
 

@@ -58,12 +58,13 @@ def test_logits_of_packed_rows_equal_those_of_transformers(tmp_path: Path, famil
     model, spec = titan_model(tmp_path)
     documents = random_documents(9, max_tokens=90)
     batch = pack(documents, 128)
-    assert batch.num_rows > 1 and batch.segment_ids.max() > 1
+    arrays = batch.rows(0, batch.num_rows)
+    assert batch.num_rows > 1 and arrays["segment_ids"].max() > 1
     with torch.no_grad():
         logits = model(
-            torch.from_numpy(batch.input_ids),
-            positions=torch.from_numpy(batch.positions),
-            attention_masks=attention_inputs(spec.inner_attention, batch.positions, CPU),
+            torch.from_numpy(arrays["input_ids"]),
+            positions=torch.from_numpy(arrays["positions"]),
+            attention_masks=attention_inputs(spec.inner_attention, arrays["positions"], CPU),
         )
         for document, (row, start) in zip(documents, batch.placements, strict=True):
             ids = torch.from_numpy(document.token_ids[:-1]).long()

@@ -9,6 +9,10 @@ from forge_hpc.data.packing import PackedBatch, balanced, pack, unpack
 from forge_hpc.data.types import Document
 
 
+def arrays_of(batch: PackedBatch) -> dict[str, np.ndarray]:
+    return batch.rows(0, batch.num_rows)
+
+
 def documents_of(lengths: list[int], **fields: object) -> list[Document]:
     return [
         Document(token_ids=np.arange(100 * i, 100 * i + n, dtype=np.int32), loss_mask=np.arange(n) >= 2, **fields)
@@ -19,39 +23,50 @@ def documents_of(lengths: list[int], **fields: object) -> list[Document]:
 def test_every_document_lies_whole_in_one_row_with_labels_shifted_by_one() -> None:
     documents = documents_of([5, 9, 3, 7, 12, 2])
     batch = pack(documents, 16)
+    arrays = arrays_of(batch)
     for document, (row, start) in zip(documents, batch.placements, strict=True):
         n = len(document.token_ids) - 1
         slots = (row, slice(start, start + n))
-        np.testing.assert_array_equal(batch.input_ids[slots], document.token_ids[:-1])
-        np.testing.assert_array_equal(batch.labels[slots], document.token_ids[1:])
-        np.testing.assert_array_equal(batch.positions[slots], np.arange(n))
-        np.testing.assert_array_equal(batch.mask[slots], document.loss_mask[1:])
-        assert len(set(batch.segment_ids[slots])) == 1
-    assert batch.num_slots_used == sum(len(d.token_ids) - 1 for d in documents) == (batch.segment_ids > 0).sum()
+        np.testing.assert_array_equal(arrays["input_ids"][slots], document.token_ids[:-1])
+        np.testing.assert_array_equal(arrays["labels"][slots], document.token_ids[1:])
+        np.testing.assert_array_equal(arrays["positions"][slots], np.arange(n))
+        np.testing.assert_array_equal(arrays["mask"][slots], document.loss_mask[1:])
+        assert len(set(arrays["segment_ids"][slots])) == 1
+    assert batch.num_slots_used == sum(len(d.token_ids) - 1 for d in documents) == (arrays["segment_ids"] > 0).sum()
     assert batch.num_trained_tokens == sum(d.loss_mask[1:].sum() for d in documents)
 
 
 def test_padding_is_a_segment_of_its_own_and_is_not_trained() -> None:
-    batch = pack(documents_of([4, 5]), 32)
-    padding = batch.segment_ids == 0
-    assert padding.any() and not batch.mask[padding].any()
-    np.testing.assert_array_equal(batch.positions[padding], np.arange(padding.sum()))
+    arrays = arrays_of(pack(documents_of([4, 5]), 32))
+    padding = arrays["segment_ids"] == 0
+    assert padding.any() and not arrays["mask"][padding].any()
+    np.testing.assert_array_equal(arrays["positions"][padding], np.arange(padding.sum()))
+
+
+def test_rows_are_the_same_in_whatever_parts_they_are_made() -> None:
+    batch = pack(documents_of([5, 9, 3, 7, 12, 2, 8, 8], advantage=0.5), 16, num_rows_multiple=2)
+    whole = arrays_of(batch)
+    for row in range(batch.num_rows):
+        for name, array in batch.rows(row, row + 1).items():
+            assert array.dtype == whole[name].dtype
+            np.testing.assert_array_equal(array[0], whole[name][row])
 
 
 def test_advantages_and_logprobs_stand_at_the_slot_that_predicts_the_token() -> None:
     logprobs = np.array([0, 0, -1, -2, -3], np.float32)
     document = documents_of([5], generator_logprobs=logprobs, ref_logprobs=logprobs - 1, advantage=0.5)
     batch = pack(document, 8)
-    assert batch.columns.keys() == {"advantages", "generator_logprobs", "ref_logprobs"}
-    np.testing.assert_array_equal(batch.columns["generator_logprobs"][0, :4], logprobs[1:])
-    np.testing.assert_array_equal(batch.columns["ref_logprobs"][0, :4], logprobs[1:] - 1)
-    np.testing.assert_array_equal(batch.columns["advantages"][0, :4], [0.5] * 4)
+    assert set(batch.columns) == {"advantages", "generator_logprobs", "ref_logprobs"}
+    arrays = arrays_of(batch)
+    np.testing.assert_array_equal(arrays["generator_logprobs"][0, :4], logprobs[1:])
+    np.testing.assert_array_equal(arrays["ref_logprobs"][0, :4], logprobs[1:] - 1)
+    np.testing.assert_array_equal(arrays["advantages"][0, :4], [0.5] * 4)
 
 
 def test_unpack_puts_values_back_at_the_tokens() -> None:
     documents = documents_of([5, 9, 3, 7])
     batch = pack(documents, 16)
-    for document, values in zip(documents, unpack(batch.labels, batch, documents), strict=True):
+    for document, values in zip(documents, unpack(arrays_of(batch)["labels"], batch, documents), strict=True):
         np.testing.assert_array_equal(values[1:], document.token_ids[1:])
         assert values[0] == 0
 
@@ -64,7 +79,7 @@ def test_fill_is_high_on_many_short_documents(seed: int, seq_len: int, multiple:
     batch = pack(documents_of(lengths), seq_len, num_rows_multiple=multiple)
     assert batch.fill >= 0.9
     assert batch.num_rows % multiple == 0
-    assert batch.input_ids.shape[1] <= seq_len
+    assert batch.row_len <= seq_len
 
 
 def test_documents_that_fill_rows_exactly_are_packed_without_waste() -> None:
@@ -74,13 +89,13 @@ def test_documents_that_fill_rows_exactly_are_packed_without_waste() -> None:
 
 def test_rows_are_added_until_long_documents_fit() -> None:
     batch = pack(documents_of([21] * 5), 32)  # two never share a row
-    assert batch.num_rows == 5 and batch.input_ids.shape[1] == 24
+    assert batch.num_rows == 5 and batch.row_len == 24
 
 
 def test_few_documents_leave_rows_empty_rather_than_breaking_the_multiple() -> None:
     batch = pack(documents_of([5]), 32, num_rows_multiple=4)
     assert batch.num_rows == 4
-    assert (batch.positions[:, 0] == 0).all()
+    assert (arrays_of(batch)["positions"][:, 0] == 0).all()
 
 
 def test_the_same_documents_give_the_same_rows() -> None:
@@ -126,7 +141,7 @@ def lognormal_documents(num: int, seed: int) -> list[Document]:
 def attention_costs(batch: PackedBatch, num_ranks: int, num_together: int) -> np.ndarray:
     """Of each rank: the squares of its documents' lengths."""
     costs = np.zeros(num_ranks)
-    for row, ids in enumerate(batch.segment_ids):
+    for row, ids in enumerate(arrays_of(batch)["segment_ids"]):
         costs[row // num_together % num_ranks] += (np.bincount(ids)[1:].astype(float) ** 2).sum()
     return costs
 
@@ -141,9 +156,10 @@ def test_lognormal_lengths_fill_rows_and_cost_all_ranks_the_same(seed: int) -> N
         costs = attention_costs(dealt, num_ranks, num_together)
         assert costs.max() / costs.mean() <= 1.03, (num_ranks, num_together)
         assert costs.sum() == attention_costs(plain, 1, 1).sum() and dealt.fill == plain.fill
+        positions = arrays_of(dealt)["positions"]
         for document, (row, start) in zip(documents, dealt.placements, strict=True):
             num_slots = len(document.token_ids) - 1
-            assert (dealt.positions[row, start : start + num_slots] == np.arange(num_slots)).all()
+            assert (positions[row, start : start + num_slots] == np.arange(num_slots)).all()
 
 
 def test_rows_of_one_rank_stay_where_they_are() -> None:

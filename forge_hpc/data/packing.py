@@ -28,64 +28,83 @@ RESERVED = frozenset((*_ROWS, *FIELDS, "routes", "logprobs", "entropy", "normali
 
 @dataclass(slots=True)
 class PackedBatch:
-    """Rows of packed documents. All arrays are [R, T]: R rows of T slots."""
+    """Which documents stand where in rows of equally many slots; ``rows`` makes the arrays of some of them.
 
-    input_ids: np.ndarray
-    """int64."""
-    labels: np.ndarray
-    """int64: the token after ``input_ids``; 0 in padding."""
-    positions: np.ndarray
-    """int64: place in the document, from 0; padding counts from 0 too."""
-    segment_ids: np.ndarray
-    """int32: 1, 2, … for the documents of a row, 0 for padding."""
-    group_ids: np.ndarray
-    """int32: 1, 2, … for the groups of a row, a document without one being its own; 0 for padding."""
-    mask: np.ndarray
-    """bool: labels that are trained."""
-    columns: dict[str, np.ndarray]
-    """float32: ``advantages``, ``generator_logprobs``, ``ref_logprobs`` and the documents' own columns, at the label
-    that they are of; what is said of a whole document at every slot of it. Only those that the documents have."""
+    A rank places the documents of all, by their lengths, and fills its own rows alone, a microbatch at a time while its
+    device computes the one before.
+    """
+
+    num_rows: int
+    row_len: int
+    """Slots of a row."""
     placements: list[tuple[int, int]]
     """(row, first slot) of each document, in the order of the documents."""
-    num_slots_used: int
-    """Slots that hold a token of a document."""
-    routes: np.ndarray | None = None
-    """[R, T, layers, k] int16: the experts that the documents say of each token, -1 in padding; None: they say none."""
+    columns: tuple[str, ...]
+    """Names of what is said of the tokens: ``advantages``, ``generator_logprobs``, ``ref_logprobs`` and the documents'
+    own columns. Only those that the documents have."""
+    routes: tuple[int, ...] | None
+    """Layers and experts a token of the documents' ``routes``; None: they say none."""
+    num_trained_tokens: int
+    """Labels that are trained: the step's global count, by which the loss is divided."""
+    num_trained_sequences: int
+    """Documents with a label that is trained, by which losses that are means over sequences are divided."""
+    num_trained_groups: int
+    """Groups with a label that is trained, by which losses that are means over pairs are divided."""
+    _documents: Sequence[Document]
+    _columns: Sequence[Mapping[str, np.ndarray]]
+    _in_rows: list[list[tuple[int, int]]]
+    """Of each row its documents, in their order, with the numbers of their groups."""
+    _loads: list[int]
+    """Of each row: slots that hold a token of a document."""
 
     @property
-    def num_rows(self) -> int:
-        return self.input_ids.shape[0]
-
-    @property
-    def num_trained_tokens(self) -> int:
-        """Labels that are trained: the step's global count, by which the loss is divided."""
-        return int(np.count_nonzero(self.mask))
-
-    @property
-    def num_trained_sequences(self) -> int:
-        """Documents with a label that is trained, by which losses that are means over sequences are divided."""
-        return self._num_trained(self.segment_ids)
-
-    @property
-    def num_trained_groups(self) -> int:
-        """Groups with a label that is trained, by which losses that are means over pairs are divided."""
-        return self._num_trained(self.group_ids)
-
-    def _num_trained(self, ids: np.ndarray) -> int:
-        numbers = np.arange(self.num_rows)[:, None] * (ids.max() + 1) + ids
-        return len(np.unique(numbers[self.mask]))
+    def num_slots_used(self) -> int:
+        """Slots that hold a token of a document."""
+        return sum(self._loads)
 
     @property
     def fill(self) -> float:
         """Share of the slots that hold a token of a document."""
-        return self.num_slots_used / self.input_ids.size
+        return self.num_slots_used / (self.num_rows * self.row_len)
 
     def rows(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        """The arrays by name, columns among them, cut to the rows [start, stop)."""
-        arrays = {name: getattr(self, name) for name in _ROWS} | self.columns
+        """Arrays [R, T] of the rows [start, stop), T slots each, by name:
+
+        - ``input_ids`` and ``labels``, the token after: int64, 0 in padding
+        - ``positions``: int64, the place in the document, from 0; padding counts from 0 too
+        - ``segment_ids``: int32, 1, 2, … for the documents of a row, 0 for padding
+        - ``group_ids``: int32, the same for the groups of a row, a document without one being its own
+        - ``mask``: bool, labels that are trained
+        - each of ``columns``: float32, at the label that it is of; what is said of a whole document at every slot of it
+        - ``routes`` [R, T, layers, k], where there are any: int16, -1 in padding
+        """
+        shape = (stop - start, self.row_len)
+        arrays = {name: np.zeros(shape, np.int64) for name in ("input_ids", "labels", "positions")}
+        arrays |= {name: np.zeros(shape, np.int32) for name in ("segment_ids", "group_ids")}
+        arrays["mask"] = np.zeros(shape, bool)
+        columns = {name: np.zeros(shape, np.float32) for name in self.columns}
         if self.routes is not None:
-            arrays["routes"] = self.routes
-        return {name: array[start:stop] for name, array in arrays.items()}
+            arrays["routes"] = np.full((*shape, *self.routes), -1, np.int16)
+        for row in range(start, stop):
+            numbers: dict[int, int] = {}  # of groups
+            for segment, (index, group) in enumerate(self._in_rows[row], 1):
+                document, first = self._documents[index], self.placements[index][1]
+                num_slots = len(document.token_ids) - 1
+                slots = (row - start, slice(first, first + num_slots))
+                arrays["input_ids"][slots] = document.token_ids[:-1]
+                arrays["labels"][slots] = document.token_ids[1:]
+                arrays["positions"][slots] = np.arange(num_slots)
+                arrays["segment_ids"][slots] = segment
+                arrays["group_ids"][slots] = numbers.setdefault(group, len(numbers) + 1)
+                arrays["mask"][slots] = document.loss_mask[1:]
+                if document.routes is not None:
+                    arrays["routes"][slots] = document.routes
+                for name, array in columns.items():
+                    values = self._columns[index][name]
+                    array[slots] = values[1:] if values.ndim else values
+            load = self._loads[row]
+            arrays["positions"][row - start, load:] = np.arange(self.row_len - load)
+        return arrays | columns
 
 
 def pack(
@@ -135,7 +154,25 @@ def pack(
         for index in unit:
             placements[index] = (row, start)
             start += lengths[index]
-    return _fill_rows(documents, columns, units, placements, loads, row_len)
+    group_of = {index: number for number, unit in enumerate(units) for index in unit}
+    in_rows: list[list[tuple[int, int]]] = [[] for _ in loads]
+    for index, (row, _) in enumerate(placements):
+        in_rows[row].append((index, group_of[index]))
+    num_trained = [int(np.count_nonzero(document.loss_mask[1:])) for document in documents]
+    return PackedBatch(
+        num_rows=len(loads),
+        row_len=row_len,
+        placements=placements,
+        columns=_names(columns),
+        routes=_shape_of_routes(documents),
+        num_trained_tokens=sum(num_trained),
+        num_trained_sequences=sum(number > 0 for number in num_trained),
+        num_trained_groups=sum(any(num_trained[index] for index in unit) for unit in units),
+        _documents=documents,
+        _columns=columns,
+        _in_rows=in_rows,
+        _loads=loads,
+    )
 
 
 def unpack(values: np.ndarray, batch: PackedBatch, documents: Sequence[Document]) -> list[np.ndarray]:
@@ -280,55 +317,9 @@ def balanced(costs: Sequence[int], num_parts: int) -> list[list[int]]:
     return parts
 
 
-def _fill_rows(
-    documents: Sequence[Document],
-    columns: Sequence[Mapping[str, np.ndarray]],
-    units: list[list[int]],
-    placements: list[tuple[int, int]],
-    loads: list[int],
-    row_len: int,
-) -> PackedBatch:
-    shape = (len(loads), row_len)
-    batch = PackedBatch(
-        input_ids=np.zeros(shape, np.int64),
-        labels=np.zeros(shape, np.int64),
-        positions=np.zeros(shape, np.int64),
-        segment_ids=np.zeros(shape, np.int32),
-        group_ids=np.zeros(shape, np.int32),
-        mask=np.zeros(shape, bool),
-        columns={name: np.zeros(shape, np.float32) for name in _names(columns)},
-        placements=placements,
-        num_slots_used=sum(loads),
-        routes=_empty_routes(documents, shape),
-    )
-    num_segments, num_groups = [0] * len(loads), [0] * len(loads)
-    unit_of = {index: number for number, unit in enumerate(units) for index in unit}
-    group_ids: dict[int, int] = {}  # by unit
-    for index, (document, (row, start)) in enumerate(zip(documents, placements, strict=True)):
-        num_slots = len(document.token_ids) - 1
-        slots = (row, slice(start, start + num_slots))
-        num_segments[row] += 1
-        if unit_of[index] not in group_ids:
-            num_groups[row] += 1
-            group_ids[unit_of[index]] = num_groups[row]
-        batch.input_ids[slots] = document.token_ids[:-1]
-        batch.labels[slots] = document.token_ids[1:]
-        batch.positions[slots] = np.arange(num_slots)
-        batch.segment_ids[slots] = num_segments[row]
-        batch.group_ids[slots] = group_ids[unit_of[index]]
-        batch.mask[slots] = document.loss_mask[1:]
-        if batch.routes is not None:
-            batch.routes[slots] = document.routes
-        for name, array in batch.columns.items():
-            values = columns[index][name]
-            array[slots] = values[1:] if values.ndim else values
-    for row, load in enumerate(loads):
-        batch.positions[row, load:] = np.arange(row_len - load)
-    return batch
-
-
-def _empty_routes(documents: Sequence[Document], shape: tuple[int, int]) -> np.ndarray | None:
-    """Raises ValueError: routes of some documents, or of another number of tokens, layers or experts."""
+def _shape_of_routes(documents: Sequence[Document]) -> tuple[int, ...] | None:
+    """Layers and experts a token. Raises ValueError: routes of some documents, or of another number of tokens, layers
+    or experts."""
     given = [document.routes for document in documents if document.routes is not None]
     if not given:
         return None
@@ -340,13 +331,13 @@ def _empty_routes(documents: Sequence[Document], shape: tuple[int, int]) -> np.n
                 f"document {index} has {len(document.token_ids)} tokens and routes of shape {list(routes.shape)}: "
                 "there must be those of all tokens but the last, of as many layers and experts in all documents"
             )
-    return np.full((*shape, *given[0].shape[1:]), -1, np.int16)
+    return tuple(given[0].shape[1:])
 
 
-def _names(columns: Sequence[Mapping[str, np.ndarray]]) -> list[str]:
+def _names(columns: Sequence[Mapping[str, np.ndarray]]) -> tuple[str, ...]:
     """Of all columns; ValueError where one is not in all documents."""
     names = dict.fromkeys(name for own in columns for name in own)
     for name in names:
         if (num_with := sum(name in own for own in columns)) != len(columns):
             raise ValueError(f"{num_with} of {len(columns)} documents have {name}: all or none must")
-    return list(names)
+    return tuple(names)

@@ -136,7 +136,8 @@ class ModelShard:
     def _per_token(self, documents: Sequence[Document]) -> list[list[np.ndarray]]:
         """Each of the outputs of ``_forward`` as ``logprobs`` gives them."""
         batch = self._pack(documents)
-        outputs = torch.zeros((2 if self.spec.has_logprobs else 1, *batch.labels.shape), device=self.device)
+        shape = (2 if self.spec.has_logprobs else 1, batch.num_rows, batch.row_len)
+        outputs = torch.zeros(shape, device=self.device)
         size = self.microbatch.num_rows
         with torch.no_grad():
             for start in self._row_starts(batch):
