@@ -138,7 +138,7 @@ def test_a_microbatch_that_may_not_fit_is_not_tried_before_there_is_one(
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_model_that_has_warmed_up_trains_as_one_that_has_not(
+def test_a_model_that_has_warmed_up_and_is_ready_to_be_saved_trains_as_one_that_is_not(
     model_dir: Path, lora: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg, found = config(), []
@@ -148,6 +148,7 @@ def test_a_model_that_has_warmed_up_trains_as_one_that_has_not(
         if warms_up:
             rows = warmed_up(engine, monkeypatch)
             assert rows == [(2, 64, 2), (2, 56, 4)]  # of 64 slots, and of as many less as lengths are rounded to
+            engine.prepare_to_save()
             assert not gradients(engine)
         metrics = [engine.train_step(random_documents(NUM_DOCUMENTS, seed=seed)) for seed in range(2)]
         found.append((metrics, weights(engine)))

@@ -134,6 +134,9 @@ class Trainer(Actor):
             start = time.perf_counter()
             self._models.warm_up()
             logger.info("warmed up in %.1f s", time.perf_counter() - start)
+        if self._one_base is None:  # while generators start, or write the first answers
+            for engine in self._models.trained.values():
+                engine.prepare_to_save()
         return self._models.sharing
 
     def _watch_gpu(self) -> None:
@@ -164,7 +167,8 @@ class Trainer(Actor):
         with traced(self._trace_of(model)):
             metrics = self._models.train_step(model, documents, update=update, max_mismatch=max_mismatch)
         seconds = time.perf_counter() - start
-        self._models.trained[model].prepare_to_save()
+        if self._one_base is not None:
+            self._models.trained[model].prepare_to_save()
         return metrics | {"time/train_s": seconds} | self._performance(self._models.trained[model], seconds)
 
     def _trace_of(self, model: str) -> Path | None:

@@ -123,7 +123,7 @@ class TrainerCheckpointer(CheckpointManager):
         return state | {key: value.state_dict() for key, value in self.states.items() if key != MODEL}
 
     def reserve(self) -> None:
-        """Begin to take the host memory that saves are staged in, beside the training. The optimizer has its state."""
+        """Begin to take the host memory that saves are staged in. The optimizer has its state."""
         if self._staging is not None and not self._staging.is_reserved and torch.cuda.is_available():
             self._staging.reserve(self._state())
 

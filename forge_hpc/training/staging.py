@@ -27,8 +27,9 @@ class Staging:
 
     It holds as much host memory as the state takes, from the first copy on. Where there is a GPU the buffers are
     pinned, so that the copy runs at the speed of the bus: 15 GB in 0.27 s on an H200, where into new memory it takes
-    8 s every time. To allocate them in pages of 4 KiB takes 0.8 s a GB, through which training beside it (``reserve``)
-    stands still; so huge pages are asked for, of which there are 512 times fewer to touch and to pin.
+    8 s every time. To allocate them in pages of 4 KiB takes 0.8 s a GB, by which a step beside it was longer; so
+    ``reserve`` is for when nobody trains yet, and huge pages are asked for, of which there are 512 times fewer to
+    touch and to pin.
     """
 
     def __init__(self) -> None:
