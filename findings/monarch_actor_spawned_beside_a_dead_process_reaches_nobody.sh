@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # One would guess: of a mesh of processes in which one has died, the others go on as before. An actor that was spawned
-# before the death is indeed still reached in them by a broadcast, so one that is spawned on the mesh afterwards is, too.
+# before the death is indeed still reached in them by a broadcast (on one host, in a small mesh), so one that is spawned on
+# the mesh afterwards is, too.
 # What happens: nothing is ever reached of one that is spawned afterwards, not even in the living processes, and neither
 # spawn nor broadcast says so; spawned on a slice of the mesh without the dead process it is reached at once. So what is
 # to end the rest of a lost mesh has to be spawned with it.

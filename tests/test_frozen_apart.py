@@ -109,6 +109,8 @@ class Procs:
     def spawn(self, name: str, actor: Any, *args: Any) -> Any:
         async def start(model_dirs: Any, file_store: Path) -> list[Any]:
             self.cluster.stores.append(file_store.name)
+            if len(self.cluster.stores) in self.cluster.failing_starts:
+                raise ConnectionResetError("by peer")
             return []
 
         async def logprobs(documents: Any, model: str) -> list[Any]:
@@ -138,6 +140,7 @@ class FakeCluster:
         )
         self.num_losses, self.node_is_gone, self.stores = num_losses, node_is_gone, list[str]()
         self.killed: list[str] = []
+        self.failing_starts: set[int] = set()
 
     def told(self, config: Config) -> Config:
         return config
@@ -200,6 +203,19 @@ def test_lost_processes_are_started_again_and_asked_again_until_that_has_gone_on
         cluster.num_losses = 1
         with pytest.raises(ActorLost, match=r"frozen models: killed \(lost 3 times without a completed step"):
             await frozen.logprobs(random_documents(3), "reference")
+
+    asyncio.run(scenario())
+
+
+def test_what_is_left_of_a_start_that_fails_on_one_rank_is_ended_before_the_next() -> None:
+    async def scenario() -> None:
+        cluster = FakeCluster(num_losses=1)
+        cluster.failing_starts = {2}
+        frozen = frozen_of(cluster)
+        await frozen.start({})
+        assert len(await frozen.logprobs(random_documents(3), "reference")) == 3
+        assert cluster.stores == ["process-group-frozen", "process-group-frozenr1", "process-group-frozenr2"]
+        assert cluster.killed == ["frozen", "frozenr1"]
 
     asyncio.run(scenario())
 

@@ -21,8 +21,6 @@ from forge_hpc.cluster.rendezvous import Rendezvous
 
 logger = logging.getLogger(__name__)
 LOOK_S = 1.0
-ENDER = "ender"
-"""Name of the actor beside a role's (``cluster.ender``)."""
 SILENT_HOST_S = 20
 """A host that does not say for so long how its processes are is cut off."""
 SILENT_PROCESS_S = 3
@@ -40,10 +38,13 @@ class Faults:
         import monarch.actor
         from monarch.config import configure
 
+        from forge_hpc.cluster.ender import Enders
+
         configure(get_proc_state_max_idle=f"{SILENT_HOST_S}s", get_actor_state_max_idle=f"{SILENT_PROCESS_S}s")
         self.unexpected: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.ended_nodes: set[int] = set()
         """Nodes whose worker has ended: nothing can be started there any more, but the node lives."""
+        self.enders = Enders()
         self._rendezvous = rendezvous
         self._watched: dict[str, Callable[[str], None]] = {}
         self._forgotten: set[str] = set()
@@ -99,9 +100,8 @@ class Faults:
         lines = failure.report().strip().splitlines()
         reason = lines[-1].strip() if lines else "failed"
         logger.error("Monarch reports of %s: %s", mesh, reason)
-        if (
-            mesh in ("logger", ENDER) or mesh in self._forgotten
-        ):  # what a dead process takes with it is reported as well
+        # What a dead process takes with it is reported as well.
+        if mesh in ("logger", self.enders.NAME) or mesh in self._forgotten:
             return
         if mesh in self._watched:
             self._watched[mesh](reason)

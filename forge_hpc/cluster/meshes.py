@@ -4,7 +4,7 @@ hosts = await attach(addresses, own_address, timeout_s)
 cluster = Cluster(hosts, placement, cpus, log_dir)
 trainers = cluster.spawn_trainers("trainer")        # one mesh over all trainer nodes; spawn_frozen likewise
 replica = cluster.spawn_generator("generator0", 0)  # one mesh a replica, so that one can fail alone
-cluster.end_at_once("trainer")                      # of a mesh that is lost, before ``trainers.stop()``
+cluster.end_at_once("trainer")                      # what is left of a mesh that is lost, before ``trainers.stop()``
 lent = await attach_lent(address, timeout_s)        # a node that another job lends, at any time later
 
 Meshes are named by the caller: what Monarch reports of one is told to who watches that name (``faults``).
@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forge_hpc.cluster.faults import ENDER, Faults
+from forge_hpc.cluster.faults import Faults
 from forge_hpc.config.schema import Config
 from forge_hpc.config.split import Placement
 
@@ -103,8 +103,6 @@ class Cluster:
     """Where worker processes run, beside this one."""
     address: str = "127.0.0.1"
     """Of this node, by which the others reach it."""
-    _enders: dict[str, Any] = field(default_factory=dict)
-    """By the mesh's name."""
 
     def spawn_trainers(self, name: str) -> ProcMesh:
         """One process a trainer rank, as one mesh with dimensions ``hosts`` and ``procs``."""
@@ -120,9 +118,8 @@ class Cluster:
         def command(point: Point) -> BootstrapCommand:
             return self._command(nodes.start + point["hosts"], [gpu for process in gpus for gpu in process])
 
-        return self._with_ender(
-            name, hosts.spawn_procs(per_host={"procs": len(gpus)}, name=name, bootstrap_command=command)
-        )
+        procs = hosts.spawn_procs(per_host={"procs": len(gpus)}, name=name, bootstrap_command=command)
+        return self.faults.enders.beside(name, procs)
 
     def spawn_volumes(self, name: str) -> ProcMesh:
         """One process a trainer node that does nothing but hold published weights."""
@@ -138,19 +135,13 @@ class Cluster:
         node = self.placement.rollout_nodes[home] if node is None else node
         hosts = self.hosts.slice(hosts=slice(node, node + 1))
         command = self._command(node, self.placement.replica_gpus[slot])
-        return self._with_ender(name, hosts.spawn_procs(per_host={"procs": 1}, name=name, bootstrap_command=command))
-
-    def _with_ender(self, name: str, procs: ProcMesh) -> ProcMesh:
-        from forge_hpc.cluster.ender import Ender
-
-        self._enders[name] = procs.spawn(ENDER, Ender)
-        return procs
+        return self.faults.enders.beside(
+            name, hosts.spawn_procs(per_host={"procs": 1}, name=name, bootstrap_command=command)
+        )
 
     def end_at_once(self, name: str) -> None:
-        """Kill what is left of a mesh that is lost, whatever it is doing: ``stop()`` then has nothing to wait for.
-        Nothing happens to one that the run before has left."""
-        if (ender := self._enders.pop(name, None)) is not None:
-            ender.end.broadcast()
+        """As ``Enders.end_at_once``: before ``stop()`` of a mesh that is lost."""
+        self.faults.enders.end_at_once(name)
 
     def layout(self, role: str) -> Any:
         """Where a role's processes run and on what: ``trainer``, ``volume`` or ``generatorN``. None where there are

@@ -151,7 +151,12 @@ class FrozenProcesses:
             raise await why_not_spawned(self._cluster, nodes, "frozen models", error) from error
         mesh = self._procs.spawn(self._name, Frozen, self._cluster.told(self._config), self._log_dir)
         call = mesh.start.call(self._model_dirs, self._log_dir / f"process-group-{self._name}")
-        await answer(call, lost, self._config.cluster.start_timeout_s, "the frozen models, start()")
+        try:
+            await answer(call, lost, self._config.cluster.start_timeout_s, "the frozen models, start()")
+        except ActorLost as error:
+            if not lost.done():  # one has failed, or they are silent: the others may wait for each other
+                lost.set_result(reason_of(error))
+            raise
         return mesh
 
     async def _end(self) -> None:

@@ -176,7 +176,7 @@ class LentGenerators:
         self._num_starts += 1
         name = f"lent{index}r{self._num_starts}"
         self._cluster.faults.watch(name, lambda reason: service.lose(index, reason))
-        procs = node.host.spawn_generator(name, node.slots[index])
+        procs = self._cluster.faults.enders.beside(name, node.host.spawn_generator(name, node.slots[index]))
         node.meshes[index] = name, procs
         await asyncio.wait_for(procs.initialized, spawn_s)
         actor = procs.spawn(name, Generator, config, index, self._log_dir, "lent")
@@ -204,6 +204,7 @@ class LentGenerators:
     async def _replace(self, node: _Node, index: int) -> None:
         name, procs = node.meshes.pop(index)
         self._cluster.faults.forget(name)
+        self._cluster.end_at_once(name)
         stopping = asyncio.ensure_future(procs.stop())
         await asyncio.wait({stopping}, timeout=END_S)
         stopping.cancel()

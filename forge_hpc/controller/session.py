@@ -332,6 +332,7 @@ class Session:
                 raise
             logger.warning("%s; others take their place", error)
             del self._meshes[kept.name]
+            self.cluster.end_at_once(kept.name)
             await stop_mesh(self.cluster.faults, kept)
             return None
         self._trainer_mesh = kept

@@ -9,6 +9,7 @@ certificate.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from forge_hpc.checkpoint import CheckpointError, FileRecord
 from forge_hpc.checkpoint.manifest import NO_OPTIMIZER
 from forge_hpc.training.checkpoint_writer import CheckpointWriter, threads_for
 from forge_hpc.training.staging import Staging, tensors_of
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -124,8 +127,17 @@ class TrainerCheckpointer(CheckpointManager):
 
     def reserve(self) -> None:
         """Begin to take the host memory that saves are staged in. The optimizer has its state."""
-        if self._staging is not None and not self._staging.is_reserved and torch.cuda.is_available():
-            self._staging.reserve(self._state())
+        if self.stages:
+            assert self._staging is not None
+            try:
+                self._staging.reserve(self._state())
+            except RuntimeError as error:  # a save will ask again, and fail by itself
+                logger.warning("no host memory yet for the copy that a save writes: %s", error)
+
+    @property
+    def stages(self) -> bool:
+        """Whether saves are copied from a GPU to host memory that is kept for it."""
+        return self._staging is not None and torch.cuda.is_available()
 
     def saved(self) -> dict[str, FileRecord]:
         """Wait until the last save is on disk.

@@ -413,10 +413,12 @@ class TrainEngine(ModelShard, Stateful):
         self._checkpointer.save_to(directory)
 
     def prepare_to_save(self) -> None:
-        """See that the first save is held up no longer than the others: the optimizer gets its state, as if no step had
-        been taken, and the host memory for a save is taken beside what comes next. Cheap to repeat."""
-        self._materialize_optimizer_state()
-        self._checkpointer.reserve()
+        """See that the first save is held up no longer than the others: where saves are staged in host memory, it is
+        taken beside what comes next, and the optimizer gets its state, as if no step had been taken. Cheap to repeat.
+        """
+        if self._checkpointer.stages:
+            self._materialize_optimizer_state()
+            self._checkpointer.reserve()
 
     def wait_for_save(self) -> dict[str, FileRecord]:
         """Return when the last save is on disk: the files that this rank wrote, as ``CheckpointStore.commit`` wants
