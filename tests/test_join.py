@@ -321,11 +321,13 @@ class Lenders:
         self.service = Service("generator", 1, 60, self.on_loss)
         self.dead = False
         self.numbers: list[int] = []
+        self.killed: list[str] = []
         pool: Any = SimpleNamespace(service=self.service, is_serving=True, model_dir=Path(), lent=None)
         pool.ask, pool.bring_up_to_date = self.answered, self.answered
-        faults = SimpleNamespace(watch=lambda *args: None, forget=lambda *args: None)
+        enders = SimpleNamespace(beside=lambda name, procs: procs)
+        faults = SimpleNamespace(watch=lambda *args: None, forget=lambda *args: None, enders=enders)
         placement = SimpleNamespace(gpus_per_node=0)
-        cluster: Any = SimpleNamespace(faults=faults, placement=placement)
+        cluster: Any = SimpleNamespace(faults=faults, placement=placement, end_at_once=self.killed.append)
         self.lent = LentGenerators(
             load_config(DEMO, [ASYNC]), cluster, pool, self.rendezvous, "127.0.0.1", tmp_path, self.numbers.append
         )
@@ -413,6 +415,7 @@ def test_a_lent_generator_that_dies_is_started_again_on_its_node_some_times(lend
             lenders.service.lose(1, "killed")
             assert lenders.service.num_lent == 0
             await until(lambda: lenders.service.num_lent)
+        assert lenders.killed == [f"lent1r{start + 1}" for start in range(MAX_LOSSES)]  # if they only hang
         lenders.service.lose(1, "killed")
         await until(lambda: lenders.over(4))
         over = lenders.over(4)
