@@ -127,8 +127,7 @@ class TrainerCheckpointer(CheckpointManager):
 
     def reserve(self) -> None:
         """Begin to take the host memory that saves are staged in. The optimizer has its state."""
-        if self.stages:
-            assert self._staging is not None
+        if self._staging is not None and not self._staging.is_reserved and self.stages:
             try:
                 self._staging.reserve(self._state())
             except RuntimeError as error:  # a save will ask again, and fail by itself

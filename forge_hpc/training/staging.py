@@ -37,11 +37,16 @@ class Staging:
 
     def reserve(self, state: dict[str, Any]) -> None:
         """Begin to allocate the buffers, in a thread. Only the first call does anything."""
-        if self._copies is None:
+        if not self.is_reserved:
             self._copies = _allocate(state)
             arguments = ([*tensors_of(self._copies)],)
             self._reserving = threading.Thread(target=_pin_all, args=arguments, name="staging", daemon=True)
             self._reserving.start()
+
+    @property
+    def is_reserved(self) -> bool:
+        """Whether ``reserve`` or ``copy`` has been called."""
+        return self._copies is not None
 
     def copy(self, state: dict[str, Any]) -> dict[str, Any]:
         """The state (of nested dictionaries) with its tensors on the CPU. Valid until the next call.
