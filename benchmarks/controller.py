@@ -28,6 +28,7 @@ from monarch.actor import Actor, Port, endpoint, this_host
 from monarch.actor.concurrent import concurrent_endpoint
 from rows import row
 
+from forge_hpc.actors.errors import collective
 from forge_hpc.advantages import advantage_function
 from forge_hpc.config import Config
 from forge_hpc.config.schema import RewardConfig
@@ -81,6 +82,7 @@ class Generator(Actor):
 
 class Trainer(Actor):
     @endpoint
+    @collective
     async def train_step(
         self, documents: Sequence[Document], update: bool, max_mismatch: float, model: str
     ) -> dict[str, float]:

@@ -26,6 +26,7 @@ from typing import Any
 
 from rows import PROJECT, row
 
+from forge_hpc.cluster.worker import visible_gpus
 from forge_hpc.data.builtin import write_tiny_qwen3
 from forge_hpc.observability.compare import student_t
 
@@ -65,16 +66,10 @@ ON_GPU = (
 )  # fmt: skip
 
 
-def num_gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
-
-
 class Runs:
     """Runs of the project by its command, in a folder of each seed."""
 
-    def __init__(self, directory: Path, overrides: Sequence[str], gpus: int) -> None:
+    def __init__(self, directory: Path, overrides: Sequence[str], gpus: Sequence[str]) -> None:
         self._directory, self._overrides, self._gpus = directory, overrides, gpus
         self._count = 0
 
@@ -89,7 +84,7 @@ class Runs:
         command += [*(ON_GPU if self._gpus else ()), *options, *self._overrides]
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])}
         if self._gpus:
-            environ["CUDA_VISIBLE_DEVICES"] = str(self._count % self._gpus)
+            environ["CUDA_VISIBLE_DEVICES"] = self._gpus[self._count % len(self._gpus)]
             self._count += 1
         output = run_dir.with_suffix(".out")
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of all runs")
     args = parser.parse_intermixed_args(argv)
     with tempfile.TemporaryDirectory(prefix="forge-hpc-benchmark-") as name:
-        runs = Runs((args.out or Path(name)).resolve(), args.overrides, num_gpus())
+        runs = Runs((args.out or Path(name)).resolve(), args.overrides, visible_gpus())
         return learn(runs, args)
 
 

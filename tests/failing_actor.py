@@ -4,9 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
+from collections.abc import Collection
 
-from monarch.actor import Actor, endpoint
+from monarch.actor import Actor, current_rank, endpoint
+
+from forge_hpc.actors.errors import collective
+
+
+class TwoNumbers(Exception):
+    """Cannot be made again from what it keeps of its arguments."""
+
+    def __init__(self, one: int, other: int) -> None:
+        super().__init__(f"{one} and {other}")
+
+
+class LockedError(ValueError):
+    """Cannot be pickled."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.lock = threading.Lock()
 
 
 class Failing(Actor):
@@ -40,3 +59,18 @@ class Failing(Actor):
             "bug": ValueError("a bug"),
             "bug in torch": torch.OutOfMemoryError("CUDA out of memory"),
         }[how]
+
+
+class Waiting(Actor):
+    """Ranks that wait for each other."""
+
+    @endpoint
+    @collective
+    async def step(self, failing: Collection[int], kind: str = "bug") -> int:
+        """The rank; those that fail raise, and then the others wait for them for good."""
+        rank = current_rank().rank
+        if rank in failing:
+            raise {"bug": ValueError(f"of {rank}"), "user's": TwoNumbers(1, 2), "locked": LockedError("shut")}[kind]
+        if failing:
+            await asyncio.sleep(600)
+        return rank

@@ -107,20 +107,20 @@ class Procs:
             self.initialized.set_result(None)
 
     def spawn(self, name: str, actor: Any, *args: Any) -> Any:
-        async def start(model_dirs: Any, file_store: Path) -> list[Any]:
+        async def start(errors: Any, model_dirs: Any, file_store: Path) -> list[Any]:
             self.cluster.stores.append(file_store.name)
             if len(self.cluster.stores) in self.cluster.failing_starts:
                 raise ConnectionResetError("by peer")
             return []
 
-        async def logprobs(documents: Any, model: str) -> list[Any]:
+        async def logprobs(errors: Any, documents: Any, model: str) -> list[Any]:
             if self.cluster.num_losses:
                 self.cluster.num_losses -= 1
                 self.cluster.faults.watched[name]("killed")
                 await asyncio.get_running_loop().create_future()
             return [(0, [np.full(len(d.token_ids), -1.0, np.float32) for d in documents]), (1, [])]
 
-        async def values(documents: Any, model: str) -> list[Any]:
+        async def values(errors: Any, documents: Any, model: str) -> list[Any]:
             raise UserError("a model without a value head has no values")
 
         endpoints = {"start": start, "logprobs": logprobs, "values": values}
@@ -161,7 +161,7 @@ class Mesh:
     def __init__(self) -> None:
         self.given: list[Any] = []
 
-        async def call(documents: Any, *args: Any) -> list[Any]:
+        async def call(errors: Any, documents: Any, *args: Any) -> list[Any]:
             self.given = documents
             return [(0, {"loss": 0.0})]
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from monarch.actor import Actor, current_rank, endpoint
 from monarch.actor.concurrent import concurrent_endpoint
 
+from forge_hpc.actors.errors import collective
 from forge_hpc.config import Config
 from forge_hpc.config.schema import ParallelismConfig
 from forge_hpc.data.types import Document
@@ -41,6 +42,7 @@ class Frozen(Actor):
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
     @endpoint
+    @collective
     async def start(self, model_dirs: Mapping[str, Path], file_store: Path) -> None:
         """Join the process group through ``file_store`` and load the models; one without a directory of its own is what
         the policy starts from."""
@@ -55,16 +57,19 @@ class Frozen(Actor):
         self._models = FrozenModels(self._config, model_dirs)
 
     @concurrent_endpoint
+    @collective
     async def logprobs(self, documents: Sequence[Document], model: str) -> list[np.ndarray]:
         """As ``ModelShard.logprobs``, on every rank."""
         return await self._in_thread(self._models.logprobs, model, documents)
 
     @concurrent_endpoint
+    @collective
     async def values(self, documents: Sequence[Document], model: str) -> list[np.ndarray]:
         """As ``ModelShard.values``, on every rank."""
         return await self._in_thread(self._models.values, model, documents)
 
     @endpoint
+    @collective
     async def leave(self) -> None:
         """Leave the process group."""
         import torch.distributed as dist

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from monarch.actor import Actor, Port, endpoint
 from monarch.actor.concurrent import concurrent_endpoint
 
+from forge_hpc.actors.errors import portable_errors
 from forge_hpc.actors.reading import PolicyReader
 from forge_hpc.cluster.worker import visible_gpus
 from forge_hpc.config import Config
@@ -48,6 +49,7 @@ class Generator(Actor):
         self._named: dict[str, asyncio.Task[Any]] = {}
 
     @endpoint
+    @portable_errors
     async def start(self, model_dir: Path, kv_cache_bytes: int | None = None) -> int:
         """Build the engine on the weights in ``model_dir``. The size of its KV cache, which another in its place is to
         have: what is free then is not what was."""
@@ -62,6 +64,7 @@ class Generator(Actor):
         return self._engine.kv_cache_bytes
 
     @endpoint
+    @portable_errors
     async def renew(self, config: Config, log_dir: Path, model_dir: Path) -> str:
         """Serve another run from the weights in ``model_dir`` on, as a new replica would. Why that cannot be; empty
         where it can (``GenerationEngine.renew``)."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from monarch.actor import Actor, current_rank, endpoint
 from monarch.actor.concurrent import concurrent_endpoint
 
+from forge_hpc.actors.errors import collective, portable_errors
 from forge_hpc.actors.publishing import Publishing
 from forge_hpc.config import Config
 from forge_hpc.config.needs import POLICY, ModelNeed
@@ -100,6 +101,7 @@ class Trainer(Actor):
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     @endpoint
+    @collective
     async def start(
         self, model_dirs: Mapping[str, Path], file_store: Path, checkpoint: Path | None, warms_up: bool = False
     ) -> str:
@@ -151,6 +153,7 @@ class Trainer(Actor):
         self._gpu = GpuMonitor([visible_gpus()[device.index or 0]] if device.type == "cuda" else [])
 
     @concurrent_endpoint
+    @collective
     async def train_step(
         self, documents: Sequence[Document], update: bool, max_mismatch: float, model: str = POLICY
     ) -> dict[str, float]:
@@ -195,26 +198,31 @@ class Trainer(Actor):
         return figures
 
     @concurrent_endpoint
+    @collective
     async def logprobs(self, documents: Sequence[Document], model: str) -> list[np.ndarray]:
         """As ``Models.logprobs``, on every rank."""
         return await self._in_thread(self._models.logprobs, model, documents)
 
     @concurrent_endpoint
+    @collective
     async def values(self, documents: Sequence[Document], model: str) -> list[np.ndarray]:
         """As ``Models.values``, on every rank."""
         return await self._in_thread(self._models.values, model, documents)
 
     @concurrent_endpoint
+    @collective
     async def eval_loss(self, documents: Sequence[Document]) -> float:
         """Mean loss of the policy on held-out documents in nats, equal on all ranks; no step is taken."""
         return await self._in_thread(self._models.policy.eval_loss, documents)
 
     @concurrent_endpoint
+    @collective
     async def release(self) -> str:
         """As ``Models.release``."""
         return await self._in_thread(self._models.release)
 
     @concurrent_endpoint
+    @collective
     async def publish(
         self,
         store: StoreSpec | None,
@@ -253,6 +261,7 @@ class Trainer(Actor):
         return part
 
     @concurrent_endpoint
+    @collective
     async def store(self, store: StoreSpec, version: int) -> None:
         """See that a version is in the store which generators were offered: one of them could not read it, or one of
         the ranks had no memory for it.
@@ -323,17 +332,20 @@ class Trainer(Actor):
         return {name: cloned[id(tensor)] for name, tensor in state.items()}
 
     @endpoint
+    @collective
     async def save(self, directory: Path) -> None:
         """Write this rank's part of a checkpoint into ``directory``; returns once it is staged in memory."""
         await self._in_thread(self._models.save, directory)
 
     @concurrent_endpoint
+    @collective
     async def saved(self) -> dict[str, FileRecord]:
         """Wait until what ``save`` began is on disk. The files that this rank wrote: those of all ranks together are
         what ``CheckpointStore.commit`` wants. Raises CheckpointError on every rank where one could not write."""
         return await asyncio.to_thread(self._models.wait_for_save)  # beside the training
 
     @endpoint
+    @collective
     async def export(self, directory: Path) -> None:
         """Write the policy in Hugging Face format, and where generators are to stop."""
         await self._in_thread(self._export, directory)
@@ -348,6 +360,7 @@ class Trainer(Actor):
         policy.export(directory, ends)
 
     @endpoint
+    @collective
     async def leave(self) -> None:
         """Leave the process group."""
         self._leave()
@@ -363,6 +376,7 @@ class Trainer(Actor):
     # ---- from one run to the next (``controller.kept``)
 
     @endpoint
+    @collective
     async def rest(self) -> None:
         """The run is over: ``leave``, and give up the models, for a process that is kept for the next one."""
         self._leave()
@@ -379,6 +393,7 @@ class Trainer(Actor):
             torch.cuda.empty_cache()
 
     @endpoint
+    @portable_errors
     async def renew(self, config: Config, log_dir: Path, models: Mapping[str, ModelNeed]) -> None:
         """Begin another run, as a new process would: only what was imported is still there. ``start`` comes next."""
         forget_user_code(Path(file.path) for file in (*named_files(self._config), *named_files(config)))

@@ -19,8 +19,9 @@ from forge_hpc.config import Config
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.config.split import frozen_apart
 from forge_hpc.controller.generators import SPAWN_S, STOP_S, NodeLost, why_not_spawned
+from forge_hpc.controller.ranks import Ranks
 from forge_hpc.controller.recovery import Recoveries
-from forge_hpc.controller.service import ActorLost, answer, reason_of
+from forge_hpc.controller.service import ActorLost, reason_of
 from forge_hpc.data.types import Document
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class FrozenProcesses:
         self._name = ""
         self._num_starts = 0
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()  # of the newest start
-        self._serving: asyncio.Task[Any] | None = None  # its result is the mesh
+        self._serving: asyncio.Task[Ranks] | None = None  # its result are its ranks
 
     async def start(self, model_dirs: Mapping[str, Path]) -> None:
         """Wait until they serve. Raises what kept them from it; then the next call begins anew."""
@@ -82,7 +83,7 @@ class FrozenProcesses:
         if (serving := self._serving) is None:
             return
         if serving.done() and not self._lost.done():
-            await asyncio.wait_for(serving.result().leave.call(), 10)
+            await serving.result().ask("leave", timeout_s=10)
         serving.cancel()
 
     async def end(self) -> None:
@@ -96,16 +97,14 @@ class FrozenProcesses:
 
         Raises:
             ActorLost: they are lost again and again. NodeLost: so is their node.
-            Exception: the first rank's error.
+            Exception: a rank's error; see ``Ranks.ask``.
         """
         assert self._serving is not None, "start() comes first"
         while True:
-            mesh = await asyncio.shield(self._serving)
-            lost, timeout_s = self._lost, self._config.trainer.timeout_s
+            ranks = await asyncio.shield(self._serving)
+            lost = self._lost
             try:
-                call = getattr(mesh, endpoint).call(*args)
-                results = await answer(call, lost, timeout_s, f"the frozen models, {endpoint}()")
-                return next(value for _, value in results)
+                return (await ranks.ask(endpoint, *args, timeout_s=self._config.trainer.timeout_s))[0]
             except ActorLost as error:
                 self._lose(lost, reason_of(error))
                 self._recoveries.call_retried()
@@ -119,21 +118,21 @@ class FrozenProcesses:
             logger.error("the frozen models are lost: %s", reason)
             self._serving = asyncio.create_task(self._replace(reason))
 
-    async def _replace(self, reason: str) -> Any:
+    async def _replace(self, reason: str) -> Ranks:
         start = time.monotonic()
         while True:
             self._recoveries.use_retry("frozen", "frozen models", f"frozen models: {reason}")
             try:
-                mesh = await self._start()
+                ranks = await self._start()
                 logger.info("the frozen models are replaced after %.1f s", time.monotonic() - start)
-                return mesh
+                return ranks
             except NodeLost as error:
                 self._on_node_lost(error.node, str(error))
                 raise
             except ActorLost as error:
                 reason = reason_of(error)
 
-    async def _start(self) -> Any:
+    async def _start(self) -> Ranks:
         """Spawn them and load the models. Raises NodeLost, ActorLost, or what loading raises."""
         await self._end()
         nodes, faults = self._cluster.placement.frozen_nodes, self._cluster.faults
@@ -150,14 +149,19 @@ class FrozenProcesses:
         except Exception as error:
             raise await why_not_spawned(self._cluster, nodes, "frozen models", error) from error
         mesh = self._procs.spawn(self._name, Frozen, self._cluster.told(self._config), self._log_dir)
-        call = mesh.start.call(self._model_dirs, self._log_dir / f"process-group-{self._name}")
+        ranks, file_store = Ranks(mesh, "the frozen models", lost), self._log_dir / f"process-group-{self._name}"
         try:
-            await answer(call, lost, self._config.cluster.start_timeout_s, "the frozen models, start()")
-        except ActorLost as error:
+            await ranks.ask("start", self._model_dirs, file_store, timeout_s=self._config.cluster.start_timeout_s)
+        except Exception as error:
             if not lost.done():  # one has failed, or they are silent: the others may wait for each other
                 lost.set_result(reason_of(error))
             raise
-        return mesh
+        return ranks
+
+    @property
+    def _is_stuck(self) -> bool:
+        serving = self._serving
+        return serving is not None and serving.done() and not serving.exception() and serving.result().is_stuck
 
     async def _end(self) -> None:
         """End what is left of the last start, so that its memory is free."""
@@ -165,7 +169,7 @@ class FrozenProcesses:
         procs, self._procs = self._procs, None
         if procs is None or self._cluster.faults.ended_nodes & {*self._cluster.placement.frozen_nodes}:
             return
-        if self._lost.done():
+        if self._lost.done() or self._is_stuck:
             self._cluster.end_at_once(self._name)
         with contextlib.suppress(Exception):  # whether others can be started is what matters
             await asyncio.wait_for(procs.stop(), STOP_S)

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Awaitable, Mapping
 from typing import Any
 
+from forge_hpc.actors.errors import ForeignError
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import UserError
 from forge_hpc.controller.recovery import Leave
@@ -18,6 +19,10 @@ from forge_hpc.supervisor.ending import ControllerExit
 
 logger = logging.getLogger("forge_hpc.controller")
 MAX_MESSAGE = 1000
+OUT_OF_MEMORY = (
+    "less is taken by trainer.training.local_batch_size=1, and by trainer.activation_checkpoint.mode=full; "
+    "`forge-hpc plan` shows what a GPU is to hold"
+)
 
 
 async def outcome_of(control: Awaitable[bool], leave: Leave) -> dict[str, Any]:
@@ -34,7 +39,7 @@ async def outcome_of(control: Awaitable[bool], leave: Leave) -> dict[str, Any]:
         if isinstance(cause, UserError):
             outcome = {"code": ControllerExit.FAILED, "message": cause.message, "hint": cause.hint}
         else:
-            message = str(cause) if isinstance(cause, ActorLost) else f"{type(cause).__name__}: {cause}"
+            message = str(cause) if isinstance(cause, ActorLost | ForeignError) else f"{type(cause).__name__}: {cause}"
             if isinstance(cause, TimeoutError):
                 message += await write_stacks(message)
             outcome = {
@@ -42,6 +47,8 @@ async def outcome_of(control: Awaitable[bool], leave: Leave) -> dict[str, Any]:
                 "message": " ".join(message.split())[:MAX_MESSAGE],
                 "is_loss": is_loss(error) or is_disk_trouble(cause),
             }
+            if type(cause).__name__ == "OutOfMemoryError":  # of torch, which is not imported here
+                outcome["hint"] = OUT_OF_MEMORY
     if (departure := leave.departure) is not None and not done:
         outcome = {"code": ControllerExit.LEFT, "message": departure.message, "cause": departure.cause}
         outcome["lost_nodes"] = list(departure.lost_nodes)

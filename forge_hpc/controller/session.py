@@ -927,6 +927,8 @@ class Session:
             with contextlib.suppress(Exception):  # then its processes are ended below
                 await asyncio.wait_for(self._store.stop(), REST_S)
                 self._keep("volume", self._volumes)
+        if self._trainers is not None and self._trainers.is_stuck:
+            self.cluster.end_at_once(self._trainer_mesh.name)
         for name, procs in self._meshes.items():
             await stop_mesh(self.cluster.faults, KeptMesh(name, procs, None, None))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from forge_hpc.config.needs import POLICY, REFERENCE
-from forge_hpc.controller.service import answer
+from forge_hpc.controller.ranks import Ranks
 from forge_hpc.data.types import Document
 from forge_hpc.observability.performance import over_ranks
 
@@ -40,7 +40,7 @@ class Trainers:
 
     Raises:
         ActorLost: from every call: a rank has died, is stuck, or its device or network failed.
-        Exception: from every call: the first rank's error.
+        Exception: from every call: a rank's error; see ``Ranks.ask``.
     """
 
     def __init__(
@@ -52,13 +52,17 @@ class Trainers:
         frozen: ModelsApart | None = None,
         alone: asyncio.Lock | None = None,
     ) -> None:
-        self._mesh = mesh
+        self._ranks = Ranks(mesh, "the trainers", lost)
         self._frozen = frozen
         self._apart = frozen.models if frozen is not None else frozenset[str]()
-        self._lost = lost
         self._turn = turn  # entered around what computes: ``Turns.training`` where the GPUs are shared
         self._alone = alone  # held by each call, where other sessions call the same processes
         self.timeout_s = timeout_s
+
+    @property
+    def is_stuck(self) -> bool:
+        """As ``Ranks.is_stuck``."""
+        return self._ranks.is_stuck
 
     # ---- what recipes ask for
 
@@ -174,6 +178,4 @@ class Trainers:
     async def _call_all(self, endpoint: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
         # Ranks get the calls of all sessions in one order. What is waited for beside the training needs none.
         async with self._alone if self._alone and endpoint not in ("saved", "store") else contextlib.nullcontext():
-            call = getattr(self._mesh, endpoint).call(*args)
-            results = await answer(call, self._lost, timeout_s or self.timeout_s, f"the trainers, {endpoint}()")
-        return [value for _, value in results]
+            return await self._ranks.ask(endpoint, *args, timeout_s=timeout_s or self.timeout_s)

@@ -1,0 +1,67 @@
+"""What is asked of all ranks of a mesh, which wait for each other."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from forge_hpc.controller.service import ActorLost, answer, reason_of
+
+logger = logging.getLogger(__name__)
+OTHERS_S = 5.0
+"""So long may the others take to raise as well, or to answer, after one rank has raised."""
+
+
+class Ranks:
+    """Actors of one mesh, whose endpoints are ``actors.errors.collective``.
+
+    Args:
+        who: what messages call them.
+        lost: has a reason once one of them is lost.
+    """
+
+    def __init__(self, mesh: Any, who: str, lost: asyncio.Future[str]) -> None:
+        self._mesh = mesh
+        self._who = who
+        self._lost = lost
+        self._stuck = ""  # why no call is answered any more
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether ranks wait for one that has failed."""
+        return bool(self._stuck)
+
+    async def ask(self, endpoint: str, *args: Any, timeout_s: float) -> list[Any]:
+        """What each rank answers, by rank.
+
+        Raises:
+            ActorLost: a rank is lost, they do not answer in time, or an earlier call has left some of them waiting.
+            Exception: a rank's error. Where other ranks wait for that one, none of them answers any more.
+        """
+        from monarch.actor import Channel
+
+        who = f"{self._who}, {endpoint}()"
+        if self._stuck:
+            raise ActorLost(f"{who}: {self._stuck}")
+        port, receiver = Channel[Any].open()
+        told = asyncio.ensure_future(_received(receiver))
+        call = getattr(self._mesh, endpoint).call(port, *args)
+        answered = asyncio.ensure_future(answer(call, self._lost, timeout_s, who))
+        try:
+            await asyncio.wait({answered, told}, return_when=asyncio.FIRST_COMPLETED)
+            if not answered.done():
+                await asyncio.wait({answered}, timeout=OTHERS_S)
+            if not answered.done():
+                rank, error = told.result()
+                self._stuck = f"rank {rank} has failed, and others wait for it: {reason_of(error)}"
+                logger.error("%s: %s", who, self._stuck)
+                raise error
+            return [value for _, value in answered.result()]
+        finally:
+            answered.cancel()
+            port.send(None)  # Monarch receives until something comes, whoever waits for it
+
+
+async def _received(receiver: Any) -> Any:
+    return await receiver.recv()

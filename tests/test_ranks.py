@@ -1,0 +1,116 @@
+"""One rank of a mesh fails while the others wait for it: its error is told, and nothing waits until a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from failing_actor import LockedError, TwoNumbers, Waiting
+from monarch.actor import ActorError, this_host
+from monarch.config import configured
+from runs import DEMO, PROJECT, REWARD, run_local, small_run, status
+
+from forge_hpc.actors.errors import ForeignError, portable
+from forge_hpc.cluster.faults import Faults
+from forge_hpc.cluster.rendezvous import Rendezvous
+from forge_hpc.config import UserError, load_config
+from forge_hpc.controller import ranks as module
+from forge_hpc.controller.outcome import outcome_of
+from forge_hpc.controller.ranks import Ranks
+from forge_hpc.controller.recovery import Leave
+from forge_hpc.controller.service import ActorLost, cause_of
+
+NEVER_S = 300.0
+
+
+def test_errors_that_another_process_can_make_again_are_sent_as_they_are() -> None:
+    full = OSError(errno.ENOSPC, "no space left", "/a/file")
+    for error in (ValueError("x"), UserError("what", "what to do"), full, torch.OutOfMemoryError("CUDA out of memory")):
+        assert portable(error) is error
+    assert pickle.loads(pickle.dumps(portable(full))).errno == errno.ENOSPC
+
+
+def test_all_others_by_their_name_and_text() -> None:
+    for error, text in ((TwoNumbers(1, 2), "TwoNumbers: 1 and 2"), (LockedError("shut"), "LockedError: shut")):
+        sent = portable(error)
+        assert type(sent) is ForeignError and str(sent) == text
+        assert str(pickle.loads(pickle.dumps(sent))) == text
+
+
+def test_an_error_of_one_rank_is_told_while_others_wait_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = os.pathsep.join(filter(None, [str(PROJECT), str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    monkeypatch.setenv("PYTHONPATH", path)  # where the actors' processes find their class
+    monkeypatch.setattr(module, "OTHERS_S", 1.0)
+
+    async def scenario() -> None:
+        faults = Faults(Rendezvous(tmp_path))
+        procs = faults.enders.beside("waiting", this_host().spawn_procs(per_host={"procs": 2}, name="waiting"))
+        ranks = Ranks(procs.spawn("waiting", Waiting), "they", asyncio.get_running_loop().create_future())
+
+        async def ask(*failing: int, kind: str = "bug") -> list[int]:
+            return await asyncio.wait_for(ranks.ask("step", failing, kind, timeout_s=NEVER_S), NEVER_S / 2)
+
+        for kind, text in (("bug", "of [01]"), ("user's", "TwoNumbers: 1 and 2"), ("locked", "LockedError: shut")):
+            with pytest.raises(ActorError) as raised:
+                await ask(0, 1, kind=kind)
+            assert re.fullmatch(text, str(cause_of(raised.value))) and not ranks.is_stuck
+            assert await ask() == [0, 1], "nobody waits: they go on"
+        with pytest.raises(ActorError, match=r"step\(\) has failed on rank 1\.") as raised:
+            await ask(1)
+        assert str(cause_of(raised.value)) == "of 1" and ranks.is_stuck
+        assert "they, step(): rank 1 has failed, and others wait for it: of 1" in caplog.text
+        with pytest.raises(ActorLost, match=r"they, step\(\): rank 1 has failed, and others wait for it: of 1$"):
+            await ask()
+        faults.forget("waiting")
+        faults.enders.end_at_once("waiting")
+
+    with configured():
+        asyncio.run(scenario())
+
+
+LOSS = """import torch
+import torch.distributed as dist
+from forge_hpc.losses import LossOutput
+
+
+class Unlucky(Exception):
+    def __init__(self, rank, row):
+        super().__init__(f"row {row} of rank {rank}")
+
+
+def loss(logprobs, advantages, mask, *, normalizer, **fields):
+    if dist.get_rank() == 1:
+        raise Unlucky(1, 7)
+    return LossOutput(-torch.where(mask, logprobs * advantages, 0).sum() / normalizer, {})
+"""
+
+
+@pytest.mark.training
+def test_a_loss_that_fails_on_one_rank_of_two_ends_the_run_with_its_error(tmp_path: Path) -> None:
+    (tmp_path / "loss.py").write_text(LOSS)
+    given = (f"algorithm.loss={tmp_path}/loss.py:loss", "trainer.processes_per_node=2", "evaluation.num_prompts=0")
+    result = run_local(tmp_path / "run", small_run(tmp_path, 8, REWARD, *given))
+    assert result.returncode == 1
+    assert status(tmp_path / "run")["message"] == "Unlucky: row 7 of rank 1"
+    assert "Unlucky: row 7 of rank 1" in result.stderr
+    [log] = (tmp_path / "run").glob("logs/*/controller.log")
+    assert "the trainers, train_step(): rank 1 has failed, and others wait for it: Unlucky: row 7" in log.read_text()
+    assert f'File "{tmp_path}/loss.py", line 13, in loss' in log.read_text(), "where it happened"
+
+
+def test_a_gpu_that_is_full_is_told_with_what_takes_less() -> None:
+    async def step() -> bool:
+        raise ActorError(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."))
+
+    outcome = asyncio.run(outcome_of(step(), Leave()))
+    assert outcome["message"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB."
+    assert "trainer.training.local_batch_size=1" in outcome["hint"] and not outcome["is_loss"]
+    load_config(DEMO, ["trainer.training.local_batch_size=1", "trainer.activation_checkpoint.mode=full"])
