@@ -3,19 +3,18 @@
     python benchmarks/faults.py [--together] [--config configs/grpo/qwen3_0_6b.yaml] [key=value ...]
 
 It submits a run on this machine (of a model with random weights, a step ahead, with two generators), and of each kind
-waits for three more steps, then does it; lost is the time until the end of the next new step, less a usual one.
-SIGTERM comes last: the run saves and leaves, and is submitted again. With ``--together`` trainers and generators are on
-all GPUs at once: on two of them there are two generators.
+waits for some more steps, then does it; lost is the time until the end of the fourth new step, less four usual ones
+(one alone tells little: of steps whose answers are generated together the second comes at once). SIGTERM comes last:
+the run saves and leaves, and is submitted again. With ``--together`` trainers and generators are on all GPUs at once:
+on two of them there are two generators.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from whole_run import LARGE, REWARD, TOGETHER, on_gpus
 from forge_hpc.data.builtin import write_tiny_qwen3
 
 WAIT_S = 300.0
-CALM = 3
+CALM = 4
 
 
 class Watched:
@@ -79,17 +78,19 @@ class Watched:
         return next(each["pid"] for each in json.loads(out) if each["role"] == role)
 
     def kill(self, role: str) -> float:
-        """Seconds lost: until the end of the next new step, less a median one."""
-        pid, before = self.pid_of(role), self.wait_for(self.steps()[-1]["step"] + CALM)
+        """Seconds lost: until the end of so many new steps as are waited for before, less what those took."""
+        pid, first = self.pid_of(role), self.steps()[-1]["step"]
+        before = {each["step"]: each["wall_time"] for each in self.wait_for(first + CALM)}
+        last = max(before)
         os.kill(pid, signal.SIGKILL)
         killed = time.time()
-        last = before[-1]["step"]
-        usual = statistics.median(b["wall_time"] - a["wall_time"] for a, b in itertools.pairwise(before))
-        after = self.wait_for(last + 2)  # the next may have been finished before; those done again are not new
-        new = next(each for each in after if each["step"] > last and each["wall_time"] > killed)
-        lost = new["wall_time"] - killed - usual
-        print(f"{role} (pid {pid}) killed after step {last}: {lost:.1f} s lost, usual step {usual:.2f} s, step "
-              f"{new['step']} {new['wall_time'] - killed:.1f} s after", flush=True)  # fmt: skip
+        usual = (before[last] - before[last - CALM]) / CALM
+        # Steps that were done already are done again, and are not new.
+        after = {each["step"]: each["wall_time"] - killed for each in self.wait_for(last + CALM)}
+        lost = after[last + CALM] - CALM * usual
+        ends = ", ".join(f"{after[step]:.1f}" for step in range(last + 1, last + CALM + 1))
+        print(f"{role} (pid {pid}) killed after step {last}: {lost:.1f} s lost; usual step {usual:.2f} s, the next "
+              f"ended after {ends} s", flush=True)  # fmt: skip
         return lost
 
 
@@ -133,9 +134,9 @@ def own_model(directory: Path) -> list[str]:
 def measure(run: Watched, where: str) -> None:
     run.wait_for(CALM)
     generator_s = run.kill("generator-0")
-    row(f"{where}a generator killed: lost beside a usual step", generator_s, target=1.0, better="less", unit="s")
+    row(f"{where}a generator killed: lost beside usual steps", generator_s, target=1.0, better="less", unit="s")
     trainer_s = run.kill("trainer-0")
-    row(f"{where}a trainer rank killed: lost beside a usual step", trainer_s, unit="s",
+    row(f"{where}a trainer rank killed: lost beside usual steps", trainer_s, unit="s",
         note="20 s and the load are the target")  # fmt: skip
     last = run.wait_for(run.steps()[-1]["step"] + CALM)[-1]["step"]
     assert run.process is not None

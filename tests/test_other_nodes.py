@@ -24,6 +24,7 @@ from forge_hpc.cluster.identity import make_job_identity
 from forge_hpc.config.schema import Config, EnvironmentConfig, RewardConfig
 from forge_hpc.data.types import Completion, Prompt
 from forge_hpc.environments import EnvironmentFailed, EnvironmentPool
+from forge_hpc.environments import pool as pool_module
 from forge_hpc.rewards import RewardPool
 from forge_hpc.rollouts.episodes import Admission
 from forge_hpc.rollouts.slots import Slot, Slots
@@ -347,3 +348,31 @@ def test_who_has_no_certificate_of_the_job_starts_nothing(node: Node, user: Path
 
     run(scenario)
     assert not node.workers()
+
+
+def test_an_episode_whose_process_died_begins_again_on_another_node(
+    node: Node, user: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(reward=[], environment=EnvironmentConfig(name=f"{user}:Talk", timeout_s=60.0))
+    monkeypatch.setattr(pool_module, "_DOUBT_S", 600.0)
+
+    async def scenario() -> None:
+        pool = await EnvironmentPool(config, num_workers=2, others=[node.place]).start()
+        try:
+            await until(lambda: pool.is_on_several_nodes, "environments on the other node")
+            async with contextlib.AsyncExitStack() as stack:
+                opened = [await stack.enter_async_context(pool.open()) for _ in range(4)]
+                await asyncio.gather(*(each.reset(Prompt(0, "", [], "")) for each in opened))
+                there = [each for each in opened if each._host.place is node.place]
+                assert len(there) == 2
+                node.workers()[0].kill()  # a node that goes down: its processes one after the other
+                answers = await asyncio.gather(*(each.step("x") for each in there), return_exceptions=True)
+                assert [each.kind for each in answers if isinstance(each, EnvironmentFailed)] == ["died"]
+                begun = [await stack.enter_async_context(pool.open()) for _ in range(4)]
+                assert all(each._host.place is not node.place for each in begun)
+                monkeypatch.setattr(pool, "_doubted", {})
+                assert (await stack.enter_async_context(pool.open()))._host.place is node.place
+        finally:
+            await pool.close()
+
+    run(scenario)

@@ -30,6 +30,8 @@ from forge_hpc.workers.process import WorkerLost, WorkerProcess
 
 logger = logging.getLogger(__name__)
 _CLOSE_TIMEOUT_S = 10.0
+_DOUBT_S = 5.0
+"""So long after a process has died on a node episodes begin on others, where there are any: it may be going down."""
 _MAX_WORKERS = 4
 """Default number on a node, if it has so many cores."""
 
@@ -81,6 +83,8 @@ class EnvironmentPool:
         self._turns: contextlib.AbstractAsyncContextManager[Any] = contextlib.nullcontext()
         """For each call, where the environment says how many there may be at once."""
         self._retired: list[_Host] = []
+        self._doubted: dict[Place, float] = {}
+        """Until when, by nodes on which a process has died."""
         self._bounds = [bound for bound in [config.environment.max_open_episodes] if bound is not None]
         self._learned: int | None = None
         self.num_open = 0
@@ -157,7 +161,9 @@ class EnvironmentPool:
 
     def open(self) -> RemoteEnvironment:
         """A new environment, to be used as an asynchronous context manager."""
-        return RemoteEnvironment(self, min(self._hosts, key=lambda host: host.num_open), self._timeout_s)
+        now = time.monotonic()
+        best = min(self._hosts, key=lambda host: (self._doubted.get(host.place, now) > now, host.num_open))
+        return RemoteEnvironment(self, best, self._timeout_s)
 
     async def close(self) -> None:
         """End the workers and everything that they started, and wait for it."""
@@ -259,6 +265,7 @@ class RemoteEnvironment:
             raise EnvironmentFailed(message, "timeout" if lives else "lost") from None
         except WorkerLost as lost:
             self._pool._retire(self._host)
+            self._pool._doubted[self._host.place] = time.monotonic() + _DOUBT_S
             kind = "lost" if lost.with_node else "died"
             raise EnvironmentFailed(f"the environment's process {lost}", kind) from None
 

@@ -1,0 +1,124 @@
+"""How far rounding to bfloat16 alone takes a model with random weights from its exact log-probabilities, on the CPU.
+
+    python benchmarks/rounding.py [--model 0.6b 1.7b 8b] [--tokens 128]
+
+One forward pass of a Qwen3 of those dimensions on random tokens, three ways at once: exactly (float32), with the result
+of each operation rounded to bfloat16, and with the roundings that compiled kernels leave (of matrix products, norms,
+rotated queries and keys, attention, the residual stream). Logits are in float32 each time. What the last two differ by
+is what two sides differ by that compute in bfloat16 with kernels of their own; means of absolute differences at tokens
+that are sampled from the exact distribution, in nats. A layer's weights exist while it computes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from ranks import MODELS
+from rows import PROJECT, row
+
+STD = 0.02
+"""Of the weights, as in the other benchmarks."""
+EPS = 1e-6
+THETA = 1e6
+WAYS = ("exact", "each operation rounded", "as compiled kernels round")
+Round = Callable[[torch.Tensor], torch.Tensor]
+
+
+def to_bfloat16(x: torch.Tensor) -> torch.Tensor:
+    return x.bfloat16().float()
+
+
+def exactly(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+ROUNDINGS: Mapping[str, tuple[Round, Round]] = {
+    "exact": (exactly, exactly),
+    "each operation rounded": (to_bfloat16, to_bfloat16),
+    "as compiled kernels round": (to_bfloat16, exactly),
+}
+"""What is done to the results of kernels, and to those within one."""
+
+
+def weight(*shape: int) -> torch.Tensor:
+    return to_bfloat16(torch.randn(*shape) * STD)
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
+
+
+class Rotation:
+    """Rotary position embeddings of so many positions."""
+
+    def __init__(self, num: int, dim: int) -> None:
+        angles = torch.arange(num)[:, None] * THETA ** (-torch.arange(0, dim, 2) / dim)
+        self._cos, self._sin = angles.cos()[:, None], angles.sin()[:, None]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, H, D] each."""
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * self._cos - b * self._sin, b * self._cos + a * self._sin], -1)
+
+
+def layer(streams: dict[str, torch.Tensor], shape: Mapping[str, Any], rotate: Rotation) -> None:
+    """One layer on the residual stream [T, hidden] of each way, with the same random weights."""
+    hidden, inner, dim = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
+    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+    wq, wk, wv = weight(heads * dim, hidden), weight(kv_heads * dim, hidden), weight(kv_heads * dim, hidden)
+    wo, gate, up, down = (
+        weight(hidden, heads * dim),
+        weight(inner, hidden),
+        weight(inner, hidden),
+        weight(hidden, inner),
+    )
+    for way, x in streams.items():
+        kernel, within = ROUNDINGS[way]
+        y, num = kernel(norm(x)), len(x)
+        q, k, v = (kernel(y @ w.T).view(num, -1, dim) for w in (wq, wk, wv))
+        q, k = (kernel(rotate(within(norm(each)))) for each in (q, k))
+        q, k, v = (each.transpose(0, 1) for each in (q, k, v))
+        attention = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = kernel(x + within(kernel(attention.transpose(0, 1).reshape(num, -1)) @ wo.T))
+        y = kernel(norm(x))
+        inside = kernel(within(torch.nn.functional.silu(kernel(y @ gate.T))) * kernel(y @ up.T))
+        streams[way] = kernel(x + within(inside @ down.T))
+
+
+def measure(name: str, num_tokens: int) -> None:
+    shape = MODELS[name]
+    torch.manual_seed(0)
+    embeddings = weight(shape["vocab_size"], shape["hidden_size"])
+    tokens = torch.randint(shape["vocab_size"], (num_tokens,))
+    streams = {way: embeddings[tokens] for way in WAYS}
+    head = embeddings if shape["tie_word_embeddings"] else weight(*embeddings.shape)
+    del embeddings
+    rotate = Rotation(num_tokens, shape["head_dim"])
+    for _ in range(shape["num_hidden_layers"]):
+        layer(streams, shape, rotate)
+    logprobs = {way: torch.log_softmax(ROUNDINGS[way][0](norm(x)) @ head.T, -1) for way, x in streams.items()}
+    sampled = torch.multinomial(logprobs["exact"].exp(), 1)
+    exact, rounded, compiled = (logprobs[way].gather(1, sampled) for way in WAYS)
+    scale = streams["exact"].pow(2).mean().sqrt()
+    for what, a, b in ((f"{WAYS[1]}, exact", rounded, exact), (f"{WAYS[2]}, exact", compiled, exact),
+                       ("the two", rounded, compiled)):  # fmt: skip
+        row(f"{name}, {what}", float((a - b).abs().mean()), unit="nats", note=f"residual stream {scale:.1f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="*", choices=MODELS, default=["0.6b", "1.7b"])
+    parser.add_argument("--tokens", type=int, default=128)
+    args = parser.parse_args()
+    with torch.no_grad():
+        for name in args.model:
+            measure(name, args.tokens)
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(PROJECT), str(PROJECT / "benchmarks")]
+    main()
