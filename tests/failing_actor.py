@@ -61,6 +61,13 @@ class Failing(Actor):
         }[how]
 
 
+class SpeechlessError(Exception):
+    """Has no text."""
+
+    def __str__(self) -> str:
+        raise TypeError("not a string")
+
+
 class Waiting(Actor):
     """Ranks that wait for each other."""
 
@@ -70,7 +77,9 @@ class Waiting(Actor):
         """The rank; those that fail raise, and then the others wait for them for good."""
         rank = current_rank().rank
         if rank in failing:
-            raise {"bug": ValueError(f"of {rank}"), "user's": TwoNumbers(1, 2), "locked": LockedError("shut")}[kind]
+            bug = ValueError(f"of {rank}")
+            error = {"bug": bug, "user's": TwoNumbers(1, 2), "locked": LockedError("shut"), "exit": SystemExit(3)}[kind]
+            raise error from LookupError("its cause")
         if failing:
             await asyncio.sleep(600)
         return rank

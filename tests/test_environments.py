@@ -351,7 +351,7 @@ class InProcess:
     def __init__(self, make: Callable[[], Any]) -> None:
         self.make, self.num_open = make, 0
 
-    def open(self) -> Any:
+    def open(self, away_from: Any = None) -> Any:
         return _Opened(self.make())
 
 

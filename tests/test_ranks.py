@@ -8,10 +8,12 @@ import os
 import pickle
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from failing_actor import LockedError, TwoNumbers, Waiting
+from failing_actor import LockedError, SpeechlessError, TwoNumbers, Waiting
 from monarch.actor import ActorError, this_host
 from monarch.config import configured
 from runs import DEMO, PROJECT, REWARD, run_local, small_run, status
@@ -24,7 +26,7 @@ from forge_hpc.controller import ranks as module
 from forge_hpc.controller.outcome import outcome_of
 from forge_hpc.controller.ranks import Ranks
 from forge_hpc.controller.recovery import Leave
-from forge_hpc.controller.service import ActorLost, cause_of
+from forge_hpc.controller.service import ActorLost, cause_of, is_loss
 
 NEVER_S = 300.0
 
@@ -33,14 +35,38 @@ def test_errors_that_another_process_can_make_again_are_sent_as_they_are() -> No
     full = OSError(errno.ENOSPC, "no space left", "/a/file")
     for error in (ValueError("x"), UserError("what", "what to do"), full, torch.OutOfMemoryError("CUDA out of memory")):
         assert portable(error) is error
-    assert pickle.loads(pickle.dumps(portable(full))).errno == errno.ENOSPC
 
 
 def test_all_others_by_their_name_and_text() -> None:
-    for error, text in ((TwoNumbers(1, 2), "TwoNumbers: 1 and 2"), (LockedError("shut"), "LockedError: shut")):
+    group = ExceptionGroup("several", [TwoNumbers(1, 2)])
+    for error, text in (
+        (TwoNumbers(1, 2), "TwoNumbers: 1 and 2"),
+        (LockedError("shut"), "LockedError: shut"),
+        (SpeechlessError(), "SpeechlessError"),
+        (group, "ExceptionGroup: several (1 sub-exception)"),
+        (KeyError(Waiting), f"KeyError: {Waiting}"),
+        (SystemExit(3), "SystemExit: 3"),
+    ):
         sent = portable(error)
-        assert type(sent) is ForeignError and str(sent) == text
+        assert type(sent) is ForeignError and str(sent) == text and sent.__cause__ is error
         assert str(pickle.loads(pickle.dumps(sent))) == text
+
+
+def test_what_the_controller_goes_by_survives_that() -> None:
+    class Refused(ConnectionRefusedError):
+        pass
+
+    class Full(OSError):
+        pass
+
+    class Wrong(UserError):
+        pass
+
+    assert type(portable(Refused("by peer"))) is ConnectionError and is_loss(portable(Refused("by peer")))
+    full = portable(Full(errno.ENOSPC, "no space left"))
+    assert isinstance(full, OSError) and full.errno == errno.ENOSPC and "Full: " in str(full)
+    wrong = portable(Wrong("what", "what to do"))
+    assert type(wrong) is UserError and (wrong.message, wrong.hint) == ("what", "what to do")
 
 
 def test_an_error_of_one_rank_is_told_while_others_wait_for_it(
@@ -58,12 +84,18 @@ def test_an_error_of_one_rank_is_told_while_others_wait_for_it(
         async def ask(*failing: int, kind: str = "bug") -> list[int]:
             return await asyncio.wait_for(ranks.ask("step", failing, kind, timeout_s=NEVER_S), NEVER_S / 2)
 
-        for kind, text in (("bug", "of [01]"), ("user's", "TwoNumbers: 1 and 2"), ("locked", "LockedError: shut")):
-            with pytest.raises(ActorError) as raised:
+        texts = {
+            "bug": "of [01]",
+            "user's": "TwoNumbers: 1 and 2",
+            "locked": "LockedError: shut",
+            "exit": "SystemExit: 3",
+        }
+        for kind, text in texts.items():
+            with pytest.raises(ActorError, match="its cause") as raised:
                 await ask(0, 1, kind=kind)
             assert re.fullmatch(text, str(cause_of(raised.value))) and not ranks.is_stuck
             assert await ask() == [0, 1], "nobody waits: they go on"
-        with pytest.raises(ActorError, match=r"step\(\) has failed on rank 1\.") as raised:
+        with pytest.raises(ActorError, match=r"(?s)step\(\) has failed on rank 1\..*its cause") as raised:
             await ask(1)
         assert str(cause_of(raised.value)) == "of 1" and ranks.is_stuck
         assert "they, step(): rank 1 has failed, and others wait for it: of 1" in caplog.text
@@ -74,6 +106,30 @@ def test_an_error_of_one_rank_is_told_while_others_wait_for_it(
 
     with configured():
         asyncio.run(scenario())
+
+
+def test_a_device_that_one_rank_loses_while_others_wait_is_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "OTHERS_S", 0.1)
+
+    async def scenario() -> None:
+        def call(errors: Any) -> asyncio.Future[Any]:
+            errors.send((3, ActorError(torch.AcceleratorError("CUDA error: an illegal memory access", 700))))
+            return asyncio.get_running_loop().create_future()
+
+        def refused(errors: Any) -> Any:
+            raise TypeError("too many arguments")
+
+        mesh = SimpleNamespace(step=SimpleNamespace(call=call), other=SimpleNamespace(call=refused))
+        ranks = Ranks(mesh, "they", asyncio.get_running_loop().create_future())
+        with pytest.raises(TypeError, match="too many"):
+            await ranks.ask("other", timeout_s=NEVER_S)
+        with pytest.raises(ActorLost, match=r"they, step\(\): rank 3 has failed, .*CUDA error: an illegal memory"):
+            await asyncio.wait_for(ranks.ask("step", timeout_s=NEVER_S), NEVER_S / 2)
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        _, left = await asyncio.wait(others, timeout=NEVER_S) if others else ((), ())
+        assert not left
+
+    asyncio.run(scenario())
 
 
 LOSS = """import torch

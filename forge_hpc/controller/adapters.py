@@ -177,6 +177,9 @@ class AdapterSessions:
         except Exception as error:
             if is_loss(error) or isinstance(cause_of(error), NodeLost):
                 raise
+            if session.is_stuck:  # and so are the others' trainers, in the same processes
+                logger.error("adapter %d has failed", number)
+                raise
             logger.exception("adapter %d has failed", number)
             self._failed[number] = error
             status.update(state="failed", message=reason_of(error))

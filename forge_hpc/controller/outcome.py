@@ -20,7 +20,7 @@ from forge_hpc.supervisor.ending import ControllerExit
 logger = logging.getLogger("forge_hpc.controller")
 MAX_MESSAGE = 1000
 OUT_OF_MEMORY = (
-    "less is taken by trainer.training.local_batch_size=1, and by trainer.activation_checkpoint.mode=full; "
+    "a trainer takes less with trainer.training.local_batch_size=1, or trainer.activation_checkpoint.mode=full; "
     "`forge-hpc plan` shows what a GPU is to hold"
 )
 

@@ -6,10 +6,10 @@ import asyncio
 import logging
 from typing import Any
 
-from forge_hpc.controller.service import ActorLost, answer, reason_of
+from forge_hpc.controller.service import ActorLost, answer, is_loss, reason_of
 
 logger = logging.getLogger(__name__)
-OTHERS_S = 5.0
+OTHERS_S = 30.0
 """So long may the others take to raise as well, or to answer, after one rank has raised."""
 
 
@@ -37,7 +37,8 @@ class Ranks:
 
         Raises:
             ActorLost: a rank is lost, they do not answer in time, or an earlier call has left some of them waiting.
-            Exception: a rank's error. Where other ranks wait for that one, none of them answers any more.
+            Exception: a rank's error. Where the others have not answered some time later, they are taken to wait for
+                that rank, and are asked nothing more.
         """
         from monarch.actor import Channel
 
@@ -46,20 +47,24 @@ class Ranks:
             raise ActorLost(f"{who}: {self._stuck}")
         port, receiver = Channel[Any].open()
         told = asyncio.ensure_future(_received(receiver))
-        call = getattr(self._mesh, endpoint).call(port, *args)
-        answered = asyncio.ensure_future(answer(call, self._lost, timeout_s, who))
+        answered: asyncio.Future[Any] | None = None
         try:
+            call = getattr(self._mesh, endpoint).call(port, *args)
+            answered = asyncio.ensure_future(answer(call, self._lost, timeout_s, who))
             await asyncio.wait({answered, told}, return_when=asyncio.FIRST_COMPLETED)
             if not answered.done():
                 await asyncio.wait({answered}, timeout=OTHERS_S)
-            if not answered.done():
-                rank, error = told.result()
-                self._stuck = f"rank {rank} has failed, and others wait for it: {reason_of(error)}"
-                logger.error("%s: %s", who, self._stuck)
-                raise error
-            return [value for _, value in answered.result()]
+            if answered.done():
+                return [value for _, value in answered.result()]
+            rank, error = told.result()
+            self._stuck = f"rank {rank} has failed, and others wait for it: {reason_of(error)}"
+            logger.error("%s: %s", who, self._stuck)
+            if is_loss(error):
+                raise ActorLost(f"{who}: {self._stuck}") from error
+            raise error
         finally:
-            answered.cancel()
+            if answered is not None:
+                answered.cancel()
             port.send(None)  # Monarch receives until something comes, whoever waits for it
 
 

@@ -374,6 +374,11 @@ class Session:
         return self._trainers
 
     @property
+    def is_stuck(self) -> bool:
+        """Whether trainers wait for one that has failed."""
+        return self._trainers is not None and self._trainers.is_stuck
+
+    @property
     def generators(self) -> Service:
         assert self._generators is not None, "start() comes first"
         return self._generators
@@ -927,7 +932,7 @@ class Session:
             with contextlib.suppress(Exception):  # then its processes are ended below
                 await asyncio.wait_for(self._store.stop(), REST_S)
                 self._keep("volume", self._volumes)
-        if self._trainers is not None and self._trainers.is_stuck:
+        if self.is_stuck:
             self.cluster.end_at_once(self._trainer_mesh.name)
         for name, procs in self._meshes.items():
             await stop_mesh(self.cluster.faults, KeptMesh(name, procs, None, None))

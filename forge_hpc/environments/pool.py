@@ -30,8 +30,6 @@ from forge_hpc.workers.process import WorkerLost, WorkerProcess
 
 logger = logging.getLogger(__name__)
 _CLOSE_TIMEOUT_S = 10.0
-_DOUBT_S = 5.0
-"""So long after a process has died on a node episodes begin on others, where there are any: it may be going down."""
 _MAX_WORKERS = 4
 """Default number on a node, if it has so many cores."""
 
@@ -41,12 +39,19 @@ class EnvironmentFailed(Exception):
 
     ``kind`` is ``raised``, ``timeout``, ``died`` (its process ended), ``lost`` (its node did, or starts no process),
     ``load`` (a process could not be started), ``full`` (no room for another episode: EnvironmentFull) or ``reward``
-    (it never gave one).
+    (it never gave one). ``place`` is where a process has died: its node may be going down.
     """
 
-    def __init__(self, message: str, kind: str = "raised", hint: str | None = None, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        kind: str = "raised",
+        hint: str | None = None,
+        limit: int | None = None,
+        place: Place | None = None,
+    ) -> None:
         super().__init__(message)
-        self.kind, self.hint, self.limit = kind, hint, limit
+        self.kind, self.hint, self.limit, self.place = kind, hint, limit, place
 
 
 class EnvironmentPool:
@@ -83,8 +88,6 @@ class EnvironmentPool:
         self._turns: contextlib.AbstractAsyncContextManager[Any] = contextlib.nullcontext()
         """For each call, where the environment says how many there may be at once."""
         self._retired: list[_Host] = []
-        self._doubted: dict[Place, float] = {}
-        """Until when, by nodes on which a process has died."""
         self._bounds = [bound for bound in [config.environment.max_open_episodes] if bound is not None]
         self._learned: int | None = None
         self.num_open = 0
@@ -159,10 +162,10 @@ class EnvironmentPool:
                 f"its server take more, or set environment.max_open_episodes={limit} for a run that repeats exactly"
             )
 
-    def open(self) -> RemoteEnvironment:
-        """A new environment, to be used as an asynchronous context manager."""
-        now = time.monotonic()
-        best = min(self._hosts, key=lambda host: (self._doubted.get(host.place, now) > now, host.num_open))
+    def open(self, away_from: Place | None = None) -> RemoteEnvironment:
+        """A new environment, to be used as an asynchronous context manager; on another node than one that is named,
+        where there is another."""
+        best = min(self._hosts, key=lambda host: (host.place is away_from, host.num_open))
         return RemoteEnvironment(self, best, self._timeout_s)
 
     async def close(self) -> None:
@@ -265,9 +268,8 @@ class RemoteEnvironment:
             raise EnvironmentFailed(message, "timeout" if lives else "lost") from None
         except WorkerLost as lost:
             self._pool._retire(self._host)
-            self._pool._doubted[self._host.place] = time.monotonic() + _DOUBT_S
             kind = "lost" if lost.with_node else "died"
-            raise EnvironmentFailed(f"the environment's process {lost}", kind) from None
+            raise EnvironmentFailed(f"the environment's process {lost}", kind, place=self._host.place) from None
 
 
 class Busy:

@@ -26,6 +26,7 @@ from forge_hpc.environments.pool import Busy
 from forge_hpc.rollouts.episodes import Admission, Played
 from forge_hpc.rollouts.slots import Slot
 from forge_hpc.rollouts.streaming import stream
+from forge_hpc.workers.places import Place
 
 
 class AgentPlayer(Admission):
@@ -65,11 +66,16 @@ class AgentPlayer(Admission):
         return stream(play_all)
 
     async def play(
-        self, prompt: Prompt, sample_index: int, sampling: SamplingConfig | None = None, seed: int | None = None
+        self,
+        prompt: Prompt,
+        sample_index: int,
+        sampling: SamplingConfig | None = None,
+        seed: int | None = None,
+        away_from: Place | None = None,
     ) -> Episode:
         """One episode. Raises EnvironmentFailed, and what has failed on the run's side."""
         with self._endpoint.open(prompt, sample_index, sampling, seed) as episode:
-            async with self._environments.open() as agent:
+            async with self._environments.open(away_from) as agent:
                 self._full_since = None
                 episode.on_busy = busy = Busy()
                 running = asyncio.ensure_future(

@@ -34,6 +34,7 @@ from forge_hpc.environments.rendering import ConversationRenderer
 from forge_hpc.rollouts.lockstep import Lockstep, Respond
 from forge_hpc.rollouts.slots import Slot, Slots
 from forge_hpc.rollouts.streaming import stream
+from forge_hpc.workers.places import Place
 
 logger = logging.getLogger(__name__)
 _RETRY_S = 0.1, 5.0
@@ -56,20 +57,23 @@ class Admission:
         self._warned: set[str] = set()
 
     async def admit(
-        self, prompt: Prompt, slot: Slot, play: Callable[[], Awaitable[Episode]]
+        self, prompt: Prompt, slot: Slot, play: Callable[[Place | None], Awaitable[Episode]]
     ) -> Episode | EnvironmentFailed:
         """An episode, or why there is none. One that the environment has no room for waits and tries again; and so does
-        one that was lost with its node, or, once, with its process where there are other nodes."""
+        one that was lost with its node, or, once, with its process where there are other nodes: ``play`` is told which
+        node to avoid."""
         delay_s, longest_s = _RETRY_S
+        avoided: Place | None = None
         has_died = False
         while True:
             await slot.acquire()
             try:
-                return await play()
+                return await play(avoided)
             except EnvironmentFailed as error:
                 is_elsewhere = error.kind == "lost"
                 if error.kind == "died" and not has_died and self._environments.is_on_several_nodes:
                     is_elsewhere = has_died = True
+                    avoided = error.place
                 if not is_elsewhere and (error.kind != "full" or self._is_hopeless()):
                     if error.kind not in self._warned:  # the rest is in metrics.jsonl
                         self._warned.add(error.kind)
@@ -166,9 +170,11 @@ class EpisodePlayer(Admission):
     async def _try(
         self, prompt: Prompt, sample_index: int, slot: Slot, respond: Respond
     ) -> Episode | EnvironmentFailed:
-        return await self.admit(prompt, slot, lambda: self.play(prompt, sample_index, respond))
+        return await self.admit(prompt, slot, partial(self.play, prompt, sample_index, respond))
 
-    async def play(self, prompt: Prompt, sample_index: int, respond: Respond) -> Episode:
+    async def play(
+        self, prompt: Prompt, sample_index: int, respond: Respond, away_from: Place | None = None
+    ) -> Episode:
         """One episode. Raises EnvironmentFailed."""
         limits, rollout = self._config.environment, self._config.rollout
         completion = Completion(sample_index, "", [], [], "turns", (0, 0), loss_mask=[])
@@ -176,7 +182,7 @@ class EpisodePlayer(Admission):
         rewards: list[float] = []
         responses: list[Completion] = []
         num_routed = 0
-        async with self._environments.open() as environment:
+        async with self._environments.open(away_from) as environment:
             opening = await environment.reset(prompt)
             self._full_since = None
             prompt = self._renderer.opening(prompt, opening)
