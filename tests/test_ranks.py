@@ -125,11 +125,27 @@ def test_a_device_that_one_rank_loses_while_others_wait_is_a_loss(monkeypatch: p
             await ranks.ask("other", timeout_s=NEVER_S)
         with pytest.raises(ActorLost, match=r"they, step\(\): rank 3 has failed, .*CUDA error: an illegal memory"):
             await asyncio.wait_for(ranks.ask("step", timeout_s=NEVER_S), NEVER_S / 2)
+        ranks = Ranks(mesh, "they", asyncio.get_running_loop().create_future())
+        mesh.step.call = lambda errors: (errors.send(Unreadable()), asyncio.get_running_loop().create_future())[1]
+        with pytest.raises(LookupError, match="not here"):
+            await asyncio.wait_for(ranks.ask("step", timeout_s=NEVER_S), NEVER_S / 2)
+        assert ranks.is_stuck
         others = asyncio.all_tasks() - {asyncio.current_task()}
         _, left = await asyncio.wait(others, timeout=NEVER_S) if others else ((), ())
         assert not left
 
     asyncio.run(scenario())
+
+
+class Unreadable:
+    """Cannot be made again by whoever gets it."""
+
+    def __reduce__(self) -> Any:
+        return _refuse, ()
+
+
+def _refuse() -> None:
+    raise LookupError("not here")
 
 
 LOSS = """import torch

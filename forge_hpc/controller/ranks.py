@@ -56,8 +56,10 @@ class Ranks:
                 await asyncio.wait({answered}, timeout=OTHERS_S)
             if answered.done():
                 return [value for _, value in answered.result()]
-            rank, error = told.result()
-            self._stuck = f"rank {rank} has failed, and others wait for it: {reason_of(error)}"
+            said = told.result()
+            assert said is not None
+            failed, error = said
+            self._stuck = f"{failed} has failed, and others wait for it: {reason_of(error)}"
             logger.error("%s: %s", who, self._stuck)
             if is_loss(error):
                 raise ActorLost(f"{who}: {self._stuck}") from error
@@ -68,5 +70,10 @@ class Ranks:
             port.send(None)  # Monarch receives until something comes, whoever waits for it
 
 
-async def _received(receiver: Any) -> Any:
-    return await receiver.recv()
+async def _received(receiver: Any) -> tuple[str, Exception] | None:
+    """Which rank has failed, and its error, or what reading that has raised; None where none has."""
+    try:
+        said = await receiver.recv()
+    except Exception as unreadable:
+        return "a rank", unreadable
+    return None if said is None else (f"rank {said[0]}", said[1])
