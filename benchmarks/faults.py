@@ -134,7 +134,8 @@ def own_model(directory: Path) -> list[str]:
 def measure(run: Watched, where: str) -> None:
     run.wait_for(CALM)
     generator_s = run.kill("generator-0")
-    row(f"{where}a generator killed: lost beside usual steps", generator_s, target=1.0, better="less", unit="s")
+    row(f"{where}a generator killed: lost beside usual steps", generator_s, target=1.0, better="less", unit="s",
+        note="with its share of the generation until another serves")  # fmt: skip
     trainer_s = run.kill("trainer-0")
     row(f"{where}a trainer rank killed: lost beside usual steps", trainer_s, unit="s",
         note="20 s and the load are the target")  # fmt: skip

@@ -413,3 +413,26 @@ def test_an_adapter_that_diverges_keeps_no_other_from_its_end_and_fails_the_run(
     assert "adapter 1 (trainer.optimizer.lr=1e30)" in result.stdout + result.stderr
     assert status(run_dir)["state"] == "failed" and status(run_dir / "adapters/1")["state"] == "failed"
     assert status(run_dir / "adapters/0")["state"] == "completed" and len(read(run_dir / "adapters/0")) == 4
+
+
+FAILS_ON_ONE_RANK = """import torch
+import torch.distributed as dist
+from forge_hpc.losses import LossOutput
+
+
+def loss(logprobs, advantages, mask, *, normalizer, **fields):
+    if dist.get_rank() == 1:
+        raise ValueError("unlucky")
+    return LossOutput(-torch.where(mask, logprobs * advantages, 0).sum() / normalizer, {})
+"""
+
+
+@pytest.mark.training
+@pytest.mark.timeout(600)
+def test_one_trainer_rank_that_fails_while_the_other_waits_ends_all_adapters(tmp_path: Path) -> None:
+    (tmp_path / "loss.py").write_text(FAILS_ON_ONE_RANK)
+    given = [f"algorithm.loss={tmp_path}/loss.py:loss", "trainer.processes_per_node=2", "evaluation.num_prompts=0"]
+    sweep = override_of("trainer.lora.sweep", ["seed=5", "seed=6"])
+    result = run_local(tmp_path / "run", overrides_of(tmp_path, *given, sweep))
+    assert result.returncode == 1
+    assert status(tmp_path / "run")["message"] == "ValueError: unlucky", "not that it has not answered for half an hour"

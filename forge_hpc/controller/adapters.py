@@ -23,6 +23,7 @@ from forge_hpc.config import Config, read_config, save_config
 from forge_hpc.config.adapters import adapter_configs, total_steps
 from forge_hpc.config.load import with_overrides
 from forge_hpc.controller.generators import NodeLost
+from forge_hpc.controller.ranks import Standstill
 from forge_hpc.controller.service import cause_of, is_loss, reason_of
 from forge_hpc.controller.session import OneBase, Session, background
 from forge_hpc.data.hub import resolve_model
@@ -91,6 +92,7 @@ class AdapterSessions:
         self._statuses = [_AdapterStatus(self._sweep.run(number), self, number) for number in range(len(self._configs))]
         self._tasks: list[asyncio.Task[None]] = []
         self._preparing = asyncio.Lock()  # transformers cannot be imported by two threads at once
+        self._standstill = Standstill()
         self._failed: dict[int, Exception] = {}
         self._done: set[int] = set()
         self._steps: dict[int, int] = {}
@@ -114,7 +116,8 @@ class AdapterSessions:
                 async with asyncio.TaskGroup() as tasks:
                     self._tasks = [tasks.create_task(self._run(n, terminal)) for n in range(len(self._sessions))]
         except BaseExceptionGroup as errors:
-            raise cause_of(errors) from errors
+            # Calls of the others may have been refused before the one that led to a standstill was over.
+            raise (self._standstill.error or cause_of(errors)) from errors
         if self._failed:
             number, error = next(iter(self._failed.items()))
             if len(self._failed) == len(self._sessions):
@@ -135,7 +138,7 @@ class AdapterSessions:
             path = pins.named(config.model.path)
             model_dir = await asyncio.to_thread(resolve_model, path, config.seed, place / "model")
         base = OneBase(model_dir)
-        base.lost = self.lost
+        base.lost, base.standstill = self.lost, self._standstill
         self._configs = [self._with_base(own, model_dir) for own in self._configs]
         await asyncio.to_thread(self._make, pins)
         for number, (own, status) in enumerate(zip(self._configs, self._statuses, strict=True)):
@@ -178,7 +181,6 @@ class AdapterSessions:
             if is_loss(error) or isinstance(cause_of(error), NodeLost):
                 raise
             if session.is_stuck:  # and so are the others' trainers, in the same processes
-                logger.error("adapter %d has failed", number)
                 raise
             logger.exception("adapter %d has failed", number)
             self._failed[number] = error

@@ -47,7 +47,8 @@ async def outcome_of(control: Awaitable[bool], leave: Leave) -> dict[str, Any]:
                 "message": " ".join(message.split())[:MAX_MESSAGE],
                 "is_loss": is_loss(error) or is_disk_trouble(cause),
             }
-            if type(cause).__name__ == "OutOfMemoryError":  # of torch, which is not imported here
+            kind = type(cause)
+            if f"{kind.__module__}.{kind.__qualname__}" == "torch.OutOfMemoryError":  # torch is not imported here
                 outcome["hint"] = OUT_OF_MEMORY
     if (departure := leave.departure) is not None and not done:
         outcome = {"code": ControllerExit.LEFT, "message": departure.message, "cause": departure.cause}

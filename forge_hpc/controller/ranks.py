@@ -13,24 +13,33 @@ OTHERS_S = 30.0
 """So long may the others take to raise as well, or to answer, after one rank has raised."""
 
 
+class Standstill:
+    """Of the processes of a mesh: why they answer no call any more, and the error that led to it."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self.error: Exception | None = None
+
+
 class Ranks:
     """Actors of one mesh, whose endpoints are ``actors.errors.collective``.
 
     Args:
         who: what messages call them.
         lost: has a reason once one of them is lost.
+        standstill: that of their processes, where those have several such actors each.
     """
 
-    def __init__(self, mesh: Any, who: str, lost: asyncio.Future[str]) -> None:
+    def __init__(self, mesh: Any, who: str, lost: asyncio.Future[str], standstill: Standstill | None = None) -> None:
         self._mesh = mesh
         self._who = who
         self._lost = lost
-        self._stuck = ""  # why no call is answered any more
+        self._standstill = standstill or Standstill()
 
     @property
     def is_stuck(self) -> bool:
         """Whether ranks wait for one that has failed."""
-        return bool(self._stuck)
+        return bool(self._standstill.reason)
 
     async def ask(self, endpoint: str, *args: Any, timeout_s: float) -> list[Any]:
         """What each rank answers, by rank.
@@ -43,8 +52,8 @@ class Ranks:
         from monarch.actor import Channel
 
         who = f"{self._who}, {endpoint}()"
-        if self._stuck:
-            raise ActorLost(f"{who}: {self._stuck}")
+        if self.is_stuck:
+            raise ActorLost(f"{who}: {self._standstill.reason}")
         port, receiver = Channel[Any].open()
         told = asyncio.ensure_future(_received(receiver))
         answered: asyncio.Future[Any] | None = None
@@ -59,10 +68,11 @@ class Ranks:
             said = told.result()
             assert said is not None
             failed, error = said
-            self._stuck = f"{failed} has failed, and others wait for it: {reason_of(error)}"
-            logger.error("%s: %s", who, self._stuck)
+            reason = f"{failed} has failed, and others wait for it: {reason_of(error)}"
+            logger.error("%s: %s", who, reason)
+            self._standstill.reason, self._standstill.error = reason, error
             if is_loss(error):
-                raise ActorLost(f"{who}: {self._stuck}") from error
+                raise ActorLost(f"{who}: {reason}") from error
             raise error
         finally:
             if answered is not None:

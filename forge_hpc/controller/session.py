@@ -32,6 +32,7 @@ from forge_hpc.config.split import frozen_apart
 from forge_hpc.controller.frozen import FrozenProcesses
 from forge_hpc.controller.generators import SPAWN_S, STOP_S, GeneratorPool, WeightSync, why_not_spawned
 from forge_hpc.controller.kept import KeptMesh, KeptMeshes, stop_mesh
+from forge_hpc.controller.ranks import Standstill
 from forge_hpc.controller.recovery import Leave, Recoveries
 from forge_hpc.controller.resume import find_checkpoint
 from forge_hpc.controller.saving import Saver
@@ -88,6 +89,8 @@ class OneBase:
         self.model_dir = model_dir
         self.alone = asyncio.Lock()
         """Held by each call to the trainers."""
+        self.standstill = Standstill()
+        """Of the trainers' processes."""
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._starting = asyncio.Lock()
         self._started: dict[str, Any] = {}
@@ -286,8 +289,8 @@ class Session:
         self._on_close(self._store.close)
         self._turns = self._pool.turns
         turn = self._turns.training if self._turns is not None else contextlib.nullcontext
-        alone = self._base.alone if self._base is not None else None
-        self._trainers = Trainers(mesh, config.trainer.timeout_s, self.lost, turn, self._frozen, alone)
+        shared = (self._base.alone, self._base.standstill) if self._base is not None else ()
+        self._trainers = Trainers(mesh, config.trainer.timeout_s, self.lost, turn, self._frozen, *shared)
         self._mismatch = MismatchWatch(config, bool(self.cluster.placement.gpus_per_node), self.warn)
         file_store = self.log_dir / f"process-group{self._suffix}"
         checkpoint = self._resume_from / "trainer" if self._resume_from else None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from forge_hpc.config.needs import POLICY, REFERENCE
-from forge_hpc.controller.ranks import Ranks
+from forge_hpc.controller.ranks import Ranks, Standstill
 from forge_hpc.data.types import Document
 from forge_hpc.observability.performance import over_ranks
 
@@ -51,8 +51,9 @@ class Trainers:
         turn: Callable[[], contextlib.AbstractAsyncContextManager[None]] = contextlib.nullcontext,
         frozen: ModelsApart | None = None,
         alone: asyncio.Lock | None = None,
+        standstill: Standstill | None = None,
     ) -> None:
-        self._ranks = Ranks(mesh, "the trainers", lost)
+        self._ranks = Ranks(mesh, "the trainers", lost, standstill)
         self._frozen = frozen
         self._apart = frozen.models if frozen is not None else frozenset[str]()
         self._turn = turn  # entered around what computes: ``Turns.training`` where the GPUs are shared
