@@ -90,6 +90,18 @@ def test_without_memory_there_is_no_part_and_nobody_asks_again(monkeypatch: pyte
     assert take(later, 3, weights).handle == first.handle
 
 
+def test_memory_that_cannot_be_shared_is_as_none(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(memory: torch.Tensor) -> Any:
+        raise memory_module.Unreachable("RuntimeError: no IPC here")
+
+    copies, weights = snapshots(), {"w": torch.zeros(5)}
+    monkeypatch.setattr(memory_module, "share", refuse)
+    assert copies.take(1, lambda: weights, []) is None and not copies.is_possible
+    assert "it cannot be shared, RuntimeError: no IPC here" in caplog.text
+
+
 def test_the_weights_are_asked_for_once_where_they_are_views_of_the_parameters() -> None:
     parameter = torch.arange(6.0)
     asked: list[int] = []

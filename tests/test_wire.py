@@ -10,18 +10,34 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from runs import PROJECT
 
+from forge_hpc.actors.reading import PolicyReader
+from forge_hpc.cluster import folders
 from forge_hpc.cluster.identity import make_job_identity
-from forge_hpc.weights import LinkReader, Offer, Part, RemoteReader, Served, Snapshots, Unreachable, memory, opened
+from forge_hpc.config import Config
+from forge_hpc.weights import (
+    LinkReader,
+    Offer,
+    Part,
+    RemoteReader,
+    Served,
+    Snapshots,
+    Unreachable,
+    links_dir,
+    memory,
+    opened,
+)
 from forge_hpc.weights.memory import Handle
 from forge_hpc.wire import changes, messages
 from forge_hpc.wire.server import Server
@@ -192,30 +208,208 @@ def test_a_trainer_that_dies_in_the_middle_leaves_nothing_to_load_and_the_next_o
 def test_a_receiver_that_was_killed_is_started_again(certificates: Certificates, reader: RemoteReader) -> None:
     rank = Rank(certificates, sends_changes=True)
     reader.receive(rank.offer(1))
-    assert reader._process is not None
-    reader._process.kill()
-    reader._process.wait()
+    assert reader._receiver is not None
+    reader._receiver.kill()
+    reader._receiver.wait()
     local, num_bytes = reader.receive(rank.offer(2))
     assert equal(read(local), rank.weights) and num_bytes > 2 * NUM
     rank.server.close()
 
 
-def test_the_receiver_ends_with_its_owner(certificates: Certificates) -> None:
-    code = (
-        "import os, subprocess, sys; "
-        "p = subprocess.Popen([sys.executable, '-m', 'forge_hpc.wire.receiver', str(os.getpid())], "
-        "stdin=subprocess.PIPE); print(p.pid, flush=True); sys.stdin.read()"
+READER = """
+import os, sys
+from pathlib import Path
+from forge_hpc.weights import Offer, Part, RemoteReader
+from forge_hpc.weights.memory import Handle
+from forge_hpc.wire.messages import Address
+from forge_hpc.wire.tls import Certificates
+
+reader = RemoteReader(Certificates.from_environment(), Path(sys.argv[1]) if sys.argv[1] else None)
+host, port, token, num_bytes = sys.argv[2:]
+part = Part(1, Handle("another host", "cpu", int(num_bytes), None), b"", None, Address(host, int(port), token))
+print("asks", flush=True)
+reader.receive(Offer(1, (part,)))
+print(reader._receiver.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def start_reader(part: Part, certificates: Certificates, meeting: Path | str = "") -> subprocess.Popen[str]:
+    """A process that asks for a part, and keeps what it has received until its standard input ends."""
+    assert part.address is not None
+    where = (part.address.host, str(part.address.port), part.address.token, str(part.handle.num_bytes))
+    process = subprocess.Popen(
+        [sys.executable, "-c", READER, str(meeting), *where],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **certificates.environment()},
+        cwd=PROJECT,
     )
-    environment = {**os.environ, **certificates.environment()}
-    owner = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-    )
-    assert owner.stdout is not None
-    receiver = os.pidfd_open(int(owner.stdout.readline()))
-    owner.kill()
-    owner.communicate()
-    assert select.select([receiver], [], [], 60)[0], "it lives on"
-    os.close(receiver)
+    assert process.stdout is not None and process.stdout.readline() == "asks\n"
+    return process
+
+
+def ends(pid: int) -> bool:
+    """Whether a process ends within a minute."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([process], [], [], 60)[0])
+    finally:
+        os.close(process)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_receiver_ends_with_its_last_reader(
+    certificates: Certificates, processes: Processes, tmp_path: Path, shared: bool
+) -> None:
+    process = start_reader(processes.start(1, 1000), certificates, tmp_path if shared else "")
+    assert process.stdout is not None
+    receiver = int(process.stdout.readline())
+    process.kill()
+    process.communicate()
+    assert ends(receiver), "it lives on"
+
+
+def test_the_receiver_of_a_reader_that_is_killed_in_the_middle_ends(
+    certificates: Certificates, processes: Processes
+) -> None:
+    part = processes.start(1, 40_000_000, stops_at=messages.PIECE_BYTES)
+    process = start_reader(part, certificates)
+    [server] = processes.started
+    assert server.stdout is not None and server.stdout.readline().startswith("stopped")
+    [receiver] = psutil.Process(process.pid).children()
+    process.kill()
+    process.communicate()
+    assert ends(receiver.pid), "it lives on"
+
+
+# ---- readers of one host
+
+
+@pytest.fixture
+def readers(certificates: Certificates, tmp_path: Path) -> Iterator[list[RemoteReader]]:
+    """Three that share what comes."""
+    several = [RemoteReader(certificates, tmp_path) for _ in range(3)]
+    yield several
+    for each in several:
+        each.close()
+
+
+def test_a_version_comes_to_a_host_once(certificates: Certificates, readers: list[RemoteReader]) -> None:
+    rank = Rank(certificates)
+    for version in range(3):
+        rank.weights["a"].add_(version)
+        offer = rank.offer(version, with_checksum=True)
+        with ThreadPoolExecutor(3) as pool:
+            received = list(pool.map(lambda reader, offer=offer: reader.receive(offer), readers))  # type: ignore[misc]
+        assert sorted(num_bytes > 2 * NUM for _, num_bytes in received) == [False, False, True]
+        assert sum(num_bytes for _, num_bytes in received) < 3 * NUM
+        assert len({local.parts[0].handle for local, _ in received}) == 1
+        for (local, _), reader in zip(received, readers, strict=True):
+            assert equal(read(local), rank.weights)
+            reader.has_read()
+    assert sum(reader._receiver is not None for reader in readers) == 1
+    rank.server.close()
+
+
+def test_what_one_still_reads_is_not_overwritten(certificates: Certificates, readers: list[RemoteReader]) -> None:
+    rank, (first, second, third) = Rank(certificates), readers
+    before = {name: tensor.clone() for name, tensor in rank.weights.items()}
+    offer = rank.offer(1)
+    first.receive(offer)
+    local, _ = second.receive(offer)
+    first.has_read()
+    rank.weights["a"].add_(1)
+    newer = rank.offer(2)
+    with ThreadPoolExecutor(2) as pool:
+        wanted = [pool.submit(reader.receive, newer) for reader in (first, third)]
+        assert not wait(wanted, timeout=2.0).done
+        assert equal(read(local), before)
+        second.has_read()
+        assert all(equal(read(each.result(60)[0]), rank.weights) for each in wanted)
+    rank.server.close()
+
+
+def test_a_reader_that_has_died_holds_nobody_up(
+    certificates: Certificates, readers: list[RemoteReader], processes: Processes, tmp_path: Path
+) -> None:
+    old, new = processes.start(1, 1000), processes.start(1, 1000)
+    process = start_reader(old, certificates, tmp_path)  # it has begun the receiver, and never says that it has read
+    assert process.stdout is not None
+    receiver = int(process.stdout.readline())
+    readers[0].receive(Offer(1, (old,)))
+    readers[0].has_read()
+    process.kill()
+    process.communicate()
+    newer = Offer(2, (replace(old, version=2),))  # of the same trainers, into the same memory
+    assert held(readers[0].receive(newer)[0].parts[0]) == bytes_of(1, 1000)
+    assert held(readers[1].receive(Offer(1, (new,)))[0].parts[0]) == bytes_of(1, 1000)
+    assert psutil.pid_exists(receiver) and readers[0]._receiver is readers[1]._receiver is None
+    for reader in readers:
+        reader.close()
+    assert ends(receiver)
+
+
+def test_a_version_that_fails_is_told_to_all_and_can_be_asked_for_again(
+    readers: list[RemoteReader], processes: Processes
+) -> None:
+    part = processes.start(1, 40_000_000, stops_at=messages.PIECE_BYTES)
+    [process] = processes.started
+    assert process.stdout is not None
+    with ThreadPoolExecutor(3) as pool:
+        wanted = [pool.submit(reader.receive, Offer(1, (part,))) for reader in readers]
+        assert process.stdout.readline().startswith("stopped")
+        process.kill()
+        for each in wanted:
+            with pytest.raises(Unreachable):
+                each.result(60)
+        offer = Offer(1, (processes.start(2, 40_000_000),))
+        received = list(pool.map(lambda reader: reader.receive(offer), readers))
+    assert all(held(local.parts[0]) == bytes_of(2, 40_000_000) for local, _ in received)
+
+
+def test_readers_of_other_trainers_have_memory_of_their_own(
+    certificates: Certificates, readers: list[RemoteReader]
+) -> None:
+    ranks = [Rank(certificates, seed=seed) for seed in range(2)]
+    locals_ = [reader.receive(rank.offer(1))[0] for reader, rank in zip(readers, ranks, strict=False)]
+    assert all(equal(read(local), rank.weights) for local, rank in zip(locals_, ranks, strict=True))
+    for rank in ranks:
+        rank.server.close()
+
+
+def test_a_shared_receiver_that_was_killed_is_started_again_by_one_of_them(
+    certificates: Certificates, readers: list[RemoteReader]
+) -> None:
+    rank = Rank(certificates)
+    for reader in readers:
+        reader.receive(rank.offer(1))
+        reader.has_read()
+    [receiver] = [reader._receiver for reader in readers if reader._receiver is not None]
+    receiver.kill()
+    receiver.wait()
+    offer = rank.offer(2)
+    with ThreadPoolExecutor(3) as pool:
+        received = list(pool.map(lambda reader: reader.receive(offer), readers))
+    assert all(equal(read(local), rank.weights) for local, _ in received)
+    assert sum(num_bytes > 2 * NUM for _, num_bytes in received) == 1
+    rank.server.close()
+
+
+def test_who_has_other_certificates_has_a_receiver_of_its_own(
+    certificates: Certificates, readers: list[RemoteReader], tmp_path: Path
+) -> None:
+    rank, other = Rank(certificates), identity(tmp_path / "other")
+    readers[0].receive(rank.offer(1))
+    stranger = RemoteReader(replace(other, ca=certificates.ca), tmp_path)
+    with pytest.raises(Unreachable):
+        stranger.receive(rank.offer(1))
+    stranger.close()
+    rank.server.close()
 
 
 def test_a_version_that_is_overwritten_while_it_is_sent_is_refused(
@@ -403,11 +597,98 @@ class FakeEngine:
         self.loaded[version] = {name: tensor.clone() for name, tensor in tensors}
 
 
+@pytest.fixture
+def reads(
+    certificates: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., tuple[PolicyReader, FakeEngine]]]:
+    """Makes what reads for a generator of this process, and what it loads into."""
+    for name, value in certificates.environment().items():
+        monkeypatch.setenv(name, value)
+    made = []
+
+    def make(**config: Any) -> tuple[PolicyReader, FakeEngine]:
+        cfg, engine = Config(), FakeEngine()
+        for key, value in config.items():
+            setattr(cfg.generator, key, value)
+        made.append(PolicyReader(engine, cfg, tmp_path))  # type: ignore[arg-type]
+        return made[-1], engine
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def elsewhere(offer: Offer, **handle: Any) -> Offer:
+    """As a generator of another host sees it, or otherwise."""
+    [part] = offer.parts
+    return Offer(offer.version, (replace(part, handle=replace(part.handle, **(handle or {"host": "another"}))),))
+
+
+def test_where_memory_of_this_host_cannot_be_opened_streams_serve(
+    certificates: Certificates, reads: Callable[..., tuple[PolicyReader, FakeEngine]]
+) -> None:
+    rank, (reader, engine) = Rank(certificates), reads()
+    for version in (1, 2):
+        rank.weights["a"].add_(version)
+        offer = elsewhere(rank.offer(version, with_checksum=True), where="/proc/self/fd/1000000")
+        assert asyncio.run(reader.load(None, version, offer, False)) == "TLS streams"
+        assert equal(engine.loaded[version], rank.weights)
+    alone = Offer(3, (replace(offer.parts[0], address=None),))  # a run on one host has no streams
+    assert asyncio.run(reader.load(None, 3, alone, False)) is None
+    rank.server.close()
+
+
+def test_generators_of_a_host_share_what_comes(
+    certificates: Certificates,
+    reads: Callable[..., tuple[PolicyReader, FakeEngine]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv(folders.VARIABLE, str(tmp_path))  # as the node's supervisor gives it
+    rank, both = Rank(certificates), [reads() for _ in range(2)]
+
+    async def load(version: int, offer: Offer) -> None:
+        loads = (reader.load(None, version, offer, False) for reader, _ in both)
+        assert await asyncio.gather(*loads) == ["TLS streams"] * 2
+
+    for version in (1, 2):
+        rank.weights["a"].add_(version)
+        with caplog.at_level("INFO"):
+            asyncio.run(load(version, elsewhere(rank.offer(version, with_checksum=True))))
+        assert all(equal(engine.loaded[version], rank.weights) for _, engine in both)
+    assert caplog.text.count("1.2 of 1.2 MB came") == caplog.text.count("0.0 of 1.2 MB came") == 2
+    rank.server.close()
+
+
+@pytest.mark.parametrize("serves_links", [True, False])
+def test_where_no_link_comes_about_streams_serve(
+    certificates: Certificates,
+    reads: Callable[..., tuple[PolicyReader, FakeEngine]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    serves_links: bool,
+) -> None:
+    rank, (reader, engine) = Rank(certificates), reads(weight_transport="nccl")
+    if serves_links:  # gloo has the place of NCCL on the CPU
+        rank.server.close()
+        served = Served(rank.snapshots, False, links_dir(tmp_path))
+        rank.server = Server(served, "127.0.0.1", certificates)
+    for version in (1, 2):
+        rank.weights["a"].add_(version)
+        offer = elsewhere(rank.offer(version))
+        way = asyncio.run(reader.load(None, version, offer, False))
+        assert way == ("NCCL" if serves_links else "TLS streams")
+        assert equal(engine.loaded[version], rank.weights)
+    assert caplog.text.count("no weights over NCCL, TLS streams serve") == (0 if serves_links else 1)
+    reader.close()
+    rank.server.close()
+
+
 def test_a_generator_takes_streams_where_it_can_and_tries_again_after_a_break_but_not_where_none_came_through(
     certificates: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from forge_hpc.actors.generator import Generator
-    from forge_hpc.config import Config
 
     for name, value in certificates.environment().items():
         monkeypatch.setenv(name, value)
@@ -417,10 +698,6 @@ def test_a_generator_takes_streams_where_it_can_and_tries_again_after_a_break_bu
     generator._open_readers()
     [reader] = generator._readers
     load = Generator.load._method.__wrapped__  # type: ignore[attr-defined]
-
-    def elsewhere(offer: Offer) -> Offer:
-        [part] = offer.parts
-        return Offer(offer.version, (replace(part, handle=replace(part.handle, host="another")),))
 
     async def scenario() -> None:
         rank = Rank(certificates)

@@ -9,6 +9,7 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from forge_hpc.cluster import folders
 from forge_hpc.config import Config
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ class PolicyReader:
         self._log_dir = log_dir
         self._adapter = adapter
         self._links: LinkReader | None = None
-        self._unlinked: Hashable = None  # trainers with which NCCL did not work
+        self._unopened: Hashable = None  # trainers of this host whose memory could not be opened,
+        self._unlinked: Hashable = None  # and those with which NCCL did not work
         self._remote: RemoteReader | None = None
         self._loading = asyncio.Lock()  # what was received is read before the next is
         self._proven: Hashable = None  # the trainers whose offers could be read,
@@ -71,13 +73,23 @@ class PolicyReader:
         from forge_hpc.models.device import device_type
         from forge_hpc.weights import Unreachable
 
-        if offer.is_within_reach(device_type()):
-            await self._load_here(offer)
-            return "CUDA IPC" if device_type() == "cuda" else "shared memory"
+        if offer.is_within_reach(device_type()) and self._unopened != offer.origin:
+            try:
+                await self._load_here(offer)
+                return "CUDA IPC" if device_type() == "cuda" else "shared memory"
+            except Unreachable as error:
+                if not offer.has_streams:
+                    raise
+                logger.warning("the trainers' memory cannot be opened from here, TLS streams serve: %s", error)
+                self._unopened = offer.origin
         if not offer.has_streams:
             raise Unreachable("another host or device")
         local, way = await asyncio.to_thread(self._receive, offer)
-        await self._load_here(local)
+        try:
+            await self._load_here(local)
+        finally:
+            if self._remote is not None:
+                self._remote.has_read()
         return way
 
     def _receive(self, offer: Offer) -> tuple[Offer, str]:
@@ -99,18 +111,17 @@ class PolicyReader:
         from forge_hpc.weights import LinkReader, RemoteReader, Unreachable, links_dir
 
         if self._config.generator.weight_transport == "nccl" and self._unlinked != offer.origin:
-            import torch
+            from forge_hpc.models.device import local_device
 
             if self._links is None:
-                device = torch.device("cuda", torch.cuda.current_device())
-                self._links = LinkReader(certificates, links_dir(self._log_dir), device)
+                self._links = LinkReader(certificates, links_dir(self._log_dir), local_device())
             try:
                 return *self._links.receive(offer), "NCCL"
             except Unreachable as error:
                 logger.warning("no weights over NCCL, TLS streams serve: %s", error)
                 self._unlinked = offer.origin
         if self._remote is None:
-            self._remote = RemoteReader(certificates)
+            self._remote = RemoteReader(certificates, folders.own_folder())
         return *self._remote.receive(offer), "TLS streams"
 
     async def _load_here(self, offer: Offer) -> None:

@@ -114,6 +114,12 @@ def _lock(path: Path) -> int | None:
 
 def folder(environ: Mapping[str, str] = os.environ) -> Path | None:
     """Where this process puts such files; None, the usual place of temporary files, where there is no such memory."""
-    if (own := environ.get(VARIABLE)) is not None and Path(own).is_dir():
-        return Path(own)
+    if (own := own_folder(environ)) is not None:
+        return own
     return _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
+
+
+def own_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """The start's folder on this node; None where this process has none."""
+    own = environ.get(VARIABLE)
+    return Path(own) if own is not None and Path(own).is_dir() else None

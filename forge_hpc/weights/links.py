@@ -199,7 +199,11 @@ class LinkReader:
                     self._blocks.clear()
                     raise Unreachable(f"the GPU has no {sum(sizes) / 2**30:.1f} GiB to spare for a copy of the weights")
                 self._blocks.append(block)
-            self._handles = [memory.share(block) for block in self._blocks]
+            try:
+                self._handles = [memory.share(block) for block in self._blocks]
+            except Unreachable:
+                self._blocks.clear()
+                raise
         try:
             with ThreadPoolExecutor(len(sizes)) as pool:  # each may have a communicator to make
                 list(pool.map(self._bring, offer.parts, self._blocks))

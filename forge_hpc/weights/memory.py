@@ -58,13 +58,16 @@ def _spare_bytes(device: torch.device) -> int:
 
 
 def share(memory: torch.Tensor) -> Handle:
-    """A handle of what ``allocate`` returned."""
+    """A handle of what ``allocate`` returned. Raises Unreachable: CUDA shares no memory between processes here."""
     host = shared_memory.host_identity()
     if memory.device.type == "cpu":
         return Handle(host, "cpu", memory.numel(), shared_memory.path_of(memory))
     from torch.multiprocessing.reductions import reduce_tensor
 
-    _, arguments = reduce_tensor(memory)
+    try:
+        _, arguments = reduce_tensor(memory)
+    except RuntimeError as error:
+        raise _unreachable(error) from error
     _own[name := secrets.token_hex(8)] = memory
     return Handle(host, "cuda", memory.numel(), arguments, name)
 
@@ -95,4 +98,9 @@ def open_memory(handle: Handle) -> torch.Tensor:
         arguments[-1] = False  # no event to wait for
         return rebuild_cuda_tensor(*arguments)
     except (OSError, ValueError, RuntimeError) as error:
-        raise Unreachable(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+        raise _unreachable(error) from error
+
+
+def _unreachable(error: Exception) -> Unreachable:
+    """With its first line: CUDA's go on with hints."""
+    return Unreachable(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")

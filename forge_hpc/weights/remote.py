@@ -1,19 +1,22 @@
 """Weights of another host, brought over TLS streams into memory of this one.
 
-    trainer rank                                     generator's host
-    Snapshots ◄── Served ◄── wire.Server ──streams──► wire.receiver ──► memory ──► opened(offer)
+    trainer rank                                     generators' host
+    Snapshots ◄── Served ◄── wire.Server ──streams──► wire.receiver ──► memory ──► opened(offer), each generator
 
-The bytes lie here as they do there, so that an offer of what came is read like one of this host; every tensor-parallel
-worker takes its shards of the one copy. Where a trainer dies in the middle nothing has been loaded.
+The bytes lie here as they do there, so that an offer of what came is read like one of this host. A version comes to a
+host once, and is there once: the generators of the host share the receiver, and every tensor-parallel worker takes its
+shards of the one copy. Where a trainer dies in the middle nothing has been loaded.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
+import fcntl
+import hashlib
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -26,9 +29,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from forge_hpc.weights import memory
+from forge_hpc.weights import shared_memory
 from forge_hpc.weights.links import Sender, link_file
-from forge_hpc.weights.memory import Unreachable
+from forge_hpc.weights.memory import Handle, Unreachable
 from forge_hpc.weights.snapshots import Offer, Snapshots
 from forge_hpc.wire import changes as coding
 from forge_hpc.wire.receiver import Wanted
@@ -153,76 +156,103 @@ def _beside(device: torch.device) -> Iterator[None]:
 
 
 class RemoteReader:
-    """Brings offers of other hosts here, with one receiver that lives as long as it works.
+    """Brings offers of other hosts here, by a receiver that the readers of a host share, or by one of its own.
+
+    Args:
+        meeting: a folder of this host, the same for all that share one, and this user's alone; None: it shares none.
 
     Example:
         >>> reader = RemoteReader(certificates)
-        >>> local, num_bytes = reader.receive(offer)  # valid until the next
+        >>> local, num_bytes = reader.receive(offer)  # valid until `has_read`, or the next
         >>> with opened(local) as weights: ...
+        >>> reader.has_read()
     """
 
-    def __init__(self, certificates: Certificates) -> None:
+    def __init__(self, certificates: Certificates, meeting: Path | None = None) -> None:
         self._certificates = certificates
-        self._process: subprocess.Popen[str] | None = None
-        self._blocks: list[torch.Tensor] = []
-        self._ids = itertools.count()
-        self._memory_ids: list[int] = []
+        self._meeting = meeting
+        self._receiver: subprocess.Popen[bytes] | None = None
+        self._connection: socket.socket | None = None
 
     def receive(self, offer: Offer) -> tuple[Offer, int]:
-        """An offer of the same version in memory of this host, and how many bytes came over the wire. It blocks.
+        """An offer of the same version in memory of this host, and how many bytes came over the wire for it: none where
+        another reader has brought it. It blocks, also as long as others still read an earlier version.
 
         Raises:
             Unreachable: it did not come. Nothing that was received before is valid any more.
         """
-        sizes = [part.handle.num_bytes for part in offer.parts]
-        if sizes != [block.numel() for block in self._blocks]:
-            self._blocks.clear()
-            self._blocks = [_allocate(size) for size in sizes]
-            self._memory_ids = [next(self._ids) for _ in sizes]
-        handles = [memory.share(block) for block in self._blocks]
         wanted = []
-        for part, handle, memory_id in zip(offer.parts, handles, self._memory_ids, strict=True):
+        for part in offer.parts:
             if part.address is None:
                 raise Unreachable("the trainers serve no streams")
-            into = (offer.version, handle.num_bytes, handle.where, memory_id)
-            wanted.append(asdict(Wanted(part.address.host, part.address.port, part.address.token, *into)))
+            address = (part.address.host, part.address.port, part.address.token)
+            wanted.append(asdict(Wanted(*address, offer.version, part.handle.num_bytes)))
         answer = self._ask(wanted)
         if "error" in answer:
             raise Unreachable(answer["error"])
-        parts = zip(offer.parts, handles, strict=True)
-        return Offer(offer.version, tuple(replace(part, handle=handle) for part, handle in parts)), answer["num_bytes"]
+        host, parts = shared_memory.host_identity(), []
+        for part, path in zip(offer.parts, answer["paths"], strict=True):
+            parts.append(replace(part, handle=Handle(host, "cpu", part.handle.num_bytes, path)))
+        return Offer(offer.version, tuple(parts)), answer["num_bytes"]
+
+    def has_read(self) -> None:
+        """What was received may be overwritten."""
+        if self._connection is not None:
+            with contextlib.suppress(OSError):
+                self._connection.sendall(b"\n")
 
     def _ask(self, wanted: list[dict[str, Any]]) -> dict[str, Any]:
-        if self._process is None or self._process.poll() is not None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "forge_hpc.wire.receiver", str(os.getpid())],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env={**os.environ, **self._certificates.environment()},
-            )
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps(wanted) + "\n")
-            self._process.stdin.flush()
-            if line := self._process.stdout.readline():
-                return json.loads(line)
-        except OSError:
-            pass
-        return {"error": f"the receiver has ended with {self._process.wait()}"}
+        for _ in range(2):  # a receiver of others may end as we connect to it
+            try:
+                if self._connection is None:
+                    self._connection = self._connect()
+                self._connection.sendall(json.dumps(wanted).encode() + b"\n")
+                with self._connection.makefile() as stream:
+                    if (line := stream.readline()).endswith("\n"):
+                        return json.loads(line)
+            except OSError as error:
+                logger.debug("no connection to the receiver: %s", error)
+            self.close()
+        return {"error": "the receiver has ended"}
+
+    def _connect(self) -> socket.socket:
+        """Raises OSError."""
+        if self._meeting is None:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                self._start(theirs)
+            return ours
+        # Who has other certificates shares nothing with us.
+        name = hashlib.sha256(self._certificates.cert.read_bytes()).hexdigest()[:12]
+        path = str(self._meeting / f"weights-{name}")
+        with (self._meeting / f"weights-{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            connection = socket.socket(socket.AF_UNIX)
+            try:
+                connection.connect(path)
+            except (FileNotFoundError, ConnectionRefusedError):  # none yet, or its process has ended
+                Path(path).unlink(missing_ok=True)
+                with socket.socket(socket.AF_UNIX) as listener:
+                    listener.bind(path)
+                    listener.listen()
+                    self._start(listener)
+                connection.connect(path)
+            return connection
+
+    def _start(self, own: socket.socket) -> None:
+        """Start a receiver that serves a socket."""
+        if self._receiver is not None:
+            self._receiver.poll()
+        self._receiver = subprocess.Popen(
+            [sys.executable, "-m", "forge_hpc.wire.receiver", str(own.fileno())],
+            pass_fds=[own.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, **self._certificates.environment()},
+        )
 
     def close(self) -> None:
-        """End the receiver."""
-        if self._process is not None:
-            assert self._process.stdin is not None and self._process.stdout is not None
-            with contextlib.suppress(OSError):
-                self._process.stdin.close()
-            self._process.kill()
-            self._process.wait()
-            self._process.stdout.close()
-
-
-def _allocate(num_bytes: int) -> torch.Tensor:
-    data = memory.allocate(num_bytes, torch.device("cpu"))
-    assert data is not None, "the CPU's memory is promised, never refused"
-    return data
+        """Let go of the receiver; it ends with its last reader."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None

@@ -195,13 +195,16 @@ class Snapshots:
         return self._new_block(num_bytes) if len(self._blocks) < _MAX_BLOCKS else None
 
     def _new_block(self, num_bytes: int) -> _Block | None:
-        data = memory.allocate(max(num_bytes, 64), self.device)
-        if data is None:
-            logger.warning("no memory for a copy of the weights of %.1f GiB to be read in place", num_bytes / 2**30)
-            self.is_possible = bool(self._blocks)
-            return None
-        self._blocks.append(_Block(data, memory.share(data)))
-        return self._blocks[-1]
+        data, reason = memory.allocate(max(num_bytes, 64), self.device), "no memory for it"
+        if data is not None:
+            try:
+                self._blocks.append(_Block(data, memory.share(data)))
+                return self._blocks[-1]
+            except memory.Unreachable as error:
+                reason = f"it cannot be shared, {error}"
+        logger.warning("no copy of the weights of %.1f GiB to be read in place: %s", num_bytes / 2**30, reason)
+        self.is_possible = bool(self._blocks)
+        return None
 
 
 class Opened:

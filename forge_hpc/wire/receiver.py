@@ -1,11 +1,16 @@
-"""The side that wants the bytes: a process of its own, ``python -m forge_hpc.wire.receiver PARENT``.
+"""The side that wants the bytes: a process of its own, ``python -m forge_hpc.wire.receiver FD``.
 
-    owner ──a line of JSON: which parts, from where, into which memory──► receiver ──streams──► servers
-          ◄──a line of JSON: bytes that came, or what went wrong───────
+    client ──a line of JSON: which parts, from where────────────────► receiver ──streams──► servers
+           ◄──a line of JSON: where they lie, or what went wrong─────
+           ──an empty line: they have been read─────────────────────►
+
+Clients are the generators of a host (FD listens), or one alone (FD is its connection). What one has asked for the
+others find there: a version comes to a host once. It is overwritten when all that asked for it have read it, or are
+gone. The process ends when no client is left. What its memory holds is known here alone, so a new one begins with
+everything.
 
 Python's TLS hands over 16 KiB a call, and each call waits for the interpreter's lock: in the process of an engine that
-computes in Python too, it would wait longer than it reads. The memory belongs to the owner; who reads it does so when
-the answer says that all is there. What the memory holds is known here alone, so a new receiver begins with everything.
+computes in Python too, it would wait longer than it reads.
 """
 
 from __future__ import annotations
@@ -20,11 +25,13 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from forge_hpc.wire import messages, tls
+from forge_hpc.wire.server import is_open
 
 NUM_STREAMS = 4
 """To one server; where there are several, at least one to each and so many in all."""
@@ -47,10 +54,6 @@ class Wanted:
     token: str
     version: int
     num_bytes: int
-    memory: str
-    """The path of a file that can be mapped."""
-    memory_id: int
-    """Another one where the owner has taken other memory."""
 
 
 class _Stream:
@@ -97,49 +100,57 @@ class _Stream:
 
 
 class Receiver:
-    """Fills memory; keeps its streams, its mappings, and in mind what they hold."""
+    """Fills memory of its own, a file for each part; keeps its streams, and in mind what the memory holds."""
 
-    def __init__(self, certificates: tls.Certificates, owner: int | None = None) -> None:
+    def __init__(self, certificates: tls.Certificates) -> None:
         self._context = certificates.client()
-        self._owner = owner
-        self._memory: dict[int, mmap.mmap] = {}
-        self._held: dict[int, tuple[str, int]] = {}
+        self._memory: list[tuple[int, mmap.mmap]] = []
+        self._held: list[tuple[str, int]] = []
         self._idle: dict[str, list[_Stream]] = {}
         self._busy: set[_Stream] = set()
         self._num_bytes = 0
         self._lock = threading.Lock()
 
-    def receive(self, parts: Sequence[Wanted]) -> int:
-        """Bring a version; how many bytes came. Raises TransferFailed."""
+    @property
+    def paths(self) -> list[str]:
+        """The files, for other processes of this host that are the same user's."""
+        return [f"/proc/{os.getpid()}/fd/{descriptor}" for descriptor, _ in self._memory]
+
+    def receive(self, parts: Sequence[Wanted], is_wanted: Callable[[], bool]) -> int:
+        """Bring a version, as long as somebody wants it; how many bytes came. Raises TransferFailed."""
         self._forget_others(parts)
         self._num_bytes = 0
-        held = [self._held.pop(part.memory_id, ("", 0)) for part in parts]  # until it is whole
+        held, self._held = self._held, []  # until it is whole
         jobs = []
-        for part, (token, version) in zip(parts, held, strict=True):
+        for number, part in enumerate(parts):
+            token, version = held[number] if held else ("", 0)
             base = version if token == part.token else messages.NOTHING
-            pieces, memory = _Pieces(part.num_bytes), memoryview(self._map(part))
+            pieces, memory = _Pieces(part.num_bytes), memoryview(self._memory[number][1])
             jobs += [(part, base, pieces, memory)] * max(1, NUM_STREAMS // len(parts))
         with ThreadPoolExecutor(min(len(jobs), _MAX_AT_ONCE)) as pool:
-            self._watch([pool.submit(self._bring, *job) for job in jobs])
-        self._held = {part.memory_id: (part.token, part.version) for part in parts}
+            self._watch([pool.submit(self._bring, *job) for job in jobs], is_wanted)
+        self._held = [(part.token, part.version) for part in parts]
         return self._num_bytes
+
+    def close(self) -> None:
+        """Give the memory back, and close the streams. Who has it mapped keeps what it holds."""
+        self._forget_others(())
 
     def _forget_others(self, parts: Sequence[Wanted]) -> None:
         for token in self._idle.keys() - {part.token for part in parts}:
             for stream in self._idle.pop(token):
                 stream.socket.close()
-        for memory_id in self._memory.keys() - {part.memory_id for part in parts}:
-            del self._memory[memory_id]
-
-    def _map(self, part: Wanted) -> mmap.mmap:
-        if part.memory_id not in self._memory:
-            try:
-                descriptor = os.open(part.memory, os.O_RDWR | os.O_CLOEXEC)
-                self._memory[part.memory_id] = mmap.mmap(descriptor, part.num_bytes)
-                os.close(descriptor)
-            except (OSError, ValueError) as error:
-                raise TransferFailed(f"the memory cannot be mapped: {error}") from error
-        return self._memory[part.memory_id]
+        sizes = [part.num_bytes for part in parts]
+        if sizes == [len(memory) for _, memory in self._memory]:
+            return
+        self._held = []
+        while self._memory:
+            os.close(self._memory.pop()[0])
+        try:
+            for size in sizes:
+                self._memory.append(_allocate(size))
+        except (OSError, ValueError) as error:
+            raise TransferFailed(f"no memory for it: {error}") from error
 
     def _bring(self, part: Wanted, held: int, pieces: _Pieces, memory: memoryview) -> None:
         """One stream's share of a part."""
@@ -175,8 +186,8 @@ class Receiver:
         self._busy.add(stream)
         return stream
 
-    def _watch(self, jobs: list[Future[None]]) -> None:
-        """Wait for all; where one fails, nothing comes or the owner is gone, end the others."""
+    def _watch(self, jobs: list[Future[None]], is_wanted: Callable[[], bool]) -> None:
+        """Wait for all; where one fails, nothing comes or nobody wants it, end the others."""
         seen, since = -1, time.monotonic()
         failure: BaseException | None = None
         while any(not job.done() for job in jobs):
@@ -184,10 +195,10 @@ class Receiver:
             failure = failure or next((job.exception() for job in jobs if job.done() and job.exception()), None)
             if self._num_bytes != seen:
                 seen, since = self._num_bytes, time.monotonic()
-            if self._owner is not None and os.getppid() != self._owner:
-                os._exit(1)
             if time.monotonic() - since > STALLED_S:
                 failure = failure or TransferFailed(f"nothing came for {STALLED_S:.0f} s")
+            if not is_wanted():
+                failure = failure or TransferFailed("nobody waits for it")
             if failure is not None:
                 for stream in list(self._busy):
                     stream.end()
@@ -214,17 +225,181 @@ class _Pieces:
                 return
 
 
-def main() -> None:
-    """Serve the owner until it closes our standard input, or is gone."""
-    certificates = tls.Certificates.from_environment()
-    assert certificates is not None, "the owner has seen to it"
-    receiver = Receiver(certificates, owner=int(sys.argv[1]))
-    for line in sys.stdin:
+def _allocate(num_bytes: int) -> tuple[int, mmap.mmap]:
+    """A file that is memory, and its mapping."""
+    descriptor = os.memfd_create("forge_hpc_weights", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(descriptor, num_bytes)
+        return descriptor, mmap.mmap(descriptor, num_bytes)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+@dataclass
+class _Version:
+    """What a policy's memory holds, or will when it is done."""
+
+    parts: list[Wanted]
+    is_there: Future[int] = field(default_factory=Future)
+    readers: set[_Client] = field(default_factory=set)
+    """Who waits for it or reads it."""
+
+    def serves(self, parts: list[Wanted]) -> bool:
+        """Whether who wants those may have it, or wait for it."""
+        return self.parts == parts and not (self.is_there.done() and self.is_there.exception())
+
+
+class _Policy:
+    """The newest version of the trainers' weights that a client of this host has asked for."""
+
+    def __init__(self, certificates: tls.Certificates) -> None:
+        self._receiver = Receiver(certificates)
+        self._version: _Version | None = None
+        self._changed = threading.Condition()
+
+    def read(self, client: _Client, parts: list[Wanted]) -> tuple[list[str], int]:
+        """Where a version lies, which stays until ``has_read``, and how many bytes came for it now.
+
+        Raises TransferFailed.
+        """
+        with self._changed:
+            while (version := self._version) is not None and not version.serves(parts) and version.readers:
+                self._changed.wait(timeout=1.0)
+                if not client.is_connected:
+                    raise TransferFailed("nobody waits for it")
+            is_new = version is None or not version.serves(parts)
+            if version is None or is_new:
+                version = self._version = _Version(parts)
+            version.readers.add(client)
+        if is_new:
+            try:
+                version.is_there.set_result(self._receiver.receive(parts, self._is_waited_for))
+            except BaseException as error:
+                version.is_there.set_exception(error)
         try:
-            answer: dict[str, object] = {"num_bytes": receiver.receive([Wanted(**part) for part in json.loads(line)])}
-        except TransferFailed as error:
-            answer = {"error": str(error)}
-        print(json.dumps(answer), flush=True)
+            num_bytes = version.is_there.result()
+        except BaseException:
+            self.has_read(client)
+            raise
+        return self._receiver.paths, num_bytes if is_new else 0
+
+    def _is_waited_for(self) -> bool:
+        with self._changed:
+            return self._version is not None and any(client.is_connected for client in self._version.readers)
+
+    def has_read(self, client: _Client) -> None:
+        """The client needs it no more."""
+        with self._changed:
+            if self._version is not None:
+                self._version.readers.discard(client)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nobody needs it any more."""
+        self._receiver.close()
+
+
+class Host:
+    """The clients of a host, and the policies that they read."""
+
+    def __init__(self, certificates: tls.Certificates) -> None:
+        self._certificates = certificates
+        self._policies: dict[tuple[str, ...], _Policy] = {}
+        self._lock = threading.Lock()
+        self._clients: set[_Client] = set()
+
+    def join(self, client: _Client) -> None:
+        """A client is there."""
+        with self._lock:
+            self._clients.add(client)
+
+    def policy(self, client: _Client, parts: list[Wanted]) -> _Policy:
+        """That of those trainers. What the client had before goes where no other one has it."""
+        servers = tuple(part.token for part in parts)
+        with self._lock:
+            client.servers, before = servers, client.servers
+            self._close_unless_used(before)
+            if servers not in self._policies:
+                self._policies[servers] = _Policy(self._certificates)
+            return self._policies[servers]
+
+    def leave(self, client: _Client) -> None:
+        """A client is gone. With the last one the process ends, whatever it is doing."""
+        with self._lock:
+            self._clients.discard(client)
+            if not self._clients:
+                os._exit(0)
+            self._close_unless_used(client.servers)
+
+    def _close_unless_used(self, servers: tuple[str, ...]) -> None:
+        if all(client.servers != servers for client in self._clients) and servers in self._policies:
+            self._policies.pop(servers).close()
+
+
+class _Client:
+    """A connection, in a thread of its own."""
+
+    def __init__(self, host: Host, connection: socket.socket) -> None:
+        self._host, self._connection = host, connection
+        self.servers: tuple[str, ...] = ()
+        """Whose weights it has asked for last."""
+        host.join(self)
+
+    @property
+    def is_connected(self) -> bool:
+        """While it waits for an answer it says nothing."""
+        return is_open(self._connection)
+
+    def serve(self) -> None:
+        """Until it closes the connection, or is gone."""
+        policy: _Policy | None = None
+        try:
+            with self._connection, self._connection.makefile("rw") as stream:
+                for line in stream:
+                    if policy is not None:
+                        policy.has_read(self)
+                        policy = None
+                    if not line.strip():
+                        continue
+                    parts = [Wanted(**part) for part in json.loads(line)]
+                    answer: dict[str, object] = {}
+                    try:
+                        policy = self._host.policy(self, parts)
+                        answer["paths"], answer["num_bytes"] = policy.read(self, parts)
+                    except Exception as error:
+                        answer["error"] = str(error) if isinstance(error, TransferFailed) else repr(error)
+                    stream.write(json.dumps(answer) + "\n")
+                    stream.flush()
+        except OSError:  # it has died
+            pass
+        finally:
+            if policy is not None:
+                policy.has_read(self)
+            self._host.leave(self)
+
+
+def main() -> None:
+    """Serve whoever connects to the socket, or the one whose connection it is."""
+    certificates = tls.Certificates.from_environment()
+    assert certificates is not None, "the client has seen to it"
+    host, own = Host(certificates), socket.socket(fileno=int(sys.argv[1]))
+    if not own.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        _Client(host, own).serve()
+        return
+    own.settimeout(CONNECT_S)  # who has begun this process connects at once, unless it has died
+    while True:
+        try:
+            connection, _ = own.accept()
+        except TimeoutError:
+            return
+        if own.gettimeout() is not None:
+            own.settimeout(None)
+            with Path(os.devnull).open(
+                "w"
+            ) as nowhere:  # it may outlive who began it, and whoever reads that one's output
+                os.dup2(nowhere.fileno(), 2)
+        threading.Thread(target=_Client(host, connection).serve, name="client", daemon=True).start()
 
 
 if __name__ == "__main__":
