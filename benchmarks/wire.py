@@ -1,6 +1,7 @@
 """Weights between two hosts on the CPU, mutual TLS on: ours against four plain TLS streams.
 
     python benchmarks/wire.py [--megabytes 1200] [--rounds 5] [--json FILE]
+    python benchmarks/wire.py --generators 4 [--megabytes 300] [--rounds 5]
     python benchmarks/wire.py --changes [--json FILE]
 
 With --changes: what share of the bytes is sent in steps 20 to 40 of a small Qwen3 from random weights, bfloat16 out of
@@ -11,6 +12,8 @@ every round. A round brings it over by ``plain`` (four streams of Python's ssl, 
 ``streams`` (what generators use) and by ``messages`` (TorchStore's volumes, the way of last resort, and the only one
 before there were streams), one after the other. Seconds are from the trainer's weights to the reader's memory, copies
 included; connections and memory are warm, but for ``messages``, which keeps none. Medians in MB/s (10^6 bytes), ratios.
+With --generators: until so many generators of a host have a version, by receivers that they share (what a run does)
+and by some each, in turns, and the bytes that crossed.
 """
 
 from __future__ import annotations
@@ -153,13 +156,22 @@ class Trainer(Actor):
 
 
 class Generator(Actor):
+    def __init__(self, meeting: Path | None = None) -> None:
+        self.reader, self.shared = RemoteReader(certificates()), RemoteReader(certificates(), meeting)
+
     @endpoint
     async def receive(self, offer: Offer) -> float:
-        if not hasattr(self, "reader"):
-            self.reader = RemoteReader(certificates())
         start = time.perf_counter()
         await asyncio.to_thread(self.reader.receive, offer)
         return time.perf_counter() - start
+
+    @endpoint
+    async def bring(self, offer: Offer, shared: bool) -> int:
+        """How many bytes came."""
+        reader = self.shared if shared else self.reader
+        _, num_bytes = await asyncio.to_thread(reader.receive, offer)
+        reader.has_read()
+        return num_bytes
 
     @endpoint
     async def pull(self, spec: StoreSpec, version: int) -> float:
@@ -170,26 +182,55 @@ class Generator(Actor):
     @endpoint
     async def end(self) -> None:
         self.reader.close()
+        self.shared.close()
+
+
+def spawn(hosts: Any, host: int, name: str, actor: Any, *args: Any, num: int = 1) -> Any:
+    """So many processes on a host, with an actor each."""
+    folders = os.pathsep.join([str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)])
+    command = default_bootstrap_cmd().with_env({"OMP_NUM_THREADS": "2", "PYTHONPATH": folders})
+    procs = hosts.slice(hosts=slice(host, host + 1)).spawn_procs(
+        per_host={"procs": num}, name=f"{name}s", bootstrap_command=command
+    )
+    return procs if actor is None else procs.spawn(name, actor, *args)
+
+
+async def measure_sharing(args: argparse.Namespace, workers: list[str], meeting: Path) -> None:
+    """Several generators of a host, by a receiver that they share and by one each."""
+    hosts = await attach(workers, ADDRESSES[0], 120)
+    trainer = spawn(hosts, 0, "trainer", Trainer)
+    generators = spawn(hosts, 1, "generator", Generator, meeting, num=args.generators)
+    num_bytes = args.megabytes * 10**6
+    await trainer.build.call_one(num_bytes, False)
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    crossed: dict[bool, float] = {}
+    for version in range(args.rounds + 1):
+        part, _ = await trainer.offer.call_one(version)
+        for shared, found in seconds.items():
+            start = time.perf_counter()
+            brought = await generators.bring.call(Offer(version, (part,)), shared)
+            found.append(time.perf_counter() - start)
+            crossed[shared] = sum(each for _, each in brought) / num_bytes
+    (shared_s, alone_s) = (statistics.median(found[1:]) for found in seconds.values())
+    print(f"{args.megabytes} MB to {args.generators} generators of a host, {os.cpu_count()} cores for both hosts")
+    print(
+        f"shared {shared_s:.2f} s, {crossed[True]:.2f} versions cross; each alone {alone_s:.2f} s, {crossed[False]:.2f}"
+    )
+    row(f"a version to {args.generators} generators of a host: by a receiver each ÷ shared", alone_s, shared_s,
+        unit="s", peer="shared", note=f"{crossed[True]:.2f} and {crossed[False]:.2f} versions cross")  # fmt: skip
+    await generators.end.call()
+    await hosts.shutdown()
 
 
 async def measure(args: argparse.Namespace, workers: list[str]) -> None:
     hosts = await attach(workers, ADDRESSES[0], 120)
-    folders = os.pathsep.join([str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)])
-    command = default_bootstrap_cmd().with_env({"OMP_NUM_THREADS": "2", "PYTHONPATH": folders})
-
-    def spawn(host: int, name: str, actor: Any) -> Any:
-        procs = hosts.slice(hosts=slice(host, host + 1)).spawn_procs(
-            per_host={"procs": 1}, name=f"{name}s", bootstrap_command=command
-        )
-        return procs if actor is None else procs.spawn(name, actor)
-
-    sender, receiver = spawn(0, "plain0", Plain), spawn(1, "plain1", Plain)
-    trainer, generator = spawn(0, "trainer", Trainer), spawn(1, "generator", Generator)
+    sender, receiver = spawn(hosts, 0, "plain0", Plain), spawn(hosts, 1, "plain1", Plain)
+    trainer, generator = spawn(hosts, 0, "trainer", Trainer), spawn(hosts, 1, "generator", Generator)
     num_bytes = args.megabytes * 10**6
     port = await sender.start.call_one("--plain-send", str(num_bytes))
     await receiver.start.call_one("--plain-receive", str(num_bytes), port.strip())
     await trainer.build.call_one(num_bytes, False)
-    store = await WeightStore.start(spawn(0, "volume", None), 1, keep=1)
+    store = await WeightStore.start(spawn(hosts, 0, "volume", None), 1, keep=1)
     seconds: dict[str, list[float]] = {"plain": [], "messages": [], "streams": []}
     for version in range(args.rounds + 1):
         part, snapshot_s = await trainer.offer.call_one(version)
@@ -298,7 +339,7 @@ def run_on_two_hosts(arguments: list[str]) -> None:
                 workers.append(subprocess.Popen(command, env=environment))
             found = [record["address"] for record in rendezvous.wait(["worker-0", "worker-1"], 120)]
             command = ["ip", "netns", "exec", names[0], sys.executable, __file__, *arguments]
-            subprocess.run([*command, "--workers", *found], env=environment, check=True)
+            subprocess.run([*command, "--workers", *found, "--meeting", folder], env=environment, check=True)
         finally:
             for worker in workers:
                 worker.kill()
@@ -311,7 +352,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--changes", action="store_true")
+    parser.add_argument("--generators", type=int, default=1, help="of a host, that share what comes")
     parser.add_argument("--workers", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--meeting", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--plain-send", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--plain-receive", type=int, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -321,6 +364,8 @@ def main() -> None:
         plain_receive(*args.plain_receive)
     elif args.changes:
         measure_changes(args.json)
+    elif args.workers is not None and args.generators > 1:
+        asyncio.run(measure_sharing(args, args.workers, args.meeting))
     elif args.workers is not None:
         asyncio.run(measure(args, args.workers))
     else:

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ from forge_hpc.weights import (
 )
 from forge_hpc.weights.memory import Handle
 from forge_hpc.wire import changes, messages
+from forge_hpc.wire.host import Receivers, _divided, _Memory, num_receivers
+from forge_hpc.wire.receiver import Task, _Pieces
 from forge_hpc.wire.server import Server
 from forge_hpc.wire.tls import Certificates
 
@@ -98,6 +100,8 @@ def equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 SERVER = """
 import sys, threading
 import numpy as np
+from forge_hpc.wire.host import Receivers, _divided, _Memory, num_receivers
+from forge_hpc.wire.receiver import Task, _Pieces
 from forge_hpc.wire.server import Server
 from forge_hpc.wire.tls import Certificates
 
@@ -281,10 +285,55 @@ def test_the_receiver_of_a_reader_that_is_killed_in_the_middle_ends(
     process = start_reader(part, certificates)
     [server] = processes.started
     assert server.stdout is not None and server.stdout.readline().startswith("stopped")
-    [receiver] = psutil.Process(process.pid).children()
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert len(started) == 1 + num_receivers()
     process.kill()
     process.communicate()
-    assert ends(receiver.pid), "it lives on"
+    assert all(ends(each.pid) for each in started), "they live on"
+
+
+# ---- several receivers of a host
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 5])
+@pytest.mark.parametrize("num_servers", [1, 2, 4])
+def test_the_pieces_of_all_servers_are_divided_among_the_receivers(num: int, num_servers: int) -> None:
+    num_bytes = 10 * messages.PIECE_BYTES + 64
+    tasks = [Task("host", i, "00", 1, num_bytes, messages.NOTHING, "", i) for i in range(num_servers)]
+    shares = _divided(tasks, num)
+    assert len(shares) == num and sum(map(bool, shares)) == min(num, num_servers * max(1, num // num_servers))
+    for task in tasks:
+        pieces = [piece for share in shares for each in share if each.port == task.port for piece in _Pieces(each)]
+        assert sorted(pieces) == list(_Pieces(task)) and pieces[-1][1] <= num_bytes
+
+
+@pytest.mark.parametrize("sizes", [(40_000_000,), (20_000_000, 128, 999_936)])
+def test_several_receivers_bring_a_version_together_and_one_that_is_killed_is_replaced(
+    certificates: Certificates, processes: Processes, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...]
+) -> None:
+    for name, value in certificates.environment().items():
+        monkeypatch.setenv(name, value)
+    receivers, parts = Receivers(3), [processes.start(seed, size) for seed, size in enumerate(sizes)]
+    for version in range(2):
+        memories = [_Memory(size) for size in sizes]
+        tasks = [
+            Task(*astuple(part.address), version, memory.num_bytes, messages.NOTHING, memory.path, memory.id)
+            for part, memory in zip(parts, memories, strict=True)
+            if part.address is not None
+        ]
+        num_bytes = receivers.bring(0, tasks, lambda: True)
+        assert sum(sizes) <= num_bytes < sum(sizes) + 2000
+        assert [Path(memory.path).read_bytes() for memory in memories] == [
+            bytes_of(seed, size) for seed, size in enumerate(sizes)
+        ]
+        started = [process for process in receivers._processes if process is not None]
+        assert len(started) == 3
+        started[version].kill()
+        started[version].wait()
+    for process in receivers._processes:
+        assert process is not None
+        process.kill()
+        process.communicate()
 
 
 # ---- readers of one host

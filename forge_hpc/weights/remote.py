@@ -1,7 +1,7 @@
 """Weights of another host, brought over TLS streams into memory of this one.
 
     trainer rank                                     generators' host
-    Snapshots ◄── Served ◄── wire.Server ──streams──► wire.receiver ──► memory ──► opened(offer), each generator
+    Snapshots ◄── Served ◄── wire.Server ──streams──► wire.host ──► memory ──► opened(offer), each generator
 
 The bytes lie here as they do there, so that an offer of what came is read like one of this host. A version comes to a
 host once, and is there once: the generators of the host share the receiver, and every tensor-parallel worker takes its
@@ -34,7 +34,7 @@ from forge_hpc.weights.links import Sender, link_file
 from forge_hpc.weights.memory import Handle, Unreachable
 from forge_hpc.weights.snapshots import Offer, Snapshots
 from forge_hpc.wire import changes as coding
-from forge_hpc.wire.receiver import Wanted
+from forge_hpc.wire.host import Wanted
 from forge_hpc.wire.tls import Certificates
 
 logger = logging.getLogger(__name__)
@@ -244,7 +244,7 @@ class RemoteReader:
         if self._receiver is not None:
             self._receiver.poll()
         self._receiver = subprocess.Popen(
-            [sys.executable, "-m", "forge_hpc.wire.receiver", str(own.fileno())],
+            [sys.executable, "-m", "forge_hpc.wire.host", str(own.fileno())],
             pass_fds=[own.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

@@ -1,16 +1,11 @@
-"""The side that wants the bytes: a process of its own, ``python -m forge_hpc.wire.receiver FD``.
+"""Brings bytes of servers into memory: a process of its own, ``python -m forge_hpc.wire.receiver PARENT``.
 
-    client ──a line of JSON: which parts, from where────────────────► receiver ──streams──► servers
-           ◄──a line of JSON: where they lie, or what went wrong─────
-           ──an empty line: they have been read─────────────────────►
-
-Clients are the generators of a host (FD listens), or one alone (FD is its connection). What one has asked for the
-others find there: a version comes to a host once. It is overwritten when all that asked for it have read it, or are
-gone. The process ends when no client is left. What its memory holds is known here alone, so a new one begins with
-everything.
+    host ──a line of JSON: which parts, from where, into which memory──► receiver ──streams──► servers
+         ◄──a line of JSON: bytes that came, or what went wrong───────
 
 Python's TLS hands over 16 KiB a call, and each call waits for the interpreter's lock: in the process of an engine that
-computes in Python too, it would wait longer than it reads.
+computes in Python too, it would wait longer than it reads, and where there are cores several processes read more than
+the threads of one. The memory belongs to the owner; who reads it does so when all receivers say that all is there.
 """
 
 from __future__ import annotations
@@ -25,13 +20,11 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 from forge_hpc.wire import messages, tls
-from forge_hpc.wire.server import is_open
 
 NUM_STREAMS = 4
 """To one server; where there are several, at least one to each and so many in all."""
@@ -46,33 +39,46 @@ class TransferFailed(Exception):
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One server's bytes of a version, and the memory that takes them."""
+class Task:
+    """One server's bytes of a version, or a share of them, and the memory that takes them."""
 
     host: str
     port: int
     token: str
     version: int
     num_bytes: int
+    held: int
+    """The version that the memory holds, or ``messages.NOTHING``."""
+    memory: str
+    """The path of a file that can be mapped."""
+    memory_id: int
+    """Another one where the owner has taken other memory."""
+    share: int = 0
+    num_shares: int = 1
+    """Of all pieces those from ``share`` on, each ``num_shares``-th."""
+
+    def shared(self, share: int, num_shares: int) -> Task:
+        """One of several shares of it."""
+        return replace(self, share=share, num_shares=num_shares)
 
 
 class _Stream:
     """One connection, kept for the next version."""
 
-    def __init__(self, context: ssl.SSLContext, wanted: Wanted) -> None:
-        connection = socket.create_connection((wanted.host, wanted.port), CONNECT_S)
+    def __init__(self, context: ssl.SSLContext, task: Task) -> None:
+        connection = socket.create_connection((task.host, task.port), CONNECT_S)
         try:
             tls.prepare(connection)
-            self.socket = context.wrap_socket(connection, server_hostname=wanted.host)
+            self.socket = context.wrap_socket(connection, server_hostname=task.host)
         except BaseException:
             connection.close()
             raise
         self.socket.settimeout(None)
         self.is_kept = False
 
-    def fetch(self, wanted: Wanted, held: int, start: int, stop: int, target: memoryview) -> int:
-        """Make a piece the wanted version's; how many bytes came. Raises OSError, TransferFailed."""
-        request = messages.REQUEST.pack(bytes.fromhex(wanted.token), wanted.version, held, start, stop)
+    def fetch(self, task: Task, start: int, stop: int, target: memoryview) -> int:
+        """Make a piece the task's version's; how many bytes came. Raises OSError, TransferFailed."""
+        request = messages.REQUEST.pack(bytes.fromhex(task.token), task.version, task.held, start, stop)
         self.socket.sendall(request)
         kind, size = messages.read_struct(self.socket, messages.ANSWER)
         piece, changes = target[start:stop], bytearray()
@@ -84,7 +90,7 @@ class _Stream:
         is_whole = bytearray(1)
         messages.read_exactly(self.socket, memoryview(is_whole))
         if not is_whole[0]:
-            raise TransferFailed(f"version {wanted.version} is no longer in the trainers' memory")
+            raise TransferFailed(f"version {task.version} is no longer in the trainers' memory")
         if kind == messages.CHANGES:
             import numpy as np
 
@@ -100,72 +106,60 @@ class _Stream:
 
 
 class Receiver:
-    """Fills memory of its own, a file for each part; keeps its streams, and in mind what the memory holds."""
+    """Fills the memory of a policy; keeps its streams and mappings."""
 
-    def __init__(self, certificates: tls.Certificates) -> None:
+    def __init__(self, certificates: tls.Certificates, owner: int) -> None:
         self._context = certificates.client()
-        self._memory: list[tuple[int, mmap.mmap]] = []
-        self._held: list[tuple[str, int]] = []
+        self._owner = owner
+        self._memory: dict[int, mmap.mmap] = {}
         self._idle: dict[str, list[_Stream]] = {}
         self._busy: set[_Stream] = set()
         self._num_bytes = 0
         self._lock = threading.Lock()
 
-    @property
-    def paths(self) -> list[str]:
-        """The files, for other processes of this host that are the same user's."""
-        return [f"/proc/{os.getpid()}/fd/{descriptor}" for descriptor, _ in self._memory]
-
-    def receive(self, parts: Sequence[Wanted], is_wanted: Callable[[], bool]) -> int:
-        """Bring a version, as long as somebody wants it; how many bytes came. Raises TransferFailed."""
-        self._forget_others(parts)
+    def receive(self, tasks: Sequence[Task]) -> int:
+        """Do all of them; how many bytes came. With none, everything is given up. Raises TransferFailed."""
+        self._forget_others(tasks)
         self._num_bytes = 0
-        held, self._held = self._held, []  # until it is whole
         jobs = []
-        for number, part in enumerate(parts):
-            token, version = held[number] if held else ("", 0)
-            base = version if token == part.token else messages.NOTHING
-            pieces, memory = _Pieces(part.num_bytes), memoryview(self._memory[number][1])
-            jobs += [(part, base, pieces, memory)] * max(1, NUM_STREAMS // len(parts))
-        with ThreadPoolExecutor(min(len(jobs), _MAX_AT_ONCE)) as pool:
-            self._watch([pool.submit(self._bring, *job) for job in jobs], is_wanted)
-        self._held = [(part.token, part.version) for part in parts]
+        for task in tasks:
+            pieces, memory = _Pieces(task), memoryview(self._map(task))
+            jobs += [(task, pieces, memory)] * max(1, NUM_STREAMS // len(tasks))
+        with ThreadPoolExecutor(max(1, min(len(jobs), _MAX_AT_ONCE))) as pool:
+            self._watch([pool.submit(self._bring, *job) for job in jobs])
         return self._num_bytes
 
-    def close(self) -> None:
-        """Give the memory back, and close the streams. Who has it mapped keeps what it holds."""
-        self._forget_others(())
-
-    def _forget_others(self, parts: Sequence[Wanted]) -> None:
+    def _forget_others(self, parts: Sequence[Task]) -> None:
         for token in self._idle.keys() - {part.token for part in parts}:
             for stream in self._idle.pop(token):
                 stream.socket.close()
-        sizes = [part.num_bytes for part in parts]
-        if sizes == [len(memory) for _, memory in self._memory]:
-            return
-        self._held = []
-        while self._memory:
-            os.close(self._memory.pop()[0])
-        try:
-            for size in sizes:
-                self._memory.append(_allocate(size))
-        except (OSError, ValueError) as error:
-            raise TransferFailed(f"no memory for it: {error}") from error
+        for memory_id in self._memory.keys() - {part.memory_id for part in parts}:
+            del self._memory[memory_id]
 
-    def _bring(self, part: Wanted, held: int, pieces: _Pieces, memory: memoryview) -> None:
-        """One stream's share of a part."""
+    def _map(self, part: Task) -> mmap.mmap:
+        if part.memory_id not in self._memory:
+            try:
+                descriptor = os.open(part.memory, os.O_RDWR | os.O_CLOEXEC)
+                self._memory[part.memory_id] = mmap.mmap(descriptor, part.num_bytes)
+                os.close(descriptor)
+            except (OSError, ValueError) as error:
+                raise TransferFailed(f"the memory cannot be mapped: {error}") from error
+        return self._memory[part.memory_id]
+
+    def _bring(self, part: Task, pieces: _Pieces, memory: memoryview) -> None:
+        """What one stream does of a task."""
         stream: _Stream | None = None
         for start, stop in pieces:
             stream = stream or self._take(part)
             try:
-                num_bytes = stream.fetch(part, held, start, stop, memory)
+                num_bytes = stream.fetch(part, start, stop, memory)
             except OSError:
                 self._busy.discard(stream)
                 stream.socket.close()
                 if not stream.is_kept:
                     raise
                 stream = self._connect(part)  # the server may have closed it since the last version
-                num_bytes = stream.fetch(part, held, start, stop, memory)
+                num_bytes = stream.fetch(part, start, stop, memory)
             with self._lock:
                 self._num_bytes += num_bytes
         if stream is not None:
@@ -174,20 +168,20 @@ class Receiver:
                 self._busy.discard(stream)
                 self._idle.setdefault(part.token, []).append(stream)
 
-    def _take(self, part: Wanted) -> _Stream:
+    def _take(self, part: Task) -> _Stream:
         with self._lock:
             if idle := self._idle.get(part.token):
                 self._busy.add(idle[-1])
                 return idle.pop()
         return self._connect(part)
 
-    def _connect(self, part: Wanted) -> _Stream:
+    def _connect(self, part: Task) -> _Stream:
         stream = _Stream(self._context, part)
         self._busy.add(stream)
         return stream
 
-    def _watch(self, jobs: list[Future[None]], is_wanted: Callable[[], bool]) -> None:
-        """Wait for all; where one fails, nothing comes or nobody wants it, end the others."""
+    def _watch(self, jobs: list[Future[None]]) -> None:
+        """Wait for all; where one fails, nothing comes or the owner is gone, end the others."""
         seen, since = -1, time.monotonic()
         failure: BaseException | None = None
         while any(not job.done() for job in jobs):
@@ -195,10 +189,10 @@ class Receiver:
             failure = failure or next((job.exception() for job in jobs if job.done() and job.exception()), None)
             if self._num_bytes != seen:
                 seen, since = self._num_bytes, time.monotonic()
+            if os.getppid() != self._owner:
+                os._exit(1)
             if time.monotonic() - since > STALLED_S:
                 failure = failure or TransferFailed(f"nothing came for {STALLED_S:.0f} s")
-            if not is_wanted():
-                failure = failure or TransferFailed("nobody waits for it")
             if failure is not None:
                 for stream in list(self._busy):
                     stream.end()
@@ -211,11 +205,11 @@ class Receiver:
 
 
 class _Pieces:
-    """Ranges of a part; each is taken by one stream."""
+    """Ranges of a task; each is taken by one stream."""
 
-    def __init__(self, num_bytes: int) -> None:
-        starts = range(0, num_bytes, messages.PIECE_BYTES)
-        self._ranges = deque((start, min(start + messages.PIECE_BYTES, num_bytes)) for start in starts)
+    def __init__(self, task: Task) -> None:
+        starts = range(0, task.num_bytes, messages.PIECE_BYTES)[task.share :: task.num_shares]
+        self._ranges = deque((start, min(start + messages.PIECE_BYTES, task.num_bytes)) for start in starts)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         while True:
@@ -225,181 +219,23 @@ class _Pieces:
                 return
 
 
-def _allocate(num_bytes: int) -> tuple[int, mmap.mmap]:
-    """A file that is memory, and its mapping."""
-    descriptor = os.memfd_create("forge_hpc_weights", os.MFD_CLOEXEC)
-    try:
-        os.ftruncate(descriptor, num_bytes)
-        return descriptor, mmap.mmap(descriptor, num_bytes)
-    except BaseException:
-        os.close(descriptor)
-        raise
-
-
-@dataclass
-class _Version:
-    """What a policy's memory holds, or will when it is done."""
-
-    parts: list[Wanted]
-    is_there: Future[int] = field(default_factory=Future)
-    readers: set[_Client] = field(default_factory=set)
-    """Who waits for it or reads it."""
-
-    def serves(self, parts: list[Wanted]) -> bool:
-        """Whether who wants those may have it, or wait for it."""
-        return self.parts == parts and not (self.is_there.done() and self.is_there.exception())
-
-
-class _Policy:
-    """The newest version of the trainers' weights that a client of this host has asked for."""
-
-    def __init__(self, certificates: tls.Certificates) -> None:
-        self._receiver = Receiver(certificates)
-        self._version: _Version | None = None
-        self._changed = threading.Condition()
-
-    def read(self, client: _Client, parts: list[Wanted]) -> tuple[list[str], int]:
-        """Where a version lies, which stays until ``has_read``, and how many bytes came for it now.
-
-        Raises TransferFailed.
-        """
-        with self._changed:
-            while (version := self._version) is not None and not version.serves(parts) and version.readers:
-                self._changed.wait(timeout=1.0)
-                if not client.is_connected:
-                    raise TransferFailed("nobody waits for it")
-            is_new = version is None or not version.serves(parts)
-            if version is None or is_new:
-                version = self._version = _Version(parts)
-            version.readers.add(client)
-        if is_new:
-            try:
-                version.is_there.set_result(self._receiver.receive(parts, self._is_waited_for))
-            except BaseException as error:
-                version.is_there.set_exception(error)
-        try:
-            num_bytes = version.is_there.result()
-        except BaseException:
-            self.has_read(client)
-            raise
-        return self._receiver.paths, num_bytes if is_new else 0
-
-    def _is_waited_for(self) -> bool:
-        with self._changed:
-            return self._version is not None and any(client.is_connected for client in self._version.readers)
-
-    def has_read(self, client: _Client) -> None:
-        """The client needs it no more."""
-        with self._changed:
-            if self._version is not None:
-                self._version.readers.discard(client)
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        """Nobody needs it any more."""
-        self._receiver.close()
-
-
-class Host:
-    """The clients of a host, and the policies that they read."""
-
-    def __init__(self, certificates: tls.Certificates) -> None:
-        self._certificates = certificates
-        self._policies: dict[tuple[str, ...], _Policy] = {}
-        self._lock = threading.Lock()
-        self._clients: set[_Client] = set()
-
-    def join(self, client: _Client) -> None:
-        """A client is there."""
-        with self._lock:
-            self._clients.add(client)
-
-    def policy(self, client: _Client, parts: list[Wanted]) -> _Policy:
-        """That of those trainers. What the client had before goes where no other one has it."""
-        servers = tuple(part.token for part in parts)
-        with self._lock:
-            client.servers, before = servers, client.servers
-            self._close_unless_used(before)
-            if servers not in self._policies:
-                self._policies[servers] = _Policy(self._certificates)
-            return self._policies[servers]
-
-    def leave(self, client: _Client) -> None:
-        """A client is gone. With the last one the process ends, whatever it is doing."""
-        with self._lock:
-            self._clients.discard(client)
-            if not self._clients:
-                os._exit(0)
-            self._close_unless_used(client.servers)
-
-    def _close_unless_used(self, servers: tuple[str, ...]) -> None:
-        if all(client.servers != servers for client in self._clients) and servers in self._policies:
-            self._policies.pop(servers).close()
-
-
-class _Client:
-    """A connection, in a thread of its own."""
-
-    def __init__(self, host: Host, connection: socket.socket) -> None:
-        self._host, self._connection = host, connection
-        self.servers: tuple[str, ...] = ()
-        """Whose weights it has asked for last."""
-        host.join(self)
-
-    @property
-    def is_connected(self) -> bool:
-        """While it waits for an answer it says nothing."""
-        return is_open(self._connection)
-
-    def serve(self) -> None:
-        """Until it closes the connection, or is gone."""
-        policy: _Policy | None = None
-        try:
-            with self._connection, self._connection.makefile("rw") as stream:
-                for line in stream:
-                    if policy is not None:
-                        policy.has_read(self)
-                        policy = None
-                    if not line.strip():
-                        continue
-                    parts = [Wanted(**part) for part in json.loads(line)]
-                    answer: dict[str, object] = {}
-                    try:
-                        policy = self._host.policy(self, parts)
-                        answer["paths"], answer["num_bytes"] = policy.read(self, parts)
-                    except Exception as error:
-                        answer["error"] = str(error) if isinstance(error, TransferFailed) else repr(error)
-                    stream.write(json.dumps(answer) + "\n")
-                    stream.flush()
-        except OSError:  # it has died
-            pass
-        finally:
-            if policy is not None:
-                policy.has_read(self)
-            self._host.leave(self)
-
-
 def main() -> None:
-    """Serve whoever connects to the socket, or the one whose connection it is."""
+    """Serve the owner until it closes our standard input, or is gone."""
     certificates = tls.Certificates.from_environment()
-    assert certificates is not None, "the client has seen to it"
-    host, own = Host(certificates), socket.socket(fileno=int(sys.argv[1]))
-    if not own.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        _Client(host, own).serve()
-        return
-    own.settimeout(CONNECT_S)  # who has begun this process connects at once, unless it has died
-    while True:
+    assert certificates is not None, "the owner has seen to it"
+    receivers: dict[int, Receiver] = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        policy, tasks = request["policy"], [Task(**task) for task in request["tasks"]]
+        if policy not in receivers:
+            receivers[policy] = Receiver(certificates, owner=int(sys.argv[1]))
         try:
-            connection, _ = own.accept()
-        except TimeoutError:
-            return
-        if own.gettimeout() is not None:
-            own.settimeout(None)
-            with Path(os.devnull).open(
-                "w"
-            ) as nowhere:  # it may outlive who began it, and whoever reads that one's output
-                os.dup2(nowhere.fileno(), 2)
-        threading.Thread(target=_Client(host, connection).serve, name="client", daemon=True).start()
+            answer: dict[str, object] = {"num_bytes": receivers[policy].receive(tasks)}
+        except TransferFailed as error:
+            answer = {"error": str(error)}
+        if not tasks:
+            del receivers[policy]
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

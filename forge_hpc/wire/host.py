@@ -1,0 +1,336 @@
+"""The side that wants the bytes: a process for a host, ``python -m forge_hpc.wire.host FD``.
+
+    client ──a line of JSON: which parts, from where────────────────► host ──► receivers ──streams──► servers
+           ◄──a line of JSON: where they lie, or what went wrong─────
+           ──an empty line: they have been read─────────────────────►
+
+Clients are the generators of a host (FD listens), or one alone (FD is its connection). What one has asked for the
+others find there: a version comes to a host once. It is overwritten when all that asked for it have read it, or are
+gone. The process ends when no client is left. What its memory holds is known here alone, so a new one begins with
+everything.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from forge_hpc.wire import messages, tls
+from forge_hpc.wire.receiver import CONNECT_S, Task, TransferFailed
+from forge_hpc.wire.server import is_open
+
+_MAX_RECEIVERS = 8
+_CORES_A_RECEIVER = 4
+"""Two at most are busy with its streams, and engines have the others."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One server's bytes of a version."""
+
+    host: str
+    port: int
+    token: str
+    version: int
+    num_bytes: int
+
+
+def num_receivers() -> int:
+    """As many as the cores of this process allow."""
+    return max(1, min(_MAX_RECEIVERS, len(os.sched_getaffinity(0)) // _CORES_A_RECEIVER))
+
+
+class Receivers:
+    """Processes that share the work of a transfer; one transfer at a time."""
+
+    def __init__(self, num: int) -> None:
+        self._processes: list[subprocess.Popen[str] | None] = [None] * num
+        self._lock = threading.Lock()
+
+    def bring(self, policy: int, tasks: Sequence[Task], is_wanted: Callable[[], bool]) -> int:
+        """Have the tasks done, as long as somebody wants it; how many bytes came. Raises TransferFailed."""
+        with self._lock:
+            shares = [share for share in _divided(tasks, len(self._processes)) if share]
+            with ThreadPoolExecutor(len(shares)) as pool:
+                jobs = [pool.submit(self._ask, number, policy, share) for number, share in enumerate(shares)]
+                failure: BaseException | None = None
+                while any(not job.done() for job in jobs):
+                    wait(jobs, timeout=1.0, return_when=FIRST_EXCEPTION)
+                    failure = failure or next((e for job in jobs if job.done() and (e := job.exception())), None)
+                    if failure is None and not is_wanted():
+                        failure = TransferFailed("nobody waits for it")
+                    if failure is not None:
+                        self._kill([number for number, job in enumerate(jobs) if not job.done()])
+            failure = failure or next((e for job in jobs if (e := job.exception())), None)
+            if failure is not None:
+                raise failure
+            return sum(job.result() for job in jobs)
+
+    def forget(self, policy: int) -> None:
+        """Close its streams."""
+        with self._lock:
+            for number, process in enumerate(self._processes):
+                if process is not None and process.poll() is None:
+                    self._ask(number, policy, [])
+
+    def _ask(self, number: int, policy: int, tasks: Sequence[Task]) -> int:
+        """Raises TransferFailed."""
+        process = self._processes[number]
+        if process is None or process.poll() is not None:
+            command = [sys.executable, "-m", "forge_hpc.wire.receiver", str(os.getpid())]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self._processes[number] = process
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps({"policy": policy, "tasks": [asdict(task) for task in tasks]}) + "\n")
+            process.stdin.flush()
+            answer = json.loads(process.stdout.readline() or "{}")
+        except (OSError, ValueError):
+            answer = {}
+        if "num_bytes" in answer:
+            return answer["num_bytes"]
+        raise TransferFailed(answer.get("error") or f"a receiver has ended with {process.wait()}")
+
+    def _kill(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            if (process := self._processes[number]) is not None:
+                process.kill()
+
+
+def _divided(tasks: Sequence[Task], num: int) -> list[list[Task]]:
+    """For each of so many receivers the servers that it asks; several share one where there are fewer servers."""
+    sharers = max(1, num // len(tasks))
+    shares: list[list[Task]] = [[] for _ in range(num)]
+    for number, task in enumerate(tasks):
+        for share in range(sharers):
+            shares[(number * sharers + share) % num].append(task.shared(share, sharers))
+    return shares
+
+
+class _Memory:
+    """A file that is memory, for the bytes of one server."""
+
+    _ids = itertools.count()
+
+    def __init__(self, num_bytes: int) -> None:
+        """Raises OSError."""
+        self.id, self.num_bytes = next(self._ids), num_bytes
+        self._descriptor = os.memfd_create("forge_hpc_weights", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self._descriptor, num_bytes)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    @property
+    def path(self) -> str:
+        """For other processes of this host that are the same user's."""
+        return f"/proc/{os.getpid()}/fd/{self._descriptor}"
+
+    def close(self) -> None:
+        """Who has it mapped keeps what it holds."""
+        os.close(self._descriptor)
+
+
+@dataclass
+class _Version:
+    """What a policy's memory holds, or will when it is done."""
+
+    parts: list[Wanted]
+    is_there: Future[int] = field(default_factory=Future)
+    readers: set[_Client] = field(default_factory=set)
+    """Who waits for it or reads it."""
+
+    def serves(self, parts: list[Wanted]) -> bool:
+        """Whether who wants those may have it, or wait for it."""
+        return self.parts == parts and not (self.is_there.done() and self.is_there.exception())
+
+
+class _Policy:
+    """The newest version of the trainers' weights that a client of this host has asked for."""
+
+    _ids = itertools.count()
+
+    def __init__(self, receivers: Receivers) -> None:
+        self._id, self._receivers = next(self._ids), receivers
+        self._memory: list[_Memory] = []
+        self._held: list[int] = []
+        self._version: _Version | None = None
+        self._changed = threading.Condition()
+
+    def read(self, client: _Client, parts: list[Wanted]) -> tuple[list[str], int]:
+        """Where a version lies, which stays until ``has_read``, and how many bytes came for it now.
+
+        Raises TransferFailed.
+        """
+        with self._changed:
+            while (version := self._version) is not None and not version.serves(parts) and version.readers:
+                self._changed.wait(timeout=1.0)
+                if not client.is_connected:
+                    raise TransferFailed("nobody waits for it")
+            is_new = version is None or not version.serves(parts)
+            if version is None or is_new:
+                version = self._version = _Version(parts)
+            version.readers.add(client)
+        if is_new:
+            try:
+                version.is_there.set_result(self._bring(parts))
+            except BaseException as error:
+                version.is_there.set_exception(error)
+        try:
+            num_bytes = version.is_there.result()
+        except BaseException:
+            self.has_read(client)
+            raise
+        return [memory.path for memory in self._memory], num_bytes if is_new else 0
+
+    def has_read(self, client: _Client) -> None:
+        """The client needs it no more."""
+        with self._changed:
+            if self._version is not None:
+                self._version.readers.discard(client)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nobody needs it any more."""
+        for memory in self._memory:
+            memory.close()
+        self._receivers.forget(self._id)
+
+    def _bring(self, parts: list[Wanted]) -> int:
+        held, self._held = self._held, []  # until it is whole
+        if [part.num_bytes for part in parts] != [memory.num_bytes for memory in self._memory]:
+            held = []
+            while self._memory:
+                self._memory.pop().close()
+            try:
+                for part in parts:
+                    self._memory.append(_Memory(part.num_bytes))
+            except OSError as error:
+                raise TransferFailed(f"no memory for it: {error}") from error
+        held = held or [messages.NOTHING] * len(parts)
+        tasks = [
+            Task(part.host, part.port, part.token, part.version, part.num_bytes, base, memory.path, memory.id)
+            for part, base, memory in zip(parts, held, self._memory, strict=True)
+        ]
+        num_bytes = self._receivers.bring(self._id, tasks, self._is_waited_for)
+        self._held = [part.version for part in parts]
+        return num_bytes
+
+    def _is_waited_for(self) -> bool:
+        with self._changed:
+            return self._version is not None and any(client.is_connected for client in self._version.readers)
+
+
+class Host:
+    """The clients of a host, and the policies that they read."""
+
+    def __init__(self) -> None:
+        self._receivers = Receivers(num_receivers())
+        self._policies: dict[tuple[str, ...], _Policy] = {}
+        self._lock = threading.Lock()
+        self._clients: set[_Client] = set()
+
+    def join(self, client: _Client) -> None:
+        """A client is there."""
+        with self._lock:
+            self._clients.add(client)
+
+    def policy(self, client: _Client, parts: list[Wanted]) -> _Policy:
+        """That of those trainers. What the client had before goes where no other one has it."""
+        servers = tuple(part.token for part in parts)
+        with self._lock:
+            client.servers, before = servers, client.servers
+            self._close_unless_used(before)
+            if servers not in self._policies:
+                self._policies[servers] = _Policy(self._receivers)
+            return self._policies[servers]
+
+    def leave(self, client: _Client) -> None:
+        """A client is gone. With the last one the process ends, whatever it is doing."""
+        with self._lock:
+            self._clients.discard(client)
+            if not self._clients:
+                os._exit(0)
+            self._close_unless_used(client.servers)
+
+    def _close_unless_used(self, servers: tuple[str, ...]) -> None:
+        if all(client.servers != servers for client in self._clients) and servers in self._policies:
+            self._policies.pop(servers).close()
+
+
+class _Client:
+    """A connection, in a thread of its own."""
+
+    def __init__(self, host: Host, connection: socket.socket) -> None:
+        self._host, self._connection = host, connection
+        self.servers: tuple[str, ...] = ()
+        """Whose weights it has asked for last."""
+        host.join(self)
+
+    @property
+    def is_connected(self) -> bool:
+        """While it waits for an answer it says nothing."""
+        return is_open(self._connection)
+
+    def serve(self) -> None:
+        """Until it closes the connection, or is gone."""
+        policy: _Policy | None = None
+        try:
+            with self._connection, self._connection.makefile("rw") as stream:
+                for line in stream:
+                    if policy is not None:
+                        policy.has_read(self)
+                        policy = None
+                    if not line.strip():
+                        continue
+                    parts = [Wanted(**part) for part in json.loads(line)]
+                    answer: dict[str, object] = {}
+                    try:
+                        policy = self._host.policy(self, parts)
+                        answer["paths"], answer["num_bytes"] = policy.read(self, parts)
+                    except Exception as error:
+                        answer["error"] = str(error) if isinstance(error, TransferFailed) else repr(error)
+                    stream.write(json.dumps(answer) + "\n")
+                    stream.flush()
+        except OSError:  # it has died
+            pass
+        finally:
+            if policy is not None:
+                policy.has_read(self)
+            self._host.leave(self)
+
+
+def main() -> None:
+    """Serve whoever connects to the socket, or the one whose connection it is."""
+    assert tls.Certificates.from_environment() is not None, "the client has seen to it"
+    host, own = Host(), socket.socket(fileno=int(sys.argv[1]))
+    if not own.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        _Client(host, own).serve()
+        return
+    own.settimeout(CONNECT_S)  # who has begun this process connects at once, unless it has died
+    while True:
+        try:
+            connection, _ = own.accept()
+        except TimeoutError:
+            return
+        if own.gettimeout() is not None:
+            own.settimeout(None)
+            with Path(os.devnull).open(
+                "w"
+            ) as nowhere:  # it may outlive who began it, and whoever reads that one's output
+                os.dup2(nowhere.fileno(), 2)
+        threading.Thread(target=_Client(host, connection).serve, name="client", daemon=True).start()
+
+
+if __name__ == "__main__":
+    main()
