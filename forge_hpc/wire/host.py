@@ -12,6 +12,7 @@ everything.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -22,7 +23,6 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 from forge_hpc.wire import messages, tls
 from forge_hpc.wire.receiver import CONNECT_S, Task, TransferFailed
@@ -80,7 +80,8 @@ class Receivers:
         with self._lock:
             for number, process in enumerate(self._processes):
                 if process is not None and process.poll() is None:
-                    self._ask(number, policy, [])
+                    with contextlib.suppress(TransferFailed):  # it has just ended
+                        self._ask(number, policy, [])
 
     def _ask(self, number: int, policy: int, tasks: Sequence[Task]) -> int:
         """Raises TransferFailed."""
@@ -325,10 +326,9 @@ def main() -> None:
             return
         if own.gettimeout() is not None:
             own.settimeout(None)
-            with Path(os.devnull).open(
-                "w"
-            ) as nowhere:  # it may outlive who began it, and whoever reads that one's output
-                os.dup2(nowhere.fileno(), 2)
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 2)  # it may outlive who began it, and whoever reads that one's output
+            os.close(nowhere)
         threading.Thread(target=_Client(host, connection).serve, name="client", daemon=True).start()
 
 
