@@ -24,6 +24,7 @@ from forge_hpc.files import is_there
 from forge_hpc.observability.jsonl import read_jsonl
 from forge_hpc.run_dir import RunDir
 from forge_hpc.sizing.gpus import Gpu, gpu_named
+from forge_hpc.sizing.gpus_here import gpu_here, num_gpus_here
 from forge_hpc.sizing.memory import MemoryPlan, plan_memory
 from forge_hpc.sizing.model import ModelSize, model_size
 from forge_hpc.sizing.table import split_table
@@ -52,21 +53,28 @@ class Outlook:
 
 
 def look_ahead(
-    cfg: Config, run_dir: RunDir, known: Sequence[Partition], *, for_slurm: bool, model: str | None = None
+    cfg: Config,
+    run_dir: RunDir,
+    known: Sequence[Partition],
+    *,
+    for_slurm: bool,
+    here: bool = False,
+    model: str | None = None,
 ) -> Outlook:
     """What can be said of the job of `cfg`.
 
     Args:
         known: the cluster's partitions.
         for_slurm: it goes to other machines.
+        here: it has this machine's GPUs.
         model: the policy's model, where ``model.path`` is a warm start.
 
     Raises:
         UserError: the run directory cannot be written, a GPU is too small, or the container's image is not there.
     """
     check_writable(run_dir.path)
-    placement, model = plan(cfg, cfg.cluster.gpus_per_node), model or cfg.model.path
-    gpu = gpu_of(cfg, known)
+    placement = plan(cfg, num_gpus_here(cfg) if here else cfg.cluster.gpus_per_node)
+    model, gpu = model or cfg.model.path, (gpu_here(cfg) if here else None) or gpu_of(cfg, known)
     memory = memory_of(cfg, placement, gpu, model)
     warnings = [] if memory is None else list(memory.warnings)
     if for_slurm:

@@ -174,6 +174,11 @@ class Place:
     allocation: JobFacts | None = None
     partitions: tuple[Partition, ...] = ()
 
+    @property
+    def is_here(self) -> bool:
+        """On this machine, whose GPUs they then have."""
+        return not self.as_jobs and self.allocation is None
+
     def configuration(self, request: Request) -> Config:
         """`resolve_config`, with what the place adds to it.
 
@@ -284,9 +289,8 @@ def check_run(request: Request, place: Place, cfg: Config, run_dir: RunDir, fork
         slurm.check_array(cfg)
     if request.cluster != "local":
         _warn_of_shared_nodes(cfg)
-    outlook = look_ahead(
-        cfg, run_dir, place.partitions, for_slurm=place.as_jobs, model=None if warm is None else warm.model.path
-    )
+    where = {"for_slurm": place.as_jobs, "here": place.is_here}
+    outlook = look_ahead(cfg, run_dir, place.partitions, **where, model=None if warm is None else warm.model.path)
     if place.as_jobs or place.allocation is not None:
         outlook = replace(outlook, warnings=(*outlook.warnings, *_missing(request, cfg, run_dir)))
     return Checked(cfg, run_dir, warm, tuple(changes), outlook, fork)

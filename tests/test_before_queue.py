@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from runs import PROJECT
 from slurm_cluster import SlurmCluster, missing_requirement
+from test_gate import FakeNvml
 
 from forge_hpc import before_queue
+from forge_hpc import cli as commands
 from forge_hpc.before_queue import check_writable, look_ahead
 from forge_hpc.config import Config, UserError, load_config
 from forge_hpc.run_dir import RunDir
+from forge_hpc.sizing import gpus_here
 from forge_hpc.sizing.gpus import gpu_named
 from forge_hpc.sizing.model import model_size, num_params
 from forge_hpc.slurm import SlurmRefused, accounts
 from forge_hpc.slurm import expected_start as starting
 from forge_hpc.slurm.expected_start import _when, expected_start
 from forge_hpc.slurm.partitions import Kind, Partition
+from forge_hpc.submission import Place
 
 QWEN3_8B = {
     "model_type": "qwen3",
@@ -207,6 +214,105 @@ def test_what_may_not_fit_is_a_warning_and_what_is_not_known_is_left_out(hub: Pa
     mixed = Partition("gpu", True, True, 1e9, (Kind(1, 8, gpu="h100"), Kind(1, 8, gpu="h200")))
     smallest = outlook(large(), tmp_path, (mixed,)).memory
     assert smallest is not None and smallest.gpu_gib == 79.1
+
+
+class SizedNvml(FakeNvml):
+    """A driver whose GPUs have so many GiB each."""
+
+    def __init__(self, *gib: int) -> None:
+        super().__init__(*({"gib": each, "lost": each == 0} for each in gib))
+
+    def nvmlDeviceGetMemoryInfo(self, handle: ctypes.c_void_p, memory: Any) -> int:
+        memory[0] = memory[2] = self._of(handle)["gib"] << 30  # all in use
+        return 0
+
+
+def here(monkeypatch: pytest.MonkeyPatch, visible: str, *gib: int) -> None:
+    """This machine has GPUs of these sizes, and a run may use those that are visible."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(gpus_here, "load", lambda name: SizedNvml(*gib))
+
+
+def small(gpus: str = "2", *overrides: str) -> Config:
+    return large("model.path=a/Model-1B", f"cluster.gpus_per_node={gpus}", *overrides)
+
+
+def local_outlook(cfg: Config, tmp_path: Path) -> before_queue.Outlook:
+    return look_ahead(cfg, RunDir(tmp_path / "run"), (), for_slurm=False, here=True)
+
+
+def test_a_split_that_does_not_fit_this_machine_s_gpus_is_refused(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here(monkeypatch, "0,1", 80, 80)
+    with pytest.raises(UserError, match=r"weights and optimizer take 152\.6 GiB of each GPU, which has 80\.0") as error:
+        local_outlook(large("cluster.gpus_per_node=2"), tmp_path)
+    assert error.value.hint
+    here(monkeypatch, "0,1", 20, 20)
+    assert any("a trainer takes about" in text for text in local_outlook(small(), tmp_path).warnings)
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus", "gib"),
+    [
+        ("1,3", "2", 80.0),  # the first one is not the run's
+        ("3,1,2", "2", 80.0),  # the third one is not either
+        ("3,1,2", "null", 48.0),
+        ("1,4", "2", 80.0),  # one does not answer
+        ("1", "2", None),
+        ("4,5", "2", None),
+        ("", "null", None),
+        ("1,3", "0", None),
+    ],
+)
+def test_the_memory_is_that_of_the_smallest_gpu_that_the_run_would_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str, gpus: str, gib: float | None
+) -> None:
+    here(monkeypatch, visible, 24, 80, 48, 96, 0)
+    memory = local_outlook(small(gpus), tmp_path).memory
+    assert (memory and memory.gpu_gib) == gib
+
+
+def test_what_the_configuration_says_of_the_memory_goes_before_the_driver_and_the_driver_before_a_constraint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here(monkeypatch, "0,1", 64, 64)
+    said = [
+        local_outlook(small("2", *given), tmp_path).memory
+        for given in (["cluster.gpu_memory_gib=79"], ["slurm.constraint=h100"])
+    ]
+    assert [memory and memory.gpu_gib for memory in said] == [79.0, 64.0]
+
+
+def test_a_driver_that_is_not_there_or_hangs_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch, "0,1", 80, 80)
+    monkeypatch.setattr(gpus_here, "load", lambda name: ctypes.CDLL("no-such-library.so"))
+    assert local_outlook(small(), tmp_path).memory is None
+    monkeypatch.setattr(gpus_here, "ANSWER_S", 0.1)
+    monkeypatch.setattr(gpus_here, "load", lambda name: time.sleep(60))
+    assert local_outlook(small(), tmp_path).memory is None
+
+
+def test_this_machine_s_gpus_are_those_of_no_job_and_of_no_allocation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here(monkeypatch, "0,1", 80, 80)
+    assert look_ahead(small(), RunDir(tmp_path / "run"), (), for_slurm=False).memory is None
+    facts: Any = object()
+    places = Place(as_jobs=False, on_slurm=False), Place(False, False, allocation=facts), Place(True, True)
+    assert [place.is_here for place in places] == [True, False, False]
+
+
+def test_a_dry_run_for_this_machine_refuses_it_and_shows_what_fits(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here(monkeypatch, "0,1", 80, 80)
+    submit = ["submit", "--dry-run", "--cluster", "local", "--config", str(PROJECT / "configs/grpo/qwen3_8b.yaml")]
+    submit += ["--run-dir", str(tmp_path / "run"), "cluster.gpus_per_node=2"]
+    assert commands.main(submit) == 2
+    assert "error: the trainers' weights and optimizer take 152.6 GiB of each GPU" in capsys.readouterr().err
+    assert commands.main([*submit, "model.path=a/Model-1B"]) == 0
+    assert "1 node, 2 GPUs each of 80 GiB; estimated GiB of each" in capsys.readouterr().out
 
 
 # -- time

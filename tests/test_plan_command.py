@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 from runs import PROJECT
+from test_gate import FakeNvml
 
 from forge_hpc import cli
 from forge_hpc.config import Config, UserError, load_config, save_config
 from forge_hpc.run_dir import RunDir
+from forge_hpc.sizing import gpus_here
 from forge_hpc.sizing.memory import MemoryPlan, RoleMemory
 from forge_hpc.sizing.proposal import Proposal, proposals
 from forge_hpc.sizing.speed import Speed, measured
+from forge_hpc.slurm import partitions
 
 
 def speed(generated_per_s: float, trained_per_s: float) -> Speed:
@@ -196,3 +199,20 @@ def test_the_command_explains_what_it_proposes_and_how_to_submit_it(
     assert "an estimate: docs/performance.md has 75,600 tokens/s trained" in capsys.readouterr().out
     assert cli.main(["plan", "--config", config, "--gpu", "abacus"]) == 2
     assert "no such GPU is known here" in capsys.readouterr().err
+
+
+def test_without_slurm_a_plan_for_one_node_is_for_this_machine_s_gpus(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
+    monkeypatch.setattr(gpus_here, "load", lambda name: FakeNvml({}, {}, {}))
+    monkeypatch.setattr(partitions, "slurm_is_here", lambda: False)
+    given = ["plan", "--config", str(PROJECT / "configs/grpo/qwen3_8b.yaml")]
+    small = ["model.path=a/Model-1B", "cluster.gpus_per_node=null"]
+    measured_in = ["--from", str(finished_run(tmp_path).path)]
+    assert cli.main([*given, *measured_in, *small]) == 0
+    assert "1 node, 2 GPUs each of 80 GiB; estimated GiB of each" in capsys.readouterr().out
+    assert cli.main([*given, *measured_in, *small, "--nodes", "2"]) == 2, "other nodes are not this machine"
+    assert "how many GPUs a node has is not known here" in capsys.readouterr().err
+    assert cli.main([*given, *small]) == 2
+    assert "which GPUs the nodes have is not known here" in capsys.readouterr().err, "how fast they are"

@@ -50,6 +50,9 @@ class Frozen(Actor):
 
     def _start(self, model_dirs: Mapping[str, Path], file_store: Path) -> None:
         with importing():
+            from forge_hpc.models.device import check_gpus
+
+            check_gpus(f"frozen-{self._rank}")
             from forge_hpc.training.distributed import init_distributed
             from forge_hpc.training.frozen import FrozenModels
 

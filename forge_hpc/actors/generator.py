@@ -55,8 +55,9 @@ class Generator(Actor):
         have: what is free then is not what was."""
         with importing():
             from forge_hpc.generation import GenerationEngine
-            from forge_hpc.models.device import device_type
+            from forge_hpc.models.device import check_gpus, device_type
 
+        check_gpus(self._name)
         options: dict[str, Any] = {"device": device_type(), "kv_cache_bytes": kv_cache_bytes}
         self._engine = await asyncio.to_thread(GenerationEngine, model_dir, self._config, **options)
         self._open_readers()

@@ -117,6 +117,9 @@ class Trainer(Actor):
         with importing():
             import torch.distributed as dist
 
+            from forge_hpc.models.device import check_gpus
+
+            check_gpus(f"trainer-{self._rank}")
             from forge_hpc.losses.build import check_loss_fits
             from forge_hpc.training.distributed import init_distributed
             from forge_hpc.training.models import Models

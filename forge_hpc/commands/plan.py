@@ -11,6 +11,7 @@ from forge_hpc.commands.arguments import add_overrides
 from forge_hpc.config import Config, UserError
 from forge_hpc.run_dir import RunDir
 from forge_hpc.sizing.gpus import Gpu, gpu_named
+from forge_hpc.sizing.gpus_here import gpu_here, num_gpus_here
 from forge_hpc.sizing.model import model_size
 from forge_hpc.sizing.proposal import describe, proposals
 from forge_hpc.sizing.speed import Speed, estimated, measured
@@ -33,16 +34,21 @@ def run(args: argparse.Namespace) -> int:
     if config is None and args.source is not None and RunDir(args.source).has_config:
         config = RunDir(args.source).config
     cfg = resolve_config(Request(config, tuple(args.overrides), nodes=args.nodes, site=args.site))
-    known = partitions.partitions() if partitions.slurm_is_here() else []
+    on_slurm = partitions.slurm_is_here()
+    known = partitions.partitions() if on_slurm else []
+    here = not on_slurm and cfg.cluster.nodes == 1 and args.gpu is None
+    if here:
+        cfg.cluster.gpus_per_node = num_gpus_here(cfg)
     if known and cfg.cluster.gpus_per_node is None:
         cfg.cluster.gpus_per_node = partitions.gpus_per_node(cfg, known)
     if cfg.cluster.gpus_per_node is None:
         raise UserError("how many GPUs a node has is not known here", "set cluster.gpus_per_node=8")
     gpu = gpu_of(cfg, known) if args.gpu is None else gpu_named(args.gpu)
     speed = measured(RunDir(args.source), cfg) if args.source is not None else _estimated(cfg, gpu, args.gpu)
-    found = proposals(cfg, speed, lambda changed, placement: memory_of(changed, placement, gpu, cfg.model.path))
+    held = (gpu_here(cfg) if here else None) or gpu
+    found = proposals(cfg, speed, lambda changed, placement: memory_of(changed, placement, held, cfg.model.path))
     best = found[0]
-    memory = memory_of(best.config, best.placement, gpu, cfg.model.path)
+    memory = memory_of(best.config, best.placement, held, cfg.model.path)
     print("\n".join([*split_table(best.placement, memory), "", *describe(found, speed)]))
     nodes = f" --nodes {cfg.cluster.nodes}" if args.nodes else ""
     given = f" --config {shlex.quote(str(config))}" if config else ""

@@ -635,7 +635,8 @@ class ClusterConfig:
     gpus_per_node: int | None = setting(None, NOT_NEGATIVE, resume=ROUNDING)
     """GPUs used on each node; 0 is the CPU; by default what the node has."""
     gpu_memory_gib: float | None = setting(None, POSITIVE)
-    """Memory of a GPU, for the memory plan of `forge-hpc submit`; by default that of the GPU's type in Slurm."""
+    """Memory of a GPU, for the memory plan of `forge-hpc submit`; by default that of the GPU's type in Slurm, and of a
+    run on this machine what its driver says."""
     offline: bool = False
     """Nodes reach no model hub: what the cache lacks keeps the job from being queued, and is fetched before, by
     ``forge-hpc fetch`` (docs/offline.md). false: it is a warning."""

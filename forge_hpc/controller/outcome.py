@@ -10,8 +10,10 @@ from collections.abc import Awaitable, Mapping
 from typing import Any
 
 from forge_hpc.actors.errors import ForeignError
+from forge_hpc.cluster.given_gpus import UnusableGpus
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import UserError
+from forge_hpc.config.errors import EXIT_USAGE
 from forge_hpc.controller.recovery import Leave
 from forge_hpc.controller.service import ActorLost, cause_of, is_loss
 from forge_hpc.controller.stacks import write_stacks
@@ -26,7 +28,8 @@ OUT_OF_MEMORY = (
 
 
 async def outcome_of(control: Awaitable[bool], leave: Leave) -> dict[str, Any]:
-    """How a run has ended: what is published as ``outcome``. Its ``code`` is a `ControllerExit`."""
+    """How a run has ended: what is published as ``outcome``. Its ``code`` is a `ControllerExit`; ``exit`` is there
+    where the run's own exit code (``exit_code``) is to be another than that of its state."""
     done, outcome = False, dict[str, Any](code=ControllerExit.DONE, message="")
     try:
         done = await control
@@ -38,6 +41,8 @@ async def outcome_of(control: Awaitable[bool], leave: Leave) -> dict[str, Any]:
         logger.error("the run failed:\n%s", "".join(traceback.format_exception(error)))
         if isinstance(cause, UserError):
             outcome = {"code": ControllerExit.FAILED, "message": cause.message, "hint": cause.hint}
+            if isinstance(cause, UnusableGpus):
+                outcome["exit"] = EXIT_USAGE
         else:
             message = str(cause) if isinstance(cause, ActorLost | ForeignError) else f"{type(cause).__name__}: {cause}"
             if isinstance(cause, TimeoutError):

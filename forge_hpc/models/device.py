@@ -8,15 +8,41 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 import sys
 
 import numpy as np
 import torch
 
+from forge_hpc.cluster.given_gpus import CPU_BUILD, is_cpu_build, unusable
+from forge_hpc.cluster.worker import visible_gpus
+
 
 def device_type() -> str:
     """``cuda`` where a CUDA device is visible, else ``cpu``."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_gpus(role: str) -> None:
+    """See that a process has what it is to compute on: every actor that may be given GPUs asks as it starts.
+
+    Raises:
+        UnusableGpus: it is given GPUs, and torch can use none. It would go on on the CPU.
+    """
+    if (gpus := visible_gpus()) and not torch.cuda.is_available():
+        raise unusable(f"{role} on {socket.gethostname()}", gpus, torch.__version__, _why_none())
+
+
+def _why_none() -> str:
+    """Why torch finds no GPU, in its own words where it has any (``is_available`` says no, and not why)."""
+    if is_cpu_build(torch.version.cuda, torch.version.hip):
+        return CPU_BUILD
+    try:
+        torch.cuda.init()
+    except Exception as error:  # RuntimeError of a driver that is too old, missing or broken; others of other builds
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return lines[0]
+    return "it finds no such GPU"
 
 
 def dist_backend() -> str:

@@ -38,7 +38,7 @@ class Gpu:
     memory_gib: float
     """That CUDA shows: less than is printed on the box."""
     bytes_per_s: float
-    """Of its memory, by its maker's data sheet."""
+    """Of its memory, by its maker's data sheet; 0 where it is not known."""
 
 
 _GPUS = {

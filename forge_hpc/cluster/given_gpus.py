@@ -1,0 +1,55 @@
+"""GPUs that a run is given and that torch cannot use: it would train on the CPU, and complete.
+
+    node      its Monarch worker reads which build torch is (``cpu_build``) ─► the controller, before any process starts
+    process   its actor asks torch (``models.device.check_gpus``), which knows the driver ─► the controller
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import runpy
+from collections.abc import Sequence
+from pathlib import Path
+
+from forge_hpc.config.errors import UserError
+
+CPU_BUILD = "it is a build for the CPU"
+_HINT = (
+    "install a torch that fits the GPUs and their driver (make setup EXTRA=cuda; nvidia-smi shows the driver), "
+    "or run on the CPU: cluster.gpus_per_node=0"
+)
+
+
+class UnusableGpus(UserError):
+    """GPUs are given, and torch can use none of them. The run ends before it trains, with ``EXIT_USAGE``."""
+
+
+def unusable(who: str, gpus: Sequence[str], torch_version: str, why: str) -> UnusableGpus:
+    """The error, in a line.
+
+    Args:
+        who: has the GPUs: a node, or a role on a host.
+        gpus: by their names in CUDA_VISIBLE_DEVICES.
+    """
+    has = f"GPU {gpus[0]}" if len(gpus) == 1 else f"{len(gpus)} GPUs ({','.join(gpus)})"
+    return UnusableGpus(f"{who} is given {has}, and torch {torch_version} can use none: {why}", _HINT)
+
+
+def cpu_build() -> str | None:
+    """The version of the installed torch where it is built for the CPU alone, by what its package says of itself; None
+    where it is built for GPUs of any maker, or says nothing."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        build = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    except OSError:
+        return None
+    return build["__version__"] if is_cpu_build(build.get("cuda"), build.get("hip")) else None
+
+
+def is_cpu_build(cuda: str | None, hip: str | None) -> bool:
+    """Whether a torch of these (``torch.version``) has no ``torch.cuda``, which stands for AMD's GPUs too."""
+    return cuda is None and hip is None

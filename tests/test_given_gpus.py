@@ -1,0 +1,235 @@
+"""GPUs are given and torch can use none of them: the run says so and ends, and does not train on the CPU."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import pickle
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from monarch.actor import ActorError, this_host
+from runs import PROJECT, read, run_local, status
+
+from forge_hpc.actors.frozen import Frozen
+from forge_hpc.actors.generator import Generator
+from forge_hpc.actors.trainer import Trainer
+from forge_hpc.cluster.faults import Faults
+from forge_hpc.cluster.given_gpus import UnusableGpus, cpu_build, unusable
+from forge_hpc.cluster.meshes import bootstrap_command
+from forge_hpc.cluster.rendezvous import Rendezvous
+from forge_hpc.config import UserError, load_config
+from forge_hpc.controller.conduct import Nodes, arrange
+from forge_hpc.controller.outcome import outcome_of
+from forge_hpc.controller.ranks import Ranks
+from forge_hpc.controller.recovery import Leave
+from forge_hpc.controller.service import cause_of
+from forge_hpc.exit_code import exit_code
+from forge_hpc.models.device import check_gpus, device_type
+from forge_hpc.run_dir import RunDir
+from forge_hpc.supervisor.ending import Exit
+
+NOWHERE = "98,99"
+"""GPUs that no machine has."""
+TOO_OLD = (
+    "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver.\n"
+    "Alternatively, install another PyTorch."
+)
+
+
+class FakeTorch:
+    """The state of a torch that is built for GPUs, in the place of this one's."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+        self.is_of(cuda="13.0")
+        self.finds(0)
+
+    def is_of(self, cuda: str | None = None, hip: str | None = None) -> None:
+        self._monkeypatch.setattr(torch.version, "cuda", cuda)
+        self._monkeypatch.setattr(torch.version, "hip", hip)
+
+    def finds(self, number: int, error: Exception | None = None) -> None:
+        def init() -> None:
+            if error is not None:
+                raise error
+
+        self._monkeypatch.setattr(torch.cuda, "is_available", lambda: number > 0)
+        self._monkeypatch.setattr(torch.cuda, "init", init)
+
+
+@pytest.fixture
+def fake_torch(monkeypatch: pytest.MonkeyPatch) -> FakeTorch:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    return FakeTorch(monkeypatch)
+
+
+def said(role: str = "trainer-3") -> UserError:
+    with pytest.raises(UnusableGpus) as raised:
+        check_gpus(role)
+    return raised.value
+
+
+def test_a_driver_that_is_too_old_is_told_in_torch_s_own_words_and_in_one_line(fake_torch: FakeTorch) -> None:
+    fake_torch.finds(0, RuntimeError(TOO_OLD))
+    error = said()
+    assert error.message == (
+        f"trainer-3 on {socket.gethostname()} is given 2 GPUs (0,1), and torch {torch.__version__} can use none: "
+        "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver."
+    )
+    assert error.hint is not None and "cluster.gpus_per_node=0" in error.hint
+
+
+def test_a_build_for_the_cpu_is_told_and_amd_s_build_is_none(
+    fake_torch: FakeTorch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    fake_torch.is_of()
+    assert "is given GPU 0, and torch" in said().message and said().message.endswith("it is a build for the CPU")
+    fake_torch.is_of(hip="6.4")
+    fake_torch.finds(0, RuntimeError("No HIP GPUs are available"))
+    assert said("generator-0").message.endswith("can use none: No HIP GPUs are available")
+    fake_torch.finds(1)
+    check_gpus("generator-0")
+
+
+@pytest.mark.parametrize("error", [None, AssertionError()])
+def test_a_reason_is_given_where_torch_gives_none(fake_torch: FakeTorch, error: Exception | None) -> None:
+    fake_torch.finds(0, error)
+    assert said().message.endswith("it finds no such GPU" if error is None else "AssertionError")
+
+
+@pytest.mark.parametrize("names", ["", "-1", "NoDevFiles"])
+def test_a_process_without_gpus_stays_on_the_cpu(
+    fake_torch: FakeTorch, monkeypatch: pytest.MonkeyPatch, names: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names)
+    fake_torch.finds(0, RuntimeError(TOO_OLD))
+    check_gpus("trainer-0")
+    assert device_type() == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "hip", "is_for_the_cpu"), [(None, None, True), ("'13.0'", None, False), (None, "'6.4'", False)]
+)
+def test_a_node_knows_torch_s_build_without_importing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: str | None, hip: str | None, is_for_the_cpu: bool
+) -> None:
+    file = tmp_path / "torch" / "__init__.py"
+    file.parent.mkdir()
+    file.write_text("raise RuntimeError('imported')")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(file)))
+    assert cpu_build() is None, "it says nothing"
+    text = f"from typing import Optional\n__version__ = '2.13.0'\ncuda: Optional[str] = {cuda}\nhip = {hip}\n"
+    (file.parent / "version.py").write_text(text)
+    assert cpu_build() == ("2.13.0" if is_for_the_cpu else None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cpu_build() is None
+
+
+def test_the_torch_that_is_installed_is_read_as_it_is() -> None:
+    assert cpu_build() == (torch.__version__ if torch.version.cuda is None and torch.version.hip is None else None)
+
+
+def workers(*builds: str | None) -> Nodes:
+    found = [
+        {"host": f"n{node}", "gpus": ["4", "5", "6"], "cpus": 8, "processes": None, "cpu_build": build}
+        for node, build in enumerate(builds)
+    ]
+    nobody: Any = None
+    return Nodes(nobody, workers=found, num_left_out=0, address="10.0.0.1")
+
+
+def test_the_node_is_named_before_any_process_is_started_on_it(tmp_path: Path) -> None:
+    def arranged(nodes: Nodes, gpus: str = "null") -> Any:
+        cfg = load_config(PROJECT / "configs/sft/demo.yaml", [f"cluster.gpus_per_node={gpus}"])
+        nobody: Any = None
+        return arrange(cfg, nodes, tmp_path, nobody)
+
+    with pytest.raises(UnusableGpus, match=r"^node 1 \(n1\) is given 3 GPUs \(4,5,6\), and torch 2\.13\.0\+cpu can"):
+        arranged(workers(None, "2.13.0+cpu"))
+    with pytest.raises(UnusableGpus, match=r"given 2 GPUs \(4,5\)"):
+        arranged(workers("2.13.0+cpu"), "2")
+    assert arranged(workers(None, None)).placement.gpus_per_node == 3
+    assert arranged(workers("2.13.0+cpu"), "0").placement.gpus_per_node == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="NVML names the GPUs that are not there before torch does")
+def test_trainers_frozen_models_and_generators_refuse_alike_as_the_controller_is_told(tmp_path: Path) -> None:
+    cfg = load_config(PROJECT / "configs/grpo/demo.yaml", [])
+
+    async def scenario() -> list[UserError]:
+        faults = Faults(Rendezvous(tmp_path))
+        command = bootstrap_command(1, NOWHERE.split(","))
+        options: dict[str, Any] = {"per_host": {"procs": 1}, "name": "roles", "bootstrap_command": command}
+        procs = faults.enders.beside("roles", this_host().spawn_procs(**options))
+        lost = asyncio.get_running_loop().create_future()
+        trainers = Ranks(procs.spawn("trainer", Trainer, cfg, tmp_path), "the trainers", lost)
+        frozen = Ranks(procs.spawn("frozen", Frozen, cfg, tmp_path), "the frozen models", lost)
+        generator = procs.spawn("generator", Generator, cfg, 0, tmp_path)
+        calls = [
+            trainers.ask("start", {}, tmp_path / "store", None, False, timeout_s=120),
+            frozen.ask("start", {}, tmp_path / "store", timeout_s=120),
+            generator.start.call_one(tmp_path),
+        ]
+        errors = []
+        for call in calls:
+            with pytest.raises(ActorError) as raised:
+                await call
+            errors.append(cause_of(raised.value))
+        faults.forget("roles")
+        faults.enders.end_at_once("roles")
+        return errors
+
+    for role, error in zip(("trainer-0", "frozen-0", "generator-0"), asyncio.run(scenario()), strict=True):
+        assert type(error) is UnusableGpus and error.hint
+        assert error.message.startswith(f"{role} on {socket.gethostname()} is given 2 GPUs (98,99), and torch")
+
+
+# ---- how the run ends
+
+WRONG = unusable("node 0 (n0)", ["0"], "2.13.0+cpu", "a reason")
+
+
+def test_the_error_keeps_its_kind_between_processes() -> None:
+    there = pickle.loads(pickle.dumps(WRONG))
+    assert type(there) is UnusableGpus and (there.message, there.hint) == (WRONG.message, WRONG.hint)
+
+
+@pytest.mark.parametrize(("error", "code"), [(WRONG, Exit.USAGE), (UserError("another"), Exit.FAILED)])
+def test_such_a_run_is_wrong_usage_also_as_a_warm_start(tmp_path: Path, error: UserError, code: Exit) -> None:
+    async def control() -> bool:
+        raise ExceptionGroup("tasks", [ActorError(error)])
+
+    outcome = asyncio.run(outcome_of(control(), Leave()))
+    assert (outcome["message"], outcome["hint"]) == (error.message, error.hint)
+    for name, of_warm_start in (("run", False), ("parent", True)):
+        run_dir = RunDir(tmp_path / name)
+        assert exit_code(run_dir, Exit.FAILED) == Exit.FAILED, "no start has left a word"
+        place = RunDir(run_dir.warmstart) if of_warm_start else run_dir
+        Rendezvous(place.rendezvous / "local.0.1").publish("outcome", outcome)
+        assert exit_code(run_dir, Exit.FAILED) == code
+        assert exit_code(run_dir, Exit.DONE) == Exit.DONE and exit_code(run_dir, Exit.LEFT) == Exit.LEFT
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine on which torch can use no GPU")
+@pytest.mark.parametrize(
+    ("recipe", "overrides"), [("sft", []), ("grpo", ["warmstart.overrides=[cluster.gpus_per_node=2]"])]
+)
+def test_a_run_that_is_given_gpus_which_torch_cannot_use_ends_before_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, overrides: list[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    run = tmp_path / "run"
+    result = run_local(run, ["cluster.gpus_per_node=2", *overrides], config=PROJECT / f"configs/{recipe}/demo.yaml")
+    line = f"node 0 ({socket.gethostname()}) is given 2 GPUs (0,1), and torch {torch.__version__} can use none: "
+    assert result.returncode == Exit.USAGE, result.stdout + result.stderr
+    assert line in result.stderr and "hint: install a torch that fits the GPUs and their driver" in result.stderr
+    assert status(run)["state"] == "failed" and line in status(run)["message"]
+    assert read(run) == read(run / "warmstart") == []
