@@ -29,9 +29,11 @@ from forge_hpc.cluster.allocation import Allocation
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import Config, UserError, save_config
 from forge_hpc.config.schema import HeldOutConfig, RewardConfig, RunSourceConfig
+from forge_hpc.gate import memory
 from forge_hpc.gate.complaints import ComplaintsDesk, complain
 from forge_hpc.gate.deadlines import OWN_S
 from forge_hpc.gate.environment import differences, environment
+from forge_hpc.gate.memory import available_memory, cgroup_rooms
 from forge_hpc.gate.neighbours import Port, ask
 from forge_hpc.gate.nvml import RETURN_S, GpuHealth
 from forge_hpc.gate.orphans import end_orphans
@@ -80,6 +82,50 @@ def test_a_clock_before_the_file_servers_is_measured(tmp_path: Path) -> None:
 def test_a_node_with_next_to_no_memory_says_how_much_it_has() -> None:
     assert short_of_memory(100 * MIB) == "it is short of memory: 100 MiB are available"
     assert short_of_memory(8 << 30) is None
+
+
+def cgroup(folder: Path, **files: object) -> None:
+    """A made-up group; dots in names of files are written as ``__``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(f"{text}\n")
+
+
+def test_the_limit_of_a_slurm_job_counts_less_what_it_uses_and_cannot_give_back(tmp_path: Path) -> None:
+    scope = tmp_path / "system.slice/slurmstepd.scope"
+    stat = {"memory__stat": f"anon 7\ninactive_file {2 << 30}\nactive_file {1 << 30}\nslab_reclaimable {MIB}"}
+    cgroup(scope / "job_7", memory__max=16 << 30, memory__current=9 << 30, **stat)
+    cgroup(scope / "job_7/step_0", memory__max="max", memory__current=8 << 30, **stat)
+    cgroup(scope / "job_7/step_0/user/task_0", memory__max=32 << 30, memory__current=4 << 30, memory__stat="anon 7")
+    own = "0::/system.slice/slurmstepd.scope/job_7/step_0/user/task_0\n"
+    assert [*cgroup_rooms(own, tmp_path)] == [28 << 30, (10 << 30) + MIB], "the task's own, and the job's above it"
+    cgroup(scope / "job_7", memory__current=20 << 30)
+    assert min(cgroup_rooms(own, tmp_path)) == 0
+
+
+def test_version_1_of_cgroups_has_other_names_and_in_a_container_the_top_alone(tmp_path: Path) -> None:
+    own = "11:pids:/docker/5\n4:cpu,memory:/slurm/uid_1000/job_7\n1:name=systemd:/\n0::/\n"
+    group = tmp_path / "memory/slurm/uid_1000/job_7"
+    stat = {"memory__stat": f"total_inactive_file {2 << 30}\ninactive_file 7"}
+    limits = {"memory__limit_in_bytes": 8 << 30, "memory__usage_in_bytes": 3 << 30, **stat}
+    cgroup(group, **limits)
+    cgroup(tmp_path / "memory", memory__limit_in_bytes=0x7FFFFFFFFFFFF000, memory__usage_in_bytes=0, **stat)
+    assert min(cgroup_rooms(own, tmp_path)) == 7 << 30
+    cgroup(tmp_path / "docker/memory", **limits)
+    assert [*cgroup_rooms(own, tmp_path / "docker")] == [7 << 30]
+    assert [*cgroup_rooms("0::/\n", tmp_path / "nothing")] == []
+
+
+def test_a_node_has_the_memory_that_its_cgroup_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cgroup(tmp_path / "job", memory__max=100 * MIB, memory__current=MIB, memory__stat="")
+    cgroup(tmp_path, own="0::/job")
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "OWN", tmp_path / "own")
+    report = look_at_node(tmp_path, tmp_path / "tls", "7.0.0", [], alone=True)
+    assert report["memory_bytes"] == 99 * MIB
+    assert report["problems"] == ["it is short of memory: 99 MiB are available"]
+    monkeypatch.setattr(memory, "OWN", tmp_path / "none")
+    assert available_memory() > 512 * MIB
 
 
 @pytest.fixture

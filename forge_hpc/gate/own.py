@@ -11,6 +11,7 @@ from typing import Any
 
 from forge_hpc.cluster.folders import remove_left_over
 from forge_hpc.gate.environment import environment
+from forge_hpc.gate.memory import available_memory
 from forge_hpc.gate.nvml import GpuHealth
 from forge_hpc.gate.orphans import end_orphans
 
@@ -33,18 +34,18 @@ def look_at_node(shared: Path, tls: Path, start: str, gpus: list[str], alone: bo
     """
     orphans = end_orphans(tls, start)  # first: they hold what is looked at next
     remove_left_over()
-    health = GpuHealth(gpus)
+    health, memory = GpuHealth(gpus), available_memory()
     looks: list[Callable[[], str | None]] = [
         lambda: full(Path(tempfile.gettempdir()), "its temporary directory", MIN_SCRATCH_BYTES),
         lambda: full(SHARED_MEMORY, "its shared memory", MIN_SCRATCH_BYTES) if SHARED_MEMORY.is_dir() else None,
-        lambda: short_of_memory(available_memory()),
+        lambda: short_of_memory(memory),
     ]
     return {
         "problems": [problem for look in looks if (problem := look()) is not None] + health.problems,
         "orphans": orphans,
         "gpus": len(gpus),
         "working_gpus": health.working,
-        "memory_bytes": available_memory(),
+        "memory_bytes": memory,
         "clock_s": 0.0 if alone else clock_offset_s(shared),
         "environment": {} if alone else environment(),
     }
@@ -63,13 +64,6 @@ def full(folder: Path, what: str, min_bytes: int) -> str | None:
     if (free := found.f_bavail * found.f_frsize) < min_bytes:
         return f"{what} {folder} is full: {free / 2**20:.0f} MiB are free"
     return None
-
-
-def available_memory() -> int:
-    """Bytes that processes can still have without swapping, as the kernel estimates it."""
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 def short_of_memory(num_bytes: int) -> str | None:
