@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from forge_hpc.cluster import folders
 from forge_hpc.cluster.allocation import Allocation
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import Config, UserError, save_config
-from forge_hpc.config.schema import HeldOutConfig, RewardConfig, RunSourceConfig
-from forge_hpc.gate import memory
+from forge_hpc.config.schema import HeldOutConfig, RewardConfig, RunSourceConfig, ServedConfig
+from forge_hpc.gate import memory, own
 from forge_hpc.gate.complaints import ComplaintsDesk, complain
 from forge_hpc.gate.deadlines import OWN_S
 from forge_hpc.gate.environment import differences, environment
@@ -37,7 +38,7 @@ from forge_hpc.gate.memory import available_memory, cgroup_rooms
 from forge_hpc.gate.neighbours import Port, ask
 from forge_hpc.gate.nvml import RETURN_S, GpuHealth
 from forge_hpc.gate.orphans import end_orphans
-from forge_hpc.gate.own import MIN_SCRATCH_BYTES, clock_offset_s, full, look_at_node, short_of_memory
+from forge_hpc.gate.own import MIN_SCRATCH_BYTES, clock_offset_s, engine_share, full, look_at_node, short_of_memory
 from forge_hpc.gate.sandboxes import look_at_sandboxes, sandboxes_of
 from forge_hpc.gate.verdict import cut_off_nodes, own_problems, slow_nodes
 from forge_hpc.run_dir import RunDir
@@ -68,7 +69,7 @@ def test_a_disk_that_is_full_or_read_only_is_found_and_one_with_space_is_not(tmp
 
 def test_a_healthy_node_has_no_problem_and_its_report_takes_little_time(tmp_path: Path) -> None:
     cpu = time.process_time()
-    report = look_at_node(tmp_path, tmp_path / "tls", "7.0.0", [], alone=False)
+    report = look_at_node(tmp_path, tmp_path / "tls", "7.0.0", [], Config(), alone=False)
     assert time.process_time() - cpu < 1
     assert report["problems"] == [] and report["orphans"] == []
     assert report["environment"]["torch"] and report["environment"]["python"]
@@ -121,7 +122,7 @@ def test_a_node_has_the_memory_that_its_cgroup_leaves(tmp_path: Path, monkeypatc
     cgroup(tmp_path, own="0::/job")
     monkeypatch.setattr(memory, "CGROUPS", tmp_path)
     monkeypatch.setattr(memory, "OWN", tmp_path / "own")
-    report = look_at_node(tmp_path, tmp_path / "tls", "7.0.0", [], alone=True)
+    report = look_at_node(tmp_path, tmp_path / "tls", "7.0.0", [], Config(), alone=True)
     assert report["memory_bytes"] == 99 * MIB
     assert report["problems"] == ["it is short of memory: 99 MiB are available"]
     monkeypatch.setattr(memory, "OWN", tmp_path / "none")
@@ -267,16 +268,52 @@ class FakeNvml:
         return self.gpus[handle.value - 1]
 
 
+def look_at_gpus(*gpus: dict[str, Any], share: float = 0.85) -> GpuHealth:
+    return GpuHealth([str(index) for index in range(len(gpus))], share, load=lambda name: FakeNvml(*gpus), return_s=0.2)
+
+
 def test_a_gpu_is_found_that_is_lost_or_faulty_or_hot_or_used_by_somebody() -> None:
     gpus = [{}, {"lost": True}, {"failed": 1}, {"pending": 1}, {"reasons": 0x40}, {"used": 60 << 30}]
-    health = GpuHealth([str(index) for index in range(6)], load=lambda name: FakeNvml(*gpus), return_s=0.2)
+    health = look_at_gpus(*gpus)
     assert health.working == 5
     assert health.problems == [
         "GPU 2: a faulty row of its memory could not be remapped",
         "GPU 3: a faulty row of its memory waits for a reset to be remapped",
         "GPU 4: thermal slowdown",
-        "GPU 5: 60.0 of 80.0 GiB are in use",
+        "GPU 5: 60.0 of 80.0 GiB are in use by other processes, with gpu_memory_utilization=0.85 at most 12.0 may be",
     ]
+
+
+def test_a_gpu_of_which_others_have_more_than_the_engines_leave_is_full() -> None:
+    third = {"used": 27 << 30}
+    [problem] = look_at_gpus({}, third, {"used": 11 << 30}).problems
+    assert problem.startswith("GPU 1: 27.0 of 80.0 GiB are in use by other processes")
+    assert look_at_gpus(third, share=0.6).problems == [], "who asks for less may share"
+    [problem] = look_at_gpus({"used": 41 << 30}, share=0.3).problems
+    assert problem.endswith("with gpu_memory_utilization=0.3 at most 40.0 may be")
+    assert look_at_gpus({"used": 1 << 30}, share=0.99).problems == [], "the driver's own"
+
+
+def test_of_the_engines_of_a_run_the_largest_share_counts() -> None:
+    config = Config()
+    assert engine_share(config) == 0.85
+    config.served = [ServedConfig()]
+    config.served[0].engine.gpu_memory_utilization = 0.95
+    config.generator.engine.gpu_memory_utilization = 0.4
+    assert engine_share(config) == 0.95
+
+
+@pytest.mark.parametrize(("used", "looked_at"), [(None, 8), (4, 4), (0, 0)])
+def test_gpus_that_the_run_does_not_use_are_not_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, used: int | None, looked_at: int
+) -> None:
+    nvml = FakeNvml(*[{}] * 4, *[{"failed": 1}] * 4)
+    monkeypatch.setattr(own, "GpuHealth", partial(GpuHealth, load=lambda name: nvml))
+    config, gpus = Config(), [str(index) for index in range(8)]
+    config.cluster.gpus_per_node = used
+    found = look_at_node(tmp_path, tmp_path / "tls", "7.0.0", gpus, config, alone=True)
+    assert (found["gpus"], found["working_gpus"]) == (8, looked_at or None)
+    assert len(found["problems"]) == (4 if looked_at == 8 else 0)
 
 
 def test_the_memory_of_processes_that_have_just_been_killed_is_waited_for() -> None:
@@ -294,13 +331,13 @@ def test_the_memory_of_processes_that_have_just_been_killed_is_waited_for() -> N
             return super().nvmlDeviceGetMemoryInfo(handle, memory)
 
     nvml = Returning({}, {})
-    health = GpuHealth(["0", "1"], load=lambda name: nvml)
+    health = GpuHealth(["0", "1"], 0.85, load=lambda name: nvml)
     assert health.working == 2 and health.problems == [] and nvml.left == [-1, -1]
     assert RETURN_S < OWN_S / 1.5, "a look has time for the rest"
 
 
 def test_where_there_is_no_driver_nothing_is_said_of_gpus() -> None:
-    assert GpuHealth(["0"], load=lambda name: ctypes.CDLL("no-such-library.so")).working is None
+    assert GpuHealth(["0"], 0.85, load=lambda name: ctypes.CDLL("no-such-library.so")).working is None
 
 
 def test_the_sandboxes_of_a_run_are_those_of_its_rewards_and_environments_on_the_nodes_that_have_them() -> None:
@@ -387,6 +424,8 @@ def test_the_odd_one_of_four_nodes_is_named(odd: dict[str, Any], problem: str) -
 def test_gpus_that_do_not_answer_are_the_nodes_fault_and_too_many_asked_for_are_not() -> None:
     four = {"gpus": 4, "working_gpus": 4}
     assert own_problems({0: report(**four), 1: report(gpus=4, working_gpus=3)})[1] == ["3 of its 4 GPUs answer"]
+    partly = {0: report(gpus=8, working_gpus=4), 1: report(gpus=8, working_gpus=3)}
+    assert own_problems(partly, gpus=4) == {0: [], 1: ["3 of its first 4 GPUs answer"]}
     assert own_problems({0: report(**four), 1: report(gpus=4)})[1] == ["its GPUs' driver does not answer"]
     assert own_problems({0: report(**four), 1: report(**four)}, gpus=8) == {0: [], 1: []}
     assert own_problems({0: report(**four), 1: report(gpus=8, working_gpus=8)}, gpus=8)[0] == ["it has 4 of 8 GPUs"]
@@ -510,7 +549,9 @@ def test_a_look_that_hangs_is_a_problem_of_its_node(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(node_module, "OWN_S", 0.3)
     monkeypatch.setattr(node_module, "look_at_node", lambda *arguments: time.sleep(60))
     node = Node(RunDir(tmp_path).create(), Allocation("7", 0, 1, 0))
-    assert node.report(node.rendezvous())["problems"] == ["its disks or its GPUs' driver have not answered for 0 s"]
+    assert node.report(node.rendezvous(), Config())["problems"] == [
+        "its disks or its GPUs' driver have not answered for 0 s"
+    ]
 
 
 # ---- the verdict

@@ -82,10 +82,11 @@ def _lacking_gpus(reports: Mapping[int, Mapping[str, Any]], gpus: int | None) ->
     lacking = {}
     for node, report in reports.items():
         wanted, working = (report["gpus"] if gpus is None else gpus), report["working_gpus"]
+        used = min(wanted, report["gpus"])
         if working is None and wanted and has_driver and len(reports) > 1:
             lacking[node] = "its GPUs' driver does not answer"
-        elif working is not None and working < min(wanted, report["gpus"]):
-            lacking[node] = f"{working} of its {report['gpus']} GPUs answer"
+        elif working is not None and working < used:
+            lacking[node] = f"{working} of its {'first ' * (used < report['gpus'])}{used} GPUs answer"
         elif has_driver and report["gpus"] < wanted:
             lacking[node] = f"it has {report['gpus']} of {wanted} GPUs"
     return lacking
