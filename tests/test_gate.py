@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -34,6 +35,7 @@ from forge_hpc.gate import memory, own
 from forge_hpc.gate.complaints import ComplaintsDesk, complain
 from forge_hpc.gate.deadlines import OWN_S
 from forge_hpc.gate.environment import differences, environment
+from forge_hpc.gate.gpus import odd_nodes, remarks
 from forge_hpc.gate.memory import available_memory, cgroup_rooms
 from forge_hpc.gate.neighbours import Port, ask
 from forge_hpc.gate.nvml import RETURN_S, GpuHealth
@@ -42,9 +44,10 @@ from forge_hpc.gate.own import MIN_SCRATCH_BYTES, clock_offset_s, engine_share, 
 from forge_hpc.gate.sandboxes import look_at_sandboxes, sandboxes_of
 from forge_hpc.gate.verdict import cut_off_nodes, own_problems, slow_nodes
 from forge_hpc.run_dir import RunDir
-from forge_hpc.supervisor import gate
+from forge_hpc.supervisor import first_node, gate
 from forge_hpc.supervisor import node as node_module
 from forge_hpc.supervisor.ending import Cause
+from forge_hpc.supervisor.first_node import FirstNode
 from forge_hpc.supervisor.gate import Verdict, open_gate
 from forge_hpc.supervisor.node import Node
 
@@ -252,7 +255,11 @@ class FakeNvml:
         return 0
 
     def nvmlDeviceGetMemoryInfo(self, handle: ctypes.c_void_p, memory: Any) -> int:
-        memory[0], memory[2] = 80 << 30, self._of(handle).get("used", 0)
+        memory[0], memory[2] = self._of(handle).get("total", 80 << 30), self._of(handle).get("used", 0)
+        return 0
+
+    def nvmlDeviceGetName(self, handle: ctypes.c_void_p, name: Any, length: int) -> int:
+        name.value = self._of(handle).get("name", "NVIDIA H100").encode()
         return 0
 
     def nvmlDeviceGetRemappedRows(self, handle: ctypes.c_void_p, *rows: Any) -> int:
@@ -301,6 +308,11 @@ def test_of_the_engines_of_a_run_the_largest_share_counts() -> None:
     config.served[0].engine.gpu_memory_utilization = 0.95
     config.generator.engine.gpu_memory_utilization = 0.4
     assert engine_share(config) == 0.95
+
+
+def test_a_node_tells_name_and_memory_of_its_gpus() -> None:
+    kinds = look_at_gpus({}, {"lost": True}, {"name": "NVIDIA A100-SXM4-40GB", "total": 40 << 30}).kinds
+    assert kinds == [*h100(1), *a100(1)]
 
 
 @pytest.mark.parametrize(("used", "looked_at"), [(None, 8), (4, 4), (0, 0)])
@@ -429,6 +441,89 @@ def test_gpus_that_do_not_answer_are_the_nodes_fault_and_too_many_asked_for_are_
     assert own_problems({0: report(**four), 1: report(gpus=4)})[1] == ["its GPUs' driver does not answer"]
     assert own_problems({0: report(**four), 1: report(**four)}, gpus=8) == {0: [], 1: []}
     assert own_problems({0: report(**four), 1: report(gpus=8, working_gpus=8)}, gpus=8)[0] == ["it has 4 of 8 GPUs"]
+
+
+def h100(number: int) -> list[dict[str, Any]]:
+    return [{"name": "NVIDIA H100", "memory_bytes": 80 << 30}] * number
+
+
+def a100(number: int) -> list[dict[str, Any]]:
+    return [{"name": "NVIDIA A100-SXM4-40GB", "memory_bytes": 40 << 30}] * number
+
+
+def with_gpus(*kinds: dict[str, Any]) -> dict[str, Any]:
+    return report(gpus=len(kinds), working_gpus=len(kinds), gpu_kinds=[*kinds])
+
+
+def named(node: int) -> str:
+    return f"node {node} (n{node})"
+
+
+SLOWEST = (
+    "trainers plan with the smallest memory among theirs, and a step waits for the slowest GPU. slurm.constraint, or a "
+    "type in slurm.gres (gpu:TYPE:NUMBER), asks for one kind"
+)
+
+
+def test_nodes_with_gpus_of_another_kind_are_named_with_what_follows() -> None:
+    eight = with_gpus(*h100(8))
+    assert remarks({0: eight, 1: eight}, None, named) == [] and odd_nodes({0: eight, 1: eight}, None) == {}
+    nodes = {0: eight, 1: with_gpus(*a100(8)), 2: eight}
+    has = "node 1 (n1) has NVIDIA A100-SXM4-40GB (40 GiB), the other 2 nodes have NVIDIA H100 (80 GiB)"
+    assert remarks(nodes, None, named) == remarks(nodes, 8, named) == [f"{has}: {SLOWEST}"]
+    assert odd_nodes(nodes, None) == {1: "its GPUs are NVIDIA A100-SXM4-40GB (40 GiB), elsewhere NVIDIA H100 (80 GiB)"}
+    assert own_problems(nodes) == {0: [], 1: [], 2: []}, "two kinds may be meant"
+    less = [{"name": "NVIDIA H100", "memory_bytes": 64 << 30}] * 8
+    assert [*odd_nodes({0: eight, 1: with_gpus(*less)}, None)] == [1], "the same name, with other memory"
+    assert remarks({0: report(), 1: report()}, None, named) == [], "there is no driver"
+
+
+def test_gpus_of_several_kinds_on_one_node_are_named() -> None:
+    mixed = with_gpus(*h100(3), *a100(1))
+    has = "1 x NVIDIA A100-SXM4-40GB (40 GiB) and 3 x NVIDIA H100 (80 GiB)"
+    assert remarks({0: mixed}, None, named) == [f"node 0 (n0) has {has}: {SLOWEST}"]
+    assert remarks({0: mixed, 1: mixed}, None, named) == [f"node 0 (n0), node 1 (n1) have {has}: {SLOWEST}"]
+    assert odd_nodes({0: mixed, 1: mixed}, None) == {}
+
+
+def test_a_node_with_fewer_gpus_than_the_others_is_named_with_what_stays_idle() -> None:
+    nodes = {0: with_gpus(*h100(8)), 1: with_gpus(*h100(8)), 2: with_gpus(*h100(7)), 3: with_gpus(*h100(8))}
+    assert remarks(nodes, None, named) == [
+        "node 2 (n2) has 7 GPUs, the other 3 nodes have 8 GPUs: each node uses 7, and 3 of the run's GPUs are idle. "
+        "cluster.gpus_per_node=8 keeps out nodes that have fewer, 7 says that this is meant"
+    ]
+    assert odd_nodes(nodes, None) == {2: "it has 7 GPUs, elsewhere 8"}
+    assert remarks(nodes, 7, named) == []
+    assert odd_nodes({0: nodes[2], 1: nodes[2], 2: nodes[0]}, None) == {}, "one with more takes nothing from others"
+    many = {node: with_gpus(*h100(7 if node % 2 else 8)) for node in range(13)}
+    shown = "node 1 (n1), node 3 (n3), node 5 (n5), node 7 (n7) and 2 more have 7 GPUs, the other 7 nodes have 8 GPUs: "
+    assert remarks(many, None, named)[0].startswith(shown)
+
+
+@pytest.mark.parametrize(
+    ("spares", "factor", "members"),
+    [
+        (0, 3.0, [0, 1, 2, 3]),
+        (1, 3.0, [0, 1, 2, 3]),  # both would have to go
+        (2, 3.0, [0, 3]),
+        (2, 0.0, [0, 1, 2, 3]),  # nodes of several kinds are meant
+    ],
+)
+def test_nodes_with_other_gpus_are_left_out_where_there_are_spare_nodes_for_all_of_them(
+    tmp_path: Path, config: Config, spares: int, factor: float, members: list[int]
+) -> None:
+    config.cluster.spare_nodes, config.cluster.slow_node_factor = spares, factor
+    rendezvous, eight = Rendezvous(tmp_path / "rendezvous"), with_gpus(*h100(8))
+    older = with_gpus(*a100(8)) | {"memory_bytes": (64 if factor else 16) << 30}
+    for node, found in enumerate([eight, older, with_gpus(*h100(7)), eight]):
+        rendezvous.publish(f"node-{node}", {"slurm_name": f"n{node}", "report": found})
+        rendezvous.publish(f"port-{node}", {"product_s": 1e-3, "took_s": 0.1})
+        rendezvous.publish(f"link-{node}", {"outcome": 1e9})
+    with ComplaintsDesk("127.0.0.1") as desk:
+        verdict = gate._judge(config, rendezvous, 4, desk, lambda: None)
+    assert verdict.members == members and verdict.ending(spares) is None
+    assert sorted(verdict.unfit) == [node for node in range(4) if node not in members]
+    assert len(verdict.remarks) == (0 if members == [0, 3] else 2), verdict.remarks
 
 
 BAD = {"message": "bubblewrap is not installed here", "hint": "install it"}
@@ -577,6 +672,35 @@ def test_where_no_node_is_fit_none_is_shut_out() -> None:
     assert ending is not None and ending.lost_nodes == ()
     alone = verdict(0, nodes=1).ending(0)
     assert alone is not None and alone.lost_nodes == ("n0",)
+
+
+REMARK = "node 1 (n1) has 7 GPUs, the other node has 8 GPUs"
+
+
+def test_what_is_said_of_nodes_that_take_part_stands_on_the_terminal_and_is_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = Verdict([0], {}, {0: {"names": ["localhost"], "slurm_name": "n0", "report": {}}}, {0: "n0"}, (REMARK,))
+    monkeypatch.setattr(first_node, "open_gate", lambda *arguments: ("127.0.0.1", said))
+    node = Node(RunDir(tmp_path / "run").create(), Allocation("7", 0, 1, 0))
+    monkeypatch.setattr(node, "start_worker", lambda *arguments: None)
+    requests, phases = SimpleNamespace(check=lambda: None), SimpleNamespace(end=lambda phase: None)
+    first, rendezvous = FirstNode(node, None, requests, summary=False), node.rendezvous()
+    first._bring_together(node, Config(), rendezvous, tmp_path / "tls", tmp_path, phases)
+    assert f"warning: {REMARK}\n" in capsys.readouterr().err
+    assert rendezvous.look("start")["remarks"] == [REMARK]
+
+
+def test_the_controllers_log_has_what_the_gate_has_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from forge_hpc.controller.conduct import Nodes as Joined
+    from forge_hpc.controller.conduct import arrange
+
+    workers = [{"gpus": [str(gpu) for gpu in range(number)], "cpus": 8} for number in (8, 7)]
+    cluster = arrange(Config(), Joined(None, workers, 0, "127.0.0.1", [REMARK]), tmp_path, None)
+    assert cluster.placement.gpus_per_node == 7
+    assert [(record.levelname, record.message) for record in caplog.records if record.levelname != "INFO"] == [
+        ("WARNING", REMARK)
+    ]
 
 
 # ---- four emulated nodes: each a supervisor's process, one of them sick

@@ -29,6 +29,7 @@ class GpuHealth:
 
     Attributes:
         working: how many of them answer; None where there is no driver.
+        kinds: ``name`` and ``memory_bytes`` of each that does.
         problems: what is wrong with those that do, a line a GPU. Memory in use is one when it is so for ``return_s``.
     """
 
@@ -42,6 +43,7 @@ class GpuHealth:
         self._share = engine_share
         self._until = time.monotonic() + return_s
         self.working: int | None = None
+        self.kinds: list[dict[str, Any]] = []
         self.problems: list[str] = []
         if not gpus:
             return
@@ -77,6 +79,9 @@ class GpuHealth:
             time.sleep(_LOOK_S)
         if code != 0:
             return False
+        name = ctypes.create_string_buffer(96)  # NVML_DEVICE_NAME_V2_BUFFER_SIZE
+        known = self._nvml.nvmlDeviceGetName(handle, name, len(name)) == 0
+        self.kinds.append({"name": name.value.decode() if known else "GPU", "memory_bytes": memory[0]})
         correctable, uncorrectable, pending, failed = (ctypes.c_uint() for _ in range(4))
         rows = (correctable, uncorrectable, pending, failed)
         if self._nvml.nvmlDeviceGetRemappedRows(handle, *map(ctypes.byref, rows)) == 0:  # from Ampere on

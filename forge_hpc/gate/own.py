@@ -47,6 +47,7 @@ def look_at_node(shared: Path, tls: Path, start: str, gpus: list[str], config: C
         "orphans": orphans,
         "gpus": len(gpus),
         "working_gpus": health.working,
+        "gpu_kinds": health.kinds,
         "memory_bytes": memory,
         "clock_s": 0.0 if alone else clock_offset_s(shared),
         "environment": {} if alone else environment(),

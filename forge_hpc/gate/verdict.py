@@ -24,7 +24,7 @@ def own_problems(
 
     Args:
         reports: by node.
-        whole_nodes: no other jobs run on the nodes, which would have a right to memory.
+        whole_nodes: no other jobs run on the nodes, which would have a right to memory, and all should have as much.
         gpus: how many GPUs a node must have; None: those that it is given.
 
     Raises:
