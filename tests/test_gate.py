@@ -440,7 +440,23 @@ def test_gpus_that_do_not_answer_are_the_nodes_fault_and_too_many_asked_for_are_
     assert own_problems(partly, gpus=4) == {0: [], 1: ["3 of its first 4 GPUs answer"]}
     assert own_problems({0: report(**four), 1: report(gpus=4)})[1] == ["its GPUs' driver does not answer"]
     assert own_problems({0: report(**four), 1: report(**four)}, gpus=8) == {0: [], 1: []}
-    assert own_problems({0: report(**four), 1: report(gpus=8, working_gpus=8)}, gpus=8)[0] == ["it has 4 of 8 GPUs"]
+    [problem] = own_problems({0: report(**four), 1: report(gpus=8, working_gpus=8)}, gpus=8)[0]
+    assert problem.startswith("it has 4 of 8 GPUs")
+
+
+def test_one_node_with_fewer_gpus_than_the_run_asks_for_is_refused_with_what_to_do(
+    tmp_path: Path, config: Config
+) -> None:
+    config.cluster.nodes, config.cluster.gpus_per_node = 1, 8
+    rendezvous = Rendezvous(tmp_path / "rendezvous")
+    rendezvous.publish("node-0", {"slurm_name": "n0", "report": with_gpus(*h100(7))})
+    with ComplaintsDesk("127.0.0.1") as desk:
+        ending = gate._judge(config, rendezvous, 1, desk, lambda: None).ending(0)
+    assert ending is not None and (ending.cause, ending.lost_nodes) == (Cause.GATE, ("n0",))
+    assert ending.message == (
+        "node 0 (n0) is not fit: it has 7 of 8 GPUs (set cluster.gpus_per_node=7, or leave the node out: "
+        "slurm.extra.exclude=NODE)"
+    )
 
 
 def h100(number: int) -> list[dict[str, Any]]:

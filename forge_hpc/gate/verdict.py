@@ -88,7 +88,8 @@ def _lacking_gpus(reports: Mapping[int, Mapping[str, Any]], gpus: int | None) ->
         elif working is not None and working < used:
             lacking[node] = f"{working} of its {'first ' * (used < report['gpus'])}{used} GPUs answer"
         elif has_driver and report["gpus"] < wanted:
-            lacking[node] = f"it has {report['gpus']} of {wanted} GPUs"
+            what_to_do = f"set cluster.gpus_per_node={report['gpus']}, or leave the node out: slurm.extra.exclude=NODE"
+            lacking[node] = f"it has {report['gpus']} of {wanted} GPUs ({what_to_do})"
     return lacking
 
 
