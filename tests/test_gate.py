@@ -15,7 +15,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -28,20 +30,24 @@ from forge_hpc.cluster import folders
 from forge_hpc.cluster.allocation import Allocation
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import Config, UserError, save_config
-from forge_hpc.config.schema import HeldOutConfig, RewardConfig, RunSourceConfig
+from forge_hpc.config.schema import HeldOutConfig, RewardConfig, RunSourceConfig, ServedConfig
+from forge_hpc.gate import memory, own
 from forge_hpc.gate.complaints import ComplaintsDesk, complain
 from forge_hpc.gate.deadlines import OWN_S
 from forge_hpc.gate.environment import differences, environment
+from forge_hpc.gate.gpus import odd_nodes, remarks
+from forge_hpc.gate.memory import available_memory, cgroup_rooms
 from forge_hpc.gate.neighbours import Port, ask
 from forge_hpc.gate.nvml import RETURN_S, GpuHealth
 from forge_hpc.gate.orphans import end_orphans
-from forge_hpc.gate.own import MIN_SCRATCH_BYTES, clock_offset_s, full, look_at_node, short_of_memory
+from forge_hpc.gate.own import MIN_SCRATCH_BYTES, clock_offset_s, engine_share, full, look_at_node, short_of_memory
 from forge_hpc.gate.sandboxes import look_at_sandboxes, sandboxes_of
 from forge_hpc.gate.verdict import cut_off_nodes, own_problems, slow_nodes
 from forge_hpc.run_dir import RunDir
-from forge_hpc.supervisor import gate
+from forge_hpc.supervisor import first_node, gate
 from forge_hpc.supervisor import node as node_module
 from forge_hpc.supervisor.ending import Cause
+from forge_hpc.supervisor.first_node import FirstNode
 from forge_hpc.supervisor.gate import Verdict, open_gate
 from forge_hpc.supervisor.node import Node
 
@@ -66,7 +72,7 @@ def test_a_disk_that_is_full_or_read_only_is_found_and_one_with_space_is_not(tmp
 
 def test_a_healthy_node_has_no_problem_and_its_report_takes_little_time(tmp_path: Path) -> None:
     cpu = time.process_time()
-    report = look_at_node(tmp_path, tmp_path / "tls", "7.0.0", [], alone=False)
+    report = look_at_node(tmp_path, tmp_path / "tls", "7.0.0", [], Config(), alone=False)
     assert time.process_time() - cpu < 1
     assert report["problems"] == [] and report["orphans"] == []
     assert report["environment"]["torch"] and report["environment"]["python"]
@@ -80,6 +86,50 @@ def test_a_clock_before_the_file_servers_is_measured(tmp_path: Path) -> None:
 def test_a_node_with_next_to_no_memory_says_how_much_it_has() -> None:
     assert short_of_memory(100 * MIB) == "it is short of memory: 100 MiB are available"
     assert short_of_memory(8 << 30) is None
+
+
+def cgroup(folder: Path, **files: object) -> None:
+    """A made-up group; dots in names of files are written as ``__``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(f"{text}\n")
+
+
+def test_the_limit_of_a_slurm_job_counts_less_what_it_uses_and_cannot_give_back(tmp_path: Path) -> None:
+    scope = tmp_path / "system.slice/slurmstepd.scope"
+    stat = {"memory__stat": f"anon 7\ninactive_file {2 << 30}\nactive_file {1 << 30}\nslab_reclaimable {MIB}"}
+    cgroup(scope / "job_7", memory__max=16 << 30, memory__current=9 << 30, **stat)
+    cgroup(scope / "job_7/step_0", memory__max="max", memory__current=8 << 30, **stat)
+    cgroup(scope / "job_7/step_0/user/task_0", memory__max=32 << 30, memory__current=4 << 30, memory__stat="anon 7")
+    own = "0::/system.slice/slurmstepd.scope/job_7/step_0/user/task_0\n"
+    assert [*cgroup_rooms(own, tmp_path)] == [28 << 30, (10 << 30) + MIB], "the task's own, and the job's above it"
+    cgroup(scope / "job_7", memory__current=20 << 30)
+    assert min(cgroup_rooms(own, tmp_path)) == 0
+
+
+def test_version_1_of_cgroups_has_other_names_and_in_a_container_the_top_alone(tmp_path: Path) -> None:
+    own = "11:pids:/docker/5\n4:cpu,memory:/slurm/uid_1000/job_7\n1:name=systemd:/\n0::/\n"
+    group = tmp_path / "memory/slurm/uid_1000/job_7"
+    stat = {"memory__stat": f"total_inactive_file {2 << 30}\ninactive_file 7"}
+    limits = {"memory__limit_in_bytes": 8 << 30, "memory__usage_in_bytes": 3 << 30, **stat}
+    cgroup(group, **limits)
+    cgroup(tmp_path / "memory", memory__limit_in_bytes=0x7FFFFFFFFFFFF000, memory__usage_in_bytes=0, **stat)
+    assert min(cgroup_rooms(own, tmp_path)) == 7 << 30
+    cgroup(tmp_path / "docker/memory", **limits)
+    assert [*cgroup_rooms(own, tmp_path / "docker")] == [7 << 30]
+    assert [*cgroup_rooms("0::/\n", tmp_path / "nothing")] == []
+
+
+def test_a_node_has_the_memory_that_its_cgroup_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cgroup(tmp_path / "job", memory__max=100 * MIB, memory__current=MIB, memory__stat="")
+    cgroup(tmp_path, own="0::/job")
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "OWN", tmp_path / "own")
+    report = look_at_node(tmp_path, tmp_path / "tls", "7.0.0", [], Config(), alone=True)
+    assert report["memory_bytes"] == 99 * MIB
+    assert report["problems"] == ["it is short of memory: 99 MiB are available"]
+    monkeypatch.setattr(memory, "OWN", tmp_path / "none")
+    assert available_memory() > 512 * MIB
 
 
 @pytest.fixture
@@ -205,7 +255,11 @@ class FakeNvml:
         return 0
 
     def nvmlDeviceGetMemoryInfo(self, handle: ctypes.c_void_p, memory: Any) -> int:
-        memory[0], memory[2] = 80 << 30, self._of(handle).get("used", 0)
+        memory[0], memory[2] = self._of(handle).get("total", 80 << 30), self._of(handle).get("used", 0)
+        return 0
+
+    def nvmlDeviceGetName(self, handle: ctypes.c_void_p, name: Any, length: int) -> int:
+        name.value = self._of(handle).get("name", "NVIDIA H100").encode()
         return 0
 
     def nvmlDeviceGetRemappedRows(self, handle: ctypes.c_void_p, *rows: Any) -> int:
@@ -221,16 +275,57 @@ class FakeNvml:
         return self.gpus[handle.value - 1]
 
 
+def look_at_gpus(*gpus: dict[str, Any], share: float = 0.85) -> GpuHealth:
+    return GpuHealth([str(index) for index in range(len(gpus))], share, load=lambda name: FakeNvml(*gpus), return_s=0.2)
+
+
 def test_a_gpu_is_found_that_is_lost_or_faulty_or_hot_or_used_by_somebody() -> None:
     gpus = [{}, {"lost": True}, {"failed": 1}, {"pending": 1}, {"reasons": 0x40}, {"used": 60 << 30}]
-    health = GpuHealth([str(index) for index in range(6)], load=lambda name: FakeNvml(*gpus), return_s=0.2)
+    health = look_at_gpus(*gpus)
     assert health.working == 5
     assert health.problems == [
         "GPU 2: a faulty row of its memory could not be remapped",
         "GPU 3: a faulty row of its memory waits for a reset to be remapped",
         "GPU 4: thermal slowdown",
-        "GPU 5: 60.0 of 80.0 GiB are in use",
+        "GPU 5: 60.0 of 80.0 GiB are in use by other processes, with gpu_memory_utilization=0.85 at most 12.0 may be",
     ]
+
+
+def test_a_gpu_of_which_others_have_more_than_the_engines_leave_is_full() -> None:
+    third = {"used": 27 << 30}
+    [problem] = look_at_gpus({}, third, {"used": 11 << 30}).problems
+    assert problem.startswith("GPU 1: 27.0 of 80.0 GiB are in use by other processes")
+    assert look_at_gpus(third, share=0.6).problems == [], "who asks for less may share"
+    [problem] = look_at_gpus({"used": 41 << 30}, share=0.3).problems
+    assert problem.endswith("with gpu_memory_utilization=0.3 at most 40.0 may be")
+    assert look_at_gpus({"used": 1 << 30}, share=0.99).problems == [], "the driver's own"
+
+
+def test_of_the_engines_of_a_run_the_largest_share_counts() -> None:
+    config = Config()
+    assert engine_share(config) == 0.85
+    config.served = [ServedConfig()]
+    config.served[0].engine.gpu_memory_utilization = 0.95
+    config.generator.engine.gpu_memory_utilization = 0.4
+    assert engine_share(config) == 0.95
+
+
+def test_a_node_tells_name_and_memory_of_its_gpus() -> None:
+    kinds = look_at_gpus({}, {"lost": True}, {"name": "NVIDIA A100-SXM4-40GB", "total": 40 << 30}).kinds
+    assert kinds == [*h100(1), *a100(1)]
+
+
+@pytest.mark.parametrize(("used", "looked_at"), [(None, 8), (4, 4), (0, 0)])
+def test_gpus_that_the_run_does_not_use_are_not_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, used: int | None, looked_at: int
+) -> None:
+    nvml = FakeNvml(*[{}] * 4, *[{"failed": 1}] * 4)
+    monkeypatch.setattr(own, "GpuHealth", partial(GpuHealth, load=lambda name: nvml))
+    config, gpus = Config(), [str(index) for index in range(8)]
+    config.cluster.gpus_per_node = used
+    found = look_at_node(tmp_path, tmp_path / "tls", "7.0.0", gpus, config, alone=True)
+    assert (found["gpus"], found["working_gpus"]) == (8, looked_at or None)
+    assert len(found["problems"]) == (4 if looked_at == 8 else 0)
 
 
 def test_the_memory_of_processes_that_have_just_been_killed_is_waited_for() -> None:
@@ -248,13 +343,13 @@ def test_the_memory_of_processes_that_have_just_been_killed_is_waited_for() -> N
             return super().nvmlDeviceGetMemoryInfo(handle, memory)
 
     nvml = Returning({}, {})
-    health = GpuHealth(["0", "1"], load=lambda name: nvml)
+    health = GpuHealth(["0", "1"], 0.85, load=lambda name: nvml)
     assert health.working == 2 and health.problems == [] and nvml.left == [-1, -1]
     assert RETURN_S < OWN_S / 1.5, "a look has time for the rest"
 
 
 def test_where_there_is_no_driver_nothing_is_said_of_gpus() -> None:
-    assert GpuHealth(["0"], load=lambda name: ctypes.CDLL("no-such-library.so")).working is None
+    assert GpuHealth(["0"], 0.85, load=lambda name: ctypes.CDLL("no-such-library.so")).working is None
 
 
 def test_the_sandboxes_of_a_run_are_those_of_its_rewards_and_environments_on_the_nodes_that_have_them() -> None:
@@ -341,9 +436,110 @@ def test_the_odd_one_of_four_nodes_is_named(odd: dict[str, Any], problem: str) -
 def test_gpus_that_do_not_answer_are_the_nodes_fault_and_too_many_asked_for_are_not() -> None:
     four = {"gpus": 4, "working_gpus": 4}
     assert own_problems({0: report(**four), 1: report(gpus=4, working_gpus=3)})[1] == ["3 of its 4 GPUs answer"]
+    partly = {0: report(gpus=8, working_gpus=4), 1: report(gpus=8, working_gpus=3)}
+    assert own_problems(partly, gpus=4) == {0: [], 1: ["3 of its first 4 GPUs answer"]}
     assert own_problems({0: report(**four), 1: report(gpus=4)})[1] == ["its GPUs' driver does not answer"]
     assert own_problems({0: report(**four), 1: report(**four)}, gpus=8) == {0: [], 1: []}
-    assert own_problems({0: report(**four), 1: report(gpus=8, working_gpus=8)}, gpus=8)[0] == ["it has 4 of 8 GPUs"]
+    [problem] = own_problems({0: report(**four), 1: report(gpus=8, working_gpus=8)}, gpus=8)[0]
+    assert problem.startswith("it has 4 of 8 GPUs")
+
+
+def test_one_node_with_fewer_gpus_than_the_run_asks_for_is_refused_with_what_to_do(
+    tmp_path: Path, config: Config
+) -> None:
+    config.cluster.nodes, config.cluster.gpus_per_node = 1, 8
+    rendezvous = Rendezvous(tmp_path / "rendezvous")
+    rendezvous.publish("node-0", {"slurm_name": "n0", "report": with_gpus(*h100(7))})
+    with ComplaintsDesk("127.0.0.1") as desk:
+        ending = gate._judge(config, rendezvous, 1, desk, lambda: None).ending(0)
+    assert ending is not None and (ending.cause, ending.lost_nodes) == (Cause.GATE, ("n0",))
+    assert ending.message == (
+        "node 0 (n0) is not fit: it has 7 of 8 GPUs (set cluster.gpus_per_node=7, or leave the node out: "
+        "slurm.extra.exclude=NODE)"
+    )
+
+
+def h100(number: int) -> list[dict[str, Any]]:
+    return [{"name": "NVIDIA H100", "memory_bytes": 80 << 30}] * number
+
+
+def a100(number: int) -> list[dict[str, Any]]:
+    return [{"name": "NVIDIA A100-SXM4-40GB", "memory_bytes": 40 << 30}] * number
+
+
+def with_gpus(*kinds: dict[str, Any]) -> dict[str, Any]:
+    return report(gpus=len(kinds), working_gpus=len(kinds), gpu_kinds=[*kinds])
+
+
+def named(node: int) -> str:
+    return f"node {node} (n{node})"
+
+
+SLOWEST = (
+    "trainers plan with the smallest memory among theirs, and a step waits for the slowest GPU. slurm.constraint, or a "
+    "type in slurm.gres (gpu:TYPE:NUMBER), asks for one kind"
+)
+
+
+def test_nodes_with_gpus_of_another_kind_are_named_with_what_follows() -> None:
+    eight = with_gpus(*h100(8))
+    assert remarks({0: eight, 1: eight}, None, named) == [] and odd_nodes({0: eight, 1: eight}, None) == {}
+    nodes = {0: eight, 1: with_gpus(*a100(8)), 2: eight}
+    has = "node 1 (n1) has NVIDIA A100-SXM4-40GB (40 GiB), the other 2 nodes have NVIDIA H100 (80 GiB)"
+    assert remarks(nodes, None, named) == remarks(nodes, 8, named) == [f"{has}: {SLOWEST}"]
+    assert odd_nodes(nodes, None) == {1: "its GPUs are NVIDIA A100-SXM4-40GB (40 GiB), elsewhere NVIDIA H100 (80 GiB)"}
+    assert own_problems(nodes) == {0: [], 1: [], 2: []}, "two kinds may be meant"
+    less = [{"name": "NVIDIA H100", "memory_bytes": 64 << 30}] * 8
+    assert [*odd_nodes({0: eight, 1: with_gpus(*less)}, None)] == [1], "the same name, with other memory"
+    assert remarks({0: report(), 1: report()}, None, named) == [], "there is no driver"
+
+
+def test_gpus_of_several_kinds_on_one_node_are_named() -> None:
+    mixed = with_gpus(*h100(3), *a100(1))
+    has = "1 x NVIDIA A100-SXM4-40GB (40 GiB) and 3 x NVIDIA H100 (80 GiB)"
+    assert remarks({0: mixed}, None, named) == [f"node 0 (n0) has {has}: {SLOWEST}"]
+    assert remarks({0: mixed, 1: mixed}, None, named) == [f"node 0 (n0), node 1 (n1) have {has}: {SLOWEST}"]
+    assert odd_nodes({0: mixed, 1: mixed}, None) == {}
+
+
+def test_a_node_with_fewer_gpus_than_the_others_is_named_with_what_stays_idle() -> None:
+    nodes = {0: with_gpus(*h100(8)), 1: with_gpus(*h100(8)), 2: with_gpus(*h100(7)), 3: with_gpus(*h100(8))}
+    assert remarks(nodes, None, named) == [
+        "node 2 (n2) has 7 GPUs, the other 3 nodes have 8 GPUs: each node uses 7, and 3 of the run's GPUs are idle. "
+        "cluster.gpus_per_node=8 keeps out nodes that have fewer, 7 says that this is meant"
+    ]
+    assert odd_nodes(nodes, None) == {2: "it has 7 GPUs, elsewhere 8"}
+    assert remarks(nodes, 7, named) == []
+    assert odd_nodes({0: nodes[2], 1: nodes[2], 2: nodes[0]}, None) == {}, "one with more takes nothing from others"
+    many = {node: with_gpus(*h100(7 if node % 2 else 8)) for node in range(13)}
+    shown = "node 1 (n1), node 3 (n3), node 5 (n5), node 7 (n7) and 2 more have 7 GPUs, the other 7 nodes have 8 GPUs: "
+    assert remarks(many, None, named)[0].startswith(shown)
+
+
+@pytest.mark.parametrize(
+    ("spares", "factor", "members"),
+    [
+        (0, 3.0, [0, 1, 2, 3]),
+        (1, 3.0, [0, 1, 2, 3]),  # both would have to go
+        (2, 3.0, [0, 3]),
+        (2, 0.0, [0, 1, 2, 3]),  # nodes of several kinds are meant
+    ],
+)
+def test_nodes_with_other_gpus_are_left_out_where_there_are_spare_nodes_for_all_of_them(
+    tmp_path: Path, config: Config, spares: int, factor: float, members: list[int]
+) -> None:
+    config.cluster.spare_nodes, config.cluster.slow_node_factor = spares, factor
+    rendezvous, eight = Rendezvous(tmp_path / "rendezvous"), with_gpus(*h100(8))
+    older = with_gpus(*a100(8)) | {"memory_bytes": (64 if factor else 16) << 30}
+    for node, found in enumerate([eight, older, with_gpus(*h100(7)), eight]):
+        rendezvous.publish(f"node-{node}", {"slurm_name": f"n{node}", "report": found})
+        rendezvous.publish(f"port-{node}", {"product_s": 1e-3, "took_s": 0.1})
+        rendezvous.publish(f"link-{node}", {"outcome": 1e9})
+    with ComplaintsDesk("127.0.0.1") as desk:
+        verdict = gate._judge(config, rendezvous, 4, desk, lambda: None)
+    assert verdict.members == members and verdict.ending(spares) is None
+    assert sorted(verdict.unfit) == [node for node in range(4) if node not in members]
+    assert len(verdict.remarks) == (0 if members == [0, 3] else 2), verdict.remarks
 
 
 BAD = {"message": "bubblewrap is not installed here", "hint": "install it"}
@@ -464,7 +660,9 @@ def test_a_look_that_hangs_is_a_problem_of_its_node(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(node_module, "OWN_S", 0.3)
     monkeypatch.setattr(node_module, "look_at_node", lambda *arguments: time.sleep(60))
     node = Node(RunDir(tmp_path).create(), Allocation("7", 0, 1, 0))
-    assert node.report(node.rendezvous())["problems"] == ["its disks or its GPUs' driver have not answered for 0 s"]
+    assert node.report(node.rendezvous(), Config())["problems"] == [
+        "its disks or its GPUs' driver have not answered for 0 s"
+    ]
 
 
 # ---- the verdict
@@ -490,6 +688,35 @@ def test_where_no_node_is_fit_none_is_shut_out() -> None:
     assert ending is not None and ending.lost_nodes == ()
     alone = verdict(0, nodes=1).ending(0)
     assert alone is not None and alone.lost_nodes == ("n0",)
+
+
+REMARK = "node 1 (n1) has 7 GPUs, the other node has 8 GPUs"
+
+
+def test_what_is_said_of_nodes_that_take_part_stands_on_the_terminal_and_is_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = Verdict([0], {}, {0: {"names": ["localhost"], "slurm_name": "n0", "report": {}}}, {0: "n0"}, (REMARK,))
+    monkeypatch.setattr(first_node, "open_gate", lambda *arguments: ("127.0.0.1", said))
+    node = Node(RunDir(tmp_path / "run").create(), Allocation("7", 0, 1, 0))
+    monkeypatch.setattr(node, "start_worker", lambda *arguments: None)
+    requests, phases = SimpleNamespace(check=lambda: None), SimpleNamespace(end=lambda phase: None)
+    first, rendezvous = FirstNode(node, None, requests, summary=False), node.rendezvous()
+    first._bring_together(node, Config(), rendezvous, tmp_path / "tls", tmp_path, phases)
+    assert f"warning: {REMARK}\n" in capsys.readouterr().err
+    assert rendezvous.look("start")["remarks"] == [REMARK]
+
+
+def test_the_controllers_log_has_what_the_gate_has_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from forge_hpc.controller.conduct import Nodes as Joined
+    from forge_hpc.controller.conduct import arrange
+
+    workers = [{"gpus": [str(gpu) for gpu in range(number)], "cpus": 8} for number in (8, 7)]
+    cluster = arrange(Config(), Joined(None, workers, 0, "127.0.0.1", [REMARK]), tmp_path, None)
+    assert cluster.placement.gpus_per_node == 7
+    assert [(record.levelname, record.message) for record in caplog.records if record.levelname != "INFO"] == [
+        ("WARNING", REMARK)
+    ]
 
 
 # ---- four emulated nodes: each a supervisor's process, one of them sick

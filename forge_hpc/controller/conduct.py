@@ -287,6 +287,8 @@ class Nodes:
     num_left_out: int
     address: str
     """Of the first."""
+    remarks: Sequence[str] = ()
+    """What the gate has said of them."""
 
 
 async def start_phases(config: Config, rendezvous: Rendezvous) -> StartPhases:
@@ -305,12 +307,14 @@ async def join_nodes(config: Config, rendezvous: Rendezvous, phases: StartPhases
     phases.end("environment")
     hosts = await attach([worker["address"] for worker in workers], start["address"], timeout_s)
     phases.end("attach")
-    return Nodes(hosts, workers, start["left_out"], start["address"])
+    return Nodes(hosts, workers, start["left_out"], start["address"], start["remarks"])
 
 
 def arrange(config: Config, nodes: Nodes, log_dir: Path, faults: Faults) -> Cluster:
     """Decide what runs where. Raises UserError where it does not fit the nodes, or torch cannot use their GPUs."""
     workers = nodes.workers
+    for remark in nodes.remarks:  # they stand on the terminal already
+        logger.warning("%s", remark)
     config.cluster.nodes = len(workers)  # a run may come back on another number of nodes
     config.cluster.spare_nodes = max(0, config.cluster.spare_nodes - nodes.num_left_out)
     gpus, found = config.cluster.gpus_per_node, min(len(worker["gpus"]) for worker in workers)

@@ -12,7 +12,8 @@ from typing import Any
 
 LIBRARY = "libnvidia-ml.so.1"
 _THROTTLED = {0x8: "hardware slowdown", 0x40: "thermal slowdown", 0x80: "power brake"}
-_MAX_USED = 0.5
+MAX_USED_SHARE, MIN_USED_BYTES = 0.5, 2 << 30
+"""What others may use of a GPU at most, and what they always may: the driver keeps some itself, a desktop has some."""
 RETURN_S = 8.0
 """The memory of processes that were killed comes back seconds later: those of a run that has just been cancelled, or of
 this run's own earlier start."""
@@ -20,18 +21,29 @@ _LOOK_S = 0.1
 
 
 class GpuHealth:
-    """What the driver says of the GPUs that CUDA_VISIBLE_DEVICES names.
+    """What the driver says of some GPUs.
+
+    Args:
+        gpus: as CUDA_VISIBLE_DEVICES names them.
+        engine_share: of a GPU's memory, which an engine needs free to start (``gpu_memory_utilization``).
 
     Attributes:
         working: how many of them answer; None where there is no driver.
+        kinds: ``name`` and ``memory_bytes`` of each that does.
         problems: what is wrong with those that do, a line a GPU. Memory in use is one when it is so for ``return_s``.
     """
 
     def __init__(
-        self, gpus: Sequence[str], load: Callable[[str], Any] = ctypes.CDLL, return_s: float = RETURN_S
+        self,
+        gpus: Sequence[str],
+        engine_share: float,
+        load: Callable[[str], Any] = ctypes.CDLL,
+        return_s: float = RETURN_S,
     ) -> None:
+        self._share = engine_share
         self._until = time.monotonic() + return_s
         self.working: int | None = None
+        self.kinds: list[dict[str, Any]] = []
         self.problems: list[str] = []
         if not gpus:
             return
@@ -55,14 +67,21 @@ class GpuHealth:
             code = self._nvml.nvmlDeviceGetHandleByUUID(gpu.encode(), ctypes.byref(handle))
         memory = (ctypes.c_ulonglong * 3)()  # total, free, used
         while (code := code or self._nvml.nvmlDeviceGetMemoryInfo(handle, memory)) == 0:
-            if memory[2] <= _MAX_USED * memory[0]:
+            if memory[2] <= (limit := self._may_be_used(memory[0])):
                 break
             if time.monotonic() > self._until:
-                self.problems.append(f"GPU {gpu}: {memory[2] / 2**30:.1f} of {memory[0] / 2**30:.1f} GiB are in use")
+                total, used, most = (num_bytes / 2**30 for num_bytes in (memory[0], memory[2], limit))
+                self.problems.append(
+                    f"GPU {gpu}: {used:.1f} of {total:.1f} GiB are in use by other processes, with "
+                    f"gpu_memory_utilization={self._share:g} at most {most:.1f} may be"
+                )
                 break
             time.sleep(_LOOK_S)
         if code != 0:
             return False
+        name = ctypes.create_string_buffer(96)  # NVML_DEVICE_NAME_V2_BUFFER_SIZE
+        known = self._nvml.nvmlDeviceGetName(handle, name, len(name)) == 0
+        self.kinds.append({"name": name.value.decode() if known else "GPU", "memory_bytes": memory[0]})
         correctable, uncorrectable, pending, failed = (ctypes.c_uint() for _ in range(4))
         rows = (correctable, uncorrectable, pending, failed)
         if self._nvml.nvmlDeviceGetRemappedRows(handle, *map(ctypes.byref, rows)) == 0:  # from Ampere on
@@ -77,3 +96,7 @@ class GpuHealth:
         if self._nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle, ctypes.byref(reasons)) == 0:
             self.problems += [f"GPU {gpu}: {name}" for bit, name in _THROTTLED.items() if reasons.value & bit]
         return True
+
+    def _may_be_used(self, total_bytes: int) -> float:
+        """Bytes of a GPU that others may have: what the engines leave."""
+        return max(MIN_USED_BYTES, min(MAX_USED_SHARE, 1 - self._share) * total_bytes)

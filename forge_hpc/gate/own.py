@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from forge_hpc.cluster.folders import remove_left_over
+from forge_hpc.config import Config
 from forge_hpc.gate.environment import environment
+from forge_hpc.gate.memory import available_memory
 from forge_hpc.gate.nvml import GpuHealth
 from forge_hpc.gate.orphans import end_orphans
 
@@ -21,33 +23,42 @@ MIN_MEMORY_BYTES = 512 << 20
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def look_at_node(shared: Path, tls: Path, start: str, gpus: list[str], alone: bool) -> dict[str, Any]:
+def look_at_node(shared: Path, tls: Path, start: str, gpus: list[str], config: Config, alone: bool) -> dict[str, Any]:
     """The node's report, as JSON.
 
     Args:
         shared: a folder of the run directory that is this start's.
         tls: the run's folder of certificates.
         start: names this start in it.
-        gpus: names of the GPUs that the node gives the run.
+        gpus: names of the GPUs that the node gives the run, which uses the first ``cluster.gpus_per_node``.
         alone: there are no other nodes to compare with.
     """
     orphans = end_orphans(tls, start)  # first: they hold what is looked at next
     remove_left_over()
-    health = GpuHealth(gpus)
+    health = GpuHealth(gpus[: config.cluster.gpus_per_node], engine_share(config))
+    memory = available_memory()
     looks: list[Callable[[], str | None]] = [
         lambda: full(Path(tempfile.gettempdir()), "its temporary directory", MIN_SCRATCH_BYTES),
         lambda: full(SHARED_MEMORY, "its shared memory", MIN_SCRATCH_BYTES) if SHARED_MEMORY.is_dir() else None,
-        lambda: short_of_memory(available_memory()),
+        lambda: short_of_memory(memory),
     ]
     return {
         "problems": [problem for look in looks if (problem := look()) is not None] + health.problems,
         "orphans": orphans,
         "gpus": len(gpus),
         "working_gpus": health.working,
-        "memory_bytes": available_memory(),
+        "gpu_kinds": health.kinds,
+        "memory_bytes": memory,
         "clock_s": 0.0 if alone else clock_offset_s(shared),
         "environment": {} if alone else environment(),
     }
+
+
+def engine_share(config: Config) -> float:
+    """The largest share of a GPU that an engine of the run takes: vLLM refuses to start where less is free. Trainers
+    plan with what is free, on all GPUs with the least."""
+    engines = [config.generator.engine, *(one.engine for one in config.served)]
+    return max(engine.gpu_memory_utilization for engine in engines)
 
 
 def full(folder: Path, what: str, min_bytes: int) -> str | None:
@@ -63,13 +74,6 @@ def full(folder: Path, what: str, min_bytes: int) -> str | None:
     if (free := found.f_bavail * found.f_frsize) < min_bytes:
         return f"{what} {folder} is full: {free / 2**20:.0f} MiB are free"
     return None
-
-
-def available_memory() -> int:
-    """Bytes that processes can still have without swapping, as the kernel estimates it."""
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 def short_of_memory(num_bytes: int) -> str | None:

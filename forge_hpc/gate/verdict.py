@@ -24,7 +24,7 @@ def own_problems(
 
     Args:
         reports: by node.
-        whole_nodes: no other jobs run on the nodes, which would have a right to memory.
+        whole_nodes: no other jobs run on the nodes, which would have a right to memory, and all should have as much.
         gpus: how many GPUs a node must have; None: those that it is given.
 
     Raises:
@@ -82,12 +82,14 @@ def _lacking_gpus(reports: Mapping[int, Mapping[str, Any]], gpus: int | None) ->
     lacking = {}
     for node, report in reports.items():
         wanted, working = (report["gpus"] if gpus is None else gpus), report["working_gpus"]
+        used = min(wanted, report["gpus"])
         if working is None and wanted and has_driver and len(reports) > 1:
             lacking[node] = "its GPUs' driver does not answer"
-        elif working is not None and working < min(wanted, report["gpus"]):
-            lacking[node] = f"{working} of its {report['gpus']} GPUs answer"
+        elif working is not None and working < used:
+            lacking[node] = f"{working} of its {'first ' * (used < report['gpus'])}{used} GPUs answer"
         elif has_driver and report["gpus"] < wanted:
-            lacking[node] = f"it has {report['gpus']} of {wanted} GPUs"
+            what_to_do = f"set cluster.gpus_per_node={report['gpus']}, or leave the node out: slurm.extra.exclude=NODE"
+            lacking[node] = f"it has {report['gpus']} of {wanted} GPUs ({what_to_do})"
     return lacking
 
 

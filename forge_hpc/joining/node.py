@@ -25,7 +25,7 @@ from forge_hpc.cluster.identity import keep_identity, new_request
 from forge_hpc.cluster.processes import become_subreaper, end_descendants
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.cluster.worker import visible_gpus
-from forge_hpc.config import UserError, read_config
+from forge_hpc.config import Config, UserError, read_config
 from forge_hpc.joining import coming_back, door
 from forge_hpc.joining.door import Answer, Ask, Door, Over, open_door
 from forge_hpc.joining.lifeline import LIFELINE, hold
@@ -74,10 +74,12 @@ class LentNode:
         become_subreaper()
         try:
             config = read_config(self.run_dir.config)
+            if config.cluster.gpus_per_node:  # of the run's own nodes: of this one all are used
+                config.cluster.gpus_per_node = None
             while True:
                 try:
                     rendezvous, found = self._next_start()
-                    self._serve(rendezvous, found, deadlines.heartbeat_timeout_s(config))
+                    self._serve(rendezvous, found, config)
                 except _StartOver as over:
                     self._say(f"{over}; waiting for the run to take it again")
         except _Over as over:
@@ -124,18 +126,19 @@ class LentNode:
                 raise _Over(f"the run has not come back within {AWAY_S / 60:.0f} min")
             self._pause()
 
-    def _serve(self, rendezvous: Rendezvous, found: Door, silent_s: float) -> None:
+    def _serve(self, rendezvous: Rendezvous, found: Door, config: Config) -> None:
         """Lend the node to a start of the run. Raises what ends that."""
         node = Node(self.run_dir, self.allocation, takes_lent=True)
         tls = node.scratch_folder() / "tls"
         try:
             address = host_address(2)
-            number = self._ask(node, rendezvous, address, tls)
+            number = self._ask(node, rendezvous, config, address, tls)
             node.allocation = replace(self.allocation, node_id=number, num_nodes=number + 1)
             self._say(f"lent to {self.run_dir} as its node {number}")
             log_dir = Path(found.log_dir)
             worker = node.start_worker(rendezvous, address, tls, log_dir)
             try:
+                silent_s = deadlines.heartbeat_timeout_s(config)
                 self._look_after(node, rendezvous, worker, tls, log_dir, silent_s)
             except _Leave:
                 self._give_back(rendezvous, number)
@@ -149,12 +152,12 @@ class LentNode:
         finally:
             node.close()
 
-    def _ask(self, node: Node, rendezvous: Rendezvous, address: str, tls: Path) -> int:
+    def _ask(self, node: Node, rendezvous: Rendezvous, config: Config, address: str, tls: Path) -> int:
         """Ask to be let in, and keep the certificate; this node's number in the run."""
         key, request = new_request()
         name = f"{self.allocation.job_id}.{self.allocation.node_id}.{uuid.uuid4().hex[:8]}"
         names = [address, socket.gethostname(), "localhost"]
-        about = len(visible_gpus()), node.report(rendezvous)
+        about = len(visible_gpus()), node.report(rendezvous, config)
         ask = Ask(self.allocation.job_id, node.slurm_name, address, names, request.decode(), *about)
         rendezvous.publish(door.ask_name(name), ask.as_record())
         until = time.monotonic() + ANSWER_S

@@ -198,11 +198,14 @@ class FirstNode:
             with best_effort():
                 StartLog(self.run_dir).left_out({verdict.named(node): why for node, why in verdict.unfit.items()})
             print(f"{verdict.describe()}; the start goes on without", file=sys.stderr, flush=True)
+        for remark in verdict.remarks:
+            print(f"warning: {remark}", file=sys.stderr, flush=True)
         nodes = list(verdict.introductions.values())
         authority = make_job_identity(tls, [name for record in nodes for name in record["names"]])
         start = {
             "members": verdict.members,
             "left_out": len(verdict.unfit),
+            "remarks": verdict.remarks,
             "num_nodes": len(nodes),
             "address": address,
             "tls": str(tls),

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -20,6 +20,7 @@ from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import Config
 from forge_hpc.gate.complaints import ComplaintsDesk
 from forge_hpc.gate.deadlines import CALM_S, GATE_S, PRODUCT_S
+from forge_hpc.gate.gpus import odd_nodes, remarks
 from forge_hpc.gate.verdict import cut_off_nodes, late_sandboxes, own_problems, slow_nodes
 from forge_hpc.supervisor.ending import Cause, Ending
 from forge_hpc.supervisor.node import Node
@@ -39,6 +40,8 @@ class Verdict:
     """Records of the members, by node."""
     slurm_names: dict[int, str]
     """Of every node that is known by one."""
+    remarks: tuple[str, ...] = ()
+    """What the user is to know of the members, a line each."""
 
     def ending(self, num_spares: int) -> Ending | None:
         """Why the start cannot go on with its members; None where it can: spare nodes take the place of the unfit ones,
@@ -80,11 +83,8 @@ def _judge(
     found = rendezvous.gather([f"node-{n}" for n in nodes], timeout_s, stop, lambda: complained("node"))
     introductions = {node: found[f"node-{node}"] for node in nodes if f"node-{node}" in found}
     reports = {node: record["report"] for node, record in introductions.items()}
-    problems = own_problems(
-        reports,
-        whole_nodes=config.slurm.exclusive,
-        gpus=config.cluster.gpus_per_node,
-    )
+    gpus, one_kind = config.cluster.gpus_per_node, config.cluster.slow_node_factor > 0  # else several are meant
+    problems = own_problems(reports, whole_nodes=config.slurm.exclusive and one_kind, gpus=gpus)
     for node in nodes:
         if node in desk.complaints:
             problems[node] = [desk.complaints[node]["problem"]]
@@ -102,8 +102,13 @@ def _judge(
             print(f"node {node} ({names[node]}): ended {orphan}, left over by an earlier start", file=sys.stderr)
     for node, slow in late_sandboxes(reports).items():
         print(f"warning: node {node} ({names[node]}): {slow}; it is not left out for that", file=sys.stderr)
-    members = [node for node in nodes if node not in unfit]
-    return Verdict(members, unfit, {node: introductions[node] for node in members}, names)
+    fit = {node: reports[node] for node in nodes if node not in unfit}
+    odd = odd_nodes(fit, gpus)
+    if one_kind and 0 not in odd and len(odd) <= config.cluster.spare_nodes - len(unfit):
+        unfit |= odd
+        fit = {node: report for node, report in fit.items() if node not in odd}
+    verdict = Verdict([*fit], unfit, {node: introductions[node] for node in fit}, names)
+    return replace(verdict, remarks=tuple(remarks(fit, gpus, verdict.named)))
 
 
 def _compare(

@@ -74,19 +74,19 @@ class Node:
         look at it beside the others, who come within ``cluster.start_timeout_s``."""
         address = run_address(self.allocation.num_nodes, self.takes_lent)
         names = [address, socket.gethostname(), "localhost"]
-        report = self.report(rendezvous) | {"sandbox": self._look_at_sandboxes(config)}
+        report = self.report(rendezvous, config) | {"sandbox": self._look_at_sandboxes(config)}
         record = {"address": address, "names": names, "slurm_name": self.slurm_name, "report": report}
         rendezvous.publish(f"node-{self.allocation.node_id}", record)
         if self.allocation.num_nodes > 1:
             self._start_comparing(rendezvous, address, config.cluster.start_timeout_s)
         return address
 
-    def report(self, rendezvous: Rendezvous) -> dict[str, Any]:
+    def report(self, rendezvous: Rendezvous, config: Config) -> dict[str, Any]:
         """What is found of this node by itself; ``gate.own.look_at_node``."""
         start, alone = rendezvous.directory.name, self.allocation.num_nodes == 1 and not self.takes_lent
 
         def look() -> dict[str, Any]:
-            return look_at_node(rendezvous.directory, self.run_dir.tls, start, visible_gpus(), alone)
+            return look_at_node(rendezvous.directory, self.run_dir.tls, start, visible_gpus(), config, alone)
 
         try:
             return _in_time(look)
