@@ -230,16 +230,34 @@ def folder_in(scratch: Path) -> Path:
 
 def ask(rendezvous: Rendezvous, why: str, num_nodes: int, log_dir: Path) -> str:
     """Have the supervisors of all nodes write the stacks of their processes, those of nodes that other jobs lend, too.
-    What to tell of it, to follow a message; empty where no node has answered. Blocks for at most ``ANSWER_S``. Raises
-    OSError."""
+    What to tell of it, to follow a message; empty where no node has answered. Blocks for at most ``ANSWER_S``, and
+    ``WRITE_S`` more where the file system hangs. Raises OSError."""
+
+    def answers() -> int:
+        nodes = num_nodes + _num_lent(rendezvous)
+        return _wait_for_answers(rendezvous, _request(rendezvous, why), nodes, time.monotonic() + ANSWER_S)
+
+    return written(log_dir) if in_thread(answers, within_s=ANSWER_S + WRITE_S) else ""
+
+
+def _num_lent(rendezvous: Rendezvous) -> int:
+    return sum(name.removeprefix("lent-").isdigit() for name in rendezvous.names("lent-"))
+
+
+def _request(rendezvous: Rendezvous, why: str, **more: Any) -> int:
+    """The request's number."""
     number = 1 + len(rendezvous.names("stacks-"))
-    num_nodes += sum(name.removeprefix("lent-").isdigit() for name in rendezvous.names("lent-"))
-    rendezvous.publish(f"stacks-{number}", {"why": why})
-    deadline, answers = time.monotonic() + ANSWER_S, 0
-    while answers < num_nodes and time.monotonic() < deadline:
+    rendezvous.publish(f"stacks-{number}", {"why": why, **more})
+    return number
+
+
+def _wait_for_answers(rendezvous: Rendezvous, number: int, num_nodes: int, until: float) -> int:
+    """How many nodes have answered."""
+    answers = 0
+    while answers < num_nodes and time.monotonic() < until:
         time.sleep(0.1)
         answers = len(rendezvous.names(f"stacked-{number}-"))
-    return written(log_dir) if answers else ""
+    return answers
 
 
 def written(log_dir: Path) -> str:
