@@ -11,6 +11,7 @@ from collections.abc import Collection
 from monarch.actor import Actor, current_rank, endpoint
 
 from forge_hpc.actors.errors import collective
+from forge_hpc.cluster.stacks import stand_by
 
 
 class TwoNumbers(Exception):
@@ -71,6 +72,9 @@ class SpeechlessError(Exception):
 class Waiting(Actor):
     """Ranks that wait for each other."""
 
+    def __init__(self) -> None:
+        stand_by(f"waiting-{current_rank().rank}")
+
     @endpoint
     @collective
     async def step(self, failing: Collection[int], kind: str = "bug") -> int:
@@ -81,5 +85,10 @@ class Waiting(Actor):
             error = {"bug": bug, "user's": TwoNumbers(1, 2), "locked": LockedError("shut"), "exit": SystemExit(3)}[kind]
             raise error from LookupError("its cause")
         if failing:
-            await asyncio.sleep(600)
+            await asyncio.to_thread(wait_in_a_collective)
         return rank
+
+
+def wait_in_a_collective() -> None:
+    """In C, as one does."""
+    time.sleep(600)

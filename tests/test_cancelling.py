@@ -80,7 +80,7 @@ def test_a_cancelled_run_that_is_then_preempted_has_less_time_and_stays_cancelle
         watched._pass_on(StopRequest(Cause.CANCELLED, "stopped by SIGINT", 600.0))
         watched._pass_on(StopRequest(Cause.PREEMPTED, "preempted by another job", 20.0))
         assert supervisor.requests.current is not None and supervisor.requests.current.cancels
-        assert watched._deadline is not None and watched._deadline < time.monotonic() + 20
+        assert watched._deadline < time.monotonic() + 20
     finally:
         controller.kill()
         controller.wait()

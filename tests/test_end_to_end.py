@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,23 +25,24 @@ from runs import (
     unexplained_metrics,
     wait_for,
 )
+from test_traces import events
 
 from forge_hpc.checkpoint import verify
 
 pytestmark = pytest.mark.timeout(900)
-STEPS = 30
+STEPS, TRACED = 30, 2
 EXACT = ("step", "reward/mean", "loss", "grad_norm", "policy_version", "tokens/generated")
 """What must not differ by a bit between two synchronous runs of one configuration."""
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a synchronous run that ended well."""
+    """The directory of a synchronous run that ended well; one of its steps was traced."""
     directory = tmp_path_factory.mktemp("finished")
     # Not in pytest's directory: there may be 107 bytes in the path of a Unix socket.
     with tempfile.TemporaryDirectory() as scratch, pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", scratch)
-        result = run_local(directory / "run", small_run(directory, STEPS))
+        result = run_local(directory / "run", small_run(directory, STEPS, REWARD, f"profile.steps=[{TRACED}]"))
         assert not list(Path(scratch).iterdir()), "left behind"
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"completed after {STEPS} steps" in result.stdout
@@ -55,6 +57,19 @@ def test_a_finished_run_leaves_what_the_run_directory_promises(finished: Path) -
 def test_trainer_and_generator_agree_on_the_sampled_tokens(finished: Path) -> None:
     assert all(0 < record["mismatch/logprob_abs_mean"] < 1e-5 for record in read(finished))
     assert all(record["staleness/max"] == 0 for record in read(finished))
+
+
+def test_a_traced_step_leaves_what_each_process_did_in_it(finished: Path) -> None:
+    [directory] = finished.glob("logs/*/profile-step-*")
+    assert directory.name == f"profile-step-{TRACED}"
+    found = {file.name: events(file) for file in directory.iterdir()}
+    assert found.keys() == {"trainer-0.json.gz", "generator-0.json.gz", "controller.json.gz"}
+    trainer, generator = ([event["name"] for event in found[f"{role}-0.json.gz"]] for role in ("trainer", "generator"))
+    assert trainer.count("Optimizer.step#AdamW.step") == 1 and "MmBackward0" in trainer  # its optimizer step, alone
+    assert "vllm::unified_attention_with_output" in generator and "MmBackward0" not in generator
+    spans = found["controller.json.gz"]
+    assert [span["name"] for span in spans] == ["publish", "save", "train_step"]
+    assert all(one["ts"] + one["dur"] <= other["ts"] for one, other in pairwise(spans)) and spans[-1]["dur"] > 0
 
 
 def test_the_export_loads_in_transformers_and_holds_the_trained_weights(finished: Path) -> None:

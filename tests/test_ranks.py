@@ -7,6 +7,10 @@ import errno
 import os
 import pickle
 import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,16 +23,41 @@ from monarch.config import configured
 from runs import DEMO, PROJECT, REWARD, run_local, small_run, status
 
 from forge_hpc.actors.errors import ForeignError, portable
+from forge_hpc.cluster import stacks
 from forge_hpc.cluster.faults import Faults
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import UserError, load_config
 from forge_hpc.controller import ranks as module
+from forge_hpc.controller import stacks as asked_stacks
 from forge_hpc.controller.outcome import outcome_of
 from forge_hpc.controller.ranks import Ranks
 from forge_hpc.controller.recovery import Leave
 from forge_hpc.controller.service import ActorLost, cause_of, is_loss
+from forge_hpc.controller.stacks import prepare_stacks
 
 NEVER_S = 300.0
+
+
+@contextmanager
+def supervised(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """This process is the supervisor, and the controller that asks it for stacks; the file that they go to."""
+    monkeypatch.setenv(stacks.FOLDER, str(stacks.folder_in(directory)))
+    monkeypatch.setattr(asked_stacks, "_stacks", None)
+    rendezvous, over = Rendezvous(directory / "rendezvous"), threading.Event()
+    prepare_stacks(rendezvous, directory)
+    writer = stacks.StackWriter(rendezvous, 0, directory, directory)
+
+    def look() -> None:
+        while not over.wait(0.05):
+            writer.look()
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        yield writer.file
+    finally:
+        over.set()
+        looking.join()
 
 
 def test_errors_that_another_process_can_make_again_are_sent_as_they_are() -> None:
@@ -99,12 +128,18 @@ def test_an_error_of_one_rank_is_told_while_others_wait_for_it(
             await ask(1)
         assert str(cause_of(raised.value)) == "of 1" and ranks.is_stuck
         assert "they, step(): rank 1 has failed, and others wait for it: of 1" in caplog.text
+        told = f"they, step(): they are asked nothing more; the stacks of all processes: {tmp_path}/stacks-*.log"
+        assert told in caplog.text
+        text = file.read_text()
+        assert text.count("=== ") == 1 and ": they, step(): rank 1 has failed, and others wait for it: of 1\n" in text
+        waiting, failed = (text.split(f"--- waiting-{rank}, pid ")[1].split("--- ")[0] for rank in (0, 1))
+        assert " in wait_in_a_collective\n" in waiting and " in wait_in_a_collective\n" not in failed
         with pytest.raises(ActorLost, match=r"they, step\(\): rank 1 has failed, and others wait for it: of 1$"):
             await ask()
         faults.forget("waiting")
         faults.enders.end_at_once("waiting")
 
-    with configured():
+    with supervised(tmp_path, monkeypatch) as file, configured():
         asyncio.run(scenario())
 
 
@@ -135,6 +170,34 @@ def test_a_device_that_one_rank_loses_while_others_wait_is_a_loss(monkeypatch: p
         assert not left
 
     asyncio.run(scenario())
+
+
+def fails(*args: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("publish", [fails, lambda *args: time.sleep(5), lambda *args: None])
+def test_stacks_that_nobody_can_write_hide_no_error_and_hold_nothing_up_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, publish: Callable[..., None]
+) -> None:
+    for where, name in ((module, "OTHERS_S"), (stacks, "ANSWER_S"), (stacks, "WRITE_S")):
+        monkeypatch.setattr(where, name, 0.1)
+    monkeypatch.setattr(asked_stacks, "_stacks", None)
+    monkeypatch.setattr(Rendezvous, "publish", publish)
+    prepare_stacks(Rendezvous(tmp_path), tmp_path)
+
+    async def scenario() -> None:
+        def call(errors: Any) -> asyncio.Future[Any]:
+            errors.send((1, ActorError(ValueError("a bug"))))
+            return asyncio.get_running_loop().create_future()
+
+        ranks = Ranks(SimpleNamespace(step=SimpleNamespace(call=call)), "they", asyncio.Future())
+        with pytest.raises(ActorError) as raised:
+            await asyncio.wait_for(ranks.ask("step", timeout_s=NEVER_S), 3)
+        assert str(cause_of(raised.value)) == "a bug" and ranks.is_stuck
+
+    asyncio.run(scenario())
+    assert "they are asked nothing more\n" in caplog.text
 
 
 class Unreadable:
@@ -174,7 +237,12 @@ def test_a_loss_that_fails_on_one_rank_of_two_ends_the_run_with_its_error(tmp_pa
     assert status(tmp_path / "run")["message"] == "Unlucky: row 7 of rank 1"
     assert "Unlucky: row 7 of rank 1" in result.stderr
     [log] = (tmp_path / "run").glob("logs/*/controller.log")
-    assert "the trainers, train_step(): rank 1 has failed, and others wait for it: Unlucky: row 7" in log.read_text()
+    why = "the trainers, train_step(): rank 1 has failed, and others wait for it: Unlucky: row 7"
+    assert why in log.read_text() and f"the stacks of all processes: {log.parent}/stacks-*.log" in log.read_text()
+    text = (log.parent / "stacks-0.log").read_text()
+    waiting, failed = (text.split(f"--- trainer-{rank}, pid ")[1].split("--- ")[0] for rank in (0, 1))
+    assert why in text and " in train_step\n" in waiting and " in train_step\n" not in failed
+    assert all(f"--- {role}, pid " in text for role in ("controller", "generator-0", "worker-0"))
     assert f'File "{tmp_path}/loss.py", line 13, in loss' in log.read_text(), "where it happened"
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,9 +15,15 @@ from pathlib import Path
 import psutil
 import pytest
 from runs import PROJECT, REWARD, run_local, small_run, status, wait_for
+from test_cancelling import supervisor  # noqa: F401
 
 from forge_hpc.cluster import stacks
 from forge_hpc.cluster.rendezvous import Rendezvous
+from forge_hpc.supervisor import deadlines
+from forge_hpc.supervisor.controller_process import ControllerProcess
+from forge_hpc.supervisor.ending import Cause
+from forge_hpc.supervisor.signals import StopRequest
+from forge_hpc.supervisor.supervisor import Supervisor
 
 HANGS = {
     "in-c": "import re\ndef backtrack():\n    re.match('(a+)+$', 'a' * 60 + 'b')\nready()\nbacktrack()",
@@ -47,17 +54,19 @@ def start(tmp_path: Path) -> Iterator[Callable[..., psutil.Process]]:
     """Start a Python program that says when it is ready."""
     started = []
 
-    def make(source: str, role: str | None = None) -> psutil.Process:
+    def make(source: str, role: str | None = None) -> psutil.Popen:
         code = (STAND_BY.format(role) if role else "") + READY + source
         env = {**os.environ, "PYTHONPATH": str(PROJECT), stacks.FOLDER: str(stacks.folder_in(tmp_path))}
-        process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        process = psutil.Popen([sys.executable, "-c", code], env=env, **pipes)
         started.append(process)
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        return psutil.Process(process.pid)
+        assert process.stdout.readline() == b"ready\n"
+        return process
 
     yield make
     for process in started:
-        process.kill()
+        if process.is_running():
+            process.kill()
         process.wait()
 
 
@@ -144,6 +153,98 @@ def test_a_supervisor_writes_them_itself_where_its_controller_hangs(tmp_path: Pa
     writer.file.unlink()
     writer.file.mkdir()  # what cannot be written is not told of, and holds nothing up
     assert writer.write_all("once more", 1) == ""
+
+
+def test_other_nodes_are_asked_at_once_and_have_no_more_time_than_the_first(
+    start: Callable[..., psutil.Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging = start(HANGS["in-c"], "trainer-0")
+    rendezvous, given = Rendezvous(tmp_path / "rendezvous"), []
+    writers = [stacks.StackWriter(rendezvous, node, tmp_path, tmp_path) for node in range(2)]
+    collect = stacks.collect
+    monkeypatch.setattr(stacks, "collect", lambda *args: (given.append(args[2]), collect(*args))[1])
+    asking = threading.Thread(target=writers[0].write_all, args=("it is late", 2, 4.0))
+    asking.start()
+    wait_for(partial(rendezvous.look, "stacks-1"), "the request", 60)
+    assert not writers[0].file.exists()
+    for writer in reversed(writers):
+        writer.look()
+    asking.join()
+    assert given == [4.0, 4.0] and writers[0].told.endswith(f"{tmp_path}/stacks-*.log")
+    for node, writer in enumerate(writers):
+        text = writer.file.read_text()
+        assert text.count("=== ") == 1 and f"node {node}: it is late\n" in text  # the first one asked itself, too
+        assert f"trainer-0, pid {hanging.pid}" in text and " in backtrack\n" in text
+
+
+@pytest.fixture
+def watch(supervisor: Supervisor, tmp_path: Path) -> Callable[..., float]:  # noqa: F811
+    """Wait for a controller after a request, beside a worker that lives; how long that took."""
+
+    def wait(controller: psutil.Popen, request: StopRequest, writer: stacks.StackWriter) -> float:
+        rendezvous, worker = Rendezvous(tmp_path / "rendezvous"), subprocess.Popen(["sleep", "600"])
+        watched = ControllerProcess(controller, supervisor.node, supervisor.requests, supervisor.first.lock)
+        begin = time.monotonic()
+        try:
+            watched._pass_on(request)
+            assert watched.wait(worker, rendezvous, 600, writer) is request
+        finally:
+            worker.kill()
+            worker.wait()
+        return time.monotonic() - begin
+
+    return wait
+
+
+def test_a_controller_that_does_not_leave_in_time_is_killed_then_and_its_stacks_are_written_before(
+    start: Callable[..., psutil.Process], watch: Callable[..., float], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    controller, trainer = start(HANGS["in-python"], "controller"), start(HANGS["in-c"], "trainer-0")
+    writer = stacks.StackWriter(Rendezvous(tmp_path / "rendezvous"), 0, tmp_path, tmp_path)
+    given_s = 8.0
+    request = StopRequest(Cause.PREEMPTED, "preempted by another job", given_s + deadlines.REQUEUE_S)
+    assert given_s < watch(controller, request, writer) < given_s + 2  # what comes afterwards has its time
+    assert controller.returncode == -signal.SIGKILL and trainer.is_running()
+    text = writer.file.read_text()
+    assert "node 0: preempted by another job; the controller has not ended yet, and is killed in " in text
+    assert " in deadlock\n" in paragraph(text, controller) and " in backtrack\n" in paragraph(text, trainer)
+    said = capsys.readouterr().err
+    assert f"the controller has not ended in time; the stacks of all processes: {tmp_path}/stacks-*.log\n" in said
+
+
+def test_a_controller_that_leaves_in_time_leaves_no_stacks(
+    start: Callable[..., psutil.Process], watch: Callable[..., float], tmp_path: Path
+) -> None:
+    controller = start("ready()\ninput()", "controller")
+    writer = stacks.StackWriter(Rendezvous(tmp_path / "rendezvous"), 0, tmp_path, tmp_path)
+    watch(controller, StopRequest(Cause.PREEMPTED, "preempted by another job", 60.0), writer)
+    assert controller.returncode == 0 and not writer.file.exists()
+
+
+def test_what_is_to_end_at_once_waits_for_no_stacks_though_the_file_system_hangs(
+    start: Callable[..., psutil.Process],
+    watch: Callable[..., float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(deadlines, "LOOK_S", 0.1)
+    asked = []
+
+    class Hanging(stacks.StackWriter):
+        def look(self) -> None:
+            asked.append("look")
+            time.sleep(20)
+
+        def write(self, why: str, within_s: float = 0.0) -> None:
+            asked.append("write")
+            time.sleep(20)
+
+    controller = start(HANGS["in-c"], "controller")
+    writer = Hanging(Rendezvous(tmp_path / "rendezvous"), 0, tmp_path, tmp_path)
+    assert watch(controller, StopRequest(Cause.CANCELLED, "stopped by SIGINT", 0.0), writer) < 3
+    assert controller.returncode == -signal.SIGKILL and {*asked} == {"look", "write"}
+    assert "stacks" not in capsys.readouterr().err
 
 
 HANGING_LOSS = """

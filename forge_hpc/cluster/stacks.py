@@ -24,6 +24,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -46,6 +47,8 @@ WRITE_S = 8.0
 """A node's supervisor waits so long for them, and for the file system."""
 ANSWER_S = 8.0
 """All nodes have written theirs within this time, or it is gone on without."""
+LAST_S = 4.0
+"""So long before a deadline they are begun of what has not ended by then: it is killed at the deadline all the same."""
 _file: IO[str] | None = None  # faulthandler keeps its number alone
 _answering = 0  # the process whose thread waits to be asked: a fork has none
 
@@ -96,8 +99,10 @@ def stand_by_worker(worker: Any) -> None:
     stand_by(f"vllm-worker-{worker.rank}")
 
 
-def collect(folder: Path, processes: Sequence[psutil.Process]) -> str:
-    """What the processes do now, a paragraph each; ``folder`` is where those that stand by write."""
+def collect(folder: Path, processes: Sequence[psutil.Process], within_s: float = WRITE_S) -> str:
+    """What the processes do now, a paragraph each; ``folder`` is where those that stand by write. Where there is less
+    time than ``WRITE_S``, each of them has its share of it."""
+    ask_s, dump_s = (seconds * within_s / WRITE_S for seconds in (ASK_S, DUMP_S))
     roles = {path.name.partition(".")[0]: path for path in folder.iterdir()} if folder.is_dir() else {}
     files = {process.pid: roles.get(str(process.pid)) for process in processes}
     sizes = {}
@@ -108,19 +113,19 @@ def collect(folder: Path, processes: Sequence[psutil.Process]) -> str:
     before = {file: sizes[pid] for pid, file in files.items() if file is not None and pid in sizes}
     for pid in sizes:
         _ask(_pipe(folder, pid))
-    silent = _wait_for_growth(before, ASK_S)
+    silent = _wait_for_growth(before, ask_s)
     for pid in sizes:
-        if files[pid] in silent:
+        if files[pid] in silent and _catches_signal(pid):  # it may have ended meanwhile
             with contextlib.suppress(OSError):
                 os.kill(pid, SIGNAL)
-    _wait_for_growth({file: before[file] for file in silent}, DUMP_S)
+    _wait_for_growth({file: before[file] for file in silent}, dump_s)
     paragraphs = []
     for process in processes:
         file, stacks = files[process.pid], ""
         if file is not None and process.pid in sizes:
             with contextlib.suppress(OSError):
                 stacks = file.read_bytes()[sizes[process.pid] :].decode(errors="replace")
-            stacks = stacks or f"(no answer within {ASK_S + DUMP_S:g} s)\n"
+            stacks = stacks or f"(no answer within {ask_s + dump_s:g} s)\n"
         role = file.name.partition(".")[2] if file is not None else "process"
         paragraphs.append(f"--- {role}, pid {process.pid}: {_command(process)}\n{_kernel(process.pid)}{stacks}")
     return "\n".join(paragraphs)
@@ -181,24 +186,31 @@ class StackWriter:
 
     def __init__(self, rendezvous: Rendezvous, node: int, scratch: Path, log_dir: Path) -> None:
         self.file = log_dir / f"stacks-{node}.log"
+        self.told = ""
+        """What to tell of what ``write_all`` has written here."""
         self._rendezvous, self._node, self._folder = rendezvous, node, folder_in(scratch)
         self._written = 0
 
-    def look_in_time(self) -> None:
+    def look_in_time(self, within_s: float = WRITE_S) -> None:
         """``look``; a file system that hangs or fails is no reason to hang or fail."""
         with contextlib.suppress(OSError):  # at the next look, then
-            in_thread(self.look, within_s=WRITE_S)
+            in_thread(self.look, within_s=min(within_s, WRITE_S))
 
-    def write_all(self, why: str, num_nodes: int) -> str:
-        """Have them written on all nodes, this one first. What to tell of it, as ``ask``."""
-        told = ""
+    def write_all(self, why: str, num_nodes: int, within_s: float = WRITE_S) -> str:
+        """Have them written on all nodes, which take ``within_s`` each; so long this one waits for the others. What to
+        tell of it, as ``ask``."""
+        self.told, within_s = "", min(within_s, WRITE_S)
         with contextlib.suppress(OSError):  # what hangs is to end all the same
-            in_thread(lambda: self.write(why), within_s=WRITE_S)
-            told = written(self.file.parent)
-            if num_nodes > 1:
-                others = lambda: ask(self._rendezvous, why, num_nodes - 1, self.file.parent)  # noqa: E731
-                in_thread(others, within_s=ANSWER_S + WRITE_S)
-        return told
+            in_thread(partial(self._write_all, why, num_nodes, within_s), within_s=within_s)
+        return self.told
+
+    def _write_all(self, why: str, num_nodes: int, within_s: float) -> None:
+        until, others = time.monotonic() + within_s, num_nodes - 1 + _num_lent(self._rendezvous)
+        number = _request(self._rendezvous, why, within_s=within_s, by=self._node) if others else 0
+        self.write(why, within_s)
+        self.told = written(self.file.parent)
+        if others:
+            _wait_for_answers(self._rendezvous, number, others, until)
 
     def begin_now(self) -> None:
         """Who was asked before this node was there has answered. Raises OSError."""
@@ -209,15 +221,16 @@ class StackWriter:
         if (request := self._rendezvous.look(f"stacks-{self._written + 1}")) is None:
             return
         self._written += 1
-        self.write(request["why"])
-        self._rendezvous.publish(f"stacked-{self._written}-{self._node}", {})
+        if request.get("by") != self._node:  # else it has written its own
+            self.write(request["why"], request.get("within_s", WRITE_S))
+            self._rendezvous.publish(f"stacked-{self._written}-{self._node}", {})
 
-    def write(self, why: str) -> None:
+    def write(self, why: str, within_s: float = WRITE_S) -> None:
         """Append them to ``file``. Raises OSError."""
         import psutil
 
         processes = sorted(psutil.Process().children(recursive=True), key=lambda process: process.pid)
-        text = collect(self._folder, processes)
+        text = collect(self._folder, processes, within_s)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         with os.fdopen(open_private(self.file, os.O_WRONLY | os.O_APPEND), "w", encoding="utf-8") as file:
             file.write(f"=== {now}, node {self._node}: {why}\n\n{text}\n")
@@ -230,16 +243,34 @@ def folder_in(scratch: Path) -> Path:
 
 def ask(rendezvous: Rendezvous, why: str, num_nodes: int, log_dir: Path) -> str:
     """Have the supervisors of all nodes write the stacks of their processes, those of nodes that other jobs lend, too.
-    What to tell of it, to follow a message; empty where no node has answered. Blocks for at most ``ANSWER_S``. Raises
-    OSError."""
+    What to tell of it, to follow a message; empty where no node has answered. Blocks for at most ``ANSWER_S``, and
+    ``WRITE_S`` more where the file system hangs. Raises OSError."""
+
+    def answers() -> int:
+        nodes = num_nodes + _num_lent(rendezvous)
+        return _wait_for_answers(rendezvous, _request(rendezvous, why), nodes, time.monotonic() + ANSWER_S)
+
+    return written(log_dir) if in_thread(answers, within_s=ANSWER_S + WRITE_S) else ""
+
+
+def _num_lent(rendezvous: Rendezvous) -> int:
+    return sum(name.removeprefix("lent-").isdigit() for name in rendezvous.names("lent-"))
+
+
+def _request(rendezvous: Rendezvous, why: str, **more: Any) -> int:
+    """The request's number."""
     number = 1 + len(rendezvous.names("stacks-"))
-    num_nodes += sum(name.removeprefix("lent-").isdigit() for name in rendezvous.names("lent-"))
-    rendezvous.publish(f"stacks-{number}", {"why": why})
-    deadline, answers = time.monotonic() + ANSWER_S, 0
-    while answers < num_nodes and time.monotonic() < deadline:
+    rendezvous.publish(f"stacks-{number}", {"why": why, **more})
+    return number
+
+
+def _wait_for_answers(rendezvous: Rendezvous, number: int, num_nodes: int, until: float) -> int:
+    """How many nodes have answered."""
+    answers = 0
+    while answers < num_nodes and time.monotonic() < until:
         time.sleep(0.1)
         answers = len(rendezvous.names(f"stacked-{number}-"))
-    return written(log_dir) if answers else ""
+    return answers
 
 
 def written(log_dir: Path) -> str:

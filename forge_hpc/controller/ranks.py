@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 from forge_hpc.controller.service import ActorLost, answer, is_loss, reason_of
+from forge_hpc.controller.stacks import write_stacks
 
 logger = logging.getLogger(__name__)
 OTHERS_S = 30.0
@@ -47,7 +48,7 @@ class Ranks:
         Raises:
             ActorLost: a rank is lost, they do not answer in time, or an earlier call has left some of them waiting.
             Exception: a rank's error. Where the others have not answered some time later, they are taken to wait for
-                that rank, and are asked nothing more.
+                that rank: the stacks of all processes are written, and they are asked nothing more.
         """
         from monarch.actor import Channel
 
@@ -70,9 +71,11 @@ class Ranks:
             failed, error = said
             reason = f"{failed} has failed, and others wait for it: {reason_of(error)}"
             logger.error("%s: %s", who, reason)
+            stacks = await write_stacks(f"{who}: {reason}")  # whoever learns of the standstill may end them
+            logger.error("%s: they are asked nothing more%s", who, stacks)
             self._standstill.reason, self._standstill.error = reason, error
             if is_loss(error):
-                raise ActorLost(f"{who}: {reason}") from error
+                raise ActorLost(f"{who}: {reason}{stacks}") from error
             raise error
         finally:
             if answered is not None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Self
 
 from forge_hpc.checkpoint.store import steps_in
 from forge_hpc.cluster.rendezvous import Rendezvous
-from forge_hpc.cluster.stacks import StackWriter
+from forge_hpc.cluster.stacks import LAST_S, StackWriter
 from forge_hpc.config import Config, UserError
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.files import in_thread
@@ -38,7 +40,10 @@ class ControllerProcess:
         self._run_dir = node.run_dir
         self._requests = requests
         self._lock = lock
-        self._deadline: float | None = None
+        self._deadline = math.inf
+        """Then it is killed."""
+        self._stacks_at = math.inf
+        """Then stacks are begun, so that the kill does not wait for them: what comes after it has a deadline too."""
 
     @classmethod
     def start(
@@ -71,24 +76,28 @@ class ControllerProcess:
         """Wait for its end, and pass on to it what is wanted of the run; returns the last request.
 
         It is killed when the time that a request gives it is over, when it gives no heartbeat, and when another start
-        has taken the run over. Where it, or one of its actors, hangs ``stacks`` are written before. Meanwhile nodes
-        that other jobs lend are answered at the ``desk``.
+        has taken the run over. Where it, or one of its actors, hangs, or is about to be late, ``stacks`` are written
+        before. Meanwhile nodes that other jobs lend are answered at the ``desk``.
         """
-        reported, heartbeat, looked = False, HeartbeatMonitor(self._run_dir), time.monotonic()
+        reported, heartbeat, looked, is_late = False, HeartbeatMonitor(self._run_dir), time.monotonic(), False
         while not self.is_over():
             if (request := self._requests.next()) is not None:
                 self._pass_on(request)
-            if self._deadline is not None and time.monotonic() > self._deadline:
+            if time.monotonic() > self._stacks_at:
+                self._begin_stacks(stacks)
+            if time.monotonic() > self._deadline:
                 self.process.kill()
+                is_late = True
             if time.monotonic() - looked > deadlines.LOOK_S:
                 looked = time.monotonic()
                 if (silent_s := heartbeat.silent_s()) > heartbeat_timeout_s and self._can_write():
                     self.hung = f"the controller gave no sign of life for {silent_s:.0f} s"
                     if stacks is not None:
-                        self.hung += stacks.write_all(self.hung, self._node.allocation.num_nodes)
+                        left_s = max(0.0, self._deadline - time.monotonic())
+                        self.hung += stacks.write_all(self.hung, self._node.allocation.num_nodes, left_s)
                     self.process.kill()
                 elif stacks is not None:
-                    stacks.look_in_time()
+                    stacks.look_in_time(max(0.0, min(self._stacks_at, self._deadline) - time.monotonic()))
                 if desk is not None:
                     desk.look_in_time()
             if self._lock.lost.is_set():
@@ -99,8 +108,11 @@ class ControllerProcess:
                     self._node.report_worker_ended(rendezvous, worker)
                     reported = True
                 # the controller saves what it can, and leaves
-                self._deadline = self._deadline or time.monotonic() + deadlines.SILENT_S
+                if self._deadline == math.inf:
+                    self._give(deadlines.SILENT_S)
             time.sleep(deadlines.POLL_S)
+        if is_late and stacks is not None and stacks.told:
+            print(f"the controller has not ended in time{stacks.told}", file=sys.stderr, flush=True)
         return self._requests.current
 
     def is_over(self) -> bool:
@@ -111,8 +123,7 @@ class ControllerProcess:
         ends_now = request.cancels and not request.within_s
         within_s = deadlines.STOP_S if request.cancels and request.within_s is None else request.within_s
         if within_s is not None:
-            until = time.monotonic() + max(1.0, within_s - deadlines.REQUEUE_S)
-            self._deadline = until if self._deadline is None else min(self._deadline, until)
+            self._give(max(1.0, within_s - deadlines.REQUEUE_S))
         if request.cancels and not ends_now:
             self._announce(within_s)
         if request.cancels or self._requests.current is None:
@@ -120,6 +131,21 @@ class ControllerProcess:
         # Whoever has cancelled a run that is then preempted does not want it back; there is only less time.
         if request.cancels or self._requests.current is None or not self._requests.current.cancels:
             self._requests.current = request
+
+    def _give(self, seconds: float) -> None:
+        """Let it live for so long, unless it has less already."""
+        if (until := time.monotonic() + seconds) < self._deadline:
+            self._deadline, self._stacks_at = until, until - min(LAST_S, seconds / 2)
+
+    def _begin_stacks(self, stacks: StackWriter | None) -> None:
+        """Have them written in what is left of its time. It may still end in good order meanwhile."""
+        self._stacks_at, left_s = math.inf, self._deadline - time.monotonic()
+        if stacks is None or left_s <= 0:
+            return
+        request, num_nodes = self._requests.current, self._node.allocation.num_nodes
+        asked = request.message if request is not None else "this node's Monarch worker has ended"
+        why = f"{asked}; the controller has not ended yet, and is killed in {left_s:.1f} s"
+        threading.Thread(target=stacks.write_all, args=(why, num_nodes, left_s), name="stacks", daemon=True).start()
 
     def _announce(self, within_s: float | None) -> None:
         """Tell whoever cancels the run what happens now, and what it costs to ask again."""
