@@ -11,7 +11,7 @@
 # make nfs    the run directory on real NFS, in virtual machines (root once; it takes minutes; ARGS="-k name")
 # make session  every command of forge-hpc on a real Slurm cluster on this machine: docs/session.md (root; SLURM=26.05; ARGS=)
 # make bench  what needs no GPU, measured: a table and runs/bench.json (at most 20 minutes; ARGS="--only packing.py")
-# make gpu-check  the same on a machine with GPUs, in the Python it has: PYTHON=python3, ARGS="--part trainer"
+# make gpu-check  the same on a machine with 1 to 8 GPUs, in the Python it has: PYTHON=python3, ARGS="--part trainer"
 # make lint   ruff and mypy
 # make requirements  write the exact versions of this environment to requirements/
 # make configuration  write docs/configuration.md from the schema

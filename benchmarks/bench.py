@@ -23,11 +23,12 @@ SCRIPTS = (
     Script("sandbox.py", ("--programs", "100"), limit_s=120),
     Script("weight_sync.py", ("--megabytes", "100", "--repeats", "3"), limit_s=180),
     Script("checkpoint.py", ("--steps", "40", "--rounds", "2"), limit_s=420),
-    Script("bad_rewards.py", ("--steps", "17", "--rounds", "2", "--ahead", "0"), limit_s=420),
+    Script("bad_rewards.py", ("--steps", "12", "--rounds", "2", "--ahead", "0"), limit_s=420),
     Script("save.py", ("runs", "--gb", "1"), limit_s=120),
     Script("flow.py", limit_s=240),
     Script("controller.py", ("--batch", "8"), limit_s=120),
-    Script("wire.py", ("--changes",), limit_s=120),
+    Script("hosts.py", ("--hosts", "16", "64"), limit_s=150),  # 8 GB of memory
+    Script("wire.py", ("--changes",), limit_s=180),
     *([Script("wire.py", ("--megabytes", "300"), limit_s=180)] if os.geteuid() == 0 else []),  # it joins namespaces
     Script("trl.py", limit_s=300),
 )

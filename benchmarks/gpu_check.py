@@ -2,16 +2,19 @@
 
     python benchmarks/gpu_check.py [--part trainer weights ...] [--out FILE]
 
-It takes the Python that it is started with (torch, vllm, torchtitan, monarch) and 1, 2 or 4 GPUs as it finds them;
+It takes the Python that it is started with (torch, vllm, torchtitan, monarch) and 1, 2, 4 or 8 GPUs as it finds them;
 nothing is set up, nothing is downloaded. A part takes at most ten minutes:
 
     trainer   TrainEngine beside TorchTitan's own model and step; the head's memory                  trainer.py
-    weights   publish → loaded, between processes on one GPU, and on two                             engine_weights.py
+    weights   publish → loaded, between processes on one GPU, and on two and four                    engine_weights.py
               between two GPUs by NCCL over sockets, as between hosts                                links.py
-    ranks     FSDP over 2 and 4 GPUs beside one, and memory beside the plan                          ranks.py
+    ranks     FSDP over 2, 4 and 8 GPUs beside one, and memory beside the plan                       ranks.py
     long      a row of 65,536 tokens that two GPUs share, beside one                                 long_rows.py
-    experts   a mixture of experts over two GPUs beside FSDP alone, and replayed routes              experts.py
+    experts   a mixture of experts over all GPUs beside FSDP alone, and replayed routes              experts.py
+    mismatch  log-probabilities of generator and trainer, each way that either computes              mismatch.py
+              and which of their operations differ                                                   operations.py
     run       a whole run of a model of 0.4 B with random weights, synchronous and a step ahead      whole_run.py
+    turns     the same, synchronous, with trainers and generators on the same GPUs in turns          whole_run.py
     faults    what a killed generator, a killed trainer rank and SIGTERM cost such a run             faults.py
     together  the whole run, and
     together-faults  the faults, with trainers and generators on the same GPUs at once
@@ -30,7 +33,12 @@ from pathlib import Path
 from rows import PROJECT, Script, run
 
 PART_S = 600.0
-PARTS = ("trainer", "weights", "ranks", "long", "experts", "run", "faults", "together", "together-faults")
+PARTS = (
+    *("trainer", "weights", "ranks", "long", "experts", "mismatch"),
+    *("run", "turns", "faults", "together", "together-faults"),
+)
+COUNTS = (1, 2, 4, 8)
+"""Of ranks that are compared."""
 
 
 def parts(num_gpus: int) -> dict[str, list[Script]]:
@@ -40,21 +48,24 @@ def parts(num_gpus: int) -> dict[str, list[Script]]:
         return {
             "trainer": [Script("trainer.py", (*tiny, "--steps", "2")), Script("trainer.py", (*tiny, "--head", "256"))],
             "weights": [Script("engine_weights.py", ("--model", "tiny", "--rounds", "2"))],
-            "ranks": [Script("ranks.py", ("--ranks", "1", "2", "--steps", "2", "--recipe", "grpo"))],
+            "ranks": [Script("ranks.py", ("--ranks", "1", "2", "--steps", "1", "--recipe", "grpo"))],
             "long": [Script("long_rows.py", ("--steps", "1"))],
             "experts": [Script("experts.py")],
-            "run": [Script("whole_run.py", ("--tiny",))],
+            "mismatch": [Script("mismatch.py"), Script("operations.py", ("--prompts", "5", "--layers", "2"))],
+            "run": [Script("whole_run.py", tiny)],
+            "turns": [Script("whole_run.py", (*tiny, "--in-turns", "--rounds", "1"))],
             "faults": [Script("faults.py")],
             "together": [Script("whole_run.py", (*tiny, "--together", "--rounds", "1"))],
             "together-faults": [Script("faults.py", ("--together",))],
         }
+    counts = [str(count) for count in COUNTS if count <= num_gpus]
     apart = "split" if num_gpus == 2 else "fsdp2"
     weights = [Script("engine_weights.py", ("--model", "0.6b", "--gpus", "shared"))]
     if num_gpus > 1:
         weights.append(Script("engine_weights.py", ("--model", "0.6b", "--gpus", apart)))
         weights.append(Script("engine_weights.py", ("--model", "0.6b", "--gpus", "tp4" if num_gpus >= 4 else "tp2")))
         weights.append(Script("links.py"))
-    several: dict[str, list[Script]] = {"long": [Script("long_rows.py")], "experts": [Script("experts.py")]}
+    several = {"long": [Script("long_rows.py")], "experts": [Script("experts.py", ("--ranks", counts[-1]))]}
     together = {
         "together": [Script("whole_run.py", ("--together", "--rounds", "1"))],
         "together-faults": [Script("faults.py", ("--together",))],
@@ -63,9 +74,11 @@ def parts(num_gpus: int) -> dict[str, list[Script]]:
         # as the plan of a shipped configuration has it, and the same shape for both
         "trainer": [Script("trainer.py", ("--rows", "0", "--ac", "auto")), Script("trainer.py", ("--head", "32768"))],
         "weights": weights,
-        "ranks": [Script("ranks.py", ("--ranks", *[str(n) for n in (1, 2, 4) if n <= num_gpus]))],
+        "ranks": [Script("ranks.py", ("--ranks", *counts))],
         **(several if num_gpus > 1 else {}),
+        "mismatch": [Script("mismatch.py", limit_s=480), Script("operations.py")],
         "run": [Script("whole_run.py")],
+        "turns": [Script("whole_run.py", ("--in-turns",))],
         "faults": [Script("faults.py")],
         **(together if num_gpus > 1 else {}),  # one is shared anyway
     }

@@ -117,14 +117,14 @@ def main() -> None:
             try:
                 sampled[each] = pickle.loads(alone(sample, model_dir, args, overrides))
             except SystemExit as error:
-                print(f"generator {each}: {error}", flush=True)
+                row(f"generator {each}", None, note=str(error))
         computed = {}
         for number, (each, overrides) in enumerate(TRAINERS.items()):
             try:
                 given = (model_dir, args, overrides, list(sampled.values()), directory / f"store-{number}")
                 computed[each] = dict(zip(sampled, pickle.loads(alone(compute, *given)), strict=True))
             except SystemExit as error:
-                print(f"trainer {each}: {error}", flush=True)
+                row(f"trainer {each}", None, note=str(error))
     report(sampled, computed)
 
 

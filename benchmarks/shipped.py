@@ -48,7 +48,7 @@ MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "meta-llama/Llama-3.1-8B-Instruct": ("llama", LLAMA),
     "meta-llama/Meta-Llama-3-8B-Instruct": ("llama", LLAMA),
 }
-TINY = {**SHAPES["tiny"], "head_dim": 32, "vocab_size": 1200}
+TINY = {**SHAPES["tiny"], "vocab_size": 1200}
 MEAN_LENGTH = 750
 """Of an answer without a limit, in tokens."""
 RUN_S = 1200.0

@@ -1,11 +1,12 @@
 """A whole run of the shipped loop on random weights, synchronous and a step ahead in turns: speed, and how much of
 training and generation overlap.
 
-    python benchmarks/whole_run.py [--tiny] [--together] [--steps 6] [--rounds 2] [key=value ...]
+    python benchmarks/whole_run.py [--tiny] [--together | --in-turns] [--steps 6] [--rounds 2] [key=value ...]
 
 A model of 0.4 B that adds numbers badly, at most 512 tokens a response; ``--tiny`` is one for the CPU. With
-``--together`` trainers and generators are on all GPUs at once (docs/colocate.md). The reward is the length of the
-answer, so that every step trains. The first two steps of each run, in which things are compiled, do not count.
+``--together`` trainers and generators are on all GPUs at once (docs/colocate.md); with ``--in-turns`` they share all
+GPUs in turns, beside runs as they are without, both synchronous. The reward is the length of the answer, so that every
+step trains. The first two steps of each run, in which things are compiled, do not count.
 """
 
 from __future__ import annotations
@@ -38,12 +39,21 @@ def on_gpus(num: int) -> list[str]:
     return [*options, "trainer.training.local_batch_size=null", "trainer.training.mixed_precision_param=bfloat16"]
 
 
-def run(directory: Path, name: str, staleness: int, args: argparse.Namespace) -> list[dict[str, float]]:
+def kinds(args: argparse.Namespace) -> dict[str, list[str]]:
+    """The runs that are compared: the options of each."""
+    synchronous, ahead = (f"rollout.max_staleness={staleness}" for staleness in (0, 1))
+    if args.in_turns:
+        return {"without": [synchronous], "in turns": [synchronous, "cluster.colocate=true"]}
+    shared = TOGETHER if args.together else ()
+    return {"synchronous": [synchronous, *shared], "a step ahead": [ahead, *shared]}
+
+
+def run(directory: Path, name: str, options: Sequence[str], args: argparse.Namespace) -> list[dict[str, float]]:
     """The records of a run's steps, without the first ones."""
     length = 32 if args.tiny else 512
     command = [sys.executable, "-m", "forge_hpc.submit", "--cluster", "local", "--run-dir", str(directory / name)]
     command += ["--config", str(PROJECT / "configs/grpo/demo.yaml"), f"model.path={directory / 'model'}"]
-    command += [f"reward=[{{name: {directory / 'reward.py'}:length}}]", f"rollout.max_staleness={staleness}"]
+    command += [f"reward=[{{name: {directory / 'reward.py'}:length}}]", *options]
     command += [f"trainer.training.steps={args.steps + WARM_UP_STEPS}", f"rollout.max_response_tokens={length}"]
     command += ["evaluation.num_prompts=0", "checkpoint.interval=0", "trainer.optimizer.lr=1e-6"]
     command += ["algorithm.max_steps_without_signal=1000000", "rollout.sampling.temperature=1.0"]
@@ -53,7 +63,6 @@ def run(directory: Path, name: str, staleness: int, args: argparse.Namespace) ->
         command += ["rollout.prompts_per_step=8", "generator.engine.kv_cache_memory_gib=0.25"]
     paths = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
     environ = {**os.environ, "PYTHONPATH": paths}
-    command += TOGETHER if args.together else ()
     subprocess.run([*command, *args.overrides], check=True, stdout=subprocess.DEVNULL, env=environ)
     lines = (directory / name / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines][WARM_UP_STEPS:]
@@ -67,32 +76,62 @@ def of(records: Sequence[dict[str, float]], key: str) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--together", action="store_true", help="trainers and generators on all GPUs")
+    shared = parser.add_mutually_exclusive_group()
+    shared.add_argument("--together", action="store_true", help="trainers and generators on all GPUs at once")
+    shared.add_argument("--in-turns", action="store_true", help="the same in turns, beside runs without")
     parser.add_argument("--steps", type=int, default=6, help="of each run that count")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args()
-    records: dict[int, list[dict[str, float]]] = {0: [], 1: []}
+    args = parser.parse_intermixed_args()
+    records: dict[str, list[dict[str, float]]] = {name: [] for name in kinds(args)}
     with tempfile.TemporaryDirectory(prefix="forge-hpc-benchmark-") as name:
         directory = Path(name)
         write_tiny_qwen3(directory / "model", seed=0, **({} if args.tiny else LARGE))
         (directory / "reward.py").write_text(REWARD)
         for number in range(args.rounds):
-            for staleness, found in records.items():
-                found += run(directory, f"run-{staleness}-{number}", staleness, args)
-    synchronous, ahead = records[0], records[1]
-    whole = "whole run, on the same GPUs" if args.together else "whole run"
+            for place, (kind, options) in enumerate(kinds(args).items()):
+                records[kind] += run(directory, f"run-{place}-{number}", options, args)
+    if args.in_turns:
+        report_turns(records["without"], records["in turns"])
+    else:
+        report_overlap(records["synchronous"], records["a step ahead"], args.together)
+
+
+def rate(records: Sequence[dict[str, float]]) -> float:
+    """Tokens a second of the whole loop."""
+    tokens, seconds = (sum(record[key] for record in records) for key in ("tokens/generated", "time/step_s"))
+    return tokens / seconds
+
+
+def parts(records: Sequence[dict[str, float]], *names: str) -> dict[str, float]:
+    """Median seconds of parts of a step."""
+    return {name: of(records, f"time/{name}_s") or 0.0 for name in ("step", "generate", "train", "weight_sync", *names)}
+
+
+def in_words(seconds: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f} s" for name, value in seconds.items())
+
+
+def report_overlap(synchronous: Sequence[dict[str, float]], ahead: Sequence[dict[str, float]], together: bool) -> None:
+    whole = "whole run, on the same GPUs" if together else "whole run"
     for name, found in (("synchronous", synchronous), ("a step ahead", ahead)):
-        tokens, seconds = (sum(record[key] for record in found) for key in ("tokens/generated", "time/step_s"))
-        row(f"{whole}, {name}: generated", tokens / seconds, unit="tokens/s")
+        row(f"{whole}, {name}: generated", rate(found), unit="tokens/s")
     row(f"{whole}, synchronous: MFU of the trainer", of(synchronous, "perf/mfu") or 0.0)
-    parts = {key: of(synchronous, f"time/{key}_s") or 0.0 for key in ("step", "generate", "train", "weight_sync")}
-    note = ", ".join(f"{key} {seconds:.3f} s" for key, seconds in parts.items())
-    longest = max(parts["generate"], parts["train"])
+    seconds = parts(synchronous)
+    longest = max(seconds["generate"], seconds["train"])
     # Two steps may come at once and the next ones after a while: their mean is what a step takes.
     mean_s = sum(record["time/step_s"] for record in ahead) / len(ahead)
     row(f"{whole}, a step ahead: the longer of generation and training over the step", longest, mean_s,
-        target=None if args.together else 0.95, unit="s", peer="s the step", note=f"synchronous: {note}")  # fmt: skip
+        target=None if together else 0.95, unit="s", peer="s the step",
+        note=f"synchronous: {in_words(seconds)}")  # fmt: skip
+
+
+def report_turns(without: Sequence[dict[str, float]], in_turns: Sequence[dict[str, float]]) -> None:
+    row("whole run, in turns on the same GPUs: generated", rate(in_turns), rate(without), unit="tokens/s",
+        peer="without turns", note=f"without: {in_words(parts(without))}")  # fmt: skip
+    seconds = parts(in_turns, "sleep", "wake")
+    row("whole run, in turns: falling asleep and waking, of a step", seconds["sleep"] + seconds["wake"],
+        seconds["step"], better="less", unit="s", peer="s the step", note=in_words(seconds))  # fmt: skip
 
 
 if __name__ == "__main__":

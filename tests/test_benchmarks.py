@@ -57,10 +57,16 @@ def test_a_script_that_takes_too_long_is_ended_and_keeps_its_rows(
     assert one == Row("one", 1.0) and note.note == "took longer than 3 s"
 
 
-@pytest.mark.parametrize("num_gpus", [0, 1, 2, 4])
+@pytest.mark.parametrize("num_gpus", [0, 1, 2, 4, 8])
 def test_every_script_of_the_tables_is_there_and_every_part_has_one(num_gpus: int) -> None:
     parts = gpu_check.parts(num_gpus)
     left_out = {"long", "experts", "together", "together-faults"} if num_gpus == 1 else set()
     assert list(parts) == [part for part in gpu_check.PARTS if part not in left_out] and all(parts.values())
     named = [each.file for each in (*bench.SCRIPTS, *(one for part in parts.values() for one in part))]
     assert all((PROJECT / "benchmarks" / file).exists() for file in named)
+
+
+@pytest.mark.parametrize(("num_gpus", "most"), [(2, "2"), (3, "2"), (4, "4"), (8, "8"), (16, "8")])
+def test_what_goes_over_several_gpus_goes_over_as_many_as_there_are(num_gpus: int, most: str) -> None:
+    parts = gpu_check.parts(num_gpus)
+    assert [parts[part][0].arguments[-1] for part in ("ranks", "experts")] == [most, most]
