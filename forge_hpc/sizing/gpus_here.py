@@ -33,24 +33,7 @@ def gpu_here(cfg: Config) -> Gpu | None:
 
 def _sizes(gpus: Sequence[str]) -> list[int]:
     """Bytes of each of the GPUs that answer, by their names in CUDA_VISIBLE_DEVICES."""
-    sizes: list[int] = []
     with contextlib.suppress(TimeoutError):
-        in_thread(lambda: GpuHealth(gpus, lambda name: _Noting(load(name), sizes), return_s=0.0), within_s=ANSWER_S)
-    return sizes
-
-
-class _Noting:
-    """The driver's library for ``GpuHealth``, which asks it for the memory of every GPU: what it says is noted."""
-
-    def __init__(self, nvml: Any, sizes: list[int]) -> None:
-        self._nvml = nvml
-        self._sizes = sizes
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._nvml, name)
-
-    def nvmlDeviceGetMemoryInfo(self, handle: Any, memory: Any) -> int:
-        code = int(self._nvml.nvmlDeviceGetMemoryInfo(handle, memory))
-        if code == 0:
-            self._sizes.append(memory[0])
-        return code
+        health = in_thread(lambda: GpuHealth(gpus, engine_share=0.0, load=load, return_s=0.0), within_s=ANSWER_S)
+        return [kind["memory_bytes"] for kind in health.kinds]
+    return []
