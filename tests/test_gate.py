@@ -308,6 +308,10 @@ def test_of_the_engines_of_a_run_the_largest_share_counts() -> None:
     config.served[0].engine.gpu_memory_utilization = 0.95
     config.generator.engine.gpu_memory_utilization = 0.4
     assert engine_share(config) == 0.95
+    config.recipe, config.served = "sft", []
+    assert engine_share(config) == 0.0
+    [problem] = look_at_gpus({"used": 41 << 30}, share=0.0).problems
+    assert problem.endswith("41.0 of 80.0 GiB are in use by other processes, at most 40.0 may be")
 
 
 def test_a_node_tells_name_and_memory_of_its_gpus() -> None:

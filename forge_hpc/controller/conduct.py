@@ -25,6 +25,7 @@ from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import Config, UserError, plan
 from forge_hpc.controller.recovery import Departure, Leave, Recoveries
 from forge_hpc.controller.service import ActorLost, cause_of, is_loss, reason_of
+from forge_hpc.controller.stacks import write_stacks
 from forge_hpc.controller.stacks import joined
 from forge_hpc.observability.environment import write_environment
 from forge_hpc.observability.logs import Terminal
@@ -212,7 +213,10 @@ async def attempt(
             await asyncio.wait(losses, timeout=REPORT_S, return_when=asyncio.FIRST_COMPLETED)
             if not any(loss.done() for loss in losses):
                 if is_loss(error):
-                    raise ActorLost(reason_of(error)) from error
+                    reason = reason_of(error)
+                    if isinstance(cause, TimeoutError) and not isinstance(error, ActorLost):  # that one has them
+                        reason += await write_stacks(reason)
+                    raise ActorLost(reason) from error
                 raise error
     finally:
         asked.cancel()

@@ -25,7 +25,8 @@ class GpuHealth:
 
     Args:
         gpus: as CUDA_VISIBLE_DEVICES names them.
-        engine_share: of a GPU's memory, which an engine needs free to start (``gpu_memory_utilization``).
+        engine_share: of a GPU's memory, which an engine needs free to start (``gpu_memory_utilization``); 0: there is
+            none.
 
     Attributes:
         working: how many of them answer; None where there is no driver.
@@ -71,9 +72,9 @@ class GpuHealth:
                 break
             if time.monotonic() > self._until:
                 total, used, most = (num_bytes / 2**30 for num_bytes in (memory[0], memory[2], limit))
+                bound = f"with gpu_memory_utilization={self._share:g} at" if self._share else "at"
                 self.problems.append(
-                    f"GPU {gpu}: {used:.1f} of {total:.1f} GiB are in use by other processes, with "
-                    f"gpu_memory_utilization={self._share:g} at most {most:.1f} may be"
+                    f"GPU {gpu}: {used:.1f} of {total:.1f} GiB are in use by other processes, {bound} most {most:.1f} may be"
                 )
                 break
             time.sleep(_LOOK_S)

@@ -11,6 +11,7 @@ from typing import Any
 
 from forge_hpc.cluster.folders import remove_left_over
 from forge_hpc.config import Config
+from forge_hpc.config.recipes import needs_of
 from forge_hpc.gate.environment import environment
 from forge_hpc.gate.memory import available_memory
 from forge_hpc.gate.nvml import GpuHealth
@@ -55,10 +56,12 @@ def look_at_node(shared: Path, tls: Path, start: str, gpus: list[str], config: C
 
 
 def engine_share(config: Config) -> float:
-    """The largest share of a GPU that an engine of the run takes: vLLM refuses to start where less is free. Trainers
-    plan with what is free, on all GPUs with the least."""
-    engines = [config.generator.engine, *(one.engine for one in config.served)]
-    return max(engine.gpu_memory_utilization for engine in engines)
+    """The largest share of a GPU that an engine of the run takes: vLLM refuses to start where less is free. 0 for a run
+    of trainers alone, who plan with what is free, on all GPUs with the least."""
+    engines = [one.engine for one in config.served]
+    if needs_of(config).generators != "none":
+        engines.append(config.generator.engine)
+    return max((engine.gpu_memory_utilization for engine in engines), default=0.0)
 
 
 def full(folder: Path, what: str, min_bytes: int) -> str | None:
