@@ -25,8 +25,7 @@ from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import Config, UserError, plan
 from forge_hpc.controller.recovery import Departure, Leave, Recoveries
 from forge_hpc.controller.service import ActorLost, cause_of, is_loss, reason_of
-from forge_hpc.controller.stacks import write_stacks
-from forge_hpc.controller.stacks import joined
+from forge_hpc.controller.stacks import joined, write_stacks
 from forge_hpc.observability.environment import write_environment
 from forge_hpc.observability.logs import Terminal
 from forge_hpc.observability.phases import StartPhases

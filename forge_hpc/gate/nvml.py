@@ -72,9 +72,10 @@ class GpuHealth:
                 break
             if time.monotonic() > self._until:
                 total, used, most = (num_bytes / 2**30 for num_bytes in (memory[0], memory[2], limit))
-                bound = f"with gpu_memory_utilization={self._share:g} at" if self._share else "at"
+                given = f"with gpu_memory_utilization={self._share:g} " if self._share else ""
                 self.problems.append(
-                    f"GPU {gpu}: {used:.1f} of {total:.1f} GiB are in use by other processes, {bound} most {most:.1f} may be"
+                    f"GPU {gpu}: {used:.1f} of {total:.1f} GiB are in use by other processes, {given}at most {most:.1f} "
+                    "may be"
                 )
                 break
             time.sleep(_LOOK_S)
