@@ -74,8 +74,8 @@ class GpuHealth:
                 total, used, most = (num_bytes / 2**30 for num_bytes in (memory[0], memory[2], limit))
                 given = f"with gpu_memory_utilization={self._share:g} " if self._share else ""
                 self.problems.append(
-                    f"GPU {gpu}: {used:.1f} of {total:.1f} GiB are in use by other processes, {given}at most {most:.1f} "
-                    "may be"
+                    f"GPU {gpu}: {used:.1f} of {total:.1f} GiB are in use by other processes, "
+                    f"{given}at most {most:.1f} may be"
                 )
                 break
             time.sleep(_LOOK_S)
