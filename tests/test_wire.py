@@ -38,8 +38,9 @@ from forge_hpc.weights import (
     memory,
     opened,
 )
+from forge_hpc.weights.checksum import CorruptWeightsError
 from forge_hpc.weights.memory import Handle
-from forge_hpc.wire import changes, messages
+from forge_hpc.wire import changes, host, messages
 from forge_hpc.wire.host import Receivers, _divided, _Memory, num_receivers
 from forge_hpc.wire.receiver import Task, _Pieces
 from forge_hpc.wire.server import Server
@@ -449,6 +450,93 @@ def test_a_shared_receiver_that_was_killed_is_started_again_by_one_of_them(
     rank.server.close()
 
 
+class FakeClient:
+    """A generator that is there."""
+
+    is_connected = True
+
+
+def test_a_reader_that_is_stuck_keeps_what_it_has_and_holds_nobody_up_for_long(
+    certificates: Certificates, processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in certificates.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(host, "PATIENCE_S", 0.0)
+    address = processes.start(1, 1000).address
+    assert address is not None
+    policy, (stuck, other) = host._Policy(Receivers(1)), (FakeClient(), FakeClient())
+    first, second, third = ([host.Wanted(*astuple(address), version, 1000)] for version in (1, 2, 3))
+    [kept], _ = policy.read(stuck, first)  # type: ignore[arg-type]
+    Path(kept).write_bytes(b"as it was" * 100)
+    for wanted in (second, third):
+        [path], num_bytes = policy.read(other, wanted)  # type: ignore[arg-type]
+        assert path != kept and num_bytes > 1000 and Path(path).read_bytes() == bytes_of(1, 1000)
+        policy.has_read(other)  # type: ignore[arg-type]
+    assert Path(kept).read_bytes()[:900] == b"as it was" * 100
+    policy.has_read(stuck)  # type: ignore[arg-type]
+    assert not Path(kept).exists() and Path(path).exists()
+    policy.close()
+    assert not Path(path).exists()
+    for process in policy._receivers._processes:
+        assert process is not None
+        process.kill()
+        process.communicate()
+
+
+def test_what_was_not_what_was_sent_comes_anew(certificates: Certificates, readers: list[RemoteReader]) -> None:
+    rank = Rank(certificates, sends_changes=True)
+    offer = rank.offer(1, with_checksum=True)
+    local, _ = readers[0].receive(offer)
+    with Path(local.parts[0].handle.where).open("r+b") as file:
+        file.write(b"\0\1\2\3")
+    with pytest.raises(CorruptWeightsError):
+        read(local)
+    readers[0].has_read(is_good=False)
+    local, num_bytes = readers[1].receive(offer)
+    assert equal(read(local), rank.weights) and num_bytes > 2 * NUM
+    readers[1].has_read()
+    rank.weights["a"][0] += 1
+    local, num_bytes = readers[2].receive(rank.offer(2, with_checksum=True))
+    assert equal(read(local), rank.weights) and num_bytes < NUM  # the changes, onto what is good
+    rank.server.close()
+
+
+def test_a_reader_that_is_closed_while_it_waits_has_received_nothing(
+    certificates: Certificates, readers: list[RemoteReader]
+) -> None:
+    rank = Rank(certificates)
+    readers[0].receive(rank.offer(1))
+    newer = rank.offer(2)
+    with ThreadPoolExecutor(2) as pool:
+        waits = pool.submit(readers[1].receive, newer)
+        assert not wait([waits], timeout=1.0).done
+        readers[1].close()
+        with pytest.raises(Unreachable, match="closed"):
+            waits.result(60)
+        readers[0].has_read()
+        assert equal(read(readers[2].receive(newer)[0]), rank.weights)
+    rank.server.close()
+
+
+def test_trainers_that_send_nothing_hold_up_no_reader_of_others(
+    certificates: Certificates, readers: list[RemoteReader], processes: Processes, tmp_path: Path
+) -> None:
+    rank, (first, second, third) = Rank(certificates), readers
+    offer, gone = rank.offer(1), Offer(1, (processes.start(1, 1000),))
+    first.receive(offer)
+    first.has_read()
+    third.receive(gone)
+    silent = start_reader(processes.start(2, 40_000_000, stops_at=messages.PIECE_BYTES), certificates, tmp_path)
+    server = processes.started[-1]
+    assert server.stdout is not None and server.stdout.readline().startswith("stopped")
+    third.close()  # the last reader of its trainers
+    with ThreadPoolExecutor(1) as pool:
+        assert equal(read(pool.submit(second.receive, offer).result(30)[0]), rank.weights)
+    silent.kill()
+    silent.communicate()
+    rank.server.close()
+
+
 def test_who_has_other_certificates_has_a_receiver_of_its_own(
     certificates: Certificates, readers: list[RemoteReader], tmp_path: Path
 ) -> None:
@@ -707,6 +795,40 @@ def test_generators_of_a_host_share_what_comes(
             asyncio.run(load(version, elsewhere(rank.offer(version, with_checksum=True))))
         assert all(equal(engine.loaded[version], rank.weights) for _, engine in both)
     assert caplog.text.count("1.2 of 1.2 MB came") == caplog.text.count("0.0 of 1.2 MB came") == 2
+    rank.server.close()
+
+
+def test_a_generator_that_is_closed_while_it_loads_lets_go_of_the_weights_after_it(
+    certificates: Certificates,
+    reads: Callable[..., tuple[PolicyReader, FakeEngine]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(folders.VARIABLE, str(tmp_path))
+    rank, (reader, engine), (other, _) = Rank(certificates), reads(), reads()
+
+    async def scenario() -> None:
+        begun, may_end = asyncio.Event(), asyncio.Event()
+
+        async def load_weights(version: int, tensors: Any, adapter: int = 0) -> None:
+            begun.set()
+            await may_end.wait()
+            engine.loaded[version] = {name: tensor.clone() for name, tensor in tensors}
+
+        monkeypatch.setattr(engine, "load_weights", load_weights)
+        before = {name: tensor.clone() for name, tensor in rank.weights.items()}
+        loads = asyncio.create_task(reader.load(None, 1, elsewhere(rank.offer(1)), False))
+        await begun.wait()
+        reader.close()
+        rank.weights["a"].add_(1)
+        waits = asyncio.create_task(other.load(None, 2, elsewhere(rank.offer(2)), False))
+        assert not (await asyncio.wait({waits}, timeout=2.0))[0], "it has been overwritten"
+        may_end.set()
+        assert await loads == await waits == "TLS streams"
+        assert equal(engine.loaded[1], before)
+        assert await reader.load(None, 3, elsewhere(rank.offer(3)), False) is None  # nothing is taken any more
+
+    asyncio.run(scenario())
     rank.server.close()
 
 

@@ -37,6 +37,7 @@ class PolicyReader:
         self._unlinked: Hashable = None  # and those with which NCCL did not work
         self._remote: RemoteReader | None = None
         self._loading = asyncio.Lock()  # what was received is read before the next is
+        self._reads = self._is_closed = False
         self._proven: Hashable = None  # the trainers whose offers could be read,
         self._unreachable: Hashable = None  # and those whose could not
         self._waits_for_store = False
@@ -85,11 +86,16 @@ class PolicyReader:
         if not offer.has_streams:
             raise Unreachable("another host or device")
         local, way = await asyncio.to_thread(self._receive, offer)
+        is_good, self._reads = False, True
         try:
             await self._load_here(local)
+            is_good = True
         finally:
+            self._reads = False
             if self._remote is not None:
-                self._remote.has_read()
+                self._remote.has_read(is_good)
+            if self._is_closed:
+                self.close()
         return way
 
     def _receive(self, offer: Offer) -> tuple[Offer, str]:
@@ -110,6 +116,8 @@ class PolicyReader:
         """Raises Unreachable."""
         from forge_hpc.weights import LinkReader, RemoteReader, Unreachable, links_dir
 
+        if self._is_closed:
+            raise Unreachable("its reader has been closed")
         if self._config.generator.weight_transport == "nccl" and self._unlinked != offer.origin:
             from forge_hpc.models.device import local_device
 
@@ -138,7 +146,10 @@ class PolicyReader:
             await self._engine.load_weights(offer.version, tensors.items(), self._adapter)
 
     def close(self) -> None:
-        """Close what is open to the trainers."""
+        """Close what is open to the trainers, once what has been received is loaded."""
+        self._is_closed = True
+        if self._reads:
+            return
         for reader in (self._links, self._remote):
             if reader is not None:
                 reader.close()

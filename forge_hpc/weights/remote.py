@@ -173,6 +173,7 @@ class RemoteReader:
         self._meeting = meeting
         self._receiver: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
+        self._is_closed = False
 
     def receive(self, offer: Offer) -> tuple[Offer, int]:
         """An offer of the same version in memory of this host, and how many bytes came over the wire for it: none where
@@ -188,6 +189,8 @@ class RemoteReader:
             address = (part.address.host, part.address.port, part.address.token)
             wanted.append(asdict(Wanted(*address, offer.version, part.handle.num_bytes)))
         answer = self._ask(wanted)
+        if self._is_closed:
+            raise Unreachable("its reader has been closed")
         if "error" in answer:
             raise Unreachable(answer["error"])
         host, parts = shared_memory.host_identity(), []
@@ -195,24 +198,28 @@ class RemoteReader:
             parts.append(replace(part, handle=Handle(host, "cpu", part.handle.num_bytes, path)))
         return Offer(offer.version, tuple(parts)), answer["num_bytes"]
 
-    def has_read(self) -> None:
-        """What was received may be overwritten."""
-        if self._connection is not None:
+    def has_read(self, is_good: bool = True) -> None:
+        """What was received may be overwritten; where it is not good, it comes whole to whoever asks for it next."""
+        if (connection := self._connection) is not None:
             with contextlib.suppress(OSError):
-                self._connection.sendall(b"\n")
+                connection.sendall(b"\n" if is_good else b"bad\n")
 
     def _ask(self, wanted: list[dict[str, Any]]) -> dict[str, Any]:
-        for _ in range(2):  # a receiver of others may end as we connect to it
+        for _ in range(3):  # ours may have ended, and one of others may end as we connect to it
             try:
-                if self._connection is None:
-                    self._connection = self._connect()
-                self._connection.sendall(json.dumps(wanted).encode() + b"\n")
-                with self._connection.makefile() as stream:
+                connection = self._connection = self._connection or self._connect()
+                if self._is_closed:
+                    break
+                connection.sendall(json.dumps(wanted).encode() + b"\n")
+                with connection.makefile() as stream:
                     if (line := stream.readline()).endswith("\n"):
                         return json.loads(line)
             except OSError as error:
                 logger.debug("no connection to the receiver: %s", error)
-            self.close()
+            if self._is_closed:
+                break
+            self._hang_up()
+        self._hang_up()
         return {"error": "the receiver has ended"}
 
     def _connect(self) -> socket.socket:
@@ -241,8 +248,6 @@ class RemoteReader:
 
     def _start(self, own: socket.socket) -> None:
         """Start a receiver that serves a socket."""
-        if self._receiver is not None:
-            self._receiver.poll()
         self._receiver = subprocess.Popen(
             [sys.executable, "-m", "forge_hpc.wire.host", str(own.fileno())],
             pass_fds=[own.fileno()],
@@ -252,7 +257,19 @@ class RemoteReader:
         )
 
     def close(self) -> None:
-        """Let go of the receiver; it ends with its last reader."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        """Let go of the receiver, which ends with its last reader; a ``receive`` under way fails. What was received is
+        not valid any more."""
+        self._is_closed = True
+        self._hang_up()
+        if self._receiver is not None and self._meeting is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._receiver.wait(timeout=1.0)
+
+    def _hang_up(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)  # wakes who reads, and is heard though that one has a copy
+            connection.close()
+        if self._receiver is not None:
+            self._receiver.poll()

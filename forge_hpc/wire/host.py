@@ -4,10 +4,12 @@
            ◄──a line of JSON: where they lie, or what went wrong─────
            ──an empty line: they have been read─────────────────────►
 
+           ──or "bad": they are not what was sent────────────────────►
+
 Clients are the generators of a host (FD listens), or one alone (FD is its connection). What one has asked for the
 others find there: a version comes to a host once. It is overwritten when all that asked for it have read it, or are
-gone. The process ends when no client is left. What its memory holds is known here alone, so a new one begins with
-everything.
+gone; one that has not read it for long keeps that memory, and the next version comes into other memory. The process
+ends when no client is left. What its memory holds is known here alone, so a new one begins with everything.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
@@ -31,6 +34,8 @@ from forge_hpc.wire.server import is_open
 _MAX_RECEIVERS = 8
 _CORES_A_RECEIVER = 4
 """Two at most are busy with its streams, and engines have the others."""
+PATIENCE_S = 60.0
+"""A reader that still has a version after so long is not waited for."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ def num_receivers() -> int:
 
 
 class Receivers:
-    """Processes that share the work of a transfer; one transfer at a time."""
+    """Processes that share the work of a transfer; one transfer at a time, whichever policy's."""
 
     def __init__(self, num: int) -> None:
         self._processes: list[subprocess.Popen[str] | None] = [None] * num
@@ -63,8 +68,8 @@ class Receivers:
             with ThreadPoolExecutor(len(shares)) as pool:
                 jobs = [pool.submit(self._ask, number, policy, share) for number, share in enumerate(shares)]
                 failure: BaseException | None = None
-                while any(not job.done() for job in jobs):
-                    wait(jobs, timeout=1.0, return_when=FIRST_EXCEPTION)
+                while pending := [job for job in jobs if not job.done()]:
+                    wait(pending, timeout=1.0, return_when=FIRST_EXCEPTION)
                     failure = failure or next((e for job in jobs if job.done() and (e := job.exception())), None)
                     if failure is None and not is_wanted():
                         failure = TransferFailed("nobody waits for it")
@@ -147,25 +152,30 @@ class _Version:
     """What a policy's memory holds, or will when it is done."""
 
     parts: list[Wanted]
+    memory: list[_Memory] = field(default_factory=list)
     is_there: Future[int] = field(default_factory=Future)
     readers: set[_Client] = field(default_factory=set)
     """Who waits for it or reads it."""
+    is_given_up: bool = False
+    """Nobody waited for it, or it is not what was sent."""
 
     def serves(self, parts: list[Wanted]) -> bool:
         """Whether who wants those may have it, or wait for it."""
-        return self.parts == parts and not (self.is_there.done() and self.is_there.exception())
+        has_failed = self.is_given_up or (self.is_there.done() and self.is_there.exception() is not None)
+        return self.parts == parts and not has_failed
 
 
 class _Policy:
-    """The newest version of the trainers' weights that a client of this host has asked for."""
+    """The version of the trainers' weights that was asked for last."""
 
     _ids = itertools.count()
 
     def __init__(self, receivers: Receivers) -> None:
         self._id, self._receivers = next(self._ids), receivers
-        self._memory: list[_Memory] = []
         self._held: list[int] = []
         self._version: _Version | None = None
+        self._left: list[_Version] = []
+        """Earlier ones that somebody still reads."""
         self._changed = threading.Condition()
 
     def read(self, client: _Client, parts: list[Wanted]) -> tuple[list[str], int]:
@@ -174,17 +184,23 @@ class _Policy:
         Raises TransferFailed.
         """
         with self._changed:
-            while (version := self._version) is not None and not version.serves(parts) and version.readers:
+            until = time.monotonic() + PATIENCE_S
+            while (before := self._version) is not None and not before.serves(parts) and before.readers:
+                if before.is_there.done() and time.monotonic() > until:
+                    self._left.append(before)
+                    self._version, self._held = None, []
+                    break
                 self._changed.wait(timeout=1.0)
                 if not client.is_connected:
                     raise TransferFailed("nobody waits for it")
-            is_new = version is None or not version.serves(parts)
-            if version is None or is_new:
-                version = self._version = _Version(parts)
+            version, is_new = self._version, False
+            if version is None or not version.serves(parts):
+                version, is_new = _Version(parts, [] if version is None else version.memory), True
+                self._version = version
             version.readers.add(client)
         if is_new:
             try:
-                version.is_there.set_result(self._bring(parts))
+                version.is_there.set_result(self._bring(version))
             except BaseException as error:
                 version.is_there.set_exception(error)
         try:
@@ -192,36 +208,43 @@ class _Policy:
         except BaseException:
             self.has_read(client)
             raise
-        return [memory.path for memory in self._memory], num_bytes if is_new else 0
+        return [memory.path for memory in version.memory], num_bytes if is_new else 0
 
-    def has_read(self, client: _Client) -> None:
-        """The client needs it no more."""
+    def has_read(self, client: _Client, is_good: bool = True) -> None:
+        """The client needs it no more; or it is not what was sent, and comes whole to whoever asks next."""
         with self._changed:
-            if self._version is not None:
-                self._version.readers.discard(client)
+            if (version := self._version) is not None and client in version.readers:
+                version.readers.discard(client)
+                if not is_good:
+                    version.is_given_up, self._held = True, []
+            for version in list(self._left):
+                version.readers.discard(client)
+                if not version.readers:
+                    self._left.remove(version)
+                    self._close_memory(version)
             self._changed.notify_all()
 
     def close(self) -> None:
         """Nobody needs it any more."""
-        for memory in self._memory:
-            memory.close()
+        for version in self._left + [self._version] * (self._version is not None):
+            self._close_memory(version)
         self._receivers.forget(self._id)
 
-    def _bring(self, parts: list[Wanted]) -> int:
+    def _bring(self, version: _Version) -> int:
+        parts = version.parts
         held, self._held = self._held, []  # until it is whole
-        if [part.num_bytes for part in parts] != [memory.num_bytes for memory in self._memory]:
+        if [part.num_bytes for part in parts] != [memory.num_bytes for memory in version.memory]:
             held = []
-            while self._memory:
-                self._memory.pop().close()
+            self._close_memory(version)
             try:
                 for part in parts:
-                    self._memory.append(_Memory(part.num_bytes))
+                    version.memory.append(_Memory(part.num_bytes))
             except OSError as error:
                 raise TransferFailed(f"no memory for it: {error}") from error
         held = held or [messages.NOTHING] * len(parts)
         tasks = [
             Task(part.host, part.port, part.token, part.version, part.num_bytes, base, memory.path, memory.id)
-            for part, base, memory in zip(parts, held, self._memory, strict=True)
+            for part, base, memory in zip(parts, held, version.memory, strict=True)
         ]
         num_bytes = self._receivers.bring(self._id, tasks, self._is_waited_for)
         self._held = [part.version for part in parts]
@@ -229,7 +252,15 @@ class _Policy:
 
     def _is_waited_for(self) -> bool:
         with self._changed:
-            return self._version is not None and any(client.is_connected for client in self._version.readers)
+            assert self._version is not None
+            if not any(client.is_connected for client in self._version.readers):
+                self._version.is_given_up = True  # who comes now begins anew
+            return not self._version.is_given_up
+
+    @staticmethod
+    def _close_memory(version: _Version | None) -> None:
+        while version is not None and version.memory:
+            version.memory.pop().close()
 
 
 class Host:
@@ -250,11 +281,12 @@ class Host:
         """That of those trainers. What the client had before goes where no other one has it."""
         servers = tuple(part.token for part in parts)
         with self._lock:
-            client.servers, before = servers, client.servers
-            self._close_unless_used(before)
-            if servers not in self._policies:
-                self._policies[servers] = _Policy(self._receivers)
-            return self._policies[servers]
+            client.servers = servers
+            found = self._policies.setdefault(servers, _Policy(self._receivers))
+            unused = self._take_unused()
+        for policy in unused:  # it may wait for a transfer, and nobody else for it
+            policy.close()
+        return found
 
     def leave(self, client: _Client) -> None:
         """A client is gone. With the last one the process ends, whatever it is doing."""
@@ -262,11 +294,13 @@ class Host:
             self._clients.discard(client)
             if not self._clients:
                 os._exit(0)
-            self._close_unless_used(client.servers)
+            unused = self._take_unused()
+        for policy in unused:
+            policy.close()
 
-    def _close_unless_used(self, servers: tuple[str, ...]) -> None:
-        if all(client.servers != servers for client in self._clients) and servers in self._policies:
-            self._policies.pop(servers).close()
+    def _take_unused(self) -> list[_Policy]:
+        used = {client.servers for client in self._clients}
+        return [self._policies.pop(servers) for servers in self._policies.keys() - used]
 
 
 class _Client:
@@ -290,9 +324,9 @@ class _Client:
             with self._connection, self._connection.makefile("rw") as stream:
                 for line in stream:
                     if policy is not None:
-                        policy.has_read(self)
+                        policy.has_read(self, is_good=line.strip() != "bad")
                         policy = None
-                    if not line.strip():
+                    if line.strip() in ("", "bad"):
                         continue
                     parts = [Wanted(**part) for part in json.loads(line)]
                     answer: dict[str, object] = {}

@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from forge_hpc.wire import messages, tls
 
@@ -139,9 +140,8 @@ class Receiver:
     def _map(self, part: Task) -> mmap.mmap:
         if part.memory_id not in self._memory:
             try:
-                descriptor = os.open(part.memory, os.O_RDWR | os.O_CLOEXEC)
-                self._memory[part.memory_id] = mmap.mmap(descriptor, part.num_bytes)
-                os.close(descriptor)
+                with Path(part.memory).open("r+b") as file:
+                    self._memory[part.memory_id] = mmap.mmap(file.fileno(), part.num_bytes)
             except (OSError, ValueError) as error:
                 raise TransferFailed(f"the memory cannot be mapped: {error}") from error
         return self._memory[part.memory_id]
@@ -184,8 +184,8 @@ class Receiver:
         """Wait for all; where one fails, nothing comes or the owner is gone, end the others."""
         seen, since = -1, time.monotonic()
         failure: BaseException | None = None
-        while any(not job.done() for job in jobs):
-            wait(jobs, timeout=1.0, return_when=FIRST_EXCEPTION)
+        while pending := [job for job in jobs if not job.done()]:
+            wait(pending, timeout=1.0, return_when=FIRST_EXCEPTION)
             failure = failure or next((job.exception() for job in jobs if job.done() and job.exception()), None)
             if self._num_bytes != seen:
                 seen, since = self._num_bytes, time.monotonic()
