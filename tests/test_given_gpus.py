@@ -166,24 +166,27 @@ def test_trainers_frozen_models_and_generators_refuse_alike_as_the_controller_is
     async def scenario() -> list[UserError]:
         faults = Faults(Rendezvous(tmp_path))
         command = bootstrap_command(1, NOWHERE.split(","))
-        options: dict[str, Any] = {"per_host": {"procs": 1}, "name": "roles", "bootstrap_command": command}
-        procs = faults.enders.beside("roles", this_host().spawn_procs(**options))
         lost = asyncio.get_running_loop().create_future()
-        trainers = Ranks(procs.spawn("trainer", Trainer, cfg, tmp_path), "the trainers", lost)
-        frozen = Ranks(procs.spawn("frozen", Frozen, cfg, tmp_path), "the frozen models", lost)
-        generator = procs.spawn("generator", Generator, cfg, 0, tmp_path)
-        calls = [
-            trainers.ask("start", {}, tmp_path / "store", None, False, timeout_s=120),
-            frozen.ask("start", {}, tmp_path / "store", timeout_s=120),
-            generator.start.call_one(tmp_path),
-        ]
+
+        def spawn(role: str, actor: Any, *args: Any) -> Any:
+            """In a process of its own, as they are: two would import torch at once."""
+            options: dict[str, Any] = {"per_host": {"procs": 1}, "name": role, "bootstrap_command": command}
+            return faults.enders.beside(role, this_host().spawn_procs(**options)).spawn(role, actor, *args)
+
         errors = []
-        for call in calls:
+        for role, actor, *args in (
+            ("trainer", Trainer, {}, tmp_path / "store", None, False),
+            ("frozen", Frozen, {}, tmp_path / "store"),
+            ("generator", Generator, tmp_path),
+        ):
             with pytest.raises(ActorError) as raised:
-                await call
+                if actor is Generator:
+                    await spawn(role, actor, cfg, 0, tmp_path).start.call_one(*args)
+                else:
+                    await Ranks(spawn(role, actor, cfg, tmp_path), role, lost).ask("start", *args, timeout_s=120)
             errors.append(cause_of(raised.value))
-        faults.forget("roles")
-        faults.enders.end_at_once("roles")
+            faults.forget(role)
+            faults.enders.end_at_once(role)
         return errors
 
     for role, error in zip(("trainer-0", "frozen-0", "generator-0"), asyncio.run(scenario()), strict=True):
