@@ -12,7 +12,6 @@ from pathlib import Path
 from forge_hpc.cluster.allocation import Allocation
 from forge_hpc.cluster.processes import die_with_parent
 from forge_hpc.container.outside import container_of, run_inside
-from forge_hpc.exit_code import exit_code
 from forge_hpc.run_dir import RunDir
 from forge_hpc.supervisor.supervisor import Supervisor
 
@@ -34,7 +33,7 @@ def main() -> int:
     if args.after is None and (contained := container_of(RunDir(run_dir), allocation)) is not None:
         return run_inside(contained, RunDir(run_dir), allocation, sys.argv[1:])
     supervisor = Supervisor(RunDir(run_dir), allocation, summary=not args.no_summary)
-    return exit_code(RunDir(run_dir), supervisor.run()) if args.after is None else supervisor.after(args.after)
+    return supervisor.run() if args.after is None else supervisor.after(args.after)
 
 
 if __name__ == "__main__":

@@ -492,9 +492,11 @@ def test_what_was_not_what_was_sent_comes_anew(certificates: Certificates, reade
     with pytest.raises(CorruptWeightsError):
         read(local)
     readers[0].has_read(is_good=False)
-    local, num_bytes = readers[1].receive(offer)
+    local, num_bytes = readers[0].receive(offer)
     assert equal(read(local), rank.weights) and num_bytes > 2 * NUM
-    readers[1].has_read()
+    assert equal(read(readers[1].receive(offer)[0]), rank.weights)
+    for reader in readers[:2]:
+        reader.has_read()
     rank.weights["a"][0] += 1
     local, num_bytes = readers[2].receive(rank.offer(2, with_checksum=True))
     assert equal(read(local), rank.weights) and num_bytes < NUM  # the changes, onto what is good

@@ -29,7 +29,7 @@ OUT_OF_MEMORY = (
 
 async def outcome_of(control: Awaitable[bool], leave: Leave) -> dict[str, Any]:
     """How a run has ended: what is published as ``outcome``. Its ``code`` is a `ControllerExit`; ``exit`` is there
-    where the run's own exit code (``exit_code``) is to be another than that of its state."""
+    where the run's exit code is to be another than that of its state."""
     done, outcome = False, dict[str, Any](code=ControllerExit.DONE, message="")
     try:
         done = await control

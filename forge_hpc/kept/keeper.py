@@ -26,7 +26,6 @@ from forge_hpc.cluster.allocation import Allocation
 from forge_hpc.cluster.processes import become_subreaper
 from forge_hpc.cluster.rendezvous import RendezvousTimeout
 from forge_hpc.config import UserError, print_error
-from forge_hpc.exit_code import exit_code
 from forge_hpc.files import open_private
 from forge_hpc.kept.directory import EnginesDir
 from forge_hpc.kept.run import Engines, KeptRun, RelayedRequests
@@ -143,7 +142,7 @@ class Keeper:
         run = KeptRun(self._engines, Node(run_dir, self._allocation), job, requests, request)
         with _output(Path(request["out"]), Path(request["err"])):
             try:
-                return exit_code(run_dir, run.run())
+                return run.run()
             except UserError as error:
                 print_error(error)
                 return Exit.FAILED if self._allocation.in_slurm else Exit.USAGE

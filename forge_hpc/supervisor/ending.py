@@ -134,3 +134,5 @@ class Ending:
     hint: str | None = None
     lost_nodes: tuple[str, ...] = ()
     """Slurm's names of nodes that the next start is to do without."""
+    exit: int | None = None
+    """The exit code where the run has failed; None: that of its state."""

@@ -265,7 +265,7 @@ class FirstNode:
             return Ending(Cause.CRASH, "the controller has stopped without being asked to; controller.log says where")
         if outcome.get("is_loss"):
             return Ending(Cause.CRASH, outcome["message"])
-        return Ending(Cause.FAILED, outcome["message"], outcome.get("hint"))
+        return Ending(Cause.FAILED, outcome["message"], outcome.get("hint"), exit=outcome.get("exit"))
 
     # ---- the way out
 
@@ -313,7 +313,7 @@ class FirstNode:
         if ending.hint:
             print(f"hint: {ending.hint}", file=sys.stderr)
         sys.stderr.flush()
-        return EXITS[state]
+        return EXITS[state] if state != "failed" or ending.exit is None else ending.exit
 
     def _complete(self, config: Config, starts: StartLog) -> int:
         self.status.update(state="completed")

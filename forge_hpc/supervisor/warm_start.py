@@ -57,7 +57,8 @@ def warm_start(parent: RunDir, config: Config, requests: StopRequests, status: S
     if end is None:
         return Ending(Cause.CRASH, f"the warm start in {run_dir} {how_it_ended(process.returncode)}")
     cause = Cause.CRASH if end["cause"] in FAILURES else Cause.FAILED
-    return Ending(cause, f"the warm start in {run_dir} failed: {end['message']}")
+    usage = Exit.USAGE if process.returncode == Exit.USAGE else None
+    return Ending(cause, f"the warm start in {run_dir} failed: {end['message']}", exit=usage)
 
 
 def _wait_for_end(process: subprocess.Popen[bytes], timeout_s: float, requests: StopRequests) -> None:

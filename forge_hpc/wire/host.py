@@ -226,7 +226,7 @@ class _Policy:
 
     def close(self) -> None:
         """Nobody needs it any more."""
-        for version in self._left + [self._version] * (self._version is not None):
+        for version in (*self._left, self._version):
             self._close_memory(version)
         self._receivers.forget(self._id)
 
