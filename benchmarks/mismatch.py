@@ -34,10 +34,12 @@ GENERATORS: Mapping[str, list[str]] = {
     "as shipped": [],
     "not compiled": ["generator.engine.extra={compilation_config: {mode: 0, cudagraph_mode: FULL}}"],
     "all of vLLM's own kernels": ["generator.engine.extra={compilation_config: {custom_ops: [all]}}"],
+    "batch invariant": ["model.batch_invariant=true"],
 }
 TRAINERS: Mapping[str, list[str]] = {
     "as shipped": [],
     "not compiled": ["trainer.compile.enable=false"],
+    "batch invariant": ["model.batch_invariant=true"],
     "float32": [
         "trainer.training.mixed_precision_param=float32",
         "model.dtype=float32",
@@ -108,20 +110,22 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32 if on_gpu else 8)
     parser.add_argument("--tokens", type=int, default=256 if on_gpu else 24)
     parser.add_argument("--model", choices=SHAPES, default="0.6b" if on_gpu else "tiny")
+    parser.add_argument("--generators", nargs="+", choices=GENERATORS, default=list(GENERATORS))
+    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="forge-hpc-mismatch-") as name:
         directory = Path(name)
         model_dir = write_model(directory / "model", args.model)
         sampled = {}
-        for each, overrides in (GENERATORS if on_gpu else {"as shipped": []}).items():
+        for each in args.generators if on_gpu else ["as shipped"]:
             try:
-                sampled[each] = pickle.loads(alone(sample, model_dir, args, overrides))
+                sampled[each] = pickle.loads(alone(sample, model_dir, args, GENERATORS[each]))
             except SystemExit as error:
                 row(f"generator {each}", None, note=str(error))
         computed = {}
-        for number, (each, overrides) in enumerate(TRAINERS.items()):
+        for number, each in enumerate(args.trainers if on_gpu else ["as shipped", "not compiled", "float32"]):
             try:
-                given = (model_dir, args, overrides, list(sampled.values()), directory / f"store-{number}")
+                given = (model_dir, args, TRAINERS[each], list(sampled.values()), directory / f"store-{number}")
                 computed[each] = dict(zip(sampled, pickle.loads(alone(compute, *given)), strict=True))
             except SystemExit as error:
                 row(f"trainer {each}", None, note=str(error))

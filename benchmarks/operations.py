@@ -1,6 +1,6 @@
 """Which operations of vLLM's model and of the trainer's come to different results from the same inputs.
 
-    python benchmarks/operations.py [--prompts 16] [--layers 4]
+    python benchmarks/operations.py [--prompts 16] [--layers 4] [--invariant]
 
 vLLM prefills prompts and decodes a token of each, not compiled, and what its modules take and give is written down in a
 few layers of Qwen3 0.6B's dimensions with random weights in bfloat16. Then each operation of the trainer's model, not
@@ -28,6 +28,8 @@ from mismatch import configuration
 from rows import PROJECT, row
 
 from forge_hpc.data.types import Prompt
+from forge_hpc.generation.invariant import replace_operations
+from forge_hpc.invariance import prepare_invariance
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODULES = {
@@ -84,7 +86,10 @@ def generate(model_dir: Path, args: argparse.Namespace, file: Path, results: Any
     """The calls of vLLM's modules for all prompts in one step, and for one more token of each in the next."""
     from forge_hpc.generation import GenerationEngine
 
-    cfg = configuration(model_dir, args, ["generator.engine.enforce_eager=true"])
+    invariant = ["model.batch_invariant=true"] if args.invariant and DEVICE == "cuda" else []
+    if args.invariant:
+        replace_operations()
+    cfg = configuration(model_dir, args, ["generator.engine.enforce_eager=true", *invariant])
     engine = GenerationEngine(model_dir, cfg, device=DEVICE)
     draw = np.random.default_rng(0)
     prompts = [Prompt(i, "", draw.integers(0, 60, 64 + i).tolist(), "") for i in range(args.prompts)]
@@ -99,18 +104,26 @@ def generate(model_dir: Path, args: argparse.Namespace, file: Path, results: Any
     results.put(len(calls))
 
 
-def trainer_model(model_dir: Path) -> Any:
+def attention_config(args: argparse.Namespace) -> Any:
+    """The trainer's attention, whose kernel on the CPU is another one than vLLM's in any case."""
+    from forge_hpc.models.attention import inner_attention_config
+
+    return inner_attention_config(torch.bfloat16, batch_invariant=args.invariant and DEVICE == "cuda")
+
+
+def trainer_model(model_dir: Path, args: argparse.Namespace) -> Any:
     """The trainer's model of a directory as one rank computes with it, in bfloat16."""
     from torchtitan.config import ParallelismConfig
     from torchtitan.tools.utils import set_default_dtype
 
-    from forge_hpc.models.attention import inner_attention_config
     from forge_hpc.models.spec import load_hf_weights, load_spec
 
+    if args.invariant and DEVICE == "cuda":
+        prepare_invariance("a trainer")
     spec = load_spec(
         model_dir,
         max_positions=1024,
-        inner_attention=inner_attention_config(torch.bfloat16),
+        inner_attention=attention_config(args),
         parallelism=ParallelismConfig(),
     )
     with torch.device("meta"), set_default_dtype(torch.bfloat16):
@@ -125,7 +138,7 @@ def trainer_model(model_dir: Path) -> Any:
 def compute(model_dir: Path, args: argparse.Namespace, file: Path, results: Any) -> None:
     """Compare all operations."""
     calls = torch.load(file, weights_only=True)
-    model = trainer_model(model_dir)
+    model = trainer_model(model_dir, args)
     found: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
     with torch.no_grad():
         for number, block in model.layers.items():
@@ -133,13 +146,13 @@ def compute(model_dir: Path, args: argparse.Namespace, file: Path, results: Any)
             steps["rotation"] = calls["0.rotation"][int(number) :: len(model.layers)]
             if [len(taken) for taken in steps.values()] != [2] * len(steps):
                 raise SystemExit(f"vLLM took {len(steps['norm'])} steps, not one of prompts and one of a token each")
-            for operation, theirs, ours in compared(block, steps):
+            for operation, theirs, ours in compared(block, steps, args):
                 found[operation].append((theirs, ours))
     num_prompt_tokens = len(calls["0.norm"][0][0][0])
     results.put({name: figures(pairs, num_prompt_tokens) for name, pairs in found.items()})
 
 
-def compared(block: Any, steps: Any) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+def compared(block: Any, steps: Any, args: argparse.Namespace) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Each operation of a layer: its name, vLLM's result and the trainer's, [tokens, values]; decoded tokens last."""
 
     def all_of(name: str, which: int, part: int) -> torch.Tensor:
@@ -175,7 +188,8 @@ def compared(block: Any, steps: Any) -> Iterator[tuple[str, torch.Tensor, torch.
     rotated = attention.rope(by_head(taken("rotation", 1)), by_head(taken("rotation", 2)), positions[None])
     for part, ours in enumerate(rotated):
         yield "rotation", gave("rotation", part), ours[0].flatten(1)
-    yield "attention", gave("attention"), attend(block, positions, *[by_head(taken("attention", i)) for i in range(3)])
+    qkv = [by_head(taken("attention", i)) for i in range(3)]
+    yield "attention", gave("attention"), attend(block, attention_config(args), positions, *qkv)
     yield "output projection", gave("out"), attention.wo(taken("out"))
     x = taken("gate_up")
     yield "gate and up", gave("gate_up"), torch.cat([feed_forward.w1(x), feed_forward.w3(x)], -1)
@@ -184,9 +198,11 @@ def compared(block: Any, steps: Any) -> Iterator[tuple[str, torch.Tensor, torch.
     yield "down", gave("down"), feed_forward.w2(taken("down"))
 
 
-def attend(block: Any, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def attend(
+    block: Any, config: Any, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
     """The trainer's attention on documents, each a prompt and the token that was decoded after it."""
-    from forge_hpc.models.attention import attention_inputs, inner_attention_config
+    from forge_hpc.models.attention import attention_inputs
 
     at = positions.cpu().numpy()
     starts = np.flatnonzero(at == 0)
@@ -195,7 +211,7 @@ def attend(block: Any, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor
     order = np.concatenate([np.append(each, len(at) - num + i) for i, each in enumerate(prompts)])
     if (np.concatenate([np.arange(len(each) + 1) for each in prompts]) != at[order]).any():
         raise SystemExit("vLLM decoded the prompts in another order than it took them")
-    inputs = attention_inputs(inner_attention_config(torch.bfloat16), at[order][None], torch.device(DEVICE))
+    inputs = attention_inputs(config, at[order][None], torch.device(DEVICE))
     index = torch.from_numpy(order).to(DEVICE)
     out = block.attention.inner_attention(
         *(x[:, index] for x in (q, k, v)),
@@ -221,6 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=17, help="the first one is not compared")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--invariant", action="store_true", help="with model.batch_invariant")
     args = parser.parse_args()
     args.tokens = 2
     with tempfile.TemporaryDirectory(prefix="forge-hpc-operations-") as name:

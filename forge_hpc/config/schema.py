@@ -56,6 +56,10 @@ class ModelConfig:
     head_dtype: str = setting("float32", choices=DTYPES)
     """dtype of the logits, on GPUs, of generators and trainers: float32 keeps them as the matrix product sums them;
     bfloat16 rounds them to 8 bits."""
+    batch_invariant: bool = setting(False, resume=ROUNDING)
+    """Generators and trainers compute with the same kernels, which add up alike whatever else is in a batch: their
+    log-probabilities are equal to the last bit where the weights are. Slower. Dense models in bfloat16 on GPUs of
+    compute capability 9 (H100, H200), a whole model on each: no tensor parallelism, no LoRA, nothing compiled."""
 
 
 @dataclass

@@ -32,7 +32,7 @@ def served_config(cfg: Config, one: ServedConfig) -> Config:
     data = DataConfig(template_date=cfg.data.template_date, chat_template_args=one.chat_template_args)
     return dataclasses.replace(
         cfg,
-        model=dataclasses.replace(cfg.model, path=one.path, dtype=one.dtype or cfg.model.dtype),
+        model=dataclasses.replace(cfg.model, path=one.path, dtype=one.dtype or cfg.model.dtype, batch_invariant=False),
         data=data,
         environment=EnvironmentConfig(max_turns=sys.maxsize),
         algorithm=AlgorithmConfig(),

@@ -70,6 +70,7 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
     _check_minibatches(cfg, needs)
     _check_left_out(cfg, needs)
     _check_routing_replay(cfg, needs)
+    _check_batch_invariant(cfg, needs)
     runs = run_sources(cfg)
     for run in runs:
         _check_data_values(run, needs)
@@ -712,12 +713,42 @@ def _check_routing_replay(cfg: Config, needs: Needs) -> None:
         raise UserError(f"algorithm.routing_replay: {reason}", "leave it off, or change that")
 
 
+def _check_batch_invariant(cfg: Config, needs: Needs) -> None:
+    if not cfg.model.batch_invariant:
+        return
+    trainer, degrees = cfg.trainer, cfg.trainer.parallelism
+    refusals = {
+        f"recipe={cfg.recipe} has no generators for its trainers to compute like": needs.generators == "none",
+        "it is for GPUs, and cluster.gpus_per_node is 0": cfg.cluster.gpus_per_node == 0,
+        "it is for bfloat16, which model.dtype is not": cfg.model.dtype != "bfloat16",
+        "it is for bfloat16, which trainer.training.mixed_precision_param is not": (
+            trainer.training.mixed_precision_param != "bfloat16"
+        ),
+        "compiled trainers round elsewhere, leave out trainer.compile.enable": bool(trainer.compile.enable),
+        "generators have the adapters of trainer.lora in their weights, trainers beside them": trainer.lora.enable,
+    } | {
+        f"{key} adds up parts of the model on several GPUs, set it to 1": degree > 1
+        for key, degree in {
+            "generator.engine.tensor_parallel_size": cfg.generator.engine.tensor_parallel_size,
+            "trainer.parallelism.tensor_parallel_degree": degrees.tensor_parallel_degree,
+            "trainer.parallelism.context_parallel_degree": degrees.context_parallel_degree,
+        }.items()
+    }
+    for reason in (reason for reason, applies in refusals.items() if applies):
+        raise UserError(f"model.batch_invariant: {reason}", "leave it off, or change that")
+
+
 def _check_experts(cfg: Config, config: dict[str, Any], where: str) -> None:
     degree, num_experts = cfg.trainer.parallelism.expert_parallel_degree, num_experts_of(config)
     if num_experts % degree:
         raise UserError(
             f"trainer.parallelism.expert_parallel_degree={degree} does not divide the {num_experts} experts of {where}",
             f"choose a divisor of {num_experts}",
+        )
+    if cfg.model.batch_invariant and num_experts:
+        raise UserError(
+            f"model.batch_invariant, and {where} has experts, which vLLM and trainers have other kernels for",
+            "leave it off; algorithm.routing_replay has trainers take the experts that generators took",
         )
     if cfg.algorithm.routing_replay and not num_experts:
         raise UserError(f"algorithm.routing_replay, and {where} has no experts", "leave it off")

@@ -48,11 +48,13 @@ from forge_hpc.generation.checkpoint import (
 )
 from forge_hpc.generation.direct import load_offer, try_to_open
 from forge_hpc.generation.experts import RouteRecorder, record_routes, set_up_experts_anew
+from forge_hpc.generation.invariant import replace_operations
 from forge_hpc.generation.options import cache_arguments, engine_arguments, inspect_architecture, prepare_environment
 from forge_hpc.generation.seeds import sample_seed
 from forge_hpc.generation.sleep import SleepingEngine
 from forge_hpc.generation.staging import staged_checkpoint
 from forge_hpc.imports import importing
+from forge_hpc.invariance import prepare_invariance
 from forge_hpc.observability.performance import EngineCounts
 from forge_hpc.weights.memory import Unreachable
 from forge_hpc.weights.snapshots import Offer
@@ -639,6 +641,9 @@ class GenerationEngine:
             from vllm.v1.engine.llm_engine import LLMEngine
 
             inspect_architecture(arguments["model"])
+        if self._config.model.batch_invariant:
+            prepare_invariance("a generator")
+            replace_operations()
         try:
             self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         except ValueError as error:  # pydantic's cannot be sent to another process

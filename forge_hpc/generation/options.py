@@ -98,6 +98,8 @@ def engine_arguments(model_dir: str | Path, config: Config, device: str) -> dict
         arguments["enable_sleep_mode"] = takes_turns(config)
         if config.algorithm.routing_replay:
             arguments["enable_return_routed_experts"] = True
+        if config.model.batch_invariant:
+            arguments["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL"}
         if config.model.dtype != "float32":  # which FlashAttention does not take: vLLM chooses
             arguments["attention_backend"] = "FLASH_ATTN"
             arguments["hf_overrides"] = {"head_dtype": config.model.head_dtype}

@@ -66,6 +66,9 @@ class LogprobHead(Linear):
     """Of the logits that log-probabilities are made of; None: that of the hidden states. float32 above bfloat16 on a
     GPU keeps the sums as the matrix product has them, instead of rounding them to 8 bits."""
 
+    as_vllm: bool = False
+    """Whether log-probabilities come from the kernels of vLLM's sampler, so that they equal its own to the last bit."""
+
     def parallelize(self, parallel_dims: ParallelDims) -> None:
         """Split the weight by vocabulary. The forward pass does the rest: its results are not those of a Linear."""
         self._parallelized = True
@@ -111,7 +114,8 @@ class LogprobHead(Linear):
             hidden = hidden.to_local(grad_placements=[Partial()])
         assert slots is not None
         hidden = hidden.flatten(0, 1).index_select(0, slots)
-        return _HeadLogprobs.apply(hidden, weight, labels, temperature, truncation, group, offset, self.logits_dtype)
+        options = temperature, truncation, group, offset, self.logits_dtype, self.as_vllm
+        return _HeadLogprobs.apply(hidden, weight, labels, *options)
 
 
 class _HeadLogprobs(torch.autograd.Function):
@@ -126,6 +130,7 @@ class _HeadLogprobs(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         offset: int,
         logits_dtype: torch.dtype | None,
+        as_vllm: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         vocab_size = weight.shape[0]
         logits_dtype = logits_dtype or hidden.dtype
@@ -135,12 +140,14 @@ class _HeadLogprobs(torch.autograd.Function):
         kept: list[torch.Tensor] | None = None
         if any(ctx.needs_input_grad) and hidden.shape[0] * vocab_size * logits_dtype.itemsize <= KEPT_BYTES:
             kept = []
-        stats, parts, thresholds = _on(hidden.device, _stats), [], []
+        stats, parts, thresholds, logprobs = _on(hidden.device, _stats), [], [], []
         for chunk in _chunks(hidden, vocab_size, logits_dtype):
             logits = _logits(hidden[chunk], weight, logits_dtype)
             if truncation != NOTHING_CUT:
                 thresholds.append(truncation.threshold(logits.float() / temperature).squeeze(1))
             parts.append(stats(logits, labels[chunk], temperature, thresholds[-1] if thresholds else None))
+            if as_vllm:
+                logprobs.append(_vllm_logprobs(logits, labels[chunk], temperature, truncation))
             if kept is not None:
                 kept.append(logits)
             del logits  # or two chunks of them are held at a time
@@ -153,7 +160,7 @@ class _HeadLogprobs(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, labels, is_local, *from_zero, threshold, *(kept or ()))
         ctx.temperature, ctx.logits_dtype = temperature, logits_dtype
         ctx.set_materialize_grads(False)
-        return label_logit - log_total, log_total - mean_logit
+        return torch.cat(logprobs) if as_vllm else label_logit - log_total, log_total - mean_logit
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -177,7 +184,7 @@ class _HeadLogprobs(torch.autograd.Function):
                 grad_weight = _add_weight_grad(grad_weight, grad, hidden[chunk])
             del logits, grad
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        return grad_hidden, grad_weight, *(None,) * 7
 
 
 def _stats(
@@ -192,6 +199,23 @@ def _stats(
     z = z - largest
     label_logit = z.gather(1, labels[:, None])
     return largest.squeeze(1), weights.sum(-1), label_logit.squeeze(1), (weights * z).sum(-1)
+
+
+def _vllm_logprobs(
+    logits: torch.Tensor, labels: torch.Tensor, temperature: float, truncation: Truncation
+) -> torch.Tensor:
+    """[N] float32, by vLLM's own kernels: of the temperature, and of the log-probabilities of what it leaves."""
+    from vllm.v1.worker.gpu.sample.gumbel import apply_temperature
+    from vllm.v1.worker.gpu.sample.logprob import compute_token_logprobs
+
+    z = logits.float()
+    if temperature != 1:
+        z = z.clone()  # it writes in their place, and the backward pass reads them
+        request = torch.zeros(len(z), dtype=torch.int32, device=z.device)
+        apply_temperature(z, request, torch.full((1,), temperature, device=z.device))
+    if truncation != NOTHING_CUT:
+        z = z.masked_fill(_is_cut(z, labels, truncation.threshold(z).squeeze(1)), -math.inf)
+    return compute_token_logprobs(z, labels[:, None]).squeeze(1)
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -12,7 +12,7 @@ from forge_hpc.config.needs import Needs
 from forge_hpc.config.schema import Config
 from forge_hpc.config.served import served_config
 from forge_hpc.config.split import Placement
-from forge_hpc.sizing.microbatch import RESERVE_BYTES, WholeBytes, plan_microbatch, plan_shared
+from forge_hpc.sizing.microbatch import RESERVE_BYTES, WholeBytes, compiles, plan_microbatch, plan_shared
 from forge_hpc.sizing.model import ModelSize
 
 GIB = 2**30
@@ -131,6 +131,7 @@ def _trainers(
         mode=cfg.trainer.activation_checkpoint.mode,
         tensor_parallel=tp,
         context_parallel=degrees.context_parallel_degree,
+        compiled=compiles(cfg, "cuda"),
         whole=WholeBytes.of(
             size.num_params,
             max(1, placement.trainer_procs // (replicas * tp)),

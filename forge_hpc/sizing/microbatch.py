@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from forge_hpc.config.errors import UserError
+from forge_hpc.config.schema import Config
 
 MODES = ("none", "selective", "full")
 """From the one that keeps everything to the one that keeps least."""
@@ -63,6 +64,7 @@ def plan_microbatch(
     mode: str = "auto",
     tensor_parallel: int = 1,
     context_parallel: int = 1,
+    compiled: bool = True,
     whole: WholeBytes | None = None,
 ) -> MicrobatchPlan:
     """Choose what is open: ``num_rows`` where it is None, ``mode`` where it is ``auto``; and gather weights, and sum
@@ -79,7 +81,8 @@ def plan_microbatch(
     seq_len = -(-seq_len // context_parallel)
     wanted = num_rows or max(1, round(BUSY_FLOPS / (6 * num_params * seq_len)))
     modes = MODES if mode == "auto" else (mode,)
-    costs = {each: int(SAFETY * seq_len * token_bytes(hf, each, context_parallel) / tensor_parallel) for each in modes}
+    row = SAFETY * seq_len / tensor_parallel
+    costs = {each: int(row * token_bytes(hf, each, context_parallel, compiled=compiled)) for each in modes}
     weights, gradients = whole or WholeBytes(0, 0)
     for each, cost in costs.items():
         if (spare := available_bytes - wanted * cost) >= 0:
@@ -154,8 +157,17 @@ def trainer_share(total_bytes: int, engine_share: float) -> float:
     return max(left / 2, left - RESERVE_BYTES / 2 / total_bytes)
 
 
-def token_bytes(hf: dict[str, Any], mode: str, context_parallel: int = 1) -> int:
-    """Activations of a token that a microbatch holds at its peak, in a two-byte dtype.
+def compiles(cfg: Config, device: str) -> bool:
+    """Whether trainers on a device (``cuda``, ``cpu``) compile: where nobody has chosen those on GPUs, but not such as
+    are to round as vLLM does."""
+    if cfg.trainer.compile.enable is not None:
+        return cfg.trainer.compile.enable
+    return device == "cuda" and not cfg.model.batch_invariant
+
+
+def token_bytes(hf: dict[str, Any], mode: str, context_parallel: int = 1, *, compiled: bool = True) -> int:
+    """Activations of a token that a microbatch holds at its peak, in a two-byte dtype. Compiled, the SiLU is computed
+    again.
 
     A rank of a shared row has the keys and values of other ranks' tokens too: of a document as long as the row those
     up to its own early chunk and up to its late one, C + 1/2 times its own (``data.row_shares``), and all of them, C
@@ -167,7 +179,7 @@ def token_bytes(hf: dict[str, Any], mode: str, context_parallel: int = 1) -> int
     hidden = hf["intermediate_size"]
     if experts := hf.get("num_local_experts") or hf.get("num_experts"):
         hidden = hf["moe_intermediate_size"] * hf["num_experts_per_tok"] + experts
-    layer = 3 * dim + 2 * queries + 2 * keys + 3 * hidden
+    layer = 3 * dim + 2 * queries + 2 * keys + (3 if compiled else 4) * hidden
     gathered = 0.0 if context_parallel == 1 else context_parallel * keys
     if context_parallel > 1:
         layer += (context_parallel - 0.5) * keys

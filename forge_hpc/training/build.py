@@ -35,6 +35,7 @@ from forge_hpc.sizing.microbatch import (
     RESERVE_BYTES,
     MicrobatchPlan,
     WholeBytes,
+    compiles,
     plan_microbatch,
     plan_shared,
     trainer_share,
@@ -70,7 +71,9 @@ class Shape:
         return load_spec(
             model_dir,
             max_positions=_round_up(self.cfg.trainer.training.seq_len, self.row_len_multiple),
-            inner_attention=inner_attention_config(self.param_dtype, self.dims.cp),
+            inner_attention=inner_attention_config(
+                self.param_dtype, self.dims.cp, batch_invariant=self.cfg.model.batch_invariant
+            ),
             parallelism=self.parallelism,
         )
 
@@ -149,6 +152,7 @@ class Shape:
             mode=mode,
             tensor_parallel=self.dims.tp,
             context_parallel=self.dims.cp,
+            compiled=compiles(self.cfg, "cuda"),
             whole=whole if trained else None,
         )
         logger.info("%s", plan)
@@ -173,8 +177,7 @@ class Shape:
         with torch.device("meta"), set_default_dtype(dtype):
             model: Any = spec.config.build()
         ac_config = {"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}[checkpointing]
-        compiles = device.type == "cuda" if cfg.compile.enable is None else cfg.compile.enable
-        compile_config = CompileConfig(enable=compiles, components=["model"])
+        compile_config = CompileConfig(enable=compiles(self.cfg, device.type), components=["model"])
         if dims.world_size == 1 and self.param_dtype == dtype and not offloads:
             # Nothing to shard and nothing to cast: FSDP would only cost time.
             if ac_config is not None:
@@ -204,6 +207,7 @@ class Shape:
             model.init_weights(buffer_device=device if offloads else None)
         if isinstance(model.lm_head, LogprobHead) and device.type == "cuda":
             model.lm_head.logits_dtype = TORCH_DTYPE_MAP[self.cfg.model.head_dtype]
+            model.lm_head.as_vllm = self.cfg.model.batch_invariant
         model._skip_lm_head = True  # the heads are applied to what is trained
         return model.train() if need.trained else model.requires_grad_(False).eval()
 

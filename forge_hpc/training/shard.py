@@ -21,6 +21,7 @@ from forge_hpc.config.needs import ModelNeed
 from forge_hpc.config.schema import Config, SamplingConfig
 from forge_hpc.data.packing import PackedBatch, pack, unpack
 from forge_hpc.data.types import Document
+from forge_hpc.invariance import prepare_invariance
 from forge_hpc.models.attention import attention_inputs
 from forge_hpc.models.context import shared_rows
 from forge_hpc.models.device import local_device, to_device
@@ -58,6 +59,8 @@ class ModelShard:
         self.model_dir = model_dir
         self.need = need
         self.device = local_device()
+        if cfg.model.batch_invariant:
+            prepare_invariance("a trainer")
         self.shape = Shape.of(cfg)
         self.parallel_dims = self.shape.dims
         self.temperature = sampling.temperature
