@@ -506,6 +506,13 @@ def test_gpus_of_several_kinds_on_one_node_are_named() -> None:
     assert odd_nodes({0: mixed, 1: mixed}, None) == {}
 
 
+def test_an_order_of_gpus_that_is_not_the_drivers_is_told() -> None:
+    other = with_gpus(*h100(2)) | {"gpu_order": "FASTEST_FIRST"}
+    [said] = remarks({0: with_gpus(*h100(2)) | {"gpu_order": ""}, 1: other}, None, named)
+    assert said.startswith("node 1 (n1) has CUDA_DEVICE_ORDER=FASTEST_FIRST: CUDA counts GPUs in another order than")
+    assert said.endswith("Unset it, or name GPUs by UUID in CUDA_VISIBLE_DEVICES")
+
+
 def test_a_node_with_fewer_gpus_than_the_others_is_named_with_what_stays_idle() -> None:
     nodes = {0: with_gpus(*h100(8)), 1: with_gpus(*h100(8)), 2: with_gpus(*h100(7)), 3: with_gpus(*h100(8))}
     assert remarks(nodes, None, named) == [

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from forge_hpc.cluster.folders import remove_left_over
+from forge_hpc.cluster.worker import other_order
 from forge_hpc.config import Config
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.gate.environment import environment
@@ -49,6 +50,7 @@ def look_at_node(shared: Path, tls: Path, start: str, gpus: list[str], config: C
         "gpus": len(gpus),
         "working_gpus": health.working,
         "gpu_kinds": health.kinds,
+        "gpu_order": other_order(gpus),
         "memory_bytes": memory,
         "clock_s": 0.0 if alone else clock_offset_s(shared),
         "environment": {} if alone else environment(),
