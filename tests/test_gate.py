@@ -722,7 +722,7 @@ def test_the_controllers_log_has_what_the_gate_has_said(tmp_path: Path, caplog: 
     from forge_hpc.controller.conduct import Nodes as Joined
     from forge_hpc.controller.conduct import arrange
 
-    workers = [{"gpus": [str(gpu) for gpu in range(n)], "cpus": 8, "cpu_build": None} for n in (8, 7)]
+    workers = [{"gpus": [str(gpu) for gpu in range(n)], "cpus": 8} for n in (8, 7)]
     cluster = arrange(Config(), Joined(None, workers, 0, "127.0.0.1", [REMARK]), tmp_path, None)
     assert cluster.placement.gpus_per_node == 7
     assert [(record.levelname, record.message) for record in caplog.records if record.levelname != "INFO"] == [

@@ -28,7 +28,6 @@ from forge_hpc.cluster.meshes import bootstrap_command
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.cluster.worker import ORDER, gpu_order, other_order
 from forge_hpc.config import UserError, load_config
-from forge_hpc.controller.conduct import Nodes, arrange
 from forge_hpc.controller.outcome import outcome_of
 from forge_hpc.controller.ranks import Ranks
 from forge_hpc.controller.recovery import Leave
@@ -36,6 +35,7 @@ from forge_hpc.controller.service import cause_of
 from forge_hpc.models.device import check_gpus, device_type
 from forge_hpc.run_dir import RunDir
 from forge_hpc.supervisor.ending import Exit
+from forge_hpc.supervisor.fit import look_at_fit
 from forge_hpc.supervisor.node import Node
 
 NOWHERE = "98,99"
@@ -140,27 +140,20 @@ def test_the_torch_that_is_installed_is_read_as_it_is() -> None:
     assert cpu_build() == (torch.__version__ if torch.version.cuda is None and torch.version.hip is None else None)
 
 
-def workers(*builds: str | None) -> Nodes:
-    found = [
-        {"host": f"n{node}", "gpus": ["4", "5", "6"], "cpus": 8, "processes": None, "cpu_build": build}
-        for node, build in enumerate(builds)
-    ]
-    nobody: Any = None
-    return Nodes(nobody, workers=found, num_left_out=0, address="10.0.0.1")
-
-
 def test_the_node_is_named_before_any_process_is_started_on_it(tmp_path: Path) -> None:
-    def arranged(nodes: Nodes, gpus: str = "null") -> Any:
+    def refused(*builds: str | None, gpus: str = "null") -> UserError | None:
         cfg = load_config(PROJECT / "configs/sft/demo.yaml", [f"cluster.gpus_per_node={gpus}"])
-        nobody: Any = None
-        return arrange(cfg, nodes, tmp_path, nobody)
+        limit = {"num_bytes": 1 << 40, "is_cgroups": False}
+        has = {"gpus": 3, "gpu_names": ["4", "5", "6"], "memory_bytes": 1 << 40, "memory_limit": limit}
+        reports = {node: has | {"cpu_build": build} for node, build in enumerate(builds)}
+        return look_at_fit(cfg, RunDir(tmp_path), reports, 0, lambda node: f"node {node} (n{node})").refused
 
-    with pytest.raises(UnusableGpus, match=r"^node 1 \(n1\) is given 3 GPUs \(4,5,6\), and torch 2\.13\.0\+cpu can"):
-        arranged(workers(None, "2.13.0+cpu"))
-    with pytest.raises(UnusableGpus, match=r"given 2 GPUs \(4,5\)"):
-        arranged(workers("2.13.0+cpu"), "2")
-    assert arranged(workers(None, None)).placement.gpus_per_node == 3
-    assert arranged(workers("2.13.0+cpu"), "0").placement.gpus_per_node == 0
+    second = refused(None, "2.13.0+cpu")
+    assert isinstance(second, UnusableGpus)
+    assert second.message.startswith("node 1 (n1) is given 3 GPUs (4,5,6), and torch 2.13.0+cpu can use none")
+    assert "given 2 GPUs (4,5)" in str(refused("2.13.0+cpu", gpus="2"))
+    assert refused(None, None) is None
+    assert refused("2.13.0+cpu", gpus="0") is None
 
 
 @pytest.mark.slow
@@ -221,7 +214,12 @@ def test_such_a_run_is_wrong_usage(error: UserError, code: Exit | None) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine on which torch can use no GPU")
 @pytest.mark.parametrize(
-    ("recipe", "overrides"), [("sft", []), ("grpo", ["warmstart.overrides=[cluster.gpus_per_node=2]"])]
+    ("recipe", "overrides"),
+    [
+        ("sft", []),
+        ("grpo", ["warmstart.overrides=[cluster.gpus_per_node=2]"]),
+        ("grpo", []),  # the warm start is for the CPU, and would be made in vain
+    ],
 )
 def test_a_run_that_is_given_gpus_which_torch_cannot_use_ends_before_it_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, overrides: list[str]
@@ -233,7 +231,7 @@ def test_a_run_that_is_given_gpus_which_torch_cannot_use_ends_before_it_trains(
     assert result.returncode == Exit.USAGE, result.stdout + result.stderr
     assert line in result.stderr and "hint: install a torch that fits the GPUs and their driver" in result.stderr
     assert status(run)["state"] == "failed" and line in status(run)["message"]
-    assert read(run) == read(run / "warmstart") == []
+    assert read(run) == read(run / "warmstart") == [] and status(run / "warmstart") == {}
 
 
 # ---- a number is the same GPU to CUDA as to the driver

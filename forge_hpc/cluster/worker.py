@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from forge_hpc.cluster.given_gpus import cpu_build
 from forge_hpc.cluster.processes import allow_open_files, die_with_parent, num_cpus
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.cluster.stacks import stand_by
@@ -93,7 +92,6 @@ def main(argv: list[str] | None = None) -> None:
         "address": f"tls://{args.address}:{listening_port()}",
         "cpus": num_cpus(),
         "gpus": visible_gpus(),
-        "cpu_build": cpu_build(),
         "processes": worker_host(args.address) if args.processes else None,  # after Monarch, whose port is the only one
     }
     Rendezvous(args.rendezvous).publish(f"worker-{args.node}", record)
