@@ -143,7 +143,7 @@ def test_trainers_take_what_was_estimated(tmp_path: Path) -> None:
         ranks = on_ranks(num_ranks, tmp_path / f"ranks-{num_ranks}", *work)
         overrides = [f"model.path={model_dir}", f"trainer.processes_per_node={num_ranks}"]
         [needs] = host(load_config(PROJECT / "configs/sft/demo.yaml", overrides), gpus=0).nodes
-        estimated = {need.what: need.num_bytes for need in needs if need.is_filled}
+        estimated = {need.what: need.num_bytes for need in needs if need.what != "processes"}
         assert sum(rank["buffers"] for rank in ranks) == pytest.approx(estimated["staged saves"], rel=0.01)
         if num_ranks == 1:  # several gather weights, whose memory is used again
             for what, num_bytes in estimated.items():
@@ -226,6 +226,21 @@ def test_a_job_that_asks_for_too_little_memory_is_refused_and_one_that_may_is_wa
     enough = outlook("128G")
     assert not [text for text in enough.warnings if "memory" in text]
     assert "# | node 0 |         91.5 |       8.0 |  99.5 |" in enough.table("# ")
+
+
+def test_this_machine_is_held_against_a_run_on_it(
+    eight_b: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def outlook(gib: int) -> Any:
+        limited(tmp_path, monkeypatch, gib * GIB)
+        cfg = large(eight_b, "cluster.gpus_per_node=0", "checkpoint.async_save=false", "data.path=builtin:addition")
+        return look_ahead(cfg, RunDir(tmp_path / "run"), (), for_slurm=False, here=True)
+
+    with pytest.raises(UserError, match=r"^this machine is to keep 153\.6 GiB in its memory \(training state 122"):
+        outlook(4)
+    monkeypatch.setattr("forge_hpc.before_queue.memory_limit", lambda: (200 * GIB, False))
+    [said] = [text for text in outlook(4).warnings if "memory" in text]
+    assert "available now): processes may be killed (take a node with more memory; or more trainer nodes" in said
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -10,18 +10,18 @@ Arithmetic over what is allocated where: ``training/staging.py``, ``weights/snap
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.needs import POLICY, Needs
-from forge_hpc.config.schema import Config
+from forge_hpc.config.schema import Config, EngineConfig
 from forge_hpc.config.split import Placement, frozen_apart
 from forge_hpc.sizing.memory import GIB, ITEMSIZE
 from forge_hpc.sizing.model import ModelSize
 
 Sizes = Callable[[str | None], ModelSize | None]
 PROCESS_BYTES = GIB
-"""Of a trainer or a generator without a model: libraries, threads, allocators. On the CPU 0.6 to 1.0 GiB."""
+"""Of a trainer or a generator without a model: libraries and allocators. The demo's take 0.5 and 0.7 GiB on the CPU."""
 _STATE, _SAVES, _SENT, _FROZEN = "training state", "staged saves", "weights to send", "frozen models"
 _ENGINES, _CACHE, _RECEIVED, _ASLEEP, _PROCESSES = "engines", "KV cache", "weights received", "sleep", "processes"
 COLUMNS = (_STATE, _SAVES, _SENT, _FROZEN, _ENGINES, _CACHE, _RECEIVED, _ASLEEP, _PROCESSES)
@@ -43,8 +43,6 @@ class Need:
     what: str
     """One of ``COLUMNS``."""
     num_bytes: int
-    is_filled: bool = True
-    """Every byte of it is written; else it is the most that may be."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,9 @@ class HostPlan:
     """By node, in the order of the placement."""
 
     def refusal(self, node: int, room: Room, who: str) -> UserError | None:
-        """Why the node cannot hold its part: what is certainly written there is more than it has. ``who`` names it."""
-        needs = [need for need in self.nodes[node] if need.is_filled]
+        """Why the node cannot hold its part: what is written there, without processes, is more than it has. ``who``
+        names it."""
+        needs = [need for need in self.nodes[node] if need.what != _PROCESSES]
         if (total := _total(needs)) <= room.num_bytes:
             return None
         return UserError(
@@ -84,9 +83,9 @@ class HostPlan:
         )
 
     def warning(self, node: int, room: Room, who: str) -> str | None:
-        """What is to be said where the node may run out of memory: where all that may be used is more than it has."""
+        """What is to be said where the node may run out of memory: where it has too little for the processes too."""
         needs = self.nodes[node]
-        if (total := _total(needs)) <= room.num_bytes or not _grows(needs):
+        if (total := _total(needs)) <= room.num_bytes or [need.what for need in needs] == [_PROCESSES]:
             return None
         return (
             f"{who} takes about {total / GIB:.1f} GiB of its memory ({_parts(needs)}) and has "
@@ -124,17 +123,14 @@ def plan_host(cfg: Config, needs: Needs, placement: Placement, size_of: Sizes) -
     nodes = []
     for node in range(placement.nodes):
         held = [need for where, parts in roles if node in where for need in parts]
-        held.append(Need(_PROCESSES, placement.processes_on(node) * PROCESS_BYTES, is_filled=False))
+        held.append(Need(_PROCESSES, placement.processes_on(node) * PROCESS_BYTES))
         nodes.append(_by_column(held))
     return HostPlan(tuple(nodes))
 
 
 def _by_column(held: Sequence[Need]) -> tuple[Need, ...]:
-    together = {need.what: Need(need.what, 0, need.is_filled) for need in held if need.num_bytes}
-    for need in held:
-        if need.num_bytes:
-            together[need.what] = replace(need, num_bytes=together[need.what].num_bytes + need.num_bytes)
-    return tuple(together[what] for what in COLUMNS if what in together)
+    sums = {what: sum(need.num_bytes for need in held if need.what == what) for what in COLUMNS}
+    return tuple(Need(what, num_bytes) for what, num_bytes in sums.items() if num_bytes)
 
 
 def _trainers(cfg: Config, needs: Needs, placement: Placement, params: Mapping[str | None, int]) -> Iterator[Need]:
@@ -169,7 +165,7 @@ def _generators(cfg: Config, needs: Needs, placement: Placement, num_params: int
         return
     engine, weights = cfg.generator.engine, num_params * ITEMSIZE[cfg.model.dtype]
     if not placement.gpus_per_node:
-        yield from _on_cpu(placement.replicas_per_node, weights, engine.kv_cache_memory_gib)
+        yield from _on_cpu(placement.replicas_per_node, weights, engine)
     elif placement.takes_turns and engine.sleep_level == 1:
         yield Need(_ASLEEP, placement.replicas_per_node * weights)
     if needs.generators == "beside" and _other_hosts(cfg, placement):
@@ -180,12 +176,14 @@ def _served(cfg: Config, number: int, placement: Placement, size_of: Sizes) -> I
     one = cfg.served[number]
     if not placement.gpus_per_node and (size := size_of(one.path)) is not None:
         engines, weights = len(placement.served[number].gpus), size.num_params * ITEMSIZE[cfg.model.dtype]
-        yield from _on_cpu(engines, weights, one.engine.kv_cache_memory_gib)
+        yield from _on_cpu(engines, weights, one.engine)
 
 
-def _on_cpu(engines: int, weights: int, kv_cache_gib: float) -> Iterator[Need]:
-    yield Need(_ENGINES, engines * weights)
-    yield Need(_CACHE, int(engines * kv_cache_gib * GIB), is_filled=False)
+def _on_cpu(num: int, weights: int, engine: EngineConfig) -> Iterator[Need]:
+    """So many engines. vLLM fills their KV caches with zeros as they start."""
+    cache = engine.extra.get("kv_cache_memory_bytes", engine.kv_cache_memory_gib * GIB)
+    yield Need(_ENGINES, num * weights)
+    yield Need(_CACHE, int(num * cache))
 
 
 def _frozen(cfg: Config, needs: Needs, placement: Placement, params: Mapping[str | None, int]) -> Iterator[Need]:
@@ -216,11 +214,6 @@ def _page_locked(num_bytes: int) -> int:
 
 def _total(needs: Sequence[Need]) -> int:
     return sum(need.num_bytes for need in needs)
-
-
-def _grows(needs: Sequence[Need]) -> bool:
-    """Whether anything is kept but what all processes take."""
-    return any(need.what != _PROCESSES for need in needs)
 
 
 def _parts(needs: Sequence[Need]) -> str:
