@@ -82,7 +82,8 @@ def look_ahead(
     model, gpu = model or cfg.model.path, (gpu_here(cfg) if here else None) or gpu_of(cfg, known)
     memory = memory_of(cfg, placement, gpu, model)
     warnings = [] if memory is None else list(memory.warnings)
-    host, warnings_of_host = host_of(cfg, placement, model, here=here)
+    rooms = memory_here() if here else (asked_memory(cfg, placement) if for_slurm else None,)
+    host, warnings_of_host = host_of(cfg, placement, model, *rooms)
     warnings += warnings_of_host
     if for_slurm:
         warnings += check_container(cfg)
@@ -144,38 +145,44 @@ def memory_of(cfg: Config, placement: Placement, gpu: Gpu | None, model: str) ->
 
 
 def host_of(
-    cfg: Config, placement: Placement, model: str, *, here: bool = False
+    cfg: Config, placement: Placement, model: str, room: Room | None, now: Room | None = None
 ) -> tuple[HostPlan | None, tuple[str, ...]]:
     """What the run keeps in the memory of its nodes, where it can be estimated, and what is to be said of it.
 
     Args:
-        here: the node is this machine.
+        room: what a node may have of its memory; None: it is not known here.
+        now: what is free of that.
 
     Raises:
-        UserError: it is more than a node may have: as the job asks for memory, or this machine has it.
+        UserError: it is more than a node may have.
     """
     host = plan_host(cfg, needs_of(cfg), placement, sizes_with(model))
-    room = room_of(*memory_limit()) if here else asked_memory(cfg, placement)
     if host is None or room is None:
         return host, ()
-    now = room_of(*memory_limit(), available_memory()) if here else room
     said = []
     for nodes in host.alike().values():
-        who = "this machine" if here else f"node {nodes[0]}" if len(nodes) == 1 else f"each of {len(nodes)} nodes"
+        who = f"node {nodes[0]}" if len(nodes) == 1 else f"each of {len(nodes)} nodes"
         if (error := host.refusal(nodes[0], room, who)) is not None:
             raise error
-        said.append(host.warning(nodes[0], now, who))
+        said.append(host.warning(nodes[0], now or room, who))
     return host, tuple(filter(None, said))
+
+
+def memory_here() -> tuple[Room, Room]:
+    """What a run may have of this machine's memory, and what is free of it."""
+    return room_of(*memory_limit()), room_of(*memory_limit(), available_memory())
 
 
 def asked_memory(cfg: Config, placement: Placement) -> Room | None:
     """Memory of each node that the job asks Slurm for; None where that is all of it, or not known here."""
     options = {name.lstrip("-").replace("_", "-"): value for name, value in cfg.slurm.extra.items()}
-    keys = {f"slurm.extra.{name}": options[name] for name in ("mem", "mem-per-gpu", "mem-per-cpu") if name in options}
-    key, text = next(iter(keys.items()), ("slurm.mem", cfg.slurm.mem))
-    units = {"slurm.extra.mem-per-gpu": placement.gpus_per_node, "slurm.extra.mem-per-cpu": cfg.slurm.cpus_per_task}
+    numbers: dict[str, int | None] = {"mem": 1, "mem-per-gpu": None, "mem-per-cpu": None}
+    if not (cfg.slurm.exclusive or options.get("exclusive")):  # else as many as a whole node has
+        numbers |= {"mem-per-gpu": placement.gpus_per_node, "mem-per-cpu": cfg.slurm.cpus_per_task}
+    name = next((name for name in numbers if name in options), None)
+    key, text = ("slurm.mem", cfg.slurm.mem) if name is None else (f"slurm.extra.{name}", options[name])
+    number = numbers[name or "mem"]
     found = re.fullmatch(r"(\d+)([KMGT]?)B?", str(text).upper())
-    number = units.get(key, 1)
     if found is None or number is None or not int(found[1]):
         return None
     num_bytes = int(found[1]) * number << {"K": 10, "M": 20, "": 20, "G": 30, "T": 40}[found[2]]

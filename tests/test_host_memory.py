@@ -184,15 +184,23 @@ def test_this_machine_has_its_memory_or_what_its_group_may_have(
 
 # ---- before it is queued
 
+SHARED = ("slurm.exclusive=false", "slurm.cpus_per_task=4")
+
 
 @pytest.mark.parametrize(
     ("overrides", "asked"),
     [
         (["slurm.mem=64G"], (64 << 30, "slurm.mem=64G")),
         (["slurm.mem='64000'"], (64000 << 20, "slurm.mem=64000")),
-        (["slurm.mem=64G", "slurm.extra={mem_per_gpu: 30G}"], (240 << 30, "slurm.extra.mem-per-gpu=30G")),
-        (["slurm.cpus_per_task=4", "slurm.extra={mem-per-cpu: 1T}"], (4 << 40, "slurm.extra.mem-per-cpu=1T")),
-        (["slurm.extra={mem-per-cpu: 1T}"], None),  # of as many as the node has
+        (
+            ["slurm.mem=64G", "slurm.exclusive=false", "slurm.extra={mem_per_gpu: 30G}"],
+            (240 << 30, "slurm.extra.mem-per-gpu=30G"),
+        ),
+        (
+            ["slurm.exclusive=false", "slurm.cpus_per_task=4", "slurm.extra={mem-per-cpu: 1T}"],
+            (4 << 40, "slurm.extra.mem-per-cpu=1T"),
+        ),
+        (["slurm.cpus_per_task=4", "slurm.extra={mem-per-cpu: 1T}"], None),  # of as many as the node has
         (["slurm.mem='0'"], None),
         ([], None),
     ],
@@ -236,7 +244,7 @@ def test_this_machine_is_held_against_a_run_on_it(
         cfg = large(eight_b, "cluster.gpus_per_node=0", "checkpoint.async_save=false", "data.path=builtin:addition")
         return look_ahead(cfg, RunDir(tmp_path / "run"), (), for_slurm=False, here=True)
 
-    with pytest.raises(UserError, match=r"^this machine is to keep 153\.6 GiB in its memory \(training state 122"):
+    with pytest.raises(UserError, match=r"^node 0 is to keep 153\.6 GiB in its memory \(training state 122"):
         outlook(4)
     monkeypatch.setattr("forge_hpc.before_queue.memory_limit", lambda: (200 * GIB, False))
     [said] = [text for text in outlook(4).warnings if "memory" in text]
@@ -284,7 +292,7 @@ def test_where_no_node_has_enough_the_run_is_refused_and_where_one_has_less_it_i
     cfg = large(eight_b, "cluster.nodes=5", "cluster.trainer_nodes=2", "cluster.spare_nodes=1")
     enough, little, tiny = report(200), report(32), report(8)
     assert fit(cfg, enough, enough, little, little, little) == Fit()
-    found = fit(cfg, little, little, enough, enough, enough)
+    found = fit(cfg, little, little, little, little, little)
     assert found.refused is not None and found.unfit == {}
     assert found.refused.message == (
         "node 0 (n0) is to keep 53.8 GiB in its memory (staged saves 45.8, weights to send 8.0) and may have 32.0 "
@@ -293,7 +301,8 @@ def test_where_no_node_has_enough_the_run_is_refused_and_where_one_has_less_it_i
     assert (found.refused.hint or "").startswith("raise slurm.mem, or the container's limit; or checkpoint.async_save")
     found = fit(cfg, enough, little, enough, enough, enough)
     assert found.refused is None and [*found.unfit] == [1]
-    assert found.unfit[1].startswith("is to keep 53.8 GiB")
+    assert found.unfit[1].startswith("it is to keep 53.8 GiB in its memory (")
+    assert [*fit(cfg, little, little, little, little, enough).unfit] == [0, 1], "a spare one can take their place"
     assert [*fit(cfg, enough, enough, tiny, enough, enough).unfit] == [2], "the spare one keeps nothing"
     assert fit(cfg, enough, enough, enough, enough, tiny) == Fit()
 

@@ -31,9 +31,9 @@ class Fit:
     """What is too small for the run."""
 
     refused: UserError | None = None
-    """Why it can run on none of such nodes: another start would meet the same."""
+    """Why none of the nodes can hold its part: another start would meet the same."""
     unfit: Mapping[int, str] = field(default_factory=dict)
-    """Nodes that have less memory than others with the same part, too little for it."""
+    """Nodes that have too little memory for their part, where others have enough of it."""
     remarks: tuple[str, ...] = ()
     """What may become too little, a line each."""
 
@@ -106,16 +106,13 @@ def _check_gpus(config: Config, placement: Placement, reports: Mapping[int, Mapp
 
 def _look_at_memory(host: HostPlan, reports: Mapping[int, Mapping[str, Any]], named: Callable[[int], str]) -> Fit:
     members, unfit, remarks = [*reports], dict[int, str](), list[str]()
-    for places in host.alike().values():
-        refused: list[UserError] = []
-        for place_ in places:
-            node = members[place_]
-            available, limit = reports[node]["memory_bytes"], reports[node]["memory_limit"]
-            if (error := host.refusal(place_, room_of(**limit), named(node))) is not None:
-                refused.append(error)
-                unfit[node] = error.message.removeprefix(f"{named(node)} ")
-            elif said := host.warning(place_, room_of(**limit, available=available), named(node)):
-                remarks.append(said)
-        if len(refused) == len(places):  # it is no node's fault
-            return Fit(refused[0])
+    limits = {node: room_of(**report["memory_limit"]) for node, report in reports.items()}
+    for place_, node in enumerate(members):
+        now = room_of(**reports[node]["memory_limit"], available=reports[node]["memory_bytes"])
+        if (error := host.refusal(place_, limits[node], named(node))) is not None:
+            if all(host.refusal(place_, limit, "") for limit in limits.values()):  # it is no node's fault
+                return Fit(error)
+            unfit[node] = f"it{error.message.removeprefix(named(node))} ({error.hint})"
+        elif said := host.warning(place_, now, named(node)):
+            remarks.append(said)
     return Fit(None, unfit, tuple(remarks))
