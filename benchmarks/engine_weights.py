@@ -31,7 +31,7 @@ from rows import row
 
 from forge_hpc.actors.generator import Generator
 from forge_hpc.actors.trainer import Trainer
-from forge_hpc.cluster.worker import visible_gpus
+from forge_hpc.cluster.worker import gpu_order, visible_gpus
 from forge_hpc.config import Config
 from forge_hpc.controller.generators import WeightSync
 from forge_hpc.controller.service import Service
@@ -192,7 +192,7 @@ async def measure(args: argparse.Namespace) -> None:
     def spawn(name: str, num: int, gpus: list[int]) -> Any:
         env = {"OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false"}
         if is_cuda:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus()[gpu] for gpu in gpus)
+            env |= gpu_order() | {"CUDA_VISIBLE_DEVICES": ",".join(visible_gpus()[gpu] for gpu in gpus)}
         command = default_bootstrap_cmd().with_env(env)
         return this_host().spawn_procs(per_host={"procs": num}, name=name, bootstrap_command=command)
 

@@ -5,9 +5,9 @@ What is certain is a UserError, what is likely a line of warning. Imports no tor
 
 from __future__ import annotations
 
-import functools
 import math
 import os
+import re
 import resource
 import tempfile
 import time
@@ -21,13 +21,15 @@ from forge_hpc.config.fields import walk
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.container.problems import check_container
 from forge_hpc.files import is_there
+from forge_hpc.gate.memory import available_memory, memory_limit
 from forge_hpc.observability.jsonl import read_jsonl
 from forge_hpc.run_dir import RunDir
 from forge_hpc.sizing.gpus import Gpu, gpu_named
 from forge_hpc.sizing.gpus_here import gpu_here, num_gpus_here
+from forge_hpc.sizing.host import HostPlan, Room, plan_host, room_of
 from forge_hpc.sizing.memory import MemoryPlan, plan_memory
-from forge_hpc.sizing.model import ModelSize, model_size
-from forge_hpc.sizing.table import split_table
+from forge_hpc.sizing.model import ModelSize, model_size, sizes_with
+from forge_hpc.sizing.table import host_table, split_table
 from forge_hpc.slurm.accounts import check_account
 from forge_hpc.slurm.client import PATIENT_S
 from forge_hpc.slurm.job import job_facts
@@ -46,10 +48,12 @@ class Outlook:
     placement: Placement
     memory: MemoryPlan | None
     warnings: tuple[str, ...]
+    host: HostPlan | None = None
 
     def table(self, prefix: str = "") -> str:
-        """The split, with the memory of each GPU where it can be estimated."""
-        return "\n".join(prefix + line for line in split_table(self.placement, self.memory))
+        """The split, with the memory of each GPU and of each node where it can be estimated."""
+        lines = split_table(self.placement, self.memory) + host_table(self.host)
+        return "\n".join(f"{prefix}{line}".rstrip() for line in lines)
 
 
 def look_ahead(
@@ -70,20 +74,24 @@ def look_ahead(
         model: the policy's model, where ``model.path`` is a warm start.
 
     Raises:
-        UserError: the run directory cannot be written, a GPU is too small, or the container's image is not there.
+        UserError: the run directory cannot be written, a GPU or a node's memory is too small, or the container's image
+            is not there.
     """
     check_writable(run_dir.path)
     placement = plan(cfg, num_gpus_here(cfg) if here else cfg.cluster.gpus_per_node)
     model, gpu = model or cfg.model.path, (gpu_here(cfg) if here else None) or gpu_of(cfg, known)
     memory = memory_of(cfg, placement, gpu, model)
     warnings = [] if memory is None else list(memory.warnings)
+    rooms = memory_here() if here else (asked_memory(cfg, placement) if for_slurm else None,)
+    host, warnings_of_host = host_of(cfg, placement, model, *rooms)
+    warnings += warnings_of_host
     if for_slurm:
         warnings += check_container(cfg)
         warnings += not_shared(cfg, run_dir)
         warnings += _first_checkpoint(cfg, run_dir, placement, gpu, model_size(model))
     else:
         warnings += _ends_long_processes()
-    return Outlook(placement, memory, tuple(f"warning: {text}" for text in warnings))
+    return Outlook(placement, memory, tuple(f"warning: {text}" for text in warnings), host)
 
 
 def check_queue(cfg: Config, known: Sequence[Partition]) -> None:
@@ -133,12 +141,52 @@ def starts_later(options: Sequence[str], job_id: str | None = None) -> str | Non
 def memory_of(cfg: Config, placement: Placement, gpu: Gpu | None, model: str) -> MemoryPlan | None:
     """The memory plan, where the memory of a GPU and the sizes of the models are known. Raises as ``plan_memory``."""
     gpu_gib = cfg.cluster.gpu_memory_gib or (gpu and gpu.memory_gib)
+    return plan_memory(cfg, needs_of(cfg), placement, gpu_gib, sizes_with(model)) if gpu_gib else None
 
-    @functools.cache
-    def size_of(path: str | None) -> ModelSize | None:
-        return model_size(path or model)
 
-    return plan_memory(cfg, needs_of(cfg), placement, gpu_gib, size_of) if gpu_gib else None
+def host_of(
+    cfg: Config, placement: Placement, model: str, room: Room | None, now: Room | None = None
+) -> tuple[HostPlan | None, tuple[str, ...]]:
+    """What the run keeps in the memory of its nodes, where it can be estimated, and what is to be said of it.
+
+    Args:
+        room: what a node may have of its memory; None: it is not known here.
+        now: what is free of that.
+
+    Raises:
+        UserError: it is more than a node may have.
+    """
+    host = plan_host(cfg, needs_of(cfg), placement, sizes_with(model))
+    if host is None or room is None:
+        return host, ()
+    said = []
+    for nodes in host.alike().values():
+        who = f"node {nodes[0]}" if len(nodes) == 1 else f"each of {len(nodes)} nodes"
+        if (error := host.refusal(nodes[0], room, who)) is not None:
+            raise error
+        said.append(host.warning(nodes[0], now or room, who))
+    return host, tuple(filter(None, said))
+
+
+def memory_here() -> tuple[Room, Room]:
+    """What a run may have of this machine's memory, and what is free of it."""
+    return room_of(*memory_limit()), room_of(*memory_limit(), available_memory())
+
+
+def asked_memory(cfg: Config, placement: Placement) -> Room | None:
+    """Memory of each node that the job asks Slurm for; None where that is all of it, or not known here."""
+    options = {name.lstrip("-").replace("_", "-"): value for name, value in cfg.slurm.extra.items()}
+    numbers: dict[str, int | None] = {"mem": 1, "mem-per-gpu": None, "mem-per-cpu": None}
+    if not (cfg.slurm.exclusive or options.get("exclusive")):  # else as many as a whole node has
+        numbers |= {"mem-per-gpu": placement.gpus_per_node, "mem-per-cpu": cfg.slurm.cpus_per_task}
+    name = next((name for name in numbers if name in options), None)
+    key, text = ("slurm.mem", cfg.slurm.mem) if name is None else (f"slurm.extra.{name}", options[name])
+    number = numbers[name or "mem"]
+    found = re.fullmatch(r"(\d+)([KMGT]?)B?", str(text).upper())
+    if found is None or number is None or not int(found[1]):
+        return None
+    num_bytes = int(found[1]) * number << {"K": 10, "M": 20, "": 20, "G": 30, "T": 40}[found[2]]
+    return Room(num_bytes, f"{key}={text}", f"raise {key}")
 
 
 def gpu_of(cfg: Config, known: Sequence[Partition]) -> Gpu | None:

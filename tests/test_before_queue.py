@@ -228,7 +228,9 @@ class SizedNvml(FakeNvml):
 
 
 def here(monkeypatch: pytest.MonkeyPatch, visible: str, *gib: int) -> None:
-    """This machine has GPUs of these sizes, and a run may use those that are visible."""
+    """This machine has GPUs of these sizes, and a run may use those that are visible; it has memory enough."""
+    monkeypatch.setattr(before_queue, "memory_limit", lambda: (1 << 40, False))
+    monkeypatch.setattr(before_queue, "available_memory", lambda: 1 << 40)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(gpus_here, "load", lambda name: SizedNvml(*gib))
 

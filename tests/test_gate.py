@@ -506,6 +506,13 @@ def test_gpus_of_several_kinds_on_one_node_are_named() -> None:
     assert odd_nodes({0: mixed, 1: mixed}, None) == {}
 
 
+def test_an_order_of_gpus_that_is_not_the_drivers_is_told() -> None:
+    other = with_gpus(*h100(2)) | {"gpu_order": "FASTEST_FIRST"}
+    [said] = remarks({0: with_gpus(*h100(2)) | {"gpu_order": ""}, 1: other}, None, named)
+    assert said.startswith("node 1 (n1) has CUDA_DEVICE_ORDER=FASTEST_FIRST: CUDA counts GPUs in another order than")
+    assert said.endswith("Unset it, or name GPUs by UUID in CUDA_VISIBLE_DEVICES")
+
+
 def test_a_node_with_fewer_gpus_than_the_others_is_named_with_what_stays_idle() -> None:
     nodes = {0: with_gpus(*h100(8)), 1: with_gpus(*h100(8)), 2: with_gpus(*h100(7)), 3: with_gpus(*h100(8))}
     assert remarks(nodes, None, named) == [
@@ -715,7 +722,7 @@ def test_the_controllers_log_has_what_the_gate_has_said(tmp_path: Path, caplog: 
     from forge_hpc.controller.conduct import Nodes as Joined
     from forge_hpc.controller.conduct import arrange
 
-    workers = [{"gpus": [str(gpu) for gpu in range(n)], "cpus": 8, "cpu_build": None} for n in (8, 7)]
+    workers = [{"gpus": [str(gpu) for gpu in range(n)], "cpus": 8} for n in (8, 7)]
     cluster = arrange(Config(), Joined(None, workers, 0, "127.0.0.1", [REMARK]), tmp_path, None)
     assert cluster.placement.gpus_per_node == 7
     assert [(record.levelname, record.message) for record in caplog.records if record.levelname != "INFO"] == [

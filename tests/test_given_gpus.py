@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import os
 import pickle
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from monarch.actor import ActorError, this_host
+from monarch.actor import Actor, ActorError, endpoint, this_host
 from runs import PROJECT, read, run_local, status
 
 from forge_hpc.actors.frozen import Frozen
 from forge_hpc.actors.generator import Generator
 from forge_hpc.actors.trainer import Trainer
+from forge_hpc.cluster.allocation import Allocation
 from forge_hpc.cluster.faults import Faults
 from forge_hpc.cluster.given_gpus import UnusableGpus, cpu_build, unusable
 from forge_hpc.cluster.meshes import bootstrap_command
 from forge_hpc.cluster.rendezvous import Rendezvous
+from forge_hpc.cluster.worker import ORDER, gpu_order, other_order
 from forge_hpc.config import UserError, load_config
-from forge_hpc.controller.conduct import Nodes, arrange
 from forge_hpc.controller.outcome import outcome_of
 from forge_hpc.controller.ranks import Ranks
 from forge_hpc.controller.recovery import Leave
 from forge_hpc.controller.service import cause_of
 from forge_hpc.models.device import check_gpus, device_type
+from forge_hpc.run_dir import RunDir
 from forge_hpc.supervisor.ending import Exit
+from forge_hpc.supervisor.fit import look_at_fit
+from forge_hpc.supervisor.node import Node
 
 NOWHERE = "98,99"
 """GPUs that no machine has."""
@@ -133,27 +140,20 @@ def test_the_torch_that_is_installed_is_read_as_it_is() -> None:
     assert cpu_build() == (torch.__version__ if torch.version.cuda is None and torch.version.hip is None else None)
 
 
-def workers(*builds: str | None) -> Nodes:
-    found = [
-        {"host": f"n{node}", "gpus": ["4", "5", "6"], "cpus": 8, "processes": None, "cpu_build": build}
-        for node, build in enumerate(builds)
-    ]
-    nobody: Any = None
-    return Nodes(nobody, workers=found, num_left_out=0, address="10.0.0.1")
-
-
 def test_the_node_is_named_before_any_process_is_started_on_it(tmp_path: Path) -> None:
-    def arranged(nodes: Nodes, gpus: str = "null") -> Any:
+    def refused(*builds: str | None, gpus: str = "null") -> UserError | None:
         cfg = load_config(PROJECT / "configs/sft/demo.yaml", [f"cluster.gpus_per_node={gpus}"])
-        nobody: Any = None
-        return arrange(cfg, nodes, tmp_path, nobody)
+        limit = {"num_bytes": 1 << 40, "is_cgroups": False}
+        has = {"gpus": 3, "gpu_names": ["4", "5", "6"], "memory_bytes": 1 << 40, "memory_limit": limit}
+        reports = {node: has | {"cpu_build": build} for node, build in enumerate(builds)}
+        return look_at_fit(cfg, RunDir(tmp_path), reports, 0, lambda node: f"node {node} (n{node})").refused
 
-    with pytest.raises(UnusableGpus, match=r"^node 1 \(n1\) is given 3 GPUs \(4,5,6\), and torch 2\.13\.0\+cpu can"):
-        arranged(workers(None, "2.13.0+cpu"))
-    with pytest.raises(UnusableGpus, match=r"given 2 GPUs \(4,5\)"):
-        arranged(workers("2.13.0+cpu"), "2")
-    assert arranged(workers(None, None)).placement.gpus_per_node == 3
-    assert arranged(workers("2.13.0+cpu"), "0").placement.gpus_per_node == 0
+    second = refused(None, "2.13.0+cpu")
+    assert isinstance(second, UnusableGpus)
+    assert second.message.startswith("node 1 (n1) is given 3 GPUs (4,5,6), and torch 2.13.0+cpu can use none")
+    assert "given 2 GPUs (4,5)" in str(refused("2.13.0+cpu", gpus="2"))
+    assert refused(None, None) is None
+    assert refused("2.13.0+cpu", gpus="0") is None
 
 
 @pytest.mark.slow
@@ -214,7 +214,12 @@ def test_such_a_run_is_wrong_usage(error: UserError, code: Exit | None) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine on which torch can use no GPU")
 @pytest.mark.parametrize(
-    ("recipe", "overrides"), [("sft", []), ("grpo", ["warmstart.overrides=[cluster.gpus_per_node=2]"])]
+    ("recipe", "overrides"),
+    [
+        ("sft", []),
+        ("grpo", ["warmstart.overrides=[cluster.gpus_per_node=2]"]),
+        ("grpo", []),  # the warm start is for the CPU, and would be made in vain
+    ],
 )
 def test_a_run_that_is_given_gpus_which_torch_cannot_use_ends_before_it_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, overrides: list[str]
@@ -226,4 +231,45 @@ def test_a_run_that_is_given_gpus_which_torch_cannot_use_ends_before_it_trains(
     assert result.returncode == Exit.USAGE, result.stdout + result.stderr
     assert line in result.stderr and "hint: install a torch that fits the GPUs and their driver" in result.stderr
     assert status(run)["state"] == "failed" and line in status(run)["message"]
-    assert read(run) == read(run / "warmstart") == []
+    assert read(run) == read(run / "warmstart") == [] and status(run / "warmstart") == {}
+
+
+# ---- a number is the same GPU to CUDA as to the driver
+
+
+class Teller(Actor):
+    """Says what its process has in the environment."""
+
+    @endpoint
+    async def variable(self, name: str) -> str | None:
+        return os.environ.get(name)
+
+
+def test_all_that_a_node_starts_numbers_gpus_as_the_driver_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(ORDER, raising=False)
+    node = Node(RunDir(tmp_path / "run").create(), Allocation("7", 0, 1, 0))
+    try:
+        environ = node.environment(tmp_path / "tls")
+    finally:
+        node.close()
+    code = (
+        "import asyncio; from monarch.actor import this_host; from forge_hpc.cluster.meshes import bootstrap_command\n"
+        "from test_given_gpus import Teller\n"
+        "procs = this_host().spawn_procs(per_host={'procs': 1}, bootstrap_command=bootstrap_command(1, ['1']))\n"
+        "teller = procs.spawn('teller', Teller)\n"
+        "print(*(teller.variable.call_one(name).get() for name in ('CUDA_DEVICE_ORDER', 'CUDA_VISIBLE_DEVICES')))"
+    )
+    path = {"PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests")]), "TMPDIR": str(tmp_path)}
+    kept = {name: value for name, value in environ.items() if not name.startswith("HYPERACTOR_")}  # of no such job
+    done = subprocess.run([sys.executable, "-c", code], env=kept | path, text=True, capture_output=True, timeout=120)
+    assert done.stdout.split() == ["PCI_BUS_ID", "1"], done.stderr
+
+
+def test_an_order_of_the_users_own_stays_and_is_told_where_gpus_have_numbers() -> None:
+    assert gpu_order({}) == gpu_order({ORDER: ""}) == {ORDER: "PCI_BUS_ID"}
+    own = {ORDER: "FASTEST_FIRST"}
+    assert gpu_order(own) == own
+    assert other_order(["0", "1"], own) == "FASTEST_FIRST"
+    assert other_order(["0", "1"], {}) == other_order(["GPU-1f", "GPU-2e"], own) == other_order([], own) == ""

@@ -1,6 +1,6 @@
 """GPUs that a run is given and that torch cannot use: it would train on the CPU, and complete.
 
-    node      its Monarch worker reads which build torch is (``cpu_build``) ─► the controller, before any process starts
+    node      its supervisor reads which build torch is (``cpu_build``) ─► the gate, before anything starts
     process   its actor asks torch (``models.device.check_gpus``), which knows the driver ─► the controller
 
 Imports no torch.

@@ -10,13 +10,14 @@ import argparse
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from forge_hpc.cluster.given_gpus import cpu_build
 from forge_hpc.cluster.processes import allow_open_files, die_with_parent, num_cpus
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.cluster.stacks import stand_by
+
+ORDER = "CUDA_DEVICE_ORDER"
 
 
 def listening_port(deadline_s: float = 30.0) -> int:
@@ -36,11 +37,25 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[str]:
     """Names by which CUDA_VISIBLE_DEVICES calls this node's GPUs. No CUDA library is loaded for it.
 
     Slurm sets the variable to what the job may use; where it is not set, all GPUs that the driver lists are visible.
+    Numbers are the driver's (``gpu_order``).
     """
     if "CUDA_VISIBLE_DEVICES" in environ:
         return [name for name in environ["CUDA_VISIBLE_DEVICES"].split(",") if name not in ("", "-1", "NoDevFiles")]
     driver = Path("/proc/driver/nvidia/gpus")
     return [str(index) for index, _ in enumerate(driver.iterdir())] if driver.is_dir() else []
+
+
+def gpu_order(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Variables for processes that may load CUDA: it numbers GPUs by their PCI bus then, as NVML and Slurm do, so that
+    a number in CUDA_VISIBLE_DEVICES is the same GPU to all. By itself it begins with the fastest one. Whoever has set
+    the order keeps it (``other_order``)."""
+    return {ORDER: environ.get(ORDER) or "PCI_BUS_ID"}
+
+
+def other_order(gpus: Sequence[str], environ: Mapping[str, str] = os.environ) -> str:
+    """The user's own order of GPUs, where these are named by numbers, which mean others to NVML then; else empty."""
+    order = gpu_order(environ)[ORDER]
+    return order if order != "PCI_BUS_ID" and any(name.isdecimal() for name in gpus) else ""
 
 
 def worker_host(address: str) -> tuple[str, int] | None:
@@ -77,7 +92,6 @@ def main(argv: list[str] | None = None) -> None:
         "address": f"tls://{args.address}:{listening_port()}",
         "cpus": num_cpus(),
         "gpus": visible_gpus(),
-        "cpu_build": cpu_build(),
         "processes": worker_host(args.address) if args.processes else None,  # after Monarch, whose port is the only one
     }
     Rendezvous(args.rendezvous).publish(f"worker-{args.node}", record)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from pathlib import Path
 
-from forge_hpc.before_queue import gpu_of, memory_of
+from forge_hpc.before_queue import asked_memory, gpu_of, host_of, memory_here, memory_of
 from forge_hpc.commands.arguments import add_overrides
-from forge_hpc.config import Config, UserError
+from forge_hpc.config import Config, Placement, UserError
 from forge_hpc.run_dir import RunDir
 from forge_hpc.sizing.gpus import Gpu, gpu_named
 from forge_hpc.sizing.gpus_here import gpu_here, num_gpus_here
+from forge_hpc.sizing.host import Room
+from forge_hpc.sizing.memory import MemoryPlan
 from forge_hpc.sizing.model import model_size
 from forge_hpc.sizing.proposal import describe, proposals
 from forge_hpc.sizing.speed import Speed, estimated, measured
-from forge_hpc.sizing.table import split_table
+from forge_hpc.sizing.table import host_table, split_table
 from forge_hpc.slurm import partitions
 from forge_hpc.submission import Request, resolve_config
 
@@ -46,10 +49,22 @@ def run(args: argparse.Namespace) -> int:
     gpu = gpu_of(cfg, known) if args.gpu is None else gpu_named(args.gpu)
     speed = measured(RunDir(args.source), cfg) if args.source is not None else _estimated(cfg, gpu, args.gpu)
     held = (gpu_here(cfg) if here else None) or gpu
-    found = proposals(cfg, speed, lambda changed, placement: memory_of(changed, placement, held, cfg.model.path))
+    model = cfg.model.path
+
+    def rooms(placement: Placement) -> tuple[Room | None, ...]:
+        return memory_here() if here else (asked_memory(cfg, placement),)
+
+    def check(changed: Config, placement: Placement) -> MemoryPlan | None:
+        host_of(changed, placement, model, *rooms(placement))
+        return memory_of(changed, placement, held, model)
+
+    found = proposals(cfg, speed, check)
     best = found[0]
-    memory = memory_of(best.config, best.placement, held, cfg.model.path)
-    print("\n".join([*split_table(best.placement, memory), "", *describe(found, speed)]))
+    memory = memory_of(best.config, best.placement, held, model)
+    host, said = host_of(best.config, best.placement, model, *rooms(best.placement))
+    print("\n".join([*split_table(best.placement, memory), *host_table(host), "", *describe(found, speed)]))
+    for text in said:
+        print(f"warning: {text}", file=sys.stderr)
     nodes = f" --nodes {cfg.cluster.nodes}" if args.nodes else ""
     given = f" --config {shlex.quote(str(config))}" if config else ""
     overrides = dict.fromkeys([*args.overrides, *best.overrides])  # what was given already once

@@ -549,7 +549,8 @@ class CheckpointConfig:
     export_best: bool = False
     """RUN_DIR/export holds the model of that checkpoint at the end, in place of the last step's."""
     async_save: bool = True
-    """Write beside the training instead of blocking it."""
+    """Write beside the training instead of blocking it: from a copy in the node's memory, which each rank keeps for it
+    (12 bytes for each parameter of its shard in float32; `forge-hpc plan`). false needs none of it."""
     export_interval: int = setting(0, NOT_NEGATIVE)
     """Also write the weights in Hugging Face format every so many optimizer steps, to RUN_DIR/exports/step-N, which
     nobody deletes; 0 writes those of the last step alone, to RUN_DIR/export. See also ``forge-hpc export``."""
@@ -685,7 +686,7 @@ class SlurmConfig:
     cpus_per_task: int | None = setting(None, POSITIVE)
     """CPU cores on each node; with exclusive, all of them."""
     mem: str | None = None
-    """Memory on each node; 0 is all of it, as is null with exclusive."""
+    """Memory on each node; 0 is all of it, as is null with exclusive. `forge-hpc plan` shows what a run keeps there."""
     signal_lead_s: int | None = setting(None, NOT_NEGATIVE)
     """Seconds before the walltime at which the run saves and leaves. By default it follows from the step and save times
     that the run has measured: 300 before that, and never more than half of ``time``."""

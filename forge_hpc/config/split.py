@@ -19,6 +19,7 @@ No node and no GPU is left idle silently: numbers that do not add up are a UserE
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from forge_hpc.config.errors import UserError
@@ -246,6 +247,24 @@ def plan(cfg: Config, gpus_per_node: int | None) -> Placement:
     if needs.models:
         _check_degrees(cfg, placement, needs)
     return placement
+
+
+def place(cfg: Config, gpus: Sequence[int], num_left_out: int) -> Placement:
+    """`plan` for the nodes that a start has, which may be others than were asked for; ``cluster`` says so from then on.
+
+    Args:
+        gpus: of each of them.
+        num_left_out: nodes that were found not to be fit, in whose place are spare ones.
+
+    Raises:
+        UserError: it does not fit them.
+    """
+    cfg.cluster.nodes = len(gpus)  # a run may come back on another number of nodes
+    cfg.cluster.spare_nodes = max(0, cfg.cluster.spare_nodes - num_left_out)
+    asked, found = cfg.cluster.gpus_per_node, min(gpus)
+    if asked is not None and asked > found:
+        raise UserError(f"cluster.gpus_per_node is {asked}, a node has {found}", "lower it, or leave it out")
+    return plan(cfg, found if asked is None else asked)
 
 
 # --- nodes

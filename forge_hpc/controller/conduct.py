@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from forge_hpc.cluster.faults import Faults
-from forge_hpc.cluster.given_gpus import CPU_BUILD, unusable
 from forge_hpc.cluster.meshes import Cluster, attach
 from forge_hpc.cluster.rendezvous import Rendezvous
-from forge_hpc.config import Config, UserError, plan
+from forge_hpc.config import Config, UserError
+from forge_hpc.config.split import place
 from forge_hpc.controller.recovery import Departure, Leave, Recoveries
 from forge_hpc.controller.service import ActorLost, cause_of, is_loss, reason_of
 from forge_hpc.controller.stacks import joined, write_stacks
@@ -314,20 +314,11 @@ async def join_nodes(config: Config, rendezvous: Rendezvous, phases: StartPhases
 
 
 def arrange(config: Config, nodes: Nodes, log_dir: Path, faults: Faults) -> Cluster:
-    """Decide what runs where. Raises UserError where it does not fit the nodes, or torch cannot use their GPUs."""
+    """Decide what runs where. Raises UserError where it does not fit the nodes."""
     workers = nodes.workers
     for remark in nodes.remarks:  # they stand on the terminal already
         logger.warning("%s", remark)
-    config.cluster.nodes = len(workers)  # a run may come back on another number of nodes
-    config.cluster.spare_nodes = max(0, config.cluster.spare_nodes - nodes.num_left_out)
-    gpus, found = config.cluster.gpus_per_node, min(len(worker["gpus"]) for worker in workers)
-    if gpus is not None and gpus > found:
-        raise UserError(f"cluster.gpus_per_node is {gpus}, a node has {found}", "lower it, or leave it out")
-    placement = plan(config, found if gpus is None else gpus)
-    for node, worker in enumerate(workers):
-        if placement.gpus_per_node and worker["cpu_build"] is not None:
-            given = worker["gpus"][: placement.gpus_per_node]
-            raise unusable(f"node {node} ({worker['host']})", given, worker["cpu_build"], CPU_BUILD)
+    placement = place(config, [len(worker["gpus"]) for worker in workers], nodes.num_left_out)
     logger.info("attached to %d nodes\n%s", len(workers), placement.describe())
     cpus = min(worker["cpus"] for worker in workers)
     gpu_names = [worker["gpus"] for worker in workers]

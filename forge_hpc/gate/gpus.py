@@ -52,6 +52,13 @@ def remarks(reports: _Reports, gpus: int | None, named: Callable[[int], str]) ->
             f"{_told(kinds, named)}: trainers plan with the smallest memory among theirs, and a step waits for the "
             "slowest GPU. slurm.constraint, or a type in slurm.gres (gpu:TYPE:NUMBER), asks for one kind"
         )
+    if orders := {node: report["gpu_order"] for node, report in reports.items() if report.get("gpu_order")}:
+        nodes = [*orders]
+        said.append(
+            f"{_listed(nodes, named)} {_have(nodes)} CUDA_DEVICE_ORDER={orders[nodes[0]]}: CUDA counts GPUs in another "
+            "order than the driver, whose figures (kind, memory, health, utilisation) may then be those of other GPUs. "
+            "Unset it, or name GPUs by UUID in CUDA_VISIBLE_DEVICES"
+        )
     return said
 
 

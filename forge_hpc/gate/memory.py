@@ -38,6 +38,18 @@ def available_memory() -> int:
     return most
 
 
+def memory_limit() -> tuple[int, bool]:
+    """Bytes that this process, and what it starts, can have at most, swap included, whoever else has some of it now;
+    and whether that is the limit of a cgroup rather than all of the machine's."""
+    import psutil
+
+    total, swap = int(psutil.virtual_memory().total), int(psutil.swap_memory().total)
+    least = total
+    with contextlib.suppress(OSError):  # no cgroups here
+        least = min([total, *cgroup_limits(OWN.read_text(), CGROUPS)])
+    return least + swap, least < total
+
+
 def cgroup_rooms(own: str, root: Path) -> Iterator[int]:
     """Bytes that are left in each group above a process that has a limit.
 
@@ -45,6 +57,19 @@ def cgroup_rooms(own: str, root: Path) -> Iterator[int]:
         own: the process's ``/proc/PID/cgroup``.
         root: where cgroups are mounted: version 2 itself, and version 1's controller in ``memory``.
     """
+    for folder, files in _groups(own, root):
+        with contextlib.suppress(OSError, ValueError):  # "max", or the group has no such file
+            yield _room(folder, files)
+
+
+def cgroup_limits(own: str, root: Path) -> Iterator[int]:
+    """Bytes of each such limit, whatever is used of it."""
+    for folder, files in _groups(own, root):
+        with contextlib.suppress(OSError, ValueError):
+            yield int((folder / files.limit).read_text())
+
+
+def _groups(own: str, root: Path) -> Iterator[tuple[Path, _Files]]:
     for line in own.splitlines():
         _, controllers, path = line.split(":", 2)
         if "memory" in controllers.split(","):
@@ -56,8 +81,7 @@ def cgroup_rooms(own: str, root: Path) -> Iterator[int]:
         # In a container the path may be the host's, of which nothing is mounted here but its own group, as the top.
         group = top / path.strip("/")
         for folder in (group, *group.parents):
-            with contextlib.suppress(OSError, ValueError):  # "max", or the group has no such file
-                yield _room(folder, files)
+            yield folder, files
             if folder == top:
                 break
 

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from forge_hpc.cluster.folders import remove_left_over
+from forge_hpc.cluster.given_gpus import cpu_build
+from forge_hpc.cluster.worker import other_order
 from forge_hpc.config import Config
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.gate.environment import environment
-from forge_hpc.gate.memory import available_memory
+from forge_hpc.gate.memory import available_memory, memory_limit
 from forge_hpc.gate.nvml import GpuHealth
 from forge_hpc.gate.orphans import end_orphans
 
@@ -37,7 +39,7 @@ def look_at_node(shared: Path, tls: Path, start: str, gpus: list[str], config: C
     orphans = end_orphans(tls, start)  # first: they hold what is looked at next
     remove_left_over()
     health = GpuHealth(gpus[: config.cluster.gpus_per_node], engine_share(config))
-    memory = available_memory()
+    memory, (limit, is_cgroups) = available_memory(), memory_limit()
     looks: list[Callable[[], str | None]] = [
         lambda: full(Path(tempfile.gettempdir()), "its temporary directory", MIN_SCRATCH_BYTES),
         lambda: full(SHARED_MEMORY, "its shared memory", MIN_SCRATCH_BYTES) if SHARED_MEMORY.is_dir() else None,
@@ -49,7 +51,11 @@ def look_at_node(shared: Path, tls: Path, start: str, gpus: list[str], config: C
         "gpus": len(gpus),
         "working_gpus": health.working,
         "gpu_kinds": health.kinds,
+        "gpu_order": other_order(gpus),
+        "gpu_names": gpus,
+        "cpu_build": cpu_build() if gpus else None,
         "memory_bytes": memory,
+        "memory_limit": {"num_bytes": limit, "is_cgroups": is_cgroups},
         "clock_s": 0.0 if alone else clock_offset_s(shared),
         "environment": {} if alone else environment(),
     }

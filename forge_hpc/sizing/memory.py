@@ -17,7 +17,7 @@ from forge_hpc.sizing.model import ModelSize
 
 GIB = 2**30
 COLUMNS = ("weights", "optimizer", "activations", "gathered", "KV cache", "other")
-_ITEMSIZE = {"float32": 4, "bfloat16": 2}
+ITEMSIZE = {"float32": 4, "bfloat16": 2}
 _BATCHED_TOKENS = 8192
 _ENGINE_BYTES = 1.5 * GIB
 """Context, CUDA graphs and workspaces of an engine, besides what a batch takes."""
@@ -135,7 +135,7 @@ def _trainers(
         whole=WholeBytes.of(
             size.num_params,
             max(1, placement.trainer_procs // (replicas * tp)),
-            _ITEMSIZE[training.mixed_precision_param],
+            ITEMSIZE[training.mixed_precision_param],
             tensor_parallel=tp,
             lora=cfg.trainer.lora.enable,
         ),
@@ -163,7 +163,7 @@ def _state_gib(
 ) -> tuple[float, float]:
     """Weights in all copies, and gradients with moments, of each trainer (``Shape.state_bytes``)."""
     degrees, lora = cfg.trainer.parallelism, cfg.trainer.lora.enable
-    itemsize, published = _ITEMSIZE[cfg.trainer.training.dtype], _ITEMSIZE[cfg.model.dtype]
+    itemsize, published = ITEMSIZE[cfg.trainer.training.dtype], ITEMSIZE[cfg.model.dtype]
     shards = placement.trainer_procs // degrees.data_parallel_replicate_degree
     weights = optimizer = 0.0
     for need in needs.models.values():
@@ -193,7 +193,7 @@ class _Who:
 
 
 def _engines(cfg: Config, placement: Placement, share_gib: float, size: ModelSize, who: _Who) -> RoleMemory:
-    engine, itemsize, tp = cfg.generator.engine, _ITEMSIZE[cfg.model.dtype], placement.tensor_parallel_size
+    engine, itemsize, tp = cfg.generator.engine, ITEMSIZE[cfg.model.dtype], placement.tensor_parallel_size
     weights = size.num_params * itemsize / tp / GIB
     copy = size.num_params * itemsize / GIB if holds_a_copy(cfg) else 0.0
     share_gib -= copy

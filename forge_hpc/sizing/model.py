@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,11 @@ def model_size(path: str) -> ModelSize | None:
             return None  # a broken model is told of where the configuration is validated
     said = re.findall(r"(?<![\w.])(\d+(?:\.\d+)?)[bB](?![a-zA-Z0-9])", path.rpartition("/")[2].replace("_", "-"))
     return ModelSize(int(float(said[-1]) * 1e9), None) if said and not path.startswith("builtin:") else None
+
+
+def sizes_with(policy: str) -> Callable[[str | None], ModelSize | None]:
+    """`model_size` of any path, and of the policy's, by None; each is looked at once."""
+    return cache(lambda path: model_size(path or policy))
 
 
 def num_params(hf: dict[str, Any], *, active: bool = False) -> int:

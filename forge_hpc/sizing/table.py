@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from forge_hpc.config.split import Placement
 from forge_hpc.observability.tables import table
-from forge_hpc.sizing.memory import COLUMNS, MemoryPlan
+from forge_hpc.sizing.host import COLUMNS as HOST_COLUMNS
+from forge_hpc.sizing.host import HostPlan
+from forge_hpc.sizing.memory import COLUMNS, GIB, MemoryPlan
 
 
 def split_table(placement: Placement, memory: MemoryPlan | None) -> list[str]:
@@ -28,6 +32,21 @@ def split_table(placement: Placement, memory: MemoryPlan | None) -> list[str]:
     if not any(row[-1] for row in rows):
         header, rows = header[:-1], [row[:-1] for row in rows]
     return [head, *table(header, rows)]
+
+
+def host_table(host: HostPlan | None) -> list[str]:
+    """Lines of a table of the nodes' own memory, after an empty one; none where nothing is known of it, or nothing but
+    processes takes any."""
+    kept = {} if host is None else host.alike()
+    columns = [c for c in HOST_COLUMNS if any(need.what == c for needs in kept for need in needs)]
+    if len(columns) < 2:
+        return []
+    rows = []
+    for needs, nodes in kept.items():
+        gib = {need.what: need.num_bytes / GIB for need in needs}
+        cells = [f"{gib[c]:.1f}" if c in gib else "" for c in columns]
+        rows.append([_listed(nodes), *cells, f"{sum(gib.values()):.1f}"])
+    return ["", "memory of each node itself, estimated GiB", *table(["where", *columns, "total"], rows)]
 
 
 def _roles(p: Placement) -> list[tuple[str, str, str, str, str]]:
@@ -58,6 +77,12 @@ def _roles(p: Placement) -> list[tuple[str, str, str, str, str]]:
 
 def _nodes(nodes: range) -> str:
     return f"node {nodes[0]}" if len(nodes) == 1 else f"nodes {nodes[0]}-{nodes[-1]}"
+
+
+def _listed(nodes: Sequence[int]) -> str:
+    """Nodes that need not stand side by side."""
+    row = range(nodes[0], nodes[-1] + 1)
+    return _nodes(row) if len(row) == len(nodes) else f"nodes {', '.join(map(str, nodes))}"
 
 
 def _on(units: tuple[tuple[int, ...], ...]) -> str:

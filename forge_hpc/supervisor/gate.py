@@ -9,7 +9,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -17,12 +17,14 @@ from typing import Any
 from forge_hpc import slurm
 from forge_hpc.cluster.allocation import host_address
 from forge_hpc.cluster.rendezvous import Rendezvous
-from forge_hpc.config import Config
+from forge_hpc.config import Config, UserError
 from forge_hpc.gate.complaints import ComplaintsDesk
 from forge_hpc.gate.deadlines import CALM_S, GATE_S, PRODUCT_S
 from forge_hpc.gate.gpus import odd_nodes, remarks
 from forge_hpc.gate.verdict import cut_off_nodes, late_sandboxes, own_problems, slow_nodes
-from forge_hpc.supervisor.ending import Cause, Ending
+from forge_hpc.run_dir import RunDir
+from forge_hpc.supervisor.ending import Cause, Ending, Exit
+from forge_hpc.supervisor.fit import look_at_fit
 from forge_hpc.supervisor.node import Node
 
 _SHOWN = 4
@@ -42,15 +44,25 @@ class Verdict:
     """Of every node that is known by one."""
     remarks: tuple[str, ...] = ()
     """What the user is to know of the members, a line each."""
+    refused: UserError | None = None
+    """The members are fit, and cannot hold the run."""
 
     def ending(self, num_spares: int) -> Ending | None:
         """Why the start cannot go on with its members; None where it can: spare nodes take the place of the unfit ones,
         and the first node, which holds the run, is fit."""
+        if self.refused is not None:
+            return Ending(Cause.FAILED, self.refused.message, self.refused.hint, exit=Exit.USAGE)
         if 0 not in self.unfit and len(self.unfit) <= num_spares:
             return None
         all_of_many = len(self.unfit) > 1 and not self.members  # then it is not the nodes: they are not shut out
         lost = () if all_of_many else tuple(self.slurm_names[n] for n in sorted(self.unfit) if n in self.slurm_names)
         return Ending(Cause.GATE, self.describe(), None, lost)
+
+    def without(self, unfit: Mapping[int, str]) -> Verdict:
+        """The same, but for more nodes that are not fit."""
+        left = [node for node in self.members if node not in unfit]
+        introductions = {node: self.introductions[node] for node in left}
+        return replace(self, members=left, unfit={**self.unfit, **unfit}, introductions=introductions)
 
     def describe(self) -> str:
         """In words, the nodes by name."""
@@ -72,7 +84,8 @@ def open_gate(node: Node, config: Config, rendezvous: Rendezvous, stop: Callable
     with ComplaintsDesk(host_address(num_nodes)) as desk:
         rendezvous.publish("gate", {"desk": desk.where})
         address = node.introduce(rendezvous, config)
-        return address, _judge(config, rendezvous, num_nodes, desk, stop)
+        verdict = _judge(config, rendezvous, num_nodes, desk, stop)
+    return address, _fitting(config, node.run_dir, verdict)
 
 
 def _judge(
@@ -109,6 +122,17 @@ def _judge(
         fit = {node: report for node, report in fit.items() if node not in odd}
     verdict = Verdict([*fit], unfit, {node: introductions[node] for node in fit}, names)
     return replace(verdict, remarks=tuple(remarks(fit, gpus, verdict.named)))
+
+
+def _fitting(config: Config, run_dir: RunDir, verdict: Verdict) -> Verdict:
+    """The verdict of those that can hold the run; what it says where they cannot."""
+    while verdict.ending(config.cluster.spare_nodes) is None:
+        reports = {node: record["report"] for node, record in verdict.introductions.items()}
+        fit = look_at_fit(config, run_dir, reports, len(verdict.unfit), verdict.named)
+        verdict = verdict.without(fit.unfit)  # whose place others take
+        if not fit.unfit:
+            return replace(verdict, refused=fit.refused, remarks=(*verdict.remarks, *fit.remarks))
+    return verdict
 
 
 def _compare(

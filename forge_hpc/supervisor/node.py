@@ -17,7 +17,7 @@ from forge_hpc.cluster.allocation import Allocation, host_address, interface_of,
 from forge_hpc.cluster.identity import tls_environment
 from forge_hpc.cluster.processes import end_descendants
 from forge_hpc.cluster.rendezvous import Rendezvous
-from forge_hpc.cluster.worker import visible_gpus
+from forge_hpc.cluster.worker import gpu_order, visible_gpus
 from forge_hpc.config import Config
 from forge_hpc.files import POLL_S, in_thread
 from forge_hpc.gate.deadlines import OWN_S
@@ -128,9 +128,9 @@ class Node:
         scratch = {"TMPDIR": str(folder), stacks.FOLDER: str(stacks.folder_in(folder))}
         self._memory = self._memory or folders.make_folder()
         scratch |= {folders.VARIABLE: str(self._memory.path)} if self._memory is not None else {}
-        compiled = compile_cache() if visible_gpus() else {}  # on CPUs nothing is compiled
+        gpus = gpu_order() | (compile_cache() if visible_gpus() else {})  # on CPUs nothing is compiled
         quiet = {"PYTHONWARNINGS": ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), NO_LEAK]))}
-        mine = {**supervision, **compiled, **self.hub_environ, **scratch, **quiet, **tls_environment(tls)}
+        mine = {**supervision, **gpus, **self.hub_environ, **scratch, **quiet, **tls_environment(tls)}
         return {**interface, **os.environ, **mine}
 
     def start_worker(self, rendezvous: Rendezvous, address: str, tls: Path, log_dir: Path) -> subprocess.Popen[bytes]:
