@@ -12,7 +12,7 @@ nothing is set up, nothing is downloaded. A part takes at most ten minutes:
     long      a row of 65,536 tokens that two GPUs share, beside one                                 long_rows.py
     experts   a mixture of experts over all GPUs beside FSDP alone, and replayed routes              experts.py
     mismatch  log-probabilities of generator and trainer, each way that either computes              mismatch.py
-              and which of their operations differ                                                   operations.py
+              and that none of their operations differs where they are batch invariant               operations.py
     run       a whole run of a model of 0.4 B with random weights, synchronous and a step ahead      whole_run.py
     turns     the same, synchronous, with trainers and generators on the same GPUs in turns          whole_run.py
     faults    what a killed generator, a killed trainer rank and SIGTERM cost such a run             faults.py
@@ -76,7 +76,7 @@ def parts(num_gpus: int) -> dict[str, list[Script]]:
         "weights": weights,
         "ranks": [Script("ranks.py", ("--ranks", *counts))],
         **(several if num_gpus > 1 else {}),
-        "mismatch": [Script("mismatch.py", limit_s=480), Script("operations.py")],
+        "mismatch": [Script("mismatch.py", limit_s=480), Script("operations.py", ("--invariant",))],
         "run": [Script("whole_run.py")],
         "turns": [Script("whole_run.py", ("--in-turns",))],
         "faults": [Script("faults.py")],

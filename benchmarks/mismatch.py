@@ -1,10 +1,10 @@
 """Where the difference between the generator's log-probabilities and the trainer's comes from: each side's distance
 from the same model in float32, and each side's ways to compute.
 
-    python benchmarks/mismatch.py [--prompts 32] [--tokens 256] [--model DIR]
+    python benchmarks/mismatch.py [--prompts 32] [--tokens 256] [--model 0.6b]
 
-vLLM samples, as shipped and without compilation; the trainer computes the log-probabilities of what was sampled, as
-shipped, without compilation, and in float32. Means of absolute differences at the sampled tokens, in nats. Qwen3 0.6B
+vLLM samples, as shipped, without compilation and batch invariant; the trainer computes the log-probabilities of what
+was sampled in these ways, and in float32. Means of absolute differences at the sampled tokens, in nats. Qwen3 0.6B
 with random weights; without a GPU a tiny model, whose sides are in bfloat16 too.
 """
 
@@ -147,8 +147,9 @@ def report(sampled: Mapping[str, list[Document]], computed: Mapping[str, Mapping
         found = {name: far(logprobs[each], documents, said) for name, logprobs in computed.items()}
         print(json.dumps({"generator": each, "beside the trainer": found}), flush=True)
         for name, value in found.items():
-            row(f"generator {each}, trainer {name}", value, target=0.003 if name != "float32" else None,
-                better="less", unit="nats")  # fmt: skip
+            # Others differ by their rounding, whatever is right about them.
+            target = 0.003 if each == name == "batch invariant" else None
+            row(f"generator {each}, trainer {name}", value, target=target, better="less", unit="nats")
     if "float32" in computed:
         for name, logprobs in computed.items():
             for each, documents in sampled.items():

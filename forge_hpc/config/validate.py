@@ -718,7 +718,8 @@ def _check_batch_invariant(cfg: Config, needs: Needs) -> None:
         return
     trainer, degrees = cfg.trainer, cfg.trainer.parallelism
     refusals = {
-        f"recipe={cfg.recipe} has no generators for its trainers to compute like": needs.generators == "none",
+        f"recipe={cfg.recipe} trains on nothing that generators sampled": not needs.has_algorithm
+        or needs.learns_from != "samples",
         "it is for GPUs, and cluster.gpus_per_node is 0": cfg.cluster.gpus_per_node == 0,
         "it is for bfloat16, which model.dtype is not": cfg.model.dtype != "bfloat16",
         "it is for bfloat16, which trainer.training.mixed_precision_param is not": (

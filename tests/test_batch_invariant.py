@@ -1,0 +1,112 @@
+"""``model.batch_invariant``: vLLM's operations as the trainer has them, and who may have it.
+
+Kernels of GPUs are compared there (`make gpu-check`, mismatch); here the operations that any device has.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+from runs import PROJECT
+
+from forge_hpc.config import Config, UserError, load_config
+from forge_hpc.config.served import served_config
+from forge_hpc.config.validate import validate
+from forge_hpc.generation.options import engine_arguments
+from forge_hpc.invariance import prepare_invariance
+from forge_hpc.sizing.microbatch import compiles
+
+ROTATIONS = """
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.rotary_embedding import Llama3RotaryEmbedding, RotaryEmbedding
+
+from forge_hpc.generation.invariant import replace_operations
+import forge_hpc.models
+from forge_hpc.models.spec import LlamaRoPE
+
+replace_operations()
+replace_operations()  # once more changes nothing
+torch.manual_seed(0)
+positions = torch.randint(0, 4096, (97,))
+q, k = torch.randn(97, 4, 64).bfloat16(), torch.randn(97, 2, 64).bfloat16()
+llama = dict(scaling="llama", scaling_factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+             original_max_position_embeddings=1024)
+with set_current_vllm_config(VllmConfig()):
+    theirs = {
+        "none": RotaryEmbedding(64, 64, 4096, 1e6, True, torch.bfloat16),
+        "llama": Llama3RotaryEmbedding(64, 64, 4096, 5e5, True, torch.bfloat16, 8.0, 1.0, 4.0, 1024),
+    }
+for (kind, rotation), theta, scaling in zip(theirs.items(), (1e6, 5e5), ({}, llama)):
+    ours = LlamaRoPE(LlamaRoPE.Config(dim=64, max_seq_len=4096, theta=theta, **scaling))
+    expected = ours(q[None], k[None], positions[None])
+    found = rotation(positions, q.flatten(1), k.flatten(1))
+    print(kind, *(int((a.view(-1) != b.view(-1)).sum()) for a, b in zip(found, expected)))
+"""
+
+
+def run(*arguments: str) -> str:
+    """What a process of its own prints: vLLM's registries are changed for good."""
+    done = subprocess.run([sys.executable, *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_operations_of_both_sides_come_to_the_same_bits() -> None:
+    out = run("benchmarks/operations.py", "--invariant", "--prompts", "5", "--layers", "2")
+    rows = [json.loads(line.removeprefix("row: ")) for line in out.splitlines() if line.startswith("row: ")]
+    differ = {row["what"].partition(":")[0]: row["ours"] for row in rows}
+    assert differ.pop("attention") > 0  # which on the CPU is another kernel
+    assert len(differ) == 9 and not any(differ.values()), differ
+    decoded = [row["note"] for row in rows if not row["what"].startswith("attention")]
+    assert decoded == ["of decoded tokens' 0.0000"] * 9
+
+
+def test_rotations_are_the_trainers_own_also_with_scaled_frequencies() -> None:
+    assert run("-c", ROTATIONS).splitlines() == ["none 0 0", "llama 0 0"]
+
+
+def config(*overrides: str) -> Config:
+    return load_config(PROJECT / "configs/grpo/qwen3_0_6b.yaml", ["model.batch_invariant=true", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["cluster.gpus_per_node=0"], "it is for GPUs"),
+        (["model.dtype=float32"], "it is for bfloat16, which model.dtype is not"),
+        (["trainer.training.mixed_precision_param=float32"], "mixed_precision_param is not"),
+        (["trainer.compile.enable=true"], "compiled trainers round elsewhere"),
+        (["trainer.lora.enable=true"], "trainer.lora"),
+        (["generator.engine.tensor_parallel_size=2"], "generator.engine.tensor_parallel_size adds up parts"),
+        (["trainer.parallelism.tensor_parallel_degree=2"], "trainer.parallelism.tensor_parallel_degree adds up"),
+        (["trainer.parallelism.context_parallel_degree=2"], "trainer.parallelism.context_parallel_degree adds up"),
+        (["recipe=sft"], "recipe=sft trains on nothing that generators sampled"),
+    ],
+)
+def test_what_cannot_be_alike_is_refused(overrides: Sequence[str], why: str) -> None:
+    with pytest.raises(UserError, match="model.batch_invariant") as refused:
+        validate(config(*overrides), check_paths=False)
+    assert why in str(refused.value)
+
+
+def test_what_can_be_is_taken_and_trainers_do_not_compile_then() -> None:
+    taken = config()
+    validate(taken, check_paths=False)
+    assert not compiles(taken, "cuda") and compiles(config("model.batch_invariant=false"), "cuda")
+    options = engine_arguments("model", taken, "cuda")["compilation_config"]
+    assert (options["mode"], options["cudagraph_mode"]) == (0, "FULL")
+
+
+def test_served_models_are_computed_as_they_always_are() -> None:
+    cfg = config("served=[{name: judge, path: other, replicas: 1}]")
+    assert not served_config(cfg, cfg.served[0]).model.batch_invariant
+
+
+def test_a_process_without_such_a_gpu_says_what_it_has() -> None:
+    with pytest.raises(UserError, match=r"compute capability 9 \(H100, H200\): a trainer on .* computes on the CPU"):
+        prepare_invariance("a trainer")
