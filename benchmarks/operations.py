@@ -3,9 +3,9 @@
     python benchmarks/operations.py [--prompts 16] [--layers 4] [--invariant]
 
 vLLM prefills prompts and decodes a token of each, not compiled, and what its modules take and give is written down in a
-few layers of Qwen3 0.6B's dimensions with random weights in bfloat16, with ``--invariant`` as ``model.batch_invariant``
-has them (on the CPU, which has no such attention, the other operations). Then each operation of the trainer's model, not
-compiled either, gets the very same inputs, prompts and decoded tokens in one batch, as a trainer has them. A line an
+few layers of Qwen3 0.6B's dimensions with random weights in bfloat16; with ``--invariant`` as ``model.batch_invariant``
+has them (on the CPU, which has no such attention, the others). Then each operation of the trainer's model, not compiled
+either, gets the very same inputs, prompts and decoded tokens in one batch, as a trainer has them. A line an
 operation: of prompts' values and of decoded tokens' the share that is not the same to the last bit, and the root mean
 square of what they differ by, relative to theirs.
 """

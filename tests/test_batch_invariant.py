@@ -89,7 +89,7 @@ def config(*overrides: str) -> Config:
     ],
 )
 def test_what_cannot_be_alike_is_refused(overrides: Sequence[str], why: str) -> None:
-    with pytest.raises(UserError, match="model.batch_invariant") as refused:
+    with pytest.raises(UserError, match=r"model\.batch_invariant") as refused:
         validate(config(*overrides), check_paths=False)
     assert why in str(refused.value)
 

@@ -144,6 +144,17 @@ def test_a_mismatch_that_is_not_explained_is_warned_of_now_and_then() -> None:
     assert "differ by 0.1 nats" in warnings[0] and "(64 such steps)" in warnings[-1] and math.isfinite(watch.num_steps)
 
 
+def test_kernels_that_are_alike_explain_nothing_but_the_age_of_samples() -> None:
+    config = configuration()
+    config.model.batch_invariant = True
+    new, old = (Document(torch.zeros(2).numpy(), torch.ones(2).numpy(), policy_version=9 - age) for age in (0, 1))
+    watch = MismatchWatch(config, True, lambda text: None)
+    assert watch.bounds(10, [new]) == (1e-6, 0.5)
+    assert watch.bounds(10, [old]) == pytest.approx((0.5, 1.5), rel=1e-3)
+    config.generator.engine.extra = {"kv_cache_dtype": "fp8"}
+    assert MismatchWatch(config, True, lambda text: None).bounds(10, [new])[0] == 0.05
+
+
 def test_the_warning_is_seen_on_the_terminal_and_in_the_status_and_the_bound_is_the_trainers(
     tmp_path: Path,
 ) -> None:

@@ -16,6 +16,8 @@ Healthy runs show, in the mean of a step: float32 on the CPU 1e-7 to 1e-5 (synch
 bfloat16 0.002 and 0.015 (trained, and random weights, 0.3 M parameters), 0.0075 (Qwen3 0.6B), 0.0078 (the same under
 tensor parallelism 2). Other weights show 1 and more: a few nats.
 """
+ALIKE = 1e-6
+"""Nats that rounding explains where both sides have the same kernels (``model.batch_invariant``): 0 was measured."""
 CUDA_FLOAT32 = 10
 """On CUDA, float32 may be multiplied in TF32, with three decimal digits: so many times as much. Not measured."""
 MOVEMENT = 0.5
@@ -47,12 +49,14 @@ class MismatchWatch:
 
     def __init__(self, config: Config, on_cuda: bool, warn: Callable[[str], None]) -> None:
         dtypes = {config.model.dtype, config.trainer.training.mixed_precision_param if on_cuda else "float32"}
-        dtypes |= {"bfloat16"} if _COARSER & config.generator.engine.extra.keys() else set()
+        is_coarser = bool(_COARSER & config.generator.engine.extra.keys())
+        dtypes |= {"bfloat16"} if is_coarser else set()
         coarsest = "bfloat16" if "bfloat16" in dtypes else "float32"
         rounding = ROUNDING[coarsest] * (CUDA_FLOAT32 if on_cuda and coarsest == "float32" else 1)
         # A lower temperature divides the errors of logits too, and leaves fewer tokens in doubt: 0.025 at 0.5, 0.075 at
         # 0.1, 0.18 at 0.02 in bfloat16, where it is 0.015 at 1.
         self._rounding = rounding / math.sqrt(min(1.0, config.rollout.sampling.temperature or 1.0))
+        self._explained = ALIKE if config.model.batch_invariant and not is_coarser else self._rounding
         self._max_staleness = config.rollout.max_staleness
         self._optimizer_steps = config.algorithm.minibatches * config.algorithm.epochs  # of a step
         self._warn = warn
@@ -64,7 +68,7 @@ class MismatchWatch:
         versions = [document.policy_version for document in documents]
         ages = [self._max_staleness if version is None else step - 1 - version for version in versions]
         moved = MOVEMENT * math.sqrt(max([0, *ages]) * self._optimizer_steps)
-        return MismatchBounds(self._rounding + moved, BEYOND * self._rounding + 2 * moved)
+        return MismatchBounds(self._explained + moved, BEYOND * self._rounding + 2 * moved)
 
     def check(self, step: int, metrics: Mapping[str, float], bounds: MismatchBounds) -> None:
         """Warn of a step that was taken: the first time, the second, the fourth and so on."""
