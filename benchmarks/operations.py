@@ -150,7 +150,28 @@ def compute(model_dir: Path, args: argparse.Namespace, file: Path, results: Any)
             for operation, theirs, ours in compared(block, steps, args):
                 found[operation].append((theirs, ours))
     num_prompt_tokens = len(calls["0.norm"][0][0][0])
-    results.put({name: figures(pairs, num_prompt_tokens) for name, pairs in found.items()})
+    told = {name: figures(pairs, num_prompt_tokens) for name, pairs in found.items()}
+    results.put((told, far_gradients(args)))
+
+
+def far_gradients(args: argparse.Namespace) -> float:
+    """How far the gradients of the trainer's attention are from those of the attention as shipped, relative (root mean
+    square), the farthest of queries', keys' and values'."""
+    from forge_hpc.models.attention import attention_inputs, inner_attention_config
+
+    torch.manual_seed(0)
+    shape = SHAPES["0.6b"]
+    heads, kv_heads, dim = (shape[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    positions = np.concatenate([np.arange(size) for size in (1, 130, 7, 374)])[None]
+    given = [torch.randn(1, positions.size, num, dim, device=DEVICE).bfloat16() for num in (heads, kv_heads, kv_heads)]
+    grad = torch.randn_like(given[0])
+    grads = []
+    for config in (inner_attention_config(torch.bfloat16), attention_config(args)):
+        qkv = [x.clone().requires_grad_() for x in given]
+        masks = attention_inputs(config, positions, torch.device(DEVICE))
+        config.build()(*qkv, attention_masks=masks, scale=dim**-0.5, enable_gqa=True).backward(grad)
+        grads.append([x.grad.float() for x in qkv])
+    return max(float((ours - theirs).norm() / theirs.norm()) for theirs, ours in zip(*grads, strict=True))
 
 
 def compared(block: Any, steps: Any, args: argparse.Namespace) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
@@ -244,7 +265,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="forge-hpc-operations-") as name:
         model_dir = write_model(Path(name) / "model", args.layers)
         alone(generate, model_dir, args, Path(name) / "calls.pt")
-        found = alone(compute, model_dir, args, Path(name) / "calls.pt")
+        found, gradients = alone(compute, model_dir, args, Path(name) / "calls.pt")
     print(f"{'':40}{'prompts: other':>16}{'by':>10}{'decoded: other':>16}{'by':>10}")
     for operation, (share, far, decoded_share, decoded_far) in found.items():
         print(f"{operation:40}{share:16.4f}{far:10.5f}{decoded_share:16.4f}{decoded_far:10.5f}")
@@ -256,6 +277,9 @@ def main() -> None:
             unit="of prompts'",
             note=f"of decoded tokens' {decoded_share:.4f}",
         )
+
+    row("gradients of attention, beside those of the attention as shipped", gradients, target=0.01, better="less",
+        unit="relative")  # fmt: skip
 
 
 if __name__ == "__main__":
