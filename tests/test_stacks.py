@@ -236,7 +236,7 @@ def test_what_is_to_end_at_once_waits_for_no_stacks_though_the_file_system_hangs
             asked.append("look")
             time.sleep(20)
 
-        def write(self, why: str, within_s: float = 0.0) -> None:
+        def write(self, why: str, log_dir: Path, within_s: float = 0.0) -> None:
             asked.append("write")
             time.sleep(20)
 
