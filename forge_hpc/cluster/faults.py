@@ -23,6 +23,10 @@ logger = logging.getLogger(__name__)
 LOOK_S = 1.0
 SILENT_HOST_S = 20
 """A host that does not say for so long how its processes are is cut off."""
+SPAWN_S = 60.0
+"""A process starts on a node within this time, or the node is lost."""
+GIVEN_UP_S = 80
+"""Monarch gives up processes that have not started by then: after ``SPAWN_S``, and the stacks of that."""
 SILENT_PROCESS_S = 3
 """The same for a process: a dead one is known after a second, but where it was just being asked, only after this time.
 Monarch's part of a process answers beside whatever Python and the device do there."""
@@ -40,7 +44,11 @@ class Faults:
 
         from forge_hpc.cluster.ender import Enders
 
-        configure(get_proc_state_max_idle=f"{SILENT_HOST_S}s", get_actor_state_max_idle=f"{SILENT_PROCESS_S}s")
+        configure(
+            get_proc_state_max_idle=f"{SILENT_HOST_S}s",
+            get_actor_state_max_idle=f"{SILENT_PROCESS_S}s",
+            mesh_proc_spawn_max_idle=f"{GIVEN_UP_S}s",
+        )
         self.unexpected: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.ended_nodes: set[int] = set()
         """Nodes whose worker has ended: nothing can be started there any more, but the node lives."""

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from forge_hpc.actors.generator import Generator
+from forge_hpc.cluster.faults import SPAWN_S
 from forge_hpc.cluster.meshes import Cluster
 from forge_hpc.config import Config
 from forge_hpc.controller.kept import KeptMesh, KeptMeshes, stop_mesh
 from forge_hpc.controller.recovery import Recoveries
-from forge_hpc.controller.service import ActorLost, Service, answer, cause_of, reason_of
+from forge_hpc.controller.service import ActorLost, Service, answer, cause_of, reason_of, started
 from forge_hpc.controller.store_at_need import StoreAtNeed
 from forge_hpc.controller.trainers import Trainers
 from forge_hpc.controller.turns import Turns
@@ -27,8 +28,6 @@ from forge_hpc.weights import Offer, VersionNotFoundError
 logger = logging.getLogger(__name__)
 STOP_S = 60.0
 """Monarch's host agent ends a process that does not stop by itself after 20 s."""
-SPAWN_S = 60.0
-"""A process starts on a node within this time, or the node is lost."""
 END_S, PROBE_S = 5.0, 20.0
 """A replica that has not ended after END_S on a node that starts no process within PROBE_S went with its node."""
 START_S = 90.0
@@ -250,7 +249,7 @@ class GeneratorPool:
         self._cluster.faults.watch(slot.mesh, lambda reason: self.service.lose(index, reason))
         slot.procs = self._cluster.spawn_generator(slot.mesh, index, slot.node)
         try:
-            await asyncio.wait_for(slot.procs.initialized, SPAWN_S)
+            await self.started(index, slot.procs, SPAWN_S)
         except Exception as error:
             raise NodeLost(node, f"no process starts there: {reason_of(error)}") from error
         actor = slot.procs.spawn(slot.mesh, Generator, config, index, self._log_dir, self._role)
@@ -298,10 +297,13 @@ class GeneratorPool:
             else:
                 await stop_mesh(self._cluster.faults, mesh)
 
+    async def started(self, index: int, procs: Any, timeout_s: float) -> None:
+        """Wait until the processes of a replica have started. Raises ActorLost, or what Monarch does."""
+        await started(procs, _nothing(), timeout_s, f"{self._role} {index}")
+
     async def ask(self, index: int, call: Any, timeout_s: float, what: str) -> Any:
         """The answer of a generator that does not serve yet. Raises ActorLost, or what it raises."""
-        nothing: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        return await answer(call, nothing, timeout_s, f"{self._role} {index}, {what}")
+        return await answer(call, _nothing(), timeout_s, f"{self._role} {index}, {what}")
 
     # ---- replacement
 
@@ -405,6 +407,11 @@ class GeneratorPool:
                 async with asyncio.timeout(STORE_S):
                     while (self.weights[adapter], self.weights[adapter].version) == wanted:
                         await asyncio.sleep(0.2)
+
+
+def _nothing() -> asyncio.Future[str]:
+    """What tells of a loss where the deadline alone does."""
+    return asyncio.get_running_loop().create_future()
 
 
 class WeightSync:
