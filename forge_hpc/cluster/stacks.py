@@ -56,7 +56,8 @@ _answering = 0  # the process whose thread waits to be asked: a fork has none
 
 
 def stand_by(role: str) -> None:
-    """Answer to ``SIGNAL`` from now on. Below no supervisor nothing happens. To be called again after a fork."""
+    """Answer to ``SIGNAL`` from now on, under this name alone. Below no supervisor nothing happens. To be called again
+    after a fork."""
     global _file, _answering
     folder = os.environ.get(FOLDER)
     if folder is None:
@@ -67,6 +68,8 @@ def stand_by(role: str) -> None:
         faulthandler.register(SIGNAL, _file, all_threads=True)
         if before is not None:
             before.close()
+            if before.name != _file.name and Path(before.name).name.startswith(f"{os.getpid()}."):
+                Path(before.name).unlink(missing_ok=True)
         if _answering != os.getpid():
             pipe = _pipe(Path(folder), os.getpid())
             pipe.unlink(missing_ok=True)  # of an earlier process of this number
