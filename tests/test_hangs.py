@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 
 import psutil
 import pytest
+import runs
 from monarch.actor import Actor, endpoint, this_host
-from runs import DEMO, PROJECT
+from runs import DEMO, PROJECT, REWARD, run_local, small_run, status
 from test_actors import SendingReplica, service_of
 from test_ranks import supervised
 
@@ -27,7 +29,7 @@ from forge_hpc.controller.generators import GeneratorPool, NodeLost
 from forge_hpc.controller.lent import LentGenerators
 from forge_hpc.controller.recovery import Recoveries
 from forge_hpc.controller.saving import Saver
-from forge_hpc.controller.service import ActorLost
+from forge_hpc.controller.service import ActorLost, answer, started
 from forge_hpc.controller.session import Session
 from forge_hpc.environments import EnvironmentPool
 from forge_hpc.rewards.workers import RewardWorkers
@@ -91,7 +93,7 @@ async def start_lent(nodes: Nodes, cluster: Cluster) -> None:
     door = Rendezvous(nodes.folder), "127.0.0.1", nodes.folder, lambda _: None
     lending = LentGenerators(nodes.config, cluster, nodes.pool(cluster), *door)
     hosts: Any = Host()
-    node: Any = SimpleNamespace(host=LentHost(hosts, 1, [], [()]), slots={1: 0}, meshes={})
+    node: Any = SimpleNamespace(host=LentHost(hosts, 1, [], [()]), slots={1: 0}, meshes={}, number=4)
     await lending._add(node, 1, lent.SPAWN_S)
 
 
@@ -132,6 +134,23 @@ def test_processes_that_do_not_start_leave_stacks(
     text = file.read_text()
     assert text.count("=== ") == 1 and "start of its processes did not answer within 3 s\n" in text
     assert "monarch._src.actor.bootstrap_main" in text
+
+
+@pytest.mark.training
+def test_a_run_whose_processes_do_not_start_shows_them_before_they_are_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "first").mkdir()
+    hangs = "import sys, time\nif any('bootstrap_main' in word for word in sys.orig_argv):\n    time.sleep(600)\n"
+    (tmp_path / "first/sitecustomize.py").write_text(hangs)
+    monkeypatch.setattr(runs, "PROJECT", os.pathsep.join([str(tmp_path / "first"), str(PROJECT)]))
+    run_dir = tmp_path / "run"
+    result = run_local(run_dir, small_run(tmp_path, 2, REWARD, "cluster.max_restarts=0"))
+    assert result.returncode == 1
+    [file] = run_dir.glob("logs/*/stacks-0.log")
+    told = f"did not answer within {generators.SPAWN_S:.0f} s; the stacks of all processes: {file.parent}/stacks-*.log"
+    assert told in status(run_dir)["message"] and told in result.stderr
+    assert file.read_text().count("monarch._src.actor.bootstrap_main") == 2  # a trainer, and a generator
 
 
 @pytest.mark.parametrize("start", STARTS)
@@ -254,3 +273,48 @@ def test_a_stream_whose_results_do_not_come_leaves_stacks(tmp_path: Path, monkey
     with supervised(tmp_path, monkeypatch) as file:
         asyncio.run(asyncio.wait_for(scenario(), 60))
     assert "generator, generate(): 1 results are missing\n" in file.read_text()
+
+
+SLOW = """import sys, time
+from monarch.actor import Actor, endpoint
+
+
+def forever():
+    time.sleep(600)
+
+
+if any("bootstrap_main" in word for word in sys.orig_argv):
+    forever()
+
+
+class Slow(Actor):
+    @endpoint
+    def start(self) -> None: ...
+"""
+
+
+def test_a_process_that_hangs_in_the_imports_of_its_actor_shows_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow_actor.py").write_text(SLOW)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = [str(tmp_path), str(PROJECT), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
+    slow_actor = importlib.import_module("slow_actor")
+
+    async def scenario() -> None:
+        faults = Faults(Rendezvous(tmp_path / "faults"))
+        procs = faults.enders.beside("slow", this_host().spawn_procs(per_host={"procs": 1}, name="slow"))
+        lost = asyncio.get_running_loop().create_future()
+        await started(procs, 60, "slow")
+        call = procs.spawn("slow", slow_actor.Slow).start.call_one()
+        try:
+            with pytest.raises(ActorLost, match="the stacks of all processes"):
+                await answer(call, lost, 6, "slow, start()")
+        finally:
+            end_begun()
+
+    with supervised(tmp_path, monkeypatch) as file:
+        asyncio.run(scenario())
+    [shown] = [part for part in file.read_text().split("--- ") if part.startswith("slow, pid ")]
+    assert " in forever\n" in shown

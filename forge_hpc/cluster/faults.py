@@ -17,16 +17,13 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from forge_hpc.cluster.deadlines import GIVEN_UP_S
 from forge_hpc.cluster.rendezvous import Rendezvous
 
 logger = logging.getLogger(__name__)
 LOOK_S = 1.0
 SILENT_HOST_S = 20
 """A host that does not say for so long how its processes are is cut off."""
-SPAWN_S = 60.0
-"""A process starts on a node within this time, or the node is lost."""
-GIVEN_UP_S = 80
-"""Monarch gives up processes that have not started by then: after ``SPAWN_S``, and the stacks of that."""
 SILENT_PROCESS_S = 3
 """The same for a process: a dead one is known after a second, but where it was just being asked, only after this time.
 Monarch's part of a process answers beside whatever Python and the device do there."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forge_hpc.actors.frozen import Frozen
-from forge_hpc.cluster.faults import SPAWN_S
+from forge_hpc.cluster.deadlines import SPAWN_S
 from forge_hpc.cluster.meshes import Cluster
 from forge_hpc.config import Config
 from forge_hpc.config.recipes import needs_of
@@ -146,7 +146,7 @@ class FrozenProcesses:
         faults.watch(self._name, lambda reason: self._lose(lost, reason))
         self._procs = self._cluster.spawn_frozen(self._name)
         try:
-            await started(self._procs, lost, SPAWN_S, self._name)
+            await started(self._procs, SPAWN_S, self._name, lost)
         except Exception as error:
             raise await why_not_spawned(self._cluster, nodes, "frozen models", error) from error
         mesh = self._procs.spawn(self._name, Frozen, self._cluster.told(self._config), self._log_dir)

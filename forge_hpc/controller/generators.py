@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from forge_hpc.actors.generator import Generator
-from forge_hpc.cluster.faults import SPAWN_S
+from forge_hpc.cluster.deadlines import SPAWN_S
 from forge_hpc.cluster.meshes import Cluster
 from forge_hpc.config import Config
 from forge_hpc.controller.kept import KeptMesh, KeptMeshes, stop_mesh
@@ -249,7 +249,7 @@ class GeneratorPool:
         self._cluster.faults.watch(slot.mesh, lambda reason: self.service.lose(index, reason))
         slot.procs = self._cluster.spawn_generator(slot.mesh, index, slot.node)
         try:
-            await self.started(index, slot.procs, SPAWN_S)
+            await started(slot.procs, SPAWN_S, f"{self._role} {index}")
         except Exception as error:
             raise NodeLost(node, f"no process starts there: {reason_of(error)}") from error
         actor = slot.procs.spawn(slot.mesh, Generator, config, index, self._log_dir, self._role)
@@ -297,13 +297,10 @@ class GeneratorPool:
             else:
                 await stop_mesh(self._cluster.faults, mesh)
 
-    async def started(self, index: int, procs: Any, timeout_s: float) -> None:
-        """Wait until the processes of a replica have started. Raises ActorLost, or what Monarch does."""
-        await started(procs, _nothing(), timeout_s, f"{self._role} {index}")
-
     async def ask(self, index: int, call: Any, timeout_s: float, what: str) -> Any:
         """The answer of a generator that does not serve yet. Raises ActorLost, or what it raises."""
-        return await answer(call, _nothing(), timeout_s, f"{self._role} {index}, {what}")
+        nothing: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        return await answer(call, nothing, timeout_s, f"{self._role} {index}, {what}")
 
     # ---- replacement
 
@@ -407,11 +404,6 @@ class GeneratorPool:
                 async with asyncio.timeout(STORE_S):
                     while (self.weights[adapter], self.weights[adapter].version) == wanted:
                         await asyncio.sleep(0.2)
-
-
-def _nothing() -> asyncio.Future[str]:
-    """What tells of a loss where the deadline alone does."""
-    return asyncio.get_running_loop().create_future()
 
 
 class WeightSync:

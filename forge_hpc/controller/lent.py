@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from forge_hpc.actors.generator import Generator
-from forge_hpc.cluster.faults import SPAWN_S
+from forge_hpc.cluster.deadlines import SPAWN_S
 from forge_hpc.cluster.meshes import Cluster, LentHost, attach_lent
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import Config
 from forge_hpc.config.lending import lent_replicas
 from forge_hpc.controller.generators import END_S, PROBE_S, GeneratorPool
-from forge_hpc.controller.service import reason_of, told
+from forge_hpc.controller.service import reason_of, started, told
 from forge_hpc.joining import door
 from forge_hpc.joining.door import Lent, Over
 from forge_hpc.joining.lifeline import LIFELINE, Lifelines
@@ -181,7 +181,7 @@ class LentGenerators:
         self._cluster.faults.watch(name, lambda reason: service.lose(index, reason))
         procs = self._cluster.faults.enders.beside(name, node.host.spawn_generator(name, node.slots[index]))
         node.meshes[index] = name, procs
-        await self._pool.started(index, procs, spawn_s)
+        await started(procs, spawn_s, f"generator {index} of {node}")
         actor = procs.spawn(name, Generator, config, index, self._log_dir, "lent")
         start = actor.start.call_one(self._pool.model_dir)
         await self._pool.ask(index, start, config.cluster.start_timeout_s, "start()")

@@ -91,8 +91,9 @@ async def answer(call: Awaitable[Any], lost: asyncio.Future[str], timeout_s: flo
         task.cancel()
 
 
-async def started(procs: Any, lost: asyncio.Future[str], timeout_s: float, who: str) -> None:
+async def started(procs: Any, timeout_s: float, who: str, lost: asyncio.Future[str] | None = None) -> None:
     """Wait until the processes of a mesh have started. Raises as ``answer``."""
+    lost = lost or asyncio.get_running_loop().create_future()
     await answer(procs.initialized, lost, timeout_s, f"{who}, start of its processes")
 
 

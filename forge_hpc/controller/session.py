@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 from forge_hpc.actors.trainer import Trainer
 from forge_hpc.checkpoint import load_extra
 from forge_hpc.checkpoint.episodes import EPISODES, load_groups
-from forge_hpc.cluster.faults import SPAWN_S
+from forge_hpc.cluster.deadlines import SPAWN_S
 from forge_hpc.cluster.meshes import Cluster
 from forge_hpc.config import Config, UserError
 from forge_hpc.config.needs import POLICY, REWARD_MODEL, ModelNeed
@@ -317,7 +317,7 @@ class Session:
         """Raises NodeLost or ActorLost."""
         procs = self._spawned(name, self.cluster.spawn_trainers(name))
         try:
-            await started(procs, self.lost, SPAWN_S, name)
+            await started(procs, SPAWN_S, name, self.lost)
         except Exception as error:
             nodes = self.cluster.placement.trainer_nodes
             raise await why_not_spawned(self.cluster, nodes, "trainers", error) from error

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from forge_hpc.cluster import folders, stacks
 from forge_hpc.cluster.allocation import Allocation, host_address, interface_of, run_address
+from forge_hpc.cluster.deadlines import GIVEN_UP_S
 from forge_hpc.cluster.identity import tls_environment
 from forge_hpc.cluster.processes import end_descendants
 from forge_hpc.cluster.rendezvous import Rendezvous
@@ -127,6 +128,7 @@ class Node:
         # Where the host's name resolves to loopback, gloo would listen where no other host reaches it.
         interface = {"GLOO_SOCKET_IFNAME": interface_of(address)} if self.allocation.num_nodes > 1 else {}
         supervision = {"HYPERACTOR_MESH_SUPERVISION_POLL_FREQUENCY": "1s"}  # how soon a dead process is noticed
+        supervision |= {"HYPERACTOR_HOST_SPAWN_READY_TIMEOUT": f"{GIVEN_UP_S}s"}  # the controller decides before
         folder = self.scratch_folder()  # what dead processes leave there goes with us
         scratch = {"TMPDIR": str(folder), stacks.FOLDER: str(stacks.folder_in(folder))}
         self._memory = self._memory or folders.make_folder()
