@@ -16,10 +16,8 @@ from pathlib import Path
 from forge_hpc.cluster import stacks
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config.errors import UserError
-from forge_hpc.observability.overview import tail_jsonl
 from forge_hpc.observability.terminal import Column, as_json, cut, fitted, width_of_terminal
 from forge_hpc.run_dir import RunDir
-from forge_hpc.supervisor.starts import StartLog
 
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 _SILENT = "says nothing of itself"
@@ -46,9 +44,9 @@ def show_stacks(run_dir: RunDir, *, full: bool, as_records: bool) -> int:
     Raises:
         UserError: nothing runs, or no node has answered.
     """
-    log_dir, rendezvous, num_nodes = _start_of(run_dir)
-    before = {path: path.stat().st_size for path in log_dir.glob("stacks-*.log")}
     try:
+        log_dir, rendezvous, num_nodes = _start_of(run_dir)
+        before = {path: path.stat().st_size for path in log_dir.glob("stacks-*.log")}
         stacks.ask(rendezvous, "asked for by forge-hpc stacks", num_nodes, log_dir)
     except PermissionError:
         raise UserError(f"{run_dir} is another user's", "only who runs it can ask where it stands") from None
@@ -76,15 +74,16 @@ def show_stacks(run_dir: RunDir, *, full: bool, as_records: bool) -> int:
 
 
 def _start_of(run_dir: RunDir) -> tuple[Path, Rendezvous, int]:
-    """Logs, rendezvous and number of nodes of the start that runs now."""
-    status, log_dir = run_dir.read_status(), run_dir.latest_log_dir()
-    begun = [record for record in tail_jsonl(run_dir.path / "starts.jsonl", 8) if record.get("event") == "begin"]
+    """Logs of the start that runs now, where its nodes look, and their number."""
+    status = run_dir.read_status()
+    state = "not begun" if status is None else status.state
     places = [path for path in run_dir.rendezvous.glob("*") if path.is_dir()]
-    if status is None or status.is_terminal or log_dir is None or not places or not begun:
-        state = status.state if status is not None else "not begun"
+    if status is None or status.is_terminal or not places:
         raise UserError(f"nothing runs in {run_dir}: it is {state}", "stacks are those of a run that runs")
-    newest = max(places, key=lambda path: path.stat().st_mtime)
-    return log_dir, Rendezvous(newest), int(begun[-1].get("nodes") or 1) - len(StartLog(run_dir).without())
+    start = Rendezvous(max(places, key=lambda path: path.stat().st_mtime)).look("start")
+    if start is None:
+        raise UserError(f"the nodes of {run_dir} are not together yet: it is {state}", "ask again in some seconds")
+    return Path(start["log_dir"]), Rendezvous(Path(start["rendezvous"])), start["num_nodes"]
 
 
 def _node_of(path: Path) -> int:

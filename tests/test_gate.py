@@ -667,13 +667,30 @@ def test_a_node_that_says_nothing_is_not_fit_unless_the_others_took_long_as_well
     assert list(unfit) == blamed
 
 
-def test_a_look_that_hangs_is_a_problem_of_its_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node_module, "OWN_S", 0.3)
-    monkeypatch.setattr(node_module, "look_at_node", lambda *arguments: time.sleep(60))
+def test_a_look_that_hangs_is_a_problem_of_its_node_and_says_where_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(node_module, "OWN_S", 3.0)
+    recipe = tmp_path / "mine.py"
+    recipe.write_text("import time\n\n\ndef forever():\n    time.sleep(600)\n\n\nforever()\nclass Mine:\n    pass\n")
     node = Node(RunDir(tmp_path).create(), Allocation("7", 0, 1, 0))
-    assert node.report(node.rendezvous(), Config())["problems"] == [
-        "its disks or its GPUs' driver have not answered for 0 s"
+    assert node.report(node.rendezvous(), Config(recipe=f"{recipe}:Mine"))["problems"] == [
+        "its disks, its GPUs' driver or the recipe's module have not answered for 3 s: "
+        f"it stands in forever ({recipe}:5)"
     ]
+    said = capsys.readouterr().err
+    assert "a look at this node hangs:\n" in said and f'File "{recipe}", line 8, in <module>\n' in said
+
+
+def test_a_recipe_whose_module_hangs_holds_up_nobody_who_asks_whether_nodes_may_be_lent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(first_node, "OWN_S", 1.0)
+    (tmp_path / "mine.py").write_text("import time\ntime.sleep(600)\nclass Mine:\n    pass\n")
+    assert not first_node._takes_lent(Config(recipe=f"{tmp_path}/mine.py:Mine"))
+    config = Config()
+    config.rollout.max_staleness = 1
+    assert first_node._takes_lent(config)
 
 
 # ---- the verdict

@@ -18,6 +18,7 @@ import pytest
 from runs import DEMO, PROJECT, left_over, processes, read, small_run, status, wait_for
 from slurm_cluster import SlurmCluster
 from test_slurm_sweeps import learned
+from test_stacks import HANGING_LOSS
 
 from forge_hpc.cli import main
 from forge_hpc.config.errors import UserError
@@ -163,6 +164,31 @@ def test_engines_end_at_their_deadline_with_all_processes(folder: Folder) -> Non
     assert not [path for path in (place / "tls", place / "mailbox") if path.exists()]
 
 
+@pytest.mark.training
+def test_a_run_that_hangs_on_kept_engines_names_the_file_in_its_own_folder_that_says_where(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    (tmp_path / "hanging.py").write_text(HANGING_LOSS)
+    hanging = (f"algorithm.loss={tmp_path}/hanging.py:backtrack", "cluster.max_restarts=0", "trainer.timeout_s=30")
+    try:
+        folder.submit("first", "trainer.training.steps=1", "checkpoint.interval=1")
+        run = folder.begin("hangs", "trainer.training.steps=8", *hanging)
+        wait_for(lambda: read(tmp_path / "runs/hangs"), "a step")
+        asked = json.loads(folder.command("stacks", "runs/hangs", "--json"))
+        assert {"controller", "trainer-0", "generator-0", "worker-0"} <= {process["role"] for process in asked}
+        out, err = run.communicate(timeout=200)
+        assert run.returncode == 1 and KEPT in out, out + err
+        [file] = (tmp_path / "runs/hangs").glob("logs/*/stacks-0.log")
+        told = f"did not answer within 30 s; the stacks of all processes: {file.parent}/stacks-*.log"
+        assert told in status(tmp_path / "runs/hangs")["message"] and told in err
+        text = file.read_text().split("=== ")[-1]
+        assert " in backtrack\n" in text.split("--- trainer-0, pid ")[1].split("--- ")[0]
+        assert all(f"--- {role}, pid " in text for role in ("controller", "generator-0", "worker-0"))
+        assert [*tmp_path.glob("**/stacks-*.log")] == [file]
+    finally:
+        folder.command("engines", "--end")
+    assert not left_over(folder.engines)
+
+
 def test_a_keeper_that_is_killed_takes_all_with_it_and_the_next_run_starts_anew(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     run = folder.begin("one", "trainer.training.steps=2000", "algorithm.max_steps_without_signal=1000")
@@ -232,17 +258,24 @@ def test_engines_are_kept_within_an_allocation_on_all_its_nodes(slurm_cluster: S
     submit = " ".join(
         [*forge, "submit", "--config", str(DEMO), "--keep-engines", "10m", *(f"'{o}'" for o in small_run(tmp_path, 1))]
     )
+    (tmp_path / "hanging.py").write_text(HANGING_LOSS)
+    hanging = f"algorithm.loss={tmp_path}/hanging.py:backtrack trainer.timeout_s=20 cluster.max_restarts=0"
+    hanging += " trainer.training.steps=8"
     script = tmp_path / "shell.sh"
     script.write_text(
         f"#!/bin/bash\ncd {tmp_path}\n{submit} --run-dir runs/a\n{submit} --run-dir runs/b\n"
-        f"{' '.join(forge)} engines\n{' '.join(forge)} engines --end\n"
+        f"{' '.join(forge)} engines\n{submit} {hanging} --run-dir runs/c\n{' '.join(forge)} engines --end\n"
     )
     env = {**slurm_cluster.env, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
     salloc = ["salloc", "--nodes=2", "--exclusive", "--mem=0", "bash", str(script)]
     done = slurm_cluster.run(*salloc, env=env, cwd=tmp_path, check=False, timeout_s=280)
     assert status(tmp_path / "runs/b").get("state") == "completed", done.stdout + done.stderr
-    assert done.stdout.count(KEPT) == 1 and "2 nodes, kept after b for another 10 min" in done.stdout
+    assert done.stdout.count(KEPT) == 2 and "2 nodes, kept after b for another 10 min" in done.stdout
     assert learned(tmp_path / "runs/a") == learned(tmp_path / "runs/b") != []
+    files = sorted((tmp_path / "runs/c").glob("logs/*/stacks-*.log"))
+    assert [file.name for file in files] == ["stacks-0.log", "stacks-1.log"], done.stdout + done.stderr
+    roles = {role for file in files for role in re.findall(r"^--- (\S+), pid ", file.read_text(), re.MULTILINE)}
+    assert {"controller", "trainer-0", "generator-0", "worker-0", "worker-1"} <= roles
     assert not left_over(tmp_path / "runs/.engines")
 
 

@@ -455,6 +455,9 @@ def test_stacks_of_a_running_run_are_a_table_of_where_its_processes_stand(
 ) -> None:
     run_dir = make("runs", nodes=1)
     log_dir, rendezvous = run_dir.create_log_dir(None, 0), Rendezvous(run_dir.rendezvous / "local.0")
+    assert main(["stacks"]) == 2 and "are not together yet: it is running" in capsys.readouterr().err
+    start = {"log_dir": str(log_dir), "rendezvous": str(rendezvous.directory), "num_nodes": 1}
+    rendezvous.publish("start", start)
     program = tmp_path / "mine.py"
     program.write_text("def deadlock():\n    print('ready', flush=True)\n    input()\n")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom forge_hpc.cluster.stacks import stand_by\n"

@@ -23,17 +23,16 @@ from monarch.config import configured
 from runs import DEMO, PROJECT, REWARD, run_local, small_run, status
 
 from forge_hpc.actors.errors import ForeignError, portable
-from forge_hpc.cluster import stacks
+from forge_hpc.cluster import hangs, stacks
 from forge_hpc.cluster.faults import Faults
+from forge_hpc.cluster.hangs import prepare_stacks
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import UserError, load_config
 from forge_hpc.controller import ranks as module
-from forge_hpc.controller import stacks as asked_stacks
 from forge_hpc.controller.outcome import outcome_of
 from forge_hpc.controller.ranks import Ranks
 from forge_hpc.controller.recovery import Leave
 from forge_hpc.controller.service import ActorLost, cause_of, is_loss
-from forge_hpc.controller.stacks import prepare_stacks
 
 NEVER_S = 300.0
 
@@ -42,7 +41,7 @@ NEVER_S = 300.0
 def supervised(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """This process is the supervisor, and the controller that asks it for stacks; the file that they go to."""
     monkeypatch.setenv(stacks.FOLDER, str(stacks.folder_in(directory)))
-    monkeypatch.setattr(asked_stacks, "_stacks", None)
+    monkeypatch.setattr(hangs, "_stacks", None)
     rendezvous, over = Rendezvous(directory / "rendezvous"), threading.Event()
     prepare_stacks(rendezvous, directory)
     writer = stacks.StackWriter(rendezvous, 0, directory, directory)
@@ -182,7 +181,7 @@ def test_stacks_that_nobody_can_write_hide_no_error_and_hold_nothing_up_for_long
 ) -> None:
     for where, name in ((module, "OTHERS_S"), (stacks, "ANSWER_S"), (stacks, "WRITE_S")):
         monkeypatch.setattr(where, name, 0.1)
-    monkeypatch.setattr(asked_stacks, "_stacks", None)
+    monkeypatch.setattr(hangs, "_stacks", None)
     monkeypatch.setattr(Rendezvous, "publish", publish)
     prepare_stacks(Rendezvous(tmp_path), tmp_path)
 

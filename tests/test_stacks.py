@@ -88,6 +88,12 @@ def test_a_process_shows_its_python_stacks_wherever_it_hangs(
     assert again.count(" in backtrack\n") == 1  # what it does now, and not what it did
 
 
+def test_a_process_that_takes_another_name_has_that_alone(start: Callable[..., psutil.Process], tmp_path: Path) -> None:
+    renamed = start(STAND_BY.format("trainer-0") + HANGS["in-python"], "trainer")
+    assert [path.name for path in stacks.folder_in(tmp_path).glob("[0-9]*")] == [f"{renamed.pid}.trainer-0"]
+    assert paragraph(stacks.collect(stacks.folder_in(tmp_path), [renamed]), renamed).count(" in deadlock\n") == 1
+
+
 def test_a_process_that_works_goes_on_however_often_it_is_asked(
     start: Callable[..., psutil.Process], tmp_path: Path
 ) -> None:
@@ -236,7 +242,7 @@ def test_what_is_to_end_at_once_waits_for_no_stacks_though_the_file_system_hangs
             asked.append("look")
             time.sleep(20)
 
-        def write(self, why: str, within_s: float = 0.0) -> None:
+        def write(self, why: str, log_dir: Path, within_s: float = 0.0) -> None:
             asked.append("write")
             time.sleep(20)
 

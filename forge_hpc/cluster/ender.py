@@ -12,12 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 from monarch.actor import Actor, endpoint
 
+from forge_hpc.cluster.stacks import stand_by
+
 if TYPE_CHECKING:
     from monarch.actor import ProcMesh
 
 
 class Ender(Actor):
-    """Lives in a process of a role; light to import, as each of them does."""
+    """Lives in a process of a role; light to import, as each of them does. It comes first, so that one which hangs in
+    the imports of the role's own actor shows its stacks, too.
+
+    Args:
+        mesh: its name, for as long as the process has no other.
+    """
+
+    def __init__(self, mesh: str) -> None:
+        stand_by(mesh)
 
     @endpoint
     async def end(self) -> None:
@@ -36,7 +46,7 @@ class Enders:
 
     def beside(self, name: str, procs: ProcMesh) -> ProcMesh:
         """The same mesh. It has to be new: what is spawned on one in which a process has died reaches nobody."""
-        self._of[name] = procs.spawn(self.NAME, Ender)
+        self._of[name] = procs.spawn(self.NAME, Ender, name)
         return procs
 
     def end_at_once(self, name: str) -> None:

@@ -17,6 +17,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from forge_hpc.cluster.deadlines import GIVEN_UP_S
 from forge_hpc.cluster.rendezvous import Rendezvous
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,11 @@ class Faults:
 
         from forge_hpc.cluster.ender import Enders
 
-        configure(get_proc_state_max_idle=f"{SILENT_HOST_S}s", get_actor_state_max_idle=f"{SILENT_PROCESS_S}s")
+        configure(
+            get_proc_state_max_idle=f"{SILENT_HOST_S}s",
+            get_actor_state_max_idle=f"{SILENT_PROCESS_S}s",
+            mesh_proc_spawn_max_idle=f"{GIVEN_UP_S}s",
+        )
         self.unexpected: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.ended_nodes: set[int] = set()
         """Nodes whose worker has ended: nothing can be started there any more, but the node lives."""

@@ -54,7 +54,7 @@ async def attach_lent(worker_address: str, timeout_s: float) -> HostMesh:
     try:
         await asyncio.wait_for(hosts.initialized, timeout_s)
     except TimeoutError:
-        raise TimeoutError(f"its Monarch worker did not answer within {timeout_s:.0f} s") from None
+        raise TimeoutError(f"its Monarch worker, {worker_address}, did not answer within {timeout_s:.0f} s") from None
     return hosts
 
 

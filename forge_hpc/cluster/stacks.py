@@ -3,6 +3,8 @@
     who sees it ─► stacks-1 in the rendezvous ─► each node's supervisor ─► a signal to all processes below it
                                                    └─► stacks-NODE.log, and stacked-1-NODE in the rendezvous
 
+The rendezvous is that of the nodes, which may serve one run after the other: a request names the folder of the run.
+
 A process ``stands by``: a thread of its own waits at a pipe, and when it is asked writes the Python stacks of all
 threads into a file in the node's scratch folder that was opened beforehand. It reads them as Python code does, beside
 whatever goes on. Where it cannot, because something hangs in C code and holds the interpreter, faulthandler's C code
@@ -54,7 +56,8 @@ _answering = 0  # the process whose thread waits to be asked: a fork has none
 
 
 def stand_by(role: str) -> None:
-    """Answer to ``SIGNAL`` from now on. Below no supervisor nothing happens. To be called again after a fork."""
+    """Answer to ``SIGNAL`` from now on, under this name alone. Below no supervisor nothing happens. To be called again
+    after a fork."""
     global _file, _answering
     folder = os.environ.get(FOLDER)
     if folder is None:
@@ -65,6 +68,8 @@ def stand_by(role: str) -> None:
         faulthandler.register(SIGNAL, _file, all_threads=True)
         if before is not None:
             before.close()
+            if before.name != _file.name and Path(before.name).name.startswith(f"{os.getpid()}."):
+                Path(before.name).unlink(missing_ok=True)
         if _answering != os.getpid():
             pipe = _pipe(Path(folder), os.getpid())
             pipe.unlink(missing_ok=True)  # of an earlier process of this number
@@ -185,11 +190,20 @@ class StackWriter:
     """A node's supervisor's part: writes what is below it when somebody asks."""
 
     def __init__(self, rendezvous: Rendezvous, node: int, scratch: Path, log_dir: Path) -> None:
-        self.file = log_dir / f"stacks-{node}.log"
+        self.log_dir = log_dir
+        """Of the run that is watched here."""
         self.told = ""
         """What to tell of what ``write_all`` has written here."""
         self._rendezvous, self._node, self._folder = rendezvous, node, folder_in(scratch)
         self._written = 0
+
+    @property
+    def file(self) -> Path:
+        """What ``write_all`` writes here."""
+        return self._file_in(self.log_dir)
+
+    def _file_in(self, log_dir: Path) -> Path:
+        return log_dir / f"stacks-{self._node}.log"
 
     def look_in_time(self, within_s: float = WRITE_S) -> None:
         """``look``; a file system that hangs or fails is no reason to hang or fail."""
@@ -206,9 +220,10 @@ class StackWriter:
 
     def _write_all(self, why: str, num_nodes: int, within_s: float) -> None:
         until, others = time.monotonic() + within_s, num_nodes - 1 + _num_lent(self._rendezvous)
-        number = _request(self._rendezvous, why, within_s=within_s, by=self._node) if others else 0
-        self.write(why, within_s)
-        self.told = written(self.file.parent)
+        log_dir, asked = self.log_dir, {"within_s": within_s, "by": self._node}
+        number = _request(self._rendezvous, why, log_dir, **asked) if others else 0
+        self.write(why, log_dir, within_s)
+        self.told = written(log_dir)
         if others:
             _wait_for_answers(self._rendezvous, number, others, until)
 
@@ -222,17 +237,17 @@ class StackWriter:
             return
         self._written += 1
         if request.get("by") != self._node:  # else it has written its own
-            self.write(request["why"], request.get("within_s", WRITE_S))
+            self.write(request["why"], Path(request["log_dir"]), request.get("within_s", WRITE_S))
             self._rendezvous.publish(f"stacked-{self._written}-{self._node}", {})
 
-    def write(self, why: str, within_s: float = WRITE_S) -> None:
-        """Append them to ``file``. Raises OSError."""
+    def write(self, why: str, log_dir: Path, within_s: float = WRITE_S) -> None:
+        """Append them to this node's file in ``log_dir``. Raises OSError."""
         import psutil
 
         processes = sorted(psutil.Process().children(recursive=True), key=lambda process: process.pid)
         text = collect(self._folder, processes, within_s)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        with os.fdopen(open_private(self.file, os.O_WRONLY | os.O_APPEND), "w", encoding="utf-8") as file:
+        with os.fdopen(open_private(self._file_in(log_dir), os.O_WRONLY | os.O_APPEND), "w", encoding="utf-8") as file:
             file.write(f"=== {now}, node {self._node}: {why}\n\n{text}\n")
 
 
@@ -248,7 +263,7 @@ def ask(rendezvous: Rendezvous, why: str, num_nodes: int, log_dir: Path) -> str:
 
     def answers() -> int:
         nodes = num_nodes + _num_lent(rendezvous)
-        return _wait_for_answers(rendezvous, _request(rendezvous, why), nodes, time.monotonic() + ANSWER_S)
+        return _wait_for_answers(rendezvous, _request(rendezvous, why, log_dir), nodes, time.monotonic() + ANSWER_S)
 
     return written(log_dir) if in_thread(answers, within_s=ANSWER_S + WRITE_S) else ""
 
@@ -257,10 +272,10 @@ def _num_lent(rendezvous: Rendezvous) -> int:
     return sum(name.removeprefix("lent-").isdigit() for name in rendezvous.names("lent-"))
 
 
-def _request(rendezvous: Rendezvous, why: str, **more: Any) -> int:
+def _request(rendezvous: Rendezvous, why: str, log_dir: Path, **more: Any) -> int:
     """The request's number."""
     number = 1 + len(rendezvous.names("stacks-"))
-    rendezvous.publish(f"stacks-{number}", {"why": why, **more})
+    rendezvous.publish(f"stacks-{number}", {"why": why, "log_dir": str(log_dir), **more})
     return number
 
 

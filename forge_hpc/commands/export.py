@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from forge_hpc.cluster.stacks import stand_by
 from forge_hpc.commands.arguments import add_run_dir
 from forge_hpc.control import find_run
 from forge_hpc.export import export
@@ -33,6 +34,7 @@ def _step(text: str) -> int | Literal["best"]:
 def run(args: argparse.Namespace) -> int:
     # so that nothing is left of an export that is ended
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(Exit.TERMINATED))
+    stand_by("export")  # of a run that waits for it
     directory = export(find_run(args.run_dir), args.step, args.output)
     print(directory)
     print(f"next           vllm serve {shlex.quote(str(directory))}", file=sys.stderr)

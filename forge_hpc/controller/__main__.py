@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from forge_hpc.cluster.faults import Faults
+from forge_hpc.cluster.hangs import prepare_stacks
 from forge_hpc.cluster.processes import allow_open_files, die_with_parent
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import UserError, read_config
@@ -24,7 +25,6 @@ from forge_hpc.controller.orders import Orders
 from forge_hpc.controller.outcome import outcome_of, tell
 from forge_hpc.controller.recovery import Leave
 from forge_hpc.controller.service import reason_of
-from forge_hpc.controller.stacks import prepare_stacks
 from forge_hpc.imports import importing
 from forge_hpc.joining.door import DOOR
 from forge_hpc.observability.logs import Terminal, setup_logging

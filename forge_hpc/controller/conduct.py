@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from forge_hpc.cluster.faults import Faults
+from forge_hpc.cluster.hangs import joined
 from forge_hpc.cluster.meshes import Cluster, attach
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import Config, UserError
 from forge_hpc.config.split import place
 from forge_hpc.controller.recovery import Departure, Leave, Recoveries
-from forge_hpc.controller.service import ActorLost, cause_of, is_loss, reason_of
-from forge_hpc.controller.stacks import joined, write_stacks
+from forge_hpc.controller.service import ActorLost, cause_of, is_loss, told
 from forge_hpc.observability.environment import write_environment
 from forge_hpc.observability.logs import Terminal
 from forge_hpc.observability.phases import StartPhases
@@ -212,10 +212,7 @@ async def attempt(
             await asyncio.wait(losses, timeout=REPORT_S, return_when=asyncio.FIRST_COMPLETED)
             if not any(loss.done() for loss in losses):
                 if is_loss(error):
-                    reason = reason_of(error)
-                    if isinstance(cause, TimeoutError) and not isinstance(error, ActorLost):  # that one has them
-                        reason += await write_stacks(reason)
-                    raise ActorLost(reason) from error
+                    raise ActorLost(await told(error)) from error
                 raise error
     finally:
         asked.cancel()

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forge_hpc.actors.frozen import Frozen
+from forge_hpc.cluster.deadlines import SPAWN_S
 from forge_hpc.cluster.meshes import Cluster
 from forge_hpc.config import Config
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.config.split import frozen_apart
-from forge_hpc.controller.generators import SPAWN_S, STOP_S, NodeLost, why_not_spawned
+from forge_hpc.controller.generators import STOP_S, NodeLost, why_not_spawned
 from forge_hpc.controller.ranks import Ranks
 from forge_hpc.controller.recovery import Recoveries
-from forge_hpc.controller.service import ActorLost, reason_of
+from forge_hpc.controller.service import ActorLost, reason_of, started
 from forge_hpc.data.types import Document
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class FrozenProcesses:
         faults.watch(self._name, lambda reason: self._lose(lost, reason))
         self._procs = self._cluster.spawn_frozen(self._name)
         try:
-            await asyncio.wait_for(self._procs.initialized, SPAWN_S)
+            await started(self._procs, SPAWN_S, self._name, lost)
         except Exception as error:
             raise await why_not_spawned(self._cluster, nodes, "frozen models", error) from error
         mesh = self._procs.spawn(self._name, Frozen, self._cluster.told(self._config), self._log_dir)

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from forge_hpc.actors.generator import Generator
+from forge_hpc.cluster.deadlines import SPAWN_S
 from forge_hpc.cluster.meshes import Cluster
 from forge_hpc.config import Config
 from forge_hpc.controller.kept import KeptMesh, KeptMeshes, stop_mesh
 from forge_hpc.controller.recovery import Recoveries
-from forge_hpc.controller.service import ActorLost, Service, answer, cause_of, reason_of
+from forge_hpc.controller.service import ActorLost, Service, answer, cause_of, reason_of, started
 from forge_hpc.controller.store_at_need import StoreAtNeed
 from forge_hpc.controller.trainers import Trainers
 from forge_hpc.controller.turns import Turns
@@ -27,8 +28,6 @@ from forge_hpc.weights import Offer, VersionNotFoundError
 logger = logging.getLogger(__name__)
 STOP_S = 60.0
 """Monarch's host agent ends a process that does not stop by itself after 20 s."""
-SPAWN_S = 60.0
-"""A process starts on a node within this time, or the node is lost."""
 END_S, PROBE_S = 5.0, 20.0
 """A replica that has not ended after END_S on a node that starts no process within PROBE_S went with its node."""
 START_S = 90.0
@@ -250,7 +249,7 @@ class GeneratorPool:
         self._cluster.faults.watch(slot.mesh, lambda reason: self.service.lose(index, reason))
         slot.procs = self._cluster.spawn_generator(slot.mesh, index, slot.node)
         try:
-            await asyncio.wait_for(slot.procs.initialized, SPAWN_S)
+            await started(slot.procs, SPAWN_S, f"{self._role} {index}")
         except Exception as error:
             raise NodeLost(node, f"no process starts there: {reason_of(error)}") from error
         actor = slot.procs.spawn(slot.mesh, Generator, config, index, self._log_dir, self._role)

@@ -13,18 +13,20 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from forge_hpc.actors.generator import Generator
+from forge_hpc.cluster.deadlines import SPAWN_S
 from forge_hpc.cluster.meshes import Cluster, LentHost, attach_lent
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import Config
 from forge_hpc.config.lending import lent_replicas
-from forge_hpc.controller.generators import END_S, PROBE_S, SPAWN_S, GeneratorPool
-from forge_hpc.controller.service import reason_of
+from forge_hpc.controller.generators import END_S, PROBE_S, GeneratorPool
+from forge_hpc.controller.service import reason_of, started, told
 from forge_hpc.joining import door
 from forge_hpc.joining.door import Lent, Over
 from forge_hpc.joining.lifeline import LIFELINE, Lifelines
@@ -158,16 +160,17 @@ class LentGenerators:
                     tasks.create_task(self._add(node, index))
             logger.info("%s: %s %s", node, _count(len(replicas)), "joins" if len(replicas) == 1 else "join")
         except Exception as error:
-            logger.warning("%s cannot be used", node, exc_info=True)
-            self._let_go(node, reason_of(error), failed=True)
+            why = await told(error)
+            logger.warning("%s cannot be used: %s", node, why, exc_info=True)
+            self._let_go(node, why, failed=True)
 
     async def _worker_of(self, node: _Node) -> dict[str, Any]:
-        async with asyncio.timeout(WORKER_S):
-            while True:
-                record = await asyncio.to_thread(self._rendezvous.look, f"worker-{node.number}")
-                if record is not None:
-                    return record
-                await asyncio.sleep(LOOK_S)
+        until = time.monotonic() + WORKER_S
+        while (record := await asyncio.to_thread(self._rendezvous.look, f"worker-{node.number}")) is None:
+            if time.monotonic() > until:
+                raise TimeoutError(f"the Monarch worker of {node} did not begin within {WORKER_S:.0f} s")
+            await asyncio.sleep(LOOK_S)
+        return record
 
     async def _add(self, node: _Node, index: int, spawn_s: float = SPAWN_S) -> None:
         """Start a generator, and have it serve."""
@@ -178,7 +181,7 @@ class LentGenerators:
         self._cluster.faults.watch(name, lambda reason: service.lose(index, reason))
         procs = self._cluster.faults.enders.beside(name, node.host.spawn_generator(name, node.slots[index]))
         node.meshes[index] = name, procs
-        await asyncio.wait_for(procs.initialized, spawn_s)
+        await started(procs, spawn_s, f"generator {index} of {node}")
         actor = procs.spawn(name, Generator, config, index, self._log_dir, "lent")
         start = actor.start.call_one(self._pool.model_dir)
         await self._pool.ask(index, start, config.cluster.start_timeout_s, "start()")

@@ -11,12 +11,12 @@ from typing import Any
 
 from forge_hpc.actors.errors import ForeignError
 from forge_hpc.cluster.given_gpus import UnusableGpus
+from forge_hpc.cluster.hangs import write_stacks
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import UserError
 from forge_hpc.config.errors import EXIT_USAGE
 from forge_hpc.controller.recovery import Leave
 from forge_hpc.controller.service import ActorLost, cause_of, is_loss
-from forge_hpc.controller.stacks import write_stacks
 from forge_hpc.supervisor.ending import ControllerExit
 
 logger = logging.getLogger("forge_hpc.controller")

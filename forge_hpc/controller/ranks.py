@@ -6,8 +6,8 @@ import asyncio
 import logging
 from typing import Any
 
+from forge_hpc.cluster.hangs import write_stacks
 from forge_hpc.controller.service import ActorLost, answer, is_loss, reason_of
-from forge_hpc.controller.stacks import write_stacks
 
 logger = logging.getLogger(__name__)
 OTHERS_S = 30.0

@@ -16,6 +16,7 @@ from typing import Any
 
 from forge_hpc.checkpoint import CheckpointStore, FileRecord
 from forge_hpc.checkpoint.episodes import EPISODES, dump_groups
+from forge_hpc.cluster.hangs import write_stacks
 from forge_hpc.config import Config, config_text
 from forge_hpc.controller.recovery import Recoveries
 from forge_hpc.controller.service import ActorLost, reason_of
@@ -140,7 +141,7 @@ class Saver:
 
         Raises:
             RuntimeError: it failed; what was exported before is still there.
-            TimeoutError: it was not done within ``trainer.timeout_s``.
+            ActorLost: it was not done within ``trainer.timeout_s``: then stacks have been written.
         """
         new = self._run_dir.exports / ".best"
         await asyncio.to_thread(shutil.rmtree, new, ignore_errors=True)
@@ -151,7 +152,8 @@ class Saver:
         try:
             _, errors = await asyncio.wait_for(process.communicate(), self._config.trainer.timeout_s)
         except TimeoutError:
-            raise TimeoutError("the model of the best checkpoint was not exported within trainer.timeout_s") from None
+            late = "the model of the best checkpoint was not exported within trainer.timeout_s"
+            raise ActorLost(late + await write_stacks(late)) from None
         finally:
             if process.returncode is None:
                 process.terminate()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from forge_hpc.cluster.faults import Faults
+from forge_hpc.cluster.hangs import prepare_stacks, write_stacks
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import UserError, read_config
 from forge_hpc.config.user_code import forget_user_code
@@ -48,6 +49,7 @@ async def serve(orders: Orders, rendezvous: Rendezvous) -> int:
         while True:
             order = await orders.runs.get()
             run_dir, log_dir = RunDir(order["run_dir"]), Path(order["log_dir"])
+            prepare_stacks(rendezvous, log_dir)
             setup_logging(log_dir / "controller.log", "controller")
             leave, crew = Leave(), Crew()
             with _terminal(Path(order["out"]), Path(order["err"])) as terminal:
@@ -62,14 +64,24 @@ async def serve(orders: Orders, rendezvous: Rendezvous) -> int:
                 finish_runs()
                 return ControllerExit.FAILED
             try:
-                async with asyncio.timeout(HAND_OVER_S):
-                    await crew.hand_over(server.kept)
+                await _hand_over(crew, server.kept)
             except Exception:  # whatever it is, what would be kept is not in order
                 logger.exception("nothing is kept")
                 return ControllerExit.FAILED
             finish_runs()
             del crew, work
             gc.collect()
+
+
+async def _hand_over(crew: Crew, kept: KeptMeshes) -> None:
+    """Raises TimeoutError where that takes too long: then the stacks of all processes have been written."""
+    handing = asyncio.create_task(crew.hand_over(kept))
+    if not (await asyncio.wait({handing}, timeout=HAND_OVER_S))[0]:
+        silence = f"the run's processes have not given up what is not kept within {HAND_OVER_S:.0f} s"
+        silence += await write_stacks(silence)
+        handing.cancel()
+        raise TimeoutError(silence)
+    await handing
 
 
 class _Server:

@@ -18,7 +18,7 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, cast
 
-from forge_hpc.controller.stacks import write_stacks
+from forge_hpc.cluster.hangs import write_stacks
 
 _LOSSES = frozenset(
     {
@@ -60,6 +60,12 @@ def reason_of(error: BaseException) -> str:
     return lines[-1].strip()
 
 
+async def told(error: BaseException, who: str = "") -> str:
+    """What a loss is reported as; of a deadline that is over the stacks of all processes are written first."""
+    loss = f"{who}: {reason_of(error)}" if who else reason_of(error)
+    return loss + (await write_stacks(loss) if isinstance(cause_of(error), TimeoutError) else "")
+
+
 async def answer(call: Awaitable[Any], lost: asyncio.Future[str], timeout_s: float, who: str) -> Any:
     """The result of a call to an actor.
 
@@ -80,11 +86,15 @@ async def answer(call: Awaitable[Any], lost: asyncio.Future[str], timeout_s: flo
     except Exception as error:
         if isinstance(error, ActorLost) or not is_loss(error):
             raise
-        loss = f"{who}: {reason_of(error)}"
-        stacks = await write_stacks(loss) if isinstance(cause_of(error), TimeoutError) else ""
-        raise ActorLost(loss + stacks) from error
+        raise ActorLost(await told(error, who)) from error
     finally:
         task.cancel()
+
+
+async def started(procs: Any, timeout_s: float, who: str, lost: asyncio.Future[str] | None = None) -> None:
+    """Wait until the processes of a mesh have started. Raises as ``answer``."""
+    lost = lost or asyncio.get_running_loop().create_future()
+    await answer(procs.initialized, lost, timeout_s, f"{who}, start of its processes")
 
 
 class Replica:
@@ -284,7 +294,8 @@ class ServiceEndpoint:
                         pairs = await receiver.recv()
                 except TimeoutError as error:
                     num = call.result() - len(received)
-                    raise ActorLost(f"{self._service.name}, {self._endpoint}(): {num} results are missing") from error
+                    missing = TimeoutError(f"{self._service.name}, {self._endpoint}(): {num} results are missing")
+                    raise ActorLost(await told(missing)) from error
                 for place, result in pairs or ():
                     if place not in received:
                         received.add(place)

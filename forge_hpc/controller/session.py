@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 from forge_hpc.actors.trainer import Trainer
 from forge_hpc.checkpoint import load_extra
 from forge_hpc.checkpoint.episodes import EPISODES, load_groups
+from forge_hpc.cluster.deadlines import SPAWN_S
 from forge_hpc.cluster.meshes import Cluster
 from forge_hpc.config import Config, UserError
 from forge_hpc.config.needs import POLICY, REWARD_MODEL, ModelNeed
@@ -30,13 +31,13 @@ from forge_hpc.config.rewards import reward_model_of
 from forge_hpc.config.sources import HeldOut, held_out_sets, run_sources, with_sft_data
 from forge_hpc.config.split import frozen_apart
 from forge_hpc.controller.frozen import FrozenProcesses
-from forge_hpc.controller.generators import SPAWN_S, STOP_S, GeneratorPool, WeightSync, why_not_spawned
+from forge_hpc.controller.generators import STOP_S, GeneratorPool, WeightSync, why_not_spawned
 from forge_hpc.controller.kept import KeptMesh, KeptMeshes, stop_mesh
 from forge_hpc.controller.ranks import Standstill
 from forge_hpc.controller.recovery import Leave, Recoveries
 from forge_hpc.controller.resume import find_checkpoint
 from forge_hpc.controller.saving import Saver
-from forge_hpc.controller.service import ActorLost, Service, answer
+from forge_hpc.controller.service import ActorLost, Service, answer, started
 from forge_hpc.controller.store_at_need import StoreAtNeed
 from forge_hpc.controller.trainers import Trainers
 from forge_hpc.controller.turns import Turns
@@ -316,7 +317,7 @@ class Session:
         """Raises NodeLost or ActorLost."""
         procs = self._spawned(name, self.cluster.spawn_trainers(name))
         try:
-            await asyncio.wait_for(procs.initialized, SPAWN_S)
+            await started(procs, SPAWN_S, name, self.lost)
         except Exception as error:
             nodes = self.cluster.placement.trainer_nodes
             raise await why_not_spawned(self.cluster, nodes, "trainers", error) from error
@@ -933,7 +934,7 @@ class Session:
         await self.close()
         if self._store is not None and self._store.is_open and self._volumes and self._volumes.name in self._meshes:
             with contextlib.suppress(Exception):  # then its processes are ended below
-                await asyncio.wait_for(self._store.stop(), REST_S)
+                await answer(self._store.stop(), self.lost, REST_S, "the weight store, stop()")
                 self._keep("volume", self._volumes)
         if self.is_stuck:
             self.cluster.end_at_once(self._trainer_mesh.name)

@@ -54,7 +54,7 @@ class Keeper:
         self._mailbox = directory.mailbox
         self._job_id = allocation.job_id if allocation.in_slurm else None
         self._asked_to_end = False
-        self._since = time.time()
+        self._since, self._looked = time.time(), time.monotonic()
         self._said: dict[str, Any] = {}
         run_dir = directory.run_dir
         node = Node(run_dir, allocation)
@@ -71,6 +71,7 @@ class Keeper:
         try:
             while self._engines.is_alive and not self._asked_to_end and time.time() < ends:
                 self._say(None, ends, what)
+                self._look_for_hangs()
                 request = self._next_request()
                 if request is None:
                     continue
@@ -121,6 +122,12 @@ class Keeper:
             with contextlib.suppress(OSError):
                 self.directory.write("state", said)
                 self._said = said
+
+    def _look_for_hangs(self) -> None:
+        """The controller may still be handing over what the last run has left."""
+        if time.monotonic() - self._looked > deadlines.LOOK_S:
+            self._engines.stacks.look_in_time()
+            self._looked = time.monotonic()
 
     def _next_request(self) -> dict[str, Any] | None:
         time.sleep(POLL_S)

@@ -38,6 +38,8 @@ class Engines:
     node: Node
     rendezvous: Rendezvous
     log_dir: Path
+    stacks: StackWriter = field(init=False)
+    """Of a run, and of what it leaves."""
     worker: subprocess.Popen[bytes] | None = None
     controller: subprocess.Popen[bytes] | None = None
     start_record: dict[str, Any] = field(default_factory=dict)
@@ -45,6 +47,9 @@ class Engines:
     warm_start: RunDir | None = None
     """The newest one that a run has made here."""
     is_doubtful: bool = False
+
+    def __post_init__(self) -> None:
+        self.stacks = self.node.stack_writer(self.rendezvous, self.log_dir)
 
     @property
     def is_alive(self) -> bool:
@@ -119,14 +124,15 @@ class KeptRun(FirstNode):
         if (ending := self._warm_start(config, phases)) is not None:
             return ending
         assert engines.worker is not None and engines.controller is not None
+        self._node.allocation = engines.node.allocation  # without the nodes that are left out
         rendezvous.publish("start", engines.start_record | {"log_dir": str(log_dir)})
         rendezvous.publish("phases", phases.as_record())
         controller = KeptController(engines.controller, self._node, self._requests, self.lock, rendezvous)
         order = {"run_dir": str(self.run_dir), "rendezvous": str(rendezvous.directory), "log_dir": str(log_dir)}
         controller.send("run " + json.dumps(order | {"out": self._request["out"], "err": self._request["err"]}))
-        stacks = StackWriter(rendezvous, engines.node.allocation.node_id, engines.node.scratch_folder(), log_dir)
+        engines.stacks.log_dir = log_dir
         silence_s = deadlines.heartbeat_timeout_s(config)
-        request = controller.wait(engines.worker, engines.rendezvous, silence_s, stacks)
+        request = controller.wait(engines.worker, engines.rendezvous, silence_s, engines.stacks)
         return self._ending_of(config, controller, request, rendezvous, engines.slurm_names)
 
     def _start_engines(self, config: Config, phases: StartPhases) -> Ending | None:

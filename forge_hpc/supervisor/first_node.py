@@ -24,6 +24,7 @@ from forge_hpc.config import Config, UserError, read_config
 from forge_hpc.config.lending import takes_lent
 from forge_hpc.evaluation.early_stop import why_stopped
 from forge_hpc.files import in_thread
+from forge_hpc.gate.deadlines import OWN_S
 from forge_hpc.hub.offline import offline_environ
 from forge_hpc.joining.desk import Desk
 from forge_hpc.observability.jsonl import read_jsonl
@@ -110,7 +111,7 @@ class FirstNode:
             print(f"{run_dir} is complete: nothing to do")
             self._node.rendezvous().publish("outcome", {"code": ControllerExit.DONE, "message": ""})
             return Exit.DONE
-        self._node.takes_lent = self.allocation.in_slurm and takes_lent(config)
+        self._node.takes_lent = self.allocation.in_slurm and _takes_lent(config)
         starts, log_dir, began = StartLog(run_dir), run_dir.logs, False
         rendezvous: Rendezvous | None = None
         try:
@@ -210,6 +211,7 @@ class FirstNode:
             "address": address,
             "tls": str(tls),
             "log_dir": str(log_dir),
+            "rendezvous": str(rendezvous.directory),
         }
         rendezvous.publish("start", start)
         node.join(verdict.members)
@@ -355,3 +357,10 @@ class FirstNode:
             return state, message
         self.status.update(message=f"{message}; {how}", job_id=successor)
         return "preempted", f"{message}; {how}"
+
+
+def _takes_lent(config: Config) -> bool:
+    try:
+        return in_thread(partial(takes_lent, config), within_s=OWN_S)
+    except TimeoutError:  # of a recipe whose module hangs: the gate says so
+        return False

@@ -6,7 +6,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any, TypeVar
 
 from forge_hpc.cluster import folders, stacks
 from forge_hpc.cluster.allocation import Allocation, host_address, interface_of, run_address
+from forge_hpc.cluster.deadlines import GIVEN_UP_S
 from forge_hpc.cluster.identity import tls_environment
 from forge_hpc.cluster.processes import end_descendants
 from forge_hpc.cluster.rendezvous import Rendezvous
@@ -90,8 +93,9 @@ class Node:
 
         try:
             return _in_time(look)
-        except TimeoutError:
-            return {"problems": [f"its disks or its GPUs' driver have not answered for {OWN_S:.0f} s"]}
+        except TimeoutError as late:
+            slow = "its disks, its GPUs' driver or the recipe's module"
+            return {"problems": [f"{slow} have not answered for {OWN_S:.0f} s: {late}"]}
 
     def _look_at_sandboxes(self, config: Config) -> dict[str, Any] | None:
         try:
@@ -124,6 +128,7 @@ class Node:
         # Where the host's name resolves to loopback, gloo would listen where no other host reaches it.
         interface = {"GLOO_SOCKET_IFNAME": interface_of(address)} if self.allocation.num_nodes > 1 else {}
         supervision = {"HYPERACTOR_MESH_SUPERVISION_POLL_FREQUENCY": "1s"}  # how soon a dead process is noticed
+        supervision |= {"HYPERACTOR_HOST_SPAWN_READY_TIMEOUT": f"{GIVEN_UP_S}s"}  # the controller decides before
         folder = self.scratch_folder()  # what dead processes leave there goes with us
         scratch = {"TMPDIR": str(folder), stacks.FOLDER: str(stacks.folder_in(folder))}
         self._memory = self._memory or folders.make_folder()
@@ -166,11 +171,26 @@ class Node:
 
 
 def _in_time(look: Callable[[], T]) -> T:
-    """What a look at the node finds. Raises TimeoutError after ``OWN_S``."""
+    """What a look at the node finds. Raises TimeoutError after ``OWN_S``: it says where the look stands, and the whole
+    stack is on stderr."""
     waits = iter(range(round(OWN_S / POLL_S)))  # counted, since on a crowded machine each one is longer
+    threads: list[int] = []
+
+    def looked() -> T:
+        threads.append(threading.get_ident())
+        return look()
 
     def wait_on() -> None:
         if next(waits, None) is None:
-            raise TimeoutError
+            raise TimeoutError(_where(threads))
 
-    return in_thread(look, wait_on)
+    return in_thread(looked, wait_on)
+
+
+def _where(threads: Sequence[int]) -> str:
+    frames = sys._current_frames()
+    stacks = [traceback.extract_stack(frames[thread]) for thread in threads if thread in frames]
+    if not stacks:
+        return "it has not begun"
+    print("".join(["a look at this node hangs:\n", *stacks[0].format()]), file=sys.stderr, flush=True)
+    return f"it stands in {stacks[0][-1].name} ({stacks[0][-1].filename}:{stacks[0][-1].lineno})"

@@ -13,6 +13,7 @@ import asyncio
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
+from forge_hpc.cluster.hangs import write_stacks
 from forge_hpc.config.errors import UserError
 from forge_hpc.served import announced
 from forge_hpc.workers.channel import Answer
@@ -55,10 +56,9 @@ class WorkerPool:
         self.create_task(self._forget(worker))
         hint = None
         try:
-            async with asyncio.timeout(_START_TIMEOUT_S):
-                answer = await worker.send({**self._load, "environ": announced(), **more}).answer
-        except TimeoutError:
-            cause = f"that took longer than {_START_TIMEOUT_S:g} s"
+            answer = await self._loaded(worker, more)
+        except TimeoutError as late:
+            cause = str(late)
         except WorkerLost as lost:
             cause = f"its process {lost}"
             if self._venv is not None:
@@ -72,6 +72,15 @@ class WorkerPool:
             cause, hint = answer["error"], answer.get("hint")
         worker.kill()
         raise UserError(f"{self._what} cannot be loaded: {cause}", hint)
+
+    async def _loaded(self, worker: WorkerProcess, more: Mapping[str, Any]) -> Answer:
+        """A new worker's first answer. Raises WorkerLost, and TimeoutError: then stacks have been written."""
+        try:
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                return await worker.send({**self._load, "environ": announced(), **more}).answer
+        except TimeoutError:
+            late = f"that took longer than {_START_TIMEOUT_S:g} s"
+            raise TimeoutError(late + await write_stacks(f"{self._what} is loaded: {late}")) from None
 
     def create_task(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Work beside the calls, which ends with the pool."""

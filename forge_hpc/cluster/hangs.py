@@ -1,4 +1,4 @@
-"""Where the controller sees that something hangs: the stacks of all processes are written before it is ended."""
+"""Where the controller, or a pool of its, sees that something hangs: stacks are written before it is ended."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ AGAIN_S = 30.0
 class _Stacks:
     """Of one start of a run."""
 
-    def __init__(self, rendezvous: Rendezvous, log_dir: Path) -> None:
-        self.num_nodes = 1
+    def __init__(self, rendezvous: Rendezvous, log_dir: Path, num_nodes: int) -> None:
+        self.num_nodes = num_nodes
         self._rendezvous, self._log_dir = rendezvous, log_dir
         self._asked = -AGAIN_S
         self._asking: asyncio.Future[str] | None = None
@@ -36,9 +36,10 @@ _stacks: _Stacks | None = None
 
 
 def prepare_stacks(rendezvous: Rendezvous, log_dir: Path) -> None:
-    """Stacks of this start go to ``log_dir``."""
+    """Stacks of this start go to ``log_dir``, from the nodes that look in ``rendezvous``: where they have served a run
+    before, as many as then."""
     global _stacks
-    _stacks = _Stacks(rendezvous, log_dir)
+    _stacks = _Stacks(rendezvous, log_dir, 1 if _stacks is None else _stacks.num_nodes)
 
 
 def joined(num_nodes: int) -> None:
