@@ -7,10 +7,7 @@ import socket
 
 import torch
 
-from forge_hpc.config.errors import UserError
-
-_CAPABILITY = 9
-"""Of GPUs that vLLM's FlashAttention 3 is for."""
+from forge_hpc.cluster.given_gpus import INVARIANT, not_invariant
 
 
 def prepare_invariance(role: str) -> None:
@@ -22,7 +19,7 @@ def prepare_invariance(role: str) -> None:
     """
     if not torch.cuda.is_available():
         has = "computes on the CPU"
-    elif (capability := torch.cuda.get_device_capability())[0] != _CAPABILITY:
+    elif (capability := torch.cuda.get_device_capability())[0] != INVARIANT:
         has = f"has a {torch.cuda.get_device_name()}, of compute capability {'.'.join(map(str, capability))}"
     else:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"
@@ -31,8 +28,4 @@ def prepare_invariance(role: str) -> None:
         matmul.allow_bf16_reduced_precision_reduction = (False, False)  # type: ignore[assignment]  # nor splits
         torch.backends.cuda.preferred_blas_library("cublaslt")
         return
-    raise UserError(
-        f"model.batch_invariant is for GPUs of compute capability {_CAPABILITY} (H100, H200): {role} on "
-        f"{socket.gethostname()} {has}",
-        "leave it off, or ask Slurm for such GPUs (slurm.gres, slurm.constraint)",
-    )
+    raise not_invariant(f"{role} on {socket.gethostname()}", has)

@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from runs import PROJECT
@@ -18,7 +19,9 @@ from forge_hpc.config.served import served_config
 from forge_hpc.config.validate import validate
 from forge_hpc.generation.options import engine_arguments
 from forge_hpc.invariance import prepare_invariance
+from forge_hpc.run_dir import RunDir
 from forge_hpc.sizing.microbatch import compiles
+from forge_hpc.supervisor.fit import Fit, look_at_fit
 
 ROTATIONS = """
 import torch
@@ -101,6 +104,28 @@ def test_what_can_be_is_taken_and_trainers_do_not_compile_then() -> None:
     assert not compiles(taken, "cuda") and compiles(config("model.batch_invariant=false"), "cuda")
     options = engine_arguments("model", taken, "cuda")["compilation_config"]
     assert (options["mode"], options["cudagraph_mode"]) == (0, "FULL")
+
+
+def test_nodes_with_other_gpus_are_left_out_and_where_all_have_such_nothing_starts(tmp_path: Path) -> None:
+    def fit(*capabilities: tuple[int, int] | None) -> Fit:
+        reports = {}
+        for node, capability in enumerate(capabilities):
+            kind = {"name": "NVIDIA A100-SXM4-80GB", "memory_bytes": 80 << 30}
+            kinds = [kind | ({} if capability is None else {"capability": [*capability]})] * 8
+            report = {"gpus": 8, "gpu_names": [*"01234567"], "cpu_build": None, "gpu_kinds": kinds}
+            limit = {"num_bytes": 1 << 40, "is_cgroups": False}
+            reports[node] = report | {"memory_bytes": 1 << 40, "memory_limit": limit}
+        cfg = config(f"cluster.nodes={len(capabilities)}")
+        return look_at_fit(cfg, RunDir(tmp_path), reports, 0, lambda node: f"node {node} (n{node})")
+
+    assert fit((9, 0), (9, 0)) == fit((9, 0), None) == Fit()  # a driver may not tell
+    has = "has a NVIDIA A100-SXM4-80GB, of compute capability 8.0"
+    assert fit((9, 0), (8, 0)) == Fit(None, {1: f"it {has}, which model.batch_invariant is not for"})
+    refused = fit((8, 0), (8, 0)).refused
+    assert refused is not None
+    assert (
+        refused.message == f"model.batch_invariant is for GPUs of compute capability 9 (H100, H200): node 0 (n0) {has}"
+    )
 
 
 def test_served_models_are_computed_as_they_always_are() -> None:

@@ -262,6 +262,11 @@ class FakeNvml:
         name.value = self._of(handle).get("name", "NVIDIA H100").encode()
         return 0
 
+    def nvmlDeviceGetCudaComputeCapability(self, handle: ctypes.c_void_p, *numbers: Any) -> int:
+        for number, value in zip(numbers, self._of(handle).get("capability", (9, 0)), strict=True):
+            number._obj.value = value
+        return 0
+
     def nvmlDeviceGetRemappedRows(self, handle: ctypes.c_void_p, *rows: Any) -> int:
         rows[2]._obj.value, rows[3]._obj.value = self._of(handle).get("pending", 0), self._of(handle).get("failed", 0)
         return 0
@@ -314,8 +319,10 @@ def test_of_the_engines_of_a_run_the_largest_share_counts() -> None:
     assert problem.endswith("41.0 of 80.0 GiB are in use by other processes, at most 40.0 may be")
 
 
-def test_a_node_tells_name_and_memory_of_its_gpus() -> None:
-    kinds = look_at_gpus({}, {"lost": True}, {"name": "NVIDIA A100-SXM4-40GB", "total": 40 << 30}).kinds
+def test_a_node_tells_name_capability_and_memory_of_its_gpus() -> None:
+    small = {"name": "NVIDIA A100-SXM4-40GB", "total": 40 << 30, "capability": (8, 0)}
+    kinds = look_at_gpus({}, {"lost": True}, small).kinds
+    assert [kind.pop("capability") for kind in kinds] == [[9, 0], [8, 0]]
     assert kinds == [*h100(1), *a100(1)]
 
 

@@ -1,4 +1,6 @@
-"""GPUs that a run is given and that torch cannot use: it would train on the CPU, and complete.
+"""GPUs that a run is given and cannot use.
+
+Those that torch cannot use at all: it would train on the CPU, and complete.
 
     node      its supervisor reads which build torch is (``cpu_build``) ─► the gate, before anything starts
     process   its actor asks torch (``models.device.check_gpus``), which knows the driver ─► the controller
@@ -35,6 +37,18 @@ def unusable(who: str, gpus: Sequence[str], torch_version: str, why: str) -> Unu
     """
     has = f"GPU {gpus[0]}" if len(gpus) == 1 else f"{len(gpus)} GPUs ({','.join(gpus)})"
     return UnusableGpus(f"{who} is given {has}, and torch {torch_version} can use none: {why}", _HINT)
+
+
+INVARIANT = 9
+"""Compute capability, its first number, of GPUs that ``model.batch_invariant`` is for: that of FlashAttention 3."""
+
+
+def not_invariant(who: str, has: str) -> UserError:
+    """The error where a GPU is none for ``model.batch_invariant``: ``who`` has what instead."""
+    return UserError(
+        f"model.batch_invariant is for GPUs of compute capability {INVARIANT} (H100, H200): {who} {has}",
+        "leave it off, or ask Slurm for such GPUs (slurm.gres, slurm.constraint)",
+    )
 
 
 def cpu_build() -> str | None:

@@ -83,7 +83,11 @@ class GpuHealth:
             return False
         name = ctypes.create_string_buffer(96)  # NVML_DEVICE_NAME_V2_BUFFER_SIZE
         known = self._nvml.nvmlDeviceGetName(handle, name, len(name)) == 0
-        self.kinds.append({"name": name.value.decode() if known else "GPU", "memory_bytes": memory[0]})
+        kind: dict[str, Any] = {"name": name.value.decode() if known else "GPU", "memory_bytes": memory[0]}
+        capability = ctypes.c_int(), ctypes.c_int()
+        if self._nvml.nvmlDeviceGetCudaComputeCapability(handle, *map(ctypes.byref, capability)) == 0:
+            kind["capability"] = [number.value for number in capability]
+        self.kinds.append(kind)
         correctable, uncorrectable, pending, failed = (ctypes.c_uint() for _ in range(4))
         rows = (correctable, uncorrectable, pending, failed)
         if self._nvml.nvmlDeviceGetRemappedRows(handle, *map(ctypes.byref, rows)) == 0:  # from Ampere on

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from forge_hpc.cluster.given_gpus import CPU_BUILD, unusable
+from forge_hpc.cluster.given_gpus import CPU_BUILD, INVARIANT, not_invariant, unusable
 from forge_hpc.config import Config, UserError, load_config, read_config
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.config.split import Placement, place
@@ -57,8 +57,14 @@ def look_at_fit(
         _check_builds(placement, reports, named)
         sizes = _sizes(config, run_dir)
         _check_gpus(config, placement, reports, sizes)
+        others = _not_invariant(config, placement, reports)
     except UserError as error:
         return Fit(error)
+    if others:
+        node, has = next(iter(others.items()))
+        if len(others) == len(reports):
+            return Fit(not_invariant(named(node), has))
+        return Fit(None, {node: f"it {has}, which model.batch_invariant is not for" for node, has in others.items()})
     host = plan_host(config, needs_of(config), placement, sizes)
     return Fit() if host is None else _look_at_memory(host, reports, named)
 
@@ -102,6 +108,16 @@ def _check_gpus(config: Config, placement: Placement, reports: Mapping[int, Mapp
     memory = [gpu["memory_bytes"] for report in reports.values() for gpu in report.get("gpu_kinds", ())]
     if memory:
         plan_memory(config, needs_of(config), placement, round(max(memory) / GIB, 1), sizes)
+
+
+def _not_invariant(config: Config, placement: Placement, reports: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
+    """What nodes have that ``model.batch_invariant`` is not for."""
+    found = {}
+    for node, report in reports.items() if config.model.batch_invariant and placement.gpus_per_node else ():
+        for kind in report.get("gpu_kinds", ()):
+            if (capability := kind.get("capability")) is not None and capability[0] != INVARIANT:
+                found[node] = f"has a {kind['name']}, of compute capability {'.'.join(map(str, capability))}"
+    return found
 
 
 def _look_at_memory(host: HostPlan, reports: Mapping[int, Mapping[str, Any]], named: Callable[[int], str]) -> Fit:
