@@ -82,7 +82,7 @@ def look_ahead(
     model, gpu = model or cfg.model.path, (gpu_here(cfg) if here else None) or gpu_of(cfg, known)
     memory = memory_of(cfg, placement, gpu, model)
     warnings = [] if memory is None else list(memory.warnings)
-    rooms = memory_here() if here else (asked_memory(cfg, placement) if for_slurm else None,)
+    rooms = memory_here() if here else (asked_memory(cfg) if for_slurm else None,)
     host, warnings_of_host = host_of(cfg, placement, model, *rooms)
     warnings += warnings_of_host
     if for_slurm:
@@ -173,19 +173,19 @@ def memory_here() -> tuple[Room, Room]:
     return room_of(*memory_limit()), room_of(*memory_limit(), available_memory())
 
 
-def asked_memory(cfg: Config, placement: Placement) -> Room | None:
-    """Memory of each node that the job asks Slurm for; None where that is all of it, or not known here."""
-    options = {name.lstrip("-").replace("_", "-"): value for name, value in cfg.slurm.extra.items()}
-    numbers: dict[str, int | None] = {"mem": 1, "mem-per-gpu": None, "mem-per-cpu": None}
-    if not (cfg.slurm.exclusive or options.get("exclusive")):  # else as many as a whole node has
-        numbers |= {"mem-per-gpu": placement.gpus_per_node, "mem-per-cpu": cfg.slurm.cpus_per_task}
-    name = next((name for name in numbers if name in options), None)
-    key, text = ("slurm.mem", cfg.slurm.mem) if name is None else (f"slurm.extra.{name}", options[name])
-    number = numbers[name or "mem"]
-    found = re.fullmatch(r"(\d+)([KMGT]?)B?", str(text).upper())
-    if found is None or number is None or not int(found[1]):
+def asked_memory(cfg: Config) -> Room | None:
+    """Memory of each node that the job asks Slurm for; None where that is all of it, or depends on more than the run
+    knows: on the GPUs or cores that Slurm gives it."""
+    given = {name: value for name, value in cfg.slurm.extra.items() if value not in (None, False)}  # as launchers do
+    plain = {name.lstrip("-").replace("_", "-"): name for name in given}
+    if plain.keys() & {"mem-per-gpu", "mem-per-cpu"}:
         return None
-    num_bytes = int(found[1]) * number << {"K": 10, "M": 20, "": 20, "G": 30, "T": 40}[found[2]]
+    written = plain.get("mem")
+    key, text = ("slurm.mem", cfg.slurm.mem) if written is None else (f"slurm.extra.{written}", given[written])
+    found = re.fullmatch(r"(\d+)([KMGT]?)B?", str(text).upper())
+    if found is None or not int(found[1]):
+        return None
+    num_bytes = int(found[1]) << {"K": 10, "M": 20, "": 20, "G": 30, "T": 40}[found[2]]
     return Room(num_bytes, f"{key}={text}", f"raise {key}")
 
 

@@ -9,13 +9,18 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from runs import PROJECT
 
+from forge_hpc.cluster.meshes import Cluster
 from forge_hpc.config import Config, UserError, load_config
+from forge_hpc.config.models import check_invariant
 from forge_hpc.config.served import served_config
+from forge_hpc.config.split import plan
 from forge_hpc.config.validate import validate
 from forge_hpc.generation.options import engine_arguments
 from forge_hpc.invariance import prepare_invariance
@@ -30,6 +35,7 @@ from vllm.model_executor.layers.rotary_embedding import Llama3RotaryEmbedding, R
 
 from forge_hpc.generation.invariant import replace_operations
 import forge_hpc.models
+from torchtitan.models.common import CosSinRoPE
 from forge_hpc.models.spec import LlamaRoPE
 
 replace_operations()
@@ -45,7 +51,8 @@ with set_current_vllm_config(VllmConfig()):
         "llama": Llama3RotaryEmbedding(64, 64, 4096, 5e5, True, torch.bfloat16, 8.0, 1.0, 4.0, 1024),
     }
 for (kind, rotation), theta, scaling in zip(theirs.items(), (1e6, 5e5), ({}, llama)):
-    ours = LlamaRoPE(LlamaRoPE.Config(dim=64, max_seq_len=4096, theta=theta, **scaling))
+    rope = LlamaRoPE if scaling else CosSinRoPE
+    ours = rope(rope.Config(dim=64, max_seq_len=4096, theta=theta, **scaling))
     expected = ours(q[None], k[None], positions[None])
     found = rotation(positions, q.flatten(1), k.flatten(1))
     print(kind, *(int((a.view(-1) != b.view(-1)).sum()) for a, b in zip(found, expected)))
@@ -89,7 +96,11 @@ def config(*overrides: str) -> Config:
         (["generator.engine.tensor_parallel_size=2"], "generator.engine.tensor_parallel_size adds up parts"),
         (["trainer.parallelism.tensor_parallel_degree=2"], "trainer.parallelism.tensor_parallel_degree adds up"),
         (["trainer.parallelism.context_parallel_degree=2"], "trainer.parallelism.context_parallel_degree adds up"),
-        (["recipe=sft"], "recipe=sft trains on nothing that generators sampled"),
+        (["recipe=sft"], "recipe=sft compares no log-probabilities of what generators sampled"),
+        (["rollout.sampling.top_p=0.9"], "rollout.sampling.top_p cuts the distribution"),
+        (["rollout.sampling.top_k=50", "rollout.sampling.min_p=0.1"], "rollout.sampling.top_k, min_p cuts"),
+        (["generator.engine.extra={quantization: fp8}"], "generator.engine.extra.quantization would have vLLM"),
+        (["generator.engine.extra={compilation_config: {mode: 3}}"], "generator.engine.extra.compilation_config"),
     ],
 )
 def test_what_cannot_be_alike_is_refused(overrides: Sequence[str], why: str) -> None:
@@ -104,6 +115,32 @@ def test_what_can_be_is_taken_and_trainers_do_not_compile_then() -> None:
     assert not compiles(taken, "cuda") and compiles(config("model.batch_invariant=false"), "cuda")
     options = engine_arguments("model", taken, "cuda")["compilation_config"]
     assert (options["mode"], options["cudagraph_mode"]) == (0, "FULL")
+    beside = config("generator.engine.extra={compilation_config: {cudagraph_capture_sizes: [1, 2]}}")
+    validate(beside, check_paths=False)
+    options = engine_arguments("model", beside, "cuda")["compilation_config"]
+    assert (options["mode"], options["cudagraph_mode"], options["cudagraph_capture_sizes"]) == (0, "FULL", [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [({"num_experts": 8}, "has experts"), ({"head_dim": 96}, r"heads of 96 values; it is for \(64, 128\)")],
+)
+def test_models_whose_kernels_are_others_are_refused(model: dict[str, int], why: str) -> None:
+    known = {"hidden_size": 1024, "num_attention_heads": 16, "head_dim": 128}
+    check_invariant(known, "it")
+    check_invariant({"hidden_size": 1024, "num_attention_heads": 16}, "it")
+    with pytest.raises(UserError, match=why):
+        check_invariant(known | model, "it")
+
+
+def test_processes_that_were_set_to_compute_otherwise_are_not_kept() -> None:
+    cfg = config("cluster.gpus_per_node=2")
+    nodes: dict[str, Any] = dict(hosts=None, cpus=8, gpu_names=[["0", "1"]], log_dir=Path(), faults=None)
+    alike, others = (Cluster(placement=plan(cfg, 2), **nodes, batch_invariant=value) for value in (True, False))
+    for role in ("trainer", "generator0"):
+        assert alike.layout(role) != others.layout(role)
+        assert alike.layout(role) == replace(alike).layout(role)
+    assert alike.layout("volume") == others.layout("volume")
 
 
 def test_nodes_with_other_gpus_are_left_out_and_where_all_have_such_nothing_starts(tmp_path: Path) -> None:

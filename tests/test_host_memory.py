@@ -25,7 +25,7 @@ from forge_hpc.gate.memory import cgroup_limits, memory_limit
 from forge_hpc.run_dir import RunDir
 from forge_hpc.sizing.host import HostPlan, Room, plan_host
 from forge_hpc.sizing.memory import GIB
-from forge_hpc.sizing.model import num_params, sizes_with
+from forge_hpc.sizing.model import model_size, num_params, sizes_with
 from forge_hpc.sizing.table import host_table
 from forge_hpc.supervisor.ending import Cause, Exit
 from forge_hpc.supervisor.fit import Fit, look_at_fit
@@ -192,15 +192,12 @@ SHARED = ("slurm.exclusive=false", "slurm.cpus_per_task=4")
     [
         (["slurm.mem=64G"], (64 << 30, "slurm.mem=64G")),
         (["slurm.mem='64000'"], (64000 << 20, "slurm.mem=64000")),
-        (
-            ["slurm.mem=64G", "slurm.exclusive=false", "slurm.extra={mem_per_gpu: 30G}"],
-            (240 << 30, "slurm.extra.mem-per-gpu=30G"),
-        ),
-        (
-            ["slurm.exclusive=false", "slurm.cpus_per_task=4", "slurm.extra={mem-per-cpu: 1T}"],
-            (4 << 40, "slurm.extra.mem-per-cpu=1T"),
-        ),
-        (["slurm.cpus_per_task=4", "slurm.extra={mem-per-cpu: 1T}"], None),  # of as many as the node has
+        (["slurm.mem=1G", "slurm.extra={mem: 64G}"], (64 << 30, "slurm.extra.mem=64G")),
+        (["slurm.extra={--mem: 64G}"], (64 << 30, "slurm.extra.--mem=64G")),
+        (["slurm.mem=1G", "slurm.extra={mem: null}"], (1 << 30, "slurm.mem=1G")),  # which is asked for then
+        # Of as many GPUs, or cores, as Slurm gives.
+        (["slurm.mem=64G", "slurm.exclusive=false", "slurm.extra={mem_per_gpu: 30G}"], None),
+        (["slurm.cpus_per_task=4", "slurm.extra={mem-per-cpu: 1T}"], None),
         (["slurm.mem='0'"], None),
         ([], None),
     ],
@@ -209,7 +206,7 @@ def test_the_memory_that_a_job_asks_for_is_read_as_slurm_reads_it(
     eight_b: Path, overrides: list[str], asked: tuple[int, str] | None
 ) -> None:
     cfg = large(eight_b, "cluster.gpus_per_node=8", *overrides)
-    room = asked_memory(cfg, plan(cfg, 8))
+    room = asked_memory(cfg)
     assert (room and (room.num_bytes, room.what)) == asked
 
 
@@ -303,11 +300,18 @@ def test_where_no_node_has_enough_the_run_is_refused_and_where_one_has_less_it_i
     assert found.refused is None and [*found.unfit] == [1]
     assert found.unfit[1].startswith("it is to keep 53.8 GiB in its memory (")
     assert [*fit(cfg, little, little, little, little, enough).unfit] == [0, 1], "a spare one can take their place"
+    many = large(eight_b, "cluster.nodes=9", "cluster.trainer_nodes=6")
+    few = fit(many, *[tiny] * 8, enough)
+    assert few.refused is not None and few.unfit == {}, "others like these would be left out one after the other"
     assert [*fit(cfg, enough, enough, tiny, enough, enough).unfit] == [2], "the spare one keeps nothing"
     assert fit(cfg, enough, enough, enough, enough, tiny) == Fit()
 
 
 def test_memory_that_others_have_now_is_a_remark(eight_b: Path) -> None:
+    cfg = large(eight_b, "cluster.nodes=6", "cluster.trainer_nodes=3")
+    enough, crowded, more = report(200), report(200, memory_bytes=40 * GIB), report(200, memory_bytes=30 * GIB)
+    [said] = fit(cfg, crowded, enough, more, enough, enough, enough).remarks
+    assert said.startswith("node 2 (n2), and so do 1 more: each takes about") and "and has 30.0 (available now)" in said
     [said] = fit(large(eight_b), report(200, memory_bytes=70 * GIB)).remarks
     assert said.startswith("node 0 (n0) takes about 99.5 GiB of its memory (staged saves 91.5, processes 8.0) and has")
     assert "and has 70.0 (available now): processes may be killed (raise slurm.mem" in said
@@ -363,6 +367,37 @@ def test_no_warm_start_is_made_for_a_run_that_no_machine_can_hold(tmp_path: Path
     assert done.returncode == Exit.USAGE, done.stderr
     assert "GiB in its memory (training state" in done.stderr and "hint: " in done.stderr
     assert not RunDir(run.warmstart).status.exists()
+
+
+def test_what_nobody_knows_is_not_counted(eight_b: Path, tmp_path: Path) -> None:
+    def columns(*overrides: str) -> set[str]:
+        planned = host(large(eight_b, "cluster.gpus_per_node=0", "generator.replicas=2", *overrides), 0)
+        return {need.what for needs in planned.nodes for need in needs}
+
+    assert {"engines", "KV cache"} <= columns()
+    for value in ("null", "4GiB", "'4000000000'"):  # vLLM's own, in its own way
+        assert "KV cache" not in columns(f"generator.engine.extra={{kv_cache_memory_bytes: {value}}}")
+    assert "engines" not in columns("generator.engine.extra={quantization: fp8}")
+    small = report(200, gpu_kinds=[{"name": "GPU", "memory_bytes": 16 * GIB}] * 8)
+    as_is, given = ["recipe=eval"], ["recipe=eval", "generator.engine.extra={quantization: fp8}"]
+    refused = fit(large(eight_b, *as_is), small).refused
+    assert refused is not None and "a generator's weights take 15.3 GiB" in refused.message
+    assert fit(large(eight_b, *given), small).refused is None
+    assert fit(large(eight_b, *as_is, "cluster.gpu_memory_gib=80"), small).refused is None, "the user knows"
+    quantized = tmp_path / "quantized"
+    quantized.mkdir()
+    (quantized / "config.json").write_text(json.dumps(QWEN3_8B | {"quantization_config": {"quant_method": "awq"}}))
+    assert model_size(str(quantized)) is None and model_size(str(eight_b)) is not None
+    (quantized / "config.json").write_text(json.dumps(QWEN3_8B | {"head_dim": None, "num_attention_heads": 0}))
+    assert model_size(str(quantized)) is None
+
+
+def test_changes_alone_are_sent_from_two_copies(eight_b: Path) -> None:
+    def sent(*overrides: str) -> int:
+        planned = host(large(eight_b, "cluster.nodes=2", "cluster.trainer_nodes=1", *overrides))
+        return sum(need.num_bytes for need in planned.nodes[0] if need.what == "weights to send")
+
+    assert sent("generator.send_changes=true") == 2 * sent() > 0
 
 
 def test_a_room_says_whose_it_is(eight_b: Path) -> None:

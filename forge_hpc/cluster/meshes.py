@@ -103,6 +103,8 @@ class Cluster:
     """Where worker processes run, beside this one."""
     address: str = "127.0.0.1"
     """Of this node, by which the others reach it."""
+    batch_invariant: bool = False
+    """``model.batch_invariant``: what a process sets for it, it cannot take back."""
 
     def spawn_trainers(self, name: str) -> ProcMesh:
         """One process a trainer rank, as one mesh with dimensions ``hosts`` and ``procs``."""
@@ -144,19 +146,21 @@ class Cluster:
         self.faults.enders.end_at_once(name)
 
     def layout(self, role: str) -> Any:
-        """Where a role's processes run and on what: ``trainer``, ``volume`` or ``generatorN``. None where there are
-        none."""
+        """Where a role's processes run and on what, and what they are set to for good: ``trainer``, ``volume`` or
+        ``generatorN``. None where there are none."""
         place = self.placement
         if role in ("trainer", "volume"):
             nodes, gpus = place.trainer_nodes, place.trainer_gpus if role == "trainer" else ()
             threads = place.threads_per_process(self.cpus, nodes.start) if role == "trainer" and nodes else 1
-            return (nodes, [[*map(str, names)] for names in gpus], threads) if nodes else None
+            is_set = role == "trainer" and self.batch_invariant
+            return (nodes, [[*map(str, names)] for names in gpus], threads, is_set) if nodes else None
         replica = int(role.removeprefix("generator"))
         if replica >= place.replicas:
             return None
         home, slot = divmod(replica, place.replicas_per_node)
         node = place.rollout_nodes[home]
-        return node, [*place.replica_gpus[slot]], place.threads_per_process(self.cpus, node)
+        threads = place.threads_per_process(self.cpus, node)
+        return node, [*place.replica_gpus[slot]], threads, self.batch_invariant
 
     def told(self, config: Config) -> Config:
         """The configuration for processes that see no GPU but their own, and go by how many a node has."""

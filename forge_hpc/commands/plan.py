@@ -51,17 +51,16 @@ def run(args: argparse.Namespace) -> int:
     held = (gpu_here(cfg) if here else None) or gpu
     model = cfg.model.path
 
-    def rooms(placement: Placement) -> tuple[Room | None, ...]:
-        return memory_here() if here else (asked_memory(cfg, placement),)
+    rooms: tuple[Room | None, ...] = memory_here() if here else (asked_memory(cfg),)
 
     def check(changed: Config, placement: Placement) -> MemoryPlan | None:
-        host_of(changed, placement, model, *rooms(placement))
+        host_of(changed, placement, model, *rooms)
         return memory_of(changed, placement, held, model)
 
     found = proposals(cfg, speed, check)
     best = found[0]
     memory = memory_of(best.config, best.placement, held, model)
-    host, said = host_of(best.config, best.placement, model, *rooms(best.placement))
+    host, said = host_of(best.config, best.placement, model, *rooms)
     print("\n".join([*split_table(best.placement, memory), *host_table(host), "", *describe(found, speed)]))
     for text in said:
         print(f"warning: {text}", file=sys.stderr)

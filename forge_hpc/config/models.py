@@ -55,6 +55,24 @@ def check_family(kind: str | None, where: str) -> None:
     raise UserError(f"{where} is of model_type {kind!r}{reason}", f"supported: {', '.join(KNOWN_MODEL_TYPES)}")
 
 
+def check_invariant(config: dict[str, Any], where: str) -> None:
+    """Raise a UserError unless ``model.batch_invariant`` is for a model of this ``config.json``."""
+    if num_experts_of(config):
+        raise UserError(
+            f"model.batch_invariant, and {where} has experts, which vLLM and trainers have other kernels for",
+            "leave it off; algorithm.routing_replay has trainers take the experts that generators took",
+        )
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    if head_dim not in _INVARIANT_HEADS:  # FlashAttention 3 adds up keys of others in other pieces where they are paged
+        raise UserError(
+            f"model.batch_invariant, and {where} has heads of {head_dim} values; it is for {_INVARIANT_HEADS}",
+            "leave it off",
+        )
+
+
+_INVARIANT_HEADS = (64, 128)
+
+
 def num_experts_of(config: dict[str, Any]) -> int:
     """Experts of a layer; 0 of a dense model. They have another name since transformers 5."""
     return config.get("num_local_experts") or config.get("num_experts") or 0

@@ -59,7 +59,8 @@ class ModelConfig:
     batch_invariant: bool = setting(False, resume=ROUNDING)
     """Generators and trainers compute with the same kernels, which add up alike whatever else is in a batch: their
     log-probabilities are equal to the last bit where the weights are. Slower. Dense models in bfloat16 on GPUs of
-    compute capability 9 (H100, H200), a whole model on each: no tensor parallelism, no LoRA, nothing compiled."""
+    compute capability 9 (H100, H200), a whole model on each, sampled from whole distributions: no tensor parallelism,
+    no LoRA, nothing compiled."""
 
 
 @dataclass

@@ -24,6 +24,7 @@ from forge_hpc.config.fields import walk
 from forge_hpc.config.hub_cache import split_name
 from forge_hpc.config.models import (
     check_family,
+    check_invariant,
     check_tokenizer,
     check_weights,
     looks_local,
@@ -713,12 +714,25 @@ def _check_routing_replay(cfg: Config, needs: Needs) -> None:
         raise UserError(f"algorithm.routing_replay: {reason}", "leave it off, or change that")
 
 
+_OTHER_KERNELS = {
+    *("dtype", "quantization", "kv_cache_dtype", "attention_backend", "attention_config", "speculative_config"),
+    *("block_size", "enable_lora", "model_impl", "hf_overrides", "kernel_config"),
+}
+"""Arguments of vLLM's engine that choose what it computes with."""
+
+
 def _check_batch_invariant(cfg: Config, needs: Needs) -> None:
     if not cfg.model.batch_invariant:
         return
-    trainer, degrees = cfg.trainer, cfg.trainer.parallelism
+    trainer, degrees, sampling = cfg.trainer, cfg.trainer.parallelism, cfg.rollout.sampling
+    cuts = [key for key, none in {"top_p": 1.0, "top_k": -1, "min_p": 0.0}.items() if getattr(sampling, key) != none]
+    given = cfg.generator.engine.extra
+    others = [f"generator.engine.extra.{key}" for key in sorted(given.keys() & _OTHER_KERNELS)]
+    compiled = given.get("compilation_config", {})
+    if not isinstance(compiled, dict) or compiled.keys() & {"mode", "level", "custom_ops", "cudagraph_mode"}:
+        others.append("generator.engine.extra.compilation_config (mode, custom_ops, cudagraph_mode)")
     refusals = {
-        f"recipe={cfg.recipe} trains on nothing that generators sampled": not needs.has_algorithm
+        f"recipe={cfg.recipe} compares no log-probabilities of what generators sampled": not needs.has_algorithm
         or needs.learns_from != "samples",
         "it is for GPUs, and cluster.gpus_per_node is 0": cfg.cluster.gpus_per_node == 0,
         "it is for bfloat16, which model.dtype is not": cfg.model.dtype != "bfloat16",
@@ -727,6 +741,8 @@ def _check_batch_invariant(cfg: Config, needs: Needs) -> None:
         ),
         "compiled trainers round elsewhere, leave out trainer.compile.enable": bool(trainer.compile.enable),
         "generators have the adapters of trainer.lora in their weights, trainers beside them": trainer.lora.enable,
+        f"{' and '.join(others)} would have vLLM compute otherwise, leave it out": bool(others),
+        f"rollout.sampling.{', '.join(cuts)} cuts the distribution by other kernels, leave it out": bool(cuts),
     } | {
         f"{key} adds up parts of the model on several GPUs, set it to 1": degree > 1
         for key, degree in {
@@ -746,11 +762,8 @@ def _check_experts(cfg: Config, config: dict[str, Any], where: str) -> None:
             f"trainer.parallelism.expert_parallel_degree={degree} does not divide the {num_experts} experts of {where}",
             f"choose a divisor of {num_experts}",
         )
-    if cfg.model.batch_invariant and num_experts:
-        raise UserError(
-            f"model.batch_invariant, and {where} has experts, which vLLM and trainers have other kernels for",
-            "leave it off; algorithm.routing_replay has trainers take the experts that generators took",
-        )
+    if cfg.model.batch_invariant:
+        check_invariant(config, where)
     if cfg.algorithm.routing_replay and not num_experts:
         raise UserError(f"algorithm.routing_replay, and {where} has no experts", "leave it off")
     if degree > 1 and not num_experts:

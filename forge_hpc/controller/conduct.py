@@ -320,7 +320,8 @@ def arrange(config: Config, nodes: Nodes, log_dir: Path, faults: Faults) -> Clus
     cpus = min(worker["cpus"] for worker in workers)
     gpu_names = [worker["gpus"] for worker in workers]
     others = other_nodes(config, workers)
-    return Cluster(nodes.hosts, placement, cpus, gpu_names, log_dir, faults, others, nodes.address)
+    alike = config.model.batch_invariant
+    return Cluster(nodes.hosts, placement, cpus, gpu_names, log_dir, faults, others, nodes.address, alike)
 
 
 def other_nodes(config: Config, workers: Sequence[Mapping[str, Any]]) -> list[OtherNode]:

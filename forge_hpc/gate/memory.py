@@ -33,7 +33,7 @@ def available_memory() -> int:
     import psutil
 
     most = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError):  # no cgroups here
+    with contextlib.suppress(OSError, ValueError):  # no cgroups here, or none that are known
         most = min([most, *cgroup_rooms(OWN.read_text(), CGROUPS)])
     return most
 
@@ -45,7 +45,7 @@ def memory_limit() -> tuple[int, bool]:
 
     total, swap = int(psutil.virtual_memory().total), int(psutil.swap_memory().total)
     least = total
-    with contextlib.suppress(OSError):  # no cgroups here
+    with contextlib.suppress(OSError, ValueError):  # no cgroups here, or none that are known
         least = min([total, *cgroup_limits(OWN.read_text(), CGROUPS)])
     return least + swap, least < total
 

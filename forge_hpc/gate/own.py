@@ -38,7 +38,8 @@ def look_at_node(shared: Path, tls: Path, start: str, gpus: list[str], config: C
     """
     orphans = end_orphans(tls, start)  # first: they hold what is looked at next
     remove_left_over()
-    health = GpuHealth(gpus[: config.cluster.gpus_per_node], engine_share(config))
+    used = gpus[: config.cluster.gpus_per_node]
+    health = GpuHealth(used, engine_share(config))
     memory, (limit, is_cgroups) = available_memory(), memory_limit()
     looks: list[Callable[[], str | None]] = [
         lambda: full(Path(tempfile.gettempdir()), "its temporary directory", MIN_SCRATCH_BYTES),
@@ -51,7 +52,7 @@ def look_at_node(shared: Path, tls: Path, start: str, gpus: list[str], config: C
         "gpus": len(gpus),
         "working_gpus": health.working,
         "gpu_kinds": health.kinds,
-        "gpu_order": other_order(gpus),
+        "gpu_order": other_order(used),
         "gpu_names": gpus,
         "cpu_build": cpu_build() if gpus else None,
         "memory_bytes": memory,

@@ -412,6 +412,8 @@ class GenerationEngine:
             names.append("sleep_level")
         if self._config.algorithm.routing_replay != config.algorithm.routing_replay:
             names.append("routing_replay")
+        if self._config.model.batch_invariant != config.model.batch_invariant:
+            names.append("batch_invariant")
         model = model_files(model_dir)
         changed = [
             name for name in sorted(model.keys() | self._model.keys()) if model.get(name) != self._model.get(name)

@@ -98,15 +98,14 @@ def engine_arguments(model_dir: str | Path, config: Config, device: str) -> dict
         arguments["enable_sleep_mode"] = takes_turns(config)
         if config.algorithm.routing_replay:
             arguments["enable_return_routed_experts"] = True
-        if config.model.batch_invariant:
-            arguments["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL"}
         if config.model.dtype != "float32":  # which FlashAttention does not take: vLLM chooses
             arguments["attention_backend"] = "FLASH_ATTN"
             arguments["hf_overrides"] = {"head_dtype": config.model.head_dtype}
     arguments |= adapter_arguments(config.trainer.lora) | engine.extra
     if device != "cpu" and isinstance(given := arguments["compilation_config"], dict):
         options = _COMBO_KERNELS | given.get("inductor_compile_config", {})
-        arguments["compilation_config"] = given | {"inductor_compile_config": options}
+        alike = {"mode": 0, "cudagraph_mode": "FULL"} if config.model.batch_invariant else {}
+        arguments["compilation_config"] = alike | given | {"inductor_compile_config": options}
     return arguments
 
 

@@ -67,7 +67,8 @@ class LogprobHead(Linear):
     GPU keeps the sums as the matrix product has them, instead of rounding them to 8 bits."""
 
     as_vllm: bool = False
-    """Whether log-probabilities come from the kernels of vLLM's sampler, so that they equal its own to the last bit."""
+    """Whether log-probabilities come from the kernels of vLLM's sampler, so that they equal its own to the last bit: of
+    a distribution of which nothing is cut."""
 
     def parallelize(self, parallel_dims: ParallelDims) -> None:
         """Split the weight by vocabulary. The forward pass does the rest: its results are not those of a Linear."""
@@ -147,7 +148,7 @@ class _HeadLogprobs(torch.autograd.Function):
                 thresholds.append(truncation.threshold(logits.float() / temperature).squeeze(1))
             parts.append(stats(logits, labels[chunk], temperature, thresholds[-1] if thresholds else None))
             if as_vllm:
-                logprobs.append(_vllm_logprobs(logits, labels[chunk], temperature, truncation))
+                logprobs.append(_vllm_logprobs(logits, labels[chunk], temperature))
             if kept is not None:
                 kept.append(logits)
             del logits  # or two chunks of them are held at a time
@@ -201,9 +202,7 @@ def _stats(
     return largest.squeeze(1), weights.sum(-1), label_logit.squeeze(1), (weights * z).sum(-1)
 
 
-def _vllm_logprobs(
-    logits: torch.Tensor, labels: torch.Tensor, temperature: float, truncation: Truncation
-) -> torch.Tensor:
+def _vllm_logprobs(logits: torch.Tensor, labels: torch.Tensor, temperature: float) -> torch.Tensor:
     """[N] float32, by vLLM's own kernels: of the temperature, and of the log-probabilities of what it leaves."""
     from vllm.v1.worker.gpu.sample.gumbel import apply_temperature
     from vllm.v1.worker.gpu.sample.logprob import compute_token_logprobs
@@ -213,8 +212,6 @@ def _vllm_logprobs(
         z = z.clone()  # it writes in their place, and the backward pass reads them
         request = torch.zeros(len(z), dtype=torch.int32, device=z.device)
         apply_temperature(z, request, torch.full((1,), temperature, device=z.device))
-    if truncation != NOTHING_CUT:
-        z = z.masked_fill(_is_cut(z, labels, truncation.threshold(z).squeeze(1)), -math.inf)
     return compute_token_logprobs(z, labels[:, None]).squeeze(1)
 
 

@@ -16,7 +16,7 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.config.needs import POLICY, Needs
 from forge_hpc.config.schema import Config, EngineConfig
 from forge_hpc.config.split import Placement, frozen_apart
-from forge_hpc.sizing.memory import GIB, ITEMSIZE
+from forge_hpc.sizing.memory import GIB, ITEMSIZE, has_other_weights
 from forge_hpc.sizing.model import ModelSize
 
 Sizes = Callable[[str | None], ModelSize | None]
@@ -152,11 +152,11 @@ def _trainers(cfg: Config, needs: Needs, placement: Placement, params: Mapping[s
             yield from _of_frozen(cfg, params[need.path] * share, on_cpu=on_cpu, offload=need.offload)
     if needs.generators == "beside" and POLICY in needs.models and not cfg.trainer.lora.sends_adapters:
         own = params[None] * ITEMSIZE[cfg.model.dtype] / shards
+        copies = 2 if cfg.generator.send_changes and placement.nodes > 1 else 1  # this version, and the one before
         if on_cpu:
-            copies = 2 if cfg.generator.send_changes and placement.nodes > 1 else 1
             yield Need(_SENT, int(placement.trainer_procs_per_node * own) * copies)
         elif _other_hosts(cfg, placement):
-            yield Need(_SENT, placement.trainer_procs_per_node * _page_locked(int(own)))
+            yield Need(_SENT, placement.trainer_procs_per_node * _page_locked(int(own)) * copies)
 
 
 def _generators(cfg: Config, needs: Needs, placement: Placement, num_params: int) -> Iterator[Need]:
@@ -181,9 +181,10 @@ def _served(cfg: Config, number: int, placement: Placement, size_of: Sizes) -> I
 
 def _on_cpu(num: int, weights: int, engine: EngineConfig) -> Iterator[Need]:
     """So many engines. vLLM fills their KV caches with zeros as they start."""
-    cache = engine.extra.get("kv_cache_memory_bytes", engine.kv_cache_memory_gib * GIB)
-    yield Need(_ENGINES, num * weights)
-    yield Need(_CACHE, int(num * cache))
+    if not has_other_weights(engine):
+        yield Need(_ENGINES, num * weights)
+    if "kv_cache_memory_bytes" not in engine.extra:  # which vLLM reads in its own way
+        yield Need(_CACHE, int(num * engine.kv_cache_memory_gib * GIB))
 
 
 def _frozen(cfg: Config, needs: Needs, placement: Placement, params: Mapping[str | None, int]) -> Iterator[Need]:

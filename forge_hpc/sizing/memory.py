@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.needs import Needs
-from forge_hpc.config.schema import Config
+from forge_hpc.config.schema import Config, EngineConfig
 from forge_hpc.config.served import served_config
 from forge_hpc.config.split import Placement
 from forge_hpc.sizing.microbatch import RESERVE_BYTES, WholeBytes, compiles, plan_microbatch, plan_shared
@@ -192,8 +192,15 @@ class _Who:
     longest: str = "rollout.max_response_tokens"
 
 
+def has_other_weights(engine: EngineConfig) -> bool:
+    """Whether vLLM is told of another dtype for its weights than ``model.dtype``: nobody here knows what they take."""
+    return bool(engine.extra.keys() & {"quantization", "dtype", "load_format"})
+
+
 def _engines(cfg: Config, placement: Placement, share_gib: float, size: ModelSize, who: _Who) -> RoleMemory:
     engine, itemsize, tp = cfg.generator.engine, ITEMSIZE[cfg.model.dtype], placement.tensor_parallel_size
+    if has_other_weights(engine):
+        return RoleMemory({"other": _ENGINE_BYTES / GIB}, f"unknown: {who.section}.engine.extra chooses a dtype")
     weights = size.num_params * itemsize / tp / GIB
     copy = size.num_params * itemsize / GIB if holds_a_copy(cfg) else 0.0
     share_gib -= copy

@@ -42,8 +42,10 @@ def model_size(path: str) -> ModelSize | None:
     if directory is not None and directory.is_dir():
         try:
             hf = read_model_config(directory)
+            if "quantization_config" in hf:  # what its weights take is a matter of the method
+                return None
             return ModelSize(num_params(hf), hf)
-        except (UserError, KeyError, TypeError):
+        except (UserError, KeyError, TypeError, ZeroDivisionError):
             return None  # a broken model is told of where the configuration is validated
     said = re.findall(r"(?<![\w.])(\d+(?:\.\d+)?)[bB](?![a-zA-Z0-9])", path.rpartition("/")[2].replace("_", "-"))
     return ModelSize(int(float(said[-1]) * 1e9), None) if said and not path.startswith("builtin:") else None

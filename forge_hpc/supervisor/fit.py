@@ -107,7 +107,8 @@ def _check_gpus(config: Config, placement: Placement, reports: Mapping[int, Mapp
     """Raises UserError where not even the largest GPU holds its part: of several kinds each role may have its own."""
     memory = [gpu["memory_bytes"] for report in reports.values() for gpu in report.get("gpu_kinds", ())]
     if memory:
-        plan_memory(config, needs_of(config), placement, round(max(memory) / GIB, 1), sizes)
+        gib = config.cluster.gpu_memory_gib or round(max(memory) / GIB, 1)
+        plan_memory(config, needs_of(config), placement, gib, sizes)
 
 
 def _not_invariant(config: Config, placement: Placement, reports: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
@@ -121,14 +122,27 @@ def _not_invariant(config: Config, placement: Placement, reports: Mapping[int, M
 
 
 def _look_at_memory(host: HostPlan, reports: Mapping[int, Mapping[str, Any]], named: Callable[[int], str]) -> Fit:
+    """A node that is smaller than most is left out; where most cannot hold such a part, none is looked for that can."""
     members, unfit, remarks = [*reports], dict[int, str](), list[str]()
     limits = {node: room_of(**report["memory_limit"]) for node, report in reports.items()}
-    for place_, node in enumerate(members):
-        now = room_of(**reports[node]["memory_limit"], available=reports[node]["memory_bytes"])
-        if (error := host.refusal(place_, limits[node], named(node))) is not None:
-            if all(host.refusal(place_, limit, "") for limit in limits.values()):  # it is no node's fault
+    for places in host.alike().values():
+        nodes = [members[place_] for place_ in places]
+        able = sum(host.refusal(places[0], limit, "") is None for limit in limits.values())
+        errors = {node: host.refusal(places[0], limits[node], named(node)) for node in nodes}
+        for node, error in errors.items():
+            if error is None:
+                continue
+            if 2 * able < len(nodes):
                 return Fit(error)
             unfit[node] = f"it{error.message.removeprefix(named(node))} ({error.hint})"
-        elif said := host.warning(place_, now, named(node)):
-            remarks.append(said)
+        free = {
+            node: room_of(**reports[node]["memory_limit"], available=reports[node]["memory_bytes"])
+            for node in nodes
+            if node not in unfit
+        }
+        short = [node for node, now in free.items() if host.warning(places[0], now, "") is not None]
+        if short:
+            least = min(short, key=lambda node: free[node].num_bytes)
+            who = named(least) + (f", and so do {len(short) - 1} more: each" if len(short) > 1 else "")
+            remarks += filter(None, [host.warning(places[0], free[least], who)])
     return Fit(None, unfit, tuple(remarks))

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from forge_hpc.config.errors import UserError
+from forge_hpc.config.models import check_invariant
 from forge_hpc.config.needs import ModelNeed
 from forge_hpc.config.schema import Config, SamplingConfig
 from forge_hpc.data.packing import PackedBatch, pack, unpack
@@ -27,7 +28,7 @@ from forge_hpc.models.context import shared_rows
 from forge_hpc.models.device import local_device, to_device
 from forge_hpc.models.experts import replay_routes
 from forge_hpc.models.head import Truncation
-from forge_hpc.models.spec import ModelSpec, load_hf_weights
+from forge_hpc.models.spec import ModelSpec, load_hf_weights, read_hf_config
 from forge_hpc.sizing.microbatch import MicrobatchPlan
 from forge_hpc.training.build import Shape
 
@@ -60,7 +61,8 @@ class ModelShard:
         self.need = need
         self.device = local_device()
         if cfg.model.batch_invariant:
-            prepare_invariance("a trainer")
+            check_invariant(read_hf_config(model_dir), f"the model in {model_dir}")
+            prepare_invariance("a trainer" if need.trained else "a frozen model")
         self.shape = Shape.of(cfg)
         self.parallel_dims = self.shape.dims
         self.temperature = sampling.temperature
