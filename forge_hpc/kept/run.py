@@ -22,6 +22,7 @@ from forge_hpc.supervisor import deadlines
 from forge_hpc.supervisor.controller_process import ControllerProcess
 from forge_hpc.supervisor.ending import Cause, Ending
 from forge_hpc.supervisor.first_node import FirstNode
+from forge_hpc.supervisor.gate import Verdict, fitting
 from forge_hpc.supervisor.job import OwnJob
 from forge_hpc.supervisor.node import Node
 from forge_hpc.supervisor.signals import StopRequest, StopRequests
@@ -44,6 +45,8 @@ class Engines:
     controller: subprocess.Popen[bytes] | None = None
     start_record: dict[str, Any] = field(default_factory=dict)
     slurm_names: list[str] = field(default_factory=list)
+    verdict: Verdict | None = None
+    """Of the gate, on its nodes."""
     warm_start: RunDir | None = None
     """The newest one that a run has made here."""
     is_doubtful: bool = False
@@ -119,7 +122,11 @@ class KeptRun(FirstNode):
     def _start(self, config: Config, rendezvous: Rendezvous, log_dir: Path) -> Ending:
         engines = self._engines
         phases = StartPhases(began=self._request["time"])
-        if engines.controller is None and (ending := self._start_engines(config, phases)) is not None:
+        if engines.verdict is None or engines.controller is None:
+            ending = self._start_engines(config, phases)
+        else:
+            ending = fitting(config, self.run_dir, engines.verdict).ending(config.cluster.spare_nodes)
+        if ending is not None:
             return ending
         if (ending := self._warm_start(config, phases)) is not None:
             return ending
@@ -144,6 +151,7 @@ class KeptRun(FirstNode):
         if isinstance(started, Ending):
             return started
         engines.worker, engines.slurm_names, engines.start_record = started.worker, started.slurm_names, started.start
+        engines.verdict = started.verdict
         engines.controller = ControllerProcess.start(
             node, self._requests, self.lock, rendezvous, tls, engines.log_dir, "--keep"
         ).process

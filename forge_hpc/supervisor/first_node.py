@@ -37,7 +37,7 @@ from forge_hpc.supervisor import deadlines
 from forge_hpc.supervisor.coming_back import come_back, is_to_come_back
 from forge_hpc.supervisor.controller_process import ControllerProcess, cancelled
 from forge_hpc.supervisor.ending import EXITS, FAILURES, RULES, Cause, ControllerExit, Ending, Exit
-from forge_hpc.supervisor.gate import open_gate
+from forge_hpc.supervisor.gate import Verdict, open_gate
 from forge_hpc.supervisor.job import OwnJob
 from forge_hpc.supervisor.lead import lead_s
 from forge_hpc.supervisor.node import Node
@@ -60,8 +60,13 @@ class Together:
     start: dict[str, Any]
     """What they were told."""
     authority: Authority
-    report: dict[str, Any]
-    """What the gate has found on this node."""
+    verdict: Verdict
+    """Of the gate."""
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What the gate has found on this node."""
+        return self.verdict.introductions[0]["report"]
 
 
 class FirstNode:
@@ -216,7 +221,7 @@ class FirstNode:
         rendezvous.publish("start", start)
         node.join(verdict.members)
         worker = node.start_worker(rendezvous, address, tls, log_dir)
-        return Together(worker, [record["slurm_name"] for record in nodes], start, authority, nodes[0]["report"])
+        return Together(worker, [record["slurm_name"] for record in nodes], start, authority, verdict)
 
     def _begin_phases(self) -> StartPhases:
         ago_s = time.monotonic() - self._started

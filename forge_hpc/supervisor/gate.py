@@ -85,7 +85,7 @@ def open_gate(node: Node, config: Config, rendezvous: Rendezvous, stop: Callable
         rendezvous.publish("gate", {"desk": desk.where})
         address = node.introduce(rendezvous, config)
         verdict = _judge(config, rendezvous, num_nodes, desk, stop)
-    return address, _fitting(config, node.run_dir, verdict)
+    return address, fitting(config, node.run_dir, verdict)
 
 
 def _judge(
@@ -124,8 +124,9 @@ def _judge(
     return replace(verdict, remarks=tuple(remarks(fit, gpus, verdict.named)))
 
 
-def _fitting(config: Config, run_dir: RunDir, verdict: Verdict) -> Verdict:
-    """The verdict of those that can hold the run; what it says where they cannot."""
+def fitting(config: Config, run_dir: RunDir, verdict: Verdict) -> Verdict:
+    """The verdict of those that can hold the run; what it says where they cannot. Nodes that another run has left are
+    asked nothing anew."""
     while verdict.ending(config.cluster.spare_nodes) is None:
         reports = {node: record["report"] for node, record in verdict.introductions.items()}
         fit = look_at_fit(config, run_dir, reports, len(verdict.unfit), verdict.named)
