@@ -50,7 +50,6 @@ def run(args: argparse.Namespace) -> int:
     speed = measured(RunDir(args.source), cfg) if args.source is not None else _estimated(cfg, gpu, args.gpu)
     held = (gpu_here(cfg) if here else None) or gpu
     model = cfg.model.path
-
     rooms: tuple[Room | None, ...] = memory_here() if here else (asked_memory(cfg),)
 
     def check(changed: Config, placement: Placement) -> MemoryPlan | None:
