@@ -122,6 +122,14 @@ def test_a_run_that_goes_on_takes_kept_engines_too(folder: Folder) -> None:
     assert [record["step"] for record in read(folder.path / "runs/short")] == [1, 2, 3]
 
 
+def test_a_run_that_does_not_fit_is_refused_before_it_begins_and_the_engines_stay(folder: Folder) -> None:
+    pids = processes(folder.engines, "generator-0")
+    said = folder.submit("wide", "cluster.gpus_per_node=2", code=2)
+    assert "error: cluster.gpus_per_node is 2, a node has 0" in said and "start to first step" not in said
+    assert not (folder.path / "runs/wide/metrics.jsonl").exists() and processes(folder.engines, "generator-0") == pids
+    assert KEPT in folder.submit("narrow", "trainer.training.steps=1", "checkpoint.interval=1")
+
+
 def test_other_options_of_the_engine_take_a_new_one_and_a_line_says_which(folder: Folder) -> None:
     num = len(processes(folder.engines, "generator-0"))
     said = folder.submit(
@@ -129,14 +137,6 @@ def test_other_options_of_the_engine_take_a_new_one_and_a_line_says_which(folder
     )
     assert "generator 0: a new engine, other max_num_seqs" in said
     assert len(processes(folder.engines, "generator-0")) == num, "the other one has ended"
-
-
-def test_a_run_that_does_not_fit_is_refused_before_it_begins_and_the_engines_stay(folder: Folder) -> None:
-    pids = processes(folder.engines, "generator-0")
-    said = folder.submit("wide", "cluster.gpus_per_node=2", code=2)
-    assert "error: cluster.gpus_per_node is 2, a node has 0" in said and "start to first step" not in said
-    assert not (folder.path / "runs/wide/metrics.jsonl").exists() and processes(folder.engines, "generator-0") == pids
-    assert KEPT in folder.submit("narrow", "trainer.training.steps=1", "checkpoint.interval=1")
 
 
 def test_engines_outlive_a_run_that_fails_and_one_that_is_cancelled(folder: Folder) -> None:
