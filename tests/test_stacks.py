@@ -106,6 +106,16 @@ def test_a_process_that_works_goes_on_however_often_it_is_asked(
         assert " engine (most recent call first)" in shown and " in work\n" in shown, shown
 
 
+def test_a_process_that_has_a_name_keeps_it_whoever_comes_later(
+    start: Callable[..., psutil.Process], tmp_path: Path
+) -> None:
+    """Actors of a process begin beside each other: the one that is in all of them may come last."""
+    later = "from forge_hpc.cluster.stacks import stand_by\nstand_by('mesh', for_want_of_another=True)\n"
+    process, other = start(later + HANGS["in-python"], "trainer-0"), start(later + HANGS["in-python"])
+    names = {path.name for path in stacks.folder_in(tmp_path).iterdir() if not path.name.startswith(".")}
+    assert names == {f"{process.pid}.trainer-0", f"{other.pid}.mesh"}
+
+
 def test_what_cannot_answer_shows_its_state_and_what_does_not_stand_by_lives(
     start: Callable[..., psutil.Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

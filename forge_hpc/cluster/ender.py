@@ -27,7 +27,7 @@ class Ender(Actor):
     """
 
     def __init__(self, mesh: str) -> None:
-        stand_by(mesh)
+        stand_by(mesh, for_want_of_another=True)
 
     @endpoint
     async def end(self) -> None:

@@ -53,16 +53,24 @@ LAST_S = 4.0
 """So long before a deadline they are begun of what has not ended by then: it is killed at the deadline all the same."""
 _file: IO[str] | None = None  # faulthandler keeps its number alone
 _answering = 0  # the process whose thread waits to be asked: a fork has none
+_lock = threading.Lock()  # actors of a process begin beside each other
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
-def stand_by(role: str) -> None:
+def stand_by(role: str, *, for_want_of_another: bool = False) -> None:
     """Answer to ``SIGNAL`` from now on, under this name alone. Below no supervisor nothing happens. To be called again
-    after a fork."""
+    after a fork.
+
+    Args:
+        for_want_of_another: a process that has a name keeps it.
+    """
     global _file, _answering
     folder = os.environ.get(FOLDER)
     if folder is None:
         return
-    with contextlib.suppress(OSError):  # of a full disk: the run is not to fail for it
+    with _lock, contextlib.suppress(OSError):  # of a full disk: the run is not to fail for it
+        if for_want_of_another and _answering == os.getpid():
+            return
         Path(folder).mkdir(mode=0o700, exist_ok=True)
         before, _file = _file, Path(folder, f"{os.getpid()}.{role}").open("w")  # noqa: SIM115
         faulthandler.register(SIGNAL, _file, all_threads=True)
