@@ -34,6 +34,7 @@ from forge_hpc.controller.recovery import Leave
 from forge_hpc.controller.service import cause_of
 from forge_hpc.models.device import check_gpus, device_type
 from forge_hpc.run_dir import RunDir
+from forge_hpc.supervisor import node as node_module
 from forge_hpc.supervisor.ending import Exit
 from forge_hpc.supervisor.fit import look_at_fit
 from forge_hpc.supervisor.node import Node
@@ -249,6 +250,7 @@ def test_all_that_a_node_starts_numbers_gpus_as_the_driver_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(ORDER, raising=False)
+    monkeypatch.setattr(node_module, "end_descendants", lambda grace_s: 0)  # those of this process are other tests'
     node = Node(RunDir(tmp_path / "run").create(), Allocation("7", 0, 1, 0))
     try:
         environ = node.environment(tmp_path / "tls")

@@ -27,6 +27,7 @@ from forge_hpc.sizing.host import HostPlan, Room, plan_host
 from forge_hpc.sizing.memory import GIB
 from forge_hpc.sizing.model import model_size, num_params, sizes_with
 from forge_hpc.sizing.table import host_table
+from forge_hpc.supervisor import node as node_module
 from forge_hpc.supervisor.ending import Cause, Exit
 from forge_hpc.supervisor.fit import Fit, look_at_fit
 from forge_hpc.supervisor.gate import Verdict, open_gate
@@ -336,6 +337,7 @@ def test_the_gate_of_a_job_with_too_little_memory_ends_the_start_as_wrong_usage(
 ) -> None:
     limited(tmp_path, monkeypatch, 4 * GIB)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(node_module, "end_descendants", lambda grace_s: 0)  # those of this process are other tests'
     node = Node(RunDir(tmp_path / "run").create(), Allocation("7", 0, 1, 0))
     _, verdict = open_gate(node, large(eight_b, "cluster.gpus_per_node=0"), node.rendezvous(), lambda: None)
     ending = verdict.ending(0)
