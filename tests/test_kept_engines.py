@@ -176,7 +176,7 @@ def test_engines_end_at_their_deadline_with_all_processes(folder: Folder) -> Non
 def test_a_run_that_hangs_on_kept_engines_names_the_file_in_its_own_folder_that_says_where(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     (tmp_path / "hanging.py").write_text(HANGING_LOSS)
-    hanging = (f"algorithm.loss={tmp_path}/hanging.py:backtrack", "cluster.max_restarts=0", "trainer.timeout_s=30")
+    hanging = (f"algorithm.loss={tmp_path}/hanging.py:add_up", "cluster.max_restarts=0", "trainer.timeout_s=30")
     try:
         folder.submit("first", "trainer.training.steps=1", "checkpoint.interval=1")
         run = folder.begin("hangs", "trainer.training.steps=8", *hanging)
@@ -189,7 +189,7 @@ def test_a_run_that_hangs_on_kept_engines_names_the_file_in_its_own_folder_that_
         told = f"did not answer within 30 s; the stacks of all processes: {file.parent}/stacks-*.log"
         assert told in status(tmp_path / "runs/hangs")["message"] and told in err
         text = file.read_text().split("=== ")[-1]
-        assert " in backtrack\n" in text.split("--- trainer-0, pid ")[1].split("--- ")[0]
+        assert " in add_up\n" in text.split("--- trainer-0, pid ")[1].split("--- ")[0]
         assert all(f"--- {role}, pid " in text for role in ("controller", "generator-0", "worker-0"))
         assert [*tmp_path.glob("**/stacks-*.log")] == [file]
     finally:
@@ -267,7 +267,7 @@ def test_engines_are_kept_within_an_allocation_on_all_its_nodes(slurm_cluster: S
         [*forge, "submit", "--config", str(DEMO), "--keep-engines", "10m", *(f"'{o}'" for o in small_run(tmp_path, 1))]
     )
     (tmp_path / "hanging.py").write_text(HANGING_LOSS)
-    hanging = f"algorithm.loss={tmp_path}/hanging.py:backtrack trainer.timeout_s=20 cluster.max_restarts=0"
+    hanging = f"algorithm.loss={tmp_path}/hanging.py:add_up trainer.timeout_s=20 cluster.max_restarts=0"
     hanging += " trainer.training.steps=8"
     script = tmp_path / "shell.sh"
     script.write_text(
