@@ -5,7 +5,6 @@ All ranks are processes of their own, forked from one that has imported torch al
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,9 +54,8 @@ def start(rank: int, num_ranks: int, work: Callable[..., Any], directory: Path, 
 def on_ranks(num_ranks: int, directory: Path, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What ``work(rank, *arguments)`` returns on each of so many ranks."""
     directory.mkdir()
-    multiprocessing.set_forkserver_preload(["forge_hpc.training.engine", "torchtitan.trainer", "transformers"])
     torch.multiprocessing.start_processes(
-        start, (num_ranks, work, directory, arguments), nprocs=num_ranks, start_method="forkserver"
+        start, (num_ranks, work, directory, arguments), nprocs=num_ranks, start_method="spawn"
     )
     return [torch.load(directory / f"rank-{rank}.pt", weights_only=False) for rank in range(num_ranks)]
 
