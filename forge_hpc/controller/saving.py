@@ -153,7 +153,9 @@ class Saver:
             _, errors = await asyncio.wait_for(process.communicate(), self._config.trainer.timeout_s)
         except TimeoutError:
             late = "the model of the best checkpoint was not exported within trainer.timeout_s"
-            raise ActorLost(late + await write_stacks(late)) from None
+            late += await write_stacks(late)
+            process.kill()  # what hangs in C code hears no SIGTERM
+            raise ActorLost(late) from None
         finally:
             if process.returncode is None:
                 process.terminate()
