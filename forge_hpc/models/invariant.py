@@ -1,6 +1,6 @@
 """What makes a trainer's model compute what vLLM's does, to the last bit (``model.batch_invariant``): attention by the
-kernel that vLLM uses. Its matrix products are fixed as vLLM's are (``invariance``), its log-probabilities come from
-torch's softmax (``head``), and the other operations are replaced on vLLM's side (``generation.invariant``).
+kernel that vLLM uses. Its matrix products are fixed as vLLM's are (``invariance``), its log-probabilities come from the
+kernels of vLLM's sampler (``head``), and the other operations are replaced on vLLM's side (``generation.invariant``).
 """
 
 from __future__ import annotations
