@@ -4,9 +4,10 @@
 
 It submits a run on this machine (of a model with random weights, a step ahead, with two generators), and of each kind
 waits for some more steps, then does it; lost is the time until the end of the fourth new step, less four usual ones
-(one alone tells little: of steps whose answers are generated together the second comes at once). SIGTERM comes last:
-the run saves and leaves, and is submitted again. With ``--together`` trainers and generators are on all GPUs at once:
-on two of them there are two generators.
+(one alone tells little: of steps whose answers are generated together the second comes at once). A lost generator takes
+its share of the generation with it until another serves; what is lost beyond that, the others have lost. SIGTERM comes
+last: the run saves and leaves, and is submitted again. With ``--together`` trainers and generators are on all GPUs at
+once: on two of them there are two generators.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +74,30 @@ class Watched:
         subprocess.run(command, env=self._environ, check=True, stdout=subprocess.DEVNULL, timeout=120)
         self.process.wait(120)
 
-    def pid_of(self, role: str) -> int:
-        """The process of a role, as `forge-hpc stacks` names it."""
+    def processes(self) -> list[dict[str, Any]]:
+        """What `forge-hpc stacks` says of each process: its ``role``, its ``pid``."""
         command = [sys.executable, "-m", "forge_hpc.cli", "stacks", str(self.run_dir), "--json"]
         out = subprocess.run(command, env=self._environ, check=True, capture_output=True, text=True).stdout
-        return next(each["pid"] for each in json.loads(out) if each["role"] == role)
+        found: list[dict[str, Any]] = json.loads(out)
+        return found
 
-    def kill(self, role: str) -> float:
-        """Seconds lost: until the end of so many new steps as are waited for before, less what those took."""
-        pid, first = self.pid_of(role), self.steps()[-1]["step"]
+    def told(self, pattern: str, since: float) -> tuple[re.Match[str], float]:
+        """The controller's first line that is so, of those after a time, and how many seconds after; waited for."""
+        end = time.monotonic() + WAIT_S
+        while time.monotonic() < end:
+            for path in self.run_dir.glob("logs/*/controller.log"):
+                for line in path.read_text(errors="replace").splitlines():
+                    found = re.search(rf"^(\S+Z) .*{pattern}", line)
+                    if found and (after := datetime.fromisoformat(found[1]).timestamp() - since) >= 0:
+                        return found, after
+            time.sleep(0.5)
+        raise SystemExit(f"the controller has not said {pattern!r}")
+
+    def kill(self, role: str) -> tuple[float, float, float]:
+        """Seconds lost: until the end of so many new steps as are waited for before, less what those took; how many
+        until then; and when it was killed."""
+        pid = next(each["pid"] for each in self.processes() if each["role"] == role)
+        first = self.steps()[-1]["step"]
         before = {each["step"]: each["wall_time"] for each in self.wait_for(first + CALM)}
         last = max(before)
         os.kill(pid, signal.SIGKILL)
@@ -91,7 +109,7 @@ class Watched:
         ends = ", ".join(f"{after[step]:.1f}" for step in range(last + 1, last + CALM + 1))
         print(f"{role} (pid {pid}) killed after step {last}: {lost:.1f} s lost; usual step {usual:.2f} s, the next "
               f"ended after {ends} s", flush=True)  # fmt: skip
-        return lost
+        return lost, after[last + CALM], killed
 
 
 def main() -> None:
@@ -133,12 +151,21 @@ def own_model(directory: Path) -> list[str]:
 
 def measure(run: Watched, where: str) -> None:
     run.wait_for(CALM)
-    generator_s = run.kill("generator-0")
-    row(f"{where}a generator killed: lost beside usual steps", generator_s, target=1.0, better="less", unit="s",
-        note="with its share of the generation until another serves")  # fmt: skip
-    trainer_s = run.kill("trainer-0")
+    num = sum(1 for each in run.processes() if each["role"].startswith("generator-"))
+    generator_s, until_s, killed = run.kill("generator-0")
+    served_s = float(run.told(r"generator 0 is replaced after ([\d.]+) s", killed)[0][2])
+    row(f"{where}a generator killed: lost beside usual steps", generator_s, unit="s",
+        note=f"another served after {served_s:.1f} s")  # fmt: skip
+    if num > 1:
+        row(f"{where}a generator killed: lost by the others, beyond its share until another served",
+            generator_s - min(served_s, until_s) / num, target=1.0, better="less", unit="s",
+            note=f"one of {num}")  # fmt: skip
+    trainer_s, _, killed = run.kill("trainer-0")
+    _, ready_s = run.told(r"weights: ", killed)
+    row(f"{where}a trainer rank killed: until others have loaded the checkpoint, and compiled", ready_s, target=20.0,
+        better="less", unit="s")  # fmt: skip
     row(f"{where}a trainer rank killed: lost beside usual steps", trainer_s, unit="s",
-        note="20 s and the load are the target")  # fmt: skip
+        note="with the steps since the last save")  # fmt: skip
     last = run.wait_for(run.steps()[-1]["step"] + CALM)[-1]["step"]
     assert run.process is not None
     start = time.time()

@@ -78,7 +78,7 @@ def parts(num_gpus: int) -> dict[str, list[Script]]:
         **(several if num_gpus > 1 else {}),
         "mismatch": [Script("mismatch.py", limit_s=480), Script("operations.py", ("--invariant",))],
         "run": [Script("whole_run.py")],
-        "turns": [Script("whole_run.py", ("--in-turns",))],
+        "turns": [Script("whole_run.py", ("--in-turns", "--steps", "4"))],
         "faults": [Script("faults.py")],
         **(together if num_gpus > 1 else {}),  # one is shared anyway
     }

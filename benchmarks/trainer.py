@@ -17,6 +17,8 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +162,10 @@ class Theirs:
         self.num_trained = float(batch.num_trained_tokens)
 
     def step(self) -> None:
+        with torchs_attention():
+            self._step()
+
+    def _step(self) -> None:
         from torchtitan.components.loss import IGNORE_INDEX
         from torchtitan.distributed import utils as dist_utils
 
@@ -176,6 +182,26 @@ class Theirs:
             loss.backward()
         dist_utils.clip_grad_norm_(list(self.model.parameters()), 1.0, foreach=True)
         self.optimizers.step()
+
+
+@contextmanager
+def torchs_attention() -> Iterator[None]:
+    """Attention as torch brings it, which is what TorchTitan has without more packages."""
+    from torch.nn.attention import (
+        activate_flash_attention_impl,
+        current_flash_attention_impl,
+        restore_flash_attention_impl,
+    )
+
+    active = current_flash_attention_impl()
+    if active is None:
+        yield
+        return
+    restore_flash_attention_impl()
+    try:
+        yield
+    finally:
+        activate_flash_attention_impl(active)
 
 
 def parallelism_of(engine: TrainEngine) -> Any:

@@ -71,7 +71,6 @@ def test_operations_of_both_sides_come_to_the_same_bits() -> None:
     rows = [json.loads(line.removeprefix("row: ")) for line in out.splitlines() if line.startswith("row: ")]
     differ = {row["what"].partition(":")[0]: row["ours"] for row in rows}
     assert differ.pop("attention") > 0  # which on the CPU is another kernel
-    assert differ.pop("gradients of attention, beside those of the attention as shipped") == 0  # the same one there
     assert len(differ) == 9 and not any(differ.values()), differ
     decoded = [row["note"] for row in rows if "values that differ" in row["what"] and row["what"][:9] != "attention"]
     assert decoded == ["of decoded tokens' 0.0000"] * 9

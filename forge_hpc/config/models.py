@@ -63,14 +63,14 @@ def check_invariant(config: dict[str, Any], where: str) -> None:
             "leave it off; algorithm.routing_replay has trainers take the experts that generators took",
         )
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    if head_dim not in _INVARIANT_HEADS:  # FlashAttention 3 adds up keys of others in other pieces where they are paged
+    if head_dim not in INVARIANT_HEADS:  # FlashAttention 3 adds up keys of others in other pieces where they are paged
         raise UserError(
-            f"model.batch_invariant, and {where} has heads of {head_dim} values; it is for {_INVARIANT_HEADS}",
+            f"model.batch_invariant, and {where} has heads of {head_dim} values; it is for {INVARIANT_HEADS}",
             "leave it off",
         )
 
 
-_INVARIANT_HEADS = (64, 128)
+INVARIANT_HEADS = (64, 128)
 
 
 def num_experts_of(config: dict[str, Any]) -> int:

@@ -951,6 +951,8 @@ class Session:
             close = self._closing.pop()
             try:
                 await close()
+            except ActorLost as error:  # it has ended by itself
+                logger.warning("an actor did not end in good order: %s", error)
             except Exception:  # the run's result stands, and the supervisor ends what is left
                 logger.warning("an actor did not end in good order", exc_info=True)
 

@@ -19,7 +19,6 @@ from torchtitan.protocols.module import Module
 
 from forge_hpc.models.context import ContextAttention, SharedRows, context_inputs
 from forge_hpc.models.device import device_type, to_device
-from forge_hpc.models.invariant import InvariantAttention
 
 _SHORT_TOKENS = 32  # documents up to this length are batched together: padding them costs less than another kernel
 
@@ -116,13 +115,9 @@ class DocumentAttention(Module):
         return torch.cat(outputs).index_select(0, batches.token_slots).view(q_BLNH.shape)
 
 
-def inner_attention_config(
-    param_dtype: torch.dtype, context_parallel: int = 1, *, batch_invariant: bool = False
-) -> Module.Config:
+def inner_attention_config(param_dtype: torch.dtype, context_parallel: int = 1) -> Module.Config:
     """varlen on CUDA in bfloat16 (its kernels know no float32), DocumentAttention elsewhere; ContextAttention, which
-    takes kernels of either kind, where several ranks share a row; InvariantAttention for ``model.batch_invariant``."""
-    if batch_invariant:
-        return InvariantAttention.Config()
+    takes kernels of either kind, where several ranks share a row."""
     knows_varlen = device_type() == "cuda" and param_dtype == torch.bfloat16
     if context_parallel > 1:
         return ContextAttention.Config(varlen=knows_varlen)
@@ -142,7 +137,7 @@ def attention_inputs(
     if isinstance(config, ContextAttention.Config):
         assert shared is not None
         return context_inputs(positions, shared, varlen=config.varlen)
-    if isinstance(config, (VarlenAttention.Config, InvariantAttention.Config)):
+    if isinstance(config, VarlenAttention.Config):
         # From the host's numbers: the GPU is not waited for.
         flat = positions.reshape(-1)
         bounds = np.append(np.flatnonzero(flat == 0), flat.size).astype(np.int32)

@@ -74,8 +74,9 @@ def prepare_torchtitan() -> None:
 
     - Without an accelerator ``torchtitan.tools.utils.device_type`` falls back to "cuda"; it can go when torchtitan
       asks torch for the CPU instead.
-    - On Hopper and newer, varlen attention insists on FlashAttention 3 or 4; where their module is missing, torch's own
-      FlashAttention 2 serves. It can go when torchtitan looks for the module itself.
+    - On Hopper and newer, varlen attention insists on FlashAttention 3 or 4. Where their module is missing, vLLM's 3
+      serves (``models.flash3``), and torch's own 2 where that is not to be had. It can go when torchtitan looks for the
+      module itself.
 
     Raises RuntimeError if torchtitan was imported before with the wrong device.
     """
@@ -89,4 +90,6 @@ def prepare_torchtitan() -> None:
     elif importlib.util.find_spec("flash_attn_interface") is None:
         import torchtitan.tools.utils
 
-        torchtitan.tools.utils.get_cuda_flash_attention_impl = lambda: None
+        from forge_hpc.models import flash3
+
+        torchtitan.tools.utils.get_cuda_flash_attention_impl = lambda: flash3.NAME if flash3.serves() else None

@@ -71,9 +71,7 @@ class Shape:
         return load_spec(
             model_dir,
             max_positions=_round_up(self.cfg.trainer.training.seq_len, self.row_len_multiple),
-            inner_attention=inner_attention_config(
-                self.param_dtype, self.dims.cp, batch_invariant=self.cfg.model.batch_invariant
-            ),
+            inner_attention=inner_attention_config(self.param_dtype, self.dims.cp),
             parallelism=self.parallelism,
         )
 

@@ -23,6 +23,7 @@ from forge_hpc.config.schema import Config, SamplingConfig
 from forge_hpc.data.packing import PackedBatch, pack, unpack
 from forge_hpc.data.types import Document
 from forge_hpc.invariance import prepare_invariance
+from forge_hpc.models import flash3
 from forge_hpc.models.attention import attention_inputs
 from forge_hpc.models.context import shared_rows
 from forge_hpc.models.device import local_device, to_device
@@ -63,6 +64,7 @@ class ModelShard:
         if cfg.model.batch_invariant:
             check_invariant(read_hf_config(model_dir), f"the model in {model_dir}")
             prepare_invariance("a trainer" if need.trained else "a frozen model")
+            flash3.activate()
         self.shape = Shape.of(cfg)
         self.parallel_dims = self.shape.dims
         self.temperature = sampling.temperature
