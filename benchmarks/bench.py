@@ -20,6 +20,7 @@ from rows import PROJECT, Script, run
 TOTAL_S = 1200.0
 SCRIPTS = (
     Script("packing.py", limit_s=60),
+    Script("documents.py", limit_s=60),
     Script("sandbox.py", ("--programs", "100"), limit_s=120),
     Script("weight_sync.py", ("--megabytes", "100", "--repeats", "3"), limit_s=180),
     Script("checkpoint.py", ("--steps", "40", "--rounds", "2"), limit_s=420),

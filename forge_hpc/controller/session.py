@@ -527,12 +527,15 @@ class Session:
 
     async def documents(self) -> DocumentStream:
         """The stream of training documents, from the start or where the recipe's state says. In a thread: data may
-        have to be downloaded."""
-        return await asyncio.to_thread(self._load_documents)
+        have to be downloaded. Those of the first step are begun, and of each next one while a step is trained."""
+        documents = await asyncio.to_thread(self._load_documents)
+        self._on_close(partial(asyncio.to_thread, documents.close))
+        documents.make_ahead(self.config.trainer.training.global_batch_size)
+        return documents
 
     def _load_documents(self) -> DocumentStream:
         sources = open_sources(self._pins.data_of(self.config))
-        documents = DocumentStream(sources, self.tokenizer, self.config, self.recipe.renderer)
+        documents = DocumentStream(sources, self.tokenizer, self.config, self.recipe.renderer, ahead=True)
         return documents.load_state_dict(self.state.get("documents", documents.state_dict()))
 
     def _load_sft(self) -> SFTMix | None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
 from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
@@ -12,6 +15,7 @@ import numpy as np
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.schema import Config, DataConfig
 from forge_hpc.config.sources import MAX_SETS, data_sources, run_sources
+from forge_hpc.data.ahead import AheadSource, Made, Workers
 from forge_hpc.data.bad import BadExample, BadExamples
 from forge_hpc.data.curriculum import Curriculum
 from forge_hpc.data.examples import Example
@@ -90,7 +94,7 @@ class _Stream(ABC, Generic[T]):
             if self._curriculum.is_resting(number, drawn.index, drawn.epoch):
                 continue
             try:
-                made = self._make(number, drawn, f"{source.data.path}, example {drawn.index}")
+                made = self._make(number, drawn, _place(source, drawn))
             except BadExample as error:
                 bad = error
                 self._bad[number].count(bad)
@@ -228,7 +232,11 @@ class PromptStream(_Stream[Prompt]):
 
 class DocumentStream(_Stream[Document]):
     """An endless stream of documents, of SFT unless a ``renderer`` makes others. What is longer than
-    ``trainer.training.seq_len`` fits no row: a document, or all those of a group."""
+    ``trainer.training.seq_len`` fits no row: a document, or all those of a group.
+
+    Args:
+        ahead: make those of the next step while the caller is at one: ``make_ahead``. To be closed then.
+    """
 
     def __init__(
         self,
@@ -236,11 +244,33 @@ class DocumentStream(_Stream[Document]):
         tokenizer: Any,
         config: Config,
         renderer: Renderer = DocumentRenderer,
+        *,
+        ahead: bool = False,
     ) -> None:
-        super().__init__(sources, config)
         self._renderers = [renderer(tokenizer, source.data) for source, _ in sources]
+        self._workers = Workers(self._renderers) if ahead else None
+        self._ahead = [AheadSource(source, partial(self._begin, i)) for i, (source, _) in enumerate(sources) if ahead]
+        weights = [weight for _, weight in sources]
+        super().__init__([*zip(self._ahead, weights, strict=True)] if ahead else sources, config)
         self._seq_len = config.trainer.training.seq_len
         self.limit = f"trainer.training.seq_len={self._seq_len}"
+
+    def make_ahead(self, count: int) -> None:
+        """Begin to make the next ``count`` documents, as far as workers do it beside."""
+        for source in self._ahead:
+            source.draw_ahead(math.ceil(count / len(self._ahead)))
+
+    def take(self, count: int) -> list[Document]:
+        """The next ``count`` documents. Those after them are begun, where this stream makes them ahead."""
+        self.make_ahead(count)
+        documents = super().take(count)
+        self.make_ahead(count)
+        return documents
+
+    def close(self) -> None:
+        """End what makes documents ahead."""
+        if self._workers is not None:
+            self._workers.close()
 
     def metrics(self) -> dict[str, float]:
         return {"examples/too_long": self.num_too_long, "examples/bad": self.num_bad}
@@ -249,7 +279,20 @@ class DocumentStream(_Stream[Document]):
         return _fitting_a_row(made, self._seq_len)
 
     def _make(self, number: int, drawn: Drawn, where: str) -> list[Document]:
-        return _numbered(self._renderers[number](drawn.example, where), self.position)
+        if self._workers is None:
+            documents = self._renderers[number](drawn.example, where)
+        else:
+            begun = self._ahead[number].begun(drawn)
+            documents = self._workers.finish(number, drawn.example, where, begun)
+        return _numbered(documents, self.position)
+
+    def _begin(self, number: int, drawn: Drawn) -> Future[Made] | None:
+        assert self._workers is not None
+        return self._workers.begin(number, drawn.example, _place(self._ahead[number], drawn))
+
+
+def _place(source: Source, drawn: Drawn) -> str:
+    return f"{source.data.path}, example {drawn.index}"
 
 
 def evaluation_prompts(

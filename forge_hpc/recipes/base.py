@@ -64,7 +64,7 @@ class Recipe:
 
     def renderer(self, tokenizer: Any, data: DataConfig) -> Callable[[Any, str], list[Document]]:
         """What makes documents of examples, for one that learns from them; raises ``BadExample``. By default prompt and
-        answer, as SFT learns them."""
+        answer, as SFT learns them. A copy makes those of the next step while a step is trained (``data.ahead``)."""
         from forge_hpc.data.render import DocumentRenderer
 
         return DocumentRenderer(tokenizer, data)
