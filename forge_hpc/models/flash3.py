@@ -63,7 +63,7 @@ def activate() -> None:
 
 @cache
 def _library() -> Path | None:
-    # Without `import vllm`, which is for generators: it has torch compile in one thread, and changes the compiler.
+    # Without `import vllm`, which is for generators: it has all of this process compile in one thread.
     found = importlib.util.find_spec("vllm")
     places = (found.submodule_search_locations if found else None) or ()
     return next((file for place in places for file in Path(place).glob("vllm_flash_attn/_vllm_fa3_C*.so")), None)
