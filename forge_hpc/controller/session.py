@@ -251,6 +251,9 @@ class Session:
         if self.needs.learns_from == "samples":
             self._prompts = await asyncio.to_thread(self._load_prompts)
             self._sft = await asyncio.to_thread(self._load_sft)
+            if self._sft is not None:
+                self._on_close(partial(asyncio.to_thread, self._sft.close))
+                self._sft.make_ahead()
         if self._served is not None:  # what is started from here on is told where they are
             await self._served.start(self._served_dirs)
         self._rewards = await self._start_rewards()
@@ -543,7 +546,7 @@ class Session:
         config = with_sft_data(self.config)
         if config is None:
             return None
-        stream = DocumentStream(open_sources(self._pins.data_of(config)), self.tokenizer, config)
+        stream = DocumentStream(open_sources(self._pins.data_of(config)), self.tokenizer, config, ahead=True)
         return SFTMix(stream, config.algorithm.sft).load_state_dict(self.state.get("sft", stream.state_dict()))
 
     def _load_prompts(self) -> PromptStream:

@@ -24,6 +24,14 @@ class SFTMix:
     def __init__(self, stream: DocumentStream, config: SFTMixConfig) -> None:
         self._stream, self._config = stream, config
 
+    def make_ahead(self) -> None:
+        """Begin to make the examples of the next step."""
+        self._stream.make_ahead(self._config.documents)
+
+    def close(self) -> None:
+        """End what makes them."""
+        self._stream.close()
+
     def mix(self, documents: Sequence[Document]) -> list[Document]:
         """The step's documents, and the next examples behind them."""
         examples = self._stream.take(self._config.documents)
