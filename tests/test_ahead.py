@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from forge_hpc.data.ahead import Workers
 from forge_hpc.data.bad import BadExample
 from forge_hpc.data.builtin import char_tokenizer
 from forge_hpc.data.mixture import open_sources
+from forge_hpc.data.order import Drawn
+from forge_hpc.data.pairs import PairRenderer
 from forge_hpc.data.prompts import DocumentStream
 from forge_hpc.data.render import DocumentRenderer
 from forge_hpc.data.types import Document
@@ -48,12 +52,21 @@ def mixture(tmp_path: Path, *, streaming: bool) -> Config:
 
 
 def stream(cfg: Config, *, ahead: bool, num_processes: int = 0) -> DocumentStream:
-    found = DocumentStream(open_sources(cfg), TOKENIZER, cfg, ahead=ahead)
-    if ahead:
-        assert found._workers is not None
-        found._workers.close()
-        found._workers = Workers(found._renderers, num_processes)
-    return found
+    return DocumentStream(open_sources(cfg), TOKENIZER, cfg, ahead=ahead, num_processes=num_processes)
+
+
+def counted(ahead: DocumentStream) -> list[str]:
+    """Where examples stand of which the documents are not made beside, from now on."""
+    places: list[str] = []
+    workers = ahead._workers
+    assert workers is not None
+
+    def render(number: int, example: Any, where: str) -> list[Document]:
+        places.append(where)
+        return ahead._renderers[number](example, where)
+
+    workers._renderers = [partial(render, number) for number in range(len(ahead._renderers))]
+    return places
 
 
 def said(documents: list[Document]) -> list[tuple[list[int], list[bool]]]:
@@ -66,13 +79,18 @@ def test_the_same_documents_and_states_as_without(tmp_path: Path, streaming: boo
     cfg = mixture(tmp_path, streaming=streaming)
     plain, ahead = stream(cfg, ahead=False), stream(cfg, ahead=True, num_processes=num_processes)
     ahead.make_ahead(5)
-    states = []
+    states, alone = [], counted(ahead)
     for count in (5, 1, 17, 40, 40, 3):  # epochs end in between
         assert said(ahead.take(count)) == said(plain.take(count))
         assert ahead.state_dict() == plain.state_dict()
+        assert [source.epoch for source in ahead._mixture.sources] == [each.epoch for each in plain._mixture.sources]
         assert ahead.metrics() == plain.metrics()
         states.append(json.loads(json.dumps(ahead.state_dict())))
     assert plain.metrics()["examples/bad"] > 0 and plain.metrics()["examples/too_long"] > 0
+    alone.clear()
+    assert said(ahead.take(3)) == said(plain.take(3)) and said(ahead.take(3)) == said(plain.take(3))
+    assert len(alone) <= 2  # beyond what was taken the time before, where more was left out
+    ahead.load_state_dict(states[-1]), plain.load_state_dict(states[-1])
     expected = said(plain.take(20))
     assert said(ahead.load_state_dict(states[-1]).take(20)) == expected  # what was drawn ahead is forgotten
     again = stream(cfg, ahead=True, num_processes=num_processes).load_state_dict(states[-1])
@@ -101,17 +119,27 @@ def processes(tmp_path: Path) -> Iterator[tuple[DocumentStream, DocumentStream, 
     assert not alive
 
 
+@pytest.mark.parametrize("idle", [False, True], ids=["at work", "idle"])
 def test_lost_processes_cost_nothing_but_time(
-    processes: tuple[DocumentStream, DocumentStream, set[psutil.Process]], caplog: pytest.LogCaptureFixture
+    processes: tuple[DocumentStream, DocumentStream, set[psutil.Process]], idle: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain, ahead, own = processes
-    for each in own:
-        each.kill()
+    if idle:
+        for source in ahead._ahead:
+            for each in source._ahead:
+                assert each.begun is not None
+                each.begun.result(WAIT_S)
+    for process in own:
+        process.kill()
+    psutil.wait_procs(own, WAIT_S)
     for _ in range(3):
         assert said(ahead.take(10)) == said(plain.take(10))
     told = [record.message for record in caplog.records if "processes that make documents are gone" in record.message]
     assert len(told) == 1
     assert isinstance(ahead._workers, Workers) and isinstance(ahead._workers._pool, ThreadPoolExecutor)
+    alone = counted(ahead)
+    assert said(ahead.take(10)) == said(plain.take(10))
+    assert len(alone) < 5
 
 
 def test_a_closed_stream_goes_on_by_itself(
@@ -167,6 +195,69 @@ def test_errors_and_what_is_said_of_examples_come_as_without(
     assert len([record for record in caplog.records if "renders earlier turns otherwise" in record.message]) == 1
 
 
+def test_pairs_and_chats_of_several_documents(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(json.dumps({"question": f"{i}=", "chosen": "1", "rejected": "2"}) + "\n" for i in range(7))
+    )
+    cfg = Config(data=DataConfig(path=str(tmp_path / "pairs.jsonl"), chat_template=False))
+
+    def pairs(**options: Any) -> DocumentStream:
+        renderer = partial(PairRenderer, rejected="rejected")
+        found = replace(cfg.data, target_field="chosen")
+        return DocumentStream(open_sources(replace(cfg, data=found)), TOKENIZER, replace(cfg, data=found), renderer,
+                              **options)  # fmt: skip
+
+    plain, ahead = pairs(), pairs(ahead=True, num_processes=0)
+    for count in (2, 3, 4, 1, 20):  # also half a pair
+        ours, theirs = ahead.take(count), plain.take(count)
+        assert said(ours) == said(theirs)
+        assert [document.group for document in ours] == [document.group for document in theirs]
+        assert ahead.state_dict() == plain.state_dict()
+        again = pairs(ahead=True, num_processes=0).load_state_dict(json.loads(json.dumps(ahead.state_dict())))
+        later = pairs().load_state_dict(plain.state_dict())
+        assert said(again.take(9)) == said(later.take(9))
+        again.close()
+    held = [len(source._ahead) for source in ahead._ahead]
+    assert held == [10]  # a pair is two documents
+    ahead.close()
+
+
+class Breaking:
+    """A source of which the fourth example cannot be read."""
+
+    def __init__(self) -> None:
+        self.data = DataConfig(path="breaking", chat_template=False)
+        self.epoch = 0
+        self.num = 0
+
+    def __next__(self) -> Drawn:
+        if self.num == 3:
+            raise OSError("the file is gone")
+        self.num += 1
+        return Drawn({"question": "1", "answer": str(self.num)}, self.num, 0)
+
+    def again(self) -> Drawn:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num": self.num}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.num = state["num"]
+
+
+def test_what_cannot_be_read_fails_the_step_that_needs_it() -> None:
+    cfg = Config(data=DataConfig(chat_template=False))
+    ahead = DocumentStream([(Breaking(), 1.0)], TOKENIZER, cfg, ahead=True, num_processes=0)
+    first = ahead.take(2)
+    assert [TOKENIZER.decode(document.token_ids) for document in first] == ["11<eos>", "12<eos>"]
+    assert ahead.state_dict()["mixture"]["sources"] == [{"num": 2}]
+    assert TOKENIZER.decode(next(ahead).token_ids) == "13<eos>"
+    with pytest.raises(OSError, match=r"^the file is gone$"):
+        next(ahead)
+    ahead.close()
+
+
 def test_renderers_that_cannot_be_copied_and_examples_that_cannot_be_sent(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     workers = Workers([lambda example, where: []], 2)
@@ -174,9 +265,27 @@ def test_renderers_that_cannot_be_copied_and_examples_that_cannot_be_sent(caplog
     assert any("made between the steps" in record.message for record in caplog.records)
     workers = Workers([DocumentRenderer(TOKENIZER, DataConfig(chat_template=False))], 1)
     example = {"question": "1", "answer": "2", "another": lambda: None}
-    (document,) = workers.finish(0, example, "", workers.begin(0, example, ""))
+    assert workers.begin(0, example, "") is None
+    (document,) = workers.finish(0, example, "", None)
     assert TOKENIZER.decode(document.token_ids) == "12<eos>"
+    begun = workers.begin(0, {"question": "1", "answer": Unreadable()}, "data, example 3")
+    with pytest.raises(RuntimeError, match=r"^data, example 3: ValueError: cannot be read here"):
+        workers.finish(0, example, "data, example 3", begun)
+    (document,) = workers.finish(0, {}, "", workers.begin(0, {"question": "1", "answer": "2"}, ""))
+    assert isinstance(workers._pool, ProcessPoolExecutor)  # it is there still
     workers.close()
+
+
+class Unreadable:
+    """Can be sent, and not be received."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _refuse, (os.getpid(),)
+
+
+def _refuse(pid: int) -> None:
+    if os.getpid() != pid:
+        raise ValueError("cannot be read here")
 
 
 ORPHAN = """

@@ -26,6 +26,7 @@ def plain(**given: Any) -> list[torch.Tensor]:
     """Causal attention of each document, the last query to all keys, as FlashAttention has it."""
     q, k, v = (given[name].float() for name in "qkv")
     assert given["is_causal"] and given["num_splits"] == 1
+    assert all(given[name].stride(-1) == 1 for name in "qkv")
     assert (given["window_size_left"], given["window_size_right"]) == (-1, 0)
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     outs, sums = [], []
@@ -45,7 +46,7 @@ def before() -> Iterator[list[str]]:
     went: list[str] = []
 
     def other(q: torch.Tensor, *_: Any, **options: Any) -> Any:
-        went.append(f"heads of {q.shape[-1]}")
+        went.append(f"heads of {q.shape[-1]}, {options.get('num_splits')}")
         empty = torch.empty(0)
         return torch.zeros_like(q), torch.zeros(q.shape[1], q.shape[0]), empty, empty, empty
 
@@ -93,12 +94,23 @@ def test_pieces_with_fewer_queries_than_keys(before: list[str]) -> None:
 def test_what_it_is_not_for_goes_where_it_went_before(before: list[str]) -> None:
     qkv, bounds = rows(32)
     varlen_attn(*qkv, *bounds, window_size=(-1, 0), enable_gqa=True)
-    assert before == ["heads of 32"]
+    assert before == ["heads of 32, 1"]  # FlashAttention 2 has to be told the number of splits
+    before.clear()
     dense = [torch.randn(1, 5, 2, 64) for _ in range(3)]
     torch.ops.aten._flash_attention_forward(*dense, None, None, 5, 5, 0.0, True, False)
     qkv, bounds = rows(64)
-    torch.ops.aten._flash_attention_forward(*qkv, *bounds, 0.1, True, False)  # dropout
-    assert before == ["heads of 32", "heads of 64", "heads of 64"]
+    forward = torch.ops.aten._flash_attention_forward
+    forward(*qkv, *bounds, 0.1, True, False)  # dropout
+    forward(*qkv, *bounds, 0.0, True, False, seqused_k=torch.tensor([1, 5, 3], dtype=torch.int32))
+    forward(qkv[0], qkv[1], torch.randn(*qkv[2].shape[:2], 128), *bounds, 0.0, True, False)
+    assert before == ["heads of 64, None", *["heads of 64, 1"] * 3]
+
+
+def test_heads_that_lie_apart_in_memory(before: list[str]) -> None:
+    qkv, bounds = rows(64)
+    apart = [x.transpose(0, 2).contiguous().transpose(0, 2) for x in qkv]
+    out = [varlen_attn(*each, *bounds, window_size=(-1, 0), enable_gqa=True) for each in (qkv, apart)]
+    assert torch.equal(*out) and before == []
 
 
 def test_one_that_is_removed_gives_back_what_was_there(before: list[str]) -> None:
@@ -116,5 +128,7 @@ def test_one_that_is_removed_gives_back_what_was_there(before: list[str]) -> Non
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this vLLM may have it")
 def test_a_vllm_without_it_is_told_in_a_line() -> None:
     assert not flash3.serves()
-    with pytest.raises(UserError, match=r"the installed vLLM has no FlashAttention 3"):
+    with pytest.raises(
+        UserError, match=r"model\.batch_invariant takes .*: the installed vLLM does not"
+    ):
         flash3.activate()

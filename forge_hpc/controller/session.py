@@ -253,7 +253,6 @@ class Session:
             self._sft = await asyncio.to_thread(self._load_sft)
             if self._sft is not None:
                 self._on_close(partial(asyncio.to_thread, self._sft.close))
-                self._sft.make_ahead()
         if self._served is not None:  # what is started from here on is told where they are
             await self._served.start(self._served_dirs)
         self._rewards = await self._start_rewards()
@@ -533,21 +532,26 @@ class Session:
         have to be downloaded. Those of the first step are begun, and of each next one while a step is trained."""
         documents = await asyncio.to_thread(self._load_documents)
         self._on_close(partial(asyncio.to_thread, documents.close))
-        documents.make_ahead(self.config.trainer.training.global_batch_size)
         return documents
 
     def _load_documents(self) -> DocumentStream:
         sources = open_sources(self._pins.data_of(self.config))
         documents = DocumentStream(sources, self.tokenizer, self.config, self.recipe.renderer, ahead=True)
-        return documents.load_state_dict(self.state.get("documents", documents.state_dict()))
+        documents.load_state_dict(self.state.get("documents", documents.state_dict()))
+        documents.make_ahead(self.config.trainer.training.global_batch_size)
+        return documents
 
     def _load_sft(self) -> SFTMix | None:
         """The examples that are learned beside what is sampled, where there are any."""
         config = with_sft_data(self.config)
         if config is None:
             return None
-        stream = DocumentStream(open_sources(self._pins.data_of(config)), self.tokenizer, config, ahead=True)
-        return SFTMix(stream, config.algorithm.sft).load_state_dict(self.state.get("sft", stream.state_dict()))
+        sources = open_sources(self._pins.data_of(config))
+        # A few a step, for each of what may be many sessions: a thread.
+        stream = DocumentStream(sources, self.tokenizer, config, ahead=True, num_processes=0)
+        mix = SFTMix(stream, config.algorithm.sft).load_state_dict(self.state.get("sft", stream.state_dict()))
+        mix.make_ahead()
+        return mix
 
     def _load_prompts(self) -> PromptStream:
         prompts = PromptStream(open_sources(self._pins.data_of(self.config)), self.tokenizer, self.config)

@@ -236,6 +236,7 @@ class DocumentStream(_Stream[Document]):
 
     Args:
         ahead: make those of the next step while the caller is at one: ``make_ahead``. To be closed then.
+        num_processes: that do so, as ``Workers`` has it.
     """
 
     def __init__(
@@ -246,9 +247,10 @@ class DocumentStream(_Stream[Document]):
         renderer: Renderer = DocumentRenderer,
         *,
         ahead: bool = False,
+        num_processes: int | None = None,
     ) -> None:
         self._renderers = [renderer(tokenizer, source.data) for source, _ in sources]
-        self._workers = Workers(self._renderers) if ahead else None
+        self._workers = Workers(self._renderers, num_processes) if ahead else None
         self._ahead = [AheadSource(source, partial(self._begin, i)) for i, (source, _) in enumerate(sources) if ahead]
         weights = [weight for _, weight in sources]
         super().__init__([*zip(self._ahead, weights, strict=True)] if ahead else sources, config)
@@ -256,13 +258,14 @@ class DocumentStream(_Stream[Document]):
         self.limit = f"trainer.training.seq_len={self._seq_len}"
 
     def make_ahead(self, count: int) -> None:
-        """Begin to make the next ``count`` documents, as far as workers do it beside."""
+        """Begin to make the next ``count`` documents, or of as many examples as were taken since the last time."""
         for source in self._ahead:
             source.draw_ahead(math.ceil(count / len(self._ahead)))
 
     def take(self, count: int) -> list[Document]:
         """The next ``count`` documents. Those after them are begun, where this stream makes them ahead."""
-        self.make_ahead(count)
+        if not any(source.is_ahead for source in self._ahead):
+            self.make_ahead(count)
         documents = super().take(count)
         self.make_ahead(count)
         return documents

@@ -42,19 +42,19 @@ _UNUSED = (
 def serves() -> bool:
     """Whether this process's GPU and vLLM have it."""
     is_right = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == CAPABILITY
-    return is_right and _library() is not None
+    return is_right and not _lacks()
 
 
 def activate() -> None:
     """Use it for all attention of packed rows in this process, also where another FlashAttention 3 is installed.
 
     Raises:
-        UserError: this vLLM does not have it.
+        UserError: this vLLM does not have it, or not for this torch.
     """
-    if _library() is None:
+    if lack := _lacks():
         raise UserError(
-            "the installed vLLM has no FlashAttention 3 (vllm_flash_attn/_vllm_fa3_C*.so)",
-            "install its build for CUDA, or leave model.batch_invariant off",
+            f"model.batch_invariant takes attention from vLLM's FlashAttention 3: {lack}",
+            "install vLLM's build for CUDA, or leave model.batch_invariant off",
         )
     torchtitan.tools.utils.get_cuda_flash_attention_impl = lambda: NAME  # what its attention activates, once built
     if current_flash_attention_impl() != NAME:
@@ -62,11 +62,20 @@ def activate() -> None:
 
 
 @cache
-def _library() -> Path | None:
+def _lacks() -> str:
+    """Load it. Why it cannot be had, or nothing."""
     # Without `import vllm`, which is for generators: it has all of this process compile in one thread.
     found = importlib.util.find_spec("vllm")
     places = (found.submodule_search_locations if found else None) or ()
-    return next((file for place in places for file in Path(place).glob("vllm_flash_attn/_vllm_fa3_C*.so")), None)
+    file = next((file for place in places for file in Path(place).glob("vllm_flash_attn/_vllm_fa3_C*.so")), None)
+    if file is None:
+        return "the installed vLLM does not have it (vllm_flash_attn/_vllm_fa3_C*.so)"
+    try:
+        torch.ops.load_library(str(file))
+    except OSError as error:
+        logger.warning("attention goes by torch's FlashAttention 2: %s", error)
+        return f"it does not load: {error}"
+    return ""
 
 
 class Override:
@@ -82,7 +91,10 @@ class Override:
             others = {name for name, value in options.items() if value is not None} - {"scale", "num_splits"}
             others -= {"window_size_left", "window_size_right"}
             is_packed = cu_q is not None and cu_k is not None
-            if not is_packed or dropout or is_debug or others or {q.shape[-1], v.shape[-1]} - set(HEAD_DIMS):
+            is_of_size = q.shape[-1] == v.shape[-1] and q.shape[-1] in HEAD_DIMS
+            if not is_packed or dropout or is_debug or others or not is_of_size:
+                # Who sees another kernel than FlashAttention 2 in use does not tell it what it has to be told there.
+                options |= {"num_splits": 1} if is_packed and options.get("num_splits") is None else {}
                 given = q, k, v, cu_q, cu_k, max_q, max_k, dropout, is_causal, is_debug
                 return before.call_boxed(keys, *given, **options)
             scale, left, right = (options.get(name) for name in ("scale", "window_size_left", "window_size_right"))
@@ -115,7 +127,7 @@ class Override:
 
 
 def _register() -> Override:
-    torch.ops.load_library(str(_library()))
+    assert not _lacks()
     logger.info("attention: forward by FlashAttention 3, which vLLM brings")
     return Override("CUDA", torch.ops._vllm_fa3_C.fwd)
 
