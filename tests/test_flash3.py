@@ -128,7 +128,5 @@ def test_one_that_is_removed_gives_back_what_was_there(before: list[str]) -> Non
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this vLLM may have it")
 def test_a_vllm_without_it_is_told_in_a_line() -> None:
     assert not flash3.serves()
-    with pytest.raises(
-        UserError, match=r"model\.batch_invariant takes .*: the installed vLLM does not"
-    ):
+    with pytest.raises(UserError, match=r"model\.batch_invariant takes .*: the installed vLLM does not"):
         flash3.activate()
