@@ -242,8 +242,13 @@ def test_the_folder_of_a_supervisor_that_was_killed_is_removed_and_nobody_elses(
 class FakeNvml:
     """The driver's library, with GPUs that are as they are told to be."""
 
-    def __init__(self, *gpus: dict[str, Any]) -> None:
+    def __init__(self, *gpus: dict[str, Any], cuda: int | None = None) -> None:
         self.gpus = gpus
+        self.cuda = cuda
+
+    def nvmlSystemGetCudaDriverVersion_v2(self, version: Any) -> int:
+        version._obj.value = self.cuda or 0
+        return 13 if self.cuda is None else 0  # NVML_ERROR_FUNCTION_NOT_FOUND
 
     def __getattr__(self, name: str) -> Callable[..., int]:
         return lambda *arguments: 0 if name in ("nvmlInit_v2", "nvmlShutdown") else 3
@@ -324,6 +329,15 @@ def test_a_node_tells_name_capability_and_memory_of_its_gpus() -> None:
     kinds = look_at_gpus({}, {"lost": True}, small).kinds
     assert [kind.pop("capability") for kind in kinds] == [[9, 0], [8, 0]]
     assert kinds == [*h100(1), *a100(1)]
+
+
+@pytest.mark.parametrize("cuda", [None, 12080])
+def test_a_node_tells_which_cuda_its_driver_is_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: int | None
+) -> None:
+    monkeypatch.setattr(own, "GpuHealth", partial(GpuHealth, load=lambda name: FakeNvml({}, cuda=cuda)))
+    found = look_at_node(tmp_path, tmp_path / "tls", "7.0.0", ["0"], Config(), alone=True)
+    assert found["cuda_driver"] == cuda and found["working_gpus"] == 1
 
 
 @pytest.mark.parametrize(("used", "looked_at"), [(None, 8), (4, 4), (0, 0)])

@@ -23,7 +23,7 @@ from forge_hpc.actors.generator import Generator
 from forge_hpc.actors.trainer import Trainer
 from forge_hpc.cluster.allocation import Allocation
 from forge_hpc.cluster.faults import Faults
-from forge_hpc.cluster.given_gpus import UnusableGpus, cpu_build, unusable
+from forge_hpc.cluster.given_gpus import UnusableGpus, cpu_build, cuda_build, unusable
 from forge_hpc.cluster.meshes import bootstrap_command
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.cluster.worker import ORDER, gpu_order, other_order
@@ -36,7 +36,7 @@ from forge_hpc.models.device import check_gpus, device_type
 from forge_hpc.run_dir import RunDir
 from forge_hpc.supervisor import node as node_module
 from forge_hpc.supervisor.ending import Exit
-from forge_hpc.supervisor.fit import look_at_fit
+from forge_hpc.supervisor.fit import Fit, look_at_fit
 from forge_hpc.supervisor.node import Node
 
 NOWHERE = "98,99"
@@ -133,8 +133,9 @@ def test_a_node_knows_torch_s_build_without_importing_it(
     text = f"from typing import Optional\n__version__ = '2.13.0'\ncuda: Optional[str] = {cuda}\nhip = {hip}\n"
     (file.parent / "version.py").write_text(text)
     assert cpu_build() == ("2.13.0" if is_for_the_cpu else None)
+    assert cuda_build() == (("2.13.0", "13.0") if cuda else None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert cpu_build() is None
+    assert cpu_build() is None and cuda_build() is None
 
 
 def test_the_torch_that_is_installed_is_read_as_it_is() -> None:
@@ -155,6 +156,33 @@ def test_the_node_is_named_before_any_process_is_started_on_it(tmp_path: Path) -
     assert "given 2 GPUs (4,5)" in str(refused("2.13.0+cpu", gpus="2"))
     assert refused(None, None) is None
     assert refused("2.13.0+cpu", gpus="0") is None
+
+
+@pytest.mark.parametrize(
+    ("driver", "build", "fits"),
+    [(12080, "13.0", False), (13000, "13.0", True), (13020, "13.0", True), (12020, "12.8", True), (None, "13.0", True)],
+)
+def test_a_driver_for_an_older_cuda_is_told_before_anything_starts(
+    tmp_path: Path, driver: int | None, build: str, fits: bool
+) -> None:
+    cfg = load_config(PROJECT / "configs/sft/demo.yaml", ["cluster.gpus_per_node=2"])
+    limit = {"num_bytes": 1 << 40, "is_cgroups": False}
+    has = {"gpus": 2, "gpu_names": ["0", "1"], "memory_bytes": 1 << 40, "memory_limit": limit, "cpu_build": None}
+    has |= {"cuda_build": ["2.13.0+cu130", build]}  # as JSON has it
+
+    def look(*drivers: int | None) -> Fit:
+        reports = {node: has | {"cuda_driver": each} for node, each in enumerate(drivers)}
+        return look_at_fit(cfg, RunDir(tmp_path), reports, 0, lambda node: f"node {node} (n{node})")
+
+    why = f"their driver is for CUDA 12.8, and it is built for {build}"
+    all_of_them, some = look(driver, driver), look(13000, driver)
+    if fits:
+        assert all_of_them.refused is None is some.refused and not all_of_them.unfit and not some.unfit
+    else:
+        assert isinstance(all_of_them.refused, UnusableGpus)
+        given = "node 0 (n0) is given 2 GPUs (0,1), and torch 2.13.0+cu130 can use none"
+        assert all_of_them.refused.message == f"{given}: {why}"
+        assert some.refused is None and some.unfit == {1: f"torch cannot use its GPUs: {why}"}
 
 
 @pytest.mark.slow

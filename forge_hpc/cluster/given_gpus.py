@@ -2,8 +2,9 @@
 
 Those that torch cannot use at all: it would train on the CPU, and complete.
 
-    node      its supervisor reads which build torch is (``cpu_build``) ─► the gate, before anything starts
-    process   its actor asks torch (``models.device.check_gpus``), which knows the driver ─► the controller
+    node      its supervisor reads which build torch is (``cpu_build``, ``cuda_build``), and asks the driver which CUDA
+              it is for ─► the gate, before anything starts
+    process   its actor asks torch (``models.device.check_gpus``), which tries ─► the controller
 
 Imports no torch.
 """
@@ -54,14 +55,40 @@ def not_invariant(who: str, has: str) -> UserError:
 def cpu_build() -> str | None:
     """The version of the installed torch where it is built for the CPU alone, by what its package says of itself; None
     where it is built for GPUs of any maker, or says nothing."""
+    version, cuda, hip = _build()
+    return version if version is not None and is_cpu_build(cuda, hip) else None
+
+
+def cuda_build() -> tuple[str, str] | None:
+    """The version of the installed torch, and the CUDA that it is built for; None where there is none."""
+    version, cuda, _ = _build()
+    return (version, cuda) if version is not None and cuda is not None else None
+
+
+def why_too_old(driver: int | None, build: Sequence[str] | None) -> str | None:
+    """What is wrong where a driver is for an older CUDA than torch is built for; None where the two may fit.
+
+    A driver serves builds of the same first number (NVIDIA's minor version compatibility).
+
+    Args:
+        driver: as ``gate.nvml.GpuHealth.cuda``.
+        build: from ``cuda_build``.
+    """
+    if driver is None or build is None or driver // 1000 >= int(build[1].partition(".")[0]):
+        return None
+    return f"their driver is for CUDA {driver // 1000}.{driver % 1000 // 10}, and it is built for {build[1]}"
+
+
+def _build() -> tuple[str | None, str | None, str | None]:
+    """What the package says of itself: its version, CUDA and HIP."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        return None
+        return None, None, None
     try:
         build = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
     except OSError:
-        return None
-    return build["__version__"] if is_cpu_build(build.get("cuda"), build.get("hip")) else None
+        return None, None, None
+    return build["__version__"], build.get("cuda"), build.get("hip")
 
 
 def is_cpu_build(cuda: str | None, hip: str | None) -> bool:

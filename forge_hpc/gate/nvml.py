@@ -31,6 +31,8 @@ class GpuHealth:
     Attributes:
         working: how many of them answer; None where there is no driver.
         kinds: ``name`` and ``memory_bytes`` of each that does.
+        cuda: the newest CUDA that the driver is for, as 1000 times its first number and 10 times its second; None where
+            it does not tell. A library for forward compatibility counts, where the loader finds it.
         problems: what is wrong with those that do, a line a GPU. Memory in use is one when it is so for ``return_s``.
     """
 
@@ -45,6 +47,7 @@ class GpuHealth:
         self._until = time.monotonic() + return_s
         self.working: int | None = None
         self.kinds: list[dict[str, Any]] = []
+        self.cuda: int | None = None
         self.problems: list[str] = []
         if not gpus:
             return
@@ -55,6 +58,9 @@ class GpuHealth:
         if self._nvml.nvmlInit_v2() != 0:
             return
         try:
+            version = ctypes.c_int()
+            if self._nvml.nvmlSystemGetCudaDriverVersion_v2(ctypes.byref(version)) == 0:
+                self.cuda = version.value
             self.working = sum(self._look(gpu) for gpu in gpus)
         finally:
             self._nvml.nvmlShutdown()

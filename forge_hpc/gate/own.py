@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from forge_hpc.cluster.folders import remove_left_over
-from forge_hpc.cluster.given_gpus import cpu_build
+from forge_hpc.cluster.given_gpus import cpu_build, cuda_build
 from forge_hpc.cluster.worker import other_order
 from forge_hpc.config import Config
 from forge_hpc.config.recipes import needs_of
@@ -55,6 +55,8 @@ def look_at_node(shared: Path, tls: Path, start: str, gpus: list[str], config: C
         "gpu_order": other_order(used),
         "gpu_names": gpus,
         "cpu_build": cpu_build() if gpus else None,
+        "cuda_build": cuda_build() if gpus else None,
+        "cuda_driver": health.cuda,
         "memory_bytes": memory,
         "memory_limit": {"num_bytes": limit, "is_cgroups": is_cgroups},
         "clock_s": 0.0 if alone else clock_offset_s(shared),

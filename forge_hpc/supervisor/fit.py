@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from forge_hpc.cluster.given_gpus import CPU_BUILD, INVARIANT, not_invariant, unusable
+from forge_hpc.cluster.given_gpus import CPU_BUILD, INVARIANT, not_invariant, unusable, why_too_old
 from forge_hpc.config import Config, UserError, load_config, read_config
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.config.split import Placement, place
@@ -55,11 +55,14 @@ def look_at_fit(
     try:
         placement = place(config, [report["gpus"] for report in reports.values()], num_left_out)
         _check_builds(placement, reports, named)
+        old = _old_drivers(placement, reports, named)
         sizes = _sizes(config, run_dir)
         _check_gpus(config, placement, reports, sizes)
         others = _not_invariant(config, placement, reports)
     except UserError as error:
         return Fit(error)
+    if old:
+        return Fit(None, old)
     if others:
         node, has = next(iter(others.items()))
         if len(others) == len(reports):
@@ -101,6 +104,22 @@ def _check_builds(placement: Placement, reports: Mapping[int, Mapping[str, Any]]
     for node, report in reports.items() if placement.gpus_per_node else ():
         if (build := report.get("cpu_build")) is not None:
             raise unusable(named(node), report["gpu_names"][: placement.gpus_per_node], build, CPU_BUILD)
+
+
+def _old_drivers(
+    placement: Placement, reports: Mapping[int, Mapping[str, Any]], named: Callable[[int], str]
+) -> dict[int, str]:
+    """Nodes whose driver is too old for torch. Raises UserError where all are such."""
+    found = {
+        node: why
+        for node, report in reports.items()
+        if placement.gpus_per_node and (why := why_too_old(report.get("cuda_driver"), report.get("cuda_build")))
+    }
+    if found and len(found) == len(reports):
+        node, why = next(iter(found.items()))
+        version, _ = reports[node]["cuda_build"]
+        raise unusable(named(node), reports[node]["gpu_names"][: placement.gpus_per_node], version, why)
+    return {node: f"torch cannot use its GPUs: {why}" for node, why in found.items()}
 
 
 def _check_gpus(config: Config, placement: Placement, reports: Mapping[int, Mapping[str, Any]], sizes: Sizes) -> None:
