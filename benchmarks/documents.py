@@ -20,7 +20,6 @@ import numpy as np
 from rows import row
 
 from forge_hpc.config.schema import Config, DataConfig
-from forge_hpc.data.ahead import Workers
 from forge_hpc.data.mixture import open_sources
 from forge_hpc.data.prompts import DocumentStream
 
@@ -67,9 +66,9 @@ def waits(stream: DocumentStream, num: int) -> tuple[float, int]:
     seconds = []
     for number in range(ROUNDS + 1):
         for source in stream._ahead:  # a step that takes long enough
-            for _, begun, _ in source._drawn:
-                if begun is not None:
-                    begun.result()
+            for each in source._ahead:
+                if each.begun is not None:
+                    each.begun.result()
         start = time.perf_counter()
         documents = stream.take(num)
         if number:
@@ -100,8 +99,7 @@ def main() -> None:
         alone_s, _ = waits(plain, args.examples)
         alone = per_second(plain, args.examples)
         for num in args.processes:
-            stream = DocumentStream(open_sources(config), tokenizer, config, ahead=True)
-            stream._workers = Workers(stream._renderers, num)
+            stream = DocumentStream(open_sources(config), tokenizer, config, ahead=True, num_processes=num)
             beside = f"{num} processes" if num else "a thread"
             wait_s, tokens = waits(stream, args.examples)
             row(f"{args.examples} chats of a step ({tokens:,} tokens): waited for, {beside} beside", 1e3 * wait_s,
