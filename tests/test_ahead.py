@@ -307,7 +307,8 @@ if __name__ == "__main__":
 def test_processes_end_with_a_killed_controller(tmp_path: Path) -> None:
     script = tmp_path / "controller.py"
     script.write_text(ORPHAN)
-    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as controller:
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}  # which its supervisor would remove
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environ) as controller:
         assert controller.stdout is not None
         pids = [int(pid) for pid in controller.stdout.readline().split()]
         os.kill(controller.pid, signal.SIGKILL)
