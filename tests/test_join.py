@@ -36,6 +36,7 @@ from forge_hpc.joining.door import Answer, Ask, Door, Lent, Over
 from forge_hpc.joining.jobs import is_lending_job, lending_jobs
 from forge_hpc.joining.lifeline import Lifelines, hold
 from forge_hpc.run_dir import RunDir
+from forge_hpc.sizing.host import plan_lent
 from forge_hpc.slurm import partitions
 from forge_hpc.slurm.partitions import Kind, Partition
 from forge_hpc.wire.tls import Certificates
@@ -218,6 +219,34 @@ def test_the_desk_lets_in_what_is_like_the_run_and_numbers_it_after_the_runs_own
     assert answers["b"].refused == "its environment is another: forge_hpc xyz, elsewhere abc"
     assert "is full" in answers["c"].refused and "does not understand" in answers["d"].refused
     assert rendezvous.names("lent-") == ["lent-3", "lent-4"] and rendezvous.names("ask-") == []
+
+
+def test_a_node_with_too_little_memory_for_its_generators_is_not_taken(tmp_path: Path) -> None:
+    rendezvous = Rendezvous(tmp_path / "7.0.0")
+    config = load_config(DEMO, [ASYNC, "model.dtype=bfloat16", "generator.engine.kv_cache_memory_gib=4"])
+    eight_b: Any = SimpleNamespace(num_params=8 * 2**30)
+    desk = Desk(config, rendezvous, Authority(), report(), 3, tmp_path, lambda path: eight_b)
+    for name, gib in (("a", 64), ("b", 32)):
+        ask(name, rendezvous, memory_limit={"num_bytes": gib << 30, "is_cgroups": True})
+    ask("c", rendezvous)  # of an earlier version
+    desk.look()
+    answers = {name: Answer.of(rendezvous.look(door.answer_name(name))) for name in "abc"}
+    assert not answers["a"].refused and not answers["c"].refused
+    assert answers["b"].refused.startswith(
+        "it is to keep 36.0 GiB in its memory (engines 16.0, weights received 16.0, KV cache 4.0) and may have 32.0 "
+        "(the limit of its cgroup); raise slurm.mem"
+    )
+
+
+@pytest.mark.parametrize(("options", "gib"), [((), 16), (("generator.weight_transport=nccl",), 0)])
+def test_generators_on_lent_gpus_keep_the_weights_that_come_once(options: tuple[str, ...], gib: int) -> None:
+    config = load_config(DEMO, [ASYNC, "model.dtype=bfloat16", *options])
+    size: Any = SimpleNamespace(num_params=8 * 2**30)
+    host = plan_lent(config, 4, on_gpus=True, size_of=lambda path: size)
+    assert host is not None
+    (needs,) = host.nodes
+    kept = {need.what: need.num_bytes >> 30 for need in needs}
+    assert kept == {"processes": 4} | ({"weights received": gib} if gib else {})
 
 
 # ---- a lent node's supervisor, with a Monarch worker, against a run that the test plays

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from forge_hpc.files import in_thread
 from forge_hpc.gate.verdict import own_problems
 from forge_hpc.joining import door
 from forge_hpc.joining.door import Answer, Ask, Door, Lent
+from forge_hpc.sizing.host import Sizes, plan_lent, room_of
 
 WITHIN_S = 8.0
 """A file system that hangs holds the supervisor up for so long."""
@@ -27,6 +28,7 @@ class Desk:
     Args:
         report: of the first node (``gate.own.look_at_node``), to which lent ones are compared.
         num_nodes: of the run itself: lent ones are numbered from there.
+        size_of: the size of a model by its path, None being the policy's.
     """
 
     def __init__(
@@ -37,12 +39,14 @@ class Desk:
         report: Mapping[str, Any],
         num_nodes: int,
         log_dir: Path,
+        size_of: Sizes = lambda path: None,
     ) -> None:
         self._config = config
         self._rendezvous = rendezvous
         self._authority = authority
         self._report = report
         self._next = num_nodes
+        self._size_of = size_of
         gpus = config.cluster.gpus_per_node
         self._gpus = int(report.get("gpus", 0)) if gpus is None else gpus
         environment = dict(report.get("environment", {}))
@@ -71,7 +75,7 @@ class Desk:
             ask = Ask.of(record)
             if problems := own_problems({0: self._report, 1: ask.report}, whole_nodes=False)[1]:
                 return self._refusal(ask, "; ".join(problems))
-            lent_replicas(self._config, self._gpus, ask.gpus)
+            self._check_memory(ask, lent_replicas(self._config, self._gpus, ask.gpus))
             cert = self._authority.certify(ask.request.encode(), ask.names)
         except UserError as error:
             return self._refusal(ask, error.message)
@@ -80,6 +84,13 @@ class Desk:
         node, self._next = self._next, self._next + 1
         print(f"job {ask.job_id} lends {ask.slurm_name}: node {node} from now on", file=sys.stderr, flush=True)
         return Answer("", node, self._authority.ca.decode(), cert.decode())
+
+    def _check_memory(self, ask: Ask, replicas: Sequence[Sequence[int]]) -> None:
+        """Raises UserError where the node's own memory is too small for such generators."""
+        limit = ask.report.get("memory_limit")
+        host = plan_lent(self._config, len(replicas), on_gpus=bool(replicas[0]), size_of=self._size_of)
+        if host is not None and limit is not None and (error := host.refusal(0, room_of(**limit), "it")):
+            raise UserError(f"{error.message}; {error.hint}")
 
     def _refusal(self, ask: Ask, why: str) -> Answer:
         print(f"{ask.slurm_name}, which job {ask.job_id} lends, is not taken: {why}", file=sys.stderr, flush=True)

@@ -128,6 +128,18 @@ def plan_host(cfg: Config, needs: Needs, placement: Placement, size_of: Sizes) -
     return HostPlan(tuple(nodes))
 
 
+def plan_lent(cfg: Config, num_replicas: int, *, on_gpus: bool, size_of: Sizes) -> HostPlan | None:
+    """The same of a node that another job lends, with so many generators and no trainer; None where the size of the
+    model is not known."""
+    if (size := size_of(None)) is None:
+        return None
+    weights = size.num_params * ITEMSIZE[cfg.model.dtype]
+    held = [] if on_gpus else [*_on_cpu(num_replicas, weights, cfg.generator.engine)]
+    if _streams(cfg):
+        held.append(Need(_RECEIVED, weights))
+    return HostPlan((_by_column([*held, Need(_PROCESSES, num_replicas * PROCESS_BYTES)]),))
+
+
 def _by_column(held: Sequence[Need]) -> tuple[Need, ...]:
     sums = {what: sum(need.num_bytes for need in held if need.what == what) for what in COLUMNS}
     return tuple(Need(what, num_bytes) for what, num_bytes in sums.items() if num_bytes)
@@ -204,8 +216,12 @@ def _of_frozen(cfg: Config, num_params: float, *, on_cpu: bool, offload: bool) -
 def _other_hosts(cfg: Config, placement: Placement) -> bool:
     """Whether whole weights go to generators over streams: from trainers of other hosts."""
     is_apart = any([*placement.trainer_nodes] != [node] for node in placement.rollout_nodes)
-    is_whole = not cfg.trainer.lora.sends_adapters
-    return bool(placement.trainer_nodes) and is_apart and is_whole and cfg.generator.weight_transport == "tls"
+    return bool(placement.trainer_nodes) and is_apart and _streams(cfg)
+
+
+def _streams(cfg: Config) -> bool:
+    """Whether what goes between hosts are whole weights over streams."""
+    return cfg.generator.weight_transport == "tls" and not cfg.trainer.lora.sends_adapters
 
 
 def _page_locked(num_bytes: int) -> int:

@@ -37,6 +37,7 @@ from forge_hpc.supervisor import deadlines
 from forge_hpc.supervisor.coming_back import come_back, is_to_come_back
 from forge_hpc.supervisor.controller_process import ControllerProcess, cancelled
 from forge_hpc.supervisor.ending import EXITS, FAILURES, RULES, Cause, ControllerExit, Ending, Exit
+from forge_hpc.supervisor.fit import sizes_of
 from forge_hpc.supervisor.gate import Verdict, open_gate
 from forge_hpc.supervisor.job import OwnJob
 from forge_hpc.supervisor.lead import lead_s
@@ -186,7 +187,7 @@ class FirstNode:
         desk = None
         if self._node.takes_lent:
             who = started.authority, started.report, len(slurm_names)
-            desk = Desk(config, rendezvous, *who, log_dir)
+            desk = Desk(config, rendezvous, *who, log_dir, sizes_of(config, self.run_dir))
         controller = ControllerProcess.start(self._node, requests, self.lock, rendezvous, tls, log_dir)
         stacks = self._node.stack_writer(rendezvous, log_dir)
         request = controller.wait(worker, rendezvous, deadlines.heartbeat_timeout_s(config), stacks, desk)

@@ -56,7 +56,7 @@ def look_at_fit(
         placement = place(config, [report["gpus"] for report in reports.values()], num_left_out)
         _check_builds(placement, reports, named)
         old = _old_drivers(placement, reports, named)
-        sizes = _sizes(config, run_dir)
+        sizes = sizes_of(config, run_dir)
         _check_gpus(config, placement, reports, sizes)
         others = _not_invariant(config, placement, reports)
     except UserError as error:
@@ -86,8 +86,8 @@ def model_of(config: Config, run_dir: RunDir) -> str:
     return load_config(config.warmstart.config, config.warmstart.overrides).model.path
 
 
-def _sizes(config: Config, run_dir: RunDir) -> Sizes:
-    """Of its models; where the disk does not answer none is known."""
+def sizes_of(config: Config, run_dir: RunDir) -> Sizes:
+    """Of a run's models; where the disk does not answer none is known."""
     paths = [None, *(need.path for need in needs_of(config).models.values()), *(one.path for one in config.served)]
 
     def look() -> dict[str | None, Any]:
