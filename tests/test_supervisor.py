@@ -35,7 +35,7 @@ from forge_hpc.supervisor.signals import StopRequest
 from forge_hpc.supervisor.starts import StartLog
 from forge_hpc.supervisor.supervisor import Supervisor
 from forge_hpc.supervisor.walltime import SlurmClock, Walltime
-from forge_hpc.supervisor.warm_start import warm_start
+from forge_hpc.supervisor.warm_start import patience_s, warm_start
 
 JOB = Allocation("31", 0, 2, 2)
 
@@ -558,6 +558,17 @@ def test_a_crash_of_the_warm_start_is_one_of_the_run(
     ended = warm_start(supervisor.run_dir, Config(), supervisor.requests, supervisor.first.status)
     assert ended is not None and ended.cause == expected
     assert ("what happened" if end else "ended with 1") in ended.message
+
+
+def test_a_warm_start_has_the_time_to_say_what_hangs_unless_there_is_less() -> None:
+    warm = Config()
+    asked = StopRequest(Cause.ASKED, "asked", None)
+    assert patience_s(asked, warm) >= deadlines.heartbeat_timeout_s(warm) + deadlines.OTHERS_S
+    warm.cluster.start_timeout_s = 2 * deadlines.SILENT_S
+    assert patience_s(asked, warm) > 2 * deadlines.SILENT_S
+    assert patience_s(replace(asked, within_s=30.0), warm) == 30.0 - deadlines.REQUEUE_S
+    cancelled = StopRequest(Cause.CANCELLED, "stopped", None)
+    assert patience_s(cancelled, warm) == deadlines.STOP_S + 2
 
 
 # ---- the job script's part

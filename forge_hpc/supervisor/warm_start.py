@@ -8,13 +8,13 @@ import subprocess
 import sys
 import time
 
-from forge_hpc.config import Config, load_config, save_config
+from forge_hpc.config import Config, load_config, read_config, save_config
 from forge_hpc.run_dir import RunDir
 from forge_hpc.status_writer import StatusWriter
 from forge_hpc.supervisor import deadlines
 from forge_hpc.supervisor.ending import FAILURES, Cause, Ending, Exit
 from forge_hpc.supervisor.robust import how_it_ended
-from forge_hpc.supervisor.signals import StopRequests
+from forge_hpc.supervisor.signals import StopRequest, StopRequests
 from forge_hpc.supervisor.starts import StartLog
 
 
@@ -38,10 +38,7 @@ def warm_start(parent: RunDir, config: Config, requests: StopRequests, status: S
         if (request := requests.next()) is not None:
             process.send_signal(signal.SIGINT if request.cancels else signal.SIGTERM)
             requests.current = request
-            if request.cancels:
-                _wait_for_end(process, max(deadlines.STOP_S, request.within_s or 0.0) + 2, requests)
-            else:
-                _wait_for_end(process, (request.within_s or deadlines.SILENT_S) - deadlines.REQUEUE_S, requests)
+            _wait_for_end(process, patience_s(request, read_config(run_dir.config)), requests)
             return Ending(request.cause, f"{request.message}, in the warm start")
         if time.monotonic() - beat > deadlines.BEAT_S:
             status.update()
@@ -59,6 +56,16 @@ def warm_start(parent: RunDir, config: Config, requests: StopRequests, status: S
     cause = Cause.CRASH if end["cause"] in FAILURES else Cause.FAILED
     usage = Exit.USAGE if process.returncode == Exit.USAGE else None
     return Ending(cause, f"the warm start in {run_dir} failed: {end['message']}", exit=usage)
+
+
+def patience_s(request: StopRequest, warm: Config) -> float:
+    """How long the warm start's supervisor may take to save and end: where nobody gives a time, as long as it waits
+    itself for a controller that hangs, whose stacks it writes before it kills it."""
+    if request.cancels:
+        return max(deadlines.STOP_S, request.within_s or 0.0) + 2
+    if request.within_s is None:
+        return deadlines.heartbeat_timeout_s(warm) + deadlines.OTHERS_S
+    return request.within_s - deadlines.REQUEUE_S
 
 
 def _wait_for_end(process: subprocess.Popen[bytes], timeout_s: float, requests: StopRequests) -> None:
