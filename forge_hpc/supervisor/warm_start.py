@@ -28,6 +28,7 @@ def warm_start(parent: RunDir, config: Config, requests: StopRequests, status: S
         warm = load_config(config.warmstart.config, config.warmstart.overrides)
         warm.data.template_date = warm.data.template_date or config.data.template_date
         save_config(warm, run_dir.create().config)
+    own = read_config(run_dir.config)
     print(f"warm start in {run_dir}", flush=True)
     environ = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     command = [sys.executable, "-m", "forge_hpc.run", "--run-dir", str(run_dir.path), "--no-summary"]
@@ -38,7 +39,7 @@ def warm_start(parent: RunDir, config: Config, requests: StopRequests, status: S
         if (request := requests.next()) is not None:
             process.send_signal(signal.SIGINT if request.cancels else signal.SIGTERM)
             requests.current = request
-            _wait_for_end(process, patience_s(request, read_config(run_dir.config)), requests)
+            _wait_for_end(process, patience_s(request, own), requests)
             return Ending(request.cause, f"{request.message}, in the warm start")
         if time.monotonic() - beat > deadlines.BEAT_S:
             status.update()
