@@ -265,7 +265,8 @@ def test_renderers_that_cannot_be_copied_and_examples_that_cannot_be_sent(caplog
     assert any("made between the steps" in record.message for record in caplog.records)
     workers = Workers([DocumentRenderer(TOKENIZER, DataConfig(chat_template=False))], 1)
     example = {"question": "1", "answer": "2", "another": lambda: None}
-    assert workers.begin(0, example, "") is None
+    assert workers.begin(0, example, "") is None and workers.begin(0, example, "") is None
+    assert sum("cannot be sent" in record.message for record in caplog.records) == 1
     (document,) = workers.finish(0, example, "", None)
     assert TOKENIZER.decode(document.token_ids) == "12<eos>"
     begun = workers.begin(0, {"question": "1", "answer": Unreadable()}, "data, example 3")

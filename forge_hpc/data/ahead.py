@@ -95,13 +95,16 @@ class Workers:
 
     def begin(self, number: int, example: Any, where: str) -> Future[Made] | None:
         """Make the documents of an example of source ``number``; None where nobody does it beside."""
-        try:
-            if isinstance(self._pool, ProcessPoolExecutor):
-                return self._pool.submit(self._render, number, pickle.dumps(example), where)
-        except BrokenProcessPool as error:
-            self._replace(error)
-        except Exception:  # an example that cannot be sent: ``finish`` makes it
-            return None
+        if isinstance(self._pool, ProcessPoolExecutor):
+            try:
+                pickled = pickle.dumps(example)
+            except Exception as error:  # its fields may be anything
+                self._tell(logger, logging.INFO, f"examples that cannot be sent are made between the steps: {error}")
+                return None
+            try:
+                return self._pool.submit(self._render, number, pickled, where)
+            except BrokenProcessPool as error:
+                self._replace(error)
         return self._pool.submit(self._render, number, example, where) if self._pool else None
 
     def finish(self, number: int, example: Any, where: str, begun: Future[Made] | None) -> list[Document]:
@@ -109,7 +112,7 @@ class Workers:
         made = None
         if begun is not None:
             try:
-                made = begun.result()
+                made = begun.result()  # a renderer that hangs stops the heartbeat, whoever runs it
             except BrokenProcessPool as error:
                 self._replace(error)
             except CancelledError:  # by ``close``
@@ -117,13 +120,16 @@ class Workers:
         if made is None:
             return self._renderers[number](example, where)
         for record in made.said:
-            teller = logging.getLogger(record.name)
-            if teller.isEnabledFor(record.levelno) and record.msg not in self._told and len(self._told) < _MAX_TOLD:
-                self._told.add(record.msg)
-                teller.handle(record)
+            self._tell(logging.getLogger(record.name), record.levelno, record.msg)
         if made.error is not None:
             raise made.error
         return made.documents
+
+    def _tell(self, teller: logging.Logger, level: int, message: str) -> None:
+        """Once."""
+        if message not in self._told and len(self._told) < _MAX_TOLD:
+            self._told.add(message)
+            teller.log(level, "%s", message)
 
     def close(self) -> None:
         """End them; what is asked for later is made by the caller."""
