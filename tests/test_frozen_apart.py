@@ -19,8 +19,7 @@ from forge_hpc.config.recipes import needs_of
 from forge_hpc.config.split import frozen_apart
 from forge_hpc.controller.frozen import FrozenProcesses
 from forge_hpc.controller.generators import NodeLost
-from forge_hpc.controller.recovery import Recoveries
-from forge_hpc.controller.service import ActorLost
+from forge_hpc.controller.recovery import GivenUp, Recoveries
 from forge_hpc.controller.trainers import Trainers
 
 KL = ("reference.enable=true", "algorithm.kl_coef=0.1")
@@ -201,7 +200,7 @@ def test_lost_processes_are_started_again_and_asked_again_until_that_has_gone_on
         assert cluster.stores == ["process-group-frozen", "process-group-frozenr1", "process-group-frozenr2"]
         assert cluster.killed == ["frozen", "frozenr1"], "ranks that wait for a dead one end no sooner by themselves"
         cluster.num_losses = 1
-        with pytest.raises(ActorLost, match=r"frozen models: killed \(lost 3 times without a completed step"):
+        with pytest.raises(GivenUp, match=r"frozen models: killed \(lost 3 times without a completed step"):
             await frozen.logprobs(random_documents(3), "reference")
 
     asyncio.run(scenario())

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from runs import REWARD, run_local, small_run
 
 from forge_hpc.config import Config, plan
 from forge_hpc.controller import generators
 from forge_hpc.controller.generators import GeneratorPool, WeightSync
 from forge_hpc.controller.kept import KeptMeshes
-from forge_hpc.controller.recovery import Recoveries
-from forge_hpc.controller.service import ActorLost
+from forge_hpc.controller.recovery import GivenUp, Recoveries
+from forge_hpc.data.builtin import write_tiny_qwen3
 from forge_hpc.weights import Offer
 
 
@@ -177,7 +178,7 @@ def test_an_engine_that_does_not_start_is_tried_again_and_not_for_ever() -> None
     assert 5 in mended.service.serving and not mended.failed.done()
     assert 5 not in failed.service.serving
     error = failed.failed.result()
-    assert isinstance(error, ActorLost) and "no free memory (lost 4 times without a completed step" in str(error)
+    assert isinstance(error, GivenUp) and "no free memory (lost 4 times without a completed step" in str(error)
 
 
 def test_a_start_outlives_the_attempt_that_began_it_and_one_that_failed_is_begun_anew() -> None:
@@ -265,6 +266,20 @@ def test_many_generators_may_die_between_two_steps_but_not_one_again_and_again()
         assert len(pool.pool.service.serving) == 16
         for _ in range(pool.config.cluster.max_restarts):
             await pool.lose(7)
-        assert isinstance(pool.pool.failed.result(), ActorLost)
+        assert isinstance(pool.pool.failed.result(), GivenUp)
 
     asyncio.run(scenario())
+
+
+@pytest.mark.training
+def test_a_generator_that_is_given_up_ends_the_run_and_costs_the_trainers_nothing(tmp_path: Path) -> None:
+    write_tiny_qwen3(tmp_path / "model", seed=0, head_dim=16)  # which vLLM's attention on the CPU raises for
+    model = f"model.path={tmp_path / 'model'}"
+    result = run_local(tmp_path / "run", small_run(tmp_path, 2, REWARD, model, "cluster.max_restarts=1"))
+    assert result.returncode == 1
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: generator 0, sample(): the generation engine failed: RuntimeError: ")
+    assert line.endswith(" (lost 2 times without a completed step in between)")
+    [log] = (tmp_path / "run").glob("logs/*/controller.log")
+    text = log.read_text()
+    assert text.count("recovering (") == 1 and "did not end in good order" not in text

@@ -24,7 +24,7 @@ from forge_hpc.cluster.meshes import Cluster, attach
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.config import Config, UserError
 from forge_hpc.config.split import place
-from forge_hpc.controller.recovery import Departure, Leave, Recoveries
+from forge_hpc.controller.recovery import Departure, GivenUp, Leave, Recoveries
 from forge_hpc.controller.service import ActorLost, cause_of, is_loss, told
 from forge_hpc.observability.environment import write_environment
 from forge_hpc.observability.logs import Terminal
@@ -167,6 +167,8 @@ async def conduct(
                 done = await attempt(session, pool, terminal, leave, status)
             except NodeLost as error:
                 node_lost(error.node, str(error))
+            except GivenUp:  # other trainers would not help
+                raise
             except ActorLost as error:
                 session.lose(str(error))
                 await session.abandon()
@@ -183,7 +185,7 @@ async def attempt(
     """Run the recipe from the newest checkpoint: True when it is done, False when the run has saved to leave.
 
     Raises:
-        ActorLost: trainers, or what they cannot be without, are lost.
+        ActorLost: trainers, or what they cannot be without, are lost. GivenUp: generators or frozen models, for good.
         NodeLost: nothing can be started on a trainer node.
     """
     from forge_hpc.controller.generators import NodeLost
@@ -204,7 +206,7 @@ async def attempt(
         if work.done():
             if (error := work.exception()) is None:
                 return True
-            if isinstance(cause := cause_of(error), NodeLost):
+            if isinstance(cause := cause_of(error), NodeLost | GivenUp):
                 if session.is_between_steps:  # of frozen models: the trainers can still save
                     with contextlib.suppress(ActorLost):
                         await session.save_to_leave()

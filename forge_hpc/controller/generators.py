@@ -308,8 +308,10 @@ class GeneratorPool:
         if self.lent is not None and index >= self.service.size:
             self.lent.lose_generator(index, reason)
             return
-        logger.error("%s %d is lost: %s", self._role, index, reason)
-        task = asyncio.create_task(self._replace(index, f"{self._role} {index}: {reason}"))
+        who = f"{self._role} {index}"
+        logger.error("%s is lost: %s", who, reason)
+        told = reason if reason.startswith(f"{who},") else f"{who}: {reason}"
+        task = asyncio.create_task(self._replace(index, told))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

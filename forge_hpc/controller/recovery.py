@@ -14,6 +14,10 @@ from forge_hpc.supervisor.ending import Cause
 logger = logging.getLogger(__name__)
 
 
+class GivenUp(ActorLost):
+    """An actor was lost more often than ``cluster.max_restarts`` has it mended: the run ends."""
+
+
 class Recoveries:
     """Mended losses, by kind. ``cluster.max_restarts`` bounds how often the same one is mended without a completed step
     in between: a node that takes eight generators with it is eight losses, each the first of its kind."""
@@ -26,11 +30,11 @@ class Recoveries:
         self._since_step: Counter[str] = Counter()
 
     def use_retry(self, kind: str, who: str, reason: str) -> None:
-        """``who`` of ``kind`` was lost and will be mended. Raises ActorLost where that has gone on for too long."""
+        """``who`` of ``kind`` was lost and will be mended. Raises GivenUp where that has gone on for too long."""
         self._since_step[who] += 1
         times = self._since_step[who]
         if times > self._limit:
-            raise ActorLost(f"{reason} (lost {times} times without a completed step in between)")
+            raise GivenUp(f"{reason} (lost {times} times without a completed step in between)")
         self.counts[kind] += 1
         logger.warning("recovering (%d of %d until the next step): %s", times, self._limit, reason)
 
