@@ -13,6 +13,7 @@ nothing is set up, nothing is downloaded. A part takes at most ten minutes:
     experts   a mixture of experts over all GPUs beside FSDP alone, and replayed routes              experts.py
     mismatch  log-probabilities of generator and trainer, each way that either computes              mismatch.py
               and that none of their operations differs where they are batch invariant               operations.py
+    families  the latter of models other than Qwen3                                                  operations.py
     run       a whole run of a model of 0.4 B with random weights, synchronous and a step ahead      whole_run.py
     turns     the same, synchronous, with trainers and generators on the same GPUs in turns          whole_run.py
     faults    what a killed generator, a killed trainer rank and SIGTERM cost such a run             faults.py
@@ -34,9 +35,11 @@ from rows import PROJECT, Script, run
 
 PART_S = 600.0
 PARTS = (
-    *("trainer", "weights", "ranks", "long", "experts", "mismatch"),
+    *("trainer", "weights", "ranks", "long", "experts", "mismatch", "families"),
     *("run", "turns", "faults", "together", "together-faults"),
 )
+FAMILIES = ("qwen2", "llama", "mistral")
+"""Dense ones, beside Qwen3."""
 COUNTS = (1, 2, 4, 8)
 """Of ranks that are compared."""
 
@@ -44,14 +47,15 @@ COUNTS = (1, 2, 4, 8)
 def parts(num_gpus: int) -> dict[str, list[Script]]:
     """The scripts of each part on so many GPUs."""
     if num_gpus == 0:
-        tiny = ("--tiny",)
+        tiny, small = ("--tiny",), ("--prompts", "5", "--layers", "2")
         return {
             "trainer": [Script("trainer.py", (*tiny, "--steps", "2")), Script("trainer.py", (*tiny, "--head", "256"))],
             "weights": [Script("engine_weights.py", ("--model", "tiny", "--rounds", "2"))],
             "ranks": [Script("ranks.py", ("--ranks", "1", "2", "--steps", "1", "--recipe", "grpo"))],
             "long": [Script("long_rows.py", ("--steps", "1"))],
             "experts": [Script("experts.py")],
-            "mismatch": [Script("mismatch.py"), Script("operations.py", ("--prompts", "5", "--layers", "2"))],
+            "mismatch": [Script("mismatch.py"), Script("operations.py", small)],
+            "families": [Script("operations.py", (*small, "--family", family)) for family in FAMILIES],
             "run": [Script("whole_run.py", tiny)],
             "turns": [Script("whole_run.py", (*tiny, "--in-turns", "--rounds", "1"))],
             "faults": [Script("faults.py")],
@@ -77,6 +81,7 @@ def parts(num_gpus: int) -> dict[str, list[Script]]:
         "ranks": [Script("ranks.py", ("--ranks", *counts))],
         **(several if num_gpus > 1 else {}),
         "mismatch": [Script("mismatch.py", limit_s=480), Script("operations.py", ("--invariant",))],
+        "families": [Script("operations.py", ("--invariant", "--family", family)) for family in FAMILIES],
         "run": [Script("whole_run.py")],
         "turns": [Script("whole_run.py", ("--in-turns", "--steps", "4"))],
         "faults": [Script("faults.py")],

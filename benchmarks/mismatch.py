@@ -1,11 +1,11 @@
 """Where the difference between the generator's log-probabilities and the trainer's comes from: each side's distance
 from the same model in float32, and each side's ways to compute.
 
-    python benchmarks/mismatch.py [--prompts 32] [--tokens 256] [--model 0.6b]
+    python benchmarks/mismatch.py [--prompts 32] [--tokens 256] [--model 0.6b] [--family qwen3]
 
 vLLM samples, as shipped, without compilation and batch invariant; the trainer computes the log-probabilities of what
-was sampled in these ways, and in float32. Means of absolute differences at the sampled tokens, in nats. Qwen3 0.6B
-with random weights; without a GPU a tiny model, whose sides are in bfloat16 too.
+was sampled in these ways, and in float32. Means of absolute differences at the sampled tokens, in nats. A model of
+0.6B's dimensions with random weights; without a GPU a tiny one, whose sides are in bfloat16 too.
 """
 
 from __future__ import annotations
@@ -46,6 +46,17 @@ TRAINERS: Mapping[str, list[str]] = {
         "trainer.compile.enable=false",
     ],
 }
+FAMILIES: Mapping[str, dict[str, Any]] = {
+    "qwen3": {},
+    "qwen2": {"head_dim": 64},
+    "llama": {
+        "head_dim": 64,
+        "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+                            "high_freq_factor": 4.0, "original_max_position_embeddings": 1024},
+    },
+    "mistral": {"sliding_window": None, "tie_word_embeddings": False},
+}  # fmt: skip
+"""Supported families that are dense, and what of the shape they have otherwise."""
 
 
 def configuration(model_dir: Path, args: argparse.Namespace, overrides: list[str]) -> Config:
@@ -57,17 +68,23 @@ def configuration(model_dir: Path, args: argparse.Namespace, overrides: list[str
     return load_config(PROJECT / "configs/grpo/qwen3_0_6b.yaml", [*options, *overrides])
 
 
-def write_model(directory: Path, name: str) -> Path:
-    """A random Qwen3 in bfloat16, so that both sides and float32 begin with the same numbers."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def write_model(directory: Path, family: str, shape: Mapping[str, Any]) -> Path:
+    """A random model in bfloat16, so that both sides and float32 begin with the same numbers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from forge_hpc.data.builtin import char_tokenizer
 
     torch.manual_seed(0)
-    config = Qwen3Config(**SHAPES[name], max_position_embeddings=8192, bos_token_id=None, eos_token_id=None,
-                         pad_token_id=None, rope_parameters={"rope_type": "default", "rope_theta": 1e6})  # fmt: skip
+    given = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}} | dict(shape) | FAMILIES[family]
+    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        Qwen3ForCausalLM(config).to(torch.bfloat16).cpu().save_pretrained(directory)
+        config = AutoConfig.for_model(family, **given, max_position_embeddings=8192, **ends)
+        model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # which are 1 and 0 in a new model
+            if parameter.dim() == 1:
+                parameter.normal_(1.0 if name.endswith("weight") else 0.0, 0.2)
+    model.cpu().save_pretrained(directory)
     char_tokenizer().save_pretrained(directory)
     return directory
 
@@ -110,12 +127,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32 if on_gpu else 8)
     parser.add_argument("--tokens", type=int, default=256 if on_gpu else 24)
     parser.add_argument("--model", choices=SHAPES, default="0.6b" if on_gpu else "tiny")
+    parser.add_argument("--family", choices=FAMILIES, default="qwen3")
     parser.add_argument("--generators", nargs="+", choices=GENERATORS, default=list(GENERATORS))
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="forge-hpc-mismatch-") as name:
         directory = Path(name)
-        model_dir = write_model(directory / "model", args.model)
+        model_dir = write_model(directory / "model", args.family, SHAPES[args.model])
         sampled = {}
         for each in args.generators if on_gpu else ["as shipped"]:
             try:

@@ -1,9 +1,9 @@
 """Which operations of vLLM's model and of the trainer's come to different results from the same inputs.
 
-    python benchmarks/operations.py [--prompts 16] [--layers 4] [--invariant]
+    python benchmarks/operations.py [--prompts 16] [--layers 4] [--family qwen3] [--invariant]
 
 vLLM prefills prompts and decodes a token of each, not compiled, and what its modules take and give is written down in a
-few layers of Qwen3 0.6B's dimensions with random weights in bfloat16; with ``--invariant`` as ``model.batch_invariant``
+few layers of 0.6B's dimensions with random weights in bfloat16; with ``--invariant`` as ``model.batch_invariant``
 has them (on the CPU, which has no such attention, the others). Then each operation of the trainer's model, not compiled
 either, gets the very same inputs, prompts and decoded tokens in one batch, as a trainer has them. A line an
 operation: of prompts' values and of decoded tokens' the share that is not the same to the last bit, and the root mean
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from engine_weights import SHAPES
 from experts import alone
-from mismatch import configuration
+from mismatch import FAMILIES, configuration, write_model
 from rows import PROJECT, row
 
 from forge_hpc.data.types import Prompt
@@ -40,21 +40,6 @@ MODULES = {
 }  # fmt: skip
 
 
-def write_model(directory: Path, num_layers: int) -> Path:
-    """A random Qwen3 in bfloat16."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    from forge_hpc.data.builtin import char_tokenizer
-
-    torch.manual_seed(0)
-    shape = dict(SHAPES["0.6b"]) | {"num_hidden_layers": num_layers, "vocab_size": 512}
-    config = Qwen3Config(**shape, max_position_embeddings=8192, bos_token_id=None, eos_token_id=None,
-                         pad_token_id=None, rope_parameters={"rope_type": "default", "rope_theta": 1e6})  # fmt: skip
-    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
-    char_tokenizer().save_pretrained(directory)
-    return directory
-
-
 def tensors(value: Any) -> list[torch.Tensor]:
     """Copies of the tensors of arguments or of a result."""
     values = value if isinstance(value, (tuple, list)) else (value,)
@@ -67,9 +52,10 @@ def watch(worker: Any) -> None:
     taken: dict[str, list[torch.Tensor]] = {}  # copied before the call: some operations write where they read
     watched = set()
     for number, block in enumerate(worker.model_runner.get_model().model.layers):
+        modules = dict(block.named_modules(remove_duplicate=False))
         for path, operation in MODULES.items():
-            module = block.get_submodule(path)
-            if module in watched:  # the rotation is one for all layers
+            module = modules.get(path)
+            if module is None or module in watched:  # the rotation is one for all layers
                 continue
             watched.add(module)
 
@@ -139,7 +125,8 @@ def compute(model_dir: Path, args: argparse.Namespace, file: Path, results: Any)
     found: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
     with torch.no_grad():
         for number, block in model.layers.items():
-            steps = {name: calls.get(f"{number}.{name}") for name in MODULES.values()}
+            found_here = {name: calls.get(f"{number}.{name}") for name in MODULES.values()}
+            steps = {name: each for name, each in found_here.items() if each is not None}
             steps["rotation"] = calls["0.rotation"][int(number) :: len(model.layers)]
             if [len(taken) for taken in steps.values()] != [2] * len(steps):
                 raise SystemExit(f"vLLM took {len(steps['norm'])} steps, not one of prompts and one of a token each")
@@ -214,8 +201,9 @@ def compared(block: Any, steps: Any, args: argparse.Namespace) -> Iterator[tuple
         gave("qkv"),
         torch.cat([x.flatten(2) for x in attention.qkv_linear(taken("qkv")[None])], 2)[0],
     )
-    for name, norm in (("q_norm", attention.q_norm), ("k_norm", attention.k_norm)):
-        yield "norm of queries and keys", gave(name), norm(taken(name)).flatten(1)
+    for name in ("q_norm", "k_norm"):
+        if name in steps:  # not in all families
+            yield "norm of queries and keys", gave(name), getattr(attention, name)(taken(name)).flatten(1)
     rotated = attention.rope(by_head(taken("rotation", 1)), by_head(taken("rotation", 2)), positions[None])
     for part, ours in enumerate(rotated):
         yield "rotation", gave("rotation", part), ours[0].flatten(1)
@@ -266,11 +254,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=17, help="the first one is not compared")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--family", choices=FAMILIES, default="qwen3")
     parser.add_argument("--invariant", action="store_true", help="with model.batch_invariant")
     args = parser.parse_args()
     args.tokens = 2
     with tempfile.TemporaryDirectory(prefix="forge-hpc-operations-") as name:
-        model_dir = write_model(Path(name) / "model", args.layers)
+        shape = dict(SHAPES["0.6b"]) | {"num_hidden_layers": args.layers, "vocab_size": 512}
+        model_dir = write_model(Path(name) / "model", args.family, shape)
         alone(generate, model_dir, args, Path(name) / "calls.pt")
         found, gradients = alone(compute, model_dir, args, Path(name) / "calls.pt")
     print(f"{'':40}{'prompts: other':>16}{'by':>10}{'decoded: other':>16}{'by':>10}")

@@ -56,6 +56,7 @@ def run(directory: Path, name: str, options: Sequence[str], args: argparse.Names
     command += [f"reward=[{{name: {directory / 'reward.py'}:length}}]", *options]
     command += [f"trainer.training.steps={args.steps + WARM_UP_STEPS}", f"rollout.max_response_tokens={length}"]
     command += ["evaluation.num_prompts=0", "checkpoint.interval=0", "trainer.optimizer.lr=1e-6"]
+    command += ["trainer.lr_scheduler.warmup_steps=0"]
     command += ["algorithm.max_steps_without_signal=1000000", "rollout.sampling.temperature=1.0"]
     if not args.tiny:
         # Turns cost a pause a step, so they are for steps of seconds: more answers than an engine has places for.
