@@ -421,7 +421,7 @@ def scenario(lenders: Lenders, play: Callable[[], Any]) -> None:
 def test_a_node_that_leaves_gives_its_calls_to_the_others(lenders: Lenders) -> None:
     async def play() -> None:
         await lenders.come(4)
-        assert (lenders.service.num_fed, lenders.lent.num_devices) == (2, 1)
+        assert (lenders.service.num_lent, lenders.lent.num_devices) == (1, 1)
         call = asyncio.create_task(lenders.service.generate.route("prompt"))
         await asyncio.sleep(0.02)
         lenders.rendezvous.publish(door.leaving_name(4), {"why": "SIGTERM"})

@@ -102,8 +102,7 @@ class Run:
     async def begin(self) -> bool:
         if (room := passes(self.buffer.room())) is None:
             return False
-        if self.config.rollout.window > 1:
-            room = min(room, self.buffer.num_to_draw_again or max(0, self.num_together - len(self.in_flight)))
+        room = min(room, self.buffer.num_to_draw_again or max(0, self.num_together - len(self.in_flight)))
         prompts = self.prompts.draw(room)
         for prompt in prompts:
             assert self.drawn.setdefault(prompt.position, prompt.text) == prompt.text, "another prompt at this position"
@@ -236,47 +235,102 @@ def test_a_late_group_is_overtaken_until_the_window_or_its_age_stops_that() -> N
     assert asyncio.run(scenario(9, 4)) == [1, 1, 1, 1]  # due at step 5
 
 
-def test_a_prompt_is_begun_when_a_generator_has_places_for_its_samples() -> None:
-    """So that it begins on the newest weights, and may take the longer."""
-    config = configuration(2, 2)
-    config.generator.engine.max_num_seqs = 6
-    config.rollout.group_size = 2
-    open_now, most, release = 0, [], asyncio.Event
+class Samples:
+    """Generators that are done with their next prompt when they are told."""
 
-    async def scenario() -> None:
-        gates: list[asyncio.Event] = []
+    def __init__(self) -> None:
+        self.gates: list[asyncio.Event] = []
+        self.num_done = self.num_serving = 0
+        self.admitted = asyncio.Event()
 
-        async def sample(prompts: list[Prompt], key: int | None) -> Any:
-            nonlocal open_now
-            open_now += 2 * len(prompts)
-            most.append(open_now)
-            gates.append(gate := release())
-            await gate.wait()
-            for index in range(2):
-                open_now -= 1
-                yield (0, index), Completion(index, "2", [3], [-0.1], "stop", (0, 0))
+    async def sample(self, prompts: list[Prompt], key: int | None) -> Any:
+        self.gates.append(gate := asyncio.Event())
+        await gate.wait()
+        for index in range(2 * len(prompts)):
+            yield divmod(index, 2), Completion(index % 2, "2", [3], [-0.1], "stop", (0, 0))
 
-        class Rewards:
-            async def score(self, prompt: Prompt, completion: Completion) -> tuple[float, dict[str, float]]:
-                return 1.0, {}
+    async def admission(self) -> None:
+        await self.admitted.wait()
+        self.admitted.clear()
 
+    def end_one(self) -> None:
+        self.gates[self.num_done].set()
+        self.num_done += 1
+
+    async def begun(self) -> int:
+        """Prompts, once no more are begun."""
+        for _ in range(200):
+            await asyncio.sleep(0)
+        return len(self.gates)
+
+
+def play_samples(config: Config, scenario: Callable[[Samples], Any]) -> None:
+    class Rewards:
+        async def score(self, prompt: Prompt, completion: Completion) -> tuple[float, dict[str, float]]:
+            return 1.0, {}
+
+    async def run() -> None:
         for (source, _), start in zip(SOURCES, START, strict=True):
             source.load_state_dict(start)
+        generators = Samples()
+        generators.num_serving = 1
         prompts, buffer = PromptStream(SOURCES, TOKENIZER, config), episode_buffer(config, 0, 0)
-        stream = RolloutStream(config, prompts, sample, 1, Rewards(), buffer, lambda text: None)  # type: ignore[arg-type]
+        given: Any = (generators.sample, 1, Rewards(), buffer, lambda text: None)
+        stream = RolloutStream(config, prompts, *given, lambda: generators.num_serving, generators.admission)
         running = asyncio.create_task(stream.run())
-        async with asyncio.timeout(60):
-            while len(gates) < 3:
-                await asyncio.sleep(0)
-            for number in range(9):
-                gates[number].set()
-                while len(gates) < min(number + 4, 12):  # (2 + 1) steps of 4 prompts in all
-                    await asyncio.sleep(0)
-        running.cancel()
-        await asyncio.wait({running})
+        try:
+            await scenario(generators)
+        finally:
+            running.cancel()
+            await asyncio.wait({running})
 
-    asyncio.run(scenario())
-    assert len(most) == 12 and max(most) == 6
+    asyncio.run(run())
+
+
+def places(max_staleness: int, window: int) -> Config:
+    """Three prompts of two samples have places in a generator."""
+    config = configuration(max_staleness, window)
+    config.generator.engine.max_num_seqs, config.rollout.group_size = 6, 2
+    return config
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_a_prompt_is_begun_when_a_generator_has_places_for_its_samples(window: int) -> None:
+    """So that it begins on the newest weights, and may take the longer; one that comes gets what waits, at once."""
+
+    async def scenario(generators: Samples) -> None:
+        assert await generators.begun() == 3
+        generators.end_one()
+        assert await generators.begun() == 4
+        generators.num_serving = 2
+        generators.admitted.set()
+        assert await generators.begun() == 7
+        generators.num_serving = 1  # the calls of a lost one go to the other, which has too many now
+        for _ in range(3):
+            generators.end_one()
+            assert await generators.begun() == 7
+        for number in range(3):
+            generators.end_one()
+            assert await generators.begun() == 8 + number
+        generators.num_serving = 0
+        for _ in range(3):
+            generators.end_one()
+        assert await generators.begun() == 10
+        generators.num_serving = 5
+        generators.admitted.set()
+        assert await generators.begun() == 12  # (2 + 1) steps of 4 prompts in all
+
+    play_samples(places(2, window), scenario)
+
+
+def test_episodes_of_an_environment_leave_their_places_while_it_is_its_turn() -> None:
+    config = places(2, 1)
+    config.environment.name = "guessing"
+
+    async def scenario(generators: Samples) -> None:
+        assert await generators.begun() == 12
+
+    play_samples(config, scenario)
 
 
 def test_a_window_that_the_staleness_bound_does_not_leave_is_refused() -> None:

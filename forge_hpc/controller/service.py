@@ -167,11 +167,6 @@ class Service:
         """Replicas that serve and are lent."""
         return sum(index >= self.size for index in self._replicas)
 
-    @property
-    def num_fed(self) -> int:
-        """Replicas that there is to be work for: its own, also while one is replaced, and those lent that serve."""
-        return self.size + self.num_lent
-
     def take_lent_share(self) -> float:
         """The share of routed calls that lent replicas have answered, since it was asked last."""
         (own, lent), self._answered = self._answered, [0, 0]
@@ -183,6 +178,11 @@ class Service:
         self._is_retired = False
         async with self._admitted:
             self._admitted.notify_all()
+
+    async def admission(self) -> None:
+        """Wait until a replica is admitted."""
+        async with self._admitted:
+            await self._admitted.wait()
 
     def lose(self, index: int, reason: str) -> None:
         """Replica ``index`` is gone: its calls go elsewhere. Nothing happens where it was known."""

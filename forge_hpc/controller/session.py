@@ -598,7 +598,8 @@ class Session:
             self._rewards,
             self._buffer,
             self.warn,
-            num_fed=lambda: generators.num_fed,
+            num_serving=lambda: len(generators.serving),
+            admission=generators.admission,
             reward_more=self._reward_model(),
         )
         await self._begin_trace(self.step + 1)

@@ -6,8 +6,10 @@
 
 New weights in the generators make room in the buffer, and with dynamic sampling every group that carries no signal, in
 whose place a further prompt is drawn. With ``rollout.max_staleness`` 0 generation and training take turns; above it
-generation runs ahead. Where late groups may be overtaken (``rollout.window``) a prompt is begun when a generator has
-places for its samples, on the newest weights that there are, so that it may take the longer.
+generation runs ahead. Then a prompt is begun when a generator has places for its samples: on the newest weights that
+there are, so that it may take the longer, and by a generator that comes meanwhile, where one does. Episodes of an
+environment, which leave their places while it is its turn, are begun so only where late groups may be overtaken
+(``rollout.window``).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from forge_hpc.config import Config
+from forge_hpc.config.sources import run_sources
 from forge_hpc.data.prompts import PromptStream
 from forge_hpc.data.types import Group, Prompt
 from forge_hpc.rewards import RewardPool, RewardPools
@@ -37,7 +40,8 @@ class RolloutStream:
         prompts: those of the steps to come.
         sample: the generators', or the environments', stream of samples: (prompts, key=...).
         num_generators: replicas that share the prompts of a synchronous step.
-        num_fed: replicas that there is to be work for now, where that changes.
+        num_serving: replicas that serve now, where that changes.
+        admission: returns when another one serves.
         reward_more: adds to the rewards of a step's episodes what is computed of them together.
         warn: shows the user a line.
     """
@@ -51,7 +55,8 @@ class RolloutStream:
         rewards: RewardPool | RewardPools,
         buffer: EpisodeBuffer,
         warn: Callable[[str], None],
-        num_fed: Callable[[], int] | None = None,
+        num_serving: Callable[[], int] | None = None,
+        admission: Callable[[], Awaitable[None]] | None = None,
         reward_more: Callable[[list[Group]], Awaitable[None]] | None = None,
     ) -> None:
         self._config = config
@@ -64,9 +69,13 @@ class RolloutStream:
         self._clock = RolloutClock()
         self._watch = EpisodeWatch(warn)
         self._step = buffer.step
-        self._num_fed = num_fed or (lambda: num_generators)
+        self._num_serving = num_serving or (lambda: num_generators)
+        self._admission = admission
+        is_ahead, is_strict = config.rollout.max_staleness > 0, config.rollout.window == 1
+        plays = any(run.config.environment.name is not None for run in run_sources(config))
+        self._waits_for_places = is_ahead and not (is_strict and plays)
         self._num_open = 0  # samples that are being generated
-        self._sampled = asyncio.Event()
+        self._has_places = asyncio.Event()
 
     async def take(self) -> list[Group]:
         """The groups of the next step, in the order of their prompts, none older than ``rollout.max_staleness``."""
@@ -91,6 +100,8 @@ class RolloutStream:
         """Generate, for as long as this is not cancelled."""
         synchronous, num = self._config.rollout.max_staleness == 0, self._num_generators
         async with asyncio.TaskGroup() as tasks:
+            if self._admission is not None:
+                tasks.create_task(self._see_admissions(self._admission))
             while True:
                 batch = self._buffer.begin(self._prompts.draw(await self._room()))
                 # Synchronous: a generator admits all its prompts at once, so that the run repeats exactly; each has its
@@ -105,20 +116,25 @@ class RolloutStream:
     async def _room(self) -> int:
         """Wait until prompts may be drawn, and return how many."""
         room = await self._buffer.room()
-        if self._config.rollout.window == 1:
+        if not self._waits_for_places:
             return room
         if (num_again := self._buffer.num_to_draw_again) > 0:  # they had places before
             return min(room, num_again)
-        while (num_free := self._num_fed() * self._config.generator.engine.max_num_seqs - self._num_open) <= 0:
-            self._sampled.clear()
-            await self._sampled.wait()
+        while (num_free := self._num_serving() * self._config.generator.engine.max_num_seqs - self._num_open) <= 0:
+            self._has_places.clear()
+            await self._has_places.wait()
         return min(room, math.ceil(num_free / self._config.rollout.group_size))
 
     async def _counted(self, samples: AsyncIterator[T]) -> AsyncIterator[T]:
         async for sample in samples:
             self._num_open -= 1
-            self._sampled.set()
+            self._has_places.set()
             yield sample
+
+    async def _see_admissions(self, admission: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            await admission()
+            self._has_places.set()
 
     async def _roll_out(self, share: list[Prompt], key: int | None, started: float) -> None:
         samples = self._counted(self._sample(share, key=key))
