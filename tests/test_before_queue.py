@@ -32,6 +32,7 @@ from forge_hpc.submission import Place
 
 QWEN3_8B = {
     "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
     "hidden_size": 4096,
     "num_hidden_layers": 36,
     "num_attention_heads": 32,

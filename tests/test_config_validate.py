@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,10 @@ def refused(*overrides: str) -> UserError:
     return caught.value
 
 
+MOE = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "norm_topk_prob": True}
+QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A model directory in Hugging Face format with 4 heads, 2 key-value heads and 4,096 positions."""
@@ -32,6 +37,7 @@ def model(tmp_path: Path) -> Path:
     directory.mkdir()
     config = {
         "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
@@ -223,10 +229,88 @@ def test_a_model_directory_without_its_parts_is_refused(model):
     assert "model_type 'bert'" in message()
     config.write_text('{"model_type": "gpt_oss"}')
     assert "would stay random" in message()
-    config.write_text('{"model_type": "mistral", "max_position_embeddings": 4096, "sliding_window": 16}')
+    mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 16}
+    config.write_text(json.dumps(mistral | {"max_position_embeddings": 4096}))
     assert "the 16 positions of the sliding window" in message()
     config.unlink()
     assert "no config.json" in message()
+
+
+OTHER_MODELS = [
+    ({"architectures": ["GPT2LMHeadModel"]}, "is a GPT2LMHeadModel, which cannot be trained"),
+    ({"attention_bias": True}, "has attention_bias"),
+    ({"quantization_config": {"quant_method": "awq"}}, "has quantization_config"),
+    ({"hidden_act": "gelu"}, "has the activation gelu"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "has rotary embeddings of type yarn"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "has rotary embeddings of type yarn"),
+    ({"partial_rotary_factor": 0.5}, "rotates 0.5 of each head"),
+    (MOE | {"num_experts": 8, "norm_topk_prob": False}, "has not experts in every layer and normalised routing"),
+    (
+        QWEN2 | {"hidden_size": 64, "head_dim": 32},
+        "has heads of 32 values, and vLLM 0.32 gives those of a Qwen2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "why"), OTHER_MODELS)
+def test_models_that_would_be_computed_otherwise_are_refused_before_they_are_queued(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], why: str
+) -> None:
+    config = model / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    assert f"the model in {model} {why}" in refused(f"model.path={model}").message
+    taught = ("recipe=distillation", f"recipe_args.teachers=[{model}]")
+    assert f"of the recipe, in {model}, {why}" in refused(*taught).message
+    # one of the hub that was fetched here
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder = tmp_path / "hub/models--some--model"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs/main").write_text("1" * 40)
+    model.rename((folder / "snapshots").mkdir() or folder / "snapshots" / ("1" * 40))
+    assert why in refused("model.path=some/model").message
+
+
+def test_a_model_that_only_generates_may_be_one_that_vllm_alone_knows(model: Path) -> None:
+    config = model / "config.json"
+    plain = json.loads(config.read_text())
+    only = ("recipe=eval", "evaluation.num_prompts=10", f"model.path={model}")
+    config.write_text(json.dumps(plain | {"rope_scaling": {"type": "yarn", "factor": 4.0}}))
+    validate(load_config(None, [*only]))
+    config.write_text(json.dumps(plain | QWEN2 | {"hidden_size": 64, "head_dim": 32}))
+    assert "whatever config.json says" in refused(*only).message
+    served = ("cluster.nodes=2", "cluster.gpus_per_node=1", f"served=[{{name: judge, path: {model}, nodes: 1}}]")
+    assert "whatever config.json says" in refused("model.path=builtin:qwen3-tiny", *served).message
+    config.write_text(json.dumps(plain | QWEN2 | {"hidden_size": 64, "head_dim": 16}))
+    validate(load_config(None, [*only]))
+
+
+def test_weights_of_other_dimensions_than_config_json_says_are_refused_by_name(model: Path) -> None:
+    """Which vLLM would cut down to them, and say nothing."""
+    config = model / "config.json"
+    sizes = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 96, "vocab_size": 67}
+    config.write_text(json.dumps(json.loads(config.read_text()) | sizes))
+    shapes = {
+        "model.embed_tokens": (67, 64), "lm_head": (67, 64), "model.norm": (64,),
+        "model.layers.0.self_attn.q_proj": (128, 64), "model.layers.0.self_attn.k_proj": (64, 64),
+        "model.layers.11.self_attn.v_proj": (64, 64), "model.layers.11.self_attn.o_proj": (64, 128),
+        "model.layers.11.mlp.gate_proj": (96, 64), "model.layers.11.mlp.down_proj": (64, 96),
+    }  # fmt: skip
+
+    def write(**changes: tuple[int, ...]) -> None:
+        tensors = {f"{name}.weight": np.zeros(shape, np.float32) for name, shape in (shapes | changes).items()}
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+    write()
+    validate(load_config(None, [f"model.path={model}"]))
+    for name, shape in shapes.items():
+        if name == "model.norm":
+            continue
+        write(**{name: (shape[0] * 2, shape[1])})
+        said = (
+            f"the weight {name}.weight in {model} has shape {[shape[0] * 2, shape[1]]}, config.json implies {[*shape]}"
+        )
+        assert refused(f"model.path={model}").message == said
+        assert refused("recipe=distillation", f"recipe_args.teachers=[{model}]").message == said
 
 
 @pytest.mark.parametrize(
@@ -268,7 +352,7 @@ def test_expert_parallelism_and_routing_replay_must_suit_the_model_and_the_run(m
     replay = "algorithm.routing_replay=true"
     assert "has no experts" in refused(*several).message
     assert "has no experts" in refused(path, replay).message
-    (model / "config.json").write_text(json.dumps(config | {"model_type": "qwen3_moe", "num_experts": 6}))
+    (model / "config.json").write_text(json.dumps(config | MOE | {"num_experts": 6}))
     validate(load_config(None, [*several, replay]))
     four = "trainer.parallelism.expert_parallel_degree=4"
     assert "does not divide the 6 experts" in refused(path, "cluster.gpus_per_node=8", four).message
@@ -349,7 +433,8 @@ def test_what_slurm_would_not_read_is_refused(text):
 
 
 def test_the_answers_of_an_evaluation_after_training_must_fit_the_model_too(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "qwen3", "max_position_embeddings": 1024}')
+    config = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "max_position_embeddings": 1024}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     overrides = ["recipe=sft", f"model.path={tmp_path}", "trainer.training.seq_len=512", "evaluation.num_prompts=5"]
     with pytest.raises(UserError) as refused:
         validate(load_config(None, overrides))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,16 @@ _WHY_NOT = {
 }
 """Families that people ask for, and what keeps them out (docs/models.md)."""
 
+ARCHITECTURES = (
+    *("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
+    *("Qwen2ForCausalLM", "MistralForCausalLM", "LlamaForCausalLM"),
+)
+"""Their models."""
+_OTHER_MODELS = (
+    *("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config", "mlp_only_layers"),
+    "dual_chunk_attention_config",
+)
+"""Options of config.json that make another model of one."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -55,6 +66,66 @@ def check_family(kind: str | None, where: str) -> None:
     raise UserError(f"{where} is of model_type {kind!r}{reason}", f"supported: {', '.join(KNOWN_MODEL_TYPES)}")
 
 
+def architecture_of(config: dict[str, Any]) -> str:
+    """The model's class, of a language model also where this one is a reward model."""
+    return str(config["architectures"][0]).replace("ForSequenceClassification", "ForCausalLM")
+
+
+def rope_of(config: dict[str, Any]) -> dict[str, Any]:
+    """What ``config.json`` says of rotary embeddings, with a ``rope_type``: transformers 5 writes ``rope_parameters``,
+    earlier versions ``rope_theta`` and ``rope_scaling``."""
+    rope = {"rope_theta": config.get("rope_theta", 10000.0)} | (config.get("rope_scaling") or {})
+    rope |= config.get("rope_parameters") or {}
+    return rope | {"rope_type": rope.get("rope_type") or rope.get("type") or "default"}
+
+
+def check_trainable(config: dict[str, Any], where: str) -> None:
+    """Raise a UserError unless trainers and generators compute what a model of this ``config.json`` is.
+
+    Args:
+        where: what messages call the model.
+    """
+    if not config.get("architectures"):
+        raise UserError(f"config.json of {where} names no architectures", "save the model with transformers")
+    if (architecture := architecture_of(config)) not in ARCHITECTURES:
+        raise UserError(
+            f"{where} is a {architecture}, which cannot be trained here",
+            f"supported architectures: {', '.join(ARCHITECTURES)}",
+        )
+    for option in _OTHER_MODELS:
+        if config.get(option):
+            raise UserError(f"{where} has {option}, which is not supported", "choose another model")
+    if (activation := config.get("hidden_act", "silu")) != "silu":
+        raise UserError(f"{where} has the activation {activation}", "only silu is supported")
+    rope = rope_of(config)
+    if rope["rope_type"] not in ("default", "llama3"):
+        raise UserError(
+            f"{where} has rotary embeddings of type {rope['rope_type']}, which are not supported",
+            "supported types: default, llama3",
+        )
+    if (rotated := rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))) not in (None, 1):
+        raise UserError(f"{where} rotates {rotated} of each head, which is not supported", "choose another model")
+    if num_experts_of(config) and (config.get("decoder_sparse_step", 1) != 1 or not config.get("norm_topk_prob")):
+        raise UserError(
+            f"{where} has not experts in every layer and normalised routing weights, as a Qwen3 MoE must have here",
+            "their config.json has decoder_sparse_step: 1 and norm_topk_prob: true",
+        )
+    check_generated(config, where)
+
+
+def check_generated(config: dict[str, Any], where: str) -> None:
+    """Raise a UserError where vLLM would compute another model than that of this ``config.json``, and not say so."""
+    head_dim, heads = config.get("head_dim"), config.get("num_attention_heads")
+    if config.get("model_type") != "qwen2" or not isinstance(head_dim, int) or not isinstance(heads, int):
+        return
+    if (theirs := config["hidden_size"] // heads) != head_dim:
+        raise UserError(
+            f"{where} has heads of {head_dim} values, and vLLM 0.32 gives those of a Qwen2 hidden_size / "
+            f"num_attention_heads = {theirs}, whatever config.json says: it would take the first rows of its weights",
+            "choose another model",
+        )
+
+
 def check_invariant(config: dict[str, Any], where: str) -> None:
     """Raise a UserError unless ``model.batch_invariant`` is for a model of this ``config.json``."""
     if num_experts_of(config):
@@ -79,7 +150,8 @@ def num_experts_of(config: dict[str, Any]) -> int:
 
 
 def check_weights(directory: Path) -> None:
-    """Raise UserError unless the safetensors of a model directory are there and as long as their headers say."""
+    """Raise UserError unless the safetensors of a model directory are there, as long as their headers say, and of the
+    dimensions of its ``config.json``: of larger ones vLLM takes the first rows and columns, and does not say so."""
     index = directory / "model.safetensors.index.json"
     files = sorted(directory.glob("*.safetensors"))
     if index.exists():
@@ -95,8 +167,16 @@ def check_weights(directory: Path) -> None:
             )
     elif not files:
         raise UserError(f"no weights (*.safetensors) in the model directory {directory}", "fetch the model again")
+    config = read_model_config(directory)
+    expected = _shapes_of(config) if config.get("model_type") in KNOWN_MODEL_TYPES else {}
     for file in files:
-        _check_safetensors(file)
+        for name, shape in _check_safetensors(file).items():
+            kind = re.sub(r"\.\d+\.", ".*.", name)
+            if expected.get(kind, shape) != shape:
+                raise UserError(
+                    f"the weight {name} in {directory} has shape {shape}, config.json implies {expected[kind]}",
+                    "config.json and the weights belong to different models",
+                )
 
 
 def check_tokenizer(directory: Path) -> None:
@@ -108,8 +188,29 @@ def check_tokenizer(directory: Path) -> None:
         )
 
 
-def _check_safetensors(file: Path) -> None:
-    """The format opens with the header's length (8 bytes, little endian), then JSON with the offsets of all tensors."""
+def _shapes_of(config: dict[str, Any]) -> dict[str, list[int]]:
+    """The shapes of weights by their names, a ``*`` in place of the layer's number; none of a quantised model's, nor of
+    experts."""
+    try:
+        dim, num_heads, vocab_size = config["hidden_size"], config["num_attention_heads"], config["vocab_size"]
+        head_dim = config.get("head_dim") or dim // num_heads
+        queries, keys = num_heads * head_dim, (config.get("num_key_value_heads") or num_heads) * head_dim
+        inner = None if num_experts_of(config) else config["intermediate_size"]
+    except (KeyError, TypeError, ZeroDivisionError):  # no model of its family: told of by others
+        return {}
+    if config.get("quantization_config"):
+        return {}
+    layer = {"q_proj": [queries, dim], "k_proj": [keys, dim], "v_proj": [keys, dim], "o_proj": [dim, queries]}
+    shapes = {f"self_attn.{name}": shape for name, shape in layer.items()}
+    if inner is not None:
+        shapes |= {"mlp.gate_proj": [inner, dim], "mlp.up_proj": [inner, dim], "mlp.down_proj": [dim, inner]}
+    shapes = {f"model.layers.*.{name}.weight": shape for name, shape in shapes.items()}
+    return shapes | {"model.embed_tokens.weight": [vocab_size, dim], "lm_head.weight": [vocab_size, dim]}
+
+
+def _check_safetensors(file: Path) -> dict[str, list[int]]:
+    """The shapes of its tensors. The format opens with the header's length (8 bytes, little endian), then JSON with the
+    shapes and offsets of all tensors."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -117,7 +218,9 @@ def _check_safetensors(file: Path) -> None:
             if length > min(size, _MAX_HEADER_BYTES):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(stream.read(length))
-        end = max((t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"), default=0)
+        tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+        end = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+        shapes = {name: [*tensor["shape"]] for name, tensor in tensors.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise UserError(
             f"{file} is not a safetensors file: {error}",
@@ -128,3 +231,4 @@ def _check_safetensors(file: Path) -> None:
             f"{file} has {size} bytes, its header promises {8 + length + end}",
             "a broken download: fetch the model again",
         )
+    return shapes

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.hub_cache import split_name
-from forge_hpc.config.models import check_tokenizer, check_weights, looks_local, read_model_config
+from forge_hpc.config.models import check_generated, check_tokenizer, check_weights, looks_local, read_model_config
 from forge_hpc.config.registry import MODELS
 from forge_hpc.config.schema import (
     AlgorithmConfig,
@@ -101,6 +101,7 @@ def _check_path(key: str, one: ServedConfig) -> None:
     if not directory.is_dir():
         raise UserError(f"{key}.path: no such directory: {path}", "give a model in Hugging Face format, or a hub name")
     config = read_model_config(directory)
+    check_generated(config, f"{key}.path: the model in {directory}")
     check_weights(directory)
     check_tokenizer(directory)
     longest, tp = config.get("max_position_embeddings"), one.engine.tensor_parallel_size

@@ -21,11 +21,13 @@ from forge_hpc.config.algorithm import LossFacts, check_fit, check_loss, loss_fa
 from forge_hpc.config.columns import check_columns
 from forge_hpc.config.errors import UserError
 from forge_hpc.config.fields import walk
-from forge_hpc.config.hub_cache import split_name
+from forge_hpc.config.hub_cache import cached_snapshot, split_name
 from forge_hpc.config.models import (
     check_family,
+    check_generated,
     check_invariant,
     check_tokenizer,
+    check_trainable,
     check_weights,
     looks_local,
     num_experts_of,
@@ -655,6 +657,8 @@ def _check_model(cfg: Config, needs: Needs) -> None:
             raise UserError(
                 f"model.path={path!r} is neither a directory nor a hub name", "write DIR or OWNER/NAME"
             ) from None
+        if (snapshot := _in_cache(path)) is not None:
+            _check_dimensions(cfg, snapshot, needs)
         return
     directory = Path(path).expanduser()
     if not directory.is_dir():
@@ -664,14 +668,30 @@ def _check_model(cfg: Config, needs: Needs) -> None:
     check_tokenizer(directory)
 
 
+def _in_cache(name: str) -> Path | None:
+    """The directory of a model of the hub, as far as it was fetched here: what it is, is known."""
+    snapshot = cached_snapshot(name)
+    return snapshot if snapshot is not None and (snapshot / "config.json").is_file() else None
+
+
 def _check_other_models(needs: Needs) -> None:
     for name, need in needs.models.items():
-        path = need.path
-        if path is not None and looks_local(path) and not Path(path).expanduser().is_dir():
+        if need.path is None:
+            continue
+        is_local = looks_local(need.path)
+        directory = Path(need.path).expanduser() if is_local else _in_cache(need.path)
+        if directory is None:
+            continue
+        if not directory.is_dir():
             raise UserError(
-                f"the model {name!r} of the recipe: no such directory: {path}",
+                f"the model {name!r} of the recipe: no such directory: {need.path}",
                 "give a model in Hugging Face format, or a hub name",
             )
+        config, where = read_model_config(directory), f"the model {name!r} of the recipe, in {directory},"
+        check_family(config.get("model_type"), where)
+        check_trainable(config, where)
+        if is_local:
+            check_weights(directory)
 
 
 def _check_positions(cfg: Config, needs: Needs, longest: Any, where: str) -> None:
@@ -777,6 +797,7 @@ def _check_dimensions(cfg: Config, directory: Path, needs: Needs) -> None:
     config = read_model_config(directory)
     where = f"the model in {directory}"
     check_family(config.get("model_type"), where)
+    (check_trainable if needs.models else check_generated)(config, where)
     _check_positions(cfg, needs, config.get("max_position_embeddings"), where)
     if config.get("model_type") == "mistral" and config.get("sliding_window") is not None:
         _check_positions(cfg, needs, config["sliding_window"], f"the sliding window of {where}")

@@ -46,7 +46,7 @@ from torchtitan.models.qwen3.state_dict_adapter import Qwen3StateDictAdapter
 from torchtitan.protocols.module import Module
 
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.models import num_experts_of
+from forge_hpc.config.models import architecture_of, check_trainable, num_experts_of, rope_of
 from forge_hpc.expert_stacks import STACKED
 from forge_hpc.models.experts import Experts, Router
 from forge_hpc.models.head import LogprobHead
@@ -154,8 +154,7 @@ def load_spec(
             too short; heads that the tensor-parallel degree does not divide.
     """
     hf = read_hf_config(model_dir)
-    architecture = str((hf.get("architectures") or [hf.get("model_type")])[0])
-    architecture = architecture.replace("ForSequenceClassification", "ForCausalLM")  # a reward model's
+    check_trainable(hf, f"the model in {model_dir}")
     families = {
         "Qwen3ForCausalLM": (Qwen3Model, Qwen3TransformerBlock, parallelize_qwen3),
         "Qwen3MoeForCausalLM": (Qwen3Model, Qwen3TransformerBlock, parallelize_qwen3),
@@ -163,13 +162,7 @@ def load_spec(
         "MistralForCausalLM": (Llama3Model, Llama3TransformerBlock, parallelize_llama),
         "LlamaForCausalLM": (Llama3Model, Llama3TransformerBlock, parallelize_llama),
     }
-    if architecture not in families:
-        raise UserError(
-            f"the model in {model_dir} is a {architecture}, which cannot be trained here",
-            f"supported architectures: {', '.join(families)}",
-        )
-    model_cls, block_cls, parallelize = families[architecture]
-    _refuse_unsupported(hf, model_dir)
+    model_cls, block_cls, parallelize = families[architecture_of(hf)]
     if max_positions > hf["max_position_embeddings"]:
         raise UserError(
             f"trainer.training.seq_len needs {max_positions} positions; the model in {model_dir} has "
@@ -309,14 +302,6 @@ def _check_weights(state: dict[str, torch.Tensor], model_dir: Path) -> None:
             )
 
 
-def _refuse_unsupported(hf: dict[str, Any], model_dir: Path) -> None:
-    for option in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config", "mlp_only_layers"):
-        if hf.get(option):
-            raise UserError(f"the model in {model_dir} has {option}, which is not supported", "choose another model")
-    if hf.get("hidden_act", "silu") != "silu":
-        raise UserError(f"the model in {model_dir} has the activation {hf['hidden_act']}", "only silu is supported")
-
-
 def _block_config(
     hf: dict[str, Any], block_cls: Any, inner_attention: Module.Config, max_positions: int
 ) -> Callable[[], Any]:
@@ -358,32 +343,22 @@ def _block_config(
 
 
 def _rope_config(hf: dict[str, Any], head_dim: int, max_positions: int) -> CosSinRoPE.Config:
-    # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
-    rope = {"rope_theta": hf.get("rope_theta", 10000.0)} | (hf.get("rope_scaling") or {})
-    rope |= hf.get("rope_parameters") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
+    rope = rope_of(hf)
+    if rope["rope_type"] == "default":
         return CosSinRoPE.Config(dim=head_dim, max_seq_len=max_positions, theta=rope["rope_theta"])
-    if kind == "llama3":
-        return LlamaRoPE.Config(
-            dim=head_dim,
-            max_seq_len=max_positions,
-            theta=rope["rope_theta"],
-            scaling="llama",
-            scaling_factor=rope["factor"],
-            low_freq_factor=rope["low_freq_factor"],
-            high_freq_factor=rope["high_freq_factor"],
-            original_max_position_embeddings=rope["original_max_position_embeddings"],
-        )
-    raise UserError(f"rotary embeddings of type {kind} are not supported", "supported types: default, llama3")
+    return LlamaRoPE.Config(
+        dim=head_dim,
+        max_seq_len=max_positions,
+        theta=rope["rope_theta"],
+        scaling="llama",
+        scaling_factor=rope["factor"],
+        low_freq_factor=rope["low_freq_factor"],
+        high_freq_factor=rope["high_freq_factor"],
+        original_max_position_embeddings=rope["original_max_position_embeddings"],
+    )
 
 
 def _moe_config(hf: dict[str, Any], num_experts: int) -> Any:
-    if hf.get("decoder_sparse_step", 1) != 1 or not hf.get("norm_topk_prob", False):
-        raise UserError(
-            "only Qwen3 MoE models with experts in every layer and normalised routing weights are supported",
-            "their config.json has decoder_sparse_step: 1 and norm_topk_prob: true",
-        )
     dim, top_k = hf["hidden_size"], hf["num_experts_per_tok"]
     expert_init = {name: _NORMAL["weight"] for name in ("w1_EFD", "w2_EDF", "w3_EFD")}
     routed_experts = make_routed_experts_config(
