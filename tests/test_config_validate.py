@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,45 @@ def test_weights_of_other_dimensions_than_config_json_says_are_refused_by_name(m
         assert refused("recipe=distillation", f"recipe_args.teachers=[{model}]").message == said
 
 
+def test_other_models_of_a_recipe_must_suit_the_run_and_the_policy(model: Path, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(model, teacher)
+    options = ("recipe=distillation", f"recipe_args.teachers=[{teacher}]", f"model.path={model}")
+    where = f"the model 'teacher_1' of the recipe, in {teacher}"
+    validate(load_config(None, [*options]))
+    config = json.loads((model / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1800}))
+    said = refused(*options, "trainer.training.seq_len=2000").message
+    assert said == f"sequences of 2000 tokens (trainer.training.seq_len) are longer than the 1800 positions of {where}"
+    (teacher / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 1}))
+    two = ("cluster.gpus_per_node=8", "trainer.parallelism.tensor_parallel_degree=2")
+    assert f"the 4 attention heads and 1 key-value heads of {where}" in refused(*options, *two).message
+    (teacher / "config.json").write_text(json.dumps(config))
+    # the same tokens at other places; one that has some more may be told of by them or not
+    (model / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 1}}}))
+    more = {"model": {"vocab": [["a", -1.0], ["b", -2.0]]}, "added_tokens": [{"id": 2, "content": "<end>"}]}
+    (teacher / "tokenizer.json").write_text(json.dumps(more))
+    validate(load_config(None, [*options]))
+    (teacher / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"b": 0, "a": 1}}}))
+    said = refused(*options).message
+    assert said == f"{where}, has another vocabulary than the policy in {model}: 'b' is 0 in one and 1 in the other"
+
+
+def test_a_frozen_critic_without_a_value_head_is_refused_where_it_is_submitted(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "from forge_hpc.recipes.base import ModelNeed, Needs, Recipe\n"
+        "class Own(Recipe):\n"
+        "    def needs(self, config):\n"
+        f"        critic = ModelNeed(trained=False, path={str(model)!r}, head='value')\n"
+        "        return Needs({'policy': ModelNeed(), 'judge': critic})\n"
+        "    async def run(self, session): ...\n"
+    )
+    own = f"recipe={tmp_path / 'own.py'}:Own"
+    assert f"the model 'judge' of the recipe, in {model}, has no value head (score.weight)" in refused(own).message
+    save_file({"score.weight": np.zeros((1, 4), np.float32)}, model / "model.safetensors")
+    validate(load_config(None, [own]))
+
+
 @pytest.mark.parametrize(
     ("key", "instead"),
     [
@@ -433,7 +473,8 @@ def test_what_slurm_would_not_read_is_refused(text):
 
 
 def test_the_answers_of_an_evaluation_after_training_must_fit_the_model_too(tmp_path):
-    config = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "max_position_embeddings": 1024}
+    config = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "num_attention_heads": 4}
+    config["max_position_embeddings"] = 1024
     (tmp_path / "config.json").write_text(json.dumps(config))
     overrides = ["recipe=sft", f"model.path={tmp_path}", "trainer.training.seq_len=512", "evaluation.num_prompts=5"]
     with pytest.raises(UserError) as refused:

@@ -34,6 +34,8 @@ _OTHER_MODELS = (
     "dual_chunk_attention_config",
 )
 """Options of config.json that make another model of one."""
+VALUE_HEAD = "score.weight"
+"""The weight of a sequence classifier of one label, as transformers calls it."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -149,9 +151,13 @@ def num_experts_of(config: dict[str, Any]) -> int:
     return config.get("num_local_experts") or config.get("num_experts") or 0
 
 
-def check_weights(directory: Path) -> None:
-    """Raise UserError unless the safetensors of a model directory are there, as long as their headers say, and of the
-    dimensions of its ``config.json``: of larger ones vLLM takes the first rows and columns, and does not say so."""
+def check_weights(directory: Path) -> set[str]:
+    """The names of a model's weights.
+
+    Raises:
+        UserError: safetensors are missing, not as long as their headers say, or of other dimensions than its
+            ``config.json`` says: of larger ones vLLM takes the first rows and columns, and does not say so.
+    """
     index = directory / "model.safetensors.index.json"
     files = sorted(directory.glob("*.safetensors"))
     if index.exists():
@@ -169,14 +175,17 @@ def check_weights(directory: Path) -> None:
         raise UserError(f"no weights (*.safetensors) in the model directory {directory}", "fetch the model again")
     config = read_model_config(directory)
     expected = _shapes_of(config) if config.get("model_type") in KNOWN_MODEL_TYPES else {}
+    found: set[str] = set()
     for file in files:
         for name, shape in _check_safetensors(file).items():
+            found.add(name)
             kind = re.sub(r"\.\d+\.", ".*.", name)
             if expected.get(kind, shape) != shape:
                 raise UserError(
                     f"the weight {name} in {directory} has shape {shape}, config.json implies {expected[kind]}",
                     "config.json and the weights belong to different models",
                 )
+    return found
 
 
 def check_tokenizer(directory: Path) -> None:
@@ -186,6 +195,18 @@ def check_tokenizer(directory: Path) -> None:
             f"no tokenizer ({', '.join(_TOKENIZERS)}) in the model directory {directory}",
             "save the tokenizer into the same directory: tokenizer.save_pretrained(DIR)",
         )
+
+
+def token_ids(directory: Path) -> dict[str, int]:
+    """The ids of a tokenizer's tokens, as far as its ``tokenizer.json`` has them: none without one."""
+    try:
+        tokenizer = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+        vocabulary = tokenizer["model"]["vocab"]
+        if isinstance(vocabulary, list):  # tokens with their scores, in order
+            vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+        return vocabulary | {added["content"]: added["id"] for added in tokenizer.get("added_tokens") or ()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _shapes_of(config: dict[str, Any]) -> dict[str, list[int]]:

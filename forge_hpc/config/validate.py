@@ -23,6 +23,7 @@ from forge_hpc.config.errors import UserError
 from forge_hpc.config.fields import walk
 from forge_hpc.config.hub_cache import cached_snapshot, split_name
 from forge_hpc.config.models import (
+    VALUE_HEAD,
     check_family,
     check_generated,
     check_invariant,
@@ -32,6 +33,7 @@ from forge_hpc.config.models import (
     looks_local,
     num_experts_of,
     read_model_config,
+    token_ids,
 )
 from forge_hpc.config.needs import Needs, check_models
 from forge_hpc.config.recipes import load_recipe, needs_of
@@ -95,7 +97,7 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
         validate(own, check_paths=False)
     if check_paths:
         _check_model(cfg, needs)
-        _check_other_models(needs)
+        _check_other_models(cfg, needs)
         for run in runs:
             _check_data(run)
         _check_files(cfg)
@@ -674,7 +676,8 @@ def _in_cache(name: str) -> Path | None:
     return snapshot if snapshot is not None and (snapshot / "config.json").is_file() else None
 
 
-def _check_other_models(needs: Needs) -> None:
+def _check_other_models(cfg: Config, needs: Needs) -> None:
+    policy = Path(cfg.model.path).expanduser() if looks_local(cfg.model.path) else _in_cache(cfg.model.path)
     for name, need in needs.models.items():
         if need.path is None:
             continue
@@ -687,14 +690,24 @@ def _check_other_models(needs: Needs) -> None:
                 f"the model {name!r} of the recipe: no such directory: {need.path}",
                 "give a model in Hugging Face format, or a hub name",
             )
-        config, where = read_model_config(directory), f"the model {name!r} of the recipe, in {directory},"
-        check_family(config.get("model_type"), where)
-        check_trainable(config, where)
-        if is_local:
-            check_weights(directory)
+        where = f"the model {name!r} of the recipe, in {directory},"
+        _check_trained(cfg, read_model_config(directory), needs, where)
+        if is_local and VALUE_HEAD not in check_weights(directory) and need.head == "value" and not need.trained:
+            raise UserError(
+                f"{where} has no value head ({VALUE_HEAD}): it is no reward model",
+                "name the export of a run of recipe=reward_model",
+            )
+        ids, others = token_ids(directory), {} if policy is None else token_ids(policy)
+        token = next((token for token, number in ids.items() if others.get(token, number) != number), None)
+        if token is not None:
+            raise UserError(
+                f"{where} has another vocabulary than the policy in {policy}: {token!r} is {ids[token]} in one and "
+                f"{others[token]} in the other",
+                "take one with the same tokenizer",
+            )
 
 
-def _check_positions(cfg: Config, needs: Needs, longest: Any, where: str) -> None:
+def _check_positions(cfg: Config, needs: Needs, config: dict[str, Any], where: str) -> None:
     both = cfg.rollout.max_prompt_tokens + cfg.rollout.max_response_tokens
     used = {}
     if needs.models:
@@ -703,13 +716,17 @@ def _check_positions(cfg: Config, needs: Needs, longest: Any, where: str) -> Non
         given = cfg.generator.engine.max_model_len
         used["rollout.max_prompt_tokens + rollout.max_response_tokens"] = both if given is None else given
     longest_used = max(used.values())
-    if isinstance(longest, int) and longest < longest_used:
-        names = [name for name, value in used.items() if value > longest]
-        raise UserError(
-            f"sequences of {longest_used} tokens ({', '.join(names)}) are longer than the {longest} positions of "
-            f"{where}",
-            f"lower {' and '.join(names)} to {longest} or less, with the limits of rollout to match",
-        )
+    limits = {where: config.get("max_position_embeddings")}
+    if config.get("model_type") == "mistral":
+        limits[f"the sliding window of {where}"] = config.get("sliding_window")
+    for place, longest in limits.items():
+        if isinstance(longest, int) and longest < longest_used:
+            names = [name for name, value in used.items() if value > longest]
+            raise UserError(
+                f"sequences of {longest_used} tokens ({', '.join(names)}) are longer than the {longest} positions of "
+                f"{place.rstrip(',')}",
+                f"lower {' and '.join(names)} to {longest} or less, with the limits of rollout to match",
+            )
 
 
 def _check_routing_replay(cfg: Config, needs: Needs) -> None:
@@ -782,8 +799,6 @@ def _check_experts(cfg: Config, config: dict[str, Any], where: str) -> None:
             f"trainer.parallelism.expert_parallel_degree={degree} does not divide the {num_experts} experts of {where}",
             f"choose a divisor of {num_experts}",
         )
-    if cfg.model.batch_invariant:
-        check_invariant(config, where)
     if cfg.algorithm.routing_replay and not num_experts:
         raise UserError(f"algorithm.routing_replay, and {where} has no experts", "leave it off")
     if degree > 1 and not num_experts:
@@ -794,31 +809,23 @@ def _check_experts(cfg: Config, config: dict[str, Any], where: str) -> None:
 
 
 def _check_dimensions(cfg: Config, directory: Path, needs: Needs) -> None:
+    """The policy's."""
     config = read_model_config(directory)
     where = f"the model in {directory}"
-    check_family(config.get("model_type"), where)
-    (check_trainable if needs.models else check_generated)(config, where)
-    _check_positions(cfg, needs, config.get("max_position_embeddings"), where)
-    if config.get("model_type") == "mistral" and config.get("sliding_window") is not None:
-        _check_positions(cfg, needs, config["sliding_window"], f"the sliding window of {where}")
+    if needs.models:
+        _check_trained(cfg, config, needs, where)
+    else:
+        check_family(config.get("model_type"), where)
+        check_generated(config, where)
+    _check_positions(cfg, needs, config, where)
     vocab_size, stop = config.get("vocab_size"), max(cfg.rollout.sampling.stop_token_ids, default=0)
     if isinstance(vocab_size, int) and stop >= vocab_size:
         raise UserError(
             f"rollout.sampling.stop_token_ids has {stop}, and {where} has {vocab_size} tokens",
             "take the ids of its own tokenizer",
         )
-    heads = config.get("num_attention_heads")
-    kv_heads = config.get("num_key_value_heads") or heads
-    if not isinstance(heads, int) or not isinstance(kv_heads, int):
-        raise UserError(f"config.json of {where} gives no num_attention_heads", "is it a language model?")
-    train_tp = cfg.trainer.parallelism.tensor_parallel_degree
-    if heads % train_tp or kv_heads % train_tp:
-        raise UserError(
-            f"trainer.parallelism.tensor_parallel_degree={train_tp} does not divide the {heads} attention heads and "
-            f"{kv_heads} key-value heads of {where}",
-            f"choose a divisor of {math.gcd(heads, kv_heads)}",
-        )
     _check_experts(cfg, config, where)
+    heads, kv_heads = _heads_of(config, where)
     tp = cfg.generator.engine.tensor_parallel_size
     if heads % tp or (kv_heads % tp and tp % kv_heads):  # vLLM copies key-value heads where there are fewer than ranks
         raise UserError(
@@ -826,6 +833,31 @@ def _check_dimensions(cfg: Config, directory: Path, needs: Needs) -> None:
             f"{kv_heads} key-value heads of {where}",
             f"choose a divisor of {math.gcd(heads, kv_heads)}",
         )
+
+
+def _check_trained(cfg: Config, config: dict[str, Any], needs: Needs, where: str) -> None:
+    """A model that trainers hold."""
+    check_family(config.get("model_type"), where)
+    check_trainable(config, where)
+    if cfg.model.batch_invariant:
+        check_invariant(config, where)
+    _check_positions(cfg, dataclasses.replace(needs, generators="none"), config, where)
+    heads, kv_heads = _heads_of(config, where)
+    train_tp = cfg.trainer.parallelism.tensor_parallel_degree
+    if heads % train_tp or kv_heads % train_tp:
+        raise UserError(
+            f"trainer.parallelism.tensor_parallel_degree={train_tp} does not divide the {heads} attention heads and "
+            f"{kv_heads} key-value heads of {where}",
+            f"choose a divisor of {math.gcd(heads, kv_heads)}",
+        )
+
+
+def _heads_of(config: dict[str, Any], where: str) -> tuple[int, int]:
+    heads = config.get("num_attention_heads")
+    kv_heads = config.get("num_key_value_heads") or heads
+    if not isinstance(heads, int) or not isinstance(kv_heads, int):
+        raise UserError(f"config.json of {where} gives no num_attention_heads", "is it a language model?")
+    return heads, kv_heads
 
 
 def _check_data(run: RunSource) -> None:

@@ -46,15 +46,13 @@ from torchtitan.models.qwen3.state_dict_adapter import Qwen3StateDictAdapter
 from torchtitan.protocols.module import Module
 
 from forge_hpc.config.errors import UserError
-from forge_hpc.config.models import architecture_of, check_trainable, num_experts_of, rope_of
+from forge_hpc.config.models import VALUE_HEAD, architecture_of, check_trainable, num_experts_of, rope_of
 from forge_hpc.expert_stacks import STACKED
 from forge_hpc.models.experts import Experts, Router
 from forge_hpc.models.head import LogprobHead
 
 _EXPERTS = ".routed_experts.inner_experts."
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-VALUE_HEAD = "score.weight"
-"""Of a sequence classifier of one label, as transformers calls it."""
 """Hugging Face's names of the first and the last layer, which may be one tensor."""
 _NORMAL = {"weight": partial(nn.init.normal_, std=0.02)}
 _NORMAL_WITH_BIAS = {**_NORMAL, "bias": nn.init.zeros_}

@@ -15,7 +15,8 @@ from torchtitan.models.common import Linear
 from torchtitan.models.common.decoder_sharding import dense_param_placement
 from torchtitan.protocols.sharding import ShardingConfig
 
-from forge_hpc.models.spec import VALUE_HEAD, ModelSpec
+from forge_hpc.config.models import VALUE_HEAD
+from forge_hpc.models.spec import ModelSpec
 
 
 class ValueHead(Linear):

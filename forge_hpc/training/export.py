@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torchtitan.config import TORCH_DTYPE_MAP
 
-from forge_hpc.config.models import looks_local
+from forge_hpc.config.models import VALUE_HEAD, looks_local
 from forge_hpc.config.schema import Config, LoRAConfig
 from forge_hpc.expert_stacks import part_names, parts
-from forge_hpc.models.spec import VALUE_HEAD, ModelSpec
+from forge_hpc.models.spec import ModelSpec
 from forge_hpc.training.lora import adapters_of, merge_adapters, whole
 
 _MAX_SHARD_BYTES = 5 * 10**9
