@@ -43,6 +43,10 @@ async def episode(base_url, api_key, example, way="talk"):
             raise KeyError("no such thing")
         if way == "hang":
             await asyncio.sleep(3600)
+        if way == "cancelled":
+            raise asyncio.CancelledError("by a library")
+        if way == "interrupted":
+            raise KeyboardInterrupt
         if way == "text":
             return "4"
         if way == "nothing":
@@ -137,6 +141,8 @@ def test_an_agents_conversations_become_an_episode_with_branches(config: Config)
 
 def test_what_an_agent_raises_or_does_wrong_costs_its_episode_alone(config: Config) -> None:
     raised, wrong, gave_nothing = play(config, "raise", "wrong", "nothing")
+    for ended in play(config, "cancelled", "interrupted"):
+        assert isinstance(ended, EnvironmentFailed) and ended.kind == "raised", ended
     assert isinstance(raised, EnvironmentFailed) and "no such thing" in str(raised)
     assert isinstance(wrong, EnvironmentFailed) and "not 'score'" in str(wrong)
     assert isinstance(gave_nothing, EnvironmentFailed) and gave_nothing.kind == "reward"

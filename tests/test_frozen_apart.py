@@ -179,11 +179,11 @@ def test_a_reference_that_stands_apart_is_asked_before_the_policy_is_trained() -
         mesh = Mesh()
         trainers = Trainers(mesh, 10, asyncio.get_running_loop().create_future(), frozen=frozen)
         documents = random_documents(3)
-        assert await trainers.train_step(documents) == {"loss": 0.0}
-        assert all((document.ref_logprobs == -1).all() for document in mesh.given)
+        asked = await trainers.with_reference(documents)
+        assert all((document.ref_logprobs == -1).all() for document in asked)
         assert not any((document.ref_logprobs == -1).all() for document in documents)  # the recipe's own stay
-        await trainers.train_step(documents, model="critic")
-        assert mesh.given is documents
+        assert await trainers.train_step(asked) == {"loss": 0.0}
+        assert mesh.given is asked
         with pytest.raises(UserError, match="no values"):
             await trainers.values(documents, model="reference")
 

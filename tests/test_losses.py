@@ -779,6 +779,15 @@ def leashed(*, logprobs, ref_logprobs, kl_coef=0.05, **rest):
 
 class OneAction(RLOOLoss): ...
 
+class Averaged(Scaled):
+    def term(self, x):
+        term, metrics = super().term(x)
+        return term.mean(), metrics
+
+class Counted(Scaled):
+    def term(self, x):
+        return super().term(x)[0], {"mine": x.logprobs.mean()}
+
 class Confused(Scaled):
     advantage = "mean"
 """
@@ -798,6 +807,9 @@ def test_a_loss_of_ones_own_is_a_class_or_a_function_in_a_file(own: Path) -> Non
     policy = ReinforceLoss()(**x).loss
     torch.testing.assert_close(scaled.loss, 2 * policy + 0.1 * scaled.metrics["kl/mean"])
     assert "mine" in scaled.metrics
+    for name, what in (("Averaged", "its term"), ("Counted", "mine")):
+        with pytest.raises(ValueError, match=rf"^{name}.term\(\) gives {what} of shape \[\], and tokens have \["):
+            build_loss(f"{own}:{name}", a)(**x)
     function = build_loss(f"{own}:function", AlgorithmConfig(loss_args={"scale": 2.0}))
     torch.testing.assert_close(function(**x).loss, -2 * x["logprobs"][x["mask"]].sum())
     assert step_normalizer(function, 10, 3) == 10  # what says nothing is a mean over tokens

@@ -20,6 +20,7 @@ from tiny_models import random_documents, write_model
 from forge_hpc.config import Config, UserError, load_config, validate
 from forge_hpc.config.needs import ModelNeed
 from forge_hpc.config.schema import MismatchConfig
+from forge_hpc.controller.service import is_loss
 from forge_hpc.data.types import Document
 from forge_hpc.losses.top_entropy import entropy_threshold
 from forge_hpc.models.attention import attention_inputs
@@ -277,6 +278,14 @@ def test_a_loss_without_weights_cannot_be_on_some_tokens(model_dir: Path, tmp_pa
     for document in documents:
         document.columns["returns"] = 1.0
     assert "entropy/threshold" not in critic.train_step(documents)
+
+
+def test_a_loss_that_cannot_reach_a_service_of_its_own_is_no_lost_trainer(model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "away.py").write_text("def away(*, logprobs, mask, normalizer):\n    raise ConnectionError('gone')\n")
+    away = config(loss=f"{tmp_path / 'away.py'}:away", kl_coef=0, entropy_coef=0, top_entropy_quantile=1)
+    with pytest.raises(RuntimeError, match=r"^the loss has raised ConnectionError: gone$") as raised:
+        TrainEngine(away, model_dir).train_step(random_documents(4))
+    assert not is_loss(raised.value)
 
 
 def test_one_minibatch_and_one_epoch_are_the_step_as_it_was_to_the_last_bit(model_dir: Path) -> None:

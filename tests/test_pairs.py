@@ -85,8 +85,9 @@ def test_chats_come_as_text_as_messages_or_whole(example: dict[str, Any]) -> Non
     ids=["equal", "equal chats", "other questions", "missing", "empty"],
 )
 def test_a_pair_that_says_nothing_is_named(example: dict[str, Any], why: str) -> None:
-    with pytest.raises(BadExample, match=f"^data.jsonl, example 7: .*{why}"):
+    with pytest.raises(BadExample, match=f"^data.jsonl, example 7: .*{why}") as refused:
         PairRenderer(chat_tokenizer(), CHAT, "rejected")(example, "data.jsonl, example 7")
+    assert "no field" not in why or "recipe_args.rejected" in str(refused.value.hint)
 
 
 def test_pairs_with_equal_answers_and_those_longer_than_a_row_are_left_out_whole_and_counted() -> None:

@@ -242,6 +242,7 @@ def test_a_preempted_run_saves_though_wandb_hangs_and_goes_on_with_its_counts_an
         run.kill()
     state = status(run_dir)
     assert (run.returncode, state["state"]) == (75, "preempted"), err
+    assert f"hint: forge-hpc resume {run_dir} goes on after step {state['step']}\n" in err
     checkpoint = RunDir(run_dir).checkpoint(state["step"])
     assert verify(checkpoint) is None, "the last step is saved"
     assert 1 <= state["step"] < steps

@@ -276,7 +276,8 @@ def play_samples(config: Config, scenario: Callable[[Samples], Any]) -> None:
         generators.num_serving = 1
         prompts, buffer = PromptStream(SOURCES, TOKENIZER, config), episode_buffer(config, 0, 0)
         given: Any = (generators.sample, 1, Rewards(), buffer, lambda text: None)
-        stream = RolloutStream(config, prompts, *given, lambda: generators.num_serving, generators.admission)
+        serving = {"num_serving": lambda: generators.num_serving, "admission": generators.admission}
+        stream = RolloutStream(config, prompts, *given, **serving)
         running = asyncio.create_task(stream.run())
         try:
             await scenario(generators)

@@ -24,6 +24,7 @@ from forge_hpc.config.adapters import adapter_configs, total_steps
 from forge_hpc.config.load import with_overrides
 from forge_hpc.controller.generators import NodeLost
 from forge_hpc.controller.ranks import Standstill
+from forge_hpc.controller.recipe_run import run_recipe
 from forge_hpc.controller.service import cause_of, is_loss, reason_of
 from forge_hpc.controller.session import OneBase, Session, background
 from forge_hpc.data.hub import resolve_model
@@ -176,7 +177,7 @@ class AdapterSessions:
             with await asyncio.to_thread(session.open_records, terminal.stdout):
                 total = session.config.trainer.training.steps
                 status.update(state="running", step=session.step, policy_version=session.step, total_steps=total)
-                await session.recipe.run(session)
+                await run_recipe(session)
         except Exception as error:
             if is_loss(error) or isinstance(cause_of(error), NodeLost):
                 raise

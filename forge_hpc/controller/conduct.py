@@ -191,7 +191,7 @@ async def attempt(
     from forge_hpc.controller.generators import NodeLost
 
     leave.is_attended = True
-    work = asyncio.create_task(run_recipe(session, terminal, status))
+    work = asyncio.create_task(run_on(session, terminal, status))
     asked = asyncio.create_task(leave.requested.wait())
     trainer_losses: tuple[asyncio.Future[Any], ...] = (session.lost, session.cluster.faults.unexpected)
     losses = (*trainer_losses, pool.failed)
@@ -231,9 +231,10 @@ async def attempt(
     return False
 
 
-async def run_recipe(session: AnySession, terminal: Terminal, status: StatusWriter) -> None:
+async def run_on(session: AnySession, terminal: Terminal, status: StatusWriter) -> None:
     """The recipe, on the state that the session finds."""
     from forge_hpc.controller.adapters import AdapterSessions
+    from forge_hpc.controller.recipe_run import run_recipe
 
     if isinstance(session, AdapterSessions):
         await session.run(terminal)
@@ -242,7 +243,7 @@ async def run_recipe(session: AnySession, terminal: Terminal, status: StatusWrit
     with await asyncio.to_thread(session.open_records, terminal.stdout):
         total = session.config.trainer.training.steps if session.needs.trains else 0
         status.update(state="running", step=session.step, policy_version=session.step, total_steps=total, message="")
-        await session.recipe.run(session)
+        await run_recipe(session)
 
 
 def on_ended_node(

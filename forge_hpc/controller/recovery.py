@@ -34,7 +34,8 @@ class Recoveries:
         self._since_step[who] += 1
         times = self._since_step[who]
         if times > self._limit:
-            raise GivenUp(f"{reason} (lost {times} times without a completed step in between)")
+            often = "once" if times == 1 else f"{times} times"
+            raise GivenUp(f"{reason} (lost {often} without a completed step in between)")
         self.counts[kind] += 1
         logger.warning("recovering (%d of %d until the next step): %s", times, self._limit, reason)
 

@@ -36,6 +36,7 @@ class Saver:
 
     Args:
         finished_groups: rollouts of later steps that are to be kept.
+        warn: shows the user a line.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Saver:
         recoveries: Recoveries,
         status: StatusWriter,
         finished_groups: Callable[[], list[Group]],
+        warn: Callable[[str], None],
     ) -> None:
         self.checkpoints = CheckpointStore(run_dir, config.checkpoint.keep)
         self.saved_step = 0
@@ -53,12 +55,15 @@ class Saver:
         """Of the newest one that is complete, or on its way there."""
         self.num_failed = 0
         """Saves of the run that have failed."""
+        self.why_failed = ""
+        """Of the last one of them."""
         self._config = config
         self._config_text = config_text(config).encode()
         self._run_dir = run_dir
         self._recoveries = recoveries
         self._status = status
         self._finished_groups = finished_groups
+        self._warn = warn
         self._saving: asyncio.Task[None] | None = None
         self._train_s: deque[float] = deque(maxlen=20)
         self._save_s: deque[float] = deque(maxlen=5)
@@ -127,9 +132,9 @@ class Saver:
         await asyncio.to_thread(self.checkpoints.abandon, step)
         self.begun_step = self.saved_step
         self.num_failed += 1
-        reason = " ".join(str(error).split()) or type(error).__name__
-        logger.error("the checkpoint of step %d failed, the one before it stands: %s", step, reason)
-        self._status.update(message=f"the checkpoint of step {step} failed: {reason}")
+        self.why_failed = " ".join(str(error).split()) or type(error).__name__
+        before = f"that of step {self.saved_step} stands" if self.saved_step else "there is none before it"
+        self._warn(f"the checkpoint of step {step} failed, {before}: {self.why_failed}")
 
     def better_step(self) -> int | None:
         """The step of the best checkpoint, where that is another one than the newest."""
@@ -179,5 +184,4 @@ class Saver:
         except ActorLost:
             raise
         except Exception as error:
-            logger.error("the model of step %d is not exported: %s", step, reason_of(error))
-            self._status.update(message=f"the model of step {step} is not exported: {reason_of(error)}")
+            self._warn(f"the model of step {step} is not exported: {reason_of(error)}")

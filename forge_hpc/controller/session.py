@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -149,7 +150,7 @@ class Session:
         self._recoveries = recoveries
         self._leave = leave
         self._status = status or StatusWriter(run_dir)
-        self._saver = Saver(config, run_dir, recoveries, self._status, self._finished_groups)
+        self._saver = Saver(config, run_dir, recoveries, self._status, self._finished_groups, self.warn)
         self._kept = kept
         self._hands_over = False
         self._base = base
@@ -159,6 +160,8 @@ class Session:
         self._pins = Pins(run_dir.path)
         self._between_steps = asyncio.Event()
         self._between_steps.set()
+        self._published = 0  # by the recipe: the step after which it has brought the policy to the generators
+        self._is_finished = False
         self._trainers: Trainers | None = None
         self._generators: Service | None = None
         self._buffer: EpisodeBuffer | None = None
@@ -468,6 +471,7 @@ class Session:
             self._buffer = episode_buffer(self.config, self.step, self._prompts.position, self._prompts.ahead)
             self._buffer.restore(self._restored_groups, self.state)
         assert self._store is not None, "the trainers have been started"
+        self._published = self.step
         is_first = self._adapter not in self._pool.weights
         self._weights = self._pool.weights[self._adapter] = WeightSync(
             self.trainers,
@@ -598,6 +602,7 @@ class Session:
             self._rewards,
             self._buffer,
             self.warn,
+            check=self._check_published,
             num_serving=lambda: len(generators.serving),
             admission=generators.admission,
             reward_more=self._reward_model(),
@@ -605,6 +610,16 @@ class Session:
         await self._begin_trace(self.step + 1)
         async with background(stream.run()):
             yield stream
+
+    def _check_published(self, step: int) -> None:
+        """Raise a UserError where groups of this step will never come, since the recipe has forgotten the weights."""
+        needed = step - 1 - self.config.rollout.max_staleness
+        if needed > self._published:
+            raise UserError(
+                f"step {step} trains on samples of the policy after step {needed} or a newer one, and the recipe has "
+                f"brought the generators none since that after step {self._published}",
+                "after each step: await session.publish(step)",
+            )
 
     def _reward_model(self) -> RewardModel | None:
         """What gives the reward of a trained model, where the run has one."""
@@ -650,17 +665,21 @@ class Session:
         other place of the recipe it interrupts. A step that is to be saved begins once the save before is complete:
         whatever is killed, no more than ``checkpoint.interval`` steps are lost.
         """
-        if self.is_between_steps:  # another model's may have begun it
+        begins = self.is_between_steps  # another model's may have begun it
+        if begins:
             self._phase("rollout" if self.needs.generators == "beside" else "data")
+        if model == POLICY:
+            bounds = self._mismatch.bounds(step, documents)
+            if self._sft is not None and update:
+                documents = self._sft.mix(documents)
+            documents = await self.trainers.with_reference(documents)
+        if begins:
             await self._begin_step(step)
         start = time.perf_counter()
         if model != POLICY:
             metrics = await self.trainers.train_step(documents, update, model=model)
             self._saver.trained(time.perf_counter() - start)
             return {f"{model}/{key}": value for key, value in metrics.items()}
-        bounds = self._mismatch.bounds(step, documents)
-        if self._sft is not None and update:
-            documents = self._sft.mix(documents)
         self._ask_engines()
         with self._spans.span("train_step"):
             metrics = await self.trainers.train_step(documents, update, bounds.largest)
@@ -721,6 +740,7 @@ class Session:
         """Bring the policy after ``step`` to the generators, every ``rollout.sync_interval`` steps and before an
         evaluation. Synchronous runs, and evaluations, wait until it is there."""
         assert self._weights is not None, "start() comes first"
+        self._published = step
         rollout, evaluates = self.config.rollout, self._evaluation_is_due(step)
         if evaluates or step % rollout.sync_interval == 0:
             with self._spans.span("publish"):
@@ -733,7 +753,12 @@ class Session:
     ) -> None:
         """Write the figures of a step that is done, and a sample of its rollouts; then save the run every
         ``checkpoint.interval`` steps and at the last one: what was written before is on disk when the checkpoint is.
+
+        Raises:
+            UserError: it is not the step after the last one that was ended.
         """
+        if step != self.step + 1:
+            raise UserError(f"the recipe ends step {step} after step {self.step}", "session.remaining_steps() counts")
         self._record(step, metrics, groups)
         await self._tell_phases()
         self.state = dict(state) | ({"sft": self._sft.state_dict()} if self._sft is not None else {})
@@ -748,6 +773,9 @@ class Session:
 
     def _record(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
         now = time.perf_counter()
+        if wrong := next((key for key, value in metrics.items() if not isinstance(value, Real)), None):
+            said = f"the figure {wrong!r} of step {step} is {metrics[wrong]!r}, which is no number"
+            raise UserError(said, "give session.end_step() numbers by their names")
         timing = {"time/step_s": now - self._step_ended, "time/checkpoint_s": self._checkpoint_s}
         if self._weights is not None:
             timing["time/weight_sync_s"] = self._weights.seconds
@@ -800,8 +828,8 @@ class Session:
             return await self._evaluator.evaluate(step) if self._evaluation_is_due(step) else {}
         if not interval or step % interval or step >= last or self.metrics.is_evaluated(step, "loss"):
             return {}
-        figures = await self._validation_loss()
-        self.metrics.log_evaluation(step, figures)
+        if figures := await self._validation_loss():
+            self.metrics.log_evaluation(step, figures)
         return figures
 
     async def _keep_best(self, step: int, figures: Mapping[str, float]) -> None:
@@ -860,10 +888,35 @@ class Session:
                 self.metrics.log_evaluation(self.step, loss)
         if better is not None:
             await self._saver.export_best()
+        self._is_finished = True
+
+    async def check_done(self) -> None:
+        """The recipe has returned: see that nothing that it has trained is lost, and that it is said.
+
+        Raises:
+            UserError: a step is not ended, or the run not finished.
+        """
+        if not self.needs.trains or self._is_finished:
+            return
+        if not self.is_between_steps:
+            raise UserError(
+                f"the recipe has trained step {self.step + 1}, and returned without ending it",
+                "after each step: await session.end_step(step, metrics, state)",
+            )
+        if self._trainers is not None:
+            await self._save_last()
+        raise UserError(
+            f"the recipe has returned after step {self.step} without finishing the run: nothing is exported",
+            "at its end: await session.finish()",
+        )
 
     async def _save_last(self) -> None:
         if not await self.save_to_leave():
-            raise RuntimeError(f"the state after the last step cannot be saved in {self.run_dir.checkpoints}")
+            raise self._unsaved()
+
+    def _unsaved(self, left: str = "") -> RuntimeError:
+        where, why = self.run_dir.checkpoints, self._saver.why_failed
+        return RuntimeError(f"the state after step {self.step} cannot be saved in {where}: {why}{left}")
 
     async def _save_and_export(self) -> None:
         """The last save, and beside it the export. The save comes first in all that one of them has to wait for."""
@@ -875,8 +928,11 @@ class Session:
             if self._saver.saved_step < self.step:  # without the model there may be room for it
                 await asyncio.wait({exporting})
                 await asyncio.to_thread(shutil.rmtree, self.run_dir.export, ignore_errors=True)
-                await self._save_last()
+                is_saved = await self.save_to_leave()
                 exporting = asyncio.ensure_future(self.trainers.export(self.run_dir.export))
+                await exporting
+                if not is_saved:
+                    raise self._unsaved(f"; its model is in {self.run_dir.export}")
             await exporting
         finally:
             if not exporting.cancel() and not exporting.cancelled():

@@ -67,6 +67,14 @@ class Trainers:
 
     # ---- what recipes ask for
 
+    async def with_reference(self, documents: Sequence[Document]) -> Sequence[Document]:
+        """The policy's documents with the log-probabilities of a reference that has processes of its own; one beside
+        the policy is asked there."""
+        if REFERENCE not in self._apart:
+            return documents
+        logprobs = await self.logprobs(documents, REFERENCE)
+        return [replace(own, ref_logprobs=ref) for own, ref in zip(documents, logprobs, strict=True)]
+
     async def train_step(
         self,
         documents: Sequence[Document],
@@ -76,9 +84,6 @@ class Trainers:
         model: str = POLICY,
     ) -> dict[str, float]:
         """One optimizer step of a trained model, as ``TrainEngine.train_step``; its metrics."""
-        if model == POLICY and REFERENCE in self._apart:  # a reference beside the policy is asked there
-            logprobs = await self.logprobs(documents, REFERENCE)
-            documents = [replace(own, ref_logprobs=ref) for own, ref in zip(documents, logprobs, strict=True)]
         async with self._turn():
             return over_ranks(await self._call_all("train_step", documents, update, max_mismatch, model))
 

@@ -41,7 +41,10 @@ class PairRenderer:
         if isinstance(example, BadExample):
             raise example
         prompt = prompt_of(example, self._data, where)
-        answers = [target_of(example, data, where) for data in (self._data, self._worse)]
+        try:
+            answers = [target_of(example, data, where) for data in (self._data, self._worse)]
+        except BadExample as error:
+            raise BadExample(error.message, _FIELDS) from None
         if answers[0] == answers[1]:
             raise BadExample(f"{where}: the two answers are equal: nothing is preferred", "leave the pair out")
         chats = [answer for answer in answers if isinstance(answer, list)]

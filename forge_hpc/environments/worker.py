@@ -57,7 +57,10 @@ class _Host:
             self._channel.answer(request, {"value": await self._do(request)})
         except EnvironmentFull as error:
             self._channel.answer(request, {"error": str(error), "limit": error.limit})
-        except (Exception, SystemExit) as error:  # a user's environment may raise anything; the pool counts it
+        except BaseException as error:  # a user's environment may raise anything; the pool counts it
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():  # nobody waits for it any more
+                raise
             self._channel.answer(request, failure(error))
         if request["do"] == "close":
             self._loop.stop()

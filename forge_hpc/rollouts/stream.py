@@ -40,6 +40,7 @@ class RolloutStream:
         prompts: those of the steps to come.
         sample: the generators', or the environments', stream of samples: (prompts, key=...).
         num_generators: replicas that share the prompts of a synchronous step.
+        check: raises where the groups of a step that is to be taken will never come.
         num_serving: replicas that serve now, where that changes.
         admission: returns when another one serves.
         reward_more: adds to the rewards of a step's episodes what is computed of them together.
@@ -55,6 +56,7 @@ class RolloutStream:
         rewards: RewardPool | RewardPools,
         buffer: EpisodeBuffer,
         warn: Callable[[str], None],
+        check: Callable[[int], None] = lambda step: None,
         num_serving: Callable[[], int] | None = None,
         admission: Callable[[], Awaitable[None]] | None = None,
         reward_more: Callable[[list[Group]], Awaitable[None]] | None = None,
@@ -69,6 +71,7 @@ class RolloutStream:
         self._clock = RolloutClock()
         self._watch = EpisodeWatch(warn)
         self._step = buffer.step
+        self._check = check
         self._num_serving = num_serving or (lambda: num_generators)
         self._admission = admission
         is_ahead, is_strict = config.rollout.max_staleness > 0, config.rollout.window == 1
@@ -80,6 +83,7 @@ class RolloutStream:
     async def take(self) -> list[Group]:
         """The groups of the next step, in the order of their prompts, none older than ``rollout.max_staleness``."""
         self._step = self._buffer.step
+        self._check(self._step)
         groups = await self._buffer.take()
         if self._reward_more is not None:
             await self._reward_more(groups)

@@ -188,6 +188,15 @@ def cancelled(run_dir: RunDir, config: Config, request: StopRequest) -> Ending:
     return Ending(Cause.CANCELLED, message, hint)
 
 
+def way_on(run_dir: RunDir) -> str:
+    """How a run goes on that nobody starts again."""
+    step, saved = steps_done(run_dir)
+    resume = f"forge-hpc resume {shlex.quote(str(run_dir))}"
+    if not saved:
+        return f"{resume} begins again"
+    return f"{resume} goes on after step {saved}" + (f": {_steps_again(step - saved)}" if step > saved else "")
+
+
 def steps_done(run_dir: RunDir) -> tuple[int, int]:
     """Optimizer steps done, and those that the newest checkpoint has."""
     status, saved = None, 0

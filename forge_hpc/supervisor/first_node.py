@@ -35,7 +35,7 @@ from forge_hpc.slurm import outside
 from forge_hpc.status_writer import StatusWriter
 from forge_hpc.supervisor import deadlines
 from forge_hpc.supervisor.coming_back import come_back, is_to_come_back
-from forge_hpc.supervisor.controller_process import ControllerProcess, cancelled
+from forge_hpc.supervisor.controller_process import ControllerProcess, cancelled, way_on
 from forge_hpc.supervisor.ending import EXITS, FAILURES, RULES, Cause, ControllerExit, Ending, Exit
 from forge_hpc.supervisor.fit import sizes_of
 from forge_hpc.supervisor.gate import Verdict, open_gate
@@ -318,8 +318,12 @@ class FirstNode:
             self.status.flush(deadlines.LEASE_S)
         print(f"logs: {log_dir}", file=sys.stderr)
         print(f"{state if state != 'failed' else 'error'}: {message}", file=sys.stderr)
-        if ending.hint:
-            print(f"hint: {ending.hint}", file=sys.stderr)
+        hint = ending.hint
+        if hint is None and not self.allocation.in_slurm and (state == "preempted" or ending.cause in FAILURES):
+            with best_effort():
+                hint = in_thread(partial(way_on, self.run_dir), within_s=deadlines.WRITE_S)
+        if hint:
+            print(f"hint: {hint}", file=sys.stderr)
         sys.stderr.flush()
         return EXITS[state] if state != "failed" or ending.exit is None else ending.exit
 

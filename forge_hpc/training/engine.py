@@ -332,7 +332,10 @@ class TrainEngine(ModelShard, Stateful):
         given |= {name: microbatch.get(name) for name in (*FIELDS, "weights")}
         given |= {name: microbatch[name] for name in self._columns}
         given |= self._own_inputs(given, *outputs) if self.spec.has_logprobs else {"values": outputs[0]}
-        output = self.loss_fn(**accepted(self.loss_fn, given | {"normalizer": normalizer}))
+        try:
+            output = self.loss_fn(**accepted(self.loss_fn, given | {"normalizer": normalizer}))
+        except (TimeoutError, ConnectionError) as error:  # as such it would say that this process is lost
+            raise RuntimeError(f"the loss has raised {type(error).__name__}: {error}") from error
         shares = {}
         if (weights := microbatch.get("sft")) is not None:  # examples beside the episodes (``rollouts.sft``)
             sft = -torch.where(weights != 0, sft_scale * weights * outputs[0], 0).sum()

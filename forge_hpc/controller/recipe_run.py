@@ -1,0 +1,55 @@
+"""The run of a recipe, which may be its author's own: what it raises, and what it leaves undone."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import forge_hpc
+from forge_hpc.actors.errors import ForeignError
+
+if TYPE_CHECKING:
+    from forge_hpc.controller.session import Session
+
+_OURS = str(Path(forge_hpc.__file__).parent)
+
+
+async def run_recipe(session: Session) -> None:
+    """The recipe, on the state that the session has found.
+
+    Raises:
+        UserError: it has returned with a step that is not ended, or without ``finish``.
+        ForeignError: it has raised what would be taken for something else: TimeoutError and ConnectionError mean lost
+            processes where the session raises them, and SystemExit ends this process without a word.
+        Exception: what else it has raised.
+    """
+    try:
+        await session.recipe.run(session)
+    except BaseException as error:
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise
+        if (place := _place_in(session.recipe, error)) is None:
+            raise
+        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise ForeignError(f"{text} ({place})") from error
+    await session.check_done()
+
+
+def _place_in(recipe: Any, error: BaseException) -> str | None:
+    """Where the recipe has raised it, of what it should not; None of all else."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = inspect.getsourcefile(type(recipe))
+    last = max((number for number, frame in enumerate(frames) if frame.filename == own), default=-1)
+    if not isinstance(error, Exception):
+        frame = frames[last]
+        return f"{frame.filename}:{frame.lineno}"
+    is_own = last >= 0 and not any(frame.filename.startswith(_OURS) for frame in frames[last:])
+    if not is_own or not isinstance(error, TimeoutError | ConnectionError):
+        return None
+    return f"{frames[last].filename}:{frames[last].lineno}"
