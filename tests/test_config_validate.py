@@ -314,6 +314,18 @@ def test_weights_of_other_dimensions_than_config_json_says_are_refused_by_name(m
         assert refused("recipe=distillation", f"recipe_args.teachers=[{model}]").message == said
 
 
+def test_weights_that_are_packed_or_in_no_index_are_not_compared_with_config_json(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text()) | {"hidden_size": 64, "head_dim": 16, "vocab_size": 67}
+    (model / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file({name: np.zeros((64, 32), np.uint8)}, model / "model.safetensors", metadata={"format": "pt"})
+    validate(load_config(None, [f"model.path={model}"]))  # two numbers to a byte
+    save_file({name: np.zeros((64, 32), np.float32)}, model / "stray.safetensors", metadata={"format": "pt"})
+    assert "config.json implies [64, 64]" in refused(f"model.path={model}").message
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: "model.safetensors"}}))
+    validate(load_config(None, [f"model.path={model}"]))
+
+
 def test_other_models_of_a_recipe_must_suit_the_run_and_the_policy(model: Path, tmp_path: Path) -> None:
     teacher = tmp_path / "teacher"
     shutil.copytree(model, teacher)

@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,11 +162,20 @@ def test_the_warning_is_seen_on_the_terminal_and_in_the_status_and_the_bound_is_
     asked: list[tuple[bool, float]] = []
 
     class Trainers:
+        async def with_reference(self, documents: list[Document]) -> list[Document]:
+            assert session.is_between_steps  # what a reference costs that is lost costs no step
+            return [new]
+
         async def train_step(self, documents: list[Document], update: bool, max_mismatch: float) -> dict[str, float]:
+            assert documents == [new] and not session.is_between_steps
             asked.append((update, max_mismatch))
             return {"mismatch/logprob_abs_mean": 0.2, "tokens/trained": 1}
 
+    new = Document(torch.zeros(2).numpy(), torch.ones(2).numpy(), policy_version=0)
+    session: Any = None
+
     async def scenario() -> None:
+        nonlocal session
         run_dir = RunDir(tmp_path / "run").create()
         run_dir.write_status(state="running")
         session = make_session(run_dir, configuration())

@@ -153,8 +153,10 @@ def test_a_recipe_that_forgets_the_weights_does_not_wait_for_ever() -> None:
     config = Config()
     for staleness, last in ((0, 1), (2, 3)):
         config.rollout.max_staleness = staleness
-        session: Any = SimpleNamespace(config=config, _published=0)
+        session: Any = SimpleNamespace(config=config, _published=0, step=last - 1)
         Session._check_published(session, last)
+        Session._check_published(session, last + 1)  # asked for before the step is ended: it may yet publish
+        session.step = last
         with pytest.raises(UserError, match="has brought the generators none since that after step 0") as refused:
             Session._check_published(session, last + 1)
         assert refused.value.hint == "after each step: await session.publish(step)"

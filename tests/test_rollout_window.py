@@ -289,9 +289,9 @@ def play_samples(config: Config, scenario: Callable[[Samples], Any]) -> None:
 
 
 def places(max_staleness: int, window: int) -> Config:
-    """Three prompts of two samples have places in a generator."""
+    """A prompt of two samples has places in a generator, and two more wait there."""
     config = configuration(max_staleness, window)
-    config.generator.engine.max_num_seqs, config.rollout.group_size = 6, 2
+    config.generator.engine.max_num_seqs, config.rollout.group_size = 2, 2
     return config
 
 

@@ -37,6 +37,8 @@ _OTHER_MODELS = (
 VALUE_HEAD = "score.weight"
 """The weight of a sequence classifier of one label, as transformers calls it."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_PLAIN = ("F64", "F32", "F16", "BF16")
+"""Types of tensors whose shapes are those of the model."""
 _MAX_HEADER_BYTES = 100_000_000
 
 
@@ -117,10 +119,11 @@ def check_trainable(config: dict[str, Any], where: str) -> None:
 
 def check_generated(config: dict[str, Any], where: str) -> None:
     """Raise a UserError where vLLM would compute another model than that of this ``config.json``, and not say so."""
-    head_dim, heads = config.get("head_dim"), config.get("num_attention_heads")
-    if config.get("model_type") != "qwen2" or not isinstance(head_dim, int) or not isinstance(heads, int):
+    sizes = [config.get(key) for key in ("hidden_size", "num_attention_heads", "head_dim")]
+    dim, heads, head_dim = (size if isinstance(size, int) else 0 for size in sizes)
+    if config.get("model_type") != "qwen2" or not (dim and heads and head_dim):
         return
-    if (theirs := config["hidden_size"] // heads) != head_dim:
+    if (theirs := dim // heads) != head_dim:
         raise UserError(
             f"{where} has heads of {head_dim} values, and vLLM 0.32 gives those of a Qwen2 hidden_size / "
             f"num_attention_heads = {theirs}, whatever config.json says: it would take the first rows of its weights",
@@ -171,6 +174,7 @@ def check_weights(directory: Path) -> set[str]:
                 f"the model directory {directory} lacks {len(missing)} of {len(names)} weight files: {missing[0]}",
                 "fetch the model again",
             )
+        files = [directory / name for name in sorted(names)]  # others are nobody's
     elif not files:
         raise UserError(f"no weights (*.safetensors) in the model directory {directory}", "fetch the model again")
     config = read_model_config(directory)
@@ -180,7 +184,7 @@ def check_weights(directory: Path) -> set[str]:
         for name, shape in _check_safetensors(file).items():
             found.add(name)
             kind = re.sub(r"\.\d+\.", ".*.", name)
-            if expected.get(kind, shape) != shape:
+            if shape is not None and expected.get(kind, shape) != shape:
                 raise UserError(
                     f"the weight {name} in {directory} has shape {shape}, config.json implies {expected[kind]}",
                     "config.json and the weights belong to different models",
@@ -229,9 +233,11 @@ def _shapes_of(config: dict[str, Any]) -> dict[str, list[int]]:
     return shapes | {"model.embed_tokens.weight": [vocab_size, dim], "lm_head.weight": [vocab_size, dim]}
 
 
-def _check_safetensors(file: Path) -> dict[str, list[int]]:
-    """The shapes of its tensors. The format opens with the header's length (8 bytes, little endian), then JSON with the
-    shapes and offsets of all tensors."""
+def _check_safetensors(file: Path) -> dict[str, list[int] | None]:
+    """The shapes of its tensors, None of one whose numbers are packed.
+
+    The format opens with the header's length (8 bytes, little endian), then JSON with shapes and offsets of all.
+    """
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -241,7 +247,7 @@ def _check_safetensors(file: Path) -> dict[str, list[int]]:
             header = json.loads(stream.read(length))
         tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
         end = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
-        shapes = {name: [*tensor["shape"]] for name, tensor in tensors.items()}
+        shapes = {name: [*tensor["shape"]] if tensor["dtype"] in _PLAIN else None for name, tensor in tensors.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise UserError(
             f"{file} is not a safetensors file: {error}",

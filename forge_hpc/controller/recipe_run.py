@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
+import os
+import sysconfig
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import forge_hpc
 from forge_hpc.actors.errors import ForeignError
@@ -14,7 +15,9 @@ from forge_hpc.actors.errors import ForeignError
 if TYPE_CHECKING:
     from forge_hpc.controller.session import Session
 
-_OURS = str(Path(forge_hpc.__file__).parent)
+_OURS = str(Path(forge_hpc.__file__).parent) + os.sep
+_INSTALLED = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib"))
+"""The standard library, and packages."""
 
 
 async def run_recipe(session: Session) -> None:
@@ -32,24 +35,22 @@ async def run_recipe(session: Session) -> None:
         task = asyncio.current_task()
         if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
             raise
-        if (place := _place_in(session.recipe, error)) is None:
+        if (place := _place_in(error)) is None:
             raise
         text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise ForeignError(f"{text} ({place})") from error
     await session.check_done()
 
 
-def _place_in(recipe: Any, error: BaseException) -> str | None:
+def _place_in(error: BaseException) -> str | None:
     """Where the recipe has raised it, of what it should not; None of all else."""
+    outer = traceback.extract_tb(error.__traceback__)
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    frames = traceback.extract_tb(error.__traceback__)
-    own = inspect.getsourcefile(type(recipe))
-    last = max((number for number, frame in enumerate(frames) if frame.filename == own), default=-1)
-    if not isinstance(error, Exception):
-        frame = frames[last]
-        return f"{frame.filename}:{frame.lineno}"
-    is_own = last >= 0 and not any(frame.filename.startswith(_OURS) for frame in frames[last:])
-    if not is_own or not isinstance(error, TimeoutError | ConnectionError):
-        return None
-    return f"{frames[last].filename}:{frames[last].lineno}"
+    frames = traceback.extract_tb(error.__traceback__) or outer
+    if isinstance(error, Exception):
+        by_the_session = any(frame.filename.startswith(_OURS) and frame.filename != __file__ for frame in frames)
+        if by_the_session or not isinstance(error, TimeoutError | ConnectionError):
+            return None
+    place = next((frame for frame in reversed(frames) if not frame.filename.startswith(_INSTALLED)), frames[-1])
+    return f"{place.filename}:{place.lineno}"

@@ -614,7 +614,7 @@ class Session:
     def _check_published(self, step: int) -> None:
         """Raise a UserError where groups of this step will never come, since the recipe has forgotten the weights."""
         needed = step - 1 - self.config.rollout.max_staleness
-        if needed > self._published:
+        if self.step == step - 1 and needed > self._published:
             raise UserError(
                 f"step {step} trains on samples of the policy after step {needed} or a newer one, and the recipe has "
                 f"brought the generators none since that after step {self._published}",
@@ -673,7 +673,7 @@ class Session:
             if self._sft is not None and update:
                 documents = self._sft.mix(documents)
             documents = await self.trainers.with_reference(documents)
-        if begins:
+        if begins and self.is_between_steps:  # still
             await self._begin_step(step)
         start = time.perf_counter()
         if model != POLICY:

@@ -133,12 +133,11 @@ class PolicyLoss(ABC):
                 {name: x[name] for name in self.columns},
             )
         )
-        for what, values in {"its term": term, **per_token}.items():
-            if values.shape != mask.shape:
-                raise ValueError(
-                    f"{type(self).__name__}.term() gives {what} of shape {[*values.shape]}, and tokens have "
-                    f"{[*mask.shape]}: a value each, of which the loss takes the mean"
-                )
+        if term.shape != mask.shape:
+            raise ValueError(
+                f"{type(self).__name__}.term() gives a term of shape {[*term.shape]}, and tokens have {[*mask.shape]}: "
+                "it is a value for each, of which the loss takes the mean"
+            )
         if "weights" in x:
             term = term * x["weights"]
         if self.mismatch is not None:

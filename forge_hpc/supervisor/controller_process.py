@@ -13,12 +13,11 @@ import time
 from pathlib import Path
 from typing import Self
 
-from forge_hpc.checkpoint.store import steps_in
 from forge_hpc.cluster.rendezvous import Rendezvous
 from forge_hpc.cluster.stacks import LAST_S, StackWriter
 from forge_hpc.config import Config, UserError
 from forge_hpc.config.recipes import needs_of
-from forge_hpc.files import in_thread
+from forge_hpc.files import in_thread, is_there
 from forge_hpc.joining.desk import Desk
 from forge_hpc.run_dir import RunDir
 from forge_hpc.run_lock import RunDirLock
@@ -27,6 +26,7 @@ from forge_hpc.supervisor.ending import Cause, Ending
 from forge_hpc.supervisor.heartbeat import HeartbeatMonitor
 from forge_hpc.supervisor.node import Node
 from forge_hpc.supervisor.signals import StopRequest, StopRequests, ignoring_signals
+from forge_hpc.supervisor.starts import newest_step
 
 
 class ControllerProcess:
@@ -194,6 +194,8 @@ def way_on(run_dir: RunDir) -> str:
     resume = f"forge-hpc resume {shlex.quote(str(run_dir))}"
     if not saved:
         return f"{resume} begins again"
+    if is_there(run_dir.adapters):  # each saves for itself
+        return f"{resume} goes on"
     return f"{resume} goes on after step {saved}" + (f": {_steps_again(step - saved)}" if step > saved else "")
 
 
@@ -203,7 +205,7 @@ def steps_done(run_dir: RunDir) -> tuple[int, int]:
     with contextlib.suppress(OSError, UserError):
         status = run_dir.read_status()
     with contextlib.suppress(OSError):
-        saved = max(steps_in(run_dir.checkpoints), default=0)
+        saved = newest_step(run_dir)
     return max(saved, status.step if status is not None else 0), saved
 
 
