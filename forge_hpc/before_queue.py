@@ -19,6 +19,7 @@ from pathlib import Path
 from forge_hpc.config import Config, Placement, UserError, plan, walltime_s
 from forge_hpc.config.fields import walk
 from forge_hpc.config.recipes import needs_of
+from forge_hpc.config.sources import run_sources
 from forge_hpc.container.problems import check_container
 from forge_hpc.files import is_there
 from forge_hpc.gate.memory import available_memory, memory_limit
@@ -85,6 +86,7 @@ def look_ahead(
     rooms = memory_here() if here else (asked_memory(cfg) if for_slurm else None,)
     host, warnings_of_host = host_of(cfg, placement, model, *rooms)
     warnings += warnings_of_host
+    warnings += _keys_that_are_not_set(cfg)
     if for_slurm:
         warnings += check_container(cfg)
         warnings += not_shared(cfg, run_dir)
@@ -213,6 +215,15 @@ def check_writable(path: Path) -> None:
         Path(tempfile.mkdtemp(prefix=".forge-hpc-", dir=there)).rmdir()
     except OSError as error:
         raise UserError(f"{what} {there} cannot be written: {error.strerror}", "choose another --run-dir") from None
+
+
+def _keys_that_are_not_set(cfg: Config) -> Iterator[str]:
+    """Of judges. Not certain: what a job runs before the run may set them."""
+    for run in run_sources(cfg):
+        for reward in run.config.reward:
+            name = reward.args.get("api_key_env")
+            if isinstance(name, str) and name and not os.environ.get(name):
+                yield f"the reward {reward.name} takes its key from the environment variable {name}, which is not set"
 
 
 def not_shared(cfg: Config, run_dir: RunDir) -> Iterator[str]:

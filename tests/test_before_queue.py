@@ -110,6 +110,20 @@ def test_what_lies_on_a_disk_of_the_login_node_is_named(tmp_path: Path, monkeypa
 # -- memory
 
 
+def test_a_judge_without_its_key_is_told_of_before_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = "reward=[{name: llm_judge, args: {base_url: 'http://judge:8000/v1', model: m, api_key_env: JUDGE_KEY}}]"
+    cfg = load_config(None, ["model.path=builtin:qwen3-tiny", judge])
+    told = "takes its key from the environment variable JUDGE_KEY, which is not set"
+
+    def warnings() -> str:
+        return " ".join(look_ahead(cfg, RunDir(tmp_path / "run"), (), for_slurm=False).warnings)
+
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    assert f"warning: the reward llm_judge {told}" in warnings()
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    assert told not in warnings() and "secret" not in warnings()
+
+
 def test_the_parameters_of_a_model_are_counted_from_its_shape(model_dir: Path) -> None:
     small = QWEN3_8B | {
         "hidden_size": 1024,
