@@ -7,7 +7,7 @@ log-normal lengths (sigma 1, mean 200 tokens). A step trains on 32 prompts of 8 
 Printed is the time of a step, over that of its tokens at the speed of saturated generators, after the first third of
 the run; what an answer of the longest length in every step would make of it, since it is trained on within
 max_staleness + 1 steps of its beginning; the mean length of all answers that were trained on; and that of the first ten
-steps, over what it is in the strict order.
+steps, over what it is in the strict order. Then what it does that groups wait at a generator whose places are taken.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from forge_hpc.data.builtin import char_tokenizer
 from forge_hpc.data.mixture import open_sources
 from forge_hpc.data.prompts import PromptStream
 from forge_hpc.data.types import Completion, Prompt
+from forge_hpc.rollouts import stream as stream_of_rollouts
 from forge_hpc.rollouts.buffer import episode_buffer
 from forge_hpc.rollouts.stream import RolloutStream
 
@@ -121,6 +122,32 @@ class Generator:
             self._timer = loop.call_later((self._running[0][0] - self._tokens) / self._speed(), self._go_on)
 
 
+class Generators:
+    """Several, of which a call goes to the one with the fewest, as a service routes it."""
+
+    def __init__(self, num: int, num_saturating: int, max_num_seqs: int, lengths: Any) -> None:
+        self._all = [Generator(num_saturating, max_num_seqs, lengths) for _ in range(num)]
+        self._calls = [0] * num
+
+    @property
+    def version(self) -> int:
+        return self._all[0].version
+
+    @version.setter
+    def version(self, version: int) -> None:
+        for each in self._all:
+            each.version = version
+
+    async def stream(
+        self, prompts: Sequence[Prompt], key: int | None
+    ) -> AsyncIterator[tuple[tuple[int, int], Completion]]:
+        number = self._calls.index(min(self._calls))
+        self._calls[number] += 1
+        async for pair in self._all[number].stream(prompts, key):
+            yield pair
+        self._calls[number] -= 1
+
+
 class NoRewards:
     """Rewards that take no time, and always differ."""
 
@@ -138,8 +165,11 @@ class Measured:
     """Mean length of each step's answers, tokens."""
 
 
-async def run(config: Config, num_saturating: int, train_share: float, longest: int, seed: int) -> Measured:
-    """A run whose training takes ``train_share`` of the time of a step's tokens."""
+async def run(
+    config: Config, num_saturating: int, train_share: float, longest: int, seed: int, num: int = 1
+) -> Measured:
+    """A run whose training takes ``train_share`` of the time of a step's tokens, and that has so many generators of
+    ``max_num_seqs`` places, all of which ``num_saturating`` samples saturate."""
     steps, size, samples = config.trainer.training.steps, config.rollout.prompts_per_step, config.rollout.group_size
 
     def lengths(position: int) -> list[int]:
@@ -147,14 +177,13 @@ async def run(config: Config, num_saturating: int, train_share: float, longest: 
         drawn = (rng.lognormvariate(math.log(MEAN) - 0.5, 1) for _ in range(samples))
         return [max(1, min(longest, round(length))) for length in drawn]
 
-    generator = Generator(num_saturating, config.generator.engine.max_num_seqs, lengths)
+    generator = Generators(num, num_saturating // num, config.generator.engine.max_num_seqs, lengths)
     prompts = PromptStream(open_sources(config), char_tokenizer(), config)
     buffer = episode_buffer(config, 0, 0)
-    stream = RolloutStream(config, prompts, generator.stream, 1, NoRewards(), buffer, print)  # type: ignore[arg-type]
+    stream = RolloutStream(config, prompts, generator.stream, num, NoRewards(), buffer, print)  # type: ignore[arg-type]
     ideal_s = sum(sum(lengths(position)) for position in range(steps * size)) / steps / num_saturating
-    bound_s = (
-        longest / min(1.0, num_saturating / config.generator.engine.max_num_seqs) / (config.rollout.max_staleness + 1)
-    )
+    slowest = min(1.0, num_saturating / num / config.generator.engine.max_num_seqs)
+    bound_s = longest / slowest / (config.rollout.max_staleness + 1)
     loop, ends, means, oldest = asyncio.get_running_loop(), [], [], 0
     rolling = asyncio.create_task(stream.run())
     for step in range(1, steps + 1):
@@ -216,6 +245,25 @@ def main() -> None:
                 if (longest, max_staleness, window) == (4 * MEAN, 2, 2):
                     what = f"a step beside saturated generators, {num_saturating} of 256 answers saturate them"
                     row(what, step, found[0].bound, target=1.08, better="less", peer="what staleness 2 allows")
+    compare_waiting(args)
+
+
+def compare_waiting(args: argparse.Namespace) -> None:
+    """Two generators that have places for a group each: with groups that wait at them, and without."""
+    found = {}
+    for num_waiting in (stream_of_rollouts.WAITING, 0):
+        stream_of_rollouts.WAITING = num_waiting
+        config = configuration(args.steps, 4, 1, max_num_seqs=8)
+        config.rollout.prompts_per_step = 8
+        steps = [
+            run_in_virtual_time(run(config, 16, args.train_share, 4 * MEAN, seed, num=2)).step
+            for seed in range(args.seeds)
+        ]
+        found[num_waiting] = statistics.median(steps)
+        print(f"two generators of 8 places, {num_waiting} groups of 8 wait at each: {found[num_waiting]:5.2f}")
+    waiting, none = found.values()
+    what = "a step beside saturated generators, two that have places for a group, with groups that wait at each"
+    row(what, waiting, none, target=0.95, better="less", peer="without")
 
 
 if __name__ == "__main__":

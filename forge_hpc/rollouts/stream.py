@@ -32,9 +32,8 @@ from forge_hpc.rollouts.groups import make_groups
 
 T = TypeVar("T")
 WAITING = 2
-"""Groups that may wait at a generator whose places are taken. Without any, a part of its places is empty: 0.13 of two
-generators' with groups as large as they (16 or 64 samples of log-normal lengths, simulated), 0.02 of 256 places with
-groups of 8; with two 0.001 and 0.003."""
+"""Groups that may wait at a generator whose places are taken: without any, some are empty while calls wait at another
+(``benchmarks/flow.py``)."""
 
 
 class RolloutStream:
