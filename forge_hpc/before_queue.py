@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forge_hpc.config import Config, Placement, UserError, plan, walltime_s
-from forge_hpc.config.fields import walk
-from forge_hpc.config.recipes import needs_of
+from forge_hpc.config.recipes import named_paths, needs_of
 from forge_hpc.config.sources import run_sources
 from forge_hpc.container.problems import check_container
 from forge_hpc.files import is_there
@@ -228,7 +227,7 @@ def _keys_that_are_not_set(cfg: Config) -> Iterator[str]:
 
 def not_shared(cfg: Config, run_dir: RunDir) -> Iterator[str]:
     """Paths on disks that are this machine's own. Not certain: a site may share /tmp."""
-    named = {f"{key}=": Path(value) for key, value, rule in walk(cfg) if rule.path and value}
+    named = {f"{key}=": Path(value) for key, value, rule in named_paths(cfg) if rule.path}
     for what, path in {"run directory ": run_dir.path, **named}.items():
         if any(path.is_relative_to(disk) for disk in _own_disks()):
             yield f"{what}{path} is on a disk of this machine: compute nodes see it only where your site shares it"

@@ -21,6 +21,7 @@ from forge_hpc.checkpoint.manifest import NO_OPTIMIZER, read_manifest
 from forge_hpc.config import Config, UserError, config_text, diff_config
 from forge_hpc.config.changes import change_lines
 from forge_hpc.config.fields import FIXED, rule_of
+from forge_hpc.config.recipes import needs_of
 from forge_hpc.run_dir import RunDir
 
 _EPISODES = "episodes.npz"
@@ -66,6 +67,16 @@ def open_fork(source: RunDir, step: int | None, before: Config, cfg: Config, kee
             f"the checkpoints of {source} are of another model: {key} ({old} there, {new} now)",
             f"leave it as it is; a run of its own begins with the weights alone: model.path={source.export}",
         )
+    there, here = (
+        {name for name, need in needs_of(each).models.items() if need.trained and need.path is None}
+        for each in (before, cfg)
+    )
+    if there != here:
+        raise UserError(
+            f"the checkpoints of {source} hold {' and '.join(sorted(there))}, and recipe={cfg.recipe} trains "
+            f"{' and '.join(sorted(here))}",
+            f"a run of its own begins with the weights alone: model.path={source.export}",
+        )
     with borrowed(source, step) as (found, checkpoint):
         if cfg.trainer.training.steps <= found:
             raise UserError(
@@ -99,7 +110,7 @@ def begin_with(fork: Fork, cfg: Config, run_dir: RunDir) -> None:
         extra[_EPISODES] = episodes
     if not fork.keeps_optimizer:
         extra[NO_OPTIMIZER] = b""
-    for name in ("model", "warmstart/config.yaml", "warmstart/status.json", "warmstart/export"):
+    for name in ("hub.json", "model", "warmstart/config.yaml", "warmstart/status.json", "warmstart/export"):
         _link(fork.source.path / name, run_dir.path / name)
     files = {
         name: record for name, record in read_manifest(fork.checkpoint)["files"].items() if name.startswith("trainer/")

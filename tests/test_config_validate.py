@@ -88,6 +88,7 @@ def test_the_configurations_that_the_readme_names_are_there():
         (["algorithm.advantage=mean"], "algorithm.advantage"),
         (["algorithm.advantage=gdpo", "algorithm.dynamic_sampling=true"], "the advantage gdpo learns where only their"),
         (["algorithm.top_entropy_quantile=0"], "algorithm.top_entropy_quantile must be greater than 0 and at most 1"),
+        (["recipe=online_dpo", "trainer.training.seq_len=2000"], "a pair takes up to 3070 tokens of one row"),
         (["algorithm.top_entropy_quantile=0.2", "recipe=online_dpo"], "algorithm.top_entropy_quantile=0.2 is of"),
         (["algorithm.drop_truncated=true", "recipe=ppo"], "algorithm.drop_truncated is of recipe=grpo"),
         (["trainer.optimizer.name=SGD"], "trainer.optimizer.name"),

@@ -88,7 +88,7 @@ def test_apptainer_gets_the_mounts_and_a_clean_python(tmp_path: Path) -> None:
 
 
 def test_what_the_configuration_and_the_environment_name_is_seen_inside(tmp_path: Path, monkeypatch) -> None:
-    for name in ("model", "hf", "mine", "run"):
+    for name in ("model", "hf", "mine", "run", "teacher"):
         (tmp_path / name).mkdir()
     (tmp_path / "mine/reward.py").write_text("")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
@@ -97,12 +97,14 @@ def test_what_the_configuration_and_the_environment_name_is_seen_inside(tmp_path
     overrides = [
         f"model.path={tmp_path}/model",
         f"reward=[{{name: {tmp_path}/mine/reward.py:f}}]",
+        "recipe=distillation",
+        f"recipe_args.teachers=[{tmp_path}/teacher, 'builtin:qwen3-small']",
         "slurm.container={runtime: apptainer, image: a, mounts: [$DATA/x, '/b:/c:ro']}",
     ]
     found = all_mounts(load_config(None, overrides), tmp_path / "run")
     assert found[:2] == [Mount("/data/x", "/data/x"), Mount("/b", "/c", True)]
     seen = {mount.source for mount in found if mount.source == mount.target}
-    assert {str(tmp_path / name) for name in ("model", "hf", "mine", "run")} <= seen
+    assert {str(tmp_path / name) for name in ("model", "hf", "mine", "run", "teacher")} <= seen
     assert str(PROJECT) in seen
     inner = [mount for mount in found if mount.source == f"{tmp_path}/run/logs"]
     assert not inner

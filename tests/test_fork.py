@@ -108,6 +108,7 @@ def test_a_built_in_model_stays_that_of_the_old_seed(source: RunDir) -> None:
         (["--from", "source", "trainer.training.steps=5"], ["of step 5 already", "RUN_DIR@STEP"]),
         (["--from", "source", "model.path=Qwen/Qwen3-0.6B"], ["of another model: model.path"]),
         (["--from", "source", "trainer.lora.enable=true"], ["of another model: trainer.lora.enable"]),
+        (["--from", "source", "recipe=ppo"], ["hold policy, and recipe=ppo trains critic and policy"]),
         (["--from", "source", "trainer.optimizer.lr=0"], ["must be greater than 0"]),
         (["source", "--from", "source"], ["two runs"]),
         (["source"], ["--from RUN_DIR[@STEP]"]),

@@ -242,16 +242,20 @@ def test_the_folder_of_a_supervisor_that_was_killed_is_removed_and_nobody_elses(
 class FakeNvml:
     """The driver's library, with GPUs that are as they are told to be."""
 
-    def __init__(self, *gpus: dict[str, Any], cuda: int | None = None) -> None:
+    def __init__(self, *gpus: dict[str, Any], cuda: int | None = None, init: int = 0) -> None:
         self.gpus = gpus
+        self.init = init
         self.cuda = cuda
 
     def nvmlSystemGetCudaDriverVersion_v2(self, version: Any) -> int:
         version._obj.value = self.cuda or 0
         return 13 if self.cuda is None else 0  # NVML_ERROR_FUNCTION_NOT_FOUND
 
+    def nvmlInit_v2(self) -> int:
+        return self.init
+
     def __getattr__(self, name: str) -> Callable[..., int]:
-        return lambda *arguments: 0 if name in ("nvmlInit_v2", "nvmlShutdown") else 3
+        return lambda *arguments: 0 if name == "nvmlShutdown" else 3
 
     def nvmlDeviceGetHandleByIndex_v2(self, index: int, handle: Any) -> int:
         if index >= len(self.gpus) or self.gpus[index].get("lost"):
@@ -309,6 +313,12 @@ def test_a_gpu_of_which_others_have_more_than_the_engines_leave_is_full() -> Non
     [problem] = look_at_gpus({"used": 41 << 30}, share=0.3).problems
     assert problem.endswith("with gpu_memory_utilization=0.3 at most 40.0 may be")
     assert look_at_gpus({"used": 1 << 30}, share=0.99).problems == [], "the driver's own"
+
+
+def test_a_driver_that_does_not_answer_makes_its_node_unfit_also_where_it_is_the_only_one() -> None:
+    health = GpuHealth(["0", "1"], 0.85, load=lambda name: FakeNvml({}, {}, init=9))
+    assert health.problems == ["the driver of its GPUs does not answer (NVML error 9)"] and health.working is None
+    assert not GpuHealth([], 0.85, load=lambda name: FakeNvml(init=9)).problems
 
 
 def test_of_the_engines_of_a_run_the_largest_share_counts() -> None:

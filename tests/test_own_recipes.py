@@ -166,6 +166,16 @@ def test_a_misspelt_name_of_the_session_is_found_where_the_recipe_is_loaded(tmp_
     assert refused.value.hint == "did you mean publish?"
 
 
+def test_a_session_is_what_run_calls_it_and_nothing_else(tmp_path: Path) -> None:
+    named = SLIP.replace("session", "s").replace("publsh", "strat")
+    (tmp_path / "named.py").write_text(named)
+    with pytest.raises(UserError, match=r"named.py:Slip, line 8: a s.* has no 'strat'"):
+        validate(Config(recipe=f"{tmp_path}/named.py:Slip"))
+    other = "\n\ndef ask():\n    import requests\n    session = requests.Session()\n    return session.post('a')\n"
+    (tmp_path / "other.py").write_text(SLIP.replace("publsh", "publish") + other)
+    validate(Config(recipe=f"{tmp_path}/other.py:Slip"))
+
+
 def test_a_recipe_whose_module_fails_says_how(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("class Mine: pass\n1 / 0\n")
     with pytest.raises(UserError, match=r"broken.py cannot be imported: ZeroDivisionError"):

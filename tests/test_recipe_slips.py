@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,7 +53,9 @@ class Own(Recipe):
                     await asyncio.sleep(60)
             if slip == "exits" and step == 2:
                 raise SystemExit("enough of it")
-            state = {"documents": documents.state_dict()}
+            state = documents.state_dict() if slip == "place" else {"documents": documents.state_dict()}
+            if slip == "skips" and step == 1:
+                continue
             if slip == "not json" and step == 3:
                 state["x"] = object()
             await session.end_step(step + (slip == "counts"), metrics, state)
@@ -76,6 +81,7 @@ def own_run(tmp_path: Path, slip: str) -> tuple[int, str, Path]:
         ("not ended", "error: the recipe has trained step 1, and returned without ending it", 0, []),
         ("not finished", "error: the recipe has returned after step 3 without finishing the run", 3, [3]),
         ("counts", "error: the recipe ends step 2 after step 0", 0, []),
+        ("skips", "error: the recipe trains step 2 after step 0", 0, []),
         ("text", "error: the figure 'note' of step 1 is 'well', which is no number", 0, []),
         ("slow", "error: TimeoutError (", 1, []),
         ("exits", "error: SystemExit: enough of it (", 1, []),
@@ -92,6 +98,17 @@ def test_a_run_whose_recipe_slips_fails_at_once_and_says_where(
     assert status(run_dir)["state"] == "failed"
     [log] = run_dir.glob("logs/*/controller.log")
     assert "recovering" not in log.read_text()
+
+
+@pytest.mark.training
+def test_a_resumed_recipe_that_has_kept_no_place_in_the_data_does_not_begin_them_again(tmp_path: Path) -> None:
+    code, err, run_dir = own_run(tmp_path, "place")
+    assert code == 0, err
+    command = [sys.executable, "-m", "forge_hpc.cli", "resume", str(run_dir), "trainer.training.steps=5"]
+    environ = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300)
+    said = "error: the recipe's state after step 3 does not say where the data go on: it has no 'documents'"
+    assert done.returncode == 1 and said in done.stderr, done.stderr
 
 
 @pytest.mark.training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import signal
@@ -169,14 +170,27 @@ def test_the_checkpoint_that_is_best_by_a_figure_of_the_evaluations_is_saved_and
             await session._keep_best(step, {"accuracy": accuracy, "num_prompts": 4})
         session.step = 5
         assert await session.save_to_leave()
-        with pytest.raises(UserError, match="'accuracy', and an evaluation has no such figure") as refused:
-            await session._keep_best(5, {"loss": 1.0, "num_documents": 4})
-        assert refused.value.hint == "it has loss"
+        with session.open_records(told):
+            await session._keep_best(5, {"loss": 1.0, "num_documents": 4})  # of one whose answers nobody could grade
+        store = CheckpointStore(run_dir, keep=1)
+        assert store.best() == {"step": 2, "figure": "accuracy", "value": 0.75}
+        assert store.steps() == [2, 5]
+        # an evaluation that was written, and a start that ended before its checkpoint was marked
+        with session.open_records(told):
+            session.metrics.log_evaluation(5, {"accuracy": 0.8})
+            assert await session.evaluate(5) == {}
+        assert store.best() == {"step": 5, "figure": "accuracy", "value": 0.8}
+        # another figure than before: nothing is the best yet
+        session.config.checkpoint.best = "loss"
+        with pytest.raises(UserError, match="'loss', and an evaluation has no such figure") as refused:
+            await session._keep_best(5, {"accuracy": 1.0, "num_documents": 4})
+        assert refused.value.hint == "it has accuracy"
+        await session._keep_best(5, {"loss": 1.0})
+        assert store.best() == {"step": 5, "figure": "loss", "value": 1.0}
 
+    told = io.StringIO()
     asyncio.run(start())
-    store = CheckpointStore(run_dir, keep=1)
-    assert store.best() == {"step": 2, "figure": "accuracy", "value": 0.75}
-    assert store.steps() == [2, 5]
+    assert "the evaluation of step 5 has no accuracy, which checkpoint.best goes by" in told.getvalue()
     with pytest.raises(UserError, match=r"checkpoint\.best=accuracy compares evaluations"):
         validate(configuration("checkpoint.best=accuracy"))
 

@@ -7,11 +7,12 @@ computes, not at its top.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from forge_hpc.config.errors import UserError
+from forge_hpc.config.fields import Rule, walk
 from forge_hpc.config.needs import REWARD_MODEL, ModelNeed, Needs
 from forge_hpc.config.registry import RECIPES
 from forge_hpc.config.rewards import reward_model_of
@@ -56,6 +57,14 @@ def resolve_recipe_args(cfg: Config, file: Path | None) -> None:
     """Set all of ``recipe_args``: its defaults are part of a run, like those of the schema, and paths that were written
     in ``file`` are looked for beside it. Raises as ``load_recipe``."""
     cfg.recipe_args = dataclasses.asdict(load_recipe(cfg, None if file is None else file.expanduser().parent).args)
+
+
+def named_paths(cfg: Config) -> Iterator[tuple[str, str, Rule]]:
+    """What the configuration names of files and code, lists and the recipe's own options included: key, what it says,
+    and the key's rule."""
+    for key, value, rule in (*walk(cfg), *walk(load_recipe(cfg).args, "recipe_args.")):
+        if rule.path or rule.code:
+            yield from ((key, item, rule) for item in (value if isinstance(value, list) else [value]) if item)
 
 
 def needs_of(cfg: Config) -> Needs:

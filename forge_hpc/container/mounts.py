@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forge_hpc.config import Config, UserError
-from forge_hpc.config.fields import walk
+from forge_hpc.config.recipes import named_paths
 from forge_hpc.config.schema import ContainerConfig
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -61,16 +61,10 @@ def all_mounts(cfg: Config, run_dir: Path) -> list[Mount]:
 def _own(cfg: Config, run_dir: Path) -> Iterator[Path]:
     for path in (run_dir, PROJECT, Path.cwd()):
         yield from dict.fromkeys((path, path.resolve()))
-    for key, value, rule in walk(cfg):
-        if (
-            rule.path
-            and value
-            and not key.startswith("slurm.")
-            and (path := Path(value)).is_absolute()
-            and path.exists()
-        ):
+    for key, value, rule in named_paths(cfg):
+        if rule.path and not key.startswith("slurm.") and (path := Path(value)).is_absolute() and path.exists():
             yield from dict.fromkeys((path, path.resolve()))
-        if rule.code and isinstance(value, str) and (path := Path(value.rpartition(":")[0])).is_file():
+        if rule.code and (path := Path(value.rpartition(":")[0])).is_file():
             yield path.absolute().parent  # with what it imports
     named = (Path(os.environ[name]) for name in (*_CACHES, *_CACHES_OF_COMPILERS) if os.environ.get(name))
     yield from (path for path in (*named, Path(tempfile.gettempdir())) if path.is_absolute() and path.is_dir())

@@ -534,6 +534,7 @@ class Session:
     async def documents(self) -> DocumentStream:
         """The stream of training documents, from the start or where the recipe's state says. In a thread: data may
         have to be downloaded. Those of the first step are begun, and of each next one while a step is trained."""
+        self._check_place("documents", '{"documents": documents.state_dict()}')
         documents = await asyncio.to_thread(self._load_documents)
         self._on_close(partial(asyncio.to_thread, documents.close))
         return documents
@@ -560,6 +561,15 @@ class Session:
     def _load_prompts(self) -> PromptStream:
         prompts = PromptStream(open_sources(self._pins.data_of(self.config)), self.tokenizer, self.config)
         return prompts.load_state_dict(self.state.get("prompts", prompts.state_dict()))
+
+    def _check_place(self, stream: str, keep: str) -> None:
+        """Raise UserError where the recipe's state does not say where the data go on: they would begin again. Empty is
+        that of a fork with other data, which do begin."""
+        if self.step and self.state and stream not in self.state:
+            raise UserError(
+                f"the recipe's state after step {self.step} does not say where the data go on: it has no {stream!r}",
+                f"give end_step() {keep}, and what else the recipe needs beside it",
+            )
 
     async def _held_out(self, rewards: RewardPools) -> list[HeldOutSet]:
         """What ``evaluation`` goes through, nothing where it is off; graded by ``rewards``, or by those of a set."""
@@ -592,6 +602,7 @@ class Session:
     async def rollouts(self) -> AsyncIterator[RolloutStream]:
         """Generate beside the body; an error in either ends both."""
         assert self._buffer is not None, "start() comes first, and the recipe's needs say that it learns from samples"
+        self._check_place("prompts", "rollouts.state_dict()")
         generators = self.generators
         sample = self._samples(generators.generate.stream)
         stream = RolloutStream(
@@ -665,6 +676,11 @@ class Session:
         other place of the recipe it interrupts. A step that is to be saved begins once the save before is complete:
         whatever is killed, no more than ``checkpoint.interval`` steps are lost.
         """
+        if step != self.step + 1:
+            raise UserError(
+                f"the recipe trains step {step} after step {self.step}",
+                "session.remaining_steps() counts; each ends with: await session.end_step(step, metrics, state)",
+            )
         begins = self.is_between_steps  # another model's may have begun it
         if begins:
             self._phase("rollout" if self.needs.generators == "beside" else "data")
@@ -820,6 +836,12 @@ class Session:
         if figures:
             await self._keep_best(step, figures)
             self._step_ended = time.perf_counter()
+        elif step and self.config.checkpoint.best is not None:
+            # Written before a start that ended before its checkpoint was marked.
+            records = await asyncio.to_thread(lambda: list(read_jsonl(self.run_dir.evaluations)))
+            for record in records:
+                if record["step"] == step and self.config.checkpoint.best in record:
+                    await self._keep_best(step, record)
         return figures
 
     async def _evaluate(self, step: int) -> dict[str, float]:
@@ -837,10 +859,16 @@ class Session:
         name = self.config.checkpoint.best
         if name is None or not self.needs.trains:
             return
+        best = self._saver.checkpoints.best()
+        if best is not None and best["figure"] != name:  # of before it was changed
+            best = None
         if name not in figures:
+            if best is not None:
+                self.warn(f"the evaluation of step {step} has no {name}, which checkpoint.best goes by")
+                return
             known = ", ".join(key for key in figures if not key.rpartition("/")[2].startswith(("num_", "time_")))
             raise UserError(f"checkpoint.best is {name!r}, and an evaluation has no such figure", f"it has {known}")
-        best, value = self._saver.checkpoints.best(), figures[name]
+        value = figures[name]
         improves = best is None or is_better(name, value, best["value"])
         if step > 0 and improves and await self.save_to_leave():
             await asyncio.to_thread(self._saver.checkpoints.mark_best, step, name, value)

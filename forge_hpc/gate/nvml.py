@@ -55,7 +55,8 @@ class GpuHealth:
             self._nvml = load(LIBRARY)
         except OSError:
             return
-        if self._nvml.nvmlInit_v2() != 0:
+        if (code := self._nvml.nvmlInit_v2()) != 0:
+            self.problems.append(f"the driver of its GPUs does not answer (NVML error {code})")
             return
         try:
             version = ctypes.c_int()

@@ -35,6 +35,7 @@ import torch
 from forge_hpc.cluster.stacks import stand_by_worker
 from forge_hpc.config.adapters import adapter_configs
 from forge_hpc.config.errors import UserError
+from forge_hpc.config.models import check_generated, read_model_config
 from forge_hpc.config.schema import Config, SamplingConfig
 from forge_hpc.config.split import takes_turns
 from forge_hpc.data.types import Completion, Prompt, Turn
@@ -140,8 +141,10 @@ class GenerationEngine:
 
         Raises:
             FileNotFoundError: the directory has no safetensors.
+            UserError: vLLM would compute another model, and not say so.
             Exception: whatever vLLM raises for a model or options that it does not take.
         """
+        check_generated(read_model_config(Path(model_dir)), f"the model in {model_dir}")
         self._config = config
         self._device = device
         self._configs = adapter_configs(config)

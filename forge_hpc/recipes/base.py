@@ -85,14 +85,20 @@ class Recipe:
             source = inspect.getsource(sys.modules[cls.__module__])
         except (OSError, TypeError, KeyError):  # it has none: made as it runs
             return
-        for node in ast.walk(ast.parse(source)):
-            if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)):
+        session = list(inspect.signature(cls.run).parameters)[1:2]  # what it calls it, and its helpers too
+        for function in ast.walk(ast.parse(source)):
+            if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
-            if node.value.id == "session" and node.attr not in names:
-                raise UserError(
-                    f"{place}, line {node.lineno}: a session has no {node.attr!r}",
-                    nearest(node.attr, names) or f"it has {', '.join(sorted(names))}",
-                )
+            if not {argument.arg for argument in function.args.args}.intersection(session):
+                continue
+            for node in ast.walk(function):
+                if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)):
+                    continue
+                if node.value.id in session and node.attr not in names:
+                    raise UserError(
+                        f"{place}, line {node.lineno}: a session has no {node.attr!r}",
+                        nearest(node.attr, names) or f"it has {', '.join(sorted(names))}",
+                    )
 
     async def run(self, session: Session) -> None:
         """The algorithm, from ``session.step`` to the end. After a restart, or the loss of a trainer, called anew."""

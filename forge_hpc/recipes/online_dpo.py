@@ -52,6 +52,12 @@ class OnlineDPO(Recipe):
         """A pair takes two answers."""
         if (size := config.rollout.group_size) < 2:
             raise UserError(f"a pair takes two answers, and rollout.group_size is {size}", "set it to 2 or more")
+        longest = 2 * (config.rollout.max_prompt_tokens + config.rollout.max_response_tokens - 1)
+        if (seq_len := config.trainer.training.seq_len) < longest:
+            raise UserError(
+                f"a pair takes up to {longest} tokens of one row, and trainer.training.seq_len is {seq_len}",
+                f"set it to {longest}, or lower rollout.max_prompt_tokens or rollout.max_response_tokens",
+            )
 
     async def run(self, session: Session) -> None:
         """The loop."""
