@@ -27,6 +27,7 @@ class Trainers:
     def __init__(self, run_dir: RunDir, room: int) -> None:
         self.export_dir, self.room = run_dir.export, room
         self.told: list[str] = []
+        self.warned: list[str] = []
         self.num_saved = 0
         self.alone, self.has_exported = asyncio.Lock(), asyncio.Event()
 
@@ -50,21 +51,24 @@ class Trainers:
             directory.mkdir()
 
 
-def finished(run_dir: RunDir, room: int, *, saves: bool) -> tuple[Session, Trainers, list[str]]:
+def finished(
+    run_dir: RunDir, room: int, *, saves: bool, kind: type[Trainers] = Trainers
+) -> tuple[Session, Trainers, list[str]]:
     """A session that is at its end, with or without a save under way; what it told the generators' pool."""
     told: list[str] = []
 
     async def finish() -> tuple[Session, Trainers]:
         pool = SimpleNamespace(turns=None, retire=lambda: told.append("retire"))
         session = make_session(run_dir, configuration("recipe=grpo"), pool)
-        trainers = Trainers(run_dir, room)
+        trainers = kind(run_dir, room)
         session._trainers = trainers  # type: ignore[assignment]
+        session.metrics = SimpleNamespace(warn=trainers.warned.append)  # type: ignore[assignment]
         session.step = STEPS
         if saves:
             await session._saver.save(session.trainers, STEPS, {})
         try:
             await session.finish()
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             told.append(str(error))
         session._status.flush(60)
         return session, trainers
@@ -91,4 +95,16 @@ def test_a_disk_that_holds_one_of_the_two_holds_the_state(run_dir: RunDir) -> No
     assert trainers.told == ["save", "export", "save", "export"]
     assert told == ["retire", "no space left for the model"]
     assert session._saver.saved_step == STEPS and session._saver.num_failed == 1
+    assert trainers.warned == ["the checkpoint of step 10 failed, there is none before it: no space left"]
     assert [path.name for path in run_dir.checkpoints.iterdir() if not path.name.startswith(".")]
+
+
+def test_a_disk_that_holds_no_state_holds_the_model_all_the_same(run_dir: RunDir) -> None:
+    class NoRoom(Trainers):
+        async def saved(self) -> dict[str, Any]:
+            raise CheckpointError("no space left")
+
+    session, trainers, told = finished(run_dir, 2, saves=False, kind=NoRoom)
+    assert trainers.told == ["save", "export", "save", "export"] and run_dir.export.exists()
+    where = f"cannot be saved in {run_dir.checkpoints}: no space left; its model is in {run_dir.export}"
+    assert told == ["retire", f"the state after step 10 {where}"] and session._saver.num_failed == 2
