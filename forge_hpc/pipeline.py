@@ -18,7 +18,17 @@ from forge_hpc.config import UserError
 from forge_hpc.config.recipes import needs_of
 from forge_hpc.run_dir import RunDir
 from forge_hpc.several import check_unused, name_of, run_in_turn, say_warnings
-from forge_hpc.submission import Checked, Place, Request, check_run, check_start, default_run_dir, find_place, tool
+from forge_hpc.submission import (
+    Checked,
+    Place,
+    Request,
+    check_run,
+    check_start,
+    default_run_dir,
+    find_place,
+    look_at_queue,
+    tool,
+)
 
 
 def submit_pipeline(request: Request, then: Sequence[Path], *, dry_run: bool = False) -> int:
@@ -105,5 +115,7 @@ def _show(request: Request, place: Place, stages: Sequence[Checked], titles: Seq
             print(RunExecutor(stage.cfg, stage.run_dir.path).script())
             waits = ["--dependency=afterok:(the job above)"] if number else request.queueing.options()
             print(f"# sbatch {shlex.join(waits)}")
+        print(stage.outlook.table("# "))
+        look_at_queue(request, place, stage, waits=number > 0)
     print("Dry run: nothing was created or queued.", file=sys.stderr)
     return 0

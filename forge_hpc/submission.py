@@ -308,7 +308,6 @@ def _missing(request: Request, cfg: Config, run_dir: RunDir) -> list[str]:
 
 def _show(request: Request, place: Place, run: Checked) -> int:
     """The dry run."""
-    from forge_hpc.before_queue import check_queue, starts
     from launchers import slurm
 
     if place.as_jobs:
@@ -319,13 +318,28 @@ def _show(request: Request, place: Place, run: Checked) -> int:
         print(shlex.join(place.start(run.cfg, run.run_dir, request.keep_s).command))
     print(run.outlook.table("# "))
     _say_all([*run.changes, *run.outlook.warnings])
-    if place.on_slurm:
-        check_queue(run.cfg, place.partitions)
-        _say(starts(run.cfg, run.run_dir, request.queueing.options()))
-    elif place.as_jobs:
-        _say("There is no Slurm here: the site's checks (partition, nodes, time limit) are left out.")
+    look_at_queue(request, place, run)
     _say("Dry run: nothing was created or queued.")
     return 0
+
+
+def look_at_queue(request: Request, place: Place, run: Checked, *, waits: bool = False) -> None:
+    """What a dry run says of the queue.
+
+    Args:
+        waits: it is for another job, so that Slurm is not asked when it begins.
+
+    Raises:
+        UserError: no partition can run it, its account may not, or Slurm would refuse it.
+    """
+    from forge_hpc.before_queue import check_queue, starts
+
+    if place.on_slurm:
+        check_queue(run.cfg, place.partitions)
+        if not waits:
+            _say(starts(run.cfg, run.run_dir, request.queueing.options()))
+    elif place.as_jobs:
+        _say("There is no Slurm here: the site's checks (partition, nodes, time limit) are left out.")
 
 
 def check_start(request: Request, place: Place, run: Checked) -> list[str]:

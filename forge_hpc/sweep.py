@@ -33,6 +33,7 @@ from forge_hpc.submission import (
     check_start,
     default_run_dir,
     find_place,
+    look_at_queue,
     tool,
 )
 from forge_hpc.sweep_dir import SweepDir
@@ -188,6 +189,8 @@ def _show(request: Request, place: Place, sweep: Sweep, at_once: int | None) -> 
         if options := request.queueing.options():
             print(f"# sbatch {shlex.join(options)}")
     print(_table(sweep))
+    print(sweep.runs[0].outlook.table("# "))
+    look_at_queue(request, place, sweep.runs[0])
     print("Dry run: nothing was created or queued.", file=sys.stderr)
     return 0
 

@@ -143,6 +143,11 @@ def test_jobs_begin_after_others_when_released_and_not_before_their_time(
     assert f"starts         after jobs {held}, {later} have ended well\n" in said
     said = submit(slurm_cluster, "--dry-run", NOT_STARTED, "--after", after).stdout
     assert f"# sbatch --dependency=afterok:{after}" in said and "#SBATCH --dependency" not in said
+    for more in (("--sweep", "seed=0,1"), ("--then", str(SFT))):
+        said = submit(slurm_cluster, "--dry-run", NOT_STARTED, *more)
+        assert "| trainers " in said.stdout and "starts " in said.stderr
+        nowhere = submit(slurm_cluster, "--dry-run", NOT_STARTED, "slurm.partition=nowhere", *more, check=False)
+        assert nowhere.returncode == 2 and "slurm.partition" in nowhere.stderr
     assert slurm_cluster.job(held)["Reason"] == "JobHeldUser"
     assert slurm_cluster.job(later)["Reason"] == "BeginTime"
     waits_for = slurm_cluster.job(after)["Dependency"]

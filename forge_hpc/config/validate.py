@@ -80,7 +80,7 @@ def validate(cfg: Config, *, check_paths: bool = True) -> None:
     for run in runs:
         _check_data_values(run, needs)
     _check_sft(cfg, needs)
-    _check_evaluation(cfg)
+    _check_evaluation(cfg, needs)
     _check_lengths(cfg, needs)
     _check_slurm(cfg)
     _check_sandbox(cfg)
@@ -356,7 +356,7 @@ def _sft_key(key: str) -> str:
     return key.replace("data.sources", "algorithm.sft.sources")
 
 
-def _check_evaluation(cfg: Config) -> None:
+def _check_evaluation(cfg: Config, needs: Needs) -> None:
     e = cfg.evaluation
     if cfg.checkpoint.best is not None and not (e.interval and e.num_prompts):
         raise UserError(
@@ -368,7 +368,8 @@ def _check_evaluation(cfg: Config) -> None:
             raise UserError(f"{key} goes by checkpoint.best, which is null", "name a figure: checkpoint.best=accuracy")
     label, slash, _ = (cfg.checkpoint.best or "").rpartition("/")
     labels = [one.label for one in held_out_sets(cfg) if one.label]
-    if slash and label not in labels:
+    # What else held-out documents are measured by is the recipe's own: dpo/accuracy, say.
+    if slash and label not in labels and needs.generators == "beside":
         raise UserError(
             f"checkpoint.best={cfg.checkpoint.best} is of a held-out set that there is not",
             f"there is {', '.join(labels) or 'but one, without a label'}",
