@@ -22,6 +22,7 @@ from forge_hpc.config import Config, UserError, load_config, plan, read_config, 
 from forge_hpc.config.adapters import total_steps
 from forge_hpc.config.hub_cache import nodes_environ
 from forge_hpc.config.recipes import resolve_recipe_args
+from forge_hpc.config.schema import WarmstartConfig
 from forge_hpc.config.split import working_nodes
 from forge_hpc.files import is_there
 from forge_hpc.hub.pins import pin_cached
@@ -526,6 +527,8 @@ def _check(cfg: Config, run_dir: RunDir) -> Config | None:
         raise UserError(f"the warm start (warmstart.config={file}): {error.message}", error.hint) from None
     if warm.model.path == "warmstart":
         raise UserError(f"the warm start (warmstart.config={file}) begins with a warm start itself", "name its model")
+    # What is trained after it is the same model.
+    validate(replace(cfg, model=replace(cfg.model, path=warm.model.path), warmstart=WarmstartConfig()))
     return warm
 
 

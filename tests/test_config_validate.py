@@ -405,6 +405,7 @@ def test_expert_parallelism_and_routing_replay_must_suit_the_model_and_the_run(m
     replay = "algorithm.routing_replay=true"
     assert "has no experts" in refused(*several).message
     assert "has no experts" in refused(path, replay).message
+    assert "the model builtin:qwen3-tiny has no experts" in refused("model.path=builtin:qwen3-tiny", replay).message
     (model / "config.json").write_text(json.dumps(config | MOE | {"num_experts": 6}))
     validate(load_config(None, [*several, replay]))
     four = "trainer.parallelism.expert_parallel_degree=4"

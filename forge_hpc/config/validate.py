@@ -652,6 +652,7 @@ def _check_model(cfg: Config, needs: Needs) -> None:
         return
     if path.startswith("builtin:"):
         _check_name("model.path", path, MODELS)
+        _check_experts(cfg, {}, f"the model {path}")  # all of them are dense
         return
     if not looks_local(path):
         try:
