@@ -250,18 +250,18 @@ def main() -> None:
 
 def compare_waiting(args: argparse.Namespace) -> None:
     """Two generators that have places for a group each: with groups that wait at them, and without."""
-    found = {}
-    for num_waiting in (stream_of_rollouts.WAITING, 0):
-        stream_of_rollouts.WAITING = num_waiting
+    found = []
+    for waits in (stream_of_rollouts.num_waiting, lambda config: 0):
+        stream_of_rollouts.num_waiting = waits
         config = configuration(args.steps, 4, 1, max_num_seqs=8)
         config.rollout.prompts_per_step = 8
         steps = [
             run_in_virtual_time(run(config, 16, args.train_share, 4 * MEAN, seed, num=2)).step
             for seed in range(args.seeds)
         ]
-        found[num_waiting] = statistics.median(steps)
-        print(f"two generators of 8 places, {num_waiting} groups of 8 wait at each: {found[num_waiting]:5.2f}")
-    waiting, none = found.values()
+        found.append(statistics.median(steps))
+        print(f"two generators of 8 places, {waits(config) // 8} groups of 8 wait at each: {found[-1]:5.2f}")
+    waiting, none = found
     what = "a step beside saturated generators, two that have places for a group, with groups that wait at each"
     row(what, waiting, none, target=0.95, better="less", peer="without")
 

@@ -31,9 +31,12 @@ from forge_hpc.rollouts.figures import RolloutClock
 from forge_hpc.rollouts.groups import make_groups
 
 T = TypeVar("T")
-WAITING = 2
-"""Groups that may wait at a generator whose places are taken: without any, some are empty while calls wait at another
-(``benchmarks/flow.py``)."""
+
+
+def num_waiting(config: Config) -> int:
+    """Samples that may wait at a generator whose places are taken: a quarter as many, or two groups. Without any, some
+    places are empty while calls wait at another (``benchmarks/flow.py``), or until the controller has heard of it."""
+    return max(config.generator.engine.max_num_seqs // 4, 2 * config.rollout.group_size)
 
 
 class RolloutStream:
@@ -80,8 +83,7 @@ class RolloutStream:
         is_ahead, is_strict = config.rollout.max_staleness > 0, config.rollout.window == 1
         plays = any(run.config.environment.name is not None for run in run_sources(config))
         self._waits_for_places = is_ahead and not (is_strict and plays)
-        # A generator that is done with some of a group's samples goes on with those of groups that wait there.
-        self._places = config.generator.engine.max_num_seqs + WAITING * config.rollout.group_size
+        self._places = config.generator.engine.max_num_seqs + num_waiting(config)
         self._num_open = 0  # samples that are being generated
         self._has_places = asyncio.Event()
 
