@@ -262,7 +262,7 @@ def test_models_that_would_be_computed_otherwise_are_refused_before_they_are_que
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     assert f"the model in {model} {why}" in refused(f"model.path={model}").message
     taught = ("recipe=distillation", f"recipe_args.teachers=[{model}]")
-    assert f"of the recipe, in {model}, {why}" in refused(*taught).message
+    assert f"of the recipe ({model}) {why}" in refused(*taught).message
     # one of the hub that was fetched here
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     folder = tmp_path / "hub/models--some--model"
@@ -331,7 +331,7 @@ def test_other_models_of_a_recipe_must_suit_the_run_and_the_policy(model: Path, 
     teacher = tmp_path / "teacher"
     shutil.copytree(model, teacher)
     options = ("recipe=distillation", f"recipe_args.teachers=[{teacher}]", f"model.path={model}")
-    where = f"the model 'teacher_1' of the recipe, in {teacher}"
+    where = f"the model 'teacher_1' of the recipe ({teacher})"
     validate(load_config(None, [*options]))
     config = json.loads((model / "config.json").read_text())
     (teacher / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1800}))
@@ -348,7 +348,7 @@ def test_other_models_of_a_recipe_must_suit_the_run_and_the_policy(model: Path, 
     validate(load_config(None, [*options]))
     (teacher / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"b": 0, "a": 1}}}))
     said = refused(*options).message
-    assert said == f"{where}, has another vocabulary than the policy in {model}: 'b' is 0 in one and 1 in the other"
+    assert said == f"{where} has another vocabulary than the policy in {model}: 'b' is 0 in one and 1 in the other"
 
 
 def test_a_frozen_critic_without_a_value_head_is_refused_where_it_is_submitted(model: Path, tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ def test_a_frozen_critic_without_a_value_head_is_refused_where_it_is_submitted(m
         "    async def run(self, session): ...\n"
     )
     own = f"recipe={tmp_path / 'own.py'}:Own"
-    assert f"the model 'judge' of the recipe, in {model}, has no value head (score.weight)" in refused(own).message
+    assert f"the model 'judge' of the recipe ({model}) has no value head (score.weight)" in refused(own).message
     save_file({"score.weight": np.zeros((1, 4), np.float32)}, model / "model.safetensors")
     validate(load_config(None, [own]))
 

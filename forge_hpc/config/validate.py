@@ -692,7 +692,7 @@ def _check_other_models(cfg: Config, needs: Needs) -> None:
                 f"the model {name!r} of the recipe: no such directory: {need.path}",
                 "give a model in Hugging Face format, or a hub name",
             )
-        where = f"the model {name!r} of the recipe, in {directory},"
+        where = f"the model {name!r} of the recipe ({directory})"
         _check_trained(cfg, read_model_config(directory), needs, where)
         if is_local and VALUE_HEAD not in check_weights(directory) and need.head == "value" and not need.trained:
             raise UserError(
@@ -726,7 +726,7 @@ def _check_positions(cfg: Config, needs: Needs, config: dict[str, Any], where: s
             names = [name for name, value in used.items() if value > longest]
             raise UserError(
                 f"sequences of {longest_used} tokens ({', '.join(names)}) are longer than the {longest} positions of "
-                f"{place.rstrip(',')}",
+                f"{place}",
                 f"lower {' and '.join(names)} to {longest} or less, with the limits of rollout to match",
             )
 

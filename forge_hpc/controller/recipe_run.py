@@ -31,7 +31,7 @@ async def run_recipe(session: Session) -> None:
     """
     try:
         await session.recipe.run(session)
-    except BaseException as error:
+    except (Exception, asyncio.CancelledError, SystemExit, KeyboardInterrupt) as error:
         task = asyncio.current_task()
         if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
             raise

@@ -836,7 +836,7 @@ class Session:
         if figures:
             await self._keep_best(step, figures)
             self._step_ended = time.perf_counter()
-        elif step and self.config.checkpoint.best is not None:
+        elif step and self.config.checkpoint.best is not None and self.metrics.is_evaluated(step):
             # Written before a start that ended before its checkpoint was marked.
             records = await asyncio.to_thread(lambda: list(read_jsonl(self.run_dir.evaluations)))
             for record in records:

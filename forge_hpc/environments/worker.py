@@ -57,9 +57,10 @@ class _Host:
             self._channel.answer(request, {"value": await self._do(request)})
         except EnvironmentFull as error:
             self._channel.answer(request, {"error": str(error), "limit": error.limit})
-        except BaseException as error:  # a user's environment may raise anything; the pool counts it
+        except (Exception, asyncio.CancelledError, SystemExit, KeyboardInterrupt) as error:
+            # A user's environment may raise anything, and the pool counts it; nobody waits for one that we cancel.
             task = asyncio.current_task()
-            if task is not None and task.cancelling():  # nobody waits for it any more
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
                 raise
             self._channel.answer(request, failure(error))
         if request["do"] == "close":
