@@ -19,7 +19,6 @@ import statistics
 import tempfile
 import threading
 import time
-from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -65,6 +64,7 @@ def send(folder: Path, num_bytes: int, ends: list[Connection]) -> None:
     weights = {f"w{i}": torch.randn(num_bytes // 200, device=device).bfloat16() for i in range(100)}
     snapshots = Snapshots(0, torch.bfloat16, device, 1 << 24)
     server = Server(Served(snapshots, False, folder), "127.0.0.1", certificates_in(folder))
+    snapshots.address = server.address
     buffer = torch.ones(num_bytes, dtype=torch.uint8, device=device)
     bare(0, folder, device)
     [end] = ends
@@ -79,7 +79,7 @@ def send(folder: Path, num_bytes: int, ends: list[Connection]) -> None:
             seconds = time.perf_counter() - start
             part = snapshots.take(version, lambda: weights, weights.values(), with_checksum=True)
             assert part is not None
-            end.send((Offer(version, (replace(part, address=server.address),)), seconds))
+            end.send((Offer.of([part]), seconds))
         elif what == "bare":
             end.send(None)
             dist.broadcast(buffer, 0)

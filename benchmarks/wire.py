@@ -33,7 +33,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +139,7 @@ class Trainer(Actor):
         self.weights = {f"w{i}": torch.randn(num_bytes // 2 // 100).bfloat16() for i in range(100)}
         self.snapshots = Snapshots(0, torch.bfloat16, torch.device("cpu"), 1 << 24, keeps_previous=changes)
         self.server = Server(Served(self.snapshots, changes), ADDRESSES[0], certificates())
+        self.snapshots.address = self.server.address
 
     @endpoint
     async def offer(self, version: int) -> tuple[Part, float]:
@@ -148,7 +148,7 @@ class Trainer(Actor):
         start = time.perf_counter()
         part = self.snapshots.take(version, lambda: self.weights, self.weights.values(), with_checksum=version == 0)
         assert part is not None
-        return replace(part, address=self.server.address), time.perf_counter() - start
+        return part, time.perf_counter() - start
 
     @endpoint
     async def publish(self, spec: StoreSpec, version: int) -> None:
@@ -208,7 +208,7 @@ async def measure_sharing(args: argparse.Namespace, workers: list[str], meeting:
         part, _ = await trainer.offer.call_one(version)
         for shared, found in seconds.items():
             start = time.perf_counter()
-            brought = await generators.bring.call(Offer(version, (part,)), shared)
+            brought = await generators.bring.call(Offer.of([part]), shared)
             found.append(time.perf_counter() - start)
             crossed[shared] = sum(each for _, each in brought) / num_bytes
     (shared_s, alone_s) = (statistics.median(found[1:]) for found in seconds.values())
@@ -235,7 +235,7 @@ async def measure(args: argparse.Namespace, workers: list[str]) -> None:
     for version in range(args.rounds + 1):
         part, snapshot_s = await trainer.offer.call_one(version)
         seconds["plain"].append(await receiver.fetch.call_one())
-        seconds["streams"].append(snapshot_s + await generator.receive.call_one(Offer(version, (part,))))
+        seconds["streams"].append(snapshot_s + await generator.receive.call_one(Offer.of([part])))
         start = time.perf_counter()
         await trainer.publish.call_one(store.spec, version)
         await store.commit(version)

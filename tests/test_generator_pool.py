@@ -16,7 +16,7 @@ from forge_hpc.controller.generators import GeneratorPool, WeightSync
 from forge_hpc.controller.kept import KeptMeshes
 from forge_hpc.controller.recovery import GivenUp, Recoveries
 from forge_hpc.data.builtin import write_tiny_qwen3
-from forge_hpc.weights import Offer
+from forge_hpc.weights import Offer, Places
 
 
 class FakeCluster:
@@ -242,7 +242,7 @@ def test_a_replacement_gets_the_weights_and_the_newest_name_of_them(monkeypatch:
         nothing: Any = SimpleNamespace(spec=None)
         weights = pool.pool.weights[0] = WeightSync(nothing, nothing, nothing, None)
         weights.version, weights.label = version, label
-        weights._offer = Offer(version, ()) if version is not None else None
+        weights._offer = Offer(version, Places.of([]), ()) if version is not None else None
         told.clear()
         await pool.lose(5)
         assert 5 in pool.pool.service.serving

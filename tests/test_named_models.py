@@ -27,7 +27,7 @@ from forge_hpc.training.distributed import init_distributed
 from forge_hpc.training.engine import TrainEngine
 from forge_hpc.training.frozen import FrozenModel
 from forge_hpc.training.models import Models
-from forge_hpc.weights import Offer, VersionNotFoundError, opened
+from forge_hpc.weights import Offer, Part, VersionNotFoundError, opened
 from forge_hpc.weights.layout import Manifest
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -315,6 +315,7 @@ def test_what_is_offered_is_whole_though_training_goes_on_and_may_be_put_into_th
         stored: dict[str, torch.Tensor] = {}
 
         async def put(store: Any, manifest: Manifest, data: torch.Tensor) -> None:
+            assert manifest.checksum == brief.checksums[0] is not None  # who reads there verifies it too
             starts = manifest.bucket_starts()
             stored.update({s.name: s.view(data[starts[s.bucket] :]).clone() for s in manifest.shards})
 
@@ -324,7 +325,10 @@ def test_what_is_offered_is_whole_though_training_goes_on_and_may_be_put_into_th
         policy = trainer._models.policy
         for version in (1, 2):
             before = {name: tensor.clone() for name, tensor in policy.hf_state_dict().items()}
-            offer = Offer(version, (await ask(Trainer.publish, trainer, None, version, (), False, True),))
+            brief = await ask(Trainer.publish, trainer, None, version, (), False, True)
+            place = await ask(Trainer.place, trainer, version)
+            assert place.key == brief.key
+            offer = Offer.of([Part(version, place, brief.checksums[0])])
             assert not stored
             await ask(Trainer.train_step, trainer, random_documents(4), True, 100.0)
             with opened(offer) as weights:

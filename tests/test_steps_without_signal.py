@@ -20,7 +20,7 @@ from forge_hpc.controller.generators import WeightSync
 from forge_hpc.data.types import Document
 from forge_hpc.rollouts.buffer import EpisodeBuffer
 from forge_hpc.training.engine import TrainEngine
-from forge_hpc.weights import Offer
+from forge_hpc.weights import Offer, Places
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -101,7 +101,7 @@ class Parts:
 
     async def publish(self, spec: Any, version: int, in_use: Any, **options: bool) -> Offer:
         self.calls.append(("publish", version))
-        return Offer(version, ())
+        return Offer(version, Places.of([]), ())
 
     async def note(self, what: str, version: int) -> list[str]:
         self.calls.append((what, version))

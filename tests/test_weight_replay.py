@@ -58,7 +58,7 @@ def test_weights_that_a_worker_reads_in_place_are_those_that_vllm_would_have_loa
                 tensor.normal_(0, 0.1)
             part = snapshots.take(version, lambda: weights, weights.values(), with_checksum=True)
             assert part is not None
-            direct.load_offer(worker, Offer(version, (part,)), torch.float32, tied)
+            direct.load_offer(worker, Offer.of([part]), torch.float32, tied)
 
         bring(1)
         replay = direct._replays[model]  # it did nothing but copy
@@ -82,6 +82,6 @@ def test_weights_that_a_worker_reads_in_place_are_those_that_vllm_would_have_loa
         assert part is not None and found is not None
         found[1][5] ^= 1
         with pytest.raises(CorruptWeightsError, match="version 4"):
-            direct.load_offer(worker, Offer(4, (part,)), torch.float32, tied)
+            direct.load_offer(worker, Offer.of([part]), torch.float32, tied)
     finally:
         engine.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import pickle
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -14,7 +13,19 @@ from torch import nn
 
 from forge_hpc.controller.generators import WeightSync
 from forge_hpc.generation.replay import Recorder, Replay
-from forge_hpc.weights import CorruptWeightsError, Offer, Part, Snapshots, Unreachable, VersionNotFoundError, opened
+from forge_hpc.weights import (
+    UNKNOWN,
+    Brief,
+    CorruptWeightsError,
+    Offer,
+    Part,
+    Place,
+    Places,
+    Snapshots,
+    Unreachable,
+    VersionNotFoundError,
+    opened,
+)
 from forge_hpc.weights import memory as memory_module
 from forge_hpc.weights.checksum import Checksum, checksum
 from forge_hpc.weights.layout import Manifest, Shard
@@ -38,7 +49,7 @@ def take(copies: Snapshots, version: int, weights: dict[str, torch.Tensor], **op
 
 
 def read(part: Part) -> dict[str, torch.Tensor]:
-    offer = Offer(part.version, (part,))
+    offer = Offer.of([part])
     with opened(offer) as weights:
         weights.verify()
         return {name: weights.tensor(name).clone() for name in offer.shapes}
@@ -51,7 +62,7 @@ def test_the_weights_arrive_in_the_stored_dtype_and_a_tied_head_lies_there_once(
     found = read(part)
     assert list(found) == ["embed", "norm", "head"]
     assert all(torch.equal(found[name], tensor.bfloat16()) for name, tensor in weights.items())
-    assert part.handle.num_bytes == 128 + 64  # 10 * 6 * 2 and 7 * 2 bytes, each begun at a multiple of 64
+    assert part.place.handle.num_bytes == 128 + 64  # 10 * 6 * 2 and 7 * 2 bytes, each begun at a multiple of 64
     assert part.checksum == checksum([embedding.bfloat16(), weights["norm"].bfloat16()])
 
 
@@ -61,7 +72,7 @@ def test_every_version_is_in_the_same_block_and_what_was_read_does_not_change_wi
     weights["w"].fill_(3)
     assert read(first)["w"].tolist() == [0] * 5
     second = take(copies, 2, weights)
-    assert second.handle == first.handle and second.layout is first.layout
+    assert second.place is first.place and second.brief.key == first.brief.key
     assert read(second)["w"].tolist() == [3] * 5
 
 
@@ -70,10 +81,11 @@ def test_a_version_that_is_still_read_stays_and_the_next_ones_go_into_a_second_b
     first = take(copies, 1, {"w": torch.full((5,), 1.0)})
     second = take(copies, 2, {"w": torch.full((5,), 2.0)}, in_use={1})
     third = take(copies, 3, {"w": torch.full((5,), 3.0)}, in_use={1})
-    assert second.handle == third.handle != first.handle
+    assert second.place is third.place and second.place.handle != first.place.handle
+    assert second.brief.key != first.brief.key
     assert read(first)["w"].tolist() == [1] * 5 and read(third)["w"].tolist() == [3] * 5
     assert copies.take(4, lambda: {"w": torch.zeros(5)}, [], in_use={1, 3}) is None  # a third is never made
-    assert take(copies, 5, {"w": torch.zeros(5)}).handle == first.handle
+    assert take(copies, 5, {"w": torch.zeros(5)}).place is first.place
     assert copies.find(1) is None and copies.find(3) is not None
 
 
@@ -87,7 +99,7 @@ def test_without_memory_there_is_no_part_and_nobody_asks_again(monkeypatch: pyte
     first = take(later, 1, weights)
     monkeypatch.setattr(memory_module, "allocate", lambda num_bytes, device: None)
     assert later.take(2, lambda: weights, [], in_use={1}) is None  # this one goes through the store
-    assert take(later, 3, weights).handle == first.handle
+    assert take(later, 3, weights).place is first.place
 
 
 def test_memory_that_cannot_be_shared_is_as_none(
@@ -190,10 +202,9 @@ def cut_into_ranks(full: dict[str, torch.Tensor], num: int) -> Opened:
                     shard.name, shard.dtype, tuple(full[shard.name].shape), offsets, shard.shape, 0, shard.start_bytes
                 )
             )
-        layout = pickle.dumps(Manifest(0, rank, tuple(shards), done.bucket_bytes))
-        parts.append(Part(1, part.handle, layout, None))
-    offer = Offer(1, tuple(parts))
-    return Opened(offer, [memory_module.open_memory(part.handle) for part in parts])
+        manifest = Manifest(0, rank, tuple(shards), done.bucket_bytes)
+        parts.append(Part(1, Place(part.place.handle, manifest), None))
+    return Opened(Offer.of(parts), [memory_module.open_memory(part.place.handle) for part in parts])
 
 
 def full_weights() -> dict[str, torch.Tensor]:
@@ -207,17 +218,17 @@ def test_a_load_that_was_watched_once_is_repeated_to_the_last_bit(num_ranks: int
         model.load_weights(recorder.tensors((name, first.tensor(name)) for name in first._offer.shapes))
     copies = recorder.copies()
     assert copies is not None
-    replay = Replay(model, copies, recorder.padding, first._offer.layouts)
+    replay = Replay(model, copies, recorder.padding, first._offer.places.layout)
     for _ in range(2):
         full = full_weights()
         second = cut_into_ranks(full, num_ranks)
-        assert replay.fits(model, second._offer.layouts)
+        assert replay.fits(model, second._offer.places.layout)
         replay.load(second, torch.float32)
         expected = Fused()
         expected.load_weights(full.items())
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
     model.output.data = torch.zeros(3, 2)
-    assert not replay.fits(model, first._offer.layouts)
+    assert not replay.fits(model, first._offer.places.layout)
 
 
 def test_a_load_that_does_more_than_copy_is_not_repeated() -> None:
@@ -240,10 +251,11 @@ class Parts:
         self.generators: Any = self
         self.load: Any = self
         self.gate: asyncio.Event | None = None
+        self.knows_nothing = False
 
     async def publish(self, spec: Any, version: int, in_use: Any, *, stores: bool, with_checksum: bool) -> Any:
         self.calls.append(("publish", version, sorted(in_use), stores, with_checksum))
-        return Offer(version, ()) if self.offers else None
+        return Offer(version, Places.of([]), ()) if self.offers else None
 
     async def store(self, spec: Any, version: int) -> None:
         assert spec is not None
@@ -256,10 +268,17 @@ class Parts:
         self.spec = self.spec or "the store"
         return self.spec
 
-    async def fanout(self, spec: Any, version: int, offer: Offer | None, again: bool = False) -> list[str | None]:
-        assert spec is not None or offer is not None
-        self.calls.append(("load", version, offer is not None, again))
-        if offer is not None:
+    async def fanout(
+        self, spec: Any, version: int, told: Offer | Brief | None, again: bool = False
+    ) -> list[str | None]:
+        assert spec is not None or told is not None
+        if self.knows_nothing:
+            self.calls.append(("load", version, type(told).__name__, again))
+            if isinstance(told, Brief):
+                return [UNKNOWN for _ in self.answers]
+        else:
+            self.calls.append(("load", version, told is not None, again))
+        if told is not None:
             return list(self.answers)
         return ["messages" if not again or answer is None else "" for answer in self.answers]
 
@@ -288,6 +307,24 @@ def test_generators_in_reach_of_the_trainers_memory_leave_the_store_empty() -> N
         ]
         assert parts.told == ["weights: CUDA IPC"]
         assert parts.spec is None  # and it is not even started
+
+    asyncio.run(scenario())
+
+
+def test_who_does_not_know_where_the_weights_lie_is_told_the_whole_offer_and_may_take_the_store_then() -> None:
+    async def scenario() -> None:
+        parts = Parts("CUDA IPC", None)
+        parts.knows_nothing = True
+        weights = parts.sync()
+        await bring(weights, 1)
+        assert parts.calls[1:] == [
+            ("load", 1, "Brief", False),
+            ("load", 1, "Offer", True),
+            ("store", 1),
+            ("commit", 1),
+            ("load", 1, "NoneType", True),
+        ]
+        assert parts.told == ["weights: CUDA IPC, messages"]
 
     asyncio.run(scenario())
 

@@ -269,7 +269,7 @@ def test_dropped_versions_and_a_stopped_store_give_their_memory_back(meshes: Mes
 def test_shards_of_several_ranks_are_read_where_they_lie_as_long_as_the_trainers_say(meshes: Meshes) -> None:
     async def offer(version: int, *in_use: int) -> Offer:
         parts = [part for _, part in await meshes.trainers.offer.call(version, in_use)]
-        return Offer(version, tuple(parts))
+        return Offer.of(parts)
 
     async def body() -> None:
         first = await offer(1)

@@ -27,9 +27,12 @@ from forge_hpc.cluster import folders
 from forge_hpc.cluster.identity import make_job_identity
 from forge_hpc.config import Config
 from forge_hpc.weights import (
+    UNKNOWN,
+    Brief,
     LinkReader,
     Offer,
-    Part,
+    Place,
+    Places,
     RemoteReader,
     Served,
     Snapshots,
@@ -38,7 +41,8 @@ from forge_hpc.weights import (
     memory,
     opened,
 )
-from forge_hpc.weights.checksum import CorruptWeightsError
+from forge_hpc.weights.checksum import Checksum, CorruptWeightsError
+from forge_hpc.weights.layout import Manifest
 from forge_hpc.weights.memory import Handle
 from forge_hpc.wire import changes, host, messages
 from forge_hpc.wire.host import Receivers, _divided, _Memory, num_receivers
@@ -78,11 +82,12 @@ class Rank:
         }
         self.snapshots = Snapshots(0, torch.bfloat16, CPU, 1 << 24, keeps_previous=sends_changes)
         self.server = Server(Served(self.snapshots, sends_changes), "127.0.0.1", certificates)
+        self.snapshots.address = self.server.address
 
     def offer(self, version: int, **options: Any) -> Offer:
         part = self.snapshots.take(version, lambda: self.weights, self.weights.values(), **options)
         assert part is not None
-        return Offer(version, (replace(part, address=self.server.address),))
+        return Offer.of([part])
 
 
 def read(offer: Offer) -> dict[str, torch.Tensor]:
@@ -132,7 +137,7 @@ class Processes:
         self._environment = {**os.environ, **certificates.environment()}
         self.started: list[subprocess.Popen[str]] = []
 
-    def start(self, seed: int, num_bytes: int, stops_at: int = 0) -> Part:
+    def start(self, seed: int, num_bytes: int, stops_at: int = 0) -> Place:
         command = [sys.executable, "-c", SERVER, str(seed), str(num_bytes), str(stops_at)]
         pipe = subprocess.PIPE
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=self._environment, cwd=PROJECT)
@@ -140,7 +145,7 @@ class Processes:
         assert process.stdout is not None
         host, port, token = process.stdout.readline().split()
         handle = Handle("another host", "cpu", num_bytes, None)
-        return Part(1, handle, b"", None, messages.Address(host, int(port), token))
+        return Place(handle, Manifest(0, 0, (), ()), messages.Address(host, int(port), token))
 
     def close(self) -> None:
         for process in self.started:
@@ -159,8 +164,14 @@ def bytes_of(seed: int, num_bytes: int) -> bytes:
     return np.random.default_rng(seed).bytes(num_bytes)
 
 
-def held(part: Part) -> bytes:
-    return memory.open_memory(part.handle).numpy().tobytes()
+def bytes_at(*places: Place, version: int = 1) -> Offer:
+    """An offer of bytes, of which nobody says what they mean."""
+    handles, addresses = (tuple(getattr(place, name) for place in places) for name in ("handle", "address"))
+    return Offer(version, Places(tuple(range(len(places))), handles, addresses, b""), (None,) * len(places))
+
+
+def held(local: Offer) -> list[bytes]:
+    return [memory.open_memory(handle).numpy().tobytes() for handle in local.places.handles]
 
 
 # ---- whole versions
@@ -175,7 +186,7 @@ def test_a_version_of_another_process_arrives_whole_and_in_the_same_memory_every
         local, num_bytes = reader.receive(rank.offer(version, with_checksum=True))
         assert equal(read(local), rank.weights)
         assert num_bytes > 2 * NUM
-        handles.append(local.parts[0].handle)
+        handles.append(local.places.handles)
     assert handles[0] == handles[1] == handles[2]
     rank.server.close()
 
@@ -184,9 +195,9 @@ def test_a_version_of_another_process_arrives_whole_and_in_the_same_memory_every
 def test_the_parts_of_other_processes_arrive_together(
     processes: Processes, reader: RemoteReader, sizes: tuple[int, ...]
 ) -> None:
-    offer = Offer(1, tuple(processes.start(seed, size) for seed, size in enumerate(sizes)))
+    offer = bytes_at(*(processes.start(seed, size) for seed, size in enumerate(sizes)))
     local, num_bytes = reader.receive(offer)
-    assert [held(part) for part in local.parts] == [bytes_of(seed, size) for seed, size in enumerate(sizes)]
+    assert held(local) == [bytes_of(seed, size) for seed, size in enumerate(sizes)]
     assert num_bytes >= sum(sizes)
 
 
@@ -203,10 +214,10 @@ def test_a_trainer_that_dies_in_the_middle_leaves_nothing_to_load_and_the_next_o
     end = threading.Thread(target=kill_in_the_middle)
     end.start()
     with pytest.raises(Unreachable):
-        reader.receive(Offer(1, (part,)))
+        reader.receive(bytes_at(part))
     end.join()
-    local, num_bytes = reader.receive(Offer(1, (processes.start(2, 40_000_000),)))
-    assert held(local.parts[0]) == bytes_of(2, 40_000_000)
+    local, num_bytes = reader.receive(bytes_at(processes.start(2, 40_000_000)))
+    assert held(local) == [bytes_of(2, 40_000_000)]
     assert num_bytes >= 40_000_000  # what came from the dead one counts for nothing
 
 
@@ -224,22 +235,22 @@ def test_a_receiver_that_was_killed_is_started_again(certificates: Certificates,
 READER = """
 import os, sys
 from pathlib import Path
-from forge_hpc.weights import Offer, Part, RemoteReader
+from forge_hpc.weights import Offer, Places, RemoteReader
 from forge_hpc.weights.memory import Handle
 from forge_hpc.wire.messages import Address
 from forge_hpc.wire.tls import Certificates
 
 reader = RemoteReader(Certificates.from_environment(), Path(sys.argv[1]) if sys.argv[1] else None)
 host, port, token, num_bytes = sys.argv[2:]
-part = Part(1, Handle("another host", "cpu", int(num_bytes), None), b"", None, Address(host, int(port), token))
+handle, address = Handle("another host", "cpu", int(num_bytes), None), Address(host, int(port), token)
 print("asks", flush=True)
-reader.receive(Offer(1, (part,)))
+reader.receive(Offer(1, Places((0,), (handle,), (address,), b""), (None,)))
 print(reader._receiver.pid, flush=True)
 sys.stdin.read()
 """
 
 
-def start_reader(part: Part, certificates: Certificates, meeting: Path | str = "") -> subprocess.Popen[str]:
+def start_reader(part: Place, certificates: Certificates, meeting: Path | str = "") -> subprocess.Popen[str]:
     """A process that asks for a part, and keeps what it has received until its standard input ends."""
     assert part.address is not None
     where = (part.address.host, str(part.address.port), part.address.token, str(part.handle.num_bytes))
@@ -358,7 +369,7 @@ def test_a_version_comes_to_a_host_once(certificates: Certificates, readers: lis
             received = list(pool.map(lambda reader, offer=offer: reader.receive(offer), readers))  # type: ignore[misc]
         assert sorted(num_bytes > 2 * NUM for _, num_bytes in received) == [False, False, True]
         assert sum(num_bytes for _, num_bytes in received) < 3 * NUM
-        assert len({local.parts[0].handle for local, _ in received}) == 1
+        assert len({local.places.handles for local, _ in received}) == 1
         for (local, _), reader in zip(received, readers, strict=True):
             assert equal(read(local), rank.weights)
             reader.has_read()
@@ -391,13 +402,13 @@ def test_a_reader_that_has_died_holds_nobody_up(
     process = start_reader(old, certificates, tmp_path)  # it has begun the receiver, and never says that it has read
     assert process.stdout is not None
     receiver = int(process.stdout.readline())
-    readers[0].receive(Offer(1, (old,)))
+    readers[0].receive(bytes_at(old))
     readers[0].has_read()
     process.kill()
     process.communicate()
-    newer = Offer(2, (replace(old, version=2),))  # of the same trainers, into the same memory
-    assert held(readers[0].receive(newer)[0].parts[0]) == bytes_of(1, 1000)
-    assert held(readers[1].receive(Offer(1, (new,)))[0].parts[0]) == bytes_of(1, 1000)
+    newer = bytes_at(old, version=2)  # of the same trainers, into the same memory
+    assert held(readers[0].receive(newer)[0]) == [bytes_of(1, 1000)]
+    assert held(readers[1].receive(bytes_at(new))[0]) == [bytes_of(1, 1000)]
     assert psutil.pid_exists(receiver) and readers[0]._receiver is readers[1]._receiver is None
     for reader in readers:
         reader.close()
@@ -411,15 +422,15 @@ def test_a_version_that_fails_is_told_to_all_and_can_be_asked_for_again(
     [process] = processes.started
     assert process.stdout is not None
     with ThreadPoolExecutor(3) as pool:
-        wanted = [pool.submit(reader.receive, Offer(1, (part,))) for reader in readers]
+        wanted = [pool.submit(reader.receive, bytes_at(part)) for reader in readers]
         assert process.stdout.readline().startswith("stopped")
         process.kill()
         for each in wanted:
             with pytest.raises(Unreachable):
                 each.result(60)
-        offer = Offer(1, (processes.start(2, 40_000_000),))
+        offer = bytes_at(processes.start(2, 40_000_000))
         received = list(pool.map(lambda reader: reader.receive(offer), readers))
-    assert all(held(local.parts[0]) == bytes_of(2, 40_000_000) for local, _ in received)
+    assert all(held(local) == [bytes_of(2, 40_000_000)] for local, _ in received)
 
 
 def test_readers_of_other_trainers_have_memory_of_their_own(
@@ -487,7 +498,7 @@ def test_what_was_not_what_was_sent_comes_anew(certificates: Certificates, reade
     rank = Rank(certificates, sends_changes=True)
     offer = rank.offer(1, with_checksum=True)
     local, _ = readers[0].receive(offer)
-    with Path(local.parts[0].handle.where).open("r+b") as file:
+    with Path(local.places.handles[0].where).open("r+b") as file:
         file.write(b"\0\1\2\3")
     with pytest.raises(CorruptWeightsError):
         read(local)
@@ -524,7 +535,7 @@ def test_trainers_that_send_nothing_hold_up_no_reader_of_others(
     certificates: Certificates, readers: list[RemoteReader], processes: Processes, tmp_path: Path
 ) -> None:
     rank, (first, second, third) = Rank(certificates), readers
-    offer, gone = rank.offer(1), Offer(1, (processes.start(1, 1000),))
+    offer, gone = rank.offer(1), bytes_at(processes.start(1, 1000))
     first.receive(offer)
     first.has_read()
     third.receive(gone)
@@ -620,11 +631,12 @@ def test_a_peer_without_a_certificate_or_without_tls_learns_nothing(certificates
 
 def test_who_knows_not_the_token_gets_nothing(certificates: Certificates, reader: RemoteReader) -> None:
     rank = Rank(certificates)
-    part = rank.offer(1).parts[0]
-    assert part.address is not None
-    other: Part = replace(part, address=replace(part.address, token="0" * 32))
+    offer = rank.offer(1)
+    [address] = offer.places.addresses
+    assert address is not None
+    other = replace(offer.places, addresses=(replace(address, token="0" * 32),))
     with pytest.raises(Unreachable, match="no longer"):
-        reader.receive(Offer(1, (other,)))
+        reader.receive(replace(offer, places=other))
     rank.server.close()
 
 
@@ -759,8 +771,8 @@ def reads(
 
 def elsewhere(offer: Offer, **handle: Any) -> Offer:
     """As a generator of another host sees it, or otherwise."""
-    [part] = offer.parts
-    return Offer(offer.version, (replace(part, handle=replace(part.handle, **(handle or {"host": "another"}))),))
+    [own] = offer.places.handles
+    return replace(offer, places=replace(offer.places, handles=(replace(own, **(handle or {"host": "another"})),)))
 
 
 def test_where_memory_of_this_host_cannot_be_opened_streams_serve(
@@ -772,9 +784,61 @@ def test_where_memory_of_this_host_cannot_be_opened_streams_serve(
         offer = elsewhere(rank.offer(version, with_checksum=True), where="/proc/self/fd/1000000")
         assert asyncio.run(reader.load(None, version, offer, False)) == "TLS streams"
         assert equal(engine.loaded[version], rank.weights)
-    alone = Offer(3, (replace(offer.parts[0], address=None),))  # a run on one host has no streams
+    alone = replace(
+        offer, version=3, places=replace(offer.places, addresses=(None,))
+    )  # a run on one host has no streams
     assert asyncio.run(reader.load(None, 3, alone, False)) is None
     rank.server.close()
+
+
+def test_where_memory_cannot_be_shared_streams_serve(
+    certificates: Certificates,
+    reads: Callable[..., tuple[PolicyReader, FakeEngine]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(data: torch.Tensor) -> Any:
+        raise Unreachable("RuntimeError: no IPC here")
+
+    rank, (reader, engine) = Rank(certificates), reads()
+    monkeypatch.setattr(memory, "share", refuse)
+    for version in (1, 2):
+        rank.weights["a"].add_(version)
+        offer = rank.offer(version, with_checksum=True)
+        assert asyncio.run(reader.load(None, version, offer, False)) == "TLS streams"
+        assert equal(engine.loaded[version], rank.weights)
+    assert caplog.text.count("TLS streams serve: RuntimeError: no IPC here") == 1
+    rank.server.close()
+
+
+def test_where_a_version_lies_is_told_once(
+    certificates: Certificates, reads: Callable[..., tuple[PolicyReader, FakeEngine]]
+) -> None:
+    rank, (reader, engine) = Rank(certificates), reads()
+
+    def load(version: int, told: Offer | Brief, again: bool = False) -> str | None:
+        return asyncio.run(reader.load(None, version, told, again))
+
+    offer = rank.offer(1, with_checksum=True)
+    assert load(1, offer.brief) == UNKNOWN and not engine.loaded
+    assert load(1, offer, again=True) == "shared memory"
+    assert load(1, offer, again=True) == ""  # another generator did not know it
+    for version in (2, 3):
+        rank.weights["a"].add_(1)
+        assert load(version, rank.offer(version, with_checksum=True).brief) == "shared memory"
+        assert equal(engine.loaded[version], rank.weights)
+    corrupt = replace(rank.offer(4).brief, checksums=(Checksum(1, 1),))
+    with pytest.raises(CorruptWeightsError, match="version 4"):
+        load(4, corrupt)
+    second = rank.offer(5, in_use={4})  # into other memory
+    assert load(5, second.brief) == UNKNOWN and load(5, second, again=True) == "shared memory"
+    assert load(6, rank.offer(6, in_use={5}).brief) == "shared memory"  # the first is still known
+    other = Rank(certificates, seed=1)  # others take the trainers' place
+    newest = other.offer(7)
+    assert load(7, newest.brief) == UNKNOWN and load(7, newest, again=True) == "shared memory"
+    assert equal(engine.loaded[7], other.weights)
+    for each in (rank, other):
+        each.server.close()
 
 
 def test_generators_of_a_host_share_what_comes(
@@ -847,6 +911,7 @@ def test_where_no_link_comes_about_streams_serve(
         rank.server.close()
         served = Served(rank.snapshots, False, links_dir(tmp_path))
         rank.server = Server(served, "127.0.0.1", certificates)
+        rank.snapshots.address = rank.server.address
     for version in (1, 2):
         rank.weights["a"].add_(version)
         offer = elsewhere(rank.offer(version))
@@ -887,10 +952,9 @@ def test_a_generator_takes_streams_where_it_can_and_tries_again_after_a_break_bu
         offer = elsewhere(deaf.offer(5))
         deaf.server.close()
         assert await load(generator, None, 5, offer) is None
-        assert reader._unreachable == offer.origin  # from now on the store, without a try
-        silent = Rank(certificates).snapshots.take(6, lambda: deaf.weights, deaf.weights.values())
-        assert silent is not None
-        assert await load(generator, None, 6, elsewhere(Offer(6, (silent,)))) is None  # served to nobody
+        assert reader._unreachable == offer.places.origin  # from now on the store, without a try
+        silent = replace(offer.places, addresses=(None,))  # served to nobody
+        assert await load(generator, None, 6, replace(offer, version=6, places=silent)) is None
 
     asyncio.run(scenario())
     assert reader._remote is not None
@@ -905,6 +969,7 @@ class LinkedRank(Rank):
         super().__init__(certificates, seed=seed, num=num)
         self.server.close()
         self.server = Server(Served(self.snapshots, False, links), "127.0.0.1", certificates)
+        self.snapshots.address = self.server.address
 
 
 def test_versions_come_over_a_link_that_stays_open(certificates: Certificates, tmp_path: Path) -> None:
@@ -914,7 +979,7 @@ def test_versions_come_over_a_link_that_stays_open(certificates: Certificates, t
         rank.weights["a"].add_(1)
         local, num_bytes = reader.receive(rank.offer(version, with_checksum=True))
         assert equal(read(local), rank.weights)
-        assert num_bytes == local.parts[0].handle.num_bytes
+        assert num_bytes == local.places.handles[0].num_bytes
         assert len(list(tmp_path.iterdir())) == 1  # the file by which they found each other
     reader.close()
     rank.server.close()
@@ -923,10 +988,11 @@ def test_versions_come_over_a_link_that_stays_open(certificates: Certificates, t
 def test_each_rank_sends_its_part_over_a_link_of_its_own(certificates: Certificates, tmp_path: Path) -> None:
     ranks = [LinkedRank(certificates, tmp_path, seed, NUM + 100 * seed) for seed in range(2)]
     reader = LinkReader(certificates, tmp_path, CPU)
-    offer = Offer(1, tuple(rank.offer(1).parts[0] for rank in ranks))
-    local, _ = reader.receive(offer)
-    for rank, part in zip(ranks, local.parts, strict=True):
-        assert equal(read(Offer(1, (part,))), rank.weights)
+    offers = [rank.offer(1) for rank in ranks]
+    addresses, handles = (tuple(getattr(each.places, of)[0] for each in offers) for of in ("addresses", "handles"))
+    local, _ = reader.receive(Offer(1, Places((0, 1), handles, addresses, b""), (None, None)))
+    for rank, own, handle in zip(ranks, offers, local.places.handles, strict=True):
+        assert equal(read(replace(own, places=replace(own.places, handles=(handle,)))), rank.weights)
     reader.close()
     for rank in ranks:
         rank.server.close()
@@ -962,7 +1028,7 @@ def test_a_reader_that_dies_in_the_middle_leaves_the_others_their_links(
     other.receive(rank.offer(1))
     offer = rank.offer(2)
     context = certificates.client()
-    address = offer.parts[0].address
+    [address] = offer.places.addresses
     assert address is not None
     with socket.create_connection((address.host, address.port)) as connection:
         stream = context.wrap_socket(connection, server_hostname=address.host)

@@ -25,7 +25,7 @@ from forge_hpc.observability.performance import EngineCounts
 from forge_hpc.observability.traces import start_trace, stop_trace
 
 if TYPE_CHECKING:
-    from forge_hpc.weights import Offer, StoreSpec
+    from forge_hpc.weights import Brief, Offer, StoreSpec
 
 T = TypeVar("T")
 
@@ -207,7 +207,7 @@ class Generator(Actor):
         self,
         store: StoreSpec | None,
         version: int,
-        offer: Offer | None = None,
+        offer: Offer | Brief | None = None,
         again: bool = False,
         adapter: int = 0,
     ) -> str | None:
@@ -215,11 +215,12 @@ class Generator(Actor):
         store.
 
         Args:
-            again: everybody is asked a second time, and only who answered None the first time is meant.
+            again: everybody is asked once more, and only who answered None or ``UNKNOWN`` the last time is meant.
 
         Returns:
-            How the weights came (``CUDA IPC``, ``shared memory``, ``NCCL``, ``TLS streams``, ``messages``). None where
-            this process cannot read what is offered: nothing was loaded, and the store is to have it.
+            How the weights came (``CUDA IPC``, ``shared memory``, ``NCCL``, ``TLS streams``, ``messages``). Nothing was
+            loaded where it is ``weights.UNKNOWN``: it is to be told the whole offer; or None: this process cannot read
+            what is offered, and the store is to have it.
         """
         return await self._readers[adapter].load(store, version, offer, again)
 

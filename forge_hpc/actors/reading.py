@@ -14,7 +14,7 @@ from forge_hpc.config import Config
 
 if TYPE_CHECKING:
     from forge_hpc.generation import GenerationEngine
-    from forge_hpc.weights import LinkReader, Offer, RemoteReader, StoreSpec
+    from forge_hpc.weights import Brief, LinkReader, Offer, RemoteReader, StoreSpec
     from forge_hpc.wire.tls import Certificates
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,8 @@ class PolicyReader:
     """
 
     def __init__(self, engine: GenerationEngine, config: Config, log_dir: Path, adapter: int = 0) -> None:
+        from forge_hpc.weights import Known
+
         self._engine = engine
         self._config = config
         self._log_dir = log_dir
@@ -40,33 +42,37 @@ class PolicyReader:
         self._reads = self._is_closed = False
         self._proven: Hashable = None  # the trainers whose offers could be read,
         self._unreachable: Hashable = None  # and those whose could not
-        self._waits_for_store = False
+        self._places = Known()
+        self._waits = False  # for the whole offer, or for the store
 
-    async def load(self, store: StoreSpec | None, version: int, offer: Offer | None, again: bool) -> str | None:
+    async def load(self, store: StoreSpec | None, version: int, told: Offer | Brief | None, again: bool) -> str | None:
         """As ``Generator.load``."""
-        from forge_hpc.weights import Unreachable, pull, reads_shared_memory
+        from forge_hpc.weights import UNKNOWN, Unreachable, pull, reads_shared_memory
 
-        if again and not self._waits_for_store:
+        if again and not self._waits:
             return ""
-        if offer is None:
+        if told is None:
             assert store is not None, "what is not offered is in the store"
             tensors = await pull(store, version)
             await self._engine.load_weights(version, tensors.items(), self._adapter)
-            self._waits_for_store = False
+            self._waits = False
             return "shared memory" if reads_shared_memory(store) else "messages"
-        self._waits_for_store = True
+        self._waits = True
+        if (offer := self._places.offer(told)) is None:
+            return UNKNOWN
+        origin = offer.places.origin
         try:
-            if self._unreachable == offer.origin:
+            if self._unreachable == origin:
                 return None
             async with self._loading:
                 way = await self._load_offer(offer)
         except Unreachable as error:
             logger.warning("the trainers' memory cannot be read from here, the store serves: %s", error)
-            if offer.origin != self._proven:
-                self._unreachable = offer.origin
+            if origin != self._proven:
+                self._unreachable = origin
             return None
-        self._proven = offer.origin
-        self._waits_for_store = False
+        self._proven = origin
+        self._waits = False
         return way
 
     async def _load_offer(self, offer: Offer) -> str:
@@ -74,7 +80,7 @@ class PolicyReader:
         from forge_hpc.models.device import device_type
         from forge_hpc.weights import Unreachable
 
-        if offer.is_within_reach(device_type()) and self._unopened != offer.origin:
+        if offer.is_within_reach(device_type()) and self._unopened != offer.places.origin:
             try:
                 await self._load_here(offer)
                 return "CUDA IPC" if device_type() == "cuda" else "shared memory"
@@ -82,7 +88,7 @@ class PolicyReader:
                 if not offer.has_streams:
                     raise
                 logger.warning("the trainers' memory cannot be opened from here, TLS streams serve: %s", error)
-                self._unopened = offer.origin
+                self._unopened = offer.places.origin
         if not offer.has_streams:
             raise Unreachable("another host or device")
         local, way = await asyncio.to_thread(self._receive, offer)
@@ -107,7 +113,7 @@ class PolicyReader:
             raise Unreachable("another host, and no certificates here")
         start = time.perf_counter()
         local, num_bytes, way = self._bring(offer, certificates)
-        duration, whole = time.perf_counter() - start, sum(part.handle.num_bytes for part in local.parts)
+        duration, whole = time.perf_counter() - start, sum(handle.num_bytes for handle in local.places.handles)
         figures = offer.version, num_bytes / 1e6, whole / 1e6, duration, way
         logger.info("version %d: %.1f of %.1f MB came in %.3f s by %s", *figures)
         return local, way
@@ -118,7 +124,7 @@ class PolicyReader:
 
         if self._is_closed:
             raise Unreachable("its reader has been closed")
-        if self._config.generator.weight_transport == "nccl" and self._unlinked != offer.origin:
+        if self._config.generator.weight_transport == "nccl" and self._unlinked != offer.places.origin:
             from forge_hpc.models.device import local_device
 
             if self._links is None:
@@ -127,7 +133,7 @@ class PolicyReader:
                 return *self._links.receive(offer), "NCCL"
             except Unreachable as error:
                 logger.warning("no weights over NCCL, TLS streams serve: %s", error)
-                self._unlinked = offer.origin
+                self._unlinked = offer.places.origin
         if self._remote is None:
             self._remote = RemoteReader(certificates, folders.own_folder())
         return *self._remote.receive(offer), "TLS streams"

@@ -36,8 +36,7 @@ if TYPE_CHECKING:
     from forge_hpc.checkpoint import FileRecord
     from forge_hpc.training.engine import TrainEngine
     from forge_hpc.training.models import Models
-    from forge_hpc.weights import Part, Snapshots, StoreSpec
-    from forge_hpc.weights.checksum import Checksum
+    from forge_hpc.weights import Brief, Part, Place, Snapshots, StoreSpec
     from forge_hpc.wire.server import Server
 
 logger = logging.getLogger(__name__)
@@ -89,6 +88,7 @@ class Trainer(Actor):
         self._needs = needs_of(config).models if models is None else models
         self._publishing = Publishing()
         self._snapshots: Snapshots | None = None
+        self._part: Part | None = None  # of the version that was copied last
         self._server: Server | None = None  # where generators have hosts of their own
         self._stored: int | None = None  # the version that was put into the store last
 
@@ -233,8 +233,9 @@ class Trainer(Actor):
         in_use: Collection[int] = (),
         stores: bool = False,
         with_checksum: bool = False,
-    ) -> Part | None:
-        """Copy the policy's weights to where generators of this host read them: this rank's part of the offer.
+    ) -> Brief | None:
+        """Copy the policy's weights to where generators of this host read them: this rank's part of the offer, whose
+        ``place`` is for who does not know it yet.
 
         The copy is all that training waits for. Where there is no memory for it the part is None; then, or where the
         controller knows that a generator is out of reach (``stores``), publishing into the store has begun when this
@@ -248,10 +249,8 @@ class Trainer(Actor):
         from forge_hpc.weights import publish
 
         await self._publishing.done()
-        part = await self._in_thread(self._snapshot, version, in_use, with_checksum)
-        if store is None:
-            return part
-        if part is None:
+        part = self._part = await self._in_thread(self._snapshot, version, in_use, with_checksum)
+        if part is None and store is not None:
             # The parameters stay what they are only where nobody trains on: neither this policy nor another adapter,
             # whose turn writes its own over them.
             copies = self._config.rollout.max_staleness > 0 or self._one_base is not None
@@ -259,9 +258,20 @@ class Trainer(Actor):
             storing = publish(store, version, weights, rank=self._rank, with_checksum=with_checksum)
             self._publishing.begin(storing, reads_weights=not copies)
             self._stored = version
-        elif stores:
-            await self._store(store, version, part.checksum)
-        return part
+        elif part is not None and store is not None and stores:
+            await self._store(store, version)
+        return None if part is None else part.brief
+
+    @concurrent_endpoint
+    @collective
+    async def place(self, version: int) -> Place:
+        """Where this rank's part of a version lies that is offered. Raises VersionNotFoundError."""
+        from forge_hpc.weights import VersionNotFoundError
+
+        place = self._snapshots.place(version) if self._snapshots is not None else None
+        if place is None:
+            raise VersionNotFoundError(f"policy version {version} is no longer in the trainers' memory")
+        return place
 
     @concurrent_endpoint
     @collective
@@ -273,16 +283,17 @@ class Trainer(Actor):
         """
         await self._publishing.done()
         if self._stored != version:
-            await self._store(store, version, None)
+            await self._store(store, version)
             await self._publishing.done()
 
-    async def _store(self, store: StoreSpec, version: int, checksum: Checksum | None) -> None:
+    async def _store(self, store: StoreSpec, version: int) -> None:
         from forge_hpc.weights import VersionNotFoundError, publish_buckets
 
         found = self._snapshots.find(version) if self._snapshots is not None else None
         if found is None:
             raise VersionNotFoundError(f"policy version {version} is no longer in the trainers' memory")
         manifest, data = found
+        checksum = self._part.checksum if self._part is not None and self._part.version == version else None
         storing = publish_buckets(store, replace(manifest, checksum=checksum), data)
         self._publishing.begin(storing, reads_weights=False)
         self._stored = version
@@ -299,11 +310,9 @@ class Trainer(Actor):
             changes = self._config.generator.send_changes
             self._snapshots = Snapshots(self._rank, dtype, local_device(), MESSAGE_BYTES, keeps_previous=changes)
             self._server = self._serve(self._snapshots)
+            self._snapshots.address = self._server.address if self._server is not None else None
         parameters, weights = policy.model.parameters(), partial(policy.published, cast=False)
-        part = self._snapshots.take(version, weights, parameters, in_use=in_use, with_checksum=with_checksum)
-        if part is None or self._server is None:
-            return part
-        return replace(part, address=self._server.address)
+        return self._snapshots.take(version, weights, parameters, in_use=in_use, with_checksum=with_checksum)
 
     def _serve(self, snapshots: Snapshots) -> Server | None:
         """Let other hosts have the snapshots, where the run has several, or other jobs may lend it some: on the address

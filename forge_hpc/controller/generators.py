@@ -23,7 +23,7 @@ from forge_hpc.controller.store_at_need import StoreAtNeed
 from forge_hpc.controller.trainers import Trainers
 from forge_hpc.controller.turns import Turns
 from forge_hpc.rollouts.buffer import EpisodeBuffer
-from forge_hpc.weights import Offer, VersionNotFoundError
+from forge_hpc.weights import UNKNOWN, Offer, VersionNotFoundError
 
 logger = logging.getLogger(__name__)
 STOP_S = 60.0
@@ -508,7 +508,9 @@ class WeightSync:
             raise VersionNotFoundError(f"policy version {version} is being replaced by the next")
         self._readers[version] += 1
         try:
-            ways = await load(self._store.spec, version, offer)
+            ways = await load(self._store.spec, version, offer and offer.brief)
+            if UNKNOWN in ways:
+                ways += await load(self._store.spec, version, offer, True)
             if None in ways:
                 self._stores = True
                 await self._put_in_store(version)
@@ -516,7 +518,7 @@ class WeightSync:
         finally:
             self._readers[version] -= 1
         if tells:
-            self._tell_ways({way for way in ways if way})
+            self._tell_ways({way for way in ways if way and way != UNKNOWN})
 
     def _tell_ways(self, ways: set[str]) -> None:
         told = f"weights: {', '.join(sorted(ways))}"

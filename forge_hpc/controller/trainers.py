@@ -53,6 +53,9 @@ class Trainers:
         alone: asyncio.Lock | None = None,
         standstill: Standstill | None = None,
     ) -> None:
+        from forge_hpc.weights import Known
+
+        self._places = Known()  # of the weights, by the keys of all ranks
         self._ranks = Ranks(mesh, "the trainers", lost, standstill)
         self._frozen = frozen
         self._apart = frozen.models if frozen is not None else frozenset[str]()
@@ -139,10 +142,16 @@ class Trainers:
         """Copy the policy's weights to where generators can read them, and begin to publish them into the store where
         ``stores`` says so or a rank has no memory for the copy: then there is no offer (and, without a ``store``,
         nothing has been published yet). No step of the policy begins before they are copied or in the store."""
-        from forge_hpc.weights import Offer
+        from forge_hpc.weights import Offer, Places
 
         parts = await self._call_all("publish", store, version, frozenset(in_use), stores, with_checksum)
-        return Offer(version, tuple(parts)) if None not in parts else None
+        if None in parts:
+            return None
+        keys = tuple(part.key for part in parts)
+        if (places := self._places.get(keys)) is None:
+            found = await asyncio.to_thread(Places.of, await self._call_all("place", version))
+            places = self._places.put(keys, found)
+        return Offer(version, places, tuple(parts[rank].checksums[0] for rank in places.ranks))
 
     async def store(self, store: StoreSpec, version: int) -> None:
         """Return when all ranks have put a version into the store: what ``publish`` began, or what it offered.

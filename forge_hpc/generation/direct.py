@@ -18,7 +18,8 @@ from forge_hpc.generation.checkpoint import EMBEDDING, TIED_HEAD
 from forge_hpc.generation.replay import Recorder, Replay
 from forge_hpc.weights.checksum import checksum, compare
 from forge_hpc.weights.memory import Unreachable
-from forge_hpc.weights.snapshots import Offer, opened
+from forge_hpc.weights.offers import Offer
+from forge_hpc.weights.snapshots import opened
 
 _replays: weakref.WeakKeyDictionary[nn.Module, Replay] = weakref.WeakKeyDictionary()
 _IN_PLACE = {"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"}
@@ -49,14 +50,14 @@ def load_offer(worker: Any, offer: Offer, dtype: torch.dtype, tied_head: bool) -
         in_place = _loads_in_place(model) if replay is None else True
         names = [name for name in offer.shapes if not (tied_head and name == TIED_HEAD)]
         tensors = ((name, weights.tensor(name).to(dtype)) for name in names)
-        if replay is not None and replay.fits(model, offer.layouts):
+        if replay is not None and replay.fits(model, offer.places.layout):
             with torch.no_grad():
                 replay.load(weights, dtype)
         elif in_place:
             with torch.no_grad(), Recorder(model) as recorder:
                 model.load_weights(recorder.tensors(tensors))
             if (copies := recorder.copies()) is not None and weights.dtypes == {dtype}:
-                _replays[model] = Replay(model, copies, recorder.padding, offer.layouts)
+                _replays[model] = Replay(model, copies, recorder.padding, offer.places.layout)
         else:
             head = ((TIED_HEAD, weights.tensor(EMBEDDING).to(dtype)) for _ in range(tied_head))
             worker.reload_weights(weights_iterator=itertools.chain(tensors, head))

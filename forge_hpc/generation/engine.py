@@ -58,7 +58,7 @@ from forge_hpc.imports import importing
 from forge_hpc.invariance import prepare_invariance
 from forge_hpc.observability.performance import EngineCounts
 from forge_hpc.weights.memory import Unreachable
-from forge_hpc.weights.snapshots import Offer
+from forge_hpc.weights.offers import Offer
 
 logger = logging.getLogger(__name__)
 P = TypeVar("P", Prompt, Turn)

@@ -111,7 +111,7 @@ class Replay:
 
     Args:
         copies, padding: a ``Recorder``'s.
-        layouts: of the offer that was loaded.
+        layout: of the places that were loaded from.
     """
 
     def __init__(
@@ -119,15 +119,15 @@ class Replay:
         model: nn.Module,
         copies: list[_Copy],
         padding: list[tuple[torch.Tensor, Any]],
-        layouts: tuple[bytes, ...],
+        layout: bytes,
     ) -> None:
-        self._places, self._layouts = _places(model), layouts
+        self._places, self._layout = _places(model), layout
         self._copies, self._padding = copies, padding
         self._pairs: list[tuple[torch.Tensor, int, int, tuple[int, ...], tuple[int, ...]]] | None = None
 
-    def fits(self, model: nn.Module, layouts: tuple[bytes, ...]) -> bool:
+    def fits(self, model: nn.Module, layout: bytes) -> bool:
         """Whether the parameters and the weights are still where they were."""
-        return self._layouts == layouts and self._places == _places(model)
+        return self._layout == layout and self._places == _places(model)
 
     def load(self, weights: Opened, dtype: torch.dtype) -> None:
         """Write everything. ``dtype`` is that of the weights where they were watched."""

@@ -4,8 +4,9 @@ from forge_hpc.weights.checksum import CorruptWeightsError
 from forge_hpc.weights.layout import IncompleteVersionError
 from forge_hpc.weights.links import LinkReader, links_dir
 from forge_hpc.weights.memory import Unreachable
+from forge_hpc.weights.offers import UNKNOWN, Brief, Known, Offer, Part, Place, Places
 from forge_hpc.weights.remote import RemoteReader, Served
-from forge_hpc.weights.snapshots import Offer, Opened, Part, Snapshots, opened
+from forge_hpc.weights.snapshots import Opened, Snapshots, opened
 from forge_hpc.weights.store import (
     MESSAGE_BYTES,
     StoreSpec,
@@ -20,12 +21,17 @@ from forge_hpc.weights.store import (
 
 __all__ = [
     "MESSAGE_BYTES",
+    "UNKNOWN",
+    "Brief",
     "CorruptWeightsError",
     "IncompleteVersionError",
+    "Known",
     "LinkReader",
     "Offer",
     "Opened",
     "Part",
+    "Place",
+    "Places",
     "RemoteReader",
     "Served",
     "Snapshots",

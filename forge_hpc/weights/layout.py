@@ -7,6 +7,7 @@ version joins the manifests of all ranks and has verified that every tensor is c
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -70,15 +71,19 @@ class Manifest:
         return [0, *itertools.accumulate(self.bucket_bytes)]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Index:
     """A whole version: for each tensor the shards that make it up, each with the rank that holds it."""
 
     version: int
     tensors: dict[str, tuple[tuple[int, Shard], ...]]
-    num_bytes: int
     checksums: dict[int, Checksum]
     """By rank, of those that have one and are read whole."""
+
+    @functools.cached_property
+    def num_bytes(self) -> int:
+        """Of all that a reader takes."""
+        return sum(shard.num_bytes for shards in self._by_rank.values() for shard in shards)
 
     def buckets(self) -> dict[tuple[int, int], int]:
         """(rank, bucket) of everything that a reader needs, in a steady order, with the bytes that it needs of it."""
@@ -91,7 +96,15 @@ class Index:
 
     def shards_of(self, rank: int) -> list[Shard]:
         """What a reader takes from a rank, each place once."""
-        return distinct(shard for parts in self.tensors.values() for owner, shard in parts if owner == rank)
+        return self._by_rank.get(rank, [])
+
+    @functools.cached_property
+    def _by_rank(self) -> dict[int, list[Shard]]:
+        found: dict[int, list[Shard]] = {}
+        for parts in self.tensors.values():
+            for rank, shard in parts:
+                found.setdefault(rank, []).append(shard)
+        return {rank: distinct(shards) for rank, shards in found.items()}
 
 
 def _box(tensor: torch.Tensor, name: str, rank: int) -> tuple[torch.Tensor, tuple[int, ...]] | None:
@@ -204,9 +217,7 @@ def build_index(manifests: list[Manifest]) -> Index:
         for manifest in manifests
         if manifest.checksum is not None and manifest.rank not in partly_read
     }
-    index = Index(version, tensors, 0, checksums)
-    num_bytes = sum(shard.num_bytes for manifest in manifests for shard in index.shards_of(manifest.rank))
-    return replace(index, num_bytes=num_bytes)
+    return Index(version, tensors, checksums)
 
 
 def _check_covered(name: str, shards: list[Shard], version: int) -> None:

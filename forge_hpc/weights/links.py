@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ import torch.distributed as dist
 
 from forge_hpc.weights import memory
 from forge_hpc.weights.memory import Unreachable
-from forge_hpc.weights.snapshots import Offer, Part, Snapshots
+from forge_hpc.weights.offers import Offer
+from forge_hpc.weights.snapshots import Snapshots
 from forge_hpc.wire import messages, tls
 from forge_hpc.wire.server import is_open
 
@@ -191,7 +193,8 @@ class LinkReader:
         Raises:
             Unreachable: it did not come. Nothing that was received before is valid any more.
         """
-        sizes = [part.handle.num_bytes for part in offer.parts]
+        places = offer.places
+        sizes = [handle.num_bytes for handle in places.handles]
         if sizes != [block.numel() for block in self._blocks]:
             self._blocks.clear()
             for size in sizes:
@@ -206,20 +209,19 @@ class LinkReader:
                 raise
         try:
             with ThreadPoolExecutor(len(sizes)) as pool:  # each may have a communicator to make
-                list(pool.map(self._bring, offer.parts, self._blocks))
+                list(pool.map(partial(self._bring, offer.version), places.addresses, self._blocks))
         except OSError as error:
             self.close()
             raise Unreachable(f"NCCL: {error}") from error
-        local = tuple(replace(part, handle=handle) for part, handle in zip(offer.parts, self._handles, strict=True))
-        return Offer(offer.version, local), sum(sizes)
+        return replace(offer, places=replace(places, handles=tuple(self._handles))), sum(sizes)
 
-    def _bring(self, part: Part, block: torch.Tensor) -> None:
-        if part.address is None:
+    def _bring(self, version: int, address: messages.Address | None, block: torch.Tensor) -> None:
+        if address is None:
             raise LinkBroken("the trainers serve no streams")
-        line = self._lines.get(part.address.token)
+        line = self._lines.get(address.token)
         if line is None:
-            line = self._lines[part.address.token] = _Line(self._context, part.address, self._directory, self._device)
-        line.bring(part.version, block)
+            line = self._lines[address.token] = _Line(self._context, address, self._directory, self._device)
+        line.bring(version, block)
 
     def close(self) -> None:
         """End all links."""

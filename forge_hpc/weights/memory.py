@@ -25,7 +25,7 @@ class Handle:
     """How to find the memory; picklable."""
 
     host: str
-    """As ``shared_memory.host_identity``."""
+    """As ``shared_memory.host_identity``; empty: nobody can open it."""
     device: str
     """``cpu`` or ``cuda``."""
     num_bytes: int
@@ -70,6 +70,11 @@ def share(memory: torch.Tensor) -> Handle:
         raise _unreachable(error) from error
     _own[name := secrets.token_hex(8)] = memory
     return Handle(host, "cuda", memory.numel(), arguments, name)
+
+
+def out_of_reach(memory: torch.Tensor) -> Handle:
+    """A handle of what cannot be shared: no process can open it."""
+    return Handle("", memory.device.type, memory.numel(), None)
 
 
 def is_within_reach(handle: Handle, device_type: str) -> bool:

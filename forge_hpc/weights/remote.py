@@ -32,7 +32,8 @@ import torch
 from forge_hpc.weights import shared_memory
 from forge_hpc.weights.links import Sender, link_file
 from forge_hpc.weights.memory import Handle, Unreachable
-from forge_hpc.weights.snapshots import Offer, Snapshots
+from forge_hpc.weights.offers import Offer
+from forge_hpc.weights.snapshots import Snapshots
 from forge_hpc.wire import changes as coding
 from forge_hpc.wire.host import Wanted
 from forge_hpc.wire.tls import Certificates
@@ -182,21 +183,20 @@ class RemoteReader:
         Raises:
             Unreachable: it did not come. Nothing that was received before is valid any more.
         """
-        wanted = []
-        for part in offer.parts:
-            if part.address is None:
+        wanted, places = [], offer.places
+        for handle, address in zip(places.handles, places.addresses, strict=True):
+            if address is None:
                 raise Unreachable("the trainers serve no streams")
-            address = (part.address.host, part.address.port, part.address.token)
-            wanted.append(asdict(Wanted(*address, offer.version, part.handle.num_bytes)))
+            wanted.append(asdict(Wanted(address.host, address.port, address.token, offer.version, handle.num_bytes)))
         answer = self._ask(wanted)
         if self._is_closed:
             raise Unreachable("its reader has been closed")
         if "error" in answer:
             raise Unreachable(answer["error"])
-        host, parts = shared_memory.host_identity(), []
-        for part, path in zip(offer.parts, answer["paths"], strict=True):
-            parts.append(replace(part, handle=Handle(host, "cpu", part.handle.num_bytes, path)))
-        return Offer(offer.version, tuple(parts)), answer["num_bytes"]
+        host, here = shared_memory.host_identity(), []
+        for handle, path in zip(places.handles, answer["paths"], strict=True):
+            here.append(Handle(host, "cpu", handle.num_bytes, path))
+        return replace(offer, places=replace(places, handles=tuple(here))), answer["num_bytes"]
 
     def has_read(self, is_good: bool = True) -> None:
         """What was received may be overwritten; where it is not good, it comes whole to whoever asks for it next."""

@@ -1,8 +1,8 @@
 """Weights that generators read where the trainers put them: no message, no copy of a copy.
 
     trainer rank                          controller                         generator of the same host
-    part = snapshots.take(7, …)  ──part──►  Offer(7, all parts)  ──offer──►  with opened(offer) as weights: read them
-                                            counts who reads 7
+    part = snapshots.take(7, …)  ──────►  Offer(7, all of them)  ──────────►  with opened(offer) as weights: read them
+                                          counts who reads 7
     snapshots.take(8, …, in_use={7})      until they have, or are lost
 
 A rank copies its shards into one block of memory (``memory``) that it touches once and uses for every version, so that
@@ -15,78 +15,26 @@ loaded with it.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
-import pickle
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from forge_hpc.weights import memory
 from forge_hpc.weights.checksum import Checksum, checksum, compare
-from forge_hpc.weights.layout import Index, Manifest, Shard, build_index, distinct, plan
+from forge_hpc.weights.layout import Manifest, Shard, distinct, plan
+from forge_hpc.weights.offers import Offer, Part, Place
 from forge_hpc.wire.messages import Address
 
 logger = logging.getLogger(__name__)
 _MAX_BLOCKS = 2
 
 
-@dataclass(frozen=True)
-class Part:
-    """Where the shards of one rank lie, and how."""
-
-    version: int
-    handle: memory.Handle
-    layout: bytes
-    """The pickled manifest; the same bytes for every version, so that a reader makes the index of them once."""
-    checksum: Checksum | None
-    address: Address | None = None
-    """Where other hosts get the bytes behind the handle."""
-
-
-@dataclass(frozen=True)
-class Offer:
-    """One version of the weights in the trainers' memory; valid until they are told that nobody reads it."""
-
-    version: int
-    parts: tuple[Part, ...]
-    """By rank."""
-
-    def is_within_reach(self, device_type: str) -> bool:
-        """Whether a process that computes on ``device_type`` may be able to open all parts."""
-        return all(memory.is_within_reach(part.handle, device_type) for part in self.parts)
-
-    @property
-    def has_streams(self) -> bool:
-        """Whether other hosts can get all parts."""
-        return all(part.address is not None for part in self.parts)
-
-    @property
-    def origin(self) -> Hashable:
-        """Equal where two versions lie in the same processes."""
-        return tuple((part.handle.host, part.address) for part in self.parts)
-
-    @property
-    def layouts(self) -> tuple[bytes, ...]:
-        """Equal where the shards of two versions lie alike."""
-        return tuple(part.layout for part in self.parts)
-
-    @property
-    def index(self) -> Index:
-        """What lies where. Raises IncompleteVersionError where shards are missing."""
-        return _index(self.layouts)
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each full tensor by Hugging Face name."""
-        return {name: parts[0][1].global_shape for name, parts in self.index.tensors.items()}
-
-
 @dataclass
 class _Block:
     data: torch.Tensor
-    handle: memory.Handle
+    place: Place
     version: int | None = None
     targets: list[torch.Tensor] | None = None
     """A view for each shard that is written, in the manifest's order."""
@@ -117,7 +65,8 @@ class Snapshots:
         self._places: tuple[int, ...] = ()
         self._sources: dict[Shard, torch.Tensor] = {}
         self._manifest: Manifest | None = None
-        self._layout = b""
+        self.address: Address | None = None
+        """Where other hosts get the bytes, to be set before the first version is taken; None: nowhere."""
         self.is_possible = True
         """False once there was no memory for a first block."""
 
@@ -143,7 +92,7 @@ class Snapshots:
         if not self.is_possible:
             return None
         manifest, sources = self._plan(weights, parameters)
-        block = self._free_block(sum(manifest.bucket_bytes), in_use)
+        block = self._free_block(manifest, in_use)
         if block is None:
             return None
         block.version = None  # until it is whole
@@ -156,14 +105,18 @@ class Snapshots:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # readers wait for no event of ours
         block.version = version
-        return Part(version, block.handle, self._layout, total)
+        return Part(version, block.place, total)
 
     def find(self, version: int) -> tuple[Manifest, torch.Tensor] | None:
         """A version that is still there: what lies where, and the buckets one after the other (uint8)."""
         for block in self._blocks:
-            if block.version == version and self._manifest is not None:
-                return replace(self._manifest, version=version), block.data
+            if block.version == version:
+                return replace(block.place.manifest, version=version), block.data
         return None
+
+    def place(self, version: int) -> Place | None:
+        """Where a version lies that is still there."""
+        return next((block.place for block in self._blocks if block.version == version), None)
 
     def _plan(
         self, weights: Callable[[], Mapping[str, torch.Tensor]], parameters: Iterable[torch.Tensor]
@@ -175,33 +128,38 @@ class Snapshots:
             weights(), version=0, rank=self._rank, dtype=self._dtype, max_bucket_bytes=self._max_bucket_bytes
         )
         if manifest != self._manifest:
-            self._manifest, self._layout = manifest, pickle.dumps(manifest)
+            self._manifest = manifest
             self._blocks.clear()
         own = {place for place in places if place}
         are_views = all(source.untyped_storage().data_ptr() in own for source in sources.values())
         self._places, self._sources = (places, sources) if are_views else ((), {})
         return manifest, sources
 
-    def _free_block(self, num_bytes: int, in_use: Collection[int]) -> _Block | None:
+    def _free_block(self, manifest: Manifest, in_use: Collection[int]) -> _Block | None:
         free = [block for block in self._blocks if block.version not in in_use]
         if self._keeps_previous and len(self._blocks) < _MAX_BLOCKS:
-            if (block := self._new_block(num_bytes)) is not None:
+            if (block := self._new_block(manifest)) is not None:
                 return block
             self._keeps_previous = False
         if self._keeps_previous:  # the older goes
             free.sort(key=lambda block: -1 if block.version is None else block.version)
         if free:
             return free[0]
-        return self._new_block(num_bytes) if len(self._blocks) < _MAX_BLOCKS else None
+        return self._new_block(manifest) if len(self._blocks) < _MAX_BLOCKS else None
 
-    def _new_block(self, num_bytes: int) -> _Block | None:
+    def _new_block(self, manifest: Manifest) -> _Block | None:
+        num_bytes = sum(manifest.bucket_bytes)
         data, reason = memory.allocate(max(num_bytes, 64), self.device), "no memory for it"
         if data is not None:
             try:
-                self._blocks.append(_Block(data, memory.share(data)))
-                return self._blocks[-1]
+                handle = memory.share(data)
             except memory.Unreachable as error:
-                reason = f"it cannot be shared, {error}"
+                handle, reason = memory.out_of_reach(data), f"it cannot be shared, {error}"
+                if self.address is not None:
+                    logger.warning("no process of this host reads the weights in place, TLS streams serve: %s", error)
+            if handle.host or self.address is not None:
+                self._blocks.append(_Block(data, Place(handle, manifest, self.address)))
+                return self._blocks[-1]
         logger.warning("no copy of the weights of %.1f GiB to be read in place: %s", num_bytes / 2**30, reason)
         self.is_possible = bool(self._blocks)
         return None
@@ -211,10 +169,10 @@ class Opened:
     """The weights of an offer, opened in a process that reads them."""
 
     def __init__(self, offer: Offer, data: Sequence[torch.Tensor]) -> None:
-        self._offer, self._index = offer, offer.index
+        self._offer, self._index = offer, offer.places.index
         self.data = data
-        """By rank: its block of memory, uint8."""
-        self._starts = [_manifest(part.layout).bucket_starts() for part in offer.parts]
+        """Of each of the places: its block of memory, uint8."""
+        self._starts = offer.places.starts
 
     def tensor(self, name: str) -> torch.Tensor:
         """A full tensor: a view of the trainers' memory, or where it is cut, put together in memory of its own."""
@@ -247,29 +205,19 @@ class Opened:
         Raises:
             CorruptWeightsError: it is not what they gave.
         """
-        if any(part.checksum is None for part in self._offer.parts):
+        if None in self._offer.checksums:
             return None
         whole = Checksum()
-        for rank, part in enumerate(self._offer.parts):
+        for rank, (manifest, sent) in enumerate(zip(self._offer.places.manifests, self._offer.checksums, strict=True)):
             taken = self._index.shards_of(rank)
             found = checksum(self._view(rank, shard) for shard in taken)
-            if len(taken) == len(distinct(_manifest(part.layout).shards)):  # else another rank has the same shard too
-                compare(found, part.checksum, part.version)
+            if len(taken) == len(distinct(manifest.shards)):  # else another rank has the same shard too
+                compare(found, sent, self._offer.version)
             whole += found
         return whole
 
     def _view(self, rank: int, shard: Shard) -> torch.Tensor:
         return shard.view(self.data[rank][self._starts[rank][shard.bucket] :])
-
-
-@functools.lru_cache(maxsize=64)
-def _manifest(layout: bytes) -> Manifest:
-    return pickle.loads(layout)
-
-
-@functools.lru_cache(maxsize=2)
-def _index(layouts: tuple[bytes, ...]) -> Index:
-    return build_index([_manifest(layout) for layout in layouts])
 
 
 @contextlib.contextmanager
@@ -280,7 +228,7 @@ def opened(offer: Offer) -> Iterator[Opened]:
         memory.Unreachable: they cannot be read from here.
         IncompleteVersionError: shards are missing.
     """
-    data = [memory.open_memory(part.handle) for part in offer.parts]
+    data = [memory.open_memory(handle) for handle in offer.places.handles]
     weights = Opened(offer, data)
     try:
         yield weights
