@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from rows import row
+from rows import NOT_KEPT, row
 
 PROJECT = Path(__file__).resolve().parent.parent
 WARM_UP_STEPS = 5
@@ -67,7 +67,7 @@ def main() -> int:
     row("a step held up by saving each, share of the step", share, target=MAX_SHARE, better="less",
         note=f"{1e3 * held_up_s:.1f} ms, of which {1e3 * MAX_S:.0f} are allowed in any case")  # fmt: skip
     row("a step that is saved", 1e3 * step_s, 1e3 * bare_s, unit="ms", better="less", peer="ms without a save")
-    return int(not kept)
+    return 0 if kept else NOT_KEPT
 
 
 if __name__ == "__main__":

@@ -55,6 +55,10 @@ class Watched:
         path = self.run_dir / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
+    def checkpoints(self) -> list[Path]:
+        """The complete ones."""
+        return list((self.run_dir / "checkpoints").glob("step-*"))
+
     def wait_for(self, step: int, limit_s: float = WAIT_S) -> list[dict[str, Any]]:
         """The steps so far, once that one is done. SystemExit: the run has ended before, or it takes too long."""
         end = time.monotonic() + limit_s
@@ -172,14 +176,15 @@ def measure(run: Watched, where: str) -> None:
     run.process.send_signal(signal.SIGTERM)
     code = run.process.wait(WAIT_S)
     left_s = time.time() - start
-    status = json.loads((run.run_dir / "status.json").read_text())
-    before = run.steps()
+    before, saved = run.steps(), max(int(path.name.removeprefix("step-")) for path in run.checkpoints())
+    state = json.loads((run.run_dir / "status.json").read_text())["state"]
     run.start()
     after = run.wait_for(before[-1]["step"] + 1)
     again_s = next(each["wall_time"] for each in after if each["step"] > before[-1]["step"]) - start
-    print(f"SIGTERM after step {last}: exit code {code} after {left_s:.1f} s, state {status['state']} at step "
-          f"{status['step']} of {before[-1]['step']}; the next new step {again_s:.1f} s after", flush=True)  # fmt: skip
-    row(f"{where}SIGTERM: steps repeated", before[-1]["step"] - status["step"], target=0, better="less")
+    print(f"SIGTERM after step {last}: exit code {code} after {left_s:.1f} s, state {state}, saved at step "
+          f"{saved} of {before[-1]['step']}; the next new step {again_s:.1f} s after", flush=True)  # fmt: skip
+    row(f"{where}SIGTERM: steps repeated", before[-1]["step"] - saved, target=0, better="less",
+        note="since the save that the next start goes on from")  # fmt: skip
     row(f"{where}SIGTERM: until it has saved and left", left_s, unit="s", note=f"exit code {code}")
     row(f"{where}SIGTERM: until the next new step", again_s, unit="s")
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.multiprocessing as mp
 from engine_weights import SHAPES, write_model
-from rows import PROJECT, row
+from rows import MEMORY, PROJECT, row
 from torch.distributed.tensor import DTensor, distribute_tensor
 from trainer import make_document, timed
 
@@ -108,7 +108,8 @@ def main() -> None:
     row(f"{what}: tokens/s a GPU", several["tokens_per_s_a_gpu"], one["tokens_per_s_a_gpu"], target=0.8,
         peer=f"one GPU, checkpointing {one['ac']}", note=f"checkpointing {several['ac']}")  # fmt: skip
     if on_gpu:
-        row(f"{what}: memory of a trainer", several["peak_gib"], several["planned_gib"], unit="GiB", peer="planned")
+        row(f"{what}: memory of a trainer", several["peak_gib"], several["planned_gib"], unit="GiB", peer="planned",
+            target=MEMORY, better="less")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 from engine_weights import SHAPES, write_model
-from rows import PROJECT, row
+from rows import MEMORY, PROJECT, row
 from trainer import free, make_documents, timed
 
 from forge_hpc.config import load_config
@@ -176,7 +176,8 @@ def report(found: list[dict[str, Any]], recipe: str, args: argparse.Namespace) -
                 target=0.95, peer="on one GPU")  # fmt: skip
         note = f"{one['rows']} rows, checkpointing {one['ac']}"
         row(f"memory of a trainer, {recipe} {args.model}, {ranks} ranks", one["peak_gib"], one["planned_gib"],
-            unit="GiB", peer="planned", note=note)  # fmt: skip
+            unit="GiB", peer="planned", target=MEMORY, better="less",
+            note=note)  # fmt: skip
 
 
 if __name__ == "__main__":

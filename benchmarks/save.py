@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from rows import row
+from rows import NOT_KEPT, row
 
 from forge_hpc.training.checkpoint_writer import CheckpointWriter, threads_for
 
@@ -73,7 +73,7 @@ def main() -> int:
     print(f"ratio {ratio:.2f}, one thread {medians['one thread'] / medians['dd']:.2f}; target {TARGET}")
     row("a rank's part of a save, to the disk", medians["ours"], medians["dd"], target=TARGET, better="less", unit="s",
         peer="dd")  # fmt: skip
-    return int(ratio > TARGET)
+    return NOT_KEPT if ratio > TARGET else 0
 
 
 if __name__ == "__main__":

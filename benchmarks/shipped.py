@@ -28,7 +28,7 @@ from engine_weights import SHAPES
 from experts import alone
 from faults import Watched
 from ranks import MODELS as SIZES
-from rows import PROJECT, median, row
+from rows import MEMORY, PROJECT, median, row
 
 from forge_hpc.before_queue import memory_of
 from forge_hpc.config import Config, Placement, load_config, plan
@@ -164,7 +164,8 @@ def report(label: str, records: Sequence[Mapping[str, float]], shipped: Shipped,
         trainers = memory.roles["trainers"]
         planned = trainers.total_gib - trainers.gib["other"]  # contexts, which torch does not count
         row(f"{label}: memory of a trainer", _median(records, "perf/trainer_memory_peak_gib"), planned, unit="GiB",
-            peer="planned", note=trainers.remark)  # fmt: skip
+            peer="planned", target=MEMORY, better="less",
+            note=trainers.remark)  # fmt: skip
     if (mismatch := _median(records, "mismatch/logprob_abs_mean")) is not None:
         row(f"{label}: mismatch", mismatch, target=0.003 if gpus else None, better="less", unit="nats")
         row(f"{label}: weights, published to loaded", _median(records, "time/weight_sync_s"), unit="s")

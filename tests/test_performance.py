@@ -89,25 +89,31 @@ def test_utilisation_is_the_mean_of_the_samples_since_the_last_look(monkeypatch:
         nvmlDeviceGetHandleByUUID=lambda uuid: uuid.removeprefix("GPU-"),
         nvmlDeviceGetSamples=get_samples,
         nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=70),
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used={"a": 3 * 2**30, "1": 5 * 2**30}[handle]),
     )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monitor = GpuMonitor(["GPU-a", "1"])
     assert monitor.utilization() == pytest.approx((0.5 + 0.3) / 2)
     samples["a"].append((4, 90))
     assert monitor.utilization() == pytest.approx((0.9 + 0.7) / 2)  # GPU 1 has no new sample: what it is now
+    assert monitor.memory_gib() == 5.0  # of the fuller one
 
 
 def test_without_nvml_there_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     assert GpuMonitor([]).utilization() is None
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert GpuMonitor(["0"]).utilization() is None
+    assert GpuMonitor(["0"]).utilization() is GpuMonitor(["0"]).memory_gib() is None
 
 
 def test_replicas_are_summed_and_their_speed_is_that_of_a_gpu() -> None:
     one = EngineCounts(10, 2.0, running=80, waiting=20, kv_cache_usage=0.5, num_generated_tokens=100,
                        num_prompt_tokens=40, num_cached_tokens=10)  # fmt: skip
-    two = EngineCounts(5, 2.0, running=10, kv_cache_usage=0.9, num_preemptions=3, num_generated_tokens=300)
-    assert engine_figures([one, two, EngineCounts()], gpus_per_replica=2) == {
+    two = EngineCounts(5, 2.0, running=10, kv_cache_usage=0.9, num_preemptions=3, num_generated_tokens=300,
+                       weights_s=0.3, gpu_memory_gib=70.0)  # fmt: skip
+    idle = EngineCounts(weights_s=0.6, gpu_memory_gib=71.5)  # it has taken weights too
+    assert engine_figures([one, two, idle], gpus_per_replica=2) == {
+        "perf/generator_weights_s": pytest.approx(0.3),
+        "perf/generator_gpu_memory_gib": 71.5,
         "perf/generator_tokens_per_s": 50.0,
         "perf/generator_running": 10.0,
         "perf/generator_waiting": 2.0,

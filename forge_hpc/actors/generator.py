@@ -243,7 +243,8 @@ class Generator(Actor):
     @concurrent_endpoint
     async def counts(self) -> EngineCounts:
         """What the engine has done since the last call."""
-        return replace(self._engine.take_counts(), gpu_utilization=self._gpus.utilization())
+        gpus = self._gpus
+        return replace(self._engine.take_counts(), gpu_utilization=gpus.utilization(), gpu_memory_gib=gpus.memory_gib())
 
     @concurrent_endpoint
     async def start_trace(self) -> None:

@@ -203,14 +203,16 @@ class Trainer(Actor):
     @concurrent_endpoint
     @collective
     async def logprobs(self, documents: Sequence[Document], model: str) -> list[np.ndarray]:
-        """As ``Models.logprobs``, on every rank."""
-        return await self._in_thread(self._models.logprobs, model, documents)
+        """As ``Models.logprobs``, from rank 0; the others give none, since all of them have the same."""
+        found = await self._in_thread(self._models.logprobs, model, documents)
+        return found if self._rank == 0 else []
 
     @concurrent_endpoint
     @collective
     async def values(self, documents: Sequence[Document], model: str) -> list[np.ndarray]:
-        """As ``Models.values``, on every rank."""
-        return await self._in_thread(self._models.values, model, documents)
+        """As ``Models.values``, from rank 0."""
+        found = await self._in_thread(self._models.values, model, documents)
+        return found if self._rank == 0 else []
 
     @concurrent_endpoint
     @collective

@@ -164,10 +164,11 @@ class GeneratorPool:
                 async with asyncio.TaskGroup() as tasks:
                     spawning = [tasks.create_task(self._spawn(index)) for index in self._slots]
             except ExceptionGroup as errors:
-                for index in self._slots:
-                    with contextlib.suppress(NodeLost):
-                        await self._end(index)
+                # A node that is silent takes its time, and the others need not wait for it.
+                ends = await asyncio.gather(*map(self._end, self._slots), return_exceptions=True)
                 self._starting = None
+                if unexpected := next((e for e in ends if e is not None and not isinstance(e, NodeLost)), None):
+                    raise unexpected from None
                 raise cause_of(errors) from None
             for index, actor in enumerate(spawning):
                 await self.service.admit(index, actor.result())

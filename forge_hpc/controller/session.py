@@ -181,7 +181,7 @@ class Session:
         self._store: StoreAtNeed | None = None
         self._closing: list[Callable[[], Awaitable[Any]]] = []
         self._step_ended = time.perf_counter()
-        self._checkpoint_s = 0.0
+        self._checkpoint_s = self._publish_s = 0.0
         self._spans = Spans()
         self._engine_counts: asyncio.Future[list[EngineCounts]] | None = None
 
@@ -759,10 +759,12 @@ class Session:
         self._published = step
         rollout, evaluates = self.config.rollout, self._evaluation_is_due(step)
         if evaluates or step % rollout.sync_interval == 0:
+            start = time.perf_counter()
             with self._spans.span("publish"):
                 await self._weights.publish(step)
                 if evaluates or rollout.max_staleness == 0:
                     await self._weights.delivered()
+            self._publish_s += time.perf_counter() - start
 
     async def end_step(
         self, step: int, metrics: Mapping[str, float], state: Mapping[str, Any], groups: Sequence[Group] = ()
@@ -794,14 +796,14 @@ class Session:
             raise UserError(said, "give session.end_step() numbers by their names")
         timing = {"time/step_s": now - self._step_ended, "time/checkpoint_s": self._checkpoint_s}
         if self._weights is not None:
-            timing["time/weight_sync_s"] = self._weights.seconds
+            timing |= {"time/weight_sync_s": self._weights.seconds, "time/publish_s": self._publish_s}
         if self._turns is not None:
             timing |= self._turns.metrics()
         for endpoint in self._endpoints:
             timing |= {key: timing.get(key, 0.0) + value for key, value in endpoint.metrics().items()}
         if self._served is not None:
             timing |= self._served.metrics()
-        self._step_ended, self._checkpoint_s = now, 0.0
+        self._step_ended, self._checkpoint_s, self._publish_s = now, 0.0, 0.0
         self.step = step
         self._recoveries.step_done()
         if self._pool.lent is not None:

@@ -287,16 +287,21 @@ def _dealt(
 def balanced(costs: Sequence[int], num_parts: int) -> list[list[int]]:
     """Indices of ``costs`` in parts of equal number, whose sums are nearly equal: the costliest first to the cheapest
     part that has room, then exchanges between the costliest part and others for as long as they help and are needed."""
-    size = len(costs) // num_parts
+    size, total = len(costs) // num_parts, sum(costs)
     parts: list[list[int]] = [[] for _ in range(num_parts)]
     sums = [0] * num_parts
+    with_room = [(0, part) for part in range(num_parts)]  # the cheapest first
     for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
-        part = min((part for part in range(num_parts) if len(parts[part]) < size), key=lambda part: (sums[part], part))
+        _, part = with_room[0]
         parts[part].append(index)
         sums[part] += costs[index]
+        if len(parts[part]) < size:
+            heapq.heapreplace(with_room, (sums[part], part))
+        else:
+            heapq.heappop(with_room)
     for _ in range(len(costs)):
         high = max(range(num_parts), key=lambda part: sums[part])
-        if sums[high] * num_parts <= (1 + _EVEN) * sum(costs):
+        if sums[high] * num_parts <= (1 + _EVEN) * total:
             break
         best = (0, 0, 0, 0)
         for low in range(num_parts):

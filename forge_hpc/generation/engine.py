@@ -797,8 +797,12 @@ class GenerationEngine:
         self._engine.collective_rpc("reload_weights", kwargs=arguments)
         self._sleeping.has_weights = True
         self._num_loads[0] += 1
-        self._weight_load_s += time.perf_counter() - start
+        self._add_weight_load(time.perf_counter() - start)
         self._label(version, done)
+
+    def _add_weight_load(self, seconds: float) -> None:
+        self._weight_load_s += seconds
+        self._counts.weights_s += seconds
 
     def _put_adapter(self, version: int, directory: Path, adapter: int, done: Future[Any]) -> None:
         """In the place of the one before: requests in flight go on with it."""
@@ -806,7 +810,7 @@ class GenerationEngine:
         self._settle()
         self._add_adapter(directory, adapter)
         self._num_loads[adapter] += 1
-        self._weight_load_s += time.perf_counter() - start
+        self._add_weight_load(time.perf_counter() - start)
         self._label(version, done, adapter)
 
     def _add_adapter(self, directory: Path, adapter: int) -> None:
@@ -833,7 +837,7 @@ class GenerationEngine:
             return
         self._sleeping.has_weights = True
         self._num_loads[0] += 1
-        self._weight_load_s += time.perf_counter() - start
+        self._add_weight_load(time.perf_counter() - start)
         self._label(offer.version, done)
 
     def _sleep(self, done: Future[Any]) -> None:

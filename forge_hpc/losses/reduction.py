@@ -16,10 +16,10 @@ class Sequences:
 
     Args:
         mask: [B, T], True, or any number but 0, where a token is trained.
-        segment_ids: [B, T] integers from 0: slots of a row with the same number belong to one sequence, in any order
-            and anywhere in the row. What is padding does not matter, nothing of it is trained. None: each row is one
-            sequence. A sequence lies in one row, as ``forge_hpc.data.packing`` puts it, so what is said of it needs no
-            other microbatch and no other rank. With ``group_ids`` in their place it is the same of groups.
+        segment_ids: [B, T] integers from 0 to T: slots of a row with the same number belong to one sequence, in any
+            order and anywhere in the row. What is padding does not matter, nothing of it is trained. None: each row is
+            one sequence. A sequence lies in one row, as ``forge_hpc.data.packing`` puts it, so what is said of it needs
+            no other microbatch and no other rank. With ``group_ids`` in their place it is the same of groups.
     """
 
     def __init__(self, mask: torch.Tensor, segment_ids: torch.Tensor | None = None) -> None:
@@ -54,19 +54,18 @@ class Sequences:
         rows = torch.arange(self.mask.shape[0], device=self.mask.device)[:, None]
         if self.segment_ids is None:
             return rows.expand_as(self.mask)
-        return rows * (self.segment_ids.max() + 1) + self.segment_ids
+        return rows * (self.mask.shape[1] + 1) + self.segment_ids
 
     @cached_property
     def _counts(self) -> torch.Tensor:
         """Trained tokens by that number."""
         return self._totals(self.mask.float())
 
-    @cached_property
-    def _num_numbers(self) -> int:
-        return int(self._index.max()) + 1
-
     def _totals(self, values: torch.Tensor) -> torch.Tensor:
-        return values.new_zeros(self._num_numbers).index_add(0, self._index.flatten(), values.flatten())
+        # As many numbers as there can be: how many there are, the host would wait for the device to say.
+        rows, slots = self.mask.shape
+        num_numbers = rows if self.segment_ids is None else rows * (slots + 1)
+        return values.new_zeros(num_numbers).index_add(0, self._index.flatten(), values.flatten())
 
 
 @dataclass(frozen=True)

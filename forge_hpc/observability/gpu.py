@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 class GpuMonitor:
-    """Mean utilisation of the GPUs of this process since the last look, by NVML (``nvidia-ml-py``).
+    """Mean utilisation of the GPUs of this process since the last look, and their memory, by NVML (``nvidia-ml-py``).
 
     The driver samples it several times a second and keeps the last samples, so that nothing has to run beside the work.
     Utilisation is the share of the time in which any kernel ran: 1 does not say that it ran well.
@@ -33,7 +33,7 @@ class GpuMonitor:
                 self._handles.append(handle)
             self._nvml = nvml
         except Exception as error:  # no library, no driver, a GPU that it may not see: there is no figure then
-            logger.info("NVML does not tell the utilisation of GPU %s: %s", ",".join(gpus), error)
+            logger.info("NVML tells nothing of GPU %s: %s", ",".join(gpus), error)
 
     def utilization(self) -> float | None:
         """Share of the time; None where NVML does not tell."""
@@ -42,6 +42,14 @@ class GpuMonitor:
         with contextlib.suppress(self._nvml.NVMLError):
             shares = [self._since_last(index, handle) for index, handle in enumerate(self._handles)]
             return sum(shares) / len(shares)
+        return None
+
+    def memory_gib(self) -> float | None:
+        """In use on the GPU that has most in use, by all processes; None where NVML does not tell."""
+        if self._nvml is None:
+            return None
+        with contextlib.suppress(self._nvml.NVMLError):
+            return max(float(self._nvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in self._handles) / 2**30
         return None
 
     def _since_last(self, index: int, handle: Any) -> float:

@@ -22,6 +22,7 @@ METRIC_KEYS: dict[str, str] = {
     "time/generate_s": "generation, seconds",
     "time/train_s": "forward, backward and optimizer, seconds",
     "time/weight_sync_s": "publishing and loading weights, seconds",
+    "time/publish_s": "training stood still for its weights, seconds",
     "time/wait_generator_s": "waiting for generators, seconds",
     "time/wait_trainer_s": "waiting for trainers, seconds",
     "time/checkpoint_s": "the step was held up by checkpointing, seconds",

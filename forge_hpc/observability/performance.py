@@ -16,6 +16,8 @@ class EngineCounts:
     num_steps: int = 0
     busy_s: float = 0.0
     """In steps, without weight loads."""
+    weights_s: float = 0.0
+    """In these: nothing was generated."""
     running: int = 0
     """Requests that vLLM was decoding, summed over steps."""
     waiting: int = 0
@@ -29,6 +31,7 @@ class EngineCounts:
     num_cached_tokens: int = 0
     """Of the prompts: in the prefix cache."""
     gpu_utilization: float | None = None
+    gpu_memory_gib: float | None = None
 
 
 def engine_figures(counts: Sequence[EngineCounts], gpus_per_replica: int = 1) -> dict[str, float]:
@@ -43,12 +46,15 @@ def engine_figures(counts: Sequence[EngineCounts], gpus_per_replica: int = 1) ->
         "perf/generator_waiting": sum(each.waiting / each.num_steps for each in busy),
         "perf/generator_kv_cache_usage": max(each.kv_cache_usage for each in busy),
         "perf/generator_preemptions": float(sum(each.num_preemptions for each in busy)),
+        "perf/generator_weights_s": sum(each.weights_s for each in counts) / len(counts),
     }
     if num_prompt := sum(each.num_prompt_tokens for each in busy):
         figures["perf/generator_prefix_cache_hits"] = sum(each.num_cached_tokens for each in busy) / num_prompt
     utilization = [each.gpu_utilization for each in counts if each.gpu_utilization is not None]
     if utilization:
         figures["perf/generator_gpu_utilization"] = sum(utilization) / len(utilization)
+    if memory := [each.gpu_memory_gib for each in counts if each.gpu_memory_gib is not None]:
+        figures["perf/generator_gpu_memory_gib"] = max(memory)
     return figures
 
 

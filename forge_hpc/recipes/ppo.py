@@ -84,12 +84,12 @@ class PPO(Recipe):
             earned = np.zeros(len(tokens))
             earned[-1:] = reward
             advantages, returns = gae(earned, value[tokens].astype(np.float64), self.args.gamma, self.args.lam)
-            column = document.columns["returns"] = np.zeros(len(value))
+            column = document.columns["returns"] = np.zeros(len(value), np.float32)
             column[tokens] = returns
             found.append((document, tokens, advantages))
         every = np.concatenate([advantages for _, _, advantages in found])
         for document, tokens, advantages in found:
-            column = document.columns["advantages"] = np.zeros(len(document.token_ids))
+            column = document.columns["advantages"] = np.zeros(len(document.token_ids), np.float32)
             column[tokens] = (advantages - every.mean()) / (every.std() + 1e-8)
 
 

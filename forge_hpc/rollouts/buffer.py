@@ -193,7 +193,9 @@ class EpisodeBuffer:
 
     def _is_complete(self) -> bool:
         """Whether there are groups that the next step may take: then they are ``_chosen``."""
-        if self._max_uncounted is None and len(self._groups) < self._prompts_per_step:
+        num_counted, num_uncounted = len(self._groups) - len(self._uncounted), len(self._uncounted)
+        may_give_up = self._max_uncounted is not None and num_uncounted >= self._max_uncounted
+        if num_counted < self._prompts_per_step and not may_give_up:
             return False
         for order in (list(self._waiting), sorted(self._waiting, key=lambda p: (self._waiting[p], p))):
             chosen, num_uncounted = self._first_finished(order)

@@ -203,7 +203,14 @@ def _engines(cfg: Config, placement: Placement, share_gib: float, size: ModelSiz
         return RoleMemory({"other": _ENGINE_BYTES / GIB}, f"unknown: {who.section}.engine.extra chooses a dtype")
     weights = size.num_params * itemsize / tp / GIB
     copy = size.num_params * itemsize / GIB if holds_a_copy(cfg) else 0.0
-    share_gib -= copy
+    whole_gib, share_gib = share_gib, share_gib - copy
+    if weights + copy > whole_gib >= weights:
+        raise UserError(
+            f"{who.name}'s weights take {weights:.1f} GiB of each GPU, and with generator.weight_transport=nccl all of "
+            f"them come to a GPU beside its own, {copy:.1f} more, where vLLM may take {whole_gib:.1f} of it "
+            f"({who.section}.engine.gpu_memory_utilization={engine.gpu_memory_utilization:g})",
+            "leave out generator.weight_transport=nccl: weights go over TLS streams then, into the memory of the host",
+        )
     if weights > share_gib:
         enough = 2 ** math.ceil(math.log2(tp * weights / share_gib + 1e-9))
         raise UserError(

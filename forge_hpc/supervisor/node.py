@@ -127,7 +127,8 @@ class Node:
         address = host_address(self.allocation.num_nodes)
         # Where the host's name resolves to loopback, gloo would listen where no other host reaches it.
         interface = {"GLOO_SOCKET_IFNAME": interface_of(address)} if self.allocation.num_nodes > 1 else {}
-        supervision = {"HYPERACTOR_MESH_SUPERVISION_POLL_FREQUENCY": "1s"}  # how soon a dead process is noticed
+        # How soon a dead process is noticed; looking takes the controller 4.5 ms of CPU time for each generator.
+        supervision = {"HYPERACTOR_MESH_SUPERVISION_POLL_FREQUENCY": f"{max(1, self.allocation.num_nodes // 32)}s"}
         supervision |= {"HYPERACTOR_HOST_SPAWN_READY_TIMEOUT": f"{GIVEN_UP_S}s"}  # the controller decides before
         folder = self.scratch_folder()  # what dead processes leave there goes with us
         scratch = {"TMPDIR": str(folder), stacks.FOLDER: str(stacks.folder_in(folder))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from datetime import timedelta
@@ -31,10 +32,13 @@ def init_distributed(
     store = dist.FileStore(str(store_path), world_size)
     store.set_timeout(timeout)
     store.set(f"host/{rank}", socket.gethostname())
-    hosts = [store.get(f"host/{other}") for other in range(world_size)]
+    if rank == 0:  # each look into the file is some operations of the file system: W, not W * W of them
+        store.set("hosts", json.dumps([store.get(f"host/{other}").decode() for other in range(world_size)]))
+    hosts = json.loads(store.get("hosts"))
     os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(hosts[rank]))
     if len(set(hosts)) == 1:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the only way to tell all of gloo's groups
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # connects those that speak to each other, when they do
     device = local_device()
     if device_type() == "cuda":
         torch.cuda.set_device(device)

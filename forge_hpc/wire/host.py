@@ -18,6 +18,7 @@ import contextlib
 import itertools
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -59,12 +60,14 @@ class Receivers:
 
     def __init__(self, num: int) -> None:
         self._processes: list[subprocess.Popen[str] | None] = [None] * num
+        self._turn = secrets.randbits(16)  # of this host: not all of them begin with the same servers
         self._lock = threading.Lock()
 
     def bring(self, policy: int, tasks: Sequence[Task], is_wanted: Callable[[], bool]) -> int:
         """Have the tasks done, as long as somebody wants it; how many bytes came. Raises TransferFailed."""
         with self._lock:
-            shares = [share for share in _divided(tasks, len(self._processes)) if share]
+            first = self._turn % max(1, len(tasks))
+            shares = [share for share in _divided([*tasks[first:], *tasks[:first]], len(self._processes)) if share]
             with ThreadPoolExecutor(len(shares)) as pool:
                 jobs = [pool.submit(self._ask, number, policy, share) for number, share in enumerate(shares)]
                 failure: BaseException | None = None
