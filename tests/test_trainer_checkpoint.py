@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny_models import random_documents
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from forge_hpc.checkpoint import CheckpointError, CheckpointStore, verify
 from forge_hpc.config.schema import Config
@@ -87,7 +88,14 @@ FAILURES = {
 
 def save_on_two_ranks(rank: int, model_dir: Path, directory: Path, step_dir: Path) -> dict[str, Any]:
     engine = engine_on(model_dir)
-    result: dict[str, Any] = {"none yet": engine.wait_for_save(), "errors": {}}
+    result: dict[str, Any] = {"none yet": engine.wait_for_save(), "errors": {}, "plans": 0}
+    plan = DefaultSavePlanner._create_global_plan
+
+    def counted(planner: DefaultSavePlanner, plans: Any) -> Any:
+        result["plans"] += 1
+        return plan(planner, plans)
+
+    DefaultSavePlanner._create_global_plan = counted  # type: ignore[method-assign]  # of this process
     train(engine)
     for name, (block, _) in FAILURES.items():
         if rank == 0:
@@ -150,6 +158,11 @@ def test_each_rank_says_what_it_wrote_and_together_that_is_the_checkpoint(
     ]
     assert all(result["none yet"] == {} for result in results)
     assert verify(path) is None
+
+
+@pytest.mark.slow
+def test_the_first_rank_plans_for_all_once(saved: tuple[list[dict[str, Any]], Path]) -> None:
+    assert [result["plans"] for result in saved[0]] == [1, 0]  # of five saves, of which four failed
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ certificate.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.stateful import Stateful
 from torchtitan.components.checkpointer import CheckpointManager, ModelWrapper
 from torchtitan.components.checkpointer.base import DATALOADER, MODEL, OPTIMIZER
@@ -32,6 +35,7 @@ from forge_hpc.training.checkpoint_writer import CheckpointWriter, threads_for
 from forge_hpc.training.staging import Staging, tensors_of
 
 logger = logging.getLogger(__name__)
+_numbers = itertools.count()
 
 
 @contextmanager
@@ -98,6 +102,9 @@ class TrainerCheckpointer(CheckpointManager):
         self.states[OPTIMIZER] = _OptimizerState(optimizers)
         self._staging = Staging() if async_save else None
         self._saving: Future[dict[str, FileRecord]] | None = None
+        # Rank 0 plans for all ranks, in seconds of Python where they are many, and once while their states are alike:
+        # DCP keeps plans by the name of the planner's class.
+        self._planner = type(f"SavePlanner{next(_numbers)}", (DefaultSavePlanner,), {})
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         if async_save:
             self._writer.submit(int).result()  # starts the thread, which takes milliseconds
@@ -160,7 +167,8 @@ class TrainerCheckpointer(CheckpointManager):
         num_threads = threads_for(sum(tensor.nbytes for tensor in tensors_of(state)))
         writer = CheckpointWriter(directory, failure, num_threads, per_thread_copy_ahead=copy_ahead)
         with ordinary_errors(f"cannot save {directory}"):
-            dcp.save(state, storage_writer=writer, process_group=self.pg)
+            planner = self._planner(enable_plan_caching=True)
+            dcp.save(state, storage_writer=writer, planner=planner, process_group=self.pg)
         return {f"{directory.name}/{path.name}": record for path, record in sorted(writer.records.items())}
 
     def load_from(self, directory: Path) -> None:
@@ -182,3 +190,5 @@ class TrainerCheckpointer(CheckpointManager):
     def _close(self) -> None:
         if hasattr(self, "_writer"):  # also called on one that was never finished
             self._writer.shutdown(wait=False)
+            for name in ("save_plan", "all_plans", "global_plan", "metadata", "final_save_plan"):
+                getattr(SavePlanner, f"_cached_{name}").pop(self._planner.__name__, None)
