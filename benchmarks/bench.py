@@ -29,6 +29,7 @@ SCRIPTS = (
     Script("flow.py", limit_s=240),
     Script("controller.py", ("--batch", "8"), limit_s=120),
     Script("hosts.py", ("--hosts", "16", "64"), limit_s=150),  # 8 GB of memory
+    Script("offers.py", ("--hosts", "16"), limit_s=120),
     Script("wire.py", ("--changes",), limit_s=180),
     *([Script("wire.py", ("--megabytes", "300"), limit_s=180)] if os.geteuid() == 0 else []),  # it joins namespaces
     Script("trl.py", limit_s=300),

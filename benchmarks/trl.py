@@ -32,6 +32,8 @@ TASKS = {"short": (8, {}), "long": (512, {"dim": 448, "hidden_dim": 1344, "num_l
 WARM_UP_STEPS = {"short": 4, "long": 1}  # a step of TRL's takes minutes there
 PARTS = {"short": 1, "long": 8}  # microbatches of TRL's trainer: 128 responses of 512 tokens at once take over 24 GB
 TARGETS = {"short": 1.2, "long": 2.5}
+FLOOR = 0.45
+"""What is below this is missed for another reason than the known one."""
 KNOWN = {"short": "vLLM alone takes 0.8 of TRL's step"}
 REWARD = "def length(prompt, response, target, **fields):\n    return len(response) / 100\n"
 THEIRS = """
@@ -139,8 +141,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
     with tempfile.TemporaryDirectory(prefix="forge-hpc-benchmark-") as name:
         ours_s, theirs_s = measure(args, Path(name))
+    is_as_known = median(theirs_s) / median(ours_s) >= FLOOR
+    known = KNOWN.get(args.task, "") if is_as_known else ""
     row(f"episodes a second, {args.task} responses on the CPU", EPISODES / median(ours_s), EPISODES / median(theirs_s),
-        target=TARGETS[args.task], peer="TRL 1.16", known=KNOWN.get(args.task, ""))  # fmt: skip
+        target=TARGETS[args.task], peer="TRL 1.16", known=known)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -190,6 +190,17 @@ def test_the_plan_says_what_each_gpu_holds(hub: Path, tmp_path: Path) -> None:
             ["cluster.gpu_memory_gib=16", "cluster.rollout_ratio=0.125", "trainer.lora.enable=true"],
             "a generator's weights take 15.3 GiB of each GPU, and vLLM may take 13.6",
         ),
+        *(
+            (
+                [
+                    *("cluster.nodes=2", "cluster.trainer_nodes=1", "generator.weight_transport=nccl"),
+                    *("trainer.lora.enable=true", f"cluster.gpu_memory_gib={gib}"),
+                ],
+                "a generator's weights take 15.3 GiB of each GPU, and with generator.weight_transport=nccl all of "
+                f"them come to a GPU beside its own, 15.3 more, where vLLM may take {share}",
+            )
+            for gib, share in ((30, "25.5"), (16, "13.6"))
+        ),
         (
             ["cluster.gpu_memory_gib=45", "rollout.max_response_tokens=250000", "trainer.training.seq_len=260000"],
             "keys and values of one sequence of 250512 tokens take 34.4 GiB, and a generator has 23.0",

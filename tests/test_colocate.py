@@ -30,7 +30,7 @@ from forge_hpc.run_dir import RunDir
 from forge_hpc.sizing.microbatch import plan_shared, trainer_share
 from forge_hpc.training.build import Shape
 from forge_hpc.training.models import Models
-from forge_hpc.weights import VersionNotFoundError
+from forge_hpc.weights import Offer, Places, VersionNotFoundError
 
 GIB = 2**30
 COLOCATE = "cluster.colocate=true"
@@ -493,9 +493,9 @@ class FakeTrainers:
     def __init__(self) -> None:
         self.log: list[str] = []
 
-    async def publish(self, store: Any, version: int, in_use: Any, **options: Any) -> str:
+    async def publish(self, store: Any, version: int, in_use: Any, **options: Any) -> Offer:
         self.log.append(f"publish {version}")
-        return f"offer {version}"
+        return Offer(version, Places.of([]), ())
 
     async def release(self) -> str:
         self.log.append("release")

@@ -441,6 +441,8 @@ def test_segments_are_told_apart_by_their_numbers_in_any_order() -> None:
     values = torch.arange(8.0).view(2, 4)
     mean = Sequences(mask, torch.tensor([[4, 0, 4, 0], [4, 4, 4, 2]])).mean(values)
     assert mean.tolist() == [[1, 2, 1, 2], [5, 5, 5, 7]]
+    with pytest.raises(ValueError, match="segment_ids go up to 5, in rows of 4 tokens"):
+        Sequences(mask, torch.tensor([[5, 5, 5, 5], [0, 0, 0, 0]]))
 
 
 # ---- KL

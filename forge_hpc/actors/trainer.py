@@ -270,10 +270,9 @@ class Trainer(Actor):
         """Where this rank's part of a version lies that is offered. Raises VersionNotFoundError."""
         from forge_hpc.weights import VersionNotFoundError
 
-        place = self._snapshots.place(version) if self._snapshots is not None else None
-        if place is None:
+        if self._part is None or self._part.version != version:
             raise VersionNotFoundError(f"policy version {version} is no longer in the trainers' memory")
-        return place
+        return self._part.place
 
     @concurrent_endpoint
     @collective

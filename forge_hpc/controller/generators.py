@@ -509,13 +509,14 @@ class WeightSync:
             raise VersionNotFoundError(f"policy version {version} is being replaced by the next")
         self._readers[version] += 1
         try:
-            ways = await load(self._store.spec, version, offer and offer.brief)
-            if UNKNOWN in ways:
-                ways += await load(self._store.spec, version, offer, True)
-            if None in ways:
+            ways = said = await load(self._store.spec, version, offer and offer.brief)
+            if UNKNOWN in said:
+                said = await load(self._store.spec, version, offer, True)
+                ways = ways + said
+            if None in said:
                 self._stores = True
                 await self._put_in_store(version)
-                ways += await load(self._store.spec, version, None, True)
+                ways = ways + await load(self._store.spec, version, None, True)
         finally:
             self._readers[version] -= 1
         if tells:

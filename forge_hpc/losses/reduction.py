@@ -20,11 +20,16 @@ class Sequences:
             order and anywhere in the row. What is padding does not matter, nothing of it is trained. None: each row is
             one sequence. A sequence lies in one row, as ``forge_hpc.data.packing`` puts it, so what is said of it needs
             no other microbatch and no other rank. With ``group_ids`` in their place it is the same of groups.
+
+    Raises:
+        ValueError: a number above T (on the CPU; a GPU is not waited for).
     """
 
     def __init__(self, mask: torch.Tensor, segment_ids: torch.Tensor | None = None) -> None:
         self.mask = mask.bool()
         self.segment_ids = segment_ids
+        if segment_ids is not None and segment_ids.device.type == "cpu" and (segment_ids > self.mask.shape[1]).any():
+            raise ValueError(f"segment_ids go up to {int(segment_ids.max())}, in rows of {self.mask.shape[1]} tokens")
 
     @property
     def num_trained(self) -> torch.Tensor:

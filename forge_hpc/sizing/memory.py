@@ -204,7 +204,7 @@ def _engines(cfg: Config, placement: Placement, share_gib: float, size: ModelSiz
     weights = size.num_params * itemsize / tp / GIB
     copy = size.num_params * itemsize / GIB if holds_a_copy(cfg) else 0.0
     whole_gib, share_gib = share_gib, share_gib - copy
-    if weights + copy > whole_gib >= weights:
+    if copy and (weights + copy > whole_gib >= weights or copy >= whole_gib):
         raise UserError(
             f"{who.name}'s weights take {weights:.1f} GiB of each GPU, and with generator.weight_transport=nccl all of "
             f"them come to a GPU beside its own, {copy:.1f} more, where vLLM may take {whole_gib:.1f} of it "

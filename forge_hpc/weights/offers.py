@@ -43,7 +43,8 @@ class Place:
 
     @functools.cached_property
     def key(self) -> str:
-        """Another place has another one."""
+        """Another place has another one. It is made once and goes with the place: equal places made apart may differ in
+        it, and are then told once more."""
         return _key(pickle.dumps((self.handle, self.manifest, self.address)))
 
 

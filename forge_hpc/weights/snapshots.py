@@ -114,10 +114,6 @@ class Snapshots:
                 return replace(block.place.manifest, version=version), block.data
         return None
 
-    def place(self, version: int) -> Place | None:
-        """Where a version lies that is still there."""
-        return next((block.place for block in self._blocks if block.version == version), None)
-
     def _plan(
         self, weights: Callable[[], Mapping[str, torch.Tensor]], parameters: Iterable[torch.Tensor]
     ) -> tuple[Manifest, dict[Shard, torch.Tensor]]:
