@@ -388,7 +388,7 @@ def test_a_run_of_several_adapters_learns_what_each_learns_alone_also_across_a_p
     process.terminate()
     out, err = process.communicate(timeout=600)
     assert process.returncode != 0, out + err
-    result = run_local(run_dir, [], timeout_s=1200)
+    result = run_local(run_dir, arguments, timeout_s=1200)
     assert result.returncode == 0, result.stdout + result.stderr
     for number, item in enumerate(VARIED):
         alone = tmp_path / f"alone{number}"
