@@ -113,12 +113,16 @@ def workers(num: int, directory: Path) -> Iterator[list[str]]:
 
 
 def measure(num: int, num_calls: int, megabytes: float) -> dict[str, float]:
+    return controlled(num, __file__, "--calls", str(num_calls), "--megabytes", str(megabytes))
+
+
+def controlled(num: int, script: str, *arguments: str) -> dict[str, float]:
+    """What a script prints at last, as JSON, that controls so many hosts: it gets their addresses as ``--control``."""
     with tempfile.TemporaryDirectory(prefix="forge-hpc-hosts-") as name:
         directory = Path(name)
         make_job_identity(directory / "tls", ["127.0.0.1", *(f"127.0.1.{n + 1}" for n in range(num))])
         with workers(num, directory) as addresses:
-            command = [sys.executable, __file__, "--control", *addresses, "--calls", str(num_calls)]
-            command += ["--megabytes", str(megabytes)]
+            command = [sys.executable, script, "--control", *addresses, *arguments]
             env = {**os.environ, **tls_environment(directory / "tls")}
             done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     if done.returncode:

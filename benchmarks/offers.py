@@ -13,13 +13,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,11 +24,10 @@ from rows import PROJECT, row
 sys.path.insert(0, str(PROJECT))
 
 import torch
-from hosts import cpu_s, workers
+from hosts import controlled, cpu_s
 from monarch.actor import Actor, current_rank, endpoint
 
 from forge_hpc.actors.errors import collective
-from forge_hpc.cluster.identity import make_job_identity, tls_environment
 from forge_hpc.cluster.meshes import attach
 from forge_hpc.controller.generators import WeightSync
 from forge_hpc.controller.service import Service
@@ -62,10 +57,11 @@ def shapes_8b() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def manifest(rank: int, num_ranks: int) -> Manifest:
-    """What a rank holds of the model, cut along the first dimension as FSDP does."""
+def manifest(rank: int, num_ranks: int, shapes: dict[str, tuple[int, ...]]) -> Manifest:
+    """What a rank holds of a model, cut along the first dimension as FSDP does: the last pieces may be shorter, or
+    missing."""
     shards, buckets = [], [0]
-    for name, shape in shapes_8b().items():
+    for name, shape in shapes.items():
         size = -(-shape[0] // num_ranks)
         own = (min(size, shape[0] - rank * size), *shape[1:])
         if own[0] <= 0:
@@ -84,7 +80,7 @@ class Process(Actor):
 
     def __init__(self, num: int) -> None:
         rank = current_rank().rank
-        laid = manifest(rank, num)
+        laid = manifest(rank, num, shapes_8b())
         handle = Handle(f"host-{rank}", "cuda", sum(laid.bucket_bytes), tuple(range(12)), f"{rank:016x}")
         self.place_here = Place(handle, laid, Address("127.0.0.1", 20000 + rank, f"{rank:032x}"))
         self.known, self.waits, self.cpu = Known(), False, 0.0
@@ -142,19 +138,6 @@ async def control(addresses: list[str], num_versions: int) -> dict[str, float]:
     return first | {name: statistics.median(each[1:]) for name, each in figures.items()}
 
 
-def measure(num: int, num_versions: int) -> dict[str, float]:
-    with tempfile.TemporaryDirectory(prefix="forge-hpc-offers-") as name:
-        directory = Path(name)
-        make_job_identity(directory / "tls", ["127.0.0.1", *(f"127.0.1.{n + 1}" for n in range(num))])
-        with workers(num, directory) as addresses:
-            command = [sys.executable, __file__, "--control", *addresses, "--versions", str(num_versions)]
-            env = {**os.environ, **tls_environment(directory / "tls")}
-            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", type=int, nargs="*", default=[8, 64])
@@ -165,7 +148,7 @@ def main() -> None:
         print(json.dumps(asyncio.run(control(args.control, args.versions))))
         return
     for num in args.hosts:
-        found = measure(num, args.versions)
+        found = controlled(num, __file__, "--versions", str(args.versions))
         print(json.dumps({"hosts": num} | {name: round(value, 4) for name, value in found.items()}), flush=True)
         row(f"controller, {num} ranks and generators: a version, CPU time a generator", 1000 * found["cpu"] / num,
             target=TARGET_MS, better="less", unit="ms", note=f"{1000 * found['s']:.0f} ms in all")  # fmt: skip

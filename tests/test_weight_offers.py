@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from runs import PROJECT
 
 from forge_hpc.controller.trainers import Trainers
 from forge_hpc.weights import IncompleteVersionError, Offer, Part, Place, VersionNotFoundError
@@ -17,36 +19,8 @@ from forge_hpc.weights.memory import Handle
 from forge_hpc.weights.offers import _decoded, encoded
 from forge_hpc.wire.messages import Address
 
-LAYERS = 36
-BUCKET_BYTES = 16 << 20
-
-
-def shapes_8b() -> dict[str, tuple[int, ...]]:
-    """Of Qwen3 8B."""
-    shapes: dict[str, tuple[int, ...]] = {"embed": (151936, 4096), "head": (151936, 4096), "norm": (4096,)}
-    for layer in range(LAYERS):
-        one = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096), "q_norm": (128,)}
-        one |= {"k_norm": (128,), "gate": (12288, 4096), "up": (12288, 4096), "down": (4096, 12288)}
-        one |= {"norm_1": (4096,), "norm_2": (4096,)}
-        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in one.items()}
-    return shapes
-
-
-def manifest(rank: int, num_ranks: int, shapes: dict[str, tuple[int, ...]]) -> Manifest:
-    """As FSDP cuts them: along the first dimension, into pieces of which the last ones may be shorter, or missing."""
-    shards, buckets = [], [0]
-    for name, shape in shapes.items():
-        size = -(-shape[0] // num_ranks)
-        first = rank * size
-        own = (min(size, shape[0] - first), *shape[1:])
-        if own[0] <= 0:
-            continue
-        shard = Shard(name, torch.bfloat16, shape, (first, *[0] * (len(shape) - 1)), own, len(buckets) - 1, buckets[-1])
-        if buckets[-1] + shard.num_bytes > BUCKET_BYTES:
-            buckets.append(0)
-        shards.append(shard)
-        buckets[-1] += -(-shard.num_bytes // 64) * 64
-    return Manifest(0, rank, tuple(shards), tuple(buckets))
+sys.path.append(str(PROJECT / "benchmarks"))
+from offers import manifest, shapes_8b
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3, 8, 100])

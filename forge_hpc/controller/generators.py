@@ -167,8 +167,9 @@ class GeneratorPool:
                 # A node that is silent takes its time, and the others need not wait for it.
                 ends = await asyncio.gather(*map(self._end, self._slots), return_exceptions=True)
                 self._starting = None
-                if unexpected := next((e for e in ends if e is not None and not isinstance(e, NodeLost)), None):
-                    raise unexpected from None
+                for error in ends:  # why they did not start is what the run ends with
+                    if error is not None and not isinstance(error, NodeLost):
+                        logger.warning("a %s whose start failed could not be ended: %s", self._role, reason_of(error))
                 raise cause_of(errors) from None
             for index, actor in enumerate(spawning):
                 await self.service.admit(index, actor.result())
