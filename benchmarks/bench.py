@@ -32,7 +32,7 @@ SCRIPTS = (
     Script("offers.py", ("--hosts", "16"), limit_s=120),
     Script("wire.py", ("--changes",), limit_s=180),
     *([Script("wire.py", ("--megabytes", "300"), limit_s=180)] if os.geteuid() == 0 else []),  # it joins namespaces
-    Script("trl.py", limit_s=300),
+    Script("trl_cpu.py", limit_s=300),
 )
 
 

@@ -44,7 +44,7 @@ def write_model(directory: Path, seed: int, args: argparse.Namespace) -> Path:
 
     torch.manual_seed(seed)
     config = Qwen3MoeConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=args.hidden, num_hidden_layers=args.layers, head_dim=args.head_dim,
+        vocab_size=VOCAB_SIZE, hidden_size=args.hidden, num_hidden_layers=args.layers, **{"head_dim": args.head_dim},
         num_attention_heads=args.hidden // args.head_dim, num_key_value_heads=max(1, args.hidden // args.head_dim // 2),
         num_experts=args.experts, num_experts_per_tok=args.per_token, moe_intermediate_size=args.hidden // 2,
         intermediate_size=args.hidden * 2, norm_topk_prob=True, max_position_embeddings=8192, initializer_range=0.1,
@@ -126,7 +126,9 @@ def sample(directory: Path, args: argparse.Namespace, results: Any) -> None:
     trainer = TrainEngine(cfg, directory / "model")
     own = [dataclasses.replace(each, routes=None) for each in documents]
     found["without"] = trainer.train_step(own, update=False)["mismatch/logprob_abs_mean"]
-    results.put(found | {"documents": len(documents), "routes": list(documents[0].routes.shape)})
+    routes = documents[0].routes
+    assert routes is not None
+    results.put(found | {"documents": len(documents), "routes": list(routes.shape)})
 
 
 def document(prompt: Prompt, completion: Completion) -> Document:

@@ -89,7 +89,11 @@ class Generator:
         done: asyncio.Queue[tuple[int, int]] = asyncio.Queue()
         lengths = self._lengths(prompts[0].position)
         for sample, length in enumerate(lengths):
-            self._request(length).add_done_callback(lambda f, sample=sample: done.put_nowait((sample, f.result())))
+
+            def put(future: asyncio.Future[int], sample: int = sample) -> None:
+                done.put_nowait((sample, future.result()))
+
+            self._request(length).add_done_callback(put)
         for _ in lengths:
             sample, version = await done.get()
             tokens = [3] * lengths[sample]

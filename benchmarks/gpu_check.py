@@ -19,6 +19,10 @@ nothing is set up, nothing is downloaded. A part takes at most ten minutes:
     faults    what a killed generator, a killed trainer rank and SIGTERM cost such a run             faults.py
     together  the whole run, and
     together-faults  the faults, with trainers and generators on the same GPUs at once
+    start     a job's start with and without compile caches, its saves and its end                   job.py
+              a rank's part of a save beside dd                                                      save.py
+    peer      the whole loop beside TRL's, which has to be there (trl_gpus.py says how)              trl_gpus.py
+    peer-async  a step ahead beside TRL's asynchronous trainer                                       trl_gpus.py
 
 Without a GPU everything runs on the CPU with tiny models, for its own sake, and targets say nothing.
 """
@@ -26,6 +30,7 @@ Without a GPU everything runs on the CPU with tiny models, for its own sake, and
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 import time
@@ -36,8 +41,10 @@ from rows import PROJECT, Script, run
 PART_S = 600.0
 PARTS = (
     *("trainer", "weights", "ranks", "long", "experts", "mismatch", "families"),
-    *("run", "turns", "faults", "together", "together-faults"),
+    *("run", "turns", "faults", "together", "together-faults", "start", "peer", "peer-async"),
 )
+PEERS = ("peer", "peer-async")
+"""Left out where TRL is not, unless they are asked for."""
 FAMILIES = ("qwen2", "llama", "mistral")
 """Dense ones, beside Qwen3."""
 COUNTS = (1, 2, 4, 8)
@@ -61,6 +68,7 @@ def parts(num_gpus: int) -> dict[str, list[Script]]:
             "faults": [Script("faults.py")],
             "together": [Script("whole_run.py", (*tiny, "--together", "--rounds", "1"))],
             "together-faults": [Script("faults.py", ("--together",))],
+            "start": [Script("job.py", ("--steps", "5", "--warm", "1"))],
         }
     counts = [str(count) for count in COUNTS if count <= num_gpus]
     apart = "split" if num_gpus == 2 else "fsdp2"
@@ -74,6 +82,7 @@ def parts(num_gpus: int) -> dict[str, list[Script]]:
         "together": [Script("whole_run.py", ("--together", "--rounds", "1"))],
         "together-faults": [Script("faults.py", ("--together",))],
     }
+    peer_async = ("--peers", "async", "--ours", "ahead")
     return {
         # as the plan of a shipped configuration has it, and the same shape for both
         "trainer": [Script("trainer.py", ("--rows", "0", "--ac", "auto")), Script("trainer.py", ("--head", "32768"))],
@@ -86,6 +95,9 @@ def parts(num_gpus: int) -> dict[str, list[Script]]:
         "turns": [Script("whole_run.py", ("--in-turns", "--steps", "4"))],
         "faults": [Script("faults.py")],
         **(together if num_gpus > 1 else {}),  # one is shared anyway
+        "start": [Script("job.py"), Script("save.py", ("runs", "--gb", "4", "--repeats", "3"))],
+        "peer": [Script("trl_gpus.py")],
+        **({"peer-async": [Script("trl_gpus.py", peer_async)]} if num_gpus > 1 else {}),
     }
 
 
@@ -115,10 +127,14 @@ def main() -> int:
         return 2
     print(f"{len(found)} GPUs: {', '.join(sorted(set(found)))}" if found else "no GPU: on the CPU", file=sys.stderr)
     scripts, code = parts(len(found)), 0
-    for part in args.part or scripts:
+    if missing := [part for part in args.part or () if part not in scripts]:
+        print(f"error: --part {' '.join(missing)}: not with {len(found)} GPUs", file=sys.stderr)
+        return 2
+    has_trl = importlib.util.find_spec("trl") is not None
+    for part in args.part or [part for part in scripts if has_trl or part not in PEERS]:
         about = {"date": time.strftime("%Y-%m-%d"), "gpus": found, "part": part, "python": sys.executable}
         out = args.out.with_name(f"{args.out.stem}-{part}{args.out.suffix}")
-        code |= run(scripts.get(part, []), PART_S, out, about=about)
+        code |= run(scripts[part], PART_S, out, about=about)
     return code if found else 0  # what a CPU shows of targets for GPUs is nothing
 
 

@@ -47,8 +47,8 @@ def shapes_8b() -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (151936, 4096), "lm_head.weight": (151936, 4096), "model.norm.weight": (4096,)
     }  # fmt: skip
-    attention = {"q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096), "o_proj": (4096, 4096)}
-    attention |= {"q_norm": (128,), "k_norm": (128,)}
+    attention: dict[str, tuple[int, ...]] = {"q_norm": (128,), "k_norm": (128,), "v_proj": (1024, 4096)}
+    attention |= {"q_proj": (4096, 4096), "k_proj": (1024, 4096), "o_proj": (4096, 4096)}
     mlp = {"gate_proj": (12288, 4096), "up_proj": (12288, 4096), "down_proj": (4096, 12288)}
     for layer in range(36):
         shapes |= {f"model.layers.{layer}.self_attn.{name}.weight": shape for name, shape in attention.items()}

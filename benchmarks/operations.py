@@ -84,7 +84,7 @@ def generate(model_dir: Path, args: argparse.Namespace, file: Path, results: Any
         asyncio.run(engine.generate_batch(prompts[:1], 1, seed=0, max_tokens=2))  # what is set up at a first step
         engine._engine.collective_rpc(watch)
         asyncio.run(engine.generate_batch(prompts[1:], 1, seed=0, max_tokens=2))
-        [calls] = engine._engine.collective_rpc(lambda worker: dict(worker.calls))
+        [calls] = engine._engine.collective_rpc(lambda worker: dict(vars(worker)["calls"]))
     finally:
         engine.close()
     torch.save(calls, file)
@@ -148,8 +148,9 @@ def far_gradients() -> float:
 
     def grads(given: list[torch.Tensor], grad: torch.Tensor, bounds: list[torch.Tensor], longest: int) -> Any:
         qkv = [x.clone().requires_grad_() for x in given]
-        varlen_attn(*qkv, *bounds, longest, longest, window_size=(-1, 0), enable_gqa=True, num_splits=1).backward(grad)
-        return [x.grad.double() for x in qkv]
+        options: dict[str, Any] = {"window_size": (-1, 0), "enable_gqa": True, "num_splits": 1}
+        out: Any = varlen_attn(qkv[0], qkv[1], qkv[2], bounds[0], bounds[1], longest, longest, **options)
+        return [each.double() for each in torch.autograd.grad(out, qkv, grad)]
 
     torch.manual_seed(0)
     farthest = 0.0

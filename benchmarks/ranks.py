@@ -70,7 +70,8 @@ def train(
     """One rank of one of the groups, which take turns."""
     ranks, rank = place(index, counts)
     init_distributed(directory / f"store-{recipe}-{ranks}", rank=rank, world_size=ranks, local_rank=rank)
-    engine, documents, times, peak = None, [], [], 0.0
+    engine, times, peak = None, [], 0.0
+    documents: list[Document] = []
     for turn in range(args.turns + 1):
         for whose in counts:
             if whose == ranks:

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -117,7 +117,7 @@ def start(cluster: SlurmCluster, project: Path) -> tuple[dict[str, float], dict[
 
 def by_role(job: str) -> dict[str, float]:
     """CPU seconds of the job's processes, and of the children that they have waited for."""
-    ticks, cost = os.sysconf("SC_CLK_TCK"), Counter[str]()
+    ticks, cost = os.sysconf("SC_CLK_TCK"), defaultdict[str, float](float)
     for process in Path("/proc").iterdir():
         try:
             if f"SLURM_JOB_ID={job}\0".encode() not in (process / "environ").read_bytes() + b"\0":

@@ -89,8 +89,8 @@ def compare(args: argparse.Namespace, model_dir: Path, documents: list[Document]
                 elif number > 1:
                     times[name].append(seconds)
                     result[f"{name}/peak_gib"] = round(gib, 2)
-        for name, seconds in times.items():
-            result[f"{name}/tokens_per_s"] = round(num_tokens / statistics.median(seconds))
+        for name, found in times.items():
+            result[f"{name}/tokens_per_s"] = round(num_tokens / statistics.median(found))
         if theirs is not None:
             result["ours / theirs"] = round(result["ours/tokens_per_s"] / result["theirs/tokens_per_s"], 3)
         result |= {name: round(value, 4) for name, value in ours.metrics.items() if name in ("loss", "tokens/fill")}
@@ -137,10 +137,11 @@ class Theirs:
         plain = Linear.Config(in_features=head.in_features, out_features=head.out_features, param_init=head.param_init)
         config = dataclasses.replace(spec.config, lm_head=plain)
         with torch.device("meta"), set_default_dtype(torch.float32):
-            model: Any = config.build()
+            model = config.build()
         on_gpu = DEVICE.type == "cuda"
         compile_config = CompileConfig(enable=on_gpu, components=["model", "loss"])
-        self.model = spec.parallelize(
+        parallelize: Any = spec.parallelize
+        self.model = parallelize(
             model,
             parallel_dims=engine.parallel_dims,
             training=TrainingConfig(dtype="float32", mixed_precision_param="bfloat16" if on_gpu else "float32"),
@@ -221,7 +222,7 @@ def write_model(directory: Path, tiny: bool) -> Path:
     from safetensors.torch import save_file
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    sizes: dict[str, int] = {"vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072}
+    sizes: dict[str, Any] = {"vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072}
     sizes |= {"num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
     if tiny:
         sizes |= {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}

@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rows import PROJECT, median, row
@@ -30,7 +31,9 @@ TOGETHER = (
     "cluster.colocate=true", "generator.engine.gpu_memory_utilization=0.45", "generator.engine.sleep_level=0"
 )  # fmt: skip
 REWARD = "def length(prompt, response, target, **fields):\n    return len(response) / 100\n"
-LARGE = {"dim": 1024, "hidden_dim": 3072, "num_layers": 28, "num_heads": 16, "num_kv_heads": 8, "head_dim": 128}
+LARGE: dict[str, Any] = {
+    "dim": 1024, "hidden_dim": 3072, "num_layers": 28, "num_heads": 16, "num_kv_heads": 8, "head_dim": 128
+}  # fmt: skip
 
 
 def on_gpus(num: int) -> list[str]:

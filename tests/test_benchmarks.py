@@ -86,7 +86,8 @@ def test_a_script_that_takes_too_long_is_ended_and_keeps_its_rows(
 @pytest.mark.parametrize("num_gpus", [0, 1, 2, 4, 8])
 def test_every_script_of_the_tables_is_there_and_every_part_has_one(num_gpus: int) -> None:
     parts = gpu_check.parts(num_gpus)
-    left_out = {"long", "experts", "together", "together-faults"} if num_gpus == 1 else set()
+    several = {"long", "experts", "together", "together-faults", "peer-async"}
+    left_out = {0: {"peer", "peer-async"}, 1: several}.get(num_gpus, set())
     assert list(parts) == [part for part in gpu_check.PARTS if part not in left_out] and all(parts.values())
     named = [each.file for each in (*bench.SCRIPTS, *(one for part in parts.values() for one in part))]
     assert all((PROJECT / "benchmarks" / file).exists() for file in named)

@@ -65,6 +65,8 @@ class Saver:
         self._finished_groups = finished_groups
         self._warn = warn
         self._saving: asyncio.Task[None] | None = None
+        self._staged = asyncio.Event()
+        self._staged.set()
         self._train_s: deque[float] = deque(maxlen=20)
         self._save_s: deque[float] = deque(maxlen=5)
 
@@ -78,7 +80,8 @@ class Saver:
         return step == self._config.trainer.training.steps or (interval > 0 and step % interval == 0)
 
     async def save(self, trainers: Trainers, step: int, state: Mapping[str, Any]) -> None:
-        """Save the run as of ``step``. Training waits while the trainers stage their state, not for the disk.
+        """Begin to save the run as of ``step``; it goes on beside what comes next. Trainers do nothing else while they
+        stage their state (``staged``), and train while it is written.
 
         A save that fails is reported and counted.
         """
@@ -89,19 +92,25 @@ class Saver:
         record |= {"recoveries": self._recoveries.state_dict(), "failed_saves": self.num_failed}
 
         async def commit() -> None:
+            try:
+                await trainers.save(directory / "trainer")
+            finally:
+                self._staged.set()
             files = await trainers.saved()
             await asyncio.to_thread(self._commit, step, record, files, groups)
 
         try:
             directory = await asyncio.to_thread(self.checkpoints.begin, step)
-            await trainers.save(directory / "trainer")
-        except ActorLost:
-            raise
         except Exception as error:
             await self._save_failed(step, error)
-        else:
-            self.begun_step = step
-            self._saving = asyncio.create_task(self._complete(commit(), step, start))
+            return
+        self.begun_step = step
+        self._staged.clear()
+        self._saving = asyncio.create_task(self._complete(commit(), step, start))
+
+    async def staged(self) -> None:
+        """Wait until the trainers have staged what is to be saved, or failed to."""
+        await self._staged.wait()
 
     async def saved(self) -> None:
         """Wait until the save that runs beside the training is over."""

@@ -744,11 +744,10 @@ class Session:
 
     async def _begin_step(self, step: int) -> None:
         await self._stay()
-        if self._saver.is_due(step):
-            start = time.perf_counter()
-            await self._saver.saved()
-            self._checkpoint_s += time.perf_counter() - start
-            await self._stay()
+        start = time.perf_counter()
+        await (self._saver.saved() if self._saver.is_due(step) else self._saver.staged())
+        self._checkpoint_s += time.perf_counter() - start
+        await self._stay()
         await self._begin_trace(step)  # of the first step, where nothing else has
         self._between_steps.clear()
 
@@ -784,6 +783,8 @@ class Session:
         with self._spans.span("save"):
             if self._saver.is_due(step):
                 await self._saver.save(self.trainers, step, self.state)
+                if self._turns is not None:  # else generators would take theirs before it
+                    await self._saver.staged()
             await self._saver.export_if_due(self.trainers, step, leaving=self._leave.requested.is_set())
         self._checkpoint_s += time.perf_counter() - start
         self._between_steps.set()

@@ -1,6 +1,6 @@
 """Episodes a second beside TRL's GRPOTrainer on this machine's CPU, in turns: `A B A B`, medians.
 
-    python benchmarks/trl.py [--task short|long] [--steps 20] [--rounds 2] [key=value ...]
+    python benchmarks/trl_cpu.py [--task short|long] [--steps 20] [--rounds 2] [key=value ...]
 
 TRL 1.16 and accelerate go into a temporary folder, without their dependencies: it runs on the torch and transformers of
 this environment. Both sides take the same model (random weights), prompts, group size and limits, 128 episodes a step:
@@ -22,13 +22,15 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rows import PROJECT, median, row
 
 from forge_hpc.data.builtin import write_tiny_qwen3
 
 EPISODES, GROUP_SIZE = 128, 8
-TASKS = {"short": (8, {}), "long": (512, {"dim": 448, "hidden_dim": 1344, "num_layers": 9, "num_heads": 14})}
+LARGE: dict[str, Any] = {"dim": 448, "hidden_dim": 1344, "num_layers": 9, "num_heads": 14}
+TASKS: dict[str, tuple[int, dict[str, Any]]] = {"short": (8, {}), "long": (512, LARGE)}
 WARM_UP_STEPS = {"short": 4, "long": 1}  # a step of TRL's takes minutes there
 PARTS = {"short": 1, "long": 8}  # microbatches of TRL's trainer: 128 responses of 512 tokens at once take over 24 GB
 TARGETS = {"short": 1.2, "long": 2.5}
@@ -36,40 +38,6 @@ FLOOR = 0.45
 """What is below this is missed for another reason than the known one."""
 KNOWN = {"short": "vLLM alone takes 0.8 of TRL's step"}
 REWARD = "def length(prompt, response, target, **fields):\n    return len(response) / 100\n"
-THEIRS = """
-import json, sys, time
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
-
-model, prompts, out, steps, length, episodes, group_size, parts = json.loads(sys.argv[1])
-tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-seconds = []
-
-class Clock(TrainerCallback):
-    def on_step_begin(self, *args, **options):
-        self.start = time.perf_counter()
-
-    def on_step_end(self, *args, **options):
-        seconds.append(time.perf_counter() - self.start)
-
-trainer = GRPOTrainer(
-    AutoModelForCausalLM.from_pretrained(model),
-    reward_funcs=lambda completions, **fields: [len(text) / 100 for text in completions],
-    train_dataset=Dataset.from_dict({"prompt": prompts}),
-    processing_class=tokenizer,
-    callbacks=[Clock()],
-    args=GRPOConfig(
-        output_dir=out, per_device_train_batch_size=episodes // parts, gradient_accumulation_steps=parts,
-        num_generations=group_size, max_steps=steps, beta=0.0,
-        max_completion_length=length, temperature=1.0, learning_rate=1e-6, use_cpu=True, bf16=False, report_to=[],
-        save_strategy="no", logging_strategy="no", gradient_checkpointing=False, disable_tqdm=True,
-        shuffle_dataset=False,
-    ),
-)
-trainer.train()
-print("seconds: " + json.dumps(seconds))
-"""
 
 
 def install(directory: Path) -> Path:
@@ -108,14 +76,19 @@ def ours(directory: Path, name: str, args: argparse.Namespace) -> list[float]:
 def theirs(directory: Path, name: str, args: argparse.Namespace, package: Path) -> list[float]:
     """Seconds of TRL's steps."""
     length, prompts = TASKS[args.task][0], [f"{a}+{b}=" for a in range(10, 60) for b in range(10, 60)]
-    given = [str(directory / "model"), prompts, str(directory / name), args.steps + WARM_UP_STEPS[args.task], length]
-    parts = PARTS[args.task]
-    process = subprocess.run(
-        [sys.executable, "-c", THEIRS, json.dumps([*given, EPISODES, GROUP_SIZE, parts])],
-        text=True, stdout=subprocess.PIPE, check=True, env=environ(package),
-    )  # fmt: skip
-    [line] = [line for line in process.stdout.splitlines() if line.startswith("seconds: ")]
-    return list(json.loads(line.removeprefix("seconds: ")))[WARM_UP_STEPS[args.task] :]
+    options = {
+        "per_device_train_batch_size": EPISODES // PARTS[args.task], "gradient_accumulation_steps": PARTS[args.task],
+        "max_steps": args.steps + WARM_UP_STEPS[args.task], "num_generations": GROUP_SIZE,
+        "max_completion_length": length, "use_cpu": True, "bf16": False,
+    }  # fmt: skip
+    given = directory / f"{name}.json"
+    given.write_text(json.dumps({"model": str(directory / "model"), "prompts": prompts, "episodes": EPISODES,
+                                 "asynchronous": False, "options": options,
+                                 "out": str(directory / f"{name}-steps.json")}))  # fmt: skip
+    command = [sys.executable, str(PROJECT / "benchmarks/trl_trainer.py"), str(given)]
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True, env=environ(package))
+    found = json.loads((directory / f"{name}-steps.json").read_text())
+    return list(found["seconds"])[WARM_UP_STEPS[args.task] :]
 
 
 def measure(args: argparse.Namespace, directory: Path) -> tuple[list[float], list[float]]:
