@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
-import time
 from pathlib import Path
 
-from rows import PROJECT, Script, run
+from rows import PROJECT, Script, about_this_machine, run
 
 TOTAL_S = 1200.0
 SCRIPTS = (
@@ -27,9 +25,10 @@ SCRIPTS = (
     Script("bad_rewards.py", ("--steps", "12", "--rounds", "2", "--ahead", "0"), limit_s=420),
     Script("save.py", ("runs", "--gb", "1"), limit_s=120),
     Script("flow.py", limit_s=240),
+    Script("controller.py", ("--batch", "1"), limit_s=120),  # a step ahead each is complete by itself
     Script("controller.py", ("--batch", "8"), limit_s=120),
     Script("hosts.py", ("--hosts", "16", "64"), limit_s=150),  # 8 GB of memory
-    Script("offers.py", ("--hosts", "16"), limit_s=120),
+    Script("offers.py", ("--hosts", "32"), limit_s=120),
     Script("wire.py", ("--changes",), limit_s=180),
     *([Script("wire.py", ("--megabytes", "300"), limit_s=180)] if os.geteuid() == 0 else []),  # it joins namespaces
     Script("trl_cpu.py", limit_s=300),
@@ -42,9 +41,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", metavar="SCRIPT")
     args = parser.parse_args()
     scripts = [script for script in SCRIPTS if not args.only or script.file in args.only]
-    about = {"date": time.strftime("%Y-%m-%d"), "host": platform.processor() or platform.machine()}
-    about |= {"cores": str(len(os.sched_getaffinity(0))), "python": platform.python_version()}
-    return run(scripts, TOTAL_S, args.out, about=about)
+    return run(scripts, TOTAL_S, args.out, about=about_this_machine())
 
 
 if __name__ == "__main__":

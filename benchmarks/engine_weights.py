@@ -284,8 +284,10 @@ def show(result: dict[str, Any]) -> None:
     print(f"store ÷ offer: {medians['store']['total_s'] / medians['offer']['total_s']:.1f}")
     result["medians"] = medians
     target = {"0.6b": 0.06, "8b": 0.4}.get(result["model"])
-    row(f"weights, {result['model']}, {result['gpus']}: publish to loaded", medians["offer"]["total_s"], target=target,
-        better="less", unit="s", note=f"by the store {medians['store']['total_s']:.3f} s")  # fmt: skip
+    seconds = medians["offer"]["total_s"]
+    known = "four workers read one GPU at once" if result["gpus"] == "tp4" and seconds <= 0.1 else ""
+    row(f"weights, {result['model']}, {result['gpus']}: publish to loaded", seconds, target=target, better="less",
+        unit="s", note=f"by the store {medians['store']['total_s']:.3f} s", known=known)  # fmt: skip
 
 
 def main() -> None:

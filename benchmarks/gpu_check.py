@@ -33,10 +33,9 @@ import argparse
 import importlib.util
 import os
 import sys
-import time
 from pathlib import Path
 
-from rows import PROJECT, Script, run
+from rows import PROJECT, Script, about_this_machine, run
 
 PART_S = 600.0
 PARTS = (
@@ -132,7 +131,7 @@ def main() -> int:
         return 2
     has_trl = importlib.util.find_spec("trl") is not None
     for part in args.part or [part for part in scripts if has_trl or part not in PEERS]:
-        about = {"date": time.strftime("%Y-%m-%d"), "gpus": found, "part": part, "python": sys.executable}
+        about = about_this_machine() | {"gpus": found, "part": part}
         out = args.out.with_name(f"{args.out.stem}-{part}{args.out.suffix}")
         code |= run(scripts[part], PART_S, out, about=about)
     return code if found else 0  # what a CPU shows of targets for GPUs is nothing

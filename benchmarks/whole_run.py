@@ -27,6 +27,9 @@ from rows import PROJECT, median, row
 from forge_hpc.data.builtin import write_tiny_qwen3
 
 WARM_UP_STEPS = 2
+FIRST_LOADS = 4
+"""Steps whose weights are loaded in the way that is written down, to be repeated from then on."""
+STANDS_STILL = 0.01
 TOGETHER = (
     "cluster.colocate=true", "generator.engine.gpu_memory_utilization=0.45", "generator.engine.sleep_level=0"
 )  # fmt: skip
@@ -130,6 +133,12 @@ def report_overlap(synchronous: Sequence[dict[str, float]], ahead: Sequence[dict
     row(f"{whole}, a step ahead: the longer of generation and training over the step", longest, mean_s,
         target=None if together else 0.95, unit="s", peer="s the step",
         note=f"synchronous: {in_words(seconds)}")  # fmt: skip
+    later = [record for record in ahead if record["step"] > FIRST_LOADS]
+    for who, key in (("training", "time/publish_s"), ("generation", "perf/generator_weights_s")):
+        stood_s = sum(record.get(key, 0.0) for record in later)
+        row(f"{whole}, a step ahead: {who} stands still for weights, of the time", stood_s,
+            sum(record["time/step_s"] for record in later), target=STANDS_STILL, better="less", unit="s",
+            peer="s in all")  # fmt: skip
 
 
 def report_turns(without: Sequence[dict[str, float]], in_turns: Sequence[dict[str, float]]) -> None:

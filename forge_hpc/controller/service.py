@@ -290,8 +290,11 @@ class ServiceEndpoint:
             while not (call.done() and len(received) == call.result()):
                 # The reply may overtake what was sent before it; until it is there, the call's own deadline holds.
                 try:
-                    async with asyncio.timeout(self._service.timeout_s if call.done() else None):
+                    if not call.done():
                         pairs = await receiver.recv()
+                    else:
+                        async with asyncio.timeout(self._service.timeout_s):
+                            pairs = await receiver.recv()
                 except TimeoutError as error:
                     num = call.result() - len(received)
                     missing = TimeoutError(f"{self._service.name}, {self._endpoint}(): {num} results are missing")

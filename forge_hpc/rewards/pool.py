@@ -103,10 +103,11 @@ class RewardPool:
         fields |= {"num_tokens": completion.num_sampled, "finish_reason": completion.finish_reason}
         request: dict[str, Any] = {"prompt": prompt.text, "response": completion.text, "target": prompt.target}
         request |= {"fields": fields, "show": show}
-        # All are waited for: a cancelled call would cost its worker.
-        results = await asyncio.gather(
-            *(term.compute(request, prompt.position) for term in self._terms.values()), return_exceptions=True
-        )
+        calls = [term.compute(request, prompt.position) for term in self._terms.values()]
+        if len(calls) == 1:  # a task less
+            results: list[Any] = [await calls[0]]
+        else:  # all are waited for: a cancelled call would cost its worker
+            results = await asyncio.gather(*calls, return_exceptions=True)
         terms: dict[str, float] = {}
         read: dict[str, str | None] = {}
         for label, result in zip(self._terms, results, strict=True):
