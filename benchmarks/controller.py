@@ -44,7 +44,7 @@ from forge_hpc.rollouts.documents import set_advantages, to_documents
 from forge_hpc.rollouts.figures import measure
 from forge_hpc.rollouts.stream import RolloutStream
 
-MOST_US = (400, 600)
+MOST_US = (500, 650)
 """What a rollout with a message of its own may take on a busy machine: a short one, and a long one."""
 
 

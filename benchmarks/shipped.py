@@ -49,6 +49,8 @@ MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "meta-llama/Meta-Llama-3-8B-Instruct": ("llama", LLAMA),
 }
 TINY = {**SHAPES["tiny"], "vocab_size": 1200}
+MISMATCH = 0.08
+"""The largest that was seen of these models, 8B's, and a quarter."""
 MEAN_LENGTH = 750
 """Of an answer without a limit, in tokens."""
 RUN_S = 1200.0
@@ -167,7 +169,9 @@ def report(label: str, records: Sequence[Mapping[str, float]], shipped: Shipped,
             peer="planned", target=MEMORY, better="less",
             note=trainers.remark)  # fmt: skip
     if (mismatch := _median(records, "mismatch/logprob_abs_mean")) is not None:
-        known = "0 with model.batch_invariant; else both sides round, each in its own way" if mismatch <= 0.1 else ""
+        known = (
+            "0 with model.batch_invariant; else both sides round, each in its own way" if mismatch <= MISMATCH else ""
+        )
         row(f"{label}: mismatch", mismatch, target=0.003 if gpus else None, better="less", unit="nats",
             known=known)  # fmt: skip
         row(f"{label}: weights, published to loaded", _median(records, "time/weight_sync_s"), unit="s")

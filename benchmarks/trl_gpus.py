@@ -93,7 +93,7 @@ def theirs(directory: Path, name: str, peer: str, prompts: Sequence[str], args: 
     given.write_text(json.dumps(given_to(peer, ranks, port, args) | files))
     command = [sys.executable]
     if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--shutdown-timeout=10"]
+        command += ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--shutdown-timeout=5"]
         command += [f"--nproc-per-node={ranks}"]
     command += [str(PROJECT / "benchmarks/trl_trainer.py"), str(given)]
     # Its processes look for an address of the network that they may not have.
@@ -136,7 +136,7 @@ def started(command: Sequence[str], env: Mapping[str, str], log: Path) -> Iterat
         for sent in (signal.SIGTERM, signal.SIGKILL):
             try:
                 os.killpg(process.pid, sent)
-                process.wait(30)
+                process.wait(15)
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 continue
 

@@ -135,7 +135,7 @@ def report_overlap(synchronous: Sequence[dict[str, float]], ahead: Sequence[dict
         note=f"synchronous: {in_words(seconds)}")  # fmt: skip
     later = [record for record in ahead if record["step"] > FIRST_LOADS]
     for who, key in (("training", "time/publish_s"), ("generation", "perf/generator_weights_s")):
-        stood_s = sum(record.get(key, 0.0) for record in later)
+        stood_s = sum(record[key] for record in later if key in record) if later else None
         row(f"{whole}, a step ahead: {who} stands still for weights, of the time", stood_s,
             sum(record["time/step_s"] for record in later), target=STANDS_STILL, better="less", unit="s",
             peer="s in all")  # fmt: skip

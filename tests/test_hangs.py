@@ -213,7 +213,7 @@ def test_an_export_of_the_best_checkpoint_that_hangs_leaves_stacks(
     config, run_dir = Config(recipe=f"{tmp_path}/mine.py:SFT"), RunDir(tmp_path / "run").create()
     config.trainer.timeout_s = 8.0
     save_config(config, run_dir.config)
-    saver = Saver(config, run_dir, Recoveries(0), StatusWriter(run_dir), list, print)
+    saver = Saver(config, run_dir, Recoveries(0), StatusWriter(run_dir), list, print, print)
     with supervised(tmp_path, monkeypatch) as file, pytest.raises(ActorLost) as raised:
         asyncio.run(saver.export_best())
     late = "the model of the best checkpoint was not exported within trainer.timeout_s"

@@ -13,6 +13,7 @@ from test_resume import configuration
 from forge_hpc.checkpoint import CheckpointError
 from forge_hpc.controller.recovery import Recoveries
 from forge_hpc.controller.saving import Saver
+from forge_hpc.controller.service import ActorLost
 from forge_hpc.run_dir import RunDir
 from forge_hpc.status_writer import StatusWriter
 
@@ -22,13 +23,20 @@ class Trainers:
 
     def __init__(self, fails: str = "") -> None:
         self.may_stage, self.may_write = asyncio.Event(), asyncio.Event()
+        self.told: list[str] = []
         self._fails = fails
 
     async def save(self, directory: Path) -> None:
+        self.told.append("save")
         await self.may_stage.wait()
         if self._fails == "stage":
             raise CheckpointError("no memory left")
+        if self._fails == "lost":
+            raise ActorLost("trainer-0 has died")
         directory.mkdir(parents=True)
+
+    async def export(self) -> None:
+        self.told.append("export")
 
     async def saved(self) -> Mapping[str, Any]:
         await self.may_write.wait()
@@ -43,7 +51,8 @@ async def is_waiting(*tasks: asyncio.Task[None]) -> bool:
 
 
 def saver(run_dir: RunDir, told: list[str]) -> Saver:
-    return Saver(configuration("recipe=grpo"), run_dir, Recoveries(0), StatusWriter(run_dir), list, told.append)
+    config, status = configuration("recipe=grpo"), StatusWriter(run_dir)
+    return Saver(config, run_dir, Recoveries(0), status, list, told.append, lambda why: told.append(f"lost: {why}"))
 
 
 @pytest.fixture
@@ -59,6 +68,8 @@ def test_a_save_holds_up_nobody_but_who_trains_and_that_until_the_state_is_stage
         trainers, saves = Trainers(), saver(run_dir, told)
         await saves.staged()  # nothing has been begun
         await saves.save(trainers, 5, {"at": 5})  # type: ignore[arg-type]
+        await trainers.export()
+        assert trainers.told == ["save", "export"]  # in the order in which they do it
         assert (saves.begun_step, saves.saved_step) == (5, 0)
         staged, complete = asyncio.create_task(saves.staged()), asyncio.create_task(saves.saved())
         assert await is_waiting(staged, complete)
@@ -82,5 +93,19 @@ def test_who_trains_goes_on_where_the_state_cannot_be_staged_and_it_is_told(run_
         await saves.saved()
         assert (saves.begun_step, saves.saved_step, saves.num_failed) == (0, 0, 1)
         assert told == ["the checkpoint of step 5 failed, there is none before it: no memory left"]
+
+    asyncio.run(saved())
+
+
+def test_trainers_that_are_lost_while_they_stage_end_the_attempt_at_once(run_dir: RunDir) -> None:
+    async def saved() -> None:
+        told: list[str] = []
+        trainers, saves = Trainers(fails="lost"), saver(run_dir, told)
+        await saves.save(trainers, 5, {})  # type: ignore[arg-type]
+        trainers.may_stage.set()
+        await saves.staged()
+        with pytest.raises(ActorLost):
+            await saves.saved()
+        assert told == ["lost: trainer-0 has died"] and saves.saved_step == 0
 
     asyncio.run(saved())

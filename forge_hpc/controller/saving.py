@@ -37,6 +37,7 @@ class Saver:
     Args:
         finished_groups: rollouts of later steps that are to be kept.
         warn: shows the user a line.
+        lose: says why this attempt is over, where trainers are lost while they save.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Saver:
         status: StatusWriter,
         finished_groups: Callable[[], list[Group]],
         warn: Callable[[str], None],
+        lose: Callable[[str], None],
     ) -> None:
         self.checkpoints = CheckpointStore(run_dir, config.checkpoint.keep)
         self.saved_step = 0
@@ -64,6 +66,7 @@ class Saver:
         self._status = status
         self._finished_groups = finished_groups
         self._warn = warn
+        self._lose = lose
         self._saving: asyncio.Task[None] | None = None
         self._staged = asyncio.Event()
         self._staged.set()
@@ -107,6 +110,7 @@ class Saver:
         self.begun_step = step
         self._staged.clear()
         self._saving = asyncio.create_task(self._complete(commit(), step, start))
+        await asyncio.sleep(0)  # so that it has told the trainers before anybody asks them for something else
 
     async def staged(self) -> None:
         """Wait until the trainers have staged what is to be saved, or failed to."""
@@ -121,7 +125,8 @@ class Saver:
     async def _complete(self, commit: Awaitable[None], step: int, start: float) -> None:
         try:
             await commit
-        except ActorLost:
+        except ActorLost as error:
+            self._lose(reason_of(error))
             raise
         except Exception as error:
             await self._save_failed(step, error)

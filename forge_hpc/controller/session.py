@@ -150,7 +150,7 @@ class Session:
         self._recoveries = recoveries
         self._leave = leave
         self._status = status or StatusWriter(run_dir)
-        self._saver = Saver(config, run_dir, recoveries, self._status, self._finished_groups, self.warn)
+        self._saver = Saver(config, run_dir, recoveries, self._status, self._finished_groups, self.warn, self.lose)
         self._kept = kept
         self._hands_over = False
         self._base = base
@@ -745,7 +745,8 @@ class Session:
     async def _begin_step(self, step: int) -> None:
         await self._stay()
         start = time.perf_counter()
-        await (self._saver.saved() if self._saver.is_due(step) else self._saver.staged())
+        with self._spans.span("save"):
+            await (self._saver.saved() if self._saver.is_due(step) else self._saver.staged())
         self._checkpoint_s += time.perf_counter() - start
         await self._stay()
         await self._begin_trace(step)  # of the first step, where nothing else has
