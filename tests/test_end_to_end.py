@@ -68,7 +68,7 @@ def test_a_traced_step_leaves_what_each_process_did_in_it(finished: Path) -> Non
     assert trainer.count("Optimizer.step#AdamW.step") == 1 and "MmBackward0" in trainer  # its optimizer step, alone
     assert "vllm::unified_attention_with_output" in generator and "MmBackward0" not in generator
     spans = found["controller.json.gz"]
-    assert [span["name"] for span in spans] == ["publish", "save", "train_step"]
+    assert [span["name"] for span in spans] == ["publish", "save", "save_wait", "train_step"]
     assert all(one["ts"] + one["dur"] <= other["ts"] for one, other in pairwise(spans)) and spans[-1]["dur"] > 0
 
 

@@ -745,7 +745,7 @@ class Session:
     async def _begin_step(self, step: int) -> None:
         await self._stay()
         start = time.perf_counter()
-        with self._spans.span("save"):
+        with self._spans.span("save_wait"):
             await (self._saver.saved() if self._saver.is_due(step) else self._saver.staged())
         self._checkpoint_s += time.perf_counter() - start
         await self._stay()
