@@ -34,7 +34,7 @@ TASKS: dict[str, tuple[int, dict[str, Any]]] = {"short": (8, {}), "long": (512, 
 WARM_UP_STEPS = {"short": 4, "long": 1}  # a step of TRL's takes minutes there
 PARTS = {"short": 1, "long": 8}  # microbatches of TRL's trainer: 128 responses of 512 tokens at once take over 24 GB
 TARGETS = {"short": 1.2, "long": 2.5}
-FLOOR = 0.45
+FLOOR = 0.35
 """What is below this is missed for another reason than the known one."""
 KNOWN = {"short": "vLLM alone takes 0.8 of TRL's step"}
 REWARD = "def length(prompt, response, target, **fields):\n    return len(response) / 100\n"
