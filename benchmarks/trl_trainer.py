@@ -113,7 +113,9 @@ def main() -> None:
     tokens = [
         log.get("batch/trained_tokens_per_step") or episodes * log["completions/mean_length"] for log in clock.logs
     ]
-    out.write_text(json.dumps({"seconds": clock.seconds, "tokens": tokens}))
+    part = out.with_suffix(".part")  # who waits for the file ends this process, and is to find it whole
+    part.write_text(json.dumps({"seconds": clock.seconds, "tokens": tokens}))
+    part.replace(out)
 
 
 if __name__ == "__main__":
